@@ -1,0 +1,16 @@
+//! Number formats as values, tensors in those formats, and the files that hold them.
+//!
+//! The way in: [`Format`] says how numbers are stored, [`Tensor`] is a shape with bytes in a
+//! format, [`codec`] turns one into `f32` and back (the scalar oracle for every kernel), and
+//! [`safetensors`] / [`gguf`] read and write checkpoint files. This crate knows nothing of models.
+
+pub mod bytes;
+pub mod codec;
+pub mod format;
+pub mod gguf;
+pub mod safetensors;
+pub mod tensor;
+
+pub use bytes::Bytes;
+pub use format::{Block, Element, FloatType, Format, GgmlType, ScaleType, ScaledFormat, ZeroPoint};
+pub use tensor::{Tensor, TensorError};
