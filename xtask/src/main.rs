@@ -1,2 +1,3 @@
-//! x
+//! The rules of the workspace that a machine can check.
+
 fn main() {}

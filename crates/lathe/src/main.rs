@@ -1,1 +1,3 @@
+//! The Lathe binary.
+
 fn main() {}
