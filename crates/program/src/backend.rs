@@ -5,7 +5,8 @@ use std::sync::Arc;
 use lathe_tensor::Tensor;
 
 use crate::kv::KvFormat;
-use crate::op::{Program, Weight};
+use crate::op::Weight;
+use crate::program::Program;
 use crate::step::Step;
 
 /// Where a program's weights come from.

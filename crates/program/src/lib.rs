@@ -5,14 +5,23 @@
 //! with a position and a sequence, each sequence with its block tables. A [`Backend`] prepares a
 //! program once and runs steps. This crate knows nothing of scheduling or of files.
 
+#![forbid(unsafe_code)]
+
 pub mod backend;
+pub mod builder;
+pub mod conformance;
 pub mod cost;
 pub mod kv;
 pub mod op;
+pub mod program;
 pub mod reference;
 pub mod step;
+mod validate;
 
 pub use backend::{Backend, BackendError, Executor, ExecutorOptions, StepOutput, WeightSource};
-pub use kv::{KvFormat, KvGroup, KvLayerShape, KvLayout};
+pub use builder::{LinearSpec, ProgramBuilder};
+pub use kv::{KvFormat, KvGroup, KvLayerDecl, KvLayerShape, KvLayout};
 pub use op::*;
-pub use step::{BlockTable, Step, StepError, StepSequence};
+pub use program::{BufferPlan, Lifetime, Program};
+pub use step::{BlockTable, Step, StepError, StepSequence, TREE_ROWS_MAX};
+pub use validate::ProgramError;

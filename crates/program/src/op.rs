@@ -1,4 +1,4 @@
-//! `Op` and `Program`: what one step of a decoder computes, as data.
+//! `Op`: what one step of a decoder computes, as data.
 //!
 //! Programs are in single-assignment form: every op names its inputs and makes new values, so
 //! that an interpreter may alias buffers by liveness, fuse neighbours, count, observe or
@@ -8,11 +8,11 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Value(pub u32);
 
-/// A weight of the program, an index into [`Program::weights`].
+/// A weight of the program, an index into [`crate::Program::weights`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Weight(pub u32);
 
-/// A rotary table, an index into [`Program::ropes`].
+/// A rotary table, an index into [`crate::Program::ropes`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Rope(pub u32);
 
@@ -222,8 +222,11 @@ pub struct RouterSpec {
 /// Expert matrices as data: each expert is a gated feed-forward layer of its own.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExpertsSpec {
-    /// Number of experts.
+    /// Experts that the matrices hold.
     pub experts: usize,
+    /// The router's number of the first of them; 0 unless experts are split across ranks. A
+    /// choice outside `first_expert .. first_expert + experts` adds nothing.
+    pub first_expert: usize,
     /// Width inside an expert.
     pub hidden: usize,
     /// The nonlinearity.
@@ -266,10 +269,12 @@ pub enum GateKind {
 /// One operation on all rows of a step.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
-    /// `out = table[token] * multiplier`.
+    /// `out = table[token - first_token] * multiplier`; zero for a token outside the table.
     Embed {
-        /// `[vocabulary, width]`.
+        /// `[vocabulary, width]`, or a rank's part of it.
         table: Weight,
+        /// The token of the table's first row; 0 unless the vocabulary is split across ranks.
+        first_token: u32,
         /// Gemma's `sqrt(width)`, Granite's embedding multiplier; 1 otherwise.
         multiplier: f32,
         /// `[rows, width]`.
@@ -412,12 +417,31 @@ pub enum Op {
         /// `[rows, n]`.
         out: Value,
     },
+    /// Puts the values of all ranks side by side, rank 0 first; the identity with one rank.
+    AllGather {
+        /// `[rows, n]`, as wide on every rank.
+        input: Value,
+        /// `[rows, n * ranks]`.
+        out: Value,
+    },
+    /// Some columns of a value.
+    Slice {
+        /// `[rows, n]`.
+        input: Value,
+        /// First column.
+        start: usize,
+        /// `[rows, m]`: columns `start .. start + m`.
+        out: Value,
+    },
     /// Logits of the rows that the step asks for: `softcap(head x input) * scale`.
     Logits {
         /// `[rows, width]`, already normalised.
         input: Value,
-        /// `[vocabulary, width]`.
+        /// `[vocabulary, width]`, or a rank's part of it if `gather`.
         head: Weight,
+        /// Whether the head holds this rank's rows only: the ranks' logits are then put side by
+        /// side, rank 0 first.
+        gather: bool,
         /// Multiplies the product (Granite divides by `logits_scaling`).
         scale: f32,
         /// `softcap * tanh(x / softcap)` after the scale (Gemma 2).
@@ -432,23 +456,149 @@ pub enum Op {
     },
 }
 
-/// One step of a decoder, as data.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Program {
-    /// The ops, in order.
-    pub ops: Vec<Op>,
-    /// What the ops compute.
-    pub values: Vec<ValueDecl>,
-    /// What the ops read.
-    pub weights: Vec<WeightDecl>,
-    /// Rotary tables, shared by layers.
-    pub ropes: Vec<RopeTable>,
-    /// Shape of the KV cache that the ops write and read.
-    pub kv: crate::KvLayout,
-    /// Routings that ops make.
-    pub routings: usize,
-    /// Logits of a row.
-    pub vocabulary: usize,
-    /// Positions that a sequence may reach.
-    pub context_max: usize,
+impl Op {
+    /// The op's kind in snake case: `linear`, `attend_latent`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Op::Embed { .. } => "embed",
+            Op::Norm { .. } => "norm",
+            Op::Linear { .. } => "linear",
+            Op::Rope { .. } => "rope",
+            Op::WriteKv { .. } => "write_kv",
+            Op::Attend { .. } => "attend",
+            Op::WriteLatent { .. } => "write_latent",
+            Op::AttendLatent { .. } => "attend_latent",
+            Op::Activate { .. } => "activate",
+            Op::Route { .. } => "route",
+            Op::Experts { .. } => "experts",
+            Op::Add { .. } => "add",
+            Op::Gate { .. } => "gate",
+            Op::AllReduce { .. } => "all_reduce",
+            Op::AllGather { .. } => "all_gather",
+            Op::Slice { .. } => "slice",
+            Op::Logits { .. } => "logits",
+            Op::Capture { .. } => "capture",
+        }
+    }
+
+    /// The values that the op reads, in the order of its fields.
+    pub fn inputs(&self) -> impl Iterator<Item = Value> + use<> {
+        let pair = match *self {
+            Op::Embed { .. } => [None, None],
+            Op::Norm { input, .. }
+            | Op::Linear { input, .. }
+            | Op::Rope { input, .. }
+            | Op::Route { input, .. }
+            | Op::Experts { input, .. }
+            | Op::AllReduce { input, .. }
+            | Op::AllGather { input, .. }
+            | Op::Slice { input, .. }
+            | Op::Logits { input, .. }
+            | Op::Capture { input, .. } => [Some(input), None],
+            Op::WriteKv { key, value, .. } => [Some(key), Some(value)],
+            Op::WriteLatent { latent, rope_key, .. } => [Some(latent), Some(rope_key)],
+            Op::Attend { query, .. } | Op::AttendLatent { query, .. } => [Some(query), None],
+            Op::Activate { gate, up, .. } => [Some(gate), up],
+            Op::Add { left, right, .. } => [Some(left), Some(right)],
+            Op::Gate { input, gate, .. } => [Some(input), Some(gate)],
+        };
+        pair.into_iter().flatten()
+    }
+
+    /// The values that the op makes.
+    pub fn outputs(&self) -> impl Iterator<Item = Value> + '_ {
+        let (one, parts): (Option<Value>, &[LinearPart]) = match self {
+            Op::Linear { parts, .. } => (None, parts),
+            Op::Embed { out, .. }
+            | Op::Norm { out, .. }
+            | Op::Rope { out, .. }
+            | Op::Attend { out, .. }
+            | Op::AttendLatent { out, .. }
+            | Op::Activate { out, .. }
+            | Op::Experts { out, .. }
+            | Op::Add { out, .. }
+            | Op::Gate { out, .. }
+            | Op::AllReduce { out, .. }
+            | Op::AllGather { out, .. }
+            | Op::Slice { out, .. } => (Some(*out), &[]),
+            Op::WriteKv { .. }
+            | Op::WriteLatent { .. }
+            | Op::Route { .. }
+            | Op::Logits { .. }
+            | Op::Capture { .. } => (None, &[]),
+        };
+        one.into_iter().chain(parts.iter().map(|part| part.out))
+    }
+
+    /// The weights that the op reads, matrices before their biases.
+    pub fn weights(&self) -> Vec<Weight> {
+        match self {
+            Op::Embed { table, .. } => vec![*table],
+            Op::Norm { weight, bias, .. } => weight.iter().chain(bias).copied().collect(),
+            Op::Linear { parts, .. } => {
+                parts.iter().flat_map(|p| [Some(p.weight), p.bias]).flatten().collect()
+            }
+            Op::Attend { spec, .. } => spec.sinks.into_iter().collect(),
+            Op::AttendLatent { spec, .. } => vec![spec.key_up, spec.value_up],
+            Op::Route { spec, .. } => {
+                [Some(spec.weight), spec.bias, spec.correction].into_iter().flatten().collect()
+            }
+            Op::Experts { spec, .. } => {
+                let biases = [spec.gate_bias, spec.up_bias, spec.down_bias];
+                let matrices = [Some(spec.gate), Some(spec.up), Some(spec.down)];
+                matrices.into_iter().chain(biases).flatten().collect()
+            }
+            Op::Logits { head, .. } => vec![*head],
+            Op::Rope { .. }
+            | Op::WriteKv { .. }
+            | Op::WriteLatent { .. }
+            | Op::Activate { .. }
+            | Op::Add { .. }
+            | Op::Gate { .. }
+            | Op::AllReduce { .. }
+            | Op::AllGather { .. }
+            | Op::Slice { .. }
+            | Op::Capture { .. } => Vec::new(),
+        }
+    }
+
+    /// The layer of the KV cache that the op writes or reads.
+    pub fn kv_layer(&self) -> Option<KvLayer> {
+        match self {
+            Op::WriteKv { layer, .. }
+            | Op::Attend { layer, .. }
+            | Op::WriteLatent { layer, .. }
+            | Op::AttendLatent { layer, .. } => Some(*layer),
+            _ => None,
+        }
+    }
+
+    /// The inputs whose buffer the op's output may take over when they die here: each element of
+    /// the output depends on no other row, and on no element of that input's row which the op
+    /// would already have overwritten (a norm reads its whole group before it writes).
+    pub fn in_place_inputs(&self) -> impl Iterator<Item = Value> + use<> {
+        let pair = match *self {
+            Op::Norm { input, .. }
+            | Op::Rope { input, .. }
+            | Op::Gate { input, .. }
+            | Op::AllReduce { input, .. } => [Some(input), None],
+            Op::Activate { gate, up, .. } => [Some(gate), up],
+            Op::Add { left, right, .. } => [Some(left), Some(right)],
+            _ => [None, None],
+        };
+        pair.into_iter().flatten()
+    }
+}
+
+impl Activation {
+    /// Whether it takes an `up` beside its `gate`.
+    pub fn is_gated(&self) -> bool {
+        match self {
+            Activation::SwiGlu
+            | Activation::GeGluTanh
+            | Activation::GeGluErf
+            | Activation::SwiGluClamped { .. } => true,
+            Activation::Silu | Activation::GeluTanh | Activation::ReluSquared => false,
+        }
+    }
 }
