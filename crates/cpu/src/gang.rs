@@ -1,0 +1,390 @@
+//! `Gang`: worker threads that start and join in a fraction of a microsecond.
+//!
+//! A decode step runs some hundred small parallel regions, so a region must not cost a lock, an
+//! allocation or a system call. Workers spin on an epoch counter; the caller is worker 0. Work is
+//! divided by index (static partition). After `SPIN` of idleness a worker sleeps on a condition
+//! variable, so an idle process costs nothing.
+//!
+//! It knows nothing of what it runs.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a worker spins before it sleeps. Longer than the serial gaps of a step (some
+/// microseconds), shorter than what a person would notice on a process list.
+const SPIN: Duration = Duration::from_micros(150);
+
+/// What workers run: a closure and how to call it, without an allocation.
+#[derive(Clone, Copy)]
+struct Job {
+    closure: *const (),
+    call: unsafe fn(*const (), usize, usize),
+}
+
+/// A value on a cache line of its own.
+#[repr(align(128))]
+struct Line<T>(T);
+
+struct Shared {
+    /// Counts runs; a worker runs once for each change.
+    epoch: Line<AtomicU32>,
+    /// Workers that have not finished the current run.
+    remaining: Line<AtomicU32>,
+    /// Workers on the condition variable (or about to be).
+    sleeping: AtomicU32,
+    stop: AtomicBool,
+    /// Written by the caller before the epoch changes, read by workers after.
+    job: std::cell::UnsafeCell<Option<Job>>,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// Whether `panic` holds one: spares every run the lock.
+    panicked: AtomicBool,
+    workers: usize,
+    /// Fewer cores than workers: give the core away instead of spinning on it.
+    crowded: bool,
+}
+
+// SAFETY: `job` is written only while no worker runs (the caller holds `busy` and `remaining` is
+// 0) and is published by the release of `epoch`; everything else is Sync by itself.
+unsafe impl Sync for Shared {}
+// SAFETY: the raw pointers in `job` are used only during `run`, which outlives their use.
+unsafe impl Send for Shared {}
+
+/// A fixed set of workers.
+pub struct Gang {
+    shared: Arc<Shared>,
+    busy: AtomicBool,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Gang {
+    /// A gang of `threads` workers (at least 1), the caller of [`Gang::run`] among them.
+    ///
+    /// Workers are bound to a core each if the gang fills the machine; otherwise the operating
+    /// system places them, since other processes may want the same cores.
+    pub fn new(threads: usize) -> Gang {
+        let workers = threads.max(1);
+        let cores = available_cores();
+        let shared = Arc::new(Shared {
+            epoch: Line(AtomicU32::new(0)),
+            remaining: Line(AtomicU32::new(0)),
+            sleeping: AtomicU32::new(0),
+            stop: AtomicBool::new(false),
+            job: std::cell::UnsafeCell::new(None),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            panic: Mutex::new(None),
+            panicked: AtomicBool::new(false),
+            workers,
+            crowded: workers > cores.count,
+        });
+        let fills_machine = workers == cores.count && cores.ids.len() >= workers;
+        let threads = (1..workers)
+            .map(|worker| {
+                let shared = Arc::clone(&shared);
+                let core = fills_machine.then(|| cores.ids[worker]);
+                std::thread::Builder::new()
+                    .name(format!("lathe-{worker}"))
+                    .spawn(move || {
+                        if let Some(core) = core {
+                            bind_to(core);
+                        }
+                        serve(&shared, worker);
+                    })
+                    .expect("the operating system starts a thread")
+            })
+            .collect();
+        Gang { shared, busy: AtomicBool::new(false), threads }
+    }
+
+    /// Workers, the caller included.
+    pub fn workers(&self) -> usize {
+        self.shared.workers
+    }
+
+    /// Calls `work(worker, workers)` once on each worker and returns when all have returned.
+    ///
+    /// If the gang is already running (a nested call, or another thread's), the call runs as
+    /// `work(0, 1)` on the calling thread alone, which is the same work.
+    ///
+    /// # Panics
+    /// With the panic of a worker, after all have finished.
+    pub fn run<W: Fn(usize, usize) + Sync>(&self, work: W) {
+        let alone = self.shared.workers == 1;
+        if alone || self.busy.swap(true, Ordering::Acquire) {
+            return work(0, 1);
+        }
+        let finish = Finish { gang: self };
+        self.start(&work);
+        work(0, self.shared.workers);
+        drop(finish);
+        if self.shared.panicked.swap(false, Ordering::Relaxed)
+            && let Some(panic) = lock(&self.shared.panic).take()
+        {
+            resume_unwind(panic);
+        }
+    }
+
+    fn start<W: Fn(usize, usize) + Sync>(&self, work: &W) {
+        unsafe fn call<W: Fn(usize, usize)>(closure: *const (), worker: usize, workers: usize) {
+            // SAFETY: `closure` is the `&W` of the `run` that waits for this call.
+            unsafe { (*closure.cast::<W>())(worker, workers) }
+        }
+        let shared = &*self.shared;
+        // SAFETY: `busy` is held and no worker is between an epoch and its `remaining`.
+        unsafe {
+            *shared.job.get() = Some(Job { closure: (&raw const *work).cast(), call: call::<W> })
+        };
+        shared.remaining.0.store(shared.workers as u32 - 1, Ordering::Relaxed);
+        shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        // Either this load sees the sleeper, or the sleeper's check of `epoch` sees the change:
+        // both are sequentially consistent, in opposite orders.
+        if shared.sleeping.load(Ordering::SeqCst) > 0 {
+            drop(lock(&shared.sleep));
+            shared.wake.notify_all();
+        }
+    }
+}
+
+/// Waits for the workers and frees the gang, also when the caller's own share panics.
+struct Finish<'a> {
+    gang: &'a Gang,
+}
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        let shared = &*self.gang.shared;
+        let mut spins = 0u32;
+        while shared.remaining.0.load(Ordering::Acquire) > 0 {
+            spins += 1;
+            if shared.crowded || spins > 20_000 {
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+        if std::thread::panicking() {
+            // The caller's own panic is on its way; a worker's must not reach the next run.
+            shared.panicked.store(false, Ordering::Relaxed);
+        }
+        self.gang.busy.store(false, Ordering::Release);
+    }
+}
+
+impl Drop for Gang {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        drop(lock(&self.shared.sleep));
+        self.shared.wake.notify_all();
+        for thread in self.threads.drain(..) {
+            // A worker catches the panics of its work, so joining cannot fail.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Gang {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gang({})", self.shared.workers)
+    }
+}
+
+/// The life of a worker.
+fn serve(shared: &Shared, worker: usize) {
+    let mut seen = 0;
+    loop {
+        seen = next_epoch(shared, seen);
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        // SAFETY: the caller wrote the job before it changed the epoch, and leaves it until
+        // `remaining` is 0.
+        let job = unsafe { *shared.job.get() };
+        if let Some(job) = job {
+            // SAFETY: the closure lives until `remaining` is 0.
+            let run = || unsafe { (job.call)(job.closure, worker, shared.workers) };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
+                *lock(&shared.panic) = Some(panic);
+                shared.panicked.store(true, Ordering::Relaxed);
+            }
+        }
+        shared.remaining.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Spins, then sleeps, until the epoch differs from `seen`; the new epoch.
+fn next_epoch(shared: &Shared, seen: u32) -> u32 {
+    let mut spins = 0u32;
+    let mut start = None;
+    loop {
+        let epoch = shared.epoch.0.load(Ordering::Acquire);
+        if epoch != seen {
+            return epoch;
+        }
+        spins += 1;
+        if shared.crowded {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+        if spins.is_multiple_of(64) && start.get_or_insert_with(Instant::now).elapsed() > SPIN {
+            break;
+        }
+    }
+    let mut guard = lock(&shared.sleep);
+    shared.sleeping.fetch_add(1, Ordering::SeqCst);
+    let epoch = loop {
+        let epoch = shared.epoch.0.load(Ordering::SeqCst);
+        if epoch != seen {
+            break epoch;
+        }
+        guard = shared.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+    };
+    shared.sleeping.fetch_sub(1, Ordering::SeqCst);
+    epoch
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The cores that this process may use.
+#[derive(Debug, Clone)]
+pub struct Cores {
+    /// How many threads make sense: physical cores, less if a control group's quota says so.
+    pub count: usize,
+    /// One logical processor of each physical core that this process may run on; empty where the
+    /// system does not tell, or where a quota (shared with other processes) makes binding harmful.
+    pub ids: Vec<usize>,
+}
+
+/// Physical cores within this process's affinity mask and control-group quota.
+pub fn available_cores() -> Cores {
+    let limit = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let logical = affinity();
+    let mut ids: Vec<usize> = Vec::new();
+    let mut siblings_seen = Vec::new();
+    for &id in &logical {
+        let path = format!("/sys/devices/system/cpu/cpu{id}/topology/thread_siblings_list");
+        let siblings = std::fs::read_to_string(path).unwrap_or_else(|_| id.to_string());
+        if !siblings_seen.contains(&siblings) {
+            siblings_seen.push(siblings);
+            ids.push(id);
+        }
+    }
+    if ids.is_empty() {
+        return Cores { count: limit, ids };
+    }
+    let count = ids.len().min(limit);
+    if limit < logical.len() {
+        ids.clear();
+    }
+    Cores { count, ids }
+}
+
+#[cfg(target_os = "linux")]
+fn affinity() -> Vec<usize> {
+    // SAFETY: a zeroed cpu_set_t is an empty set, and the call writes at most its size.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) != 0 {
+            return Vec::new();
+        }
+        (0..libc::CPU_SETSIZE as usize).filter(|&id| libc::CPU_ISSET(id, &set)).collect()
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn bind_to(core: usize) {
+    // SAFETY: the set is valid and `core` came from the system's own mask. A refusal is harmless.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(core, &mut set);
+        libc::sched_setaffinity(0, size_of_val(&set), &raw const set);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn affinity() -> Vec<usize> {
+    Vec::new()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn bind_to(_core: usize) {}
+
+/// The part `index` of `0..total` when it is cut into `parts` nearly equal runs.
+pub fn share(total: usize, index: usize, parts: usize) -> std::ops::Range<usize> {
+    total * index / parts..total * (index + 1) / parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    #[test]
+    fn every_worker_runs_once_a_run() {
+        let gang = Gang::new(3);
+        let counts: [AtomicUsize; 3] = Default::default();
+        for run in 1..=500 {
+            gang.run(|worker, workers| {
+                assert_eq!(workers, 3);
+                counts[worker].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == run));
+        }
+    }
+
+    #[test]
+    fn sleeping_workers_wake() {
+        let gang = Gang::new(2);
+        let count = AtomicUsize::new(0);
+        for _ in 0..5 {
+            std::thread::sleep(SPIN * 4);
+            gang.run(|_, _| {
+                count.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(count.into_inner(), 10);
+    }
+
+    #[test]
+    fn a_nested_run_is_alone() {
+        let gang = Gang::new(2);
+        let total = AtomicUsize::new(0);
+        gang.run(|_, _| {
+            gang.run(|worker, workers| {
+                assert_eq!((worker, workers), (0, 1));
+                total.fetch_add(1, Ordering::Relaxed);
+            })
+        });
+        assert_eq!(total.into_inner(), 2);
+    }
+
+    #[test]
+    fn a_panic_of_any_worker_reaches_the_caller() {
+        let gang = Gang::new(2);
+        for culprit in 0..2 {
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                gang.run(|worker, _| assert_ne!(worker, culprit));
+            }));
+            assert!(caught.is_err());
+            gang.run(|_, _| ());
+        }
+    }
+
+    #[test]
+    fn shares_cover_everything_once() {
+        for total in 0..20 {
+            for parts in 1..6 {
+                let joined: Vec<usize> = (0..parts).flat_map(|i| share(total, i, parts)).collect();
+                assert_eq!(joined, (0..total).collect::<Vec<_>>());
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Which instructions the kernels may use, chosen at run time.
+//!
+//! [`Isa`] is the public choice; [`Simd`] is what a kernel is written against: sixteen lanes of
+//! `f32` or `i32` and sixty-four bytes of codes, whatever the registers of the machine are. A
+//! kernel is one generic function, instantiated inside a `#[target_feature]` wrapper for each
+//! implementation of [`Simd`], so that everything inlines into code for those features.
+//!
+//! Invariant: every implementation rounds alike (products and sums in `f32`, fused where the
+//! method says so, integer dots exact), so the integer kernels agree to the bit across ISAs.
+
+pub(crate) mod portable;
+
+use lathe_program::BackendError;
+
+/// An instruction set that kernels exist for, from the weakest to the strongest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust; runs everywhere.
+    Portable,
+}
+
+impl Isa {
+    /// All of them, weakest first.
+    pub const ALL: [Isa; 1] = [Isa::Portable];
+
+    /// The strongest that this machine has.
+    pub fn detect() -> Isa {
+        Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
+    }
+
+    /// Whether this machine (and operating system) can run it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Portable => true,
+        }
+    }
+
+    /// The name that [`Isa::parse`] reads.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+        }
+    }
+
+    /// Reads `portable`, `avx2`, ...; `None` for anything else.
+    pub fn parse(name: &str) -> Option<Isa> {
+        Isa::ALL.into_iter().find(|isa| isa.name() == name)
+    }
+
+    /// The choice of the caller, else that of the environment variable `LATHE_ISA`, else the
+    /// strongest.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] if the machine lacks the choice or `LATHE_ISA` names none.
+    pub fn select(choice: Option<Isa>) -> Result<Isa, BackendError> {
+        let isa = match choice {
+            Some(isa) => isa,
+            None => match std::env::var("LATHE_ISA") {
+                Ok(name) if !name.is_empty() => Isa::parse(&name).ok_or_else(|| {
+                    let known = Isa::ALL.map(Isa::name).join(", ");
+                    unsupported(format!("LATHE_ISA={name}: expected one of {known}"))
+                })?,
+                _ => return Ok(Isa::detect()),
+            },
+        };
+        if isa.is_available() {
+            Ok(isa)
+        } else {
+            Err(unsupported(format!("the instruction set {} on this machine", isa.name())))
+        }
+    }
+}
+
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+fn unsupported(feature: String) -> BackendError {
+    BackendError::Unsupported { backend: "cpu", feature }
+}
+
+/// Sixteen lanes of numbers and what kernels do with them.
+///
+/// # Safety
+/// Every method may be called only where the implementation's instructions exist, and pointers
+/// must be readable (or writable) for the whole vector: 64 bytes unless the method says less. No
+/// alignment is required.
+pub(crate) trait Simd: Copy + 'static {
+    /// Sixteen `f32`.
+    type F: Copy;
+    /// Sixteen `i32` (or `u32`).
+    type I: Copy;
+    /// Sixty-four bytes: four neighbours along k for each of sixteen lanes.
+    type B: Copy;
+
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn store(p: *mut f32, x: Self::F);
+    /// Sixteen `f16` (32 bytes), widened.
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// Converts `i32` lanes, rounding to nearest even.
+    unsafe fn to_f(x: Self::I) -> Self::F;
+    /// The bits of `i32` lanes as `f32`.
+    unsafe fn bits_to_f(x: Self::I) -> Self::F;
+
+    unsafe fn load_i(p: *const u32) -> Self::I;
+    /// Sixteen `i8` (16 bytes), widened with sign.
+    unsafe fn load_i8(p: *const i8) -> Self::I;
+    unsafe fn shr<const N: u32>(x: Self::I) -> Self::I;
+    unsafe fn shl<const N: u32>(x: Self::I) -> Self::I;
+    unsafe fn and(x: Self::I, mask: u32) -> Self::I;
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+
+    unsafe fn load_b(p: *const u8) -> Self::B;
+    unsafe fn b_to_i(x: Self::B) -> Self::I;
+    /// The low four bits of each byte.
+    unsafe fn low4(x: Self::B) -> Self::B;
+    /// The high four bits of each byte, moved down.
+    unsafe fn high4(x: Self::B) -> Self::B;
+    /// `codes | (plane rotated so that bit FROM lies at bit TO) & (BITS ones at bit TO)`, a byte at a time.
+    unsafe fn merge<const FROM: u32, const TO: u32, const BITS: u32>(
+        codes: Self::B,
+        plane: Self::B,
+    ) -> Self::B;
+    /// `start + sum over j and b of codes[j][lane, b] * x[4 j + b]`, exact. `codes` are unsigned
+    /// with `bits` bits and `x` has `4 * N` bytes, none of them -128.
+    unsafe fn dot<const N: usize>(
+        bits: u32,
+        start: i32,
+        codes: &[Self::B; N],
+        x: *const i8,
+    ) -> Self::I;
+
+    /// `acc + w[lane, 0] * x[0] + w[lane, 1] * x[1]` for pairs of `bf16`; only where the ISA has
+    /// an instruction for it, with that instruction's rounding.
+    unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const u32) -> Self::F;
+}

@@ -1,0 +1,137 @@
+//! [`Simd`] in plain Rust: the semantics that the other implementations are tested against.
+
+use super::Simd;
+use half::{bf16, f16};
+
+/// Arrays of sixteen, left to the compiler to vectorize.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type F = [f32; 16];
+    type I = [u32; 16];
+    type B = [u8; 64];
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::F {
+        [x; 16]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        // SAFETY: the caller gives 64 readable bytes.
+        unsafe { p.cast::<[f32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: Self::F) {
+        // SAFETY: the caller gives 64 writable bytes.
+        unsafe { p.cast::<[f32; 16]>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self::F {
+        // SAFETY: the caller gives 32 readable bytes.
+        let bits = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
+        bits.map(|b| f16::from_bits(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    unsafe fn to_f(x: Self::I) -> Self::F {
+        x.map(|v| v as i32 as f32)
+    }
+    #[inline(always)]
+    unsafe fn bits_to_f(x: Self::I) -> Self::F {
+        x.map(f32::from_bits)
+    }
+    #[inline(always)]
+    unsafe fn load_i(p: *const u32) -> Self::I {
+        // SAFETY: the caller gives 64 readable bytes.
+        unsafe { p.cast::<[u32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::I {
+        // SAFETY: the caller gives 16 readable bytes.
+        let bytes = unsafe { p.cast::<[i8; 16]>().read_unaligned() };
+        bytes.map(|b| b as i32 as u32)
+    }
+    #[inline(always)]
+    unsafe fn shr<const N: u32>(x: Self::I) -> Self::I {
+        x.map(|v| v >> N)
+    }
+    #[inline(always)]
+    unsafe fn shl<const N: u32>(x: Self::I) -> Self::I {
+        x.map(|v| v << N)
+    }
+    #[inline(always)]
+    unsafe fn and(x: Self::I, mask: u32) -> Self::I {
+        x.map(|v| v & mask)
+    }
+    #[inline(always)]
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn load_b(p: *const u8) -> Self::B {
+        // SAFETY: the caller gives 64 readable bytes.
+        unsafe { p.cast::<[u8; 64]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn b_to_i(x: Self::B) -> Self::I {
+        bytemuck::cast(x)
+    }
+    #[inline(always)]
+    unsafe fn low4(x: Self::B) -> Self::B {
+        x.map(|v| v & 15)
+    }
+    #[inline(always)]
+    unsafe fn high4(x: Self::B) -> Self::B {
+        x.map(|v| v >> 4)
+    }
+    #[inline(always)]
+    unsafe fn merge<const FROM: u32, const TO: u32, const BITS: u32>(
+        codes: Self::B,
+        plane: Self::B,
+    ) -> Self::B {
+        let mask = ((1u32 << BITS) - 1) as u8;
+        std::array::from_fn(|i| codes[i] | ((plane[i] >> FROM) & mask) << TO)
+    }
+    #[inline(always)]
+    unsafe fn dot<const N: usize>(
+        _bits: u32,
+        start: i32,
+        codes: &[Self::B; N],
+        x: *const i8,
+    ) -> Self::I {
+        let mut sum = [start; 16];
+        for (j, code) in codes.iter().enumerate() {
+            for b in 0..4 {
+                // SAFETY: the caller gives 4 * N readable bytes.
+                let factor = i32::from(unsafe { *x.add(4 * j + b) });
+                for lane in 0..16 {
+                    sum[lane] += i32::from(code[4 * lane + b]) * factor;
+                }
+            }
+        }
+        sum.map(|v| v as u32)
+    }
+    #[inline(always)]
+    unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const u32) -> Self::F {
+        // SAFETY: the caller gives one readable word.
+        let pair = unsafe { x.read_unaligned() };
+        let widen = |bits: u32| bf16::from_bits(bits as u16).to_f32();
+        let words: [u32; 16] = bytemuck::cast(w);
+        std::array::from_fn(|i| {
+            let high = widen(words[i] >> 16).mul_add(widen(pair >> 16), acc[i]);
+            widen(words[i]).mul_add(widen(pair), high)
+        })
+    }
+}

@@ -1,0 +1,393 @@
+//! `Activations`: rows of a linear group's input, prepared once for all of its matrices.
+//!
+//! Rows are grouped in blocks of sixteen (the last block may have fewer) and laid out segment by
+//! segment, so that a kernel walks one block along k with constant offsets between its rows, and
+//! so that sixteen rows of a segment are the operand of an AMX tile:
+//! ```text
+//! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
+//! int8 : segment = 32 positions, 32 bytes a row; with f32 scale, sum * scale, -zero * sum
+//! bf16 : segment = 32 positions, 64 bytes a row
+//! f32  : segment = 16 positions, 64 bytes a row
+//! ```
+//! The int8 scale is `max|x| / 127` over the segment, the code `round(x * 127 / max|x|)`, ties to
+//! even. A segment that holds a NaN or an infinity gets that as its scale, so it is not hidden.
+//! Every row is prepared alike, whatever rows are beside it.
+
+use half::bf16;
+
+use crate::gang::Gang;
+use crate::pack::memory::AlignedBytes;
+use crate::pack::{Offset, Operand, PackedMatrix};
+
+/// Rows in a block: the rows of an AMX tile, and what AVX-512's registers hold.
+pub(crate) const BLOCK: usize = 16;
+/// Positions of an int8 segment: what shares a scale.
+pub(crate) const SEGMENT: usize = 32;
+/// Every row is padded with zeros to a multiple of this: the longest chunk of a format.
+const PADDING: usize = 256;
+/// Different zero points among the matrices of one group.
+const OFFSETS_MAX: usize = 5;
+
+/// Which forms of the input a set of matrices needs. Made once, when the matrices are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Operands {
+    float: bool,
+    bf16: bool,
+    int8: bool,
+    offsets: [Option<Offset>; OFFSETS_MAX],
+}
+
+impl Operands {
+    /// What `matrices` need.
+    pub fn of<'a>(matrices: impl IntoIterator<Item = &'a PackedMatrix>) -> Operands {
+        let mut all = Operands::default();
+        for matrix in matrices {
+            match matrix.operand {
+                Operand::F32 => all.float = true,
+                Operand::Bf16 => all.bf16 = true,
+                Operand::Int8(offset) => {
+                    all.int8 = true;
+                    let known = all.offsets.contains(&Some(offset));
+                    if !known && let Some(free) = all.offsets.iter_mut().find(|o| o.is_none()) {
+                        *free = Some(offset);
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Whether activations prepared for `self` serve `operand`.
+    fn serve(&self, operand: Operand) -> bool {
+        match operand {
+            Operand::F32 => self.float,
+            Operand::Bf16 => self.bf16,
+            Operand::Int8(offset) => self.offsets.contains(&Some(offset)),
+        }
+    }
+}
+
+/// A growing plane of numbers.
+#[derive(Debug, Default)]
+struct Plane(Option<AlignedBytes>);
+
+impl Plane {
+    /// At least `bytes` long; what it held is lost if it grows.
+    fn reserve(&mut self, bytes: usize) {
+        if self.0.as_ref().is_none_or(|have| have.len() < bytes) {
+            // Activations are a few megabytes at most; like `Vec`, running out aborts.
+            let fresh = AlignedBytes::zeroed("activations", bytes);
+            self.0 = Some(fresh.expect("memory for activations"));
+        }
+    }
+
+    fn pointer<T>(&self) -> *mut T {
+        self.0.as_ref().map_or(std::ptr::null_mut(), |bytes| bytes.as_ptr().cast_mut().cast())
+    }
+}
+
+/// Prepared input rows `[rows, columns]`. Keep one and prepare it again each time: its memory is
+/// reused and only grows.
+#[derive(Debug, Default)]
+pub struct Activations {
+    rows: usize,
+    columns: usize,
+    operands: Operands,
+    float: Plane,
+    bf16: Plane,
+    codes: Plane,
+    scales: Plane,
+    sums: Plane,
+    offsets: [Plane; OFFSETS_MAX],
+    scratch: Plane,
+}
+
+/// The planes of one block, from one of its rows on; segments are `stride` rows apart.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlockView {
+    /// Rows from one segment to the next.
+    pub(crate) stride: usize,
+    /// The operand's segments.
+    pub(crate) x: *const u8,
+    /// int8: `[segments][stride]` scales.
+    pub(crate) scales: *const f32,
+    /// int8: `[segments][stride]` scale x sum of codes.
+    pub(crate) sums: *const f32,
+    /// int8: `[segments][parts][stride]` `-zero * sum of codes`.
+    pub(crate) offsets: *const i32,
+}
+
+/// Pointers to all planes, for workers that each write rows of their own.
+#[derive(Clone, Copy)]
+struct Writer {
+    rows: usize,
+    padded: usize,
+    operands: Operands,
+    float: *mut f32,
+    bf16: *mut u16,
+    codes: *mut i8,
+    scales: *mut f32,
+    sums: *mut f32,
+    offsets: [*mut i32; OFFSETS_MAX],
+    scratch: *mut f32,
+}
+
+// SAFETY: workers write disjoint rows through it (and disjoint scratch).
+unsafe impl Sync for Writer {}
+
+/// Rows that a block of `rows` is padded to: those for which kernels exist.
+pub(crate) fn padded_rows(rows: usize) -> usize {
+    match rows {
+        0..=2 => rows,
+        3..=4 => 4,
+        5..=6 => 6,
+        7..=8 => 8,
+        9..=12 => 12,
+        _ => 16,
+    }
+}
+
+impl Activations {
+    /// Nothing prepared yet.
+    pub fn new() -> Activations {
+        Activations::default()
+    }
+
+    /// Memory for `rows` of `columns`, so that [`Activations::prepare`] need not allocate.
+    pub fn reserve(&mut self, gang: &Gang, operands: Operands, rows: usize, columns: usize) {
+        let padded = columns.next_multiple_of(PADDING);
+        let rows = rows.next_multiple_of(BLOCK);
+        let (elements, segments) = (rows * padded, rows * padded / SEGMENT);
+        if operands.float {
+            self.float.reserve(elements * 4);
+        }
+        if operands.bf16 {
+            self.bf16.reserve(elements * 2);
+        }
+        if operands.int8 {
+            self.codes.reserve(elements);
+            self.scales.reserve(segments * 4);
+            self.sums.reserve(segments * 4);
+            for (plane, offset) in self.offsets.iter_mut().zip(operands.offsets) {
+                if let Some(offset) = offset {
+                    plane.reserve(segments * offset.parts * 4);
+                }
+            }
+        }
+        self.scratch.reserve(gang.workers() * padded * 4);
+    }
+
+    /// Prepares `input`, `[rows, columns]`, for matrices that need `operands`.
+    ///
+    /// # Panics
+    /// If `input` is not whole rows.
+    pub fn prepare(&mut self, gang: &Gang, operands: Operands, input: &[f32], columns: usize) {
+        let rows = input.len() / columns.max(1);
+        assert_eq!(rows * columns, input.len(), "input of whole rows");
+        let writer = self.begin(gang, operands, rows, columns);
+        for_each_row(gang, rows, columns, |_, row| {
+            // SAFETY: each row is written by one worker.
+            unsafe { writer.write_row(row, &input[row * columns..][..columns]) }
+        });
+    }
+
+    /// As [`Activations::prepare`], the rows being made on the way: `fill(row, out)` writes row
+    /// `row` to `out`, `[columns]`, on some worker (a norm, an activation, a gather).
+    pub fn prepare_with(
+        &mut self,
+        gang: &Gang,
+        operands: Operands,
+        (rows, columns): (usize, usize),
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        let writer = self.begin(gang, operands, rows, columns);
+        for_each_row(gang, rows, columns, |worker, row| {
+            // SAFETY: each worker has a scratch row of its own, and each row one worker.
+            unsafe {
+                let out = writer.scratch.add(worker * writer.padded);
+                let out = std::slice::from_raw_parts_mut(out, columns);
+                fill(row, out);
+                writer.write_row(row, out);
+            }
+        });
+    }
+
+    fn begin(&mut self, gang: &Gang, operands: Operands, rows: usize, columns: usize) -> Writer {
+        self.reserve(gang, operands, rows, columns);
+        (self.rows, self.columns, self.operands) = (rows, columns, operands);
+        Writer {
+            rows,
+            padded: columns.next_multiple_of(PADDING),
+            operands,
+            float: self.float.pointer(),
+            bf16: self.bf16.pointer(),
+            codes: self.codes.pointer(),
+            scales: self.scales.pointer(),
+            sums: self.sums.pointer(),
+            offsets: std::array::from_fn(|i| self.offsets[i].pointer()),
+            scratch: self.scratch.pointer(),
+        }
+    }
+
+    /// Rows prepared.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements of a row.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Blocks of up to sixteen rows.
+    pub(crate) fn blocks(&self) -> usize {
+        self.rows.div_ceil(BLOCK)
+    }
+
+    /// Rows of block `block`.
+    pub(crate) fn block_rows(&self, block: usize) -> usize {
+        (self.rows - block * BLOCK).min(BLOCK)
+    }
+
+    pub(crate) fn serves(&self, matrix: &PackedMatrix) -> bool {
+        self.columns == matrix.columns() && self.operands.serve(matrix.operand)
+    }
+
+    /// Block `block` from its row `first` on, as `operand`.
+    pub(crate) fn view(&self, operand: Operand, block: usize, first: usize) -> BlockView {
+        debug_assert!(block < self.blocks());
+        let stride = padded_rows(self.block_rows(block));
+        let padded = self.columns.next_multiple_of(PADDING);
+        let elements = block * BLOCK * padded;
+        let segments = elements / SEGMENT + first;
+        let none = std::ptr::null();
+        let mut view = BlockView {
+            stride,
+            x: none,
+            scales: none.cast(),
+            sums: none.cast(),
+            offsets: none.cast(),
+        };
+        // SAFETY: the planes were reserved for all blocks, and `first` is a row of this one.
+        unsafe {
+            match operand {
+                Operand::F32 => view.x = self.float.pointer::<u8>().add(elements * 4 + first * 64),
+                Operand::Bf16 => view.x = self.bf16.pointer::<u8>().add(elements * 2 + first * 64),
+                Operand::Int8(offset) => {
+                    let index = self.operands.offsets.iter().position(|o| *o == Some(offset));
+                    let plane =
+                        self.offsets[index.expect("activations serve the matrix")].pointer::<i32>();
+                    view.x = self.codes.pointer::<u8>().add(elements + first * SEGMENT);
+                    view.scales = self.scales.pointer::<f32>().add(segments);
+                    view.sums = self.sums.pointer::<f32>().add(segments);
+                    view.offsets = plane.add(elements / SEGMENT * offset.parts + first);
+                }
+            }
+        }
+        view
+    }
+}
+
+/// Runs `work(worker, row)` for each row, on the gang if that is worth its start.
+fn for_each_row(gang: &Gang, rows: usize, columns: usize, work: impl Fn(usize, usize) + Sync) {
+    if rows < 2 || rows * columns < 4096 {
+        for row in 0..rows {
+            work(0, row);
+        }
+        return;
+    }
+    gang.run(|worker, workers| {
+        for row in crate::gang::share(rows, worker, workers) {
+            work(worker, row);
+        }
+    });
+}
+
+impl Writer {
+    /// # Safety
+    /// The planes hold `rows` rows of `padded`, `row < rows`, and nobody else writes this row.
+    unsafe fn write_row(&self, row: usize, x: &[f32]) {
+        let block = row / BLOCK;
+        let stride = padded_rows((self.rows - block * BLOCK).min(BLOCK));
+        let elements = block * BLOCK * self.padded;
+        let first = row % BLOCK;
+        // SAFETY: as the caller promises; offsets stay below `rows * padded` rounded up to blocks.
+        unsafe {
+            if self.operands.float {
+                let plane = self.float.add(elements + first * 16);
+                write_segments::<16, f32>(x, self.padded, plane, stride, |v| v);
+            }
+            if self.operands.bf16 {
+                let plane = self.bf16.add(elements + first * 32);
+                write_segments::<32, u16>(x, self.padded, plane, stride, |v| {
+                    bf16::from_f32(v).to_bits()
+                });
+            }
+            if self.operands.int8 {
+                self.write_int8(x, elements, first, stride);
+            }
+        }
+    }
+
+    unsafe fn write_int8(&self, x: &[f32], elements: usize, first: usize, stride: usize) {
+        for segment in 0..self.padded / SEGMENT {
+            let from = (segment * SEGMENT).min(x.len());
+            let part = &x[from..x.len().min(from + SEGMENT)];
+            let mut values = [0f32; SEGMENT];
+            values[..part.len()].copy_from_slice(part);
+            let (codes, scale) = quantize_segment(&values);
+            let sum_of = |codes: &[i8]| codes.iter().map(|&c| i32::from(c)).sum::<i32>();
+            let halves = [sum_of(&codes[..16]), sum_of(&codes[16..])];
+            let sum = halves[0] + halves[1];
+            let at = elements / SEGMENT + segment * stride + first;
+            // SAFETY: as `write_row`.
+            unsafe {
+                self.codes.add(at * SEGMENT).cast::<[i8; SEGMENT]>().write_unaligned(codes);
+                self.scales.add(at).write(scale);
+                self.sums.add(at).write(scale * sum as f32);
+                for (plane, offset) in self.offsets.iter().zip(self.operands.offsets) {
+                    let Some(offset) = offset else { break };
+                    if offset.parts == 1 {
+                        plane.add(at).write(-offset.zero * sum);
+                    } else {
+                        let at = elements / SEGMENT * 2 + segment * 2 * stride + first;
+                        plane.add(at).write(-offset.zero * halves[0]);
+                        plane.add(at + stride).write(-offset.zero * halves[1]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Codes and scale of 32 values.
+#[inline(always)]
+pub(crate) fn quantize_segment(x: &[f32; SEGMENT]) -> ([i8; SEGMENT], f32) {
+    // The bit pattern orders absolute values, with infinities and NaNs above all numbers.
+    let bits = x.iter().map(|v| v.to_bits() & 0x7fff_ffff).fold(0, u32::max);
+    let largest = f32::from_bits(bits);
+    let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
+    let codes = x.map(|v| ((v * inverse + 12_582_912.0).to_bits() & 0xff) as u8 as i8);
+    (codes, largest / 127.0)
+}
+
+/// Writes a row as segments of `N`, `stride` rows apart, padded with zeros to `padded`.
+unsafe fn write_segments<const N: usize, T: Copy + Default>(
+    x: &[f32],
+    padded: usize,
+    plane: *mut T,
+    stride: usize,
+    convert: impl Fn(f32) -> T,
+) {
+    for segment in 0..padded / N {
+        let from = (segment * N).min(x.len());
+        let part = &x[from..x.len().min(from + N)];
+        let mut values = [T::default(); N];
+        for (value, &v) in values.iter_mut().zip(part) {
+            *value = convert(v);
+        }
+        // SAFETY: the caller gives room for `padded` elements of this row.
+        unsafe { plane.add(segment * stride * N).cast::<[T; N]>().write_unaligned(values) }
+    }
+}

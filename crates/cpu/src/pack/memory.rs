@@ -1,0 +1,99 @@
+//! Memory for weights and activations: zeroed, aligned to cache lines, on huge pages where large.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+
+use lathe_program::BackendError;
+
+/// Above this a buffer asks for huge pages: a worker that streams 4 KiB pages stalls on a page
+/// walk every 64 cache lines, and the hardware prefetcher stops at each page's end.
+const HUGE: usize = 2 << 20;
+
+/// A fixed number of zeroed bytes, aligned to 64 (to 2 MiB where large).
+pub(crate) struct AlignedBytes {
+    pointer: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: it owns its bytes like a `Box<[u8]>`.
+unsafe impl Send for AlignedBytes {}
+// SAFETY: as above; shared access is read-only.
+unsafe impl Sync for AlignedBytes {}
+
+impl AlignedBytes {
+    /// `len` zeroed bytes for `what`.
+    pub(crate) fn zeroed(what: &'static str, len: usize) -> Result<AlignedBytes, BackendError> {
+        let alignment = if len >= HUGE { HUGE } else { 64 };
+        let error = || BackendError::Memory { what, bytes: len };
+        let layout = Layout::from_size_align(len.max(1), alignment).map_err(|_| error())?;
+        if len >= HUGE {
+            return Self::mapped(layout).ok_or_else(error);
+        }
+        // SAFETY: the layout is not empty.
+        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(error)?;
+        Ok(AlignedBytes { pointer, layout })
+    }
+
+    #[cfg(target_os = "linux")]
+    fn mapped(layout: Layout) -> Option<AlignedBytes> {
+        let len = layout.size().checked_next_multiple_of(HUGE)?;
+        // SAFETY: a fresh anonymous mapping; the surplus for alignment is unmapped at once.
+        unsafe {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let total = len.checked_add(HUGE)?;
+            let base = libc::mmap(std::ptr::null_mut(), total, protection, flags, -1, 0);
+            if base == libc::MAP_FAILED {
+                return None;
+            }
+            let before = base.align_offset(HUGE);
+            let start = base.byte_add(before);
+            if before > 0 {
+                libc::munmap(base, before);
+            }
+            libc::munmap(start.byte_add(len), HUGE - before);
+            libc::madvise(start, len, libc::MADV_HUGEPAGE);
+            Some(AlignedBytes { pointer: NonNull::new(start.cast())?, layout })
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn mapped(layout: Layout) -> Option<AlignedBytes> {
+        // SAFETY: the layout is not empty.
+        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(AlignedBytes { pointer, layout })
+    }
+
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.layout.size()
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        self.pointer.as_ptr()
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.pointer.as_ptr()
+    }
+}
+
+impl Drop for AlignedBytes {
+    fn drop(&mut self) {
+        #[cfg(target_os = "linux")]
+        if self.layout.size() >= HUGE {
+            let len = self.layout.size().next_multiple_of(HUGE);
+            // SAFETY: `mapped` made this mapping with this length.
+            unsafe { libc::munmap(self.pointer.as_ptr().cast(), len) };
+            return;
+        }
+        // SAFETY: allocated with this layout.
+        unsafe { dealloc(self.pointer.as_ptr(), self.layout) }
+    }
+}
+
+impl std::fmt::Debug for AlignedBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AlignedBytes({})", self.len())
+    }
+}
