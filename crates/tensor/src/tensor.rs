@@ -1,7 +1,15 @@
 //! `Tensor`: a shape, a format and the bytes.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
 use crate::bytes::Bytes;
-use crate::format::Format;
+use crate::codec;
+use crate::format::{Block, FloatType, Format, ScaleGrid, ScaledFormat, ZeroPoint};
+
+/// Elements below which a second thread does not pay.
+const PARALLEL_ELEMENTS_MIN: usize = 1 << 16;
 
 /// A tensor in memory, read-only. The last dimension is contiguous; for weights it is the
 /// input dimension, and every block format runs along it.
@@ -14,20 +22,37 @@ pub struct Tensor {
     /// Plain floats or GGUF blocks, row-major; for `Format::Scaled` the codes, packed low bits
     /// first along a row, each row starting on a byte.
     pub codes: Bytes,
-    /// Scales of `Format::Scaled`, `[rows, blocks]` in the scale's type; empty otherwise.
+    /// Scales of `Format::Scaled`, `[rows, blocks]` in the scale's type (see [`ScaleGrid`] for
+    /// tiles and stacks of matrices); empty otherwise.
     pub scales: Bytes,
-    /// Zero points of `ZeroPoint::Int` as `u8`/`i8`, `[rows, blocks]`; empty otherwise.
+    /// Zero points of `ZeroPoint::Int` as `i8`, in the scales' order; empty otherwise.
     pub zeros: Bytes,
     /// The multiplier of the whole tensor (`ScaleType::E4M3Global`); 1 otherwise.
     pub global_scale: f32,
 }
 
 /// Why a tensor could not be made or read.
-#[derive(Debug, thiserror::Error, PartialEq)]
+#[derive(Debug, Clone, thiserror::Error, PartialEq)]
 pub enum TensorError {
     /// The bytes do not fit the shape and format.
     #[error("tensor of shape {shape:?} in {format} needs {expected} bytes, found {found}")]
     Size {
+        /// The shape asked for.
+        shape: Vec<usize>,
+        /// The format asked for.
+        format: Format,
+        /// Bytes that shape and format need.
+        expected: usize,
+        /// Bytes that were given.
+        found: usize,
+    },
+    /// The scales or zero points do not fit the shape and format.
+    #[error(
+        "tensor of shape {shape:?} in {format} needs {expected} bytes of {what}, found {found}"
+    )]
+    Side {
+        /// `scales` or `zeros`.
+        what: &'static str,
         /// The shape asked for.
         shape: Vec<usize>,
         /// The format asked for.
@@ -53,4 +78,357 @@ pub enum TensorError {
         /// The shape asked for.
         shape: Vec<usize>,
     },
+    /// Rows that the tensor does not have, or that its blocks do not let apart.
+    #[error("rows {rows:?} cannot be taken from shape {shape:?} in {format}: {reason}")]
+    Rows {
+        /// The rows asked for (first and last of a gather).
+        rows: Range<usize>,
+        /// The tensor's shape.
+        shape: Vec<usize>,
+        /// The tensor's format.
+        format: Format,
+        /// What stands in the way.
+        reason: &'static str,
+    },
+    /// No format has this name.
+    #[error("unknown number format {name:?}")]
+    UnknownFormat {
+        /// What was asked for.
+        name: String,
+    },
+}
+
+/// `f32` numbers as the owner of bytes, so that they stay aligned.
+struct FloatBytes(Vec<f32>);
+
+impl AsRef<[u8]> for FloatBytes {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+impl Tensor {
+    /// A tensor of plain floats or GGUF blocks.
+    ///
+    /// # Errors
+    /// If `codes` is not exactly as long as shape and format say.
+    pub fn new(shape: Vec<usize>, format: Format, codes: Bytes) -> Result<Tensor, TensorError> {
+        let none = Bytes::new(Vec::new());
+        Self::new_scaled(shape, format, codes, none.clone(), none, 1.0)
+    }
+
+    /// A tensor in any format, with its scales, zero points and global multiplier.
+    ///
+    /// # Errors
+    /// If a plane is not exactly as long as shape and format say.
+    pub fn new_scaled(
+        shape: Vec<usize>,
+        format: Format,
+        codes: Bytes,
+        scales: Bytes,
+        zeros: Bytes,
+        global_scale: f32,
+    ) -> Result<Tensor, TensorError> {
+        let expected = format.bytes_for(&shape)?;
+        if codes.len() != expected {
+            return Err(TensorError::Size { shape, format, expected, found: codes.len() });
+        }
+        let (scale_bytes, zero_bytes) = match format {
+            Format::Scaled(s) => {
+                let overflow = || TensorError::Overflow { shape: shape.clone() };
+                let grid = s.grid(&shape).ok_or_else(overflow)?;
+                (
+                    grid.len() * s.scale.bytes(),
+                    if s.zero == ZeroPoint::Int { grid.len() } else { 0 },
+                )
+            }
+            _ => (0, 0),
+        };
+        for (what, found, expected) in
+            [("scales", scales.len(), scale_bytes), ("zeros", zeros.len(), zero_bytes)]
+        {
+            if found != expected {
+                return Err(TensorError::Side { what, shape, format, expected, found });
+            }
+        }
+        Ok(Tensor { shape, format, codes, scales, zeros, global_scale })
+    }
+
+    /// An `f32` tensor with these numbers, copied.
+    ///
+    /// # Panics
+    /// If `values` is not exactly as long as the shape says.
+    pub fn from_f32(shape: &[usize], values: &[f32]) -> Tensor {
+        Self::from_f32_vec(shape.to_vec(), values.to_vec())
+    }
+
+    /// An `f32` tensor that owns these numbers.
+    ///
+    /// # Panics
+    /// If `values` is not exactly as long as the shape says.
+    pub fn from_f32_vec(shape: Vec<usize>, values: Vec<f32>) -> Tensor {
+        Self::new(shape, Format::F32, Bytes::new(FloatBytes(values)))
+            .expect("values fill the shape")
+    }
+
+    /// Rows of the tensor seen as a matrix: the product of all dimensions but the last.
+    pub fn rows(&self) -> usize {
+        self.shape[..self.shape.len().saturating_sub(1)].iter().product()
+    }
+
+    /// Elements of a row: the last dimension (1 for a scalar).
+    pub fn columns(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Elements in all.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes in all: codes, scales and zero points.
+    pub fn byte_len(&self) -> usize {
+        self.codes.len() + self.scales.len() + self.zeros.len()
+    }
+
+    /// The numbers themselves, if they are `f32` and lie aligned on a little-endian machine.
+    pub fn as_f32(&self) -> Option<&[f32]> {
+        let readable = self.format == Format::F32 && cfg!(target_endian = "little");
+        readable.then(|| bytemuck::try_cast_slice(&self.codes).ok()).flatten()
+    }
+
+    /// Every number, row-major. Large tensors are converted by all threads.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.elements()];
+        let (rows, columns) = (self.rows(), self.columns());
+        if out.is_empty() {
+            return out;
+        }
+        if out.len() < PARALLEL_ELEMENTS_MIN {
+            self.rows_into(0..rows, &mut out);
+        } else if rows == 1 {
+            out = self.single_row_to_f32();
+        } else {
+            let chunk_rows = (PARALLEL_ELEMENTS_MIN / columns).max(1);
+            out.par_chunks_mut(chunk_rows * columns).enumerate().for_each(|(i, part)| {
+                let start = i * chunk_rows;
+                self.rows_into(start..start + part.len() / columns, part);
+            });
+        }
+        out
+    }
+
+    fn single_row_to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.elements()];
+        match self.format {
+            Format::Scaled(_) => self.row_into(0, &mut out),
+            format => {
+                let chunk = PARALLEL_ELEMENTS_MIN.next_multiple_of(format.block_len());
+                let chunk_bytes = format.row_bytes(chunk).expect("whole blocks");
+                out.par_chunks_mut(chunk)
+                    .zip(self.codes.par_chunks(chunk_bytes))
+                    .for_each(|(part, codes)| codec::dequantize(format, codes, part));
+            }
+        }
+        out
+    }
+
+    /// Dequantizes row `row` of the `[rows, columns]` view into `out`.
+    ///
+    /// # Panics
+    /// If there is no such row or `out` is not one row long.
+    pub fn row_into(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.columns(), "one row");
+        self.rows_into(row..row + 1, out);
+    }
+
+    /// Dequantizes rows `rows` of the `[rows, columns]` view into `out`.
+    ///
+    /// # Panics
+    /// If there are no such rows or `out` is not exactly as long as they are.
+    pub fn rows_into(&self, rows: Range<usize>, out: &mut [f32]) {
+        assert!(rows.start <= rows.end && rows.end <= self.rows(), "rows within the tensor");
+        assert_eq!(out.len(), rows.len() * self.columns(), "as many numbers as the rows have");
+        match self.format {
+            Format::Scaled(format) => {
+                for (row, out) in rows.zip(out.chunks_mut(self.columns().max(1))) {
+                    codec::scaled::dequantize_row(self, &format, row, out);
+                }
+            }
+            format => {
+                let bytes = self.row_bytes();
+                codec::dequantize(format, &self.codes[rows.start * bytes..rows.end * bytes], out);
+            }
+        }
+    }
+
+    /// Bytes of `codes` that one row takes.
+    pub fn row_bytes(&self) -> usize {
+        self.format.row_bytes(self.columns()).expect("checked when the tensor was made")
+    }
+
+    /// Rows `rows` of the `[rows, columns]` view, as a `[n, columns]` tensor, without a copy.
+    ///
+    /// # Errors
+    /// If there are no such rows, or if they would cut a block that spans rows (tiles) or
+    /// belong to several matrices with blocks of their own.
+    pub fn slice_rows(&self, rows: Range<usize>) -> Result<Tensor, TensorError> {
+        let refuse = |reason| TensorError::Rows {
+            rows: rows.clone(),
+            shape: self.shape.clone(),
+            format: self.format,
+            reason,
+        };
+        if rows.start > rows.end || rows.end > self.rows() {
+            return Err(refuse("there are fewer rows"));
+        }
+        let bytes = self.row_bytes();
+        let mut part = self.clone();
+        part.shape = vec![rows.len(), self.columns()];
+        part.codes = self.codes.slice(rows.start * bytes..rows.end * bytes);
+        if let Format::Scaled(format) = self.format {
+            let grid = self.grid(&format);
+            let range = if rows.is_empty() {
+                0..0
+            } else {
+                slice_grid(&grid, format.block, &rows).map_err(refuse)?
+            };
+            let scale = format.scale.bytes();
+            part.scales = self.scales.slice(range.start * scale..range.end * scale);
+            if format.zero == ZeroPoint::Int {
+                part.zeros = self.zeros.slice(range);
+            }
+        }
+        Ok(part)
+    }
+
+    /// The given rows of the `[rows, columns]` view, in that order, copied into a
+    /// `[rows.len(), columns]` tensor of the same format.
+    ///
+    /// # Errors
+    /// If a row does not exist, or if a block spans rows (tiles, several matrices).
+    pub fn gather_rows(&self, rows: &[usize]) -> Result<Tensor, TensorError> {
+        let bounds = rows.iter().min().copied().unwrap_or(0)
+            ..rows.iter().max().map_or(0, |&last| last.saturating_add(1));
+        let refuse = |reason| TensorError::Rows {
+            rows: bounds.clone(),
+            shape: self.shape.clone(),
+            format: self.format,
+            reason,
+        };
+        if bounds.end > self.rows() {
+            return Err(refuse("there are fewer rows"));
+        }
+        let gather = |plane: &Bytes, bytes: usize| {
+            let mut out = Vec::with_capacity(rows.len() * bytes);
+            rows.iter().for_each(|row| out.extend_from_slice(&plane[row * bytes..][..bytes]));
+            Bytes::new(out)
+        };
+        let mut part = self.clone();
+        part.shape = vec![rows.len(), self.columns()];
+        part.codes = gather(&self.codes, self.row_bytes());
+        if let Format::Scaled(format) = self.format {
+            let grid = self.grid(&format);
+            match format.block {
+                Block::Channel | Block::Group(_) => {
+                    part.scales = gather(&self.scales, grid.columns * format.scale.bytes());
+                    if format.zero == ZeroPoint::Int {
+                        part.zeros = gather(&self.zeros, grid.columns);
+                    }
+                }
+                Block::Tensor if grid.matrices == 1 && !rows.is_empty() => {}
+                Block::Tensor | Block::Tile(..) => {
+                    return Err(refuse("a block spans several rows"));
+                }
+            }
+        }
+        Ok(part)
+    }
+
+    /// The same bytes under another shape.
+    ///
+    /// # Errors
+    /// If the format does not give the new shape the same bytes in every plane.
+    pub fn reshape(&self, shape: Vec<usize>) -> Result<Tensor, TensorError> {
+        let (codes, scales, zeros) = (self.codes.clone(), self.scales.clone(), self.zeros.clone());
+        Tensor::new_scaled(shape, self.format, codes, scales, zeros, self.global_scale)
+    }
+
+    /// The grid of scales that `format` has for this tensor's shape.
+    pub(crate) fn grid(&self, format: &ScaledFormat) -> ScaleGrid {
+        format.grid(&self.shape).expect("checked when the tensor was made")
+    }
+}
+
+/// Which scales go with `rows`, or why they cannot be had apart.
+fn slice_grid(
+    grid: &ScaleGrid,
+    block: Block,
+    rows: &Range<usize>,
+) -> Result<Range<usize>, &'static str> {
+    let spans_rows = matches!(block, Block::Tensor | Block::Tile(..));
+    if spans_rows {
+        let last = rows.end - 1;
+        if rows.start / grid.matrix_rows != last / grid.matrix_rows {
+            return Err("they belong to several matrices");
+        }
+        let (start, end) = (rows.start % grid.matrix_rows, last % grid.matrix_rows + 1);
+        let whole = matches!(block, Block::Tensor);
+        let cut_end = end != grid.matrix_rows && !end.is_multiple_of(grid.block_rows);
+        if !whole && (!start.is_multiple_of(grid.block_rows) || cut_end) {
+            return Err("they cut a block that spans rows");
+        }
+    }
+    let start = grid.row_start(rows.start);
+    Ok(start..grid.row_start(rows.end - 1) + grid.columns)
+}
+
+impl From<FloatType> for Format {
+    fn from(value: FloatType) -> Self {
+        Format::Float(value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::GgmlType;
+
+    #[test]
+    fn floats_go_in_and_out() {
+        let values: Vec<f32> = (0..6).map(|i| i as f32 - 2.5).collect();
+        let tensor = Tensor::from_f32(&[2, 3], &values);
+        assert_eq!(tensor.to_f32(), values);
+        assert_eq!(tensor.as_f32(), Some(values.as_slice()));
+        assert_eq!(tensor.slice_rows(1..2).unwrap().to_f32(), &values[3..]);
+        assert_eq!(tensor.gather_rows(&[1, 0, 1]).unwrap().shape, [3, 3]);
+        assert_eq!(tensor.gather_rows(&[1, 1]).unwrap().to_f32()[3..], values[3..]);
+        assert!(matches!(tensor.slice_rows(1..3), Err(TensorError::Rows { .. })));
+        assert!(matches!(tensor.gather_rows(&[2]), Err(TensorError::Rows { .. })));
+        assert_eq!(Tensor::from_f32(&[], &[7.0]).to_f32(), [7.0]);
+        assert!(Tensor::from_f32(&[0, 4], &[]).to_f32().is_empty());
+    }
+
+    #[test]
+    fn parallel_and_serial_agree() {
+        let format = Format::Ggml(GgmlType::Q5_1);
+        let codes: Vec<u8> = (0..(1 << 13) * 24).map(|i| (i * 37 % 113) as u8).collect();
+        let flat = Tensor::new(vec![1 << 18], format, Bytes::new(codes.clone())).unwrap();
+        let tall = Tensor::new(vec![1 << 10, 1 << 8], format, Bytes::new(codes)).unwrap();
+        let all = tall.to_f32();
+        assert_eq!(flat.to_f32(), all);
+        let mut row = vec![0.0; 256];
+        tall.row_into(777, &mut row);
+        assert_eq!(row, all[777 * 256..778 * 256]);
+    }
+
+    #[test]
+    fn wrong_sizes_are_refused() {
+        let bytes = Bytes::new(vec![0u8; 17]);
+        let q4 = Format::Ggml(GgmlType::Q4_0);
+        assert!(matches!(
+            Tensor::new(vec![32], q4, bytes),
+            Err(TensorError::Size { expected: 18, found: 17, .. })
+        ));
+    }
 }
