@@ -1,0 +1,376 @@
+//! `Engine`: the loop around scheduler, executor, samplers and texts.
+
+use std::collections::BTreeMap;
+
+use lathe_program::{BackendError, Executor};
+
+use crate::math;
+use crate::request::{AddError, Event, FinishReason, Request, RequestId, TokenLogprobs};
+use crate::sampler::{Sampler, Scratch};
+use crate::scheduler::{Plan, Scheduler, SchedulerConfig};
+use crate::text::{TextDecoder, TextOutput};
+
+/// Limits and switches of an engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Rows of a step at most; no more than the executor was prepared for.
+    pub rows_max: usize,
+    /// Sequences that run at a time at most (and never more than `rows_max`).
+    pub sequences_max: usize,
+    /// Requests that wait at most.
+    pub waiting_max: usize,
+    /// Pages of the KV cache; as many as the executor was prepared with.
+    pub kv_blocks: usize,
+    /// Keep blocks of finished texts for requests that begin alike.
+    pub prefix_cache: bool,
+    /// Seed of the prefix hashes. No text depends on it.
+    pub prefix_seed: u64,
+    /// `false` recomputes the whole text for each token, to show what the cache is for.
+    pub kv_cache: bool,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        EngineConfig {
+            rows_max: 512,
+            sequences_max: 64,
+            waiting_max: 1024,
+            kv_blocks: 1024,
+            prefix_cache: true,
+            prefix_seed: 0,
+            kv_cache: true,
+        }
+    }
+}
+
+/// Why the engine could not be made or could not step.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A configuration that cannot run anything.
+    #[error("{name} is 0, expected at least 1")]
+    Config {
+        /// Which field of [`EngineConfig`].
+        name: &'static str,
+    },
+    /// The executor failed. No request has advanced; the step may be tried again.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The executor returned logits of another shape.
+    #[error("the executor returned {found} logits, expected {expected}")]
+    Logits {
+        /// Numbers returned.
+        found: usize,
+        /// Rows asked for times vocabulary.
+        expected: usize,
+    },
+}
+
+/// What the engine is doing and has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stats {
+    /// Requests without blocks.
+    pub waiting: usize,
+    /// Requests with blocks.
+    pub running: usize,
+    /// Pages of the cache.
+    pub blocks_total: usize,
+    /// Pages that running requests hold.
+    pub blocks_used: usize,
+    /// Unreferenced pages whose contents are kept for later requests.
+    pub blocks_idle: usize,
+    /// Steps run.
+    pub steps: u64,
+    /// Rows run.
+    pub rows: u64,
+    /// Times that a request's blocks were taken for another.
+    pub preemptions: u64,
+    /// Tokens of requests when they first ran: what was looked up among cached prefixes.
+    pub prefix_queried_tokens: u64,
+    /// Those of them that were found and not computed again.
+    pub prefix_hit_tokens: u64,
+    /// Tokens of preempted requests that were still cached when they ran again.
+    pub resumed_hit_tokens: u64,
+    /// Requests accepted.
+    pub requests: u64,
+    /// Prompt tokens accepted.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generated_tokens: u64,
+}
+
+impl Stats {
+    /// Share of looked-up tokens that were found, 0 to 1; 0 before the first.
+    pub fn prefix_hit_rate(&self) -> f64 {
+        self.prefix_hit_tokens as f64 / self.prefix_queried_tokens.max(1) as f64
+    }
+}
+
+/// One request's side of the output.
+struct Output {
+    sampler: Sampler,
+    text: TextOutput,
+    request: Request,
+    /// Tokens to generate at most, the room in context and cache included.
+    tokens_max: usize,
+    generated: usize,
+}
+
+/// Serves requests with one executor.
+pub struct Engine {
+    executor: Box<dyn Executor>,
+    scheduler: Scheduler,
+    outputs: BTreeMap<RequestId, Output>,
+    /// Events of [`Engine::cancel`], handed out by the next step.
+    pending: Vec<Event>,
+    scratch: Scratch,
+    config: EngineConfig,
+    stats: Stats,
+}
+
+impl Engine {
+    /// An engine without requests. `executor` was prepared for `config`'s rows and pages.
+    pub fn new(executor: Box<dyn Executor>, config: EngineConfig) -> Result<Engine, EngineError> {
+        let limits = [
+            ("rows_max", config.rows_max),
+            ("sequences_max", config.sequences_max),
+            ("kv_blocks", config.kv_blocks),
+        ];
+        if let Some(&(name, _)) = limits.iter().find(|(_, value)| *value == 0) {
+            return Err(EngineError::Config { name });
+        }
+        let limits = SchedulerConfig {
+            rows_max: config.rows_max,
+            sequences_max: config.sequences_max,
+            kv_blocks: config.kv_blocks,
+            prefix_seed: config.prefix_cache.then_some(config.prefix_seed),
+            kv_cache: config.kv_cache,
+        };
+        let scheduler = Scheduler::new(limits, &executor.program().kv);
+        let (outputs, pending, scratch, stats) = Default::default();
+        Ok(Engine { executor, scheduler, outputs, pending, scratch, config, stats })
+    }
+
+    /// Queues a request. Text deltas need a `decoder`; without one they are empty.
+    pub fn add(
+        &mut self,
+        request: Request,
+        decoder: Option<Box<dyn TextDecoder>>,
+    ) -> Result<RequestId, AddError> {
+        let tokens_max = self.check(&request, decoder.is_some())?;
+        let id = RequestId(self.stats.requests);
+        self.stats.requests += 1;
+        self.stats.prompt_tokens += request.prompt.len() as u64;
+        self.scheduler.add(id, request.prompt.clone());
+        let output = Output {
+            sampler: Sampler::new(request.sampling.clone(), &request.prompt),
+            text: TextOutput::new(decoder, request.stop_strings.clone()),
+            request,
+            tokens_max,
+            generated: 0,
+        };
+        self.outputs.insert(id, output);
+        Ok(id)
+    }
+
+    /// Whether the request can be served, and how many tokens it may generate.
+    fn check(&self, request: &Request, has_decoder: bool) -> Result<usize, AddError> {
+        let program = self.executor.program();
+        let (vocabulary, context_max) = (program.vocabulary, program.context_max);
+        let tokens = request.prompt.len();
+        if tokens == 0 {
+            return Err(AddError::EmptyPrompt);
+        }
+        if request.max_tokens == Some(0) {
+            return Err(AddError::NothingToGenerate);
+        }
+        if let Some(position) =
+            request.prompt.iter().position(|&token| token as usize >= vocabulary)
+        {
+            return Err(AddError::TokenOutOfRange {
+                token: request.prompt[position],
+                position,
+                vocabulary,
+            });
+        }
+        if tokens >= context_max {
+            return Err(AddError::PromptTooLong { tokens, context_max });
+        }
+        request.sampling.validate(vocabulary)?;
+        if let Some(index) = request.stop_strings.iter().position(String::is_empty) {
+            return Err(AddError::EmptyStopString { index });
+        }
+        if !request.stop_strings.is_empty() && !has_decoder {
+            return Err(AddError::StopStringsNeedText { stop_strings: request.stop_strings.len() });
+        }
+        let waiting = self.scheduler.waiting();
+        if waiting >= self.config.waiting_max {
+            return Err(AddError::QueueFull { waiting, waiting_max: self.config.waiting_max });
+        }
+        self.room(tokens, request.max_tokens)
+    }
+
+    /// Tokens that may follow a prompt of `tokens`: as the request asks, within context and cache.
+    fn room(&self, tokens: usize, max_tokens: Option<usize>) -> Result<usize, AddError> {
+        let context_max = self.executor.program().context_max;
+        let cache = self.scheduler.cache();
+        // The last token that is generated is never computed, so it takes no place in the cache.
+        let fits = (cache.length_max(context_max) + 1).saturating_sub(tokens);
+        let wanted = max_tokens.unwrap_or(fits).clamp(1, context_max - tokens);
+        if wanted > fits {
+            let (needed, available) = (cache.pages_for(tokens + wanted - 1), cache.pool().pages());
+            return Err(AddError::TooFewBlocks { needed, available });
+        }
+        Ok(wanted)
+    }
+
+    /// Ends a request at once; its `Finished` event comes with the next step. Text that was held
+    /// back is dropped. `false` if there is no such request (any more).
+    pub fn cancel(&mut self, request: RequestId) -> bool {
+        let exists = self.outputs.contains_key(&request);
+        if exists {
+            let finished = self.finish(request, FinishReason::Cancelled);
+            self.pending.push(finished);
+        }
+        exists
+    }
+
+    /// Whether there is nothing to do and nothing to report.
+    pub fn is_idle(&self) -> bool {
+        self.outputs.is_empty() && self.pending.is_empty()
+    }
+
+    /// Schedules rows, runs them, samples and commits: the whole loop. Returns what happened, in
+    /// order of arrival within the step. Without requests it does nothing.
+    pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
+        let plan = self.scheduler.schedule();
+        let chosen = self.run_and_sample(&plan)?;
+        self.scheduler.commit(&plan);
+        let mut events = std::mem::take(&mut self.pending);
+        chosen.into_iter().for_each(|chosen| self.report(chosen, &mut events));
+        Ok(events)
+    }
+
+    /// Runs the step and chooses a token for each sequence that samples.
+    fn run_and_sample(&mut self, plan: &Plan) -> Result<Vec<Chosen>, EngineError> {
+        if plan.sequences.is_empty() {
+            return Ok(Vec::new());
+        }
+        let vocabulary = self.executor.program().vocabulary;
+        let logits = self.executor.run(&plan.step)?.logits;
+        let expected = plan.step.logits_rows.len() * vocabulary;
+        if logits.len() != expected {
+            return Err(EngineError::Logits { found: logits.len(), expected });
+        }
+        let sampling = plan.sequences.iter().filter(|part| part.samples).map(|part| part.request);
+        let choose = |(request, logits): (RequestId, &[f32])| {
+            let output = &self.outputs[&request];
+            let position = output.request.prompt.len() + output.generated;
+            let token = output.sampler.sample(logits, position, &mut self.scratch);
+            let report = output.request.logprobs.zip(token);
+            Chosen {
+                request,
+                token,
+                logprobs: report.map(|(count, token)| logprobs(logits, token, count)),
+            }
+        };
+        Ok(sampling.zip(logits.chunks_exact(vocabulary)).map(choose).collect())
+    }
+
+    /// Appends a chosen token to its text and tells what came of it.
+    fn report(&mut self, chosen: Chosen, events: &mut Vec<Event>) {
+        let Chosen { request, token, logprobs } = chosen;
+        let Some(token) = token else {
+            events.push(self.finish(request, FinishReason::InvalidLogits));
+            return;
+        };
+        let output = self.outputs.get_mut(&request).expect("a request of the plan");
+        let (text, reason) = output.push(token);
+        self.scheduler.append(request, token);
+        self.stats.generated_tokens += 1;
+        events.push(Event::Token { request, token, text, logprobs });
+        if let Some(reason) = reason {
+            events.push(self.finish(request, reason));
+        }
+    }
+
+    fn finish(&mut self, request: RequestId, reason: FinishReason) -> Event {
+        let output = self.outputs.remove(&request).expect("an unfinished request");
+        let sequence = self.scheduler.remove(request).expect("an unfinished request");
+        Event::Finished {
+            request,
+            reason,
+            prompt_tokens: output.request.prompt.len(),
+            cached_tokens: sequence.cached.unwrap_or(0),
+            generated_tokens: output.generated,
+        }
+    }
+
+    /// What the engine is doing and has done.
+    pub fn stats(&self) -> Stats {
+        let pool = self.scheduler.cache().pool();
+        let counts = self.scheduler.counts();
+        Stats {
+            waiting: self.scheduler.waiting(),
+            running: self.scheduler.running(),
+            blocks_total: pool.pages(),
+            blocks_used: pool.pages() - pool.available(),
+            blocks_idle: pool.idle(),
+            steps: counts.steps,
+            rows: counts.rows,
+            preemptions: counts.preemptions,
+            prefix_queried_tokens: counts.prefix_queried_tokens,
+            prefix_hit_tokens: counts.prefix_hit_tokens,
+            resumed_hit_tokens: counts.resumed_hit_tokens,
+            ..self.stats
+        }
+    }
+
+    /// The executor, for its program and sizes.
+    pub fn executor(&self) -> &dyn Executor {
+        &*self.executor
+    }
+
+    /// Panics unless scheduler, pool and tables agree. For tests.
+    pub fn validate(&self) {
+        self.scheduler.validate();
+    }
+}
+
+/// A token that was chosen, or none if the logits were not numbers.
+struct Chosen {
+    request: RequestId,
+    token: Option<u32>,
+    logprobs: Option<TokenLogprobs>,
+}
+
+impl Output {
+    /// Takes the next token: its text delta, and the reason if the text ends with it.
+    fn push(&mut self, token: u32) -> (String, Option<FinishReason>) {
+        self.generated += 1;
+        self.sampler.record(token);
+        let stops = !self.request.ignore_stop;
+        if stops && self.request.stop_tokens.contains(&token) {
+            return (self.text.finish().0, Some(FinishReason::Stop));
+        }
+        let (mut text, found) = self.text.push(token);
+        if stops && found {
+            return (text, Some(FinishReason::Stop));
+        }
+        if self.generated < self.tokens_max {
+            return (text, None);
+        }
+        let (rest, found) = self.text.finish();
+        text.push_str(&rest);
+        let reason = if stops && found { FinishReason::Stop } else { FinishReason::Length };
+        (text, Some(reason))
+    }
+}
+
+fn logprobs(logits: &[f32], token: u32, count: usize) -> TokenLogprobs {
+    let sum = math::log_sum_exp(logits);
+    let logprob = |logit: f32| (f64::from(math::finite(logit)) - sum) as f32;
+    let mut top = Vec::new();
+    math::top(logits, count, &mut top);
+    let top = top.into_iter().map(|(logit, token)| (token, logprob(logit))).collect();
+    TokenLogprobs { logprob: logprob(logits[token as usize]), top }
+}

@@ -1,0 +1,148 @@
+//! The random part of sampling: temperature, top-k, top-p, min-p and the draw itself, without
+//! sorting the vocabulary.
+
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::Sampling;
+use crate::math::{best_first, finite, top};
+
+/// A number in `[0, 1)` that depends on its arguments alone: ChaCha8 keyed by the seed, at the
+/// stream of the position.
+pub fn uniform(seed: u64, position: u64) -> f64 {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(position);
+    (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// Draws a token by inverting the cumulative distribution at `point` in `[0, 1)`; `None` if
+/// nothing can be drawn. `candidates` is scratch.
+pub fn draw(
+    logits: &[f32],
+    sampling: &Sampling,
+    point: f64,
+    candidates: &mut Vec<(f32, u32)>,
+) -> Option<u32> {
+    let best = logits.iter().copied().map(finite).fold(f32::NEG_INFINITY, f32::max);
+    if best == f32::NEG_INFINITY {
+        return None;
+    }
+    // Relative to the best token, whose weight is 1.
+    let weight = |logit: f32| ((finite(logit) - best) / sampling.temperature).exp();
+    let top_p = f64::from(sampling.top_p);
+    let total: f64;
+    if 0 < sampling.top_k && sampling.top_k < logits.len() {
+        top(logits, sampling.top_k, candidates);
+        candidates.iter_mut().for_each(|candidate| candidate.0 = weight(candidate.0));
+        total = candidates.iter().map(|candidate| f64::from(candidate.0)).sum();
+        candidates.retain(|candidate| candidate.0 > 0.0 && candidate.0 >= sampling.min_p);
+    } else {
+        total = logits.iter().map(|&logit| f64::from(weight(logit))).sum();
+        // Tokens below the cutoff have less than `1 - top_p` of the mass together, so that the
+        // nucleus is among the rest. Few pass for a peaked distribution.
+        let cutoff = ((1.0 - top_p) * total / logits.len() as f64) as f32;
+        let cutoff = (cutoff * 0.999).max(sampling.min_p);
+        let weights = logits.iter().zip(0..).map(|(&logit, id)| (weight(logit), id));
+        candidates.clear();
+        candidates.extend(weights.filter(|&(weight, _)| weight > 0.0 && weight >= cutoff));
+    }
+    if top_p < 1.0 {
+        let kept = nucleus(candidates, top_p * total);
+        candidates.truncate(kept);
+    }
+    Some(invert(candidates, point))
+}
+
+/// The first candidate at which the running sum of weights exceeds `point` of the whole.
+fn invert(candidates: &[(f32, u32)], point: f64) -> u32 {
+    let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.0)).sum();
+    let mut left = point * total;
+    for &(weight, token) in candidates {
+        left -= f64::from(weight);
+        if left < 0.0 {
+            return token;
+        }
+    }
+    // Rounding only; the best token's weight is 1, so that there is a candidate.
+    candidates[candidates.len() - 1].1
+}
+
+/// Moves the fewest best candidates with at least `mass` together to the front and returns their
+/// number, at least 1. Quickselect on the running sum: linear on average, however flat the
+/// distribution is.
+fn nucleus(candidates: &mut [(f32, u32)], mut mass: f64) -> usize {
+    let (mut low, mut high) = (0, candidates.len());
+    while high - low > 32 {
+        let middle = low + partition(&mut candidates[low..high]);
+        let upper: f64 =
+            candidates[low..middle].iter().map(|candidate| f64::from(candidate.0)).sum();
+        if upper >= mass {
+            high = middle;
+        } else {
+            mass -= upper + f64::from(candidates[middle].0);
+            low = middle + 1;
+            if mass <= 0.0 {
+                return low;
+            }
+        }
+    }
+    candidates[low..high].sort_unstable_by(best_first);
+    for at in low..high {
+        mass -= f64::from(candidates[at].0);
+        if mass <= 0.0 {
+            return at + 1;
+        }
+    }
+    high.max(1)
+}
+
+/// Puts a pivot at its place, better ones before it; returns that place.
+fn partition(candidates: &mut [(f32, u32)]) -> usize {
+    let last = candidates.len() - 1;
+    let mut three = [0, last / 2, last];
+    three.sort_unstable_by(|&a, &b| best_first(&candidates[a], &candidates[b]));
+    candidates.swap(three[1], last);
+    let pivot = candidates[last];
+    let mut place = 0;
+    for at in 0..last {
+        if best_first(&candidates[at], &pivot).is_lt() {
+            candidates.swap(at, place);
+            place += 1;
+        }
+    }
+    candidates.swap(place, last);
+    place
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::Rng;
+
+    #[test]
+    fn nucleus_equals_sort() {
+        let mut random = ChaCha8Rng::seed_from_u64(2);
+        for round in 0..300 {
+            let n = random.random_range(1..600);
+            let spread = [1, 3, 1000][round % 3];
+            // Sixteenths sum without rounding, so that both ways see the same sums.
+            let mut candidates: Vec<(f32, u32)> =
+                (0..n).map(|id| (random.random_range(1..=spread) as f32 / 16.0, id)).collect();
+            let total: f64 = candidates.iter().map(|c| f64::from(c.0)).sum();
+            let mass = total * f64::from(random.random_range(0..=16)) / 16.0;
+            let mut sorted = candidates.clone();
+            sorted.sort_by(best_first);
+            let mut sum = 0.0;
+            let wanted = sorted.iter().position(|c| {
+                sum += f64::from(c.0);
+                sum >= mass
+            });
+            let wanted = wanted.unwrap() + 1;
+            let got = nucleus(&mut candidates, mass);
+            assert_eq!(got, wanted, "round {round}");
+            candidates.truncate(got);
+            candidates.sort_by(best_first);
+            assert_eq!(candidates, sorted[..wanted], "round {round}");
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! A fake executor whose "model" is a hash of everything that it can see through the block
+//! tables. Each position's entry depends on all entries before it that its windows show, as the
+//! keys of a deep model do, so that a wrong page anywhere changes every later token.
+
+use std::sync::Arc;
+
+use lathe_program::kv::KvLayerDecl;
+use lathe_program::{
+    BackendError, Executor, KvFormat, KvGroup, KvLayerShape, KvLayout, Program, Step, StepOutput,
+    StepSequence,
+};
+
+pub const VOCABULARY: usize = 61;
+
+pub struct FakeExecutor {
+    program: Arc<Program>,
+    rows_max: usize,
+    /// `[page][slot]`.
+    pages: Vec<Vec<u64>>,
+    logits: Vec<f32>,
+    /// A row sees all of its window, or only some of it (for very long texts).
+    thorough: bool,
+}
+
+/// A cache of one layer a group, with these windows.
+pub fn layout(block_tokens: usize, windows: &[Option<usize>]) -> KvLayout {
+    let shape = KvLayerShape::Heads { kv_heads: 1, key_dim: 1, value_dim: 1 };
+    let layers =
+        (0..windows.len() as u32).map(|group| KvLayerDecl { shape, group, slot: 0 }).collect();
+    let group =
+        |(layer, &window): (usize, &Option<usize>)| KvGroup { layers: vec![layer as u32], window };
+    KvLayout { block_tokens, layers, groups: windows.iter().enumerate().map(group).collect() }
+}
+
+pub fn program(kv: KvLayout, context_max: usize) -> Program {
+    let (ops, values, weights, ropes) = Default::default();
+    Program { ops, values, weights, ropes, kv, routings: 0, vocabulary: VOCABULARY, context_max }
+}
+
+impl FakeExecutor {
+    pub fn new(kv: KvLayout, context_max: usize, rows_max: usize, pages: usize) -> Self {
+        let pages = vec![vec![0; kv.block_tokens]; pages];
+        let program = Arc::new(program(kv, context_max));
+        FakeExecutor { program, rows_max, pages, logits: Vec::new(), thorough: true }
+    }
+
+    pub fn hasty(mut self) -> Self {
+        self.thorough = false;
+        self
+    }
+
+    fn entry(&mut self, sequence: &StepSequence, group: usize, position: usize) -> &mut u64 {
+        let table = &sequence.tables[group];
+        let block = position / self.program.kv.block_tokens;
+        let index = block.checked_sub(table.first as usize).expect("a block that slid out");
+        let slot = position % self.program.kv.block_tokens;
+        &mut self.pages[table.blocks[index] as usize][slot]
+    }
+
+    /// Everything that the row at `position` can see but itself.
+    fn seen(&mut self, sequence: &StepSequence, position: usize) -> u64 {
+        let mut hash = 7;
+        for group in 0..sequence.tables.len() {
+            let window = self.program.kv.groups[group].window.unwrap_or(usize::MAX);
+            let first = (position + 1).saturating_sub(window);
+            let visible = position - first;
+            let stride = if self.thorough { 1 } else { (visible / 4).max(1) };
+            for back in (0..visible).step_by(stride) {
+                hash = mix(hash, *self.entry(sequence, group, position - 1 - back));
+            }
+        }
+        hash
+    }
+
+    fn check(&self, step: &Step) {
+        assert!(
+            !step.tokens.is_empty() && step.tokens.len() <= self.rows_max,
+            "{} rows",
+            step.tokens.len()
+        );
+        let block_tokens = self.program.kv.block_tokens;
+        // Pages that a sequence writes are in nobody else's tables.
+        let mut holders = vec![0; self.pages.len()];
+        let tables = |sequence: &StepSequence| sequence.tables.clone().into_iter();
+        for table in step.sequences.iter().flat_map(tables) {
+            table.blocks.iter().for_each(|&page| holders[page as usize] += 1);
+        }
+        let mut next_row = 0;
+        for sequence in &step.sequences {
+            assert_eq!(sequence.first_row, next_row);
+            next_row += sequence.rows;
+            let (first, end) =
+                (sequence.cached as usize, (sequence.cached + sequence.rows) as usize);
+            for table in &sequence.tables {
+                assert!(
+                    (table.first as usize + table.blocks.len()) * block_tokens >= end,
+                    "table too short"
+                );
+                for block in first / block_tokens..end.div_ceil(block_tokens) {
+                    let page = table.blocks[block - table.first as usize];
+                    assert_eq!(holders[page as usize], 1, "page {page} is written and shared");
+                }
+            }
+        }
+        assert_eq!(next_row as usize, step.tokens.len());
+    }
+}
+
+impl Executor for FakeExecutor {
+    fn program(&self) -> &Arc<Program> {
+        &self.program
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        KvFormat::F32
+    }
+
+    fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
+        self.check(step);
+        self.logits.clear();
+        for sequence in &step.sequences {
+            for row in sequence.first_row..sequence.first_row + sequence.rows {
+                let position = step.positions[row as usize];
+                assert_eq!(position, sequence.cached + row - sequence.first_row);
+                let seen = self.seen(sequence, position as usize);
+                let own = mix(mix(seen, u64::from(position)), u64::from(step.tokens[row as usize]));
+                for group in 0..sequence.tables.len() {
+                    *self.entry(sequence, group, position as usize) = mix(own, group as u64);
+                }
+                if step.logits_rows.contains(&row) {
+                    let logit = |token| (mix(own, 1000 + token) % 10_000) as f32 / 1000.0;
+                    self.logits.extend((0..VOCABULARY as u64).map(logit));
+                }
+            }
+        }
+        Ok(StepOutput { logits: &self.logits, captures: Vec::new() })
+    }
+
+    fn weight_bytes(&self) -> usize {
+        0
+    }
+
+    fn kv_bytes(&self) -> usize {
+        0
+    }
+}
+
+/// SplitMix64's finalizer over both.
+pub fn mix(a: u64, b: u64) -> u64 {
+    let mut x = a.rotate_left(23) ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}

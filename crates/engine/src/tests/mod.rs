@@ -1,0 +1,5 @@
+//! Tests of the control plane with a fake executor.
+
+mod fake;
+mod simple;
+mod windows;

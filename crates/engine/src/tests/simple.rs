@@ -1,0 +1,159 @@
+//! One request, or a few: the simple cases.
+
+use super::fake::{FakeExecutor, VOCABULARY, layout};
+use crate::*;
+
+fn engine(config: EngineConfig) -> Engine {
+    let executor =
+        FakeExecutor::new(layout(4, &[None, Some(6)]), 100, config.rows_max, config.kv_blocks);
+    Engine::new(Box::new(executor), config).unwrap()
+}
+
+fn config() -> EngineConfig {
+    EngineConfig {
+        rows_max: 8,
+        sequences_max: 4,
+        waiting_max: 8,
+        kv_blocks: 64,
+        ..EngineConfig::default()
+    }
+}
+
+fn request(prompt: &[u32], max_tokens: usize) -> Request {
+    Request { prompt: prompt.to_vec(), max_tokens: Some(max_tokens), ..Request::default() }
+}
+
+/// Runs to the end; tokens and reason by request.
+fn finish(engine: &mut Engine) -> Vec<(Vec<u32>, FinishReason)> {
+    let mut texts =
+        std::collections::BTreeMap::<RequestId, (Vec<u32>, Option<FinishReason>)>::new();
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            let text = texts.entry(event.request()).or_default();
+            assert_eq!(text.1, None, "an event after the end");
+            match event {
+                Event::Token { token, .. } => text.0.push(token),
+                Event::Finished { reason, .. } => text.1 = Some(reason),
+            }
+        }
+        engine.validate();
+    }
+    assert_eq!(engine.stats().blocks_used, 0);
+    texts.into_values().map(|(tokens, reason)| (tokens, reason.unwrap())).collect()
+}
+
+#[test]
+fn batched_text_is_the_text_alone() {
+    let requests: Vec<Request> =
+        (1..9).map(|n| request(&(0..n * 3).collect::<Vec<u32>>(), 5 + n as usize)).collect();
+    let mut together = engine(config());
+    for request in &requests {
+        together.add(request.clone(), None).unwrap();
+    }
+    let together = finish(&mut together);
+    for (request, together) in requests.into_iter().zip(together) {
+        let mut alone = engine(config());
+        alone.add(request, None).unwrap();
+        assert_eq!(finish(&mut alone), [together]);
+    }
+}
+
+#[test]
+fn stop_tokens_and_limits_end_a_text() {
+    let mut engine = engine(config());
+    engine.add(request(&[1, 2, 3], 20), None).unwrap();
+    let (tokens, reason) = finish(&mut engine).remove(0);
+    assert_eq!((tokens.len(), reason), (20, FinishReason::Length));
+    let stop_tokens = vec![tokens[7]];
+    let first = tokens.iter().position(|token| *token == tokens[7]).unwrap();
+    engine
+        .add(Request { stop_tokens: stop_tokens.clone(), ..request(&[1, 2, 3], 20) }, None)
+        .unwrap();
+    assert_eq!(finish(&mut engine), [(tokens[..=first].to_vec(), FinishReason::Stop)]);
+    engine
+        .add(Request { stop_tokens, ignore_stop: true, ..request(&[1, 2, 3], 20) }, None)
+        .unwrap();
+    assert_eq!(finish(&mut engine), [(tokens, FinishReason::Length)]);
+    engine.add(Request { max_tokens: None, ..request(&[1; 90], 1) }, None).unwrap();
+    assert_eq!(finish(&mut engine)[0].0.len(), 10, "the context is full");
+}
+
+#[test]
+fn without_cache_the_text_is_the_same_and_the_rows_grow() {
+    let mut cached = engine(EngineConfig { prefix_cache: false, ..config() });
+    let mut uncached = engine(EngineConfig { kv_cache: false, ..config() });
+    for engine in [&mut cached, &mut uncached] {
+        engine.add(request(&[1, 2, 3], 20), None).unwrap();
+        engine.add(request(&[4; 30], 20), None).unwrap();
+    }
+    assert_eq!(finish(&mut cached), finish(&mut uncached));
+    assert_eq!(cached.stats().rows, 3 + 19 + 30 + 19);
+    let all: u64 = (0..20).map(|n| (3 + n) + (30 + n)).sum();
+    assert_eq!(uncached.stats().rows, all);
+}
+
+#[test]
+fn bad_requests_are_refused() {
+    let mut engine = engine(EngineConfig { kv_blocks: 20, waiting_max: 1, ..config() });
+    let mut add = |request| engine.add(request, None).map(drop);
+    assert_eq!(add(request(&[], 1)), Err(AddError::EmptyPrompt));
+    assert_eq!(add(request(&[1], 0)), Err(AddError::NothingToGenerate));
+    let error = AddError::TokenOutOfRange { token: 61, position: 1, vocabulary: VOCABULARY };
+    assert_eq!(add(request(&[1, 61], 1)), Err(error));
+    assert_eq!(
+        add(request(&[1; 100], 1)),
+        Err(AddError::PromptTooLong { tokens: 100, context_max: 100 })
+    );
+    // 80 + 10 - 1 positions: 23 full blocks, and 3 for the window.
+    assert_eq!(
+        add(request(&[1; 80], 10)),
+        Err(AddError::TooFewBlocks { needed: 26, available: 20 })
+    );
+    let stop_strings = vec!["a".to_string(), String::new()];
+    assert_eq!(
+        add(Request { stop_strings, ..request(&[1], 1) }),
+        Err(AddError::EmptyStopString { index: 1 })
+    );
+    let stop_strings = vec!["a".to_string()];
+    let error = AddError::StopStringsNeedText { stop_strings: 1 };
+    assert_eq!(add(Request { stop_strings, ..request(&[1], 1) }), Err(error));
+    let sampling = Sampling { top_p: f32::NAN, ..Sampling::default() };
+    assert!(matches!(add(Request { sampling, ..request(&[1], 1) }), Err(AddError::Sampling(_))));
+    assert_eq!(add(request(&[1], 1)), Ok(()));
+    assert_eq!(add(request(&[1], 1)), Err(AddError::QueueFull { waiting: 1, waiting_max: 1 }));
+}
+
+#[test]
+fn cancelled_requests_end_once() {
+    let mut engine = engine(config());
+    let first = engine.add(request(&[1; 40], 10), None).unwrap();
+    let second = engine.add(request(&[1; 4], 3), None).unwrap();
+    engine.step().unwrap();
+    assert!(engine.cancel(first));
+    assert!(!engine.cancel(first));
+    let texts = finish(&mut engine);
+    assert_eq!(texts[0], (vec![], FinishReason::Cancelled));
+    assert_eq!(texts[1].1, FinishReason::Length);
+    assert!(!engine.cancel(second));
+}
+
+#[test]
+fn score_is_the_same_in_any_chunks() {
+    let tokens: Vec<u32> = (0..57).map(|n| n * 7 % 61).collect();
+    let run = |rows_max| {
+        let mut executor = FakeExecutor::new(layout(4, &[None, Some(6)]), 100, rows_max, 40);
+        let options = lathe_program::ExecutorOptions {
+            kv_blocks: 40,
+            kv_format: None,
+            rows_max,
+            threads: None,
+            exact: true,
+        };
+        score(&mut executor, &options, &tokens, 3).unwrap()
+    };
+    let whole = run(57);
+    assert_eq!(whole.logprobs.len(), 56);
+    assert_eq!(whole.top.len(), 3);
+    assert_eq!(whole, run(1));
+    assert_eq!(whole, run(13));
+}
