@@ -251,7 +251,7 @@ impl KvCache {
         }
         let page = |table: &BlockTable| table.blocks[held.indexed - table.first as usize];
         let pages: Vec<u32> = held.tables.iter().map(page).collect();
-        if let Ok(replaced) = index.add_tail(held.node, tail, &pages) {
+        if let Some(replaced) = index.add_tail(held.node, tail, &pages) {
             pages.into_iter().for_each(|page| self.pool.set_cached(page));
             replaced.into_iter().for_each(|page| self.pool.forget(page));
         }

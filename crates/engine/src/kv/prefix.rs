@@ -184,14 +184,14 @@ impl PrefixIndex {
     }
 
     /// Remembers a text that ends within the block after `parent`, with a page for each group.
-    /// `Err` if a known tail makes it worthless. Returns pages to forget, of tails that it replaces.
-    pub fn add_tail(&mut self, parent: u32, tokens: &[u32], pages: &[u32]) -> Result<Vec<u32>, ()> {
+    /// `None` if a known tail makes it worthless. Otherwise pages to forget, of tails that it replaces.
+    pub fn add_tail(&mut self, parent: u32, tokens: &[u32], pages: &[u32]) -> Option<Vec<u32>> {
         debug_assert!(
             !tokens.is_empty() && tokens.len() < self.block_tokens && pages.len() == self.groups
         );
         let tails = &self.node(parent).tails;
         if tails.iter().any(|&tail| self.node(tail).tokens.starts_with(tokens)) {
-            return Err(());
+            return None;
         }
         let shorter =
             tails.iter().copied().find(|&tail| tokens.starts_with(&self.node(tail).tokens));
@@ -201,7 +201,7 @@ impl PrefixIndex {
         for (group, &page) in pages.iter().enumerate() {
             self.keep(node, group, page);
         }
-        Ok(shorter.or(oldest).map(|tail| self.take_tail(tail)).unwrap_or_default())
+        Some(shorter.or(oldest).map(|tail| self.take_tail(tail)).unwrap_or_default())
     }
 
     /// Hands out the pages of a tail, by group, and forgets it.
@@ -369,11 +369,11 @@ mod tests {
     #[test]
     fn tails_are_found_replaced_and_taken() {
         let mut index = PrefixIndex::new(0, 4, 2, 100);
-        assert_eq!(index.add_tail(ROOT, &[1, 2], &[0, 1]), Ok(vec![]));
-        assert_eq!(index.add_tail(ROOT, &[1], &[2, 3]), Err(()), "a longer one is known");
+        assert_eq!(index.add_tail(ROOT, &[1, 2], &[0, 1]), Some(vec![]));
+        assert_eq!(index.add_tail(ROOT, &[1], &[2, 3]), None, "a longer one is known");
         assert_eq!(
             index.add_tail(ROOT, &[1, 2, 3], &[4, 5]),
-            Ok(vec![0, 1]),
+            Some(vec![0, 1]),
             "the shorter one goes"
         );
         assert_eq!(index.tail(ROOT, &[1, 2, 9], 2), None, "other tokens");
