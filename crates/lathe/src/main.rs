@@ -1,3 +1,34 @@
-//! The Lathe binary.
+//! The `lathe` command: from words to a command, from its outcome to an exit code.
+//!
+//! The way in: [`arguments`] is the command line as data, [`commands`] has one file a command,
+//! [`catalogue`] turns the word MODEL into files, and [`session`] turns files into an engine.
+#![forbid(unsafe_code)]
 
-fn main() {}
+mod arguments;
+mod catalogue;
+mod commands;
+mod output;
+mod progress;
+mod usage;
+
+use std::process::ExitCode;
+
+use usage::Parsed;
+
+fn main() -> ExitCode {
+    let outcome = match usage::parse(std::env::args_os()) {
+        Parsed::Command(arguments) => commands::dispatch(&arguments),
+        Parsed::Text(text) => output::print(&text),
+        Parsed::Wrong(line) => Err(output::bad_input(line)),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let code = output::exit_code(&error);
+            if code != 0 {
+                eprintln!("error: {}", output::one_line(&error));
+            }
+            ExitCode::from(code)
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! The command line as data.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  lathe run smollm2-135m \"Why is the sky blue?\"
+  echo \"Translate to French: good morning\" | lathe run smollm2-135m --max-tokens 40
+  lathe chat smollm2-135m
+  lathe run organisation/model-GGUF:Q4_K_M \"Hello\"     (a model of the Hub)
+  lathe score tiny --text poem.txt --json
+  lathe eval smollm2-135m --text wikitext2-test.txt --context 1024
+  lathe inspect smollm2-135m --context 4096 --batch 8
+  lathe bench smollm2-135m --prompt 512 --generate 128 --json
+  lathe convert ./my-model my-model.gguf --to gguf --format q4_0
+
+MODEL is a folder in Hugging Face layout, a .gguf file, a catalogue name (smollm2-135m, tiny) or a
+Hub id (organisation/name, organisation/name:QUANTIZATION). Fetched models go to the cache that
+Python's huggingface_hub uses; HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are
+honoured.
+
+Exit codes: 0 success, 2 bad usage or bad input, 1 failure, 130 stopped by Ctrl-C.";
+
+/// Runs open-weight language models, and tells what they cost.
+#[derive(Debug, Parser)]
+#[command(name = "lathe", version, about, after_help = EXAMPLES, max_term_width = 100)]
+#[command(subcommand_required = true, arg_required_else_help = false)]
+pub struct Arguments {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Print one JSON object on stdout and everything else on stderr
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub json: bool,
+    /// What computes
+    #[arg(long, global = true, value_enum, default_value = "auto", help_heading = "Everywhere")]
+    pub device: Device,
+    /// No activation quantization, f32 accumulation, f32 cache
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub exact: bool,
+    /// Worker threads; every core that this process may use if not given
+    #[arg(long, global = true, value_name = "N", help_heading = "Everywhere")]
+    pub threads: Option<NonZeroUsize>,
+}
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// Scalar f32, slow, what every other device is compared with
+    Reference,
+    /// SIMD and threads
+    Cpu,
+    /// NVIDIA GPU; not in this version
+    Cuda,
+    /// The best that this machine and build have
+    Auto,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer one prompt, streaming the text
+    Run(RunArguments),
+    /// Talk with a model over several turns
+    Chat(ChatArguments),
+    /// Log-probability of each token of a text, given those before it
+    Score(ScoreArguments),
+    /// Perplexity of a text, and distance to another model
+    Eval(EvalArguments),
+    /// What a model is, what it needs, and what a step of it costs on this machine
+    Inspect(InspectArguments),
+    /// Measure prefill and decoding
+    Bench(BenchArguments),
+    /// Write a model in another file layout or number format
+    Convert(ConvertArguments),
+    /// Fetch a model into the cache
+    Pull(PullArguments),
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, Default, Args)]
+pub struct SamplingArguments {
+    /// Tokens to generate at most
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// 0 chooses the likeliest token always. Not given: what the model's generation_config.json
+    /// says if it asks for sampling; else 1 if --top-p, --top-k or --min-p is given; else 0
+    #[arg(long, value_name = "T", help_heading = "Sampling")]
+    pub temperature: Option<f32>,
+    /// Choose among the likeliest tokens that together have probability P
+    #[arg(long, value_name = "P", help_heading = "Sampling")]
+    pub top_p: Option<f32>,
+    /// Choose among the K likeliest tokens (0: all)
+    #[arg(long, value_name = "K", help_heading = "Sampling")]
+    pub top_k: Option<usize>,
+    /// Choose among tokens at least P times as probable as the likeliest
+    #[arg(long, value_name = "P", help_heading = "Sampling")]
+    pub min_p: Option<f32>,
+    /// Divide the logits of tokens that occurred (multiply if negative); 1 is none
+    #[arg(long, value_name = "R", help_heading = "Sampling")]
+    pub repetition_penalty: Option<f32>,
+    /// Subtract from the logits of generated tokens
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub presence_penalty: Option<f32>,
+    /// Subtract from the logits of generated tokens, for each time
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub frequency_penalty: Option<f32>,
+    /// Add to a token's logit: ID=X, may be repeated
+    #[arg(long, value_name = "ID=X", allow_hyphen_values = true, help_heading = "Sampling")]
+    pub logit_bias: Vec<String>,
+    /// The same seed gives the same text; not given: a different one each time
+    #[arg(long, value_name = "S", help_heading = "Sampling")]
+    pub seed: Option<u64>,
+    /// Stop before this text, may be repeated
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
+    pub stop: Vec<String>,
+    /// Go on when the model says that it is done
+    #[arg(long, help_heading = "Sampling")]
+    pub ignore_eos: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// Folder, .gguf file, catalogue name or Hub id
+    pub model: String,
+    /// What to answer; stdin is read if there is neither this nor --prompt-ids
+    #[arg(conflicts_with = "prompt_ids")]
+    pub prompt: Option<String>,
+    /// Token ids in place of a text, as they are (no chat template): 1,2,3
+    #[arg(long, value_name = "IDS")]
+    pub prompt_ids: Option<String>,
+    /// Continue the text itself: no chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// A system message before the prompt
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "prompt_ids"])]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+    /// Recompute everything at each token, to see what the KV cache saves
+    #[arg(long)]
+    pub no_kv_cache: bool,
+    /// Draft tokens ahead: only `none` in this version
+    #[arg(long, value_name = "none|ngram|DIR|eagle")]
+    pub draft: Option<String>,
+    /// Tokens to draft ahead: needs --draft
+    #[arg(long, value_name = "N")]
+    pub draft_budget: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArguments {
+    /// Folder, .gguf file, catalogue name or Hub id
+    pub model: String,
+    /// A system message
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Tokens that the conversation may grow to; what the model allows, or memory, if not given
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+}
+
+#[derive(Debug, Args)]
+pub struct ScoreArguments {
+    /// Folder, .gguf file, catalogue name or Hub id
+    pub model: String,
+    /// A file with a JSON array of token ids
+    #[arg(long, value_name = "FILE", required_unless_present = "text")]
+    pub tokens: Option<PathBuf>,
+    /// A text file, tokenized without special tokens
+    #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
+    pub text: Option<PathBuf>,
+    /// How many of the last position's logits to show
+    #[arg(long, value_name = "K", default_value_t = 10)]
+    pub top_k: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArguments {
+    /// Folder, .gguf file, catalogue name or Hub id
+    pub model: String,
+    /// A text file, tokenized once without special tokens
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// A model with the same tokenizer to compare with, token by token
+    #[arg(long, value_name = "MODEL")]
+    pub base: Option<String>,
+    /// Tokens in a window; 2048 or what the model allows if not given
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Tokens from a window's start to the next's; a whole window if not given. Tokens that an
+    /// earlier window scored are context only
+    #[arg(long, value_name = "N")]
+    pub stride: Option<usize>,
+    /// Stop after this many tokens of the text
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArguments {
+    /// Folder, .gguf file, catalogue name or Hub id; a folder may have config.json alone
+    pub model: String,
+    /// Tokens that each sequence holds
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub context: usize,
+    /// Sequences in a step
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: usize,
+    /// Memory to fit into, in bytes (suffixes k, M, G); what is available now if not given
+    #[arg(long, value_name = "BYTES")]
+    pub memory: Option<String>,
+    /// The number format to assume if there are no weights
+    #[arg(long, value_name = "F")]
+    pub format: Option<String>,
+    /// Do not measure this machine: no floor_ms, bound or intensity of the machine
+    #[arg(long)]
+    pub no_measure: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArguments {
+    /// Folder, .gguf file, catalogue name or Hub id; with --dummy-weights a folder with config.json
+    pub model: String,
+    /// Random weights in the shape of the model's configuration
+    #[arg(long)]
+    pub dummy_weights: bool,
+    /// The number format of dummy weights
+    #[arg(long, value_name = "F", requires = "dummy_weights")]
+    pub format: Option<String>,
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub prompt: usize,
+    /// Tokens to decode
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub generate: usize,
+    /// Sequences at once
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: usize,
+    /// Recompute everything at each token, next to a run with the cache, and show how both grow
+    #[arg(long)]
+    pub no_kv_cache: bool,
+    /// With --no-kv-cache: draw both curves
+    #[arg(long, value_name = "FILE.svg", requires = "no_kv_cache")]
+    pub plot: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ConvertArguments {
+    /// Folder, .gguf file, catalogue name or Hub id
+    pub model: String,
+    /// A folder (safetensors) or a .gguf file; must not exist
+    pub out: PathBuf,
+    /// The layout to write
+    #[arg(long, value_enum)]
+    pub to: Layout,
+    /// The number format of the matrices; as they are if not given (safetensors: bf16 in place of
+    /// GGUF's block formats, which that layout cannot hold)
+    #[arg(long, value_name = "F")]
+    pub format: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// A Hugging Face folder
+    Safetensors,
+    /// One GGUF file
+    Gguf,
+}
+
+#[derive(Debug, Args)]
+pub struct PullArguments {
+    /// A catalogue name or Hub id
+    pub name: String,
+}

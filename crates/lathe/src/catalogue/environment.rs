@@ -1,0 +1,82 @@
+//! What the process environment says about the Hub and its cache, with the names and defaults of
+//! Python's `huggingface_hub`.
+
+use std::env;
+use std::fs;
+use std::path::PathBuf;
+
+use super::cache::Cache;
+
+/// Where models are looked for.
+#[derive(Debug, Clone)]
+pub struct Environment {
+    /// The cache.
+    pub cache: Cache,
+    /// The Hub's address, without a slash at the end.
+    pub endpoint: String,
+    /// Sent as a bearer token to the Hub and to no other host.
+    pub token: Option<String>,
+    /// Whether the Hub must not be asked.
+    pub offline: bool,
+}
+
+impl Environment {
+    /// Reads `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN`,
+    /// `HF_TOKEN_PATH` and `HF_HUB_OFFLINE`.
+    pub fn from_process() -> Self {
+        let home = home();
+        let root = path("HF_HUB_CACHE")
+            .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
+            .unwrap_or_else(|| home.join("hub"));
+        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        Self {
+            cache: Cache::new(root),
+            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            token: token(&home),
+            offline: is_true("HF_HUB_OFFLINE") || is_true("TRANSFORMERS_OFFLINE"),
+        }
+    }
+}
+
+fn variable(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn path(name: &str) -> Option<PathBuf> {
+    let value = variable(name)?;
+    match value.strip_prefix("~/") {
+        Some(rest) => Some(env::home_dir()?.join(rest)),
+        None => Some(PathBuf::from(value)),
+    }
+}
+
+fn is_true(name: &str) -> bool {
+    variable(name)
+        .is_some_and(|value| matches!(value.to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
+}
+
+fn home() -> PathBuf {
+    path("HF_HOME").unwrap_or_else(|| {
+        let caches = path("XDG_CACHE_HOME")
+            .or_else(|| Some(env::home_dir()?.join(".cache")))
+            .unwrap_or_else(env::temp_dir);
+        caches.join("huggingface")
+    })
+}
+
+fn token(home: &std::path::Path) -> Option<String> {
+    let clean = |text: String| {
+        let text: String = text.chars().filter(|c| !matches!(c, '\r' | '\n')).collect();
+        let text = text.trim().to_owned();
+        (!text.is_empty()).then_some(text)
+    };
+    if is_true("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
+        return None;
+    }
+    variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN")).and_then(clean).or_else(
+        || {
+            let file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
+            fs::read_to_string(file).ok().and_then(clean)
+        },
+    )
+}

@@ -1,0 +1,153 @@
+//! What a command says and how it ends: JSON on stdout, one line of reason on stderr, exit codes.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+use anyhow::Error;
+use serde::Serialize;
+
+use crate::catalogue::CatalogueError;
+
+/// The caller's mistake: bad usage or bad input, exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct InputError(pub String);
+
+/// The caller stopped the command with Ctrl-C, exit code 130 as for a process that the signal ended.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+/// An error that says that the input is bad.
+pub fn bad_input(message: impl Display) -> Error {
+    InputError(message.to_string()).into()
+}
+
+#[allow(dead_code, reason = "the commands that open models use it")]
+/// Marks errors as the input's fault.
+pub trait InputContext<T> {
+    /// As an input error whose text is the error's own.
+    fn bad_input(self) -> Result<T, Error>;
+    /// As an input error that begins with `what`.
+    fn bad_input_in(self, what: impl Display) -> Result<T, Error>;
+}
+
+impl<T, E: Into<Error>> InputContext<T> for Result<T, E> {
+    fn bad_input(self) -> Result<T, Error> {
+        self.map_err(|error| bad_input(one_line(&error.into())))
+    }
+
+    fn bad_input_in(self, what: impl Display) -> Result<T, Error> {
+        self.map_err(|error| bad_input(format!("{what}: {}", one_line(&error.into()))))
+    }
+}
+
+/// The error and its causes on one line.
+pub fn one_line(error: &Error) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        // Many errors repeat their cause in their own text.
+        if !parts.last().is_some_and(|last| last.contains(&text)) {
+            parts.push(text);
+        }
+    }
+    parts.join(": ")
+}
+
+/// How the process ends because of `error`.
+pub fn exit_code(error: &Error) -> u8 {
+    if is_broken_pipe(error) {
+        // The reader of our output went away (`lathe run ... | head`): nobody is left to tell.
+        return 0;
+    }
+    if error.is::<Interrupted>() {
+        return 130;
+    }
+    let input = error.is::<InputError>()
+        || error.downcast_ref::<CatalogueError>().is_some_and(CatalogueError::is_input);
+    if input { 2 } else { 1 }
+}
+
+/// Whether stdout has no reader any more.
+pub fn is_broken_pipe(error: &Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    })
+}
+
+/// Writes the command's one JSON object.
+pub fn print_json(value: &impl Serialize) -> Result<(), Error> {
+    let mut text = serde_json::to_string(value)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// Writes to stdout at once, whatever it is.
+pub fn print(text: &str) -> Result<(), Error> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Bytes for people: `1.23 GB`.
+pub fn human_bytes(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    let mut unit = "B";
+    for next in ["kB", "MB", "GB", "TB"] {
+        if value < 1000.0 {
+            break;
+        }
+        value /= 1000.0;
+        unit = next;
+    }
+    if unit == "B" { format!("{bytes} B") } else { format!("{value:.3} {unit}") }
+}
+
+#[allow(dead_code, reason = "inspect uses it")]
+/// Numbers for people: `1.23 G`.
+pub fn human_count(count: f64) -> String {
+    let mut value = count;
+    let mut unit = "";
+    for next in ["k", "M", "G", "T", "P"] {
+        if value < 1000.0 {
+            break;
+        }
+        value /= 1000.0;
+        unit = next;
+    }
+    if unit.is_empty() { format!("{value:.0}") } else { format!("{value:.2} {unit}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn codes() {
+        assert_eq!(exit_code(&bad_input("x")), 2);
+        assert_eq!(exit_code(&bad_input("x").context("y")), 2);
+        assert_eq!(exit_code(&anyhow::anyhow!("x")), 1);
+        assert_eq!(exit_code(&Interrupted.into()), 130);
+        assert_eq!(exit_code(&io::Error::from(io::ErrorKind::BrokenPipe).into()), 0);
+        let refused = CatalogueError::Refused { what: "a".into(), status: 404, hint: "b".into() };
+        assert_eq!(exit_code(&refused.into()), 2);
+    }
+
+    #[test]
+    fn one_line_without_repeats() {
+        let error = Err::<(), _>(anyhow::anyhow!("inner\n  text")).context("outer");
+        assert_eq!(one_line(&error.expect_err("an error")), "outer: inner text");
+        let error = Err::<(), _>(anyhow::anyhow!("inner")).context("outer: inner");
+        assert_eq!(one_line(&error.expect_err("an error")), "outer: inner");
+    }
+
+    #[test]
+    fn for_people() {
+        assert_eq!(human_bytes(999), "999 B");
+        assert_eq!(human_bytes(98_362_432), "98.362 MB");
+        assert_eq!(human_count(1.5e9), "1.50 G");
+    }
+}
