@@ -166,7 +166,7 @@ fn run_pip(
 /// The line of pip's output that says what went wrong.
 fn last_error(text: &str) -> Option<String> {
     let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let line = lines().rfind(|line| line.starts_with("ERROR")).or_else(|| lines().last())?;
+    let line = lines().rfind(|line| line.starts_with("ERROR")).or_else(|| lines().next_back())?;
     Some(line.chars().take(200).collect())
 }
 
