@@ -1,4 +1,16 @@
-//! Models: what a checkpoint is, how it becomes a program, and how its text becomes tokens.
+//! Open-weight decoders as data: what a model is, where its weights are, how it becomes a
+//! program, and how its text becomes tokens.
+//!
+//! The way in: [`families`] turns a `config.json` or GGUF metadata into a [`DecoderSpec`],
+//! [`lower::lower`] turns that into a [`lathe_program::Program`]. This crate knows nothing of
+//! requests or of HTTP.
 #![forbid(unsafe_code)]
 
+pub mod config;
+pub mod families;
+pub mod lower;
+pub mod names;
+pub mod spec;
 pub mod tokenizer;
+
+pub use spec::{DecoderSpec, SpecError};

@@ -64,7 +64,8 @@ pub struct ValueDecl {
 }
 
 /// How a row is normalised.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NormKind {
     /// `x / sqrt(mean(x^2) + eps) * (offset + weight)`; `offset` is 0 for Llama and 1 for Gemma.
     Rms {
@@ -76,7 +77,8 @@ pub enum NormKind {
 }
 
 /// The nonlinearity of a feed-forward layer; `gate` and `up` are its inputs.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// `silu(gate) * up`.
     SwiGlu,
@@ -100,7 +102,8 @@ pub enum Activation {
 }
 
 /// Which pairs of elements a rotation turns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RopeStyle {
     /// Element `i` with element `i + rotary/2` (Llama in Hugging Face layout, NeoX).
     HalfSplit,
@@ -166,7 +169,8 @@ pub struct LatentSpec {
 }
 
 /// How logits of experts become scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum RouterScore {
     /// Softmax over all experts, then choose.
     Softmax,
@@ -177,7 +181,8 @@ pub enum RouterScore {
 }
 
 /// How the score of a group of experts is made (group-limited routing).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum GroupScore {
     /// The best expert's score (DeepSeek-V2).
     Max,
@@ -186,7 +191,7 @@ pub enum GroupScore {
 }
 
 /// Only experts of the best `groups_per_token` of `groups` groups may be chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct GroupLimit {
     /// Equal groups that the experts are divided into, in order.
     pub groups: usize,
@@ -259,7 +264,8 @@ pub struct LinearPart {
 }
 
 /// How a gate multiplies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum GateKind {
     /// `input * sigmoid(gate)`; `gate` is as wide as `input`, or its width divides `input`'s and
     /// each element gates a run of neighbours (a head, or with width 1 the whole row).

@@ -1,0 +1,107 @@
+//! Gemma 2 and 3: norms around each branch, weights counted from 1, scaled embeddings.
+
+use lathe_program::NormKind;
+
+use super::base::{self, Defaults, LLAMA};
+use super::rope;
+use crate::config::Config;
+use crate::spec::{
+    BranchNorms, DecoderSpec, NormSpec, QkNorm, QkOrder, QkScope, RopeSpec, SpecError,
+};
+
+const GEMMA2: Defaults = Defaults {
+    tied: true,
+    context: 8192,
+    kv_heads: Some(4),
+    head_dim: Some(256),
+    heads: Some(8),
+    vocabulary: Some(256_000),
+    activation: ("hidden_activation", "gelu_pytorch_tanh"),
+    ..LLAMA
+};
+const GEMMA3: Defaults =
+    Defaults { theta: 1e6, context: 131_072, vocabulary: Some(262_208), ..GEMMA2 };
+
+/// What both share.
+fn gemma(c: &Config, defaults: &Defaults) -> Result<DecoderSpec, SpecError> {
+    if c.flag("use_bidirectional_attention")?.unwrap_or(false) {
+        return Err(SpecError::feature("bidirectional attention"));
+    }
+    let mut spec = base::decoder(c, defaults)?;
+    base::attention_bias(c, &mut spec, false)?;
+    spec.embedding_multiplier = (spec.width as f64).sqrt() as f32;
+    let norm = NormSpec { kind: NormKind::Rms { offset: 1.0 }, ..spec.final_norm };
+    spec.final_norm = norm;
+    for layer in &mut spec.layers {
+        layer.attention_norms = BranchNorms { before: Some(norm), after: Some(norm) };
+        layer.ffn_norms = layer.attention_norms;
+    }
+    let scale = c.number("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5) as f32;
+    base::each_gqa(&mut spec, |_, gqa| gqa.scale = scale);
+    Ok(spec)
+}
+
+/// A softcap that null turns off and absence leaves at the class's default.
+fn softcap(c: &Config, key: &str, default: Option<f64>) -> Result<Option<f32>, SpecError> {
+    let cap = match c.number(key)? {
+        None if !c.has(key) => default,
+        cap => cap,
+    };
+    Ok(cap.map(|cap| cap as f32))
+}
+
+pub(super) fn gemma2(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = gemma(c, &GEMMA2)?;
+    spec.logits_softcap = softcap(c, "final_logit_softcapping", Some(30.0))?;
+    let cap = softcap(c, "attn_logit_softcapping", Some(50.0))?;
+    base::each_gqa(&mut spec, |_, gqa| gqa.softcap = cap);
+    let window = base::nullable(c, "sliding_window", Some(4096))?;
+    let sliding = base::sliding_layers(c, spec.layers.len(), |layer| layer.is_multiple_of(2))?;
+    base::set_windows(&mut spec, &sliding, window)?;
+    Ok(spec)
+}
+
+pub(super) fn gemma3(c: &Config) -> Result<DecoderSpec, SpecError> {
+    base::refuse_unless(c, "attn_logit_softcapping", &[])?;
+    let mut spec = gemma(c, &GEMMA3)?;
+    spec.logits_softcap = softcap(c, "final_logit_softcapping", None)?;
+    let pattern = c.size("sliding_window_pattern")?.unwrap_or(6).max(1);
+    let slides = |layer: usize| !(layer + 1).is_multiple_of(pattern);
+    let sliding = base::sliding_layers(c, spec.layers.len(), slides)?;
+    let window = base::nullable(c, "sliding_window", Some(4096))?;
+    base::set_windows(&mut spec, &sliding, window)?;
+    let qk_norm =
+        QkNorm { scope: QkScope::PerHead, order: QkOrder::BeforeRope, norm: spec.final_norm };
+    let local = local_rope(c, &spec)?;
+    base::each_gqa(&mut spec, |layer, gqa| {
+        gqa.qk_norm = Some(qk_norm);
+        if sliding[layer] {
+            gqa.rope = local.clone();
+        }
+    });
+    Ok(spec)
+}
+
+/// The sliding layers' own base; `rope_scaling` concerns the others alone.
+fn local_rope(c: &Config, spec: &DecoderSpec) -> Result<Option<RopeSpec>, SpecError> {
+    let parameters = match c.object("rope_parameters")? {
+        Some(new) if rope::by_kind(&new) => new.object("sliding_attention")?,
+        Some(_) => return Err(SpecError::feature("rope_parameters without kinds of layers")),
+        None => None,
+    };
+    let head_dim = match &spec.layers[0].attention {
+        crate::spec::AttentionSpec::Gqa(gqa) => gqa.head_dim,
+        crate::spec::AttentionSpec::Mla(_) => return Ok(None),
+    };
+    let theta = ("rope_local_base_freq", 10_000.0);
+    rope::read_from(c, parameters, theta, &GEMMA3, head_dim).map(Some)
+}
+
+/// The text part of a model that also sees; its other tensors are left alone.
+pub(super) fn gemma3_text_of(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let text = c.object("text_config")?;
+    let text = text.ok_or_else(|| SpecError::Missing("text_config".to_owned()))?;
+    let mut spec = gemma3(&text)?;
+    spec.tied_head = c.flag("tie_word_embeddings")?.unwrap_or(spec.tied_head);
+    Ok(spec)
+}

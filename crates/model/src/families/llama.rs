@@ -1,0 +1,124 @@
+//! Llama and those that differ from it in a scale, a window, a norm or a router.
+
+use lathe_program::RouterScore;
+
+use super::base::{self, Defaults, LLAMA};
+use crate::config::Config;
+use crate::spec::{
+    BranchNorms, DecoderSpec, FfnSpec, MoeSpec, QkNorm, QkOrder, QkScope, RouterSpec, SpecError,
+};
+
+pub(super) fn llama(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = base::decoder(c, &LLAMA)?;
+    base::attention_bias(c, &mut spec, false)?;
+    base::mlp_bias(c, &mut spec)?;
+    Ok(spec)
+}
+
+const MISTRAL: Defaults = Defaults { context: 131_072, kv_heads: Some(8), ..LLAMA };
+
+/// One window for all layers.
+fn one_window(
+    c: &Config,
+    mut spec: DecoderSpec,
+    default: Option<usize>,
+) -> Result<DecoderSpec, SpecError> {
+    let window = base::nullable(c, "sliding_window", default)?;
+    if c.texts("layer_types")?.is_some_and(|kinds| kinds.iter().any(|kind| *kind != kinds[0])) {
+        return Err(SpecError::feature("layer_types of several kinds in this architecture"));
+    }
+    base::each_gqa(&mut spec, |_, gqa| gqa.window = window);
+    Ok(spec)
+}
+
+pub(super) fn mistral(c: &Config) -> Result<DecoderSpec, SpecError> {
+    one_window(c, base::decoder(c, &MISTRAL)?, Some(4096))
+}
+
+const MIXTRAL: Defaults = Defaults { theta: 1e6, epsilon: 1e-5, ..MISTRAL };
+
+pub(super) fn mixtral(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = one_window(c, base::decoder(c, &MIXTRAL)?, None)?;
+    let experts = c.size("num_local_experts")?.or(c.size("num_experts")?).unwrap_or(8);
+    let moe = MoeSpec {
+        router: RouterSpec {
+            experts,
+            experts_per_token: c.size("num_experts_per_tok")?.unwrap_or(2),
+            score: RouterScore::Softmax,
+            normalise: true,
+            scaling: 1.0,
+            groups: None,
+            bias: false,
+            correction: false,
+        },
+        hidden: c.need("intermediate_size")?,
+        activation: base::activation(c, &MIXTRAL)?,
+        bias: false,
+        shared: None,
+    };
+    spec.layers.iter_mut().for_each(|layer| layer.ffn = FfnSpec::Moe(moe));
+    Ok(spec)
+}
+
+pub(super) fn granite(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = llama(c)?;
+    let number = |key: &str| Ok::<_, SpecError>(c.number(key)?.unwrap_or(1.0));
+    spec.embedding_multiplier = number("embedding_multiplier")? as f32;
+    spec.logits_scale = (1.0 / number("logits_scaling")?) as f32;
+    let residual = number("residual_multiplier")? as f32;
+    spec.layers.iter_mut().for_each(|layer| layer.residual_multiplier = residual);
+    let scale = number("attention_multiplier")? as f32;
+    base::each_gqa(&mut spec, |_, gqa| gqa.scale = scale);
+    Ok(spec)
+}
+
+const SMOLLM3: Defaults =
+    Defaults { theta: 2e6, tied: true, context: 32_768, kv_heads: Some(4), ..LLAMA };
+
+pub(super) fn smollm3(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = base::decoder(c, &SMOLLM3)?;
+    base::attention_bias(c, &mut spec, false)?;
+    base::mlp_bias(c, &mut spec)?;
+    let layers = spec.layers.len();
+    let turns = match c.sizes("no_rope_layers")? {
+        Some(turns) if turns.len() < layers => {
+            let expected = format!("one for each of {layers} layers");
+            let found = format!("{} numbers", turns.len());
+            return Err(SpecError::value("no_rope_layers", found, expected));
+        }
+        Some(turns) => turns.into_iter().map(|turns| turns != 0).collect(),
+        None => {
+            let interval = c.size("no_rope_layer_interval")?.unwrap_or(4).max(1);
+            (1..=layers).map(|layer| layer % interval != 0).collect::<Vec<_>>()
+        }
+    };
+    let window = c.size("sliding_window")?;
+    let slides = c.flag("use_sliding_window")?.unwrap_or(false) && window.is_some();
+    let sliding = base::sliding_layers(c, layers, |layer| slides && !turns[layer])?;
+    base::set_windows(&mut spec, &sliding, window)?;
+    base::each_gqa(&mut spec, |layer, gqa| gqa.rope = gqa.rope.take().filter(|_| turns[layer]));
+    Ok(spec)
+}
+
+const PHI3: Defaults =
+    Defaults { epsilon: 1e-5, context: 4096, partial: Some(1.0), original: Some(4096), ..LLAMA };
+
+pub(super) fn phi3(c: &Config) -> Result<DecoderSpec, SpecError> {
+    one_window(c, base::decoder(c, &PHI3)?, None)
+}
+
+const OLMO2: Defaults = Defaults { epsilon: 1e-5, ..LLAMA };
+
+pub(super) fn olmo2(c: &Config) -> Result<DecoderSpec, SpecError> {
+    base::refuse_unless(c, "clip_qkv", &[])?;
+    let mut spec = base::decoder(c, &OLMO2)?;
+    base::attention_bias(c, &mut spec, false)?;
+    let norm = spec.final_norm;
+    let qk_norm = QkNorm { scope: QkScope::WholeRow, order: QkOrder::BeforeRope, norm };
+    base::each_gqa(&mut spec, |_, gqa| gqa.qk_norm = Some(qk_norm));
+    for layer in &mut spec.layers {
+        layer.attention_norms = BranchNorms { before: None, after: Some(norm) };
+        layer.ffn_norms = layer.attention_norms;
+    }
+    Ok(spec)
+}

@@ -1,0 +1,77 @@
+//! The table of families: from a `config.json` or GGUF metadata to a [`DecoderSpec`], and from
+//! canonical weight names to the names in a file.
+//!
+//! A family's name stands in this folder and nowhere else. A row says how the family differs from
+//! a plain Llama; whatever a row does not know, and that would change the computation, is refused.
+
+mod base;
+mod deepseek;
+mod gemma;
+mod gpt_oss;
+mod llama;
+mod qwen;
+mod rope;
+mod rows;
+
+use serde_json::Value;
+
+use crate::config::Config;
+use crate::names::Rules;
+use crate::spec::{DecoderSpec, SpecError};
+
+/// One family of Hugging Face checkpoints.
+pub struct Family {
+    /// `model_type` in `config.json`.
+    model_types: &'static [&'static str],
+    /// The class that runs it, in `architectures`.
+    architecture: &'static str,
+    /// Reads the configuration.
+    spec: fn(&Config) -> Result<DecoderSpec, SpecError>,
+    /// Where the weights are, most special rules first.
+    rules: &'static [Rules],
+}
+
+impl Family {
+    /// The family of a `config.json`.
+    ///
+    /// # Errors
+    /// If no row has its `model_type` and class.
+    pub fn of_config(config: &Value) -> Result<&'static Family, SpecError> {
+        let config = Config::new(config, "")?;
+        let classes = config.texts("architectures")?.unwrap_or_default();
+        let class = classes.first().copied();
+        let row = match config.text("model_type")? {
+            Some(kind) => rows::TABLE.iter().find(|row| row.model_types.contains(&kind)),
+            None => rows::TABLE.iter().find(|row| Some(row.architecture) == class),
+        };
+        let name = class.or(config.text("model_type")?).unwrap_or("(none given)");
+        let row = row.ok_or_else(|| SpecError::Architecture(name.to_owned()))?;
+        if class.is_some_and(|class| class != row.architecture) {
+            return Err(SpecError::Architecture(name.to_owned()));
+        }
+        Ok(row)
+    }
+
+    /// Where this family's checkpoints have the weights, most special rules first.
+    pub fn rules(&self) -> &'static [Rules] {
+        self.rules
+    }
+
+    /// The spec that a `config.json` of this family describes, within limits.
+    pub fn spec(&self, config: &Value) -> Result<DecoderSpec, SpecError> {
+        let spec = (self.spec)(&Config::new(config, "")?)?;
+        spec.validate()?;
+        Ok(spec)
+    }
+}
+
+impl DecoderSpec {
+    /// The spec that a `config.json` describes.
+    ///
+    /// # Errors
+    /// If the family or one of its features is not supported (the error names it), or a field is
+    /// missing or out of range.
+    pub fn from_hf_config(config: &Value) -> Result<DecoderSpec, SpecError> {
+        Family::of_config(config)?.spec(config)
+    }
+}

@@ -1,0 +1,171 @@
+//! Rotary embeddings from a `config.json`, in both styles: `rope_theta` with `rope_scaling`, and
+//! `rope_parameters` (one for all layers, or one a kind of layer).
+//!
+//! Precedence and defaults are those of transformers' `RotaryEmbeddingConfigMixin` (5.17).
+
+use super::base::Defaults;
+use crate::config::Config;
+use crate::spec::{RopeScaling, RopeSpec, SpecError, yarn_magnitude};
+
+/// Parameters that change the frequencies and that no kind here knows.
+const UNKNOWN: [&str; 6] =
+    ["mrope_section", "mrope_interleaved", "alpha", "short_mscale", "long_mscale", "sections"];
+
+/// The rotary embedding of heads of `head_dim` elements.
+pub(super) fn read(
+    c: &Config,
+    defaults: &Defaults,
+    head_dim: usize,
+) -> Result<RopeSpec, SpecError> {
+    let parameters = parameters(c, "full_attention")?;
+    read_from(c, parameters, ("rope_theta", defaults.theta), defaults, head_dim)
+}
+
+/// The rotary embedding that `parameters` describe; `theta` is the field beside them that holds
+/// the base where they do not, and its default.
+pub(super) fn read_from(
+    c: &Config,
+    parameters: Option<Config>,
+    theta: (&str, f64),
+    defaults: &Defaults,
+    head_dim: usize,
+) -> Result<RopeSpec, SpecError> {
+    let number = |key: &str| parameters.map_or(Ok(None), |parameters| parameters.number(key));
+    let base = match number("rope_theta")? {
+        Some(base) => base,
+        None => c.number(theta.0)?.unwrap_or(theta.1),
+    };
+    let partial = match number("partial_rotary_factor")? {
+        Some(partial) => Some(partial),
+        None => c.number("partial_rotary_factor")?,
+    };
+    let rotary = rotary(head_dim, partial, defaults)?;
+    let mut rope = RopeSpec::plain(base, rotary);
+    if let Some(parameters) = parameters {
+        if let Some(key) = UNKNOWN.iter().find(|key| parameters.get(key).is_some()) {
+            return Err(SpecError::feature(format!("rope parameter `{key}`")));
+        }
+        rope.scaling = read_scaling(c, defaults, &parameters)?;
+    }
+    Ok(rope)
+}
+
+/// Elements of a head that turn.
+fn rotary(head_dim: usize, partial: Option<f64>, defaults: &Defaults) -> Result<usize, SpecError> {
+    match (partial, defaults.partial) {
+        (None, None) => Ok(head_dim),
+        (None, Some(part)) => Ok((head_dim as f64 * part) as usize),
+        (Some(part), None) if part != 1.0 => {
+            Err(SpecError::feature(format!("partial_rotary_factor `{part}` of this architecture")))
+        }
+        (Some(part), _) if part > 0.0 && part <= 1.0 => Ok((head_dim as f64 * part) as usize),
+        (Some(part), _) => {
+            Err(SpecError::value("partial_rotary_factor", part, "above 0, at most 1"))
+        }
+    }
+}
+
+/// The object that holds the scaling: `rope_scaling` if there is one, else `rope_parameters`, of
+/// which there may be one for each kind of layer.
+pub(super) fn parameters<'a>(c: &Config<'a>, kind: &str) -> Result<Option<Config<'a>>, SpecError> {
+    let old = c.object("rope_scaling")?;
+    let Some(parameters) = old.or(c.object("rope_parameters")?) else { return Ok(None) };
+    if !by_kind(&parameters) {
+        return Ok(Some(parameters));
+    }
+    let missing = || SpecError::Missing(format!("rope_parameters.{kind}"));
+    parameters.object(kind)?.ok_or_else(missing).map(Some)
+}
+
+/// Whether `parameters` are one object a kind of layer.
+pub(super) fn by_kind(parameters: &Config) -> bool {
+    ["full_attention", "sliding_attention"].iter().any(|kind| parameters.has(kind))
+}
+
+fn read_scaling(c: &Config, defaults: &Defaults, p: &Config) -> Result<RopeScaling, SpecError> {
+    let kind = match p.text("rope_type")? {
+        Some(kind) => kind,
+        None => p.text("type")?.unwrap_or("default"),
+    };
+    let context = super::base::context(c, defaults)?;
+    let need = |key: &str| -> Result<f64, SpecError> {
+        p.number(key)?.ok_or_else(|| SpecError::Missing(format!("rope_parameters.{key}")))
+    };
+    // A field beside the object wins over one inside, as for Phi-3.
+    let original = match c.size("original_max_position_embeddings")?.or(defaults.original) {
+        Some(original) => original,
+        None => p.size("original_max_position_embeddings")?.unwrap_or(context),
+    };
+    match kind {
+        "default" => Ok(RopeScaling::None),
+        "linear" => Ok(RopeScaling::Linear { factor: need("factor")? }),
+        "dynamic" => Ok(RopeScaling::Dynamic { factor: need("factor")?, original: context }),
+        "yarn" => yarn(p, context, original),
+        "llama3" => Ok(RopeScaling::Llama3 {
+            factor: need("factor")?,
+            original,
+            low_factor: need("low_freq_factor")?,
+            high_factor: need("high_freq_factor")?,
+        }),
+        "longrope" => longrope(p, context, original),
+        other => Err(SpecError::feature(format!("rope type `{other}`"))),
+    }
+}
+
+/// The factor, or what the two context lengths imply.
+fn factor(p: &Config, context: usize, original: usize) -> Result<f64, SpecError> {
+    Ok(p.number("factor")?.unwrap_or(context as f64 / original.max(1) as f64))
+}
+
+fn yarn(p: &Config, context: usize, original: usize) -> Result<RopeScaling, SpecError> {
+    let factor = factor(p, context, original)?;
+    let nonzero =
+        |key: &str| -> Result<Option<f64>, SpecError> { Ok(p.number(key)?.filter(|x| *x != 0.0)) };
+    let magnitude =
+        match (p.number("attention_factor")?, nonzero("mscale")?, nonzero("mscale_all_dim")?) {
+            (Some(magnitude), _, _) => magnitude,
+            (None, Some(m), Some(all)) => yarn_magnitude(factor, m) / yarn_magnitude(factor, all),
+            (None, _, _) => yarn_magnitude(factor, 1.0),
+        };
+    Ok(RopeScaling::Yarn {
+        factor,
+        original,
+        beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
+        beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
+        truncate: p.flag("truncate")?.unwrap_or(true),
+        magnitude,
+    })
+}
+
+fn longrope(p: &Config, context: usize, original: usize) -> Result<RopeScaling, SpecError> {
+    let factor = factor(p, context, original)?;
+    let list = |key: &str| -> Result<Vec<f32>, SpecError> {
+        let list = p.numbers(key)?;
+        let list = list.ok_or_else(|| SpecError::Missing(format!("rope_parameters.{key}")))?;
+        Ok(list.into_iter().map(|x| x as f32).collect())
+    };
+    let magnitude = match p.number("attention_factor")? {
+        Some(magnitude) => magnitude,
+        None if factor <= 1.0 => 1.0,
+        None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+    };
+    Ok(RopeScaling::LongRope {
+        short: list("short_factor")?,
+        long: list("long_factor")?,
+        original,
+        magnitude,
+    })
+}
+
+/// What YaRN's `mscale_all_dim` multiplies latent attention's scores by (DeepSeek).
+pub(super) fn yarn_score_scale(c: &Config) -> Result<f64, SpecError> {
+    let Some(p) = parameters(c, "full_attention")? else { return Ok(1.0) };
+    let kind = p.text("rope_type")?.or(p.text("type")?).unwrap_or("default");
+    let all = p.number("mscale_all_dim")?.unwrap_or(0.0);
+    if kind == "default" || all == 0.0 {
+        return Ok(1.0);
+    }
+    let factor = p.number("factor")?;
+    let factor = factor.ok_or_else(|| SpecError::Missing("rope_parameters.factor".to_owned()))?;
+    Ok(yarn_magnitude(factor, all).powi(2))
+}

@@ -1,0 +1,102 @@
+//! From a [`DecoderSpec`] to the [`Program`] of one step that serves it.
+//!
+//! The only place where a decoder's ops are strung together; it knows no family and no file.
+//! Weights are declared by their canonical names, which [`crate::weights`] finds in a checkpoint.
+
+mod attention;
+mod builder;
+mod ffn;
+
+use lathe_program::{Program, Value, WeightRole};
+
+use crate::spec::{BranchNorms, DecoderSpec, LayerSpec, NormSpec, Residual, SpecError};
+use builder::Builder;
+
+/// What the caller chooses about a program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LowerOptions {
+    /// Positions in a block of the KV cache.
+    pub block_tokens: usize,
+    /// Positions that a sequence may reach. Scalings of positions that depend on the context's
+    /// length (dynamic NTK, LongRoPE) are chosen by it.
+    pub context_max: usize,
+    /// Taps of the residual stream: tap `i` is the stream after the first `captures[i]` layers
+    /// (0: the embedding). Drafters and distillation read them.
+    pub captures: Vec<usize>,
+}
+
+impl LowerOptions {
+    /// Blocks of 16 positions, no taps.
+    pub fn new(context_max: usize) -> Self {
+        LowerOptions { block_tokens: 16, context_max, captures: Vec::new() }
+    }
+}
+
+/// The program of one serving step of `spec`.
+///
+/// # Errors
+/// If the spec breaks its limits, or the options ask for no positions or for a tap that does not
+/// exist.
+pub fn lower(spec: &DecoderSpec, options: &LowerOptions) -> Result<Program, SpecError> {
+    spec.validate()?;
+    if options.block_tokens == 0 {
+        return Err(SpecError::value("block size", 0, "at least 1 token"));
+    }
+    if options.context_max == 0 {
+        return Err(SpecError::value("context length", 0, "at least 1 token"));
+    }
+    if let Some(tap) = options.captures.iter().find(|tap| **tap > spec.layers.len()) {
+        let expected = format!("0 to {} layers", spec.layers.len());
+        return Err(SpecError::value("capture", tap, expected));
+    }
+    Ok(lower_valid(spec, options))
+}
+
+fn lower_valid(spec: &DecoderSpec, options: &LowerOptions) -> Program {
+    let mut b = Builder::new(spec, options.context_max, options.block_tokens);
+    let shape = [spec.vocabulary, spec.width];
+    let table = b.weight("embedding", &shape, WeightRole::Embedding);
+    let mut stream = b.program.embed(table, spec.embedding_multiplier, "embedding");
+    capture(&mut b, options, 0, stream);
+    for (index, layer) in spec.layers.iter().enumerate() {
+        b.enter_layer(index);
+        stream = lower_layer(&mut b, layer, stream);
+        b.leave_layer();
+        capture(&mut b, options, index + 1, stream);
+    }
+    let input = b.norm("final_norm", &spec.final_norm, stream, 1);
+    let head = b.weight("head", &shape, WeightRole::Head);
+    b.program.logits(input, head, spec.logits_scale, spec.logits_softcap);
+    b.program.finish()
+}
+
+fn capture(b: &mut Builder, options: &LowerOptions, layers: usize, stream: Value) {
+    for (tap, after) in options.captures.iter().enumerate() {
+        if *after == layers {
+            b.program.capture(stream, tap as u32);
+        }
+    }
+}
+
+fn lower_layer(b: &mut Builder, layer: &LayerSpec, stream: Value) -> Value {
+    let scale = layer.residual_multiplier;
+    let BranchNorms { before, after } = &layer.attention_norms;
+    let attention_input = optional_norm(b, "attention_norm", before.as_ref(), stream);
+    let attended = attention::lower(b, &layer.attention, attention_input);
+    let attended = optional_norm(b, "attention_post_norm", after.as_ref(), attended);
+    let joined = b.add("attention.residual", stream, attended, scale);
+
+    let BranchNorms { before, after } = &layer.ffn_norms;
+    let ffn_input = match (layer.residual, before) {
+        (Residual::Sequential, before) => optional_norm(b, "ffn_norm", before.as_ref(), joined),
+        (Residual::Parallel, Some(norm)) => optional_norm(b, "ffn_norm", Some(norm), stream),
+        (Residual::Parallel, None) => attention_input,
+    };
+    let fed = ffn::lower(b, &layer.ffn, ffn_input);
+    let fed = optional_norm(b, "ffn_post_norm", after.as_ref(), fed);
+    b.add("ffn.residual", joined, fed, scale)
+}
+
+fn optional_norm(b: &mut Builder, name: &str, spec: Option<&NormSpec>, input: Value) -> Value {
+    spec.map_or(input, |spec| b.norm(name, spec, input, 1))
+}

@@ -1,0 +1,1 @@
+//! Tensor names of GGUF files (llama.cpp's).
