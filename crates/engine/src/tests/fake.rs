@@ -20,6 +20,9 @@ pub struct FakeExecutor {
     logits: Vec<f32>,
     /// A row sees all of its window, or only some of it (for very long texts).
     thorough: bool,
+    /// About one step in so many fails half-way; 0 means none.
+    failing: u64,
+    steps: u64,
 }
 
 /// A cache of one layer a group, with these windows.
@@ -41,11 +44,24 @@ impl FakeExecutor {
     pub fn new(kv: KvLayout, context_max: usize, rows_max: usize, pages: usize) -> Self {
         let pages = vec![vec![0; kv.block_tokens]; pages];
         let program = Arc::new(program(kv, context_max));
-        FakeExecutor { program, rows_max, pages, logits: Vec::new(), thorough: true }
+        FakeExecutor {
+            program,
+            rows_max,
+            pages,
+            logits: Vec::new(),
+            thorough: true,
+            failing: 0,
+            steps: 0,
+        }
     }
 
     pub fn hasty(mut self) -> Self {
         self.thorough = false;
+        self
+    }
+
+    pub fn failing(mut self, one_in: u64) -> Self {
+        self.failing = one_in;
         self
     }
 
@@ -118,18 +134,22 @@ impl Executor for FakeExecutor {
     fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
         self.check(step);
         self.logits.clear();
-        for sequence in &step.sequences {
+        self.steps += 1;
+        let fails = self.failing > 0 && mix(self.steps, 0).is_multiple_of(self.failing);
+        for (index, sequence) in step.sequences.iter().enumerate() {
+            if fails && index == step.sequences.len() / 2 {
+                return Err(BackendError::Device("this step fails".into()));
+            }
             for row in sequence.first_row..sequence.first_row + sequence.rows {
                 let position = step.positions[row as usize];
                 assert_eq!(position, sequence.cached + row - sequence.first_row);
                 let seen = self.seen(sequence, position as usize);
-                let own = mix(mix(seen, u64::from(position)), u64::from(step.tokens[row as usize]));
+                let own = own(seen, position, step.tokens[row as usize]);
                 for group in 0..sequence.tables.len() {
                     *self.entry(sequence, group, position as usize) = mix(own, group as u64);
                 }
                 if step.logits_rows.contains(&row) {
-                    let logit = |token| (mix(own, 1000 + token) % 10_000) as f32 / 1000.0;
-                    self.logits.extend((0..VOCABULARY as u64).map(logit));
+                    self.logits.extend(logits(own));
                 }
             }
         }
@@ -151,4 +171,29 @@ pub fn mix(a: u64, b: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
+}
+
+/// What a row knows: its token, its position, and everything that it sees.
+fn own(seen: u64, position: u32, token: u32) -> u64 {
+    mix(mix(seen, u64::from(position)), u64::from(token))
+}
+
+fn logits(own: u64) -> impl Iterator<Item = f32> {
+    (0..VOCABULARY as u64).map(move |token| (mix(own, 1000 + token) % 10_000) as f32 / 1000.0)
+}
+
+/// The same model over plain lists: no pages, no chunks, no batches. Logits after the last token.
+pub fn naive_logits(tokens: &[u32], windows: &[Option<usize>]) -> Vec<f32> {
+    let mut entries: Vec<u64> = Vec::new();
+    for (position, &token) in tokens.iter().enumerate() {
+        let mut seen = 7;
+        for (group, window) in windows.iter().enumerate() {
+            let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+            for &entry in entries[first..].iter().rev() {
+                seen = mix(seen, mix(entry, group as u64));
+            }
+        }
+        entries.push(own(seen, position as u32, token));
+    }
+    logits(*entries.last().unwrap()).collect()
 }

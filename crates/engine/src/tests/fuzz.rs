@@ -1,0 +1,256 @@
+//! Seeded fuzz of the control plane: random requests, steps, failures and cancellations against
+//! a naive model that knows neither pages nor batches.
+
+use std::collections::BTreeMap;
+
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::fake::{FakeExecutor, layout, naive_logits};
+use crate::sampler::Scratch;
+use crate::*;
+
+const OPERATIONS: usize = 10_000;
+const CONTEXT_MAX: usize = 64;
+
+/// A request that is in the engine, and what the engine has said of it.
+struct Expected {
+    request: Request,
+    tokens: Vec<u32>,
+    cancelled: bool,
+}
+
+struct Fuzz {
+    random: ChaCha8Rng,
+    windows: Vec<Option<usize>>,
+    block_tokens: usize,
+    config: EngineConfig,
+    engine: Engine,
+    live: BTreeMap<RequestId, Expected>,
+    /// Texts that are over: what chats continue.
+    past: Vec<Vec<u32>>,
+    refused: [u64; 2],
+    failures: u64,
+}
+
+impl Fuzz {
+    fn new(seed: u64, kv_cache: bool) -> Self {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let window =
+            |random: &mut ChaCha8Rng| random.random_bool(0.5).then(|| random.random_range(1..14));
+        let windows: Vec<_> = (0..random.random_range(1..4)).map(|_| window(&mut random)).collect();
+        let block_tokens = random.random_range(1..6);
+        let alone = pages_alone(CONTEXT_MAX, block_tokens, &windows);
+        let config = EngineConfig {
+            rows_max: random.random_range(1..24),
+            sequences_max: random.random_range(2..9),
+            waiting_max: random.random_range(1..9),
+            // Some requests never fit, and not many fit at a time.
+            kv_blocks: random.random_range(alone * 5 / 6 + 1..alone * 2 + 2),
+            prefix_cache: random.random_bool(0.8),
+            prefix_seed: random.random(),
+            kv_cache,
+        };
+        let kv = layout(block_tokens, &windows);
+        let executor =
+            FakeExecutor::new(kv, CONTEXT_MAX, config.rows_max, config.kv_blocks).failing(40);
+        let engine = Engine::new(Box::new(executor), config.clone()).unwrap();
+        let (live, past, refused) = Default::default();
+        Fuzz { random, windows, block_tokens, config, engine, live, past, refused, failures: 0 }
+    }
+
+    fn operate(&mut self) {
+        match self.random.random_range(0..10) {
+            0..2 => self.add(),
+            2 => self.cancel(),
+            _ => self.step(),
+        }
+        self.engine.validate();
+        let stats = self.engine.stats();
+        assert_eq!(
+            stats.waiting + stats.running,
+            self.live.values().filter(|live| !live.cancelled).count()
+        );
+        assert!(stats.running <= self.config.sequences_max);
+        // Preempted requests return to the queue whatever its limit.
+        assert!(stats.waiting <= self.config.waiting_max + self.config.sequences_max);
+    }
+
+    fn request(&mut self) -> Request {
+        // Few different tokens and old texts, so that prefixes are often shared.
+        let random = &mut self.random;
+        let mut prompt = self
+            .past
+            .choose(random)
+            .filter(|_| random.random_bool(0.7))
+            .cloned()
+            .unwrap_or_default();
+        prompt.truncate(random.random_range(0..CONTEXT_MAX / 2));
+        prompt.extend((0..random.random_range(1..12)).map(|_| random.random_range(0..2)));
+        prompt.truncate(CONTEXT_MAX - 1);
+        let sampling = Sampling {
+            temperature: if random.random_bool(0.5) { 0.0 } else { 1.5 },
+            top_k: random.random_range(0..8),
+            repetition_penalty: if random.random_bool(0.8) { 1.0 } else { 1.3 },
+            seed: random.random(),
+            ..Sampling::default()
+        };
+        let max_tokens = random.random_bool(0.9).then(|| random.random_range(1..24));
+        let stop_tokens =
+            (0..random.random_range(0..4)).map(|_| random.random_range(0..61)).collect();
+        Request { prompt, sampling, max_tokens, stop_tokens, ..Request::default() }
+    }
+
+    fn add(&mut self) {
+        let request = self.request();
+        let waiting = self.engine.stats().waiting;
+        let wanted = request.max_tokens.unwrap_or(1).min(CONTEXT_MAX - request.prompt.len());
+        let needed =
+            pages_alone(request.prompt.len() + wanted - 1, self.block_tokens, &self.windows);
+        match self.engine.add(request.clone(), None) {
+            Ok(id) => {
+                assert!(waiting < self.config.waiting_max && needed <= self.config.kv_blocks);
+                self.live.insert(id, Expected { request, tokens: Vec::new(), cancelled: false });
+            }
+            Err(AddError::QueueFull { waiting: found, .. }) => {
+                assert!(found == waiting && waiting >= self.config.waiting_max);
+                self.refused[0] += 1;
+            }
+            Err(AddError::TooFewBlocks { needed: found, available }) => {
+                assert_eq!((found, available), (needed, self.config.kv_blocks));
+                assert!(needed > available);
+                self.refused[1] += 1;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn cancel(&mut self) {
+        let ids: Vec<RequestId> = self.live.keys().copied().collect();
+        if let Some(&id) = ids.choose(&mut self.random) {
+            let live = self.live.get_mut(&id).unwrap();
+            assert_eq!(self.engine.cancel(id), !live.cancelled);
+            live.cancelled = true;
+        }
+    }
+
+    fn step(&mut self) {
+        let rows = self.engine.stats().rows;
+        let events = match self.engine.step() {
+            Ok(events) => events,
+            Err(EngineError::Backend(_)) => {
+                self.failures += 1;
+                return;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let busy = self.live.values().any(|live| !live.cancelled);
+        assert!(!busy || self.engine.stats().rows > rows, "a step without progress");
+        for event in events {
+            match event {
+                Event::Token { request, token, .. } => {
+                    self.live.get_mut(&request).unwrap().tokens.push(token)
+                }
+                Event::Finished { request, reason, generated_tokens, .. } => {
+                    let live = self.live.remove(&request).unwrap();
+                    assert_eq!(generated_tokens, live.tokens.len());
+                    assert_eq!(live.cancelled, reason == FinishReason::Cancelled);
+                    self.compare(live, reason);
+                }
+            }
+        }
+    }
+
+    /// The text must be the naive model's, and must end where it should.
+    fn compare(&mut self, live: Expected, reason: FinishReason) {
+        let Expected { request, tokens, .. } = live;
+        let mut sampler = Sampler::new(request.sampling.clone(), &request.prompt);
+        let mut text = request.prompt.clone();
+        for &token in &tokens {
+            let logits = naive_logits(&text, &self.windows);
+            assert_eq!(
+                sampler.sample(&logits, text.len(), &mut Scratch::default()),
+                Some(token),
+                "after {text:?}"
+            );
+            sampler.record(token);
+            text.push(token);
+        }
+        let stop = tokens.iter().position(|token| request.stop_tokens.contains(token));
+        match reason {
+            FinishReason::Stop => assert_eq!(stop, Some(tokens.len() - 1)),
+            FinishReason::Length => {
+                let full = pages_alone(text.len(), self.block_tokens, &self.windows)
+                    > self.config.kv_blocks;
+                assert!(
+                    full || text.len() == CONTEXT_MAX || Some(tokens.len()) == request.max_tokens
+                );
+                assert_eq!(stop, None);
+            }
+            FinishReason::Cancelled => assert_eq!(stop, None),
+            FinishReason::InvalidLogits => panic!("all logits are numbers"),
+        }
+        self.past.push(text);
+        if self.past.len() > 20 {
+            let index = self.random.random_range(0..20);
+            self.past.swap_remove(index);
+        }
+    }
+}
+
+/// Pages for `length` positions of a sequence alone, by trying every position.
+fn pages_alone(length: usize, block_tokens: usize, windows: &[Option<usize>]) -> usize {
+    let held = |window: &Option<usize>| {
+        // The row at `last` may stand anywhere in its block, and its window reaches back.
+        let touched = |last: usize, window: usize| {
+            last / block_tokens - (last + 1).saturating_sub(window) / block_tokens + 1
+        };
+        let all = length.div_ceil(block_tokens);
+        window.map_or(all, |window| {
+            all.min(
+                (0..block_tokens)
+                    .map(|at| touched(1000 * block_tokens + at, window))
+                    .max()
+                    .unwrap(),
+            )
+        })
+    };
+    windows.iter().map(held).sum()
+}
+
+fn fuzz(seed: u64, kv_cache: bool) -> Stats {
+    let mut fuzz = Fuzz::new(seed, kv_cache);
+    for _ in 0..OPERATIONS {
+        fuzz.operate();
+    }
+    for _ in 0..OPERATIONS {
+        fuzz.step();
+    }
+    assert!(fuzz.engine.is_idle() && fuzz.live.is_empty(), "seed {seed} does not come to an end");
+    let stats = fuzz.engine.stats();
+    assert_eq!(stats.blocks_used, 0);
+    println!(
+        "seed {seed}: {} refused, {} failed steps, {stats:?}",
+        fuzz.refused[0] + fuzz.refused[1],
+        fuzz.failures
+    );
+    stats
+}
+
+#[test]
+fn random_operations_never_change_a_text() {
+    let stats: Vec<Stats> = (0..16).map(|seed| fuzz(seed, true)).collect();
+    // The fuzz is worth something only if it reaches what it is about.
+    let sum = |count: fn(&Stats) -> u64| stats.iter().map(count).sum::<u64>();
+    assert!(sum(|stats| stats.preemptions) > 500);
+    assert!(sum(|stats| stats.prefix_hit_tokens) > 10_000);
+    assert!(sum(|stats| stats.resumed_hit_tokens) > 1_000);
+}
+
+#[test]
+fn random_operations_without_cache() {
+    for seed in 100..103 {
+        assert_eq!(fuzz(seed, false).prefix_hit_tokens, 0);
+    }
+}
