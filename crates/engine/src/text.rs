@@ -9,6 +9,16 @@ pub trait TextDecoder: Send {
     fn flush(&mut self) -> Option<String>;
 }
 
+impl TextDecoder for lathe_model::tokenizer::DecodeStream {
+    fn push(&mut self, token: u32) -> Option<String> {
+        self.push(token)
+    }
+
+    fn flush(&mut self) -> Option<String> {
+        self.flush()
+    }
+}
+
 /// One request's text: a decoder, and the stop strings to watch for.
 pub struct TextOutput {
     decoder: Option<Box<dyn TextDecoder>>,

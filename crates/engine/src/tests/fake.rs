@@ -89,6 +89,8 @@ impl FakeExecutor {
     }
 
     fn check(&self, step: &Step) {
+        step.validate(&self.program).unwrap();
+        step.check_blocks(self.pages.len()).unwrap();
         assert!(
             !step.tokens.is_empty() && step.tokens.len() <= self.rows_max,
             "{} rows",
