@@ -8,9 +8,13 @@ pub mod bytes;
 pub mod codec;
 pub mod format;
 pub mod gguf;
+mod mapping;
+mod partial;
 pub mod safetensors;
 pub mod tensor;
 
 pub use bytes::Bytes;
-pub use format::{Block, Element, FloatType, Format, GgmlType, ScaleType, ScaledFormat, ZeroPoint};
+pub use format::{
+    Block, Element, FloatType, Format, GgmlType, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint,
+};
 pub use tensor::{Tensor, TensorError};
