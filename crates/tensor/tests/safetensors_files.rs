@@ -47,7 +47,7 @@ fn every_dtype_is_written_and_read() {
         writer.write(&tensor.name, tail).unwrap();
     }
     assert!(!path.exists(), "nothing before the end");
-    assert_eq!(writer.finish().unwrap(), [path.clone()]);
+    assert_eq!(writer.finish().unwrap(), std::slice::from_ref(&path));
     let read = SafetensorsFile::open(&path).unwrap();
     assert_eq!(read.metadata(), &metadata);
     assert_eq!(read.names().len(), tensors.len());
