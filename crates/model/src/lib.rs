@@ -6,6 +6,7 @@
 //! requests or of HTTP.
 #![forbid(unsafe_code)]
 
+pub mod chat;
 pub mod config;
 pub mod families;
 pub mod lower;

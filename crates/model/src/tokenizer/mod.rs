@@ -389,6 +389,21 @@ impl Tokenizer {
         &self.inner.frame
     }
 
+    /// The names of the frame tokens as chat templates know them: `bos_token` and so on.
+    pub fn named_tokens(&self) -> serde_json::Map<String, Value> {
+        let frame = &self.inner.frame;
+        let roles = [
+            ("bos_token", frame.beginning),
+            ("eos_token", frame.end),
+            ("unk_token", frame.unknown),
+            ("pad_token", frame.padding),
+        ];
+        let named = roles.into_iter().filter_map(|(role, id)| {
+            Some((role.to_owned(), Value::String(self.inner.rendered.id_to_token(id?)?)))
+        });
+        named.collect()
+    }
+
     /// The tokens that end a generated text, as far as the tokenizer's own file says; a model's
     /// generation settings may know more.
     pub fn end_tokens(&self) -> &[u32] {
