@@ -5,7 +5,7 @@ use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Sampling;
-use crate::math::{best_first, finite, top};
+use crate::math::{best_first, exp_negative, finite, maximum, sum, top};
 
 /// A number in `[0, 1)` that depends on its arguments alone: ChaCha8 keyed by the seed, at the
 /// stream of the position.
@@ -16,36 +16,35 @@ pub fn uniform(seed: u64, position: u64) -> f64 {
 }
 
 /// Draws a token by inverting the cumulative distribution at `point` in `[0, 1)`; `None` if
-/// nothing can be drawn. `candidates` is scratch.
-pub fn draw(
-    logits: &[f32],
-    sampling: &Sampling,
-    point: f64,
-    candidates: &mut Vec<(f32, u32)>,
-) -> Option<u32> {
-    let best = logits.iter().copied().map(finite).fold(f32::NEG_INFINITY, f32::max);
+/// nothing can be drawn.
+pub fn draw(logits: &[f32], sampling: &Sampling, point: f64, buffers: &mut Buffers) -> Option<u32> {
+    let best = maximum(logits);
     if best == f32::NEG_INFINITY {
         return None;
     }
     // Relative to the best token, whose weight is 1.
-    let weight = |logit: f32| ((finite(logit) - best) / sampling.temperature).exp();
+    let weight = |logit: f32| exp_negative((finite(logit) - best) / sampling.temperature);
     let top_p = f64::from(sampling.top_p);
-    let total: f64;
-    if 0 < sampling.top_k && sampling.top_k < logits.len() {
+    let Buffers { weights, candidates } = buffers;
+    let total = if 0 < sampling.top_k && sampling.top_k < logits.len() {
         top(logits, sampling.top_k, candidates);
         candidates.iter_mut().for_each(|candidate| candidate.0 = weight(candidate.0));
-        total = candidates.iter().map(|candidate| f64::from(candidate.0)).sum();
-        candidates.retain(|candidate| candidate.0 > 0.0 && candidate.0 >= sampling.min_p);
+        let total = weight_of(candidates);
+        candidates.retain(|&(weight, _)| weight > 0.0 && weight >= sampling.min_p);
+        total
     } else {
-        total = logits.iter().map(|&logit| f64::from(weight(logit))).sum();
+        weights.clear();
+        weights.extend(logits.iter().map(|&logit| weight(logit)));
+        let total = sum(weights, |weight| weight);
         // Tokens below the cutoff have less than `1 - top_p` of the mass together, so that the
         // nucleus is among the rest. Few pass for a peaked distribution.
-        let cutoff = ((1.0 - top_p) * total / logits.len() as f64) as f32;
-        let cutoff = (cutoff * 0.999).max(sampling.min_p);
-        let weights = logits.iter().zip(0..).map(|(&logit, id)| (weight(logit), id));
+        let cutoff = (0.999 * (1.0 - top_p) * total / logits.len() as f64) as f32;
+        let cutoff = cutoff.max(sampling.min_p);
+        let passing = weights.iter().copied().zip(0..);
         candidates.clear();
-        candidates.extend(weights.filter(|&(weight, _)| weight > 0.0 && weight >= cutoff));
-    }
+        candidates.extend(passing.filter(|&(weight, _)| weight > 0.0 && weight >= cutoff));
+        total
+    };
     if top_p < 1.0 {
         let kept = nucleus(candidates, top_p * total);
         candidates.truncate(kept);
@@ -53,10 +52,22 @@ pub fn draw(
     Some(invert(candidates, point))
 }
 
+/// Scratch memory, so that drawing allocates nothing.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    /// `[vocabulary]`, each token's probability relative to the best one's.
+    weights: Vec<f32>,
+    /// Tokens that may be drawn, with their weights.
+    candidates: Vec<(f32, u32)>,
+}
+
+fn weight_of(candidates: &[(f32, u32)]) -> f64 {
+    candidates.iter().map(|&(weight, _)| f64::from(weight)).sum()
+}
+
 /// The first candidate at which the running sum of weights exceeds `point` of the whole.
 fn invert(candidates: &[(f32, u32)], point: f64) -> u32 {
-    let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.0)).sum();
-    let mut left = point * total;
+    let mut left = point * weight_of(candidates);
     for &(weight, token) in candidates {
         left -= f64::from(weight);
         if left < 0.0 {
@@ -74,8 +85,7 @@ fn nucleus(candidates: &mut [(f32, u32)], mut mass: f64) -> usize {
     let (mut low, mut high) = (0, candidates.len());
     while high - low > 32 {
         let middle = low + partition(&mut candidates[low..high]);
-        let upper: f64 =
-            candidates[low..middle].iter().map(|candidate| f64::from(candidate.0)).sum();
+        let upper = weight_of(&candidates[low..middle]);
         if upper >= mass {
             high = middle;
         } else {
@@ -128,7 +138,7 @@ mod tests {
             // Sixteenths sum without rounding, so that both ways see the same sums.
             let mut candidates: Vec<(f32, u32)> =
                 (0..n).map(|id| (random.random_range(1..=spread) as f32 / 16.0, id)).collect();
-            let total: f64 = candidates.iter().map(|c| f64::from(c.0)).sum();
+            let total = weight_of(&candidates);
             let mass = total * f64::from(random.random_range(0..=16)) / 16.0;
             let mut sorted = candidates.clone();
             sorted.sort_by(best_first);

@@ -123,7 +123,7 @@ impl Sampling {
 #[derive(Debug, Default)]
 pub struct Scratch {
     logits: Vec<f32>,
-    candidates: Vec<(f32, u32)>,
+    buffers: draw::Buffers,
 }
 
 /// One request's sampler: its parameters, and the tokens that penalties look at.
@@ -156,7 +156,7 @@ impl Sampler {
     /// Chooses the token at `position` of the sequence from `logits` `[vocabulary]`; `None` if no
     /// logit is a number above minus infinity. Logits that are not numbers are never chosen.
     pub fn sample(&self, logits: &[f32], position: usize, scratch: &mut Scratch) -> Option<u32> {
-        let Scratch { logits: adjusted, candidates } = scratch;
+        let Scratch { logits: adjusted, buffers } = scratch;
         let logits = if self.seen.is_empty() && self.sampling.logit_bias.is_empty() {
             logits
         } else {
@@ -169,7 +169,7 @@ impl Sampler {
             return math::argmax(logits);
         }
         let point = draw::uniform(self.sampling.seed, position as u64);
-        draw::draw(logits, &self.sampling, point, candidates)
+        draw::draw(logits, &self.sampling, point, buffers)
     }
 
     fn adjust(&self, logits: &mut [f32]) {
