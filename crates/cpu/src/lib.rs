@@ -1,13 +1,31 @@
-//! The CPU backend: kernels for ops, chosen at run time for the instructions of the machine.
+//! The CPU backend: packed weights, kernels for each instruction set, the gang of workers that
+//! runs them, and the executor of programs.
 //!
-//! [`gang`] runs work on spinning threads, [`isa`] chooses instructions, [`pack`] lays weights out,
-//! [`linear`] multiplies by them, [`machine`] measures the roofs of the roofline. This crate knows
-//! nothing of model families, requests or files.
+//! [`CpuBackend`] is the way in: it has the weights loaded and laid out (`weights`, [`pack`]),
+//! fuses ops to stages (`plan`), and makes an executor that runs steps on a [`gang`] of spinning
+//! threads. [`linear`] has the products of packed weights, `attend` the attention over the paged
+//! `cache`; [`isa`] chooses instructions, [`machine`] measures the roofs of the roofline. This
+//! crate knows nothing of model families, requests or files.
 
+mod attend;
+mod backend;
+mod cache;
+mod elementwise;
+mod executor;
+mod experts;
 pub mod gang;
 pub mod isa;
+mod lanes;
+mod latent;
 pub mod linear;
 pub mod machine;
+mod memory;
 pub mod pack;
+mod plan;
+mod profile;
+mod rows;
+mod stage;
+mod weights;
 
+pub use backend::{CpuBackend, CpuOptions};
 pub use isa::Isa;

@@ -1,0 +1,205 @@
+//! Attention over the paged cache, for any mix of prefill chunks, decoding rows and draft trees.
+//!
+//! Invariant: what a row computes depends on nothing but its own query and the positions that it
+//! sees. Positions are walked in tiles of 64 and segments of 512, both aligned to absolute
+//! positions; a segment starts from nothing, and segments are merged in order. So a row gives the
+//! same bits alone and in a chunk, on one worker and on many, wherever its blocks lie. Positions
+//! that a row does not see contribute exactly nothing.
+
+mod plan;
+mod tile;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use lathe_program::{BackendError, KvLayerShape, KvLayout, Step};
+
+use crate::cache::{KvCache, LayerPlace};
+use crate::gang::{Gang, share};
+use crate::lanes::{LANES, Width, dispatch};
+use crate::memory::Memory;
+use crate::rows::Rows;
+
+use plan::Plan;
+use tile::{Merge, Scratch, ScratchSizes, TaskKernel};
+
+/// Positions in a segment.
+pub const SEGMENT: usize = 512;
+
+/// Query vectors that share one pass over the keys: rows of a task times query heads of a key head.
+const VECTORS_MAX: usize = 64;
+
+/// Floats set aside for segments that several workers compute for the same row.
+const PARTIAL_FLOATS_MAX: usize = 8 << 20;
+
+/// The numbers of one attention, with latents seen as one key head of `rank + rope_dim`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttendShape {
+    /// Key heads.
+    pub kv_heads: usize,
+    /// Query heads that share a key head.
+    pub group: usize,
+    /// Elements of a query or key.
+    pub key_dim: usize,
+    /// Elements of a value.
+    pub value_dim: usize,
+    /// Multiplies the scores.
+    pub scale: f32,
+    /// Positions that a query sees, itself included; `None`: all.
+    pub window: Option<usize>,
+    /// `softcap * tanh(score / softcap)`.
+    pub softcap: Option<f32>,
+}
+
+impl AttendShape {
+    fn rows_per_task(&self) -> usize {
+        (VECTORS_MAX / self.group).max(1)
+    }
+
+    /// Floats of a value row in scratch memory: whole vectors.
+    fn value_stride(&self) -> usize {
+        self.value_dim.next_multiple_of(LANES)
+    }
+
+    /// Floats of a stored segment: its largest score, its sum, and the weighted values.
+    fn partial_stride(&self) -> usize {
+        LANES + self.value_stride()
+    }
+}
+
+/// What one call works on.
+pub struct AttendJob<'a> {
+    /// The numbers.
+    pub shape: &'a AttendShape,
+    /// The cache.
+    pub cache: &'a KvCache,
+    /// The layer of the cache.
+    pub layer: &'a LayerPlace,
+    /// The rows, their sequences and tables.
+    pub step: &'a Step,
+    /// `[rows, kv_heads * group * key_dim]`.
+    pub query: Rows,
+    /// A logit for each query head that joins the denominator.
+    pub sinks: Option<&'a [f32]>,
+    /// `[rows, kv_heads * group * value_dim]`.
+    pub out: Rows,
+}
+
+/// Memory for attention, kept from step to step.
+#[derive(Debug)]
+pub struct Attention {
+    width: Width,
+    plan: Plan,
+    scratch: Memory,
+    sizes: ScratchSizes,
+    partials: Memory,
+}
+
+impl Attention {
+    /// Memory for `workers` workers and attentions of `shapes`.
+    ///
+    /// # Errors
+    /// [`BackendError::Memory`].
+    pub fn new(
+        width: Width,
+        shapes: &[AttendShape],
+        workers: usize,
+        rows_max: usize,
+        context_max: usize,
+    ) -> Result<Self, BackendError> {
+        let sizes = ScratchSizes::for_shapes(shapes);
+        let scratch = Memory::zeroed(
+            workers * sizes.floats() * size_of::<f32>(),
+            "attention's scratch memory",
+        )?;
+        let segments = context_max.div_ceil(SEGMENT) + 1;
+        let wanted = |s: &AttendShape| {
+            let vectors = s.group * s.rows_per_task();
+            (plan::ITEMS_PER_WORKER * workers * vectors)
+                .saturating_mul(segments)
+                .saturating_mul(s.partial_stride())
+        };
+        let partials = shapes.iter().map(wanted).max().unwrap_or(0).min(PARTIAL_FLOATS_MAX);
+        let partials = Memory::zeroed(partials * size_of::<f32>(), "attention's partial sums")?;
+        Ok(Self { width, plan: Plan::with_capacity(rows_max, workers), scratch, sizes, partials })
+    }
+
+    /// Computes `job` on all workers of `gang`.
+    ///
+    /// # Safety
+    /// The job's rows are valid for the step's rows, `out` overlaps nothing else and nobody else
+    /// touches it; nobody writes the cache meanwhile; the tables hold every position that a row sees.
+    pub unsafe fn run(&mut self, gang: &Gang, job: &AttendJob<'_>) {
+        let shape = job.shape;
+        let capacity = self.partials.bytes() / size_of::<f32>() / shape.partial_stride();
+        self.plan.fill(job.step, shape, gang.workers(), capacity);
+        let plan = &self.plan;
+        let next = AtomicUsize::new(0);
+        let items = plan.tasks.len() * shape.kv_heads;
+        let partials = Shared(self.partials.pointer().cast::<f32>());
+        let work = |worker: usize, _: usize| {
+            let scratch = Scratch::of_worker(&self.scratch, &self.sizes, worker);
+            loop {
+                let item = next.fetch_add(1, Ordering::Relaxed);
+                if item >= items {
+                    break;
+                }
+                let task = &plan.tasks[item / shape.kv_heads];
+                let kernel = TaskKernel {
+                    job,
+                    task,
+                    head: item % shape.kv_heads,
+                    scratch,
+                    partials: partials.get(),
+                };
+                dispatch(self.width, kernel);
+            }
+        };
+        if gang.workers() == 1 || items == 1 {
+            work(0, 1)
+        } else {
+            gang.run(work)
+        }
+        if plan.splits.is_empty() {
+            return;
+        }
+        let merges: usize = plan.splits.iter().map(|s| s.stored.vectors * shape.kv_heads).sum();
+        gang.run(|worker, workers| {
+            let scratch = Scratch::of_worker(&self.scratch, &self.sizes, worker);
+            let mine = share(merges, worker, workers);
+            dispatch(self.width, Merge { job, plan, mine, scratch, partials: partials.get() });
+        });
+    }
+}
+
+/// A pointer that workers share; they write disjoint places behind it.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+// SAFETY: tasks write partial sums at places of their own; merges read them after all tasks.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn get(self) -> *mut f32 {
+        self.0
+    }
+}
+
+/// The shape of an attention over the heads of a layer.
+pub fn check_layer(layout: &KvLayout, layer: u32, shape: &AttendShape) -> Result<(), BackendError> {
+    let found = layout.layers[layer as usize].shape;
+    let fits = match found {
+        KvLayerShape::Heads { kv_heads, key_dim, value_dim } => {
+            (kv_heads, key_dim, value_dim) == (shape.kv_heads, shape.key_dim, shape.value_dim)
+        }
+        KvLayerShape::Latent { rank, rope_dim } => {
+            (1, rank + rope_dim, rank) == (shape.kv_heads, shape.key_dim, shape.value_dim)
+        }
+    };
+    if fits {
+        return Ok(());
+    }
+    Err(BackendError::Device(format!(
+        "layer {layer} of the cache holds {found:?}, but its attention is {shape:?}"
+    )))
+}

@@ -1,0 +1,195 @@
+//! Which rows and segments are one worker's piece of attention.
+
+use std::ops::Range;
+
+use lathe_program::{Step, StepSequence};
+
+use super::{AttendShape, SEGMENT};
+
+/// Below this many pieces a worker, pieces are cut further, along the positions.
+pub const ITEMS_PER_WORKER: usize = 2;
+
+/// Rows of one sequence that walk their positions together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Task {
+    /// Index into the step's sequences.
+    pub sequence: usize,
+    /// First row, counted within the sequence.
+    pub first: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Segments to walk.
+    pub segments: Range<usize>,
+    /// Where its segments are stored, if other tasks walk the rest of these rows' segments.
+    pub stored: Option<Stored>,
+}
+
+/// Where the segments of some rows are stored before they are merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// Place of the first.
+    pub base: usize,
+    /// First segment.
+    pub first: usize,
+    /// Number of segments.
+    pub count: usize,
+    /// Query vectors of a key head.
+    pub vectors: usize,
+}
+
+impl Stored {
+    /// The place of one segment of one vector.
+    pub fn entry(&self, head: usize, vector: usize, segment: usize) -> usize {
+        self.base + (head * self.vectors + vector) * self.count + segment - self.first
+    }
+}
+
+/// Rows whose segments are computed by several tasks and then merged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Split {
+    /// First row of the step.
+    pub row: usize,
+    /// Where the segments are.
+    pub stored: Stored,
+}
+
+/// The pieces of one attention.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Pieces, for each key head.
+    pub tasks: Vec<Task>,
+    /// Rows that need a merge.
+    pub splits: Vec<Split>,
+}
+
+/// The positions that a row sees: a stretch, and the rows of its tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Visible<'a> {
+    /// A stretch of slots.
+    pub slots: Range<usize>,
+    /// Rows of the sequence that it sees, from slot `cached` on.
+    pub tree: Option<Tree<'a>>,
+}
+
+/// What a row of a draft tree sees of its own step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tree<'a> {
+    /// Slot of the sequence's first row.
+    pub cached: usize,
+    /// Bit `j` for row `j`.
+    pub ancestors: u64,
+    /// Positions of the sequence's rows.
+    pub positions: &'a [u32],
+    /// Rows at earlier positions are outside of the window.
+    pub first_position: usize,
+}
+
+impl Tree<'_> {
+    /// Whether the row sees `slot`, which is at or after `cached`.
+    pub fn sees(&self, slot: usize) -> bool {
+        let row = slot - self.cached;
+        row < self.positions.len()
+            && row < 64
+            && self.ancestors >> row & 1 == 1
+            && self.positions[row] as usize >= self.first_position
+    }
+}
+
+/// What row `row` of `sequence` sees.
+pub fn visible<'a>(
+    step: &'a Step,
+    sequence: &'a StepSequence,
+    row: usize,
+    window: Option<usize>,
+) -> Visible<'a> {
+    let first_row = sequence.first_row as usize;
+    let position = step.positions[first_row + row] as usize;
+    let first_position = window.map_or(0, |w| (position + 1).saturating_sub(w));
+    let cached = sequence.cached as usize;
+    match &sequence.ancestors {
+        None => Visible { slots: first_position..cached + row + 1, tree: None },
+        Some(ancestors) => Visible {
+            slots: first_position.min(cached)..cached + sequence.rows as usize,
+            tree: Some(Tree {
+                cached,
+                ancestors: ancestors[row],
+                positions: &step.positions[first_row..first_row + sequence.rows as usize],
+                first_position,
+            }),
+        },
+    }
+}
+
+/// The slots that any of `rows` rows from `first` on sees.
+pub fn seen_by_all(
+    step: &Step,
+    sequence: &StepSequence,
+    first: usize,
+    rows: usize,
+    window: Option<usize>,
+) -> Range<usize> {
+    let mut all = visible(step, sequence, first, window).slots;
+    for row in first + 1..first + rows {
+        let slots = visible(step, sequence, row, window).slots;
+        all = all.start.min(slots.start)..all.end.max(slots.end);
+    }
+    all
+}
+
+impl Plan {
+    /// A plan that holds the pieces of `rows_max` rows without allocating.
+    pub fn with_capacity(rows_max: usize, workers: usize) -> Self {
+        let extra = 2 * ITEMS_PER_WORKER * ITEMS_PER_WORKER * workers * workers;
+        Self {
+            tasks: Vec::with_capacity(rows_max + extra.min(1 << 16)),
+            splits: Vec::with_capacity(ITEMS_PER_WORKER * workers),
+        }
+    }
+
+    /// Cuts `step` into pieces; at most `capacity` segments are stored for a merge.
+    pub fn fill(&mut self, step: &Step, shape: &AttendShape, workers: usize, capacity: usize) {
+        self.tasks.clear();
+        self.splits.clear();
+        let rows_per_task = shape.rows_per_task();
+        let pieces: usize =
+            step.sequences.iter().map(|s| (s.rows as usize).div_ceil(rows_per_task)).sum();
+        let wanted = ITEMS_PER_WORKER * workers;
+        let items = pieces * shape.kv_heads;
+        let parts =
+            if workers == 1 || items >= wanted { 1 } else { (2 * wanted).div_ceil(items.max(1)) };
+        let mut stored = 0;
+        for (index, sequence) in step.sequences.iter().enumerate() {
+            let rows = sequence.rows as usize;
+            // The last rows see most: begin with them, so that no worker ends with a long piece.
+            for piece in (0..rows.div_ceil(rows_per_task)).rev() {
+                let first = piece * rows_per_task;
+                let rows = rows_per_task.min(rows - first);
+                let slots = seen_by_all(step, sequence, first, rows, shape.window);
+                let segments = slots.start / SEGMENT..slots.end.div_ceil(SEGMENT);
+                let entries = segments.len() * rows * shape.group * shape.kv_heads;
+                let parts =
+                    if stored + entries <= capacity { parts.min(segments.len()) } else { 1 };
+                if parts <= 1 {
+                    self.tasks.push(Task { sequence: index, first, rows, segments, stored: None });
+                    continue;
+                }
+                let vectors = rows * shape.group;
+                let place =
+                    Stored { base: stored, first: segments.start, count: segments.len(), vectors };
+                for part in 0..parts {
+                    let part = crate::gang::share(segments.len(), part, parts);
+                    let segments = segments.start + part.start..segments.start + part.end;
+                    self.tasks.push(Task {
+                        sequence: index,
+                        first,
+                        rows,
+                        segments,
+                        stored: Some(place),
+                    });
+                }
+                self.splits.push(Split { row: sequence.first_row as usize + first, stored: place });
+                stored += entries;
+            }
+        }
+    }
+}

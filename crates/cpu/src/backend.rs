@@ -1,0 +1,166 @@
+//! `CpuBackend`: prepares programs for this machine's processors.
+
+use std::sync::Arc;
+
+use lathe_program::{
+    Backend, BackendError, Executor, ExecutorOptions, KvFormat, Op, Program, WeightSource,
+};
+
+use crate::attend::Attention;
+use crate::cache::KvCache;
+use crate::executor::{Angles, CpuExecutor, State};
+use crate::experts::{Choice, GroupScratch};
+use crate::gang::{Gang, available_cores};
+use crate::isa::Isa;
+use crate::lanes::Width;
+use crate::latent::{LatentScratch, LatentStage};
+use crate::linear::Activations;
+use crate::plan::{Buffers, Planner, attend_shape};
+use crate::profile::Profile;
+use crate::stage::Stage;
+use crate::weights::Weights;
+
+/// What is chosen when the backend is made.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CpuOptions {
+    /// Instructions to use; `None`: what `LATHE_ISA` names, else the best that the machine has.
+    pub isa: Option<Isa>,
+}
+
+/// The backend that runs programs on the CPU.
+#[derive(Debug, Clone, Copy)]
+pub struct CpuBackend {
+    options: CpuOptions,
+}
+
+impl CpuBackend {
+    /// A backend with these options.
+    pub fn new(options: CpuOptions) -> Self {
+        Self { options }
+    }
+}
+
+impl Backend for CpuBackend {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn prepare(
+        &self,
+        program: Arc<Program>,
+        weights: &dyn WeightSource,
+        options: &ExecutorOptions,
+    ) -> Result<Box<dyn Executor>, BackendError> {
+        let isa = Isa::select(self.options.isa)?;
+        let threads = options.threads.unwrap_or_else(|| available_cores().count).max(1);
+        let rows_max = options.rows_max.max(1);
+        let weights = Weights::load(&program, weights, isa, options.exact)?;
+        let buffers = Buffers::new(&program, rows_max)?;
+        let stages = Planner::new(&program, &weights, &buffers, options.exact).stages()?;
+        let gang = Gang::new(threads);
+        let state = state(&program, &stages, gang, isa, rows_max, options)?;
+        let latents = stages.iter().map(|stage| match stage {
+            Stage::AttendLatent(latent) => latent.bytes(),
+            _ => 0,
+        });
+        let weight_bytes = weights.bytes() + latents.sum::<usize>();
+        Ok(Box::new(CpuExecutor {
+            program,
+            stages,
+            weight_bytes,
+            rows_max,
+            state,
+            _buffers: buffers,
+        }))
+    }
+}
+
+/// The cache's format if the caller leaves the choice to the backend.
+fn default_format(exact: bool) -> KvFormat {
+    if exact { KvFormat::F32 } else { KvFormat::F16 }
+}
+
+fn state(
+    program: &Program,
+    stages: &[Stage],
+    gang: Gang,
+    isa: Isa,
+    rows_max: usize,
+    options: &ExecutorOptions,
+) -> Result<State, BackendError> {
+    let width = Width::of(isa);
+    let format = options.kv_format.unwrap_or(default_format(options.exact));
+    let shapes: Vec<_> = program
+        .ops
+        .iter()
+        .filter_map(|op| match op {
+            Op::Attend { spec, .. } => Some(attend_shape(spec)),
+            Op::AttendLatent { spec, .. } => Some(LatentStage::shape(spec)),
+            _ => None,
+        })
+        .collect();
+    let latents = program.ops.iter().filter_map(|op| match op {
+        Op::AttendLatent { spec, .. } => Some(spec),
+        _ => None,
+    });
+    let angles =
+        program.ropes.iter().map(|r| Angles::new(r, rows_max)).collect::<Result<_, _>>()?;
+    let (choices, router) = choices(program, rows_max);
+    let mut groups = GroupScratch::default();
+    let mut activations = Activations::new();
+    for stage in stages {
+        match stage {
+            Stage::Linear(linear) => {
+                activations.reserve(&gang, linear.operands, rows_max, linear.columns);
+            }
+            Stage::Logits(logits) => {
+                activations.reserve(&gang, logits.operands, rows_max, logits.matrix.columns());
+            }
+            Stage::Route(route) => {
+                activations.reserve(&gang, route.operands, rows_max, route.input.width());
+            }
+            Stage::Experts(experts) => {
+                groups.reserve(experts, rows_max, choices[experts.routing].per_row);
+                activations.reserve(&gang, experts.operands, rows_max, experts.input.width());
+                activations.reserve(&gang, experts.down_operands, rows_max, experts.spec.hidden);
+            }
+            _ => {}
+        }
+    }
+    let capture_widths = program.capture_widths();
+    Ok(State {
+        width,
+        cache: KvCache::new(&program.kv, format, options.kv_blocks)?,
+        attention: Attention::new(width, &shapes, gang.workers(), rows_max, program.context_max)?,
+        latent: LatentScratch::new(latents, rows_max)?,
+        gang,
+        activations,
+        angles,
+        choices,
+        router,
+        groups,
+        logits: Vec::new(),
+        captures: capture_widths.iter().map(|w| vec![0.0; w * rows_max]).collect(),
+        capture_widths,
+        sequence_of: Vec::with_capacity(rows_max),
+        profile: Profile::from_environment(),
+    })
+}
+
+/// Room for every routing's choices, and for a router's logits and ranks.
+fn choices(program: &Program, rows_max: usize) -> (Vec<Choice>, Vec<f32>) {
+    let mut choices: Vec<Choice> = (0..program.routings).map(|_| Choice::default()).collect();
+    let mut router = 0;
+    for op in &program.ops {
+        if let Op::Route { spec, out, .. } = op {
+            let pairs = rows_max * spec.experts_per_token;
+            choices[out.0 as usize] = Choice {
+                per_row: spec.experts_per_token,
+                experts: vec![0; pairs],
+                weights: vec![0.0; pairs],
+            };
+            router = router.max((rows_max + 1) * spec.experts);
+        }
+    }
+    (choices, vec![0.0; router])
+}

@@ -1,0 +1,253 @@
+//! How the cache stores a number: codes, scales, and what a vector of them takes.
+
+use lathe_program::{BackendError, KvFormat, KvLayout};
+
+use crate::lanes::Lanes;
+
+/// A plain code of the cache: what `lanes` reads times the vector's scale, if it has one.
+pub trait Code {
+    /// Bytes of a code.
+    const BYTES: usize;
+    /// Whether each vector has an `f32` scale.
+    const SCALED: bool;
+    /// Sixteen numbers.
+    /// # Safety
+    /// 16 codes at `from` are readable.
+    unsafe fn lanes<L: Lanes>(from: *const u8) -> L;
+    /// One number.
+    /// # Safety
+    /// A code at `from` is readable.
+    unsafe fn one(from: *const u8) -> f32;
+    /// Stores `x / scale`.
+    /// # Safety
+    /// A code at `to` is writable.
+    unsafe fn put(x: f32, inverse_scale: f32, to: *mut u8);
+    /// Stores sixteen `x / scale`.
+    /// # Safety
+    /// 16 codes at `to` are writable.
+    #[inline(always)]
+    unsafe fn put_lanes<L: Lanes>(x: L, inverse_scale: f32, to: *mut u8) {
+        for (i, x) in x.to_array().into_iter().enumerate() {
+            // SAFETY: the caller vouches for 16 codes.
+            unsafe { Self::put(x, inverse_scale, to.add(i * Self::BYTES)) };
+        }
+    }
+    /// The scale for a vector whose largest magnitude is `largest`.
+    fn scale(largest: f32) -> f32;
+}
+
+/// IEEE binary32.
+pub struct F32;
+/// IEEE binary16.
+pub struct F16;
+/// bfloat16.
+pub struct Bf16;
+/// Signed bytes, scaled.
+pub struct I8;
+/// fp8 e4m3, scaled.
+pub struct E4m3;
+
+impl Code for F32 {
+    const BYTES: usize = 4;
+    const SCALED: bool = false;
+    #[inline(always)]
+    unsafe fn put_lanes<L: Lanes>(x: L, _: f32, to: *mut u8) {
+        // SAFETY: the caller vouches for 16 codes.
+        unsafe { x.store(to.cast()) };
+    }
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const u8) -> L {
+        // SAFETY: the caller vouches for 16 codes.
+        unsafe { L::load(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        // SAFETY: the caller vouches for the code.
+        unsafe { from.cast::<f32>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn put(x: f32, _: f32, to: *mut u8) {
+        // SAFETY: the caller vouches for the code.
+        unsafe { to.cast::<f32>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    fn scale(_: f32) -> f32 {
+        1.0
+    }
+}
+
+/// The largest half: what is larger is stored as this and not as infinity, which would turn a
+/// masked product into NaN.
+const F16_MAX: f32 = 65504.0;
+
+impl Code for F16 {
+    const BYTES: usize = 2;
+    const SCALED: bool = false;
+    #[inline(always)]
+    unsafe fn put_lanes<L: Lanes>(x: L, _: f32, to: *mut u8) {
+        let x = x.min(L::splat(F16_MAX)).max(L::splat(-F16_MAX));
+        // SAFETY: the caller vouches for 16 codes.
+        unsafe { x.store_f16(to.cast()) };
+    }
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const u8) -> L {
+        // SAFETY: the caller vouches for 16 codes.
+        unsafe { L::load_f16(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        // SAFETY: the caller vouches for the code.
+        half::f16::from_bits(unsafe { from.cast::<u16>().read_unaligned() }).to_f32()
+    }
+    #[inline(always)]
+    unsafe fn put(x: f32, _: f32, to: *mut u8) {
+        let bits = half::f16::from_f32(x.clamp(-F16_MAX, F16_MAX)).to_bits();
+        // SAFETY: the caller vouches for the code.
+        unsafe { to.cast::<u16>().write_unaligned(bits) }
+    }
+    #[inline(always)]
+    fn scale(_: f32) -> f32 {
+        1.0
+    }
+}
+
+impl Code for Bf16 {
+    const BYTES: usize = 2;
+    const SCALED: bool = false;
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const u8) -> L {
+        // SAFETY: the caller vouches for 16 codes.
+        unsafe { L::load_bf16(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        // SAFETY: the caller vouches for the code.
+        half::bf16::from_bits(unsafe { from.cast::<u16>().read_unaligned() }).to_f32()
+    }
+    #[inline(always)]
+    unsafe fn put(x: f32, _: f32, to: *mut u8) {
+        // SAFETY: the caller vouches for the code.
+        unsafe { to.cast::<u16>().write_unaligned(half::bf16::from_f32(x).to_bits()) }
+    }
+    #[inline(always)]
+    fn scale(_: f32) -> f32 {
+        1.0
+    }
+}
+
+impl Code for I8 {
+    const BYTES: usize = 1;
+    const SCALED: bool = true;
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const u8) -> L {
+        // SAFETY: the caller vouches for 16 codes.
+        unsafe { L::load_i8(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        // SAFETY: the caller vouches for the code.
+        f32::from(unsafe { from.cast::<i8>().read() })
+    }
+    #[inline(always)]
+    unsafe fn put(x: f32, inverse_scale: f32, to: *mut u8) {
+        let code = (x * inverse_scale).round_ties_even().clamp(-127.0, 127.0) as i8;
+        // SAFETY: the caller vouches for the code.
+        unsafe { to.cast::<i8>().write(code) }
+    }
+    #[inline(always)]
+    fn scale(largest: f32) -> f32 {
+        largest / 127.0
+    }
+}
+
+impl Code for E4m3 {
+    const BYTES: usize = 1;
+    const SCALED: bool = true;
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const u8) -> L {
+        // SAFETY: the caller vouches for 16 codes.
+        unsafe { L::load_e4m3(from) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        // SAFETY: the caller vouches for the code.
+        let code = u32::from(unsafe { from.read() });
+        let bits = ((code & 0x80) << 24) | ((code & 0x7f) << 20);
+        f32::from_bits(bits) * f32::from_bits(0x7b80_0000)
+    }
+    #[inline(always)]
+    unsafe fn put(x: f32, inverse_scale: f32, to: *mut u8) {
+        // SAFETY: the caller vouches for the code.
+        unsafe { to.write(encode_e4m3(x * inverse_scale)) }
+    }
+    #[inline(always)]
+    fn scale(largest: f32) -> f32 {
+        largest / 448.0
+    }
+}
+
+/// The nearest e4m3 code, ties to even, largest magnitude 448.
+fn encode_e4m3(x: f32) -> u8 {
+    // Rebiased by 2^-120, an e4m3 number (subnormals too) is a float whose low 20 bits are zero.
+    let bits = (x.abs().min(448.0) * f32::from_bits(0x0380_0000)).to_bits();
+    let rounded = bits + 0x7_ffff + ((bits >> 20) & 1);
+    ((rounded >> 20) as u8 & 0x7f) | ((x.to_bits() >> 24) as u8 & 0x80)
+}
+
+/// Whether these kernels read and write `format`.
+pub fn check(format: KvFormat, _layout: &KvLayout) -> Result<(), BackendError> {
+    match format {
+        KvFormat::Int4 => Err(BackendError::Unsupported {
+            backend: "cpu",
+            feature: "the int4 KV cache".to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Calls `$body` with `$code` naming the [`Code`] of a format that [`check`] has passed.
+macro_rules! with_code {
+    ($format:expr, $code:ident => $body:expr) => {
+        match $format {
+            lathe_program::KvFormat::F32 => {
+                type $code = $crate::cache::code::F32;
+                $body
+            }
+            lathe_program::KvFormat::F16 => {
+                type $code = $crate::cache::code::F16;
+                $body
+            }
+            lathe_program::KvFormat::BF16 => {
+                type $code = $crate::cache::code::Bf16;
+                $body
+            }
+            lathe_program::KvFormat::Int8 => {
+                type $code = $crate::cache::code::I8;
+                $body
+            }
+            lathe_program::KvFormat::F8E4M3 => {
+                type $code = $crate::cache::code::E4m3;
+                $body
+            }
+            lathe_program::KvFormat::Int4 => unreachable!("refused when the cache was made"),
+        }
+    };
+}
+pub(crate) use with_code;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e4m3_codes_survive_a_round_trip() {
+        for code in (0..=0x7eu8).chain(0x80..=0xfe) {
+            // SAFETY: `code` is one readable byte.
+            let value = unsafe { E4m3::one(&code) };
+            assert_eq!(encode_e4m3(value), code, "{code:#x} is {value}");
+        }
+        assert_eq!(encode_e4m3(1e9), 0x7e);
+        assert_eq!(encode_e4m3(1.0 / 1024.0), 0, "half of the smallest goes to even");
+        assert_eq!(encode_e4m3(3.0 / 1024.0), 2);
+    }
+}

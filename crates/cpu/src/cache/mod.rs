@@ -1,0 +1,97 @@
+//! The paged KV cache: one allocation, pages of `block_tokens` positions of every layer of a group.
+//!
+//! Within a page each layer has its own region, and within that each head. Keys lie transposed,
+//! `[key_dim, block_tokens]`, so that sixteen positions' scores are computed in sixteen lanes
+//! without a sum across lanes; values lie `[block_tokens, value_dim]`, so that the weighted sum
+//! of values runs over lanes too. Latents (MLA), which are keys and values at once, lie
+//! `[block_tokens, rank + rope_dim]`. Attention's arithmetic is not here.
+
+pub mod code;
+mod read;
+mod write;
+
+use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
+
+use crate::memory::{ALIGNMENT, Memory};
+
+pub use read::{TILE, TileBuffers};
+pub use write::Write;
+
+/// Where a layer's numbers lie.
+#[derive(Debug, Clone)]
+pub struct LayerPlace {
+    /// Bytes from the start of a page to the layer's region.
+    pub offset: usize,
+    /// What it stores.
+    pub shape: KvLayerShape,
+    /// The block table that it goes by.
+    pub group: usize,
+}
+
+/// The cache of one executor.
+#[derive(Debug)]
+pub struct KvCache {
+    memory: Memory,
+    format: KvFormat,
+    block_tokens: usize,
+    page_bytes: usize,
+    pages: usize,
+    layers: Vec<LayerPlace>,
+}
+
+impl KvCache {
+    /// An empty cache of `pages` pages.
+    ///
+    /// # Errors
+    /// [`BackendError::Memory`] if there is not enough, [`BackendError::Unsupported`] for a
+    /// format that these kernels do not read.
+    pub fn new(layout: &KvLayout, format: KvFormat, pages: usize) -> Result<Self, BackendError> {
+        code::check(format, layout)?;
+        let mut layers: Vec<LayerPlace> = layout
+            .layers
+            .iter()
+            .map(|l| LayerPlace { offset: 0, shape: l.shape, group: l.group as usize })
+            .collect();
+        let mut page_bytes = 0usize;
+        for group in &layout.groups {
+            let mut offset = 0;
+            for &layer in &group.layers {
+                layers[layer as usize].offset = offset;
+                let shape = layers[layer as usize].shape;
+                offset += layout.block_tokens * shape.bytes_per_token(format);
+            }
+            page_bytes = page_bytes.max(offset);
+        }
+        let page_bytes = page_bytes.next_multiple_of(ALIGNMENT);
+        let bytes = page_bytes.saturating_mul(pages);
+        let memory = Memory::zeroed(bytes, "the KV cache")?;
+        Ok(Self { memory, format, block_tokens: layout.block_tokens, page_bytes, pages, layers })
+    }
+
+    /// Bytes of all pages.
+    pub fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+
+    /// How numbers are stored.
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Where `layer` lies.
+    pub fn layer(&self, layer: usize) -> &LayerPlace {
+        &self.layers[layer]
+    }
+
+    /// The region of `layer` in `page`.
+    fn region(&self, layer: &LayerPlace, page: u32) -> *mut u8 {
+        assert!((page as usize) < self.pages, "page {page} of {}", self.pages);
+        // SAFETY: the page lies within the memory and the layer's region within a page.
+        unsafe { self.memory.pointer().add(page as usize * self.page_bytes + layer.offset) }
+    }
+}

@@ -1,0 +1,352 @@
+//! Work on rows that needs nothing but the row: norms, nonlinearities, sums, gates, rotations.
+//!
+//! Each kernel works on a range of rows, so that a chunk of prompt is divided among workers by
+//! rows. Inputs and outputs may be the same buffer: every element is read before it is written.
+
+use std::ops::Range;
+
+use lathe_program::{Activation, NormKind, RopeStyle};
+
+use crate::lanes::{Kernel, LANES, Lanes, math};
+use crate::rows::Rows;
+
+/// [`lathe_program::Op::Norm`].
+pub struct Norm<'a> {
+    /// `[rows, groups * n]`.
+    pub input: Rows,
+    /// `[n]` or `[groups * n]`.
+    pub weight: Option<&'a [f32]>,
+    /// As `weight`.
+    pub bias: Option<&'a [f32]>,
+    /// Which norm.
+    pub kind: NormKind,
+    /// Added under the root.
+    pub epsilon: f32,
+    /// Parts that are normalised by themselves.
+    pub groups: usize,
+    /// As `input`.
+    pub out: Rows,
+    /// Which rows; valid in both buffers, and nobody else's.
+    pub rows: Range<usize>,
+}
+
+impl Kernel for Norm<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let n = self.input.width() / self.groups;
+        for row in self.rows.clone() {
+            for group in 0..self.groups {
+                let place = |v: Option<&[f32]>| {
+                    v.map(|v| v[if v.len() == n { 0 } else { group * n }..].as_ptr())
+                };
+                // SAFETY: the rows are valid and this call's own; weights have `n` elements from
+                // `place` on.
+                unsafe {
+                    self.part::<L>(
+                        self.input.row(row).add(group * n),
+                        self.out.row(row).add(group * n),
+                        n,
+                        place(self.weight),
+                        place(self.bias),
+                    );
+                }
+            }
+        }
+    }
+}
+
+impl Norm<'_> {
+    #[inline(always)]
+    unsafe fn part<L: Lanes>(
+        &self,
+        from: *const f32,
+        to: *mut f32,
+        n: usize,
+        weight: Option<*const f32>,
+        bias: Option<*const f32>,
+    ) {
+        // SAFETY: the caller vouches for `n` floats at each place.
+        unsafe {
+            let (mean, offset) = match self.kind {
+                NormKind::Rms { offset } => (0.0, offset),
+                NormKind::Layer => (total::<L>(from, n, |x| x) / n as f32, 0.0),
+            };
+            // Lanes past the end are zeros, not deviations.
+            let mean_lanes = L::splat(mean);
+            let padding = (n.next_multiple_of(LANES) - n) as f32 * mean * mean;
+            let squares =
+                total::<L>(from, n, |x| x.sub(mean_lanes).mul(x.sub(mean_lanes))) - padding;
+            let scale = 1.0 / (squares / n as f32 + self.epsilon).sqrt();
+            for_vectors(n, |i, count| {
+                let mut y = L::load_first(from.add(i), count).sub(mean_lanes).mul(L::splat(scale));
+                if let Some(weight) = weight {
+                    y = y.mul(L::load_first(weight.add(i), count).add(L::splat(offset)));
+                }
+                if let Some(bias) = bias {
+                    y = y.add(L::load_first(bias.add(i), count));
+                }
+                y.store_first(to.add(i), count);
+            });
+        }
+    }
+}
+
+/// The sum of `f` over `n` floats (zeros to the end of the last vector), in a fixed order.
+#[inline(always)]
+unsafe fn total<L: Lanes>(from: *const f32, n: usize, f: impl Fn(L) -> L) -> f32 {
+    let mut sums = [L::splat(0.0); 4];
+    let mut i = 0;
+    // SAFETY: the caller vouches for `n` floats.
+    unsafe {
+        while i + 4 * LANES <= n {
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = sum.add(f(L::load(from.add(i + v * LANES))));
+            }
+            i += 4 * LANES;
+        }
+        while i < n {
+            sums[0] = sums[0].add(f(L::load_first(from.add(i), n - i)));
+            i += LANES;
+        }
+    }
+    sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
+}
+
+/// Calls `f(start, floats)` for each vector of `n` floats; `floats` is 16 or more but for the last.
+#[inline(always)]
+fn for_vectors(n: usize, mut f: impl FnMut(usize, usize)) {
+    let mut i = 0;
+    while i < n {
+        f(i, n - i);
+        i += LANES;
+    }
+}
+
+/// [`lathe_program::Op::Add`].
+pub struct Add {
+    /// `[rows, n]`.
+    pub left: Rows,
+    /// `[rows, n]`.
+    pub right: Rows,
+    /// Multiplies `right`.
+    pub scale: f32,
+    /// `[rows, n]`.
+    pub out: Rows,
+    /// Which rows; valid in all buffers, and nobody else's.
+    pub rows: Range<usize>,
+}
+
+impl Kernel for Add {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let n = self.out.width();
+        for row in self.rows {
+            let (left, right, out) = (self.left.row(row), self.right.row(row), self.out.row(row));
+            // SAFETY: the rows are valid and this call's own.
+            for_vectors(n, |i, count| unsafe {
+                let left = L::load_first(left.add(i), count);
+                let right = L::load_first(right.add(i), count);
+                right.fma(L::splat(self.scale), left).store_first(out.add(i), count);
+            });
+        }
+    }
+}
+
+/// [`lathe_program::Op::Activate`].
+pub struct Activate {
+    /// `[rows, n]`.
+    pub gate: Rows,
+    /// `[rows, n]`, for the gated kinds.
+    pub up: Option<Rows>,
+    /// Which nonlinearity.
+    pub kind: Activation,
+    /// `[rows, n]`.
+    pub out: Rows,
+    /// Which rows; valid in all buffers, and nobody else's.
+    pub rows: Range<usize>,
+    /// Which columns.
+    pub columns: Range<usize>,
+}
+
+impl Kernel for Activate {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        match self.kind {
+            Activation::SwiGlu => self.each::<L>(|gate, up| math::silu(gate).mul(up)),
+            Activation::GeGluTanh => self.each::<L>(|gate, up| math::gelu_tanh(gate).mul(up)),
+            Activation::GeGluErf => self.each::<L>(|gate, up| math::gelu_erf(gate).mul(up)),
+            Activation::SwiGluClamped { alpha, limit } => self.each::<L>(|gate, up| {
+                let gate = gate.min(L::splat(limit));
+                let up = up.min(L::splat(limit)).max(L::splat(-limit)).add(L::splat(1.0));
+                gate.mul(math::sigmoid(gate.mul(L::splat(alpha)))).mul(up)
+            }),
+            Activation::Silu => self.each::<L>(|gate, _| math::silu(gate)),
+            Activation::GeluTanh => self.each::<L>(|gate, _| math::gelu_tanh(gate)),
+            Activation::ReluSquared => self.each::<L>(|gate, _| {
+                let positive = gate.max(L::splat(0.0));
+                positive.mul(positive)
+            }),
+        }
+    }
+}
+
+impl Activate {
+    #[inline(always)]
+    fn each<L: Lanes>(&self, f: impl Fn(L, L) -> L) {
+        for row in self.rows.clone() {
+            let (gate, out) = (self.gate.row(row), self.out.row(row));
+            let up = self.up.map(|up| up.row(row));
+            for_vectors(self.columns.len(), |i, count| {
+                let i = self.columns.start + i;
+                // SAFETY: the rows are valid and this call's own.
+                unsafe {
+                    let gate = L::load_first(gate.add(i), count);
+                    let up = up.map_or(L::splat(0.0), |up| L::load_first(up.add(i), count));
+                    f(gate, up).store_first(out.add(i), count);
+                }
+            });
+        }
+    }
+}
+
+/// [`lathe_program::Op::Gate`] with a sigmoid.
+pub struct SigmoidGate {
+    /// `[rows, n]`.
+    pub input: Rows,
+    /// `[rows, m]`, `m` divides `n`.
+    pub gate: Rows,
+    /// `[rows, n]`.
+    pub out: Rows,
+    /// Which rows; valid in all buffers, and nobody else's.
+    pub rows: Range<usize>,
+}
+
+impl Kernel for SigmoidGate {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let run = self.input.width() / self.gate.width();
+        for row in self.rows {
+            let (input, gate, out) = (self.input.row(row), self.gate.row(row), self.out.row(row));
+            // SAFETY: the rows are valid and this call's own.
+            unsafe {
+                if run == 1 {
+                    for_vectors(self.input.width(), |i, count| {
+                        let open = math::sigmoid(L::load_first(gate.add(i), count));
+                        let x = L::load_first(input.add(i), count);
+                        x.mul(open).store_first(out.add(i), count);
+                    });
+                    continue;
+                }
+                for part in 0..self.gate.width() {
+                    let open = math::sigmoid(L::splat(*gate.add(part)));
+                    for_vectors(run, |i, count| {
+                        let x = L::load_first(input.add(part * run + i), count);
+                        x.mul(open).store_first(out.add(part * run + i), count);
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// [`lathe_program::Op::Rope`].
+pub struct Rotate {
+    /// `[rows, heads * head_dim]`.
+    pub input: Rows,
+    /// Heads in a row.
+    pub heads: usize,
+    /// First turned element of a head.
+    pub offset: usize,
+    /// Which elements pair up.
+    pub style: RopeStyle,
+    /// `[rows, 2 * pairs]`: cosines, then sines.
+    pub angles: Rows,
+    /// As `input`.
+    pub out: Rows,
+    /// Which rows; valid in all buffers, and nobody else's.
+    pub rows: Range<usize>,
+}
+
+impl Kernel for Rotate {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let head_dim = self.input.width() / self.heads;
+        let in_place = self.input.row(0) == self.out.row(0);
+        for row in self.rows.clone() {
+            // SAFETY: the rows are valid and this call's own; buffers are the same or disjoint.
+            unsafe {
+                if !in_place {
+                    let (from, to) = (self.input.row(row), self.out.row(row));
+                    std::ptr::copy_nonoverlapping(from, to, self.input.width());
+                }
+                for head in 0..self.heads {
+                    let part = self.out.row(row).add(head * head_dim + self.offset);
+                    match self.style {
+                        RopeStyle::HalfSplit => self.half_split::<L>(row, part),
+                        RopeStyle::Interleaved => self.interleaved(row, part),
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Rotate {
+    #[inline(always)]
+    unsafe fn half_split<L: Lanes>(&self, row: usize, part: *mut f32) {
+        let pairs = self.angles.width() / 2;
+        let cosines = self.angles.row(row);
+        // SAFETY: the head has `2 * pairs` elements from `part` on.
+        for_vectors(pairs, |i, count| unsafe {
+            let cosine = L::load_first(cosines.add(i), count);
+            let sine = L::load_first(cosines.add(pairs + i), count);
+            let a = L::load_first(part.add(i), count);
+            let b = L::load_first(part.add(pairs + i), count);
+            a.mul(cosine).sub(b.mul(sine)).store_first(part.add(i), count);
+            b.mul(cosine).add(a.mul(sine)).store_first(part.add(pairs + i), count);
+        });
+    }
+
+    #[inline(always)]
+    unsafe fn interleaved(&self, row: usize, part: *mut f32) {
+        let pairs = self.angles.width() / 2;
+        let cosines = self.angles.row(row);
+        for i in 0..pairs {
+            // SAFETY: as in `half_split`.
+            unsafe {
+                let (cosine, sine) = (*cosines.add(i), *cosines.add(pairs + i));
+                let (a, b) = (*part.add(2 * i), *part.add(2 * i + 1));
+                *part.add(2 * i) = a * cosine - b * sine;
+                *part.add(2 * i + 1) = b * cosine + a * sine;
+            }
+        }
+    }
+}
+
+/// Fills `[rows, 2 * pairs]` with the cosines and sines of each row's position.
+///
+/// # Safety
+/// `rows` of `out` are valid and this call's own.
+pub unsafe fn fill_angles(
+    frequencies: &[f32],
+    magnitude: f32,
+    positions: &[u32],
+    out: Rows,
+    rows: Range<usize>,
+) {
+    let pairs = frequencies.len();
+    for row in rows {
+        // SAFETY: the caller vouches for the row.
+        let line = unsafe { std::slice::from_raw_parts_mut(out.row(row), 2 * pairs) };
+        let (cosines, sines) = line.split_at_mut(pairs);
+        for ((frequency, cosine), sine) in frequencies.iter().zip(cosines).zip(sines) {
+            let (s, c) = (positions[row] as f32 * frequency).sin_cos();
+            (*cosine, *sine) = (c * magnitude, s * magnitude);
+        }
+    }
+}

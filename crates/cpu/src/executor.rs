@@ -1,0 +1,470 @@
+//! `CpuExecutor`: runs the stages of a prepared program, one after another, each on the gang.
+//!
+//! The calling thread is worker 0 and does what is too small to share by itself. In steady state
+//! a step allocates nothing.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use lathe_program::{
+    BackendError, Executor, KvFormat, Program, RopeTable, Step, StepError, StepOutput,
+};
+
+use crate::attend::{AttendJob, Attention};
+use crate::cache::{KvCache, Write};
+use crate::elementwise::{Activate, Add, Norm, Rotate, SigmoidGate, fill_angles};
+use crate::experts::{Choice, GroupScratch, RouteStage};
+use crate::gang::{Gang, share};
+use crate::lanes::{Kernel, LANES, Lanes, Width, dispatch, math};
+use crate::latent::{LatentScratch, LatentStage};
+use crate::linear::{Activations, Part, matmul};
+use crate::memory::Memory;
+use crate::plan::Buffers;
+use crate::profile::Profile;
+use crate::rows::Rows;
+use crate::stage::{
+    ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage, Source,
+    Stage,
+};
+
+/// Floats below which a piece of elementwise work is not worth waking the gang.
+const ALONE_FLOATS: usize = 8192;
+
+/// A prepared program on the CPU.
+#[derive(Debug)]
+pub struct CpuExecutor {
+    pub(crate) program: Arc<Program>,
+    pub(crate) stages: Vec<Stage>,
+    pub(crate) weight_bytes: usize,
+    pub(crate) rows_max: usize,
+    pub(crate) state: State,
+    /// The stages point into it.
+    pub(crate) _buffers: Buffers,
+}
+
+/// Everything that stages work with.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub width: Width,
+    pub gang: Gang,
+    pub cache: KvCache,
+    pub attention: Attention,
+    pub latent: LatentScratch,
+    pub activations: Activations,
+    pub angles: Vec<Angles>,
+    pub choices: Vec<Choice>,
+    /// Router logits and ranks, `[rows_max, 2 * experts]`.
+    pub router: Vec<f32>,
+    pub groups: GroupScratch,
+    pub logits: Vec<f32>,
+    pub captures: Vec<Vec<f32>>,
+    pub capture_widths: Vec<usize>,
+    /// The sequence of each row.
+    pub sequence_of: Vec<u32>,
+    pub profile: Profile,
+}
+
+// SAFETY: the pointers in stages and buffers are into memory that the executor owns, and are
+// used only in `run`, which has it for itself.
+unsafe impl Send for CpuExecutor {}
+
+/// Cosines and sines of a step's rows for one rotary table.
+#[derive(Debug)]
+pub(crate) struct Angles {
+    memory: Memory,
+    pairs: usize,
+}
+
+impl Angles {
+    /// Room for `rows_max` rows.
+    pub fn new(table: &RopeTable, rows_max: usize) -> Result<Self, BackendError> {
+        let pairs = table.inverse_frequencies.len();
+        let memory = Memory::zeroed(rows_max * 2 * pairs * size_of::<f32>(), "rotary angles")?;
+        Ok(Self { memory, pairs })
+    }
+
+    fn rows(&self) -> Rows {
+        Rows::new(self.memory.pointer().cast(), 2 * self.pairs)
+    }
+}
+
+impl Executor for CpuExecutor {
+    fn program(&self) -> &Arc<Program> {
+        &self.program
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        self.state.cache.format()
+    }
+
+    fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
+        step.validate(&self.program)?;
+        step.check_blocks(self.state.cache.pages())?;
+        if step.rows() > self.rows_max {
+            let (rows, most) = (step.rows(), self.rows_max);
+            return Err(StepError(format!("{rows} rows, this executor was made for {most}")).into());
+        }
+        self.state.begin(&self.program, step);
+        for stage in &self.stages {
+            let start = self.state.profile.start();
+            self.state.run(stage, step);
+            self.state.profile.stop(stage, start);
+        }
+        self.state.profile.step();
+        let vocabulary = self.program.vocabulary;
+        let captures = self.state.captures.iter().zip(&self.state.capture_widths);
+        Ok(StepOutput {
+            logits: &self.state.logits[..step.logits_rows.len() * vocabulary],
+            captures: captures.map(|(all, width)| &all[..step.rows() * width]).collect(),
+        })
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    fn kv_bytes(&self) -> usize {
+        self.state.cache.bytes()
+    }
+}
+
+impl State {
+    /// What a step's stages share: the sequence of each row, angles, room for logits.
+    fn begin(&mut self, program: &Program, step: &Step) {
+        self.sequence_of.clear();
+        for (index, sequence) in step.sequences.iter().enumerate() {
+            let rows = self.sequence_of.len() + sequence.rows as usize;
+            self.sequence_of.resize(rows, index as u32);
+        }
+        for (table, angles) in program.ropes.iter().zip(&self.angles) {
+            let out = angles.rows();
+            self.by_rows(step.rows(), 16 * out.width(), |rows| {
+                // SAFETY: angles have room for `rows_max` rows, and workers have rows of their own.
+                unsafe {
+                    fill_angles(
+                        &table.inverse_frequencies,
+                        table.magnitude,
+                        &step.positions,
+                        out,
+                        rows,
+                    )
+                }
+            });
+        }
+        let logits = step.logits_rows.len() * program.vocabulary;
+        if self.logits.len() < logits {
+            self.logits.resize(logits, 0.0);
+        }
+    }
+
+    /// Divides rows among the workers, or does them all here if they are little work.
+    fn by_rows(&self, rows: usize, floats_per_row: usize, work: impl Fn(Range<usize>) + Sync) {
+        if rows == 1 || rows * floats_per_row < ALONE_FLOATS {
+            return work(0..rows);
+        }
+        self.gang.run(|worker, workers| work(share(rows, worker, workers)));
+    }
+
+    /// Runs one stage. Stages' buffers hold `rows_max` rows and the step has no more; a stage's
+    /// inputs are complete before it starts.
+    fn run(&mut self, stage: &Stage, step: &Step) {
+        let (width, count) = (self.width, step.rows());
+        match stage {
+            Stage::Embed { table, first_token, multiplier, out } => {
+                let (table, first, multiplier, out) = (table, *first_token, *multiplier, *out);
+                self.by_rows(count, out.width(), |rows| {
+                    for row in rows {
+                        // SAFETY: the row is this worker's.
+                        let to =
+                            unsafe { std::slice::from_raw_parts_mut(out.row(row), out.width()) };
+                        embed(table, step.tokens[row], first, multiplier, to);
+                    }
+                });
+            }
+            Stage::Norm(norm) => self.by_rows(count, norm.input.width(), |rows| {
+                run_norm(width, norm, norm.input, norm.out, rows);
+            }),
+            Stage::Linear(linear) => self.linear(linear, count),
+            Stage::Rotate(rotate) => {
+                let angles = self.angles[rotate.rope].rows();
+                let (input, out) = (rotate.input, rotate.out);
+                let (heads, offset, style) = (rotate.heads, rotate.offset, rotate.style);
+                self.by_rows(count, input.width(), |rows| {
+                    dispatch(width, Rotate { input, heads, offset, style, angles, out, rows });
+                });
+            }
+            Stage::Write { layer, first, second } => self.write(*layer, *first, *second, step),
+            Stage::Attend(attend) => self.attend(attend, step),
+            Stage::AttendLatent(latent) => self.attend_latent(latent, step),
+            Stage::Activate(stage) => self.by_rows(count, 4 * stage.out.width(), |rows| {
+                run_activate(width, stage, stage.out, rows);
+            }),
+            Stage::Add(add) => {
+                self.by_rows(count, add.out.width(), |rows| run_add(width, add, rows))
+            }
+            Stage::Gate { input, gate, out } => {
+                let (input, gate, out) = (*input, *gate, *out);
+                self.by_rows(count, 4 * out.width(), |rows| {
+                    dispatch(width, SigmoidGate { input, gate, out, rows });
+                });
+            }
+            Stage::Copy { input, start, out } => copy(*input, *start, *out, count),
+            Stage::Route(route) => self.route(route, count),
+            Stage::Experts(experts) => {
+                let choice = &self.choices[experts.routing];
+                // SAFETY: see above.
+                unsafe {
+                    let place = (width, &self.gang);
+                    experts.run(place, count, choice, &mut self.activations, &mut self.groups);
+                }
+            }
+            Stage::Logits(logits) => self.logits(logits, step),
+            Stage::Capture { input, tap } => {
+                // SAFETY: see above.
+                let rows = unsafe { input.slices(count) };
+                self.captures[*tap][..rows.len()].copy_from_slice(rows);
+            }
+        }
+    }
+
+    fn linear(&mut self, stage: &LinearStage, count: usize) {
+        let Self { width, gang, activations, .. } = self;
+        prepare(*width, gang, activations, stage, count);
+        let mut parts = stage.parts.as_slice();
+        while !parts.is_empty() {
+            let (now, later) = parts.split_at(parts.len().min(4));
+            match now {
+                [a] => matmul(gang, &mut [part(a, count)], activations),
+                [a, b] => matmul(gang, &mut [part(a, count), part(b, count)], activations),
+                [a, b, c] => {
+                    matmul(
+                        gang,
+                        &mut [part(a, count), part(b, count), part(c, count)],
+                        activations,
+                    );
+                }
+                [a, b, c, d] => {
+                    let parts =
+                        &mut [part(a, count), part(b, count), part(c, count), part(d, count)];
+                    matmul(gang, parts, activations);
+                }
+                _ => {}
+            }
+            parts = later;
+        }
+    }
+
+    fn write(&mut self, layer: usize, first: Rows, second: Rows, step: &Step) {
+        let (cache, sequence_of) = (&self.cache, self.sequence_of.as_slice());
+        let layer = cache.layer(layer);
+        self.by_rows(step.rows(), 4 * (first.width() + second.width()), |rows| {
+            let write = Write { cache, layer, step, sequence_of, first, second, rows };
+            dispatch(self.width, write);
+        });
+    }
+
+    fn attend(&mut self, stage: &AttendStage, step: &Step) {
+        let job = AttendJob {
+            shape: &stage.shape,
+            cache: &self.cache,
+            layer: self.cache.layer(stage.layer),
+            step,
+            query: stage.query,
+            sinks: stage.sinks.as_deref(),
+            out: stage.out,
+        };
+        // SAFETY: buffers hold the step's rows, and the tables every visible position
+        // (`Step::validate`).
+        unsafe { self.attention.run(&self.gang, &job) };
+    }
+
+    fn attend_latent(&mut self, stage: &LatentStage, step: &Step) {
+        let place = (self.width, &self.gang);
+        let (query, out) = stage.latent_rows(&self.latent);
+        let job = AttendJob {
+            shape: &stage.shape,
+            cache: &self.cache,
+            layer: self.cache.layer(stage.layer),
+            step,
+            query,
+            sinks: None,
+            out,
+        };
+        // SAFETY: as in `attend`; the scratch has room for `rows_max` rows.
+        unsafe {
+            stage.absorb(place, step.rows(), &self.latent);
+            self.attention.run(&self.gang, &job);
+            stage.expand(place, step.rows(), &self.latent);
+        }
+    }
+
+    fn route(&mut self, stage: &RouteStage, count: usize) {
+        let experts = stage.spec.experts;
+        // SAFETY: the input's rows are valid.
+        let input = unsafe { stage.input.slices(count) };
+        self.activations.prepare(&self.gang, stage.operands, input, stage.input.width());
+        let (logits, ranks) = self.router.split_at_mut(count * experts);
+        let part = Part { bias: stage.bias.as_deref(), ..Part::new(&stage.matrix, logits) };
+        matmul(&self.gang, &mut [part], &self.activations);
+        let choice = &mut self.choices[stage.routing];
+        let chosen = choice.experts.chunks_exact_mut(choice.per_row);
+        let weights = choice.weights.chunks_exact_mut(choice.per_row);
+        for ((logits, chosen), weights) in logits.chunks_exact_mut(experts).zip(chosen).zip(weights)
+        {
+            stage.choose(logits, &mut ranks[..experts], chosen, weights);
+        }
+    }
+
+    fn logits(&mut self, stage: &LogitsStage, step: &Step) {
+        let (width, asked) = (self.width, &step.logits_rows);
+        if asked.is_empty() {
+            return;
+        }
+        let columns = stage.matrix.columns();
+        self.activations.prepare_with(
+            &self.gang,
+            stage.operands,
+            (asked.len(), columns),
+            |i, out| {
+                let row = asked[i] as usize;
+                match &stage.source {
+                    Source::Norm(norm) => {
+                        let out = window(out, row);
+                        run_norm(width, norm, norm.input, out, row..row + 1);
+                    }
+                    // SAFETY: the row is valid and complete.
+                    Source::Rows(rows) => out.copy_from_slice(unsafe { rows.slice(row) }),
+                    Source::AddNorm(..) | Source::Activate(_) => {
+                        unreachable!("the planner fuses norms only")
+                    }
+                }
+            },
+        );
+        let logits = &mut self.logits[..asked.len() * stage.matrix.rows()];
+        matmul(&self.gang, &mut [Part::new(&stage.matrix, logits)], &self.activations);
+        if stage.scale != 1.0 || stage.softcap.is_some() {
+            let all = Rows::new(logits.as_mut_ptr(), 1);
+            let (scale, softcap, floats) = (stage.scale, stage.softcap, logits.len());
+            self.gang.run(|worker, workers| {
+                dispatch(
+                    width,
+                    Soften { all, range: share(floats, worker, workers), scale, softcap },
+                );
+            });
+        }
+    }
+}
+
+/// Prepares the input of a linear group, with what was fused into it.
+fn prepare(
+    width: Width,
+    gang: &Gang,
+    activations: &mut Activations,
+    stage: &LinearStage,
+    count: usize,
+) {
+    let shape = (count, stage.columns);
+    match &stage.source {
+        Source::Rows(rows) => {
+            // SAFETY: the buffer holds the step's rows, complete.
+            let input = unsafe { rows.slices(count) };
+            activations.prepare(gang, stage.operands, input, stage.columns);
+        }
+        Source::Norm(norm) => activations.prepare_with(gang, stage.operands, shape, |row, out| {
+            run_norm(width, norm, norm.input, window(out, row), row..row + 1);
+        }),
+        Source::AddNorm(add, norm) => {
+            activations.prepare_with(gang, stage.operands, shape, |row, out| {
+                run_add(width, add, row..row + 1);
+                run_norm(width, norm, norm.input, window(out, row), row..row + 1);
+            })
+        }
+        Source::Activate(activate) => {
+            activations.prepare_with(gang, stage.operands, shape, |row, out| {
+                run_activate(width, activate, window(out, row), row..row + 1);
+            })
+        }
+    }
+}
+
+/// A buffer of which only row `row` is there: `out`.
+fn window(out: &mut [f32], row: usize) -> Rows {
+    Rows::new(out.as_mut_ptr().wrapping_sub(row * out.len()), out.len())
+}
+
+fn part(stage: &PartStage, count: usize) -> Part<'_> {
+    Part {
+        matrix: &stage.matrix,
+        bias: stage.bias.as_deref(),
+        accumulate: stage.accumulate,
+        // SAFETY: the buffer holds the step's rows; parts of a group write different buffers, and
+        // nobody else touches them.
+        out: unsafe { stage.out.slices_mut(count) },
+    }
+}
+
+fn run_norm(width: Width, stage: &NormStage, input: Rows, out: Rows, rows: Range<usize>) {
+    let (weight, bias) = (stage.weight.as_deref(), stage.bias.as_deref());
+    let (kind, epsilon, groups) = (stage.kind, stage.epsilon, stage.groups);
+    dispatch(width, Norm { input, weight, bias, kind, epsilon, groups, out, rows });
+}
+
+fn run_add(width: Width, stage: &AddStage, rows: Range<usize>) {
+    let AddStage { left, right, scale, out } = *stage;
+    dispatch(width, Add { left, right, scale, out, rows });
+}
+
+fn run_activate(width: Width, stage: &ActivateStage, out: Rows, rows: Range<usize>) {
+    let ActivateStage { gate, up, kind, .. } = *stage;
+    dispatch(width, Activate { gate, up, kind, out, rows, columns: 0..out.width() });
+}
+
+fn embed(table: &lathe_tensor::Tensor, token: u32, first: u32, multiplier: f32, to: &mut [f32]) {
+    match token.checked_sub(first).filter(|t| (*t as usize) < table.rows()) {
+        Some(row) => table.row_into(row as usize, to),
+        None => to.fill(0.0),
+    }
+    if multiplier != 1.0 {
+        to.iter_mut().for_each(|x| *x *= multiplier);
+    }
+}
+
+fn copy(input: Rows, start: usize, out: Rows, count: usize) {
+    if input.row(0) == out.row(0) && input.width() == out.width() {
+        return;
+    }
+    for row in 0..count {
+        // SAFETY: both buffers hold the step's rows; they do not overlap, since only ops that
+        // work in place may share a buffer and those were handled above.
+        unsafe {
+            std::ptr::copy_nonoverlapping(input.row(row).add(start), out.row(row), out.width());
+        }
+    }
+}
+
+/// Scale and soft-cap of logits.
+struct Soften {
+    all: Rows,
+    /// Which of them; this worker's own.
+    range: Range<usize>,
+    scale: f32,
+    softcap: Option<f32>,
+}
+
+impl Kernel for Soften {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        for i in self.range.clone().step_by(LANES) {
+            let (at, count) = (self.all.row(i), self.range.end - i);
+            // SAFETY: the range is within the logits and this worker's.
+            unsafe {
+                let mut x = L::load_first(at, count).mul(L::splat(self.scale));
+                if let Some(cap) = self.softcap {
+                    x = math::tanh(x.mul(L::splat(1.0 / cap))).mul(L::splat(cap));
+                }
+                x.store_first(at, count);
+            }
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! [`lathe_program::Op::Experts`] as a grouped product: rows are sorted by expert, and each
+//! expert that was chosen reads its matrices once for all of its rows.
+//!
+//! Invariant: a row's experts are added in the order of their numbers, so its sum does not depend
+//! on the rows beside it.
+
+use std::ops::Range;
+
+use lathe_program::ExpertsSpec;
+
+use super::route::Choice;
+use crate::elementwise::Activate;
+use crate::gang::Gang;
+use crate::lanes::{Kernel, LANES, Lanes, Width, dispatch};
+use crate::linear::{Activations, Operands, Part, matmul};
+use crate::pack::PackedMatrix;
+use crate::rows::Rows;
+
+/// Experts, ready to run.
+#[derive(Debug)]
+pub struct ExpertsStage {
+    /// `[rows, in]`.
+    pub input: Rows,
+    /// Which choice decides.
+    pub routing: usize,
+    /// The numbers.
+    pub spec: ExpertsSpec,
+    /// `[hidden, in]` each.
+    pub gate: Vec<PackedMatrix>,
+    /// `[hidden, in]` each.
+    pub up: Vec<PackedMatrix>,
+    /// `[out, hidden]` each.
+    pub down: Vec<PackedMatrix>,
+    /// `[experts, hidden]`.
+    pub gate_bias: Option<Vec<f32>>,
+    /// `[experts, hidden]`.
+    pub up_bias: Option<Vec<f32>>,
+    /// `[experts, out]`.
+    pub down_bias: Option<Vec<f32>>,
+    /// What gate and up need of their input.
+    pub operands: Operands,
+    /// What down needs of its input.
+    pub down_operands: Operands,
+    /// `[rows, out]`.
+    pub out: Rows,
+}
+
+/// Memory for grouping rows, kept from step to step.
+#[derive(Debug, Default)]
+pub struct GroupScratch {
+    /// Where each expert's pairs begin, and the end of the last.
+    starts: Vec<u32>,
+    /// Pairs of row and place in the row's choice, sorted by expert: `row * per_row + place`.
+    pairs: Vec<u32>,
+    /// `[rows_max, hidden]`.
+    pub gate: Vec<f32>,
+    /// `[rows_max, hidden]`.
+    pub up: Vec<f32>,
+    /// `[rows_max, out]`.
+    pub down: Vec<f32>,
+}
+
+impl GroupScratch {
+    /// Grows to what `stage` needs for `rows` rows.
+    pub fn reserve(&mut self, stage: &ExpertsStage, rows: usize, per_row: usize) {
+        let grow = |v: &mut Vec<f32>, n: usize| v.resize(v.len().max(n), 0.0);
+        grow(&mut self.gate, rows * stage.spec.hidden);
+        grow(&mut self.up, rows * stage.spec.hidden);
+        grow(&mut self.down, rows * stage.out.width());
+        self.starts.reserve(stage.spec.experts + 1);
+        self.pairs.reserve(rows * per_row);
+    }
+
+    /// Sorts the pairs of `rows` rows by expert, keeping the order of rows.
+    fn sort(&mut self, choice: &Choice, rows: usize, spec: &ExpertsSpec) {
+        let experts = &choice.experts[..rows * choice.per_row];
+        let local = |expert: u32| {
+            (expert as usize).checked_sub(spec.first_expert).filter(|e| *e < spec.experts)
+        };
+        self.starts.clear();
+        self.starts.resize(spec.experts + 1, 0);
+        experts.iter().filter_map(|e| local(*e)).for_each(|e| self.starts[e + 1] += 1);
+        for e in 0..spec.experts {
+            self.starts[e + 1] += self.starts[e];
+        }
+        self.pairs.clear();
+        self.pairs.resize(self.starts[spec.experts] as usize, 0);
+        for (pair, expert) in experts.iter().enumerate() {
+            if let Some(e) = local(*expert) {
+                self.pairs[self.starts[e] as usize] = pair as u32;
+                self.starts[e] += 1;
+            }
+        }
+        // Filling moved each start to its group's end.
+        self.starts.rotate_right(1);
+        self.starts[0] = 0;
+    }
+}
+
+impl ExpertsStage {
+    /// Runs every chosen expert on its rows.
+    ///
+    /// # Safety
+    /// Input and output are valid for `rows` rows and overlap nothing that others touch.
+    pub unsafe fn run(
+        &self,
+        (width, gang): (Width, &Gang),
+        rows: usize,
+        choice: &Choice,
+        activations: &mut Activations,
+        scratch: &mut GroupScratch,
+    ) {
+        scratch.sort(choice, rows, &self.spec);
+        // SAFETY: the caller vouches for the rows.
+        unsafe { self.out.slices_mut(rows) }.fill(0.0);
+        for expert in 0..self.spec.experts {
+            let range = scratch.starts[expert] as usize..scratch.starts[expert + 1] as usize;
+            if !range.is_empty() {
+                // SAFETY: as above.
+                unsafe { self.run_one((width, gang), expert, range, choice, activations, scratch) };
+            }
+        }
+    }
+
+    unsafe fn run_one(
+        &self,
+        (width, gang): (Width, &Gang),
+        expert: usize,
+        range: Range<usize>,
+        choice: &Choice,
+        activations: &mut Activations,
+        scratch: &mut GroupScratch,
+    ) {
+        let (hidden, columns) = (self.spec.hidden, self.input.width());
+        let count = range.len();
+        let pairs = &scratch.pairs[range];
+        let row_of = |i: usize| pairs[i] as usize / choice.per_row;
+        let weight_of = |i: usize| choice.weights[pairs[i] as usize];
+        activations.prepare_with(gang, self.operands, (count, columns), |i, out| {
+            // SAFETY: the input's rows are valid and nobody writes them now.
+            out.copy_from_slice(unsafe { self.input.slice(row_of(i)) });
+            if self.spec.weigh_input {
+                out.iter_mut().for_each(|x| *x *= weight_of(i));
+            }
+        });
+        let gate = &mut scratch.gate[..count * hidden];
+        let up = &mut scratch.up[..count * hidden];
+        let mut parts = [
+            Part {
+                bias: part_of(&self.gate_bias, expert, hidden),
+                ..Part::new(&self.gate[expert], gate)
+            },
+            Part {
+                bias: part_of(&self.up_bias, expert, hidden),
+                ..Part::new(&self.up[expert], up)
+            },
+        ];
+        matmul(gang, &mut parts, activations);
+        let (gate, up) = (Rows::new(gate.as_mut_ptr(), hidden), Rows::new(up.as_mut_ptr(), hidden));
+        activations.prepare_with(gang, self.down_operands, (count, hidden), |i, out| {
+            let out = Rows::new(out.as_mut_ptr().wrapping_sub(i * hidden), hidden);
+            let (kind, columns) = (self.spec.activation, 0..hidden);
+            dispatch(width, Activate { gate, up: Some(up), kind, out, rows: i..i + 1, columns });
+        });
+        let columns = self.out.width();
+        let down = &mut scratch.down[..count * columns];
+        let mut parts = [Part {
+            bias: part_of(&self.down_bias, expert, columns),
+            ..Part::new(&self.down[expert], down)
+        }];
+        matmul(gang, &mut parts, activations);
+        for i in 0..count {
+            let weight = if self.spec.weigh_input { 1.0 } else { weight_of(i) };
+            let to = self.out.row(row_of(i));
+            dispatch(
+                width,
+                AddWeighted { from: &down[i * columns..(i + 1) * columns], weight, to },
+            );
+        }
+    }
+}
+
+/// The part of a stacked bias that belongs to `expert`.
+fn part_of(bias: &Option<Vec<f32>>, expert: usize, n: usize) -> Option<&[f32]> {
+    bias.as_ref().map(|bias| &bias[expert * n..(expert + 1) * n])
+}
+
+/// `to += from * weight`.
+struct AddWeighted<'a> {
+    from: &'a [f32],
+    weight: f32,
+    /// As many floats as `from`; nobody else's.
+    to: *mut f32,
+}
+
+impl Kernel for AddWeighted<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let n = self.from.len();
+        for i in (0..n).step_by(LANES) {
+            // SAFETY: both have `n` floats.
+            unsafe {
+                let old = L::load_first(self.to.add(i), n - i);
+                let new = L::load_first(self.from.as_ptr().add(i), n - i);
+                new.fma(L::splat(self.weight), old).store_first(self.to.add(i), n - i);
+            }
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! [`lathe_program::Op::Route`]: the experts of each row and their weights.
+
+use lathe_program::{GroupLimit, GroupScore, RouterScore, RouterSpec};
+
+use crate::linear::Operands;
+use crate::pack::PackedMatrix;
+use crate::rows::Rows;
+
+/// The choice for all rows of a step, `experts_per_token` a row.
+#[derive(Debug, Default)]
+pub struct Choice {
+    /// Chosen in a row.
+    pub per_row: usize,
+    /// `[rows, per_row]`, best first.
+    pub experts: Vec<u32>,
+    /// `[rows, per_row]`.
+    pub weights: Vec<f32>,
+}
+
+/// A router, ready to run.
+#[derive(Debug)]
+pub struct RouteStage {
+    /// `[rows, in]`.
+    pub input: Rows,
+    /// The numbers.
+    pub spec: RouterSpec,
+    /// `[experts, in]`.
+    pub matrix: PackedMatrix,
+    /// What the matrix needs of its input.
+    pub operands: Operands,
+    /// `[experts]`.
+    pub bias: Option<Vec<f32>>,
+    /// `[experts]`.
+    pub correction: Option<Vec<f32>>,
+    /// Which choice is made.
+    pub routing: usize,
+}
+
+impl RouteStage {
+    /// Chooses for one row. `logits` are the router's, bias included, and are used up; `ranks`
+    /// is scratch memory; both `[experts]`.
+    pub fn choose(
+        &self,
+        logits: &mut [f32],
+        ranks: &mut [f32],
+        experts: &mut [u32],
+        weights: &mut [f32],
+    ) {
+        let spec = &self.spec;
+        match spec.score {
+            RouterScore::Softmax => softmax(logits),
+            RouterScore::Sigmoid => logits.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-*x).exp())),
+            RouterScore::SoftmaxOfChosen => {}
+        }
+        ranks.copy_from_slice(logits);
+        if let Some(correction) = &self.correction {
+            ranks.iter_mut().zip(correction).for_each(|(rank, c)| *rank += c);
+        }
+        if let Some(limit) = &spec.groups {
+            keep_best_groups(ranks, limit);
+        }
+        for (expert, weight) in experts.iter_mut().zip(weights.iter_mut()) {
+            let best = index_of_largest(ranks);
+            ranks[best] = f32::NEG_INFINITY;
+            (*expert, *weight) = (best as u32, logits[best]);
+        }
+        if spec.score == RouterScore::SoftmaxOfChosen {
+            softmax(weights);
+        }
+        let sum = if spec.normalise { weights.iter().sum::<f32>() + 1e-20 } else { 1.0 };
+        weights.iter_mut().for_each(|w| *w = *w / sum * spec.scaling);
+    }
+}
+
+fn softmax(x: &mut [f32]) {
+    let largest = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    x.iter_mut().for_each(|x| *x = (*x - largest).exp());
+    let sum: f32 = x.iter().sum();
+    x.iter_mut().for_each(|x| *x /= sum);
+}
+
+/// The first of equals.
+fn index_of_largest(x: &[f32]) -> usize {
+    let mut best = 0;
+    for i in 1..x.len() {
+        if x[i] > x[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// Sets the ranks of all experts outside the best groups to minus infinity.
+fn keep_best_groups(ranks: &mut [f32], limit: &GroupLimit) {
+    let size = ranks.len() / limit.groups.max(1);
+    // A group's standing is read from its own ranks, so those of groups already chosen are needed
+    // no more for choosing and marked by their index instead of a list on the heap.
+    let mut kept = [false; 256];
+    for _ in 0..limit.groups_per_token {
+        let mut best: Option<(usize, f32)> = None;
+        for group in (0..limit.groups.min(kept.len())).filter(|g| !kept[*g]) {
+            let score = group_score(&ranks[group * size..(group + 1) * size], limit.score);
+            if best.is_none_or(|(_, most)| score > most) {
+                best = Some((group, score));
+            }
+        }
+        if let Some((group, _)) = best {
+            kept[group] = true;
+        }
+    }
+    for (group, part) in ranks.chunks_mut(size.max(1)).enumerate() {
+        if !kept[group.min(kept.len() - 1)] {
+            part.fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+fn group_score(ranks: &[f32], score: GroupScore) -> f32 {
+    let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+    for &rank in ranks {
+        if rank > first {
+            (first, second) = (rank, first);
+        } else if rank > second {
+            second = rank;
+        }
+    }
+    match score {
+        GroupScore::Max => first,
+        GroupScore::TopTwoSum if ranks.len() > 1 => first + second,
+        GroupScore::TopTwoSum => first,
+    }
+}

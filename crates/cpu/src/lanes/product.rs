@@ -1,0 +1,142 @@
+//! A float matrix product in a fixed order of additions: what attention is made of.
+//!
+//! Every element of the result is one chain of fused multiply-adds over the depth, ascending, so
+//! it does not depend on how many rows or columns are computed together.
+
+use std::marker::PhantomData;
+
+use super::{LANES, Lanes};
+use crate::cache::code::Code;
+
+/// `c[rows, columns] = a[rows, depth] * b[depth, columns]`, or added to what `c` holds. Strides in elements.
+#[derive(Clone, Copy)]
+pub struct Product<B> {
+    /// `[rows, depth]`.
+    pub a: *const f32,
+    /// Floats from a row of `a` to the next.
+    pub a_stride: usize,
+    /// `[depth, columns]`, in codes of `B`, without scales.
+    pub b: *const u8,
+    /// Codes from a row of `b` to the next.
+    pub b_stride: usize,
+    /// `[rows, columns]`.
+    pub c: *mut f32,
+    /// Floats from a row of `c` to the next.
+    pub c_stride: usize,
+    /// Rows of `a` and `c`.
+    pub rows: usize,
+    /// Columns of `b` and `c`.
+    pub columns: usize,
+    /// Columns of `a`, rows of `b`.
+    pub depth: usize,
+    /// Whether the chains start at what `c` holds, and not at 0.
+    pub accumulate: bool,
+    /// What `b` holds.
+    pub code: PhantomData<B>,
+}
+
+impl<B: Code> Product<B> {
+    /// Computes it.
+    ///
+    /// # Safety
+    /// All three matrices lie in memory of their shapes and strides; `c` overlaps neither `a` nor
+    /// `b` and nobody else touches it.
+    #[inline(always)]
+    pub unsafe fn run<L: Lanes>(self) {
+        let mut column = 0;
+        while column + LANES <= self.columns {
+            let vectors = (self.columns - column) / LANES;
+            // SAFETY: the blocks tile `c`, whose shape the caller vouches for.
+            column += LANES
+                * unsafe {
+                    match vectors.min(L::BLOCK_VECTORS) {
+                        4.. => self.strip::<L, 4>(column),
+                        2 | 3 => self.strip::<L, 2>(column),
+                        _ => self.strip::<L, 1>(column),
+                    }
+                };
+        }
+        // SAFETY: the columns that are left are within the matrices.
+        unsafe { self.last_columns(column) };
+    }
+
+    /// The columns that fill no vector, one by one; heads of odd sizes only.
+    #[inline(always)]
+    unsafe fn last_columns(&self, first: usize) {
+        for row in 0..self.rows {
+            for column in first..self.columns {
+                // SAFETY: the caller vouches for the matrices.
+                unsafe {
+                    let c = self.c.add(row * self.c_stride + column);
+                    let mut sum = if self.accumulate { *c } else { 0.0 };
+                    for k in 0..self.depth {
+                        let b = B::one(self.b.add((k * self.b_stride + column) * B::BYTES));
+                        sum = (*self.a.add(row * self.a_stride + k)).mul_add(b, sum);
+                    }
+                    *c = sum;
+                }
+            }
+        }
+    }
+
+    /// All rows of `V` vectors of columns; returns `V`.
+    #[inline(always)]
+    unsafe fn strip<L: Lanes, const V: usize>(&self, column: usize) -> usize {
+        let mut row = 0;
+        while row < self.rows {
+            // SAFETY: `row + R <= rows` and `column + 16 V <= columns` for the chosen R.
+            row += unsafe {
+                match (self.rows - row).min(L::BLOCK_ROWS) {
+                    6.. => self.block::<L, 6, V>(row, column),
+                    4 | 5 => self.block::<L, 4, V>(row, column),
+                    3 => self.block::<L, 3, V>(row, column),
+                    2 => self.block::<L, 2, V>(row, column),
+                    _ => self.block::<L, 1, V>(row, column),
+                }
+            };
+        }
+        V
+    }
+
+    /// A block of sums held in registers; returns `R`.
+    #[inline(always)]
+    unsafe fn block<L: Lanes, const R: usize, const V: usize>(
+        &self,
+        row: usize,
+        column: usize,
+    ) -> usize {
+        // SAFETY: the caller keeps the block within the matrices.
+        unsafe {
+            let a = self.a.add(row * self.a_stride);
+            let b = self.b.add(column * B::BYTES);
+            let c = self.c.add(row * self.c_stride + column);
+            let mut sums = [[L::splat(0.0); V]; R];
+            if self.accumulate {
+                for r in 0..R {
+                    for v in 0..V {
+                        sums[r][v] = L::load(c.add(r * self.c_stride + v * LANES));
+                    }
+                }
+            }
+            for k in 0..self.depth {
+                let line = b.add(k * self.b_stride * B::BYTES);
+                let mut right = [L::splat(0.0); V];
+                for v in 0..V {
+                    right[v] = B::lanes(line.add(v * LANES * B::BYTES));
+                }
+                for r in 0..R {
+                    let left = L::splat(*a.add(r * self.a_stride + k));
+                    for v in 0..V {
+                        sums[r][v] = left.fma(right[v], sums[r][v]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for v in 0..V {
+                    sums[r][v].store(c.add(r * self.c_stride + v * LANES));
+                }
+            }
+        }
+        R
+    }
+}

@@ -1,0 +1,63 @@
+//! `Memory`: one large zeroed allocation, whose pages the system hands out when first touched.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+
+use lathe_program::BackendError;
+
+/// Start of the memory, of pages of the cache and of activation buffers: a cache line, and the
+/// widest register.
+pub const ALIGNMENT: usize = 64;
+
+// What the allocator promises anyway. Asking for more would make it clear the memory by hand,
+// which touches every page; so the first aligned byte is found here instead.
+const ASKED_ALIGNMENT: usize = 16;
+
+/// Zeroed bytes that several workers may read and write at disjoint places.
+#[derive(Debug)]
+pub struct Memory {
+    start: NonNull<u8>,
+    layout: Layout,
+    bytes: usize,
+}
+
+// SAFETY: this is plain memory; who touches which bytes when is the business of the callers of
+// `pointer`, whose use of it is unsafe.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// `bytes` zeroes; `what` names them in the error.
+    ///
+    /// # Errors
+    /// [`BackendError::Memory`] if the system does not have them.
+    pub fn zeroed(bytes: usize, what: &'static str) -> Result<Self, BackendError> {
+        let error = BackendError::Memory { what, bytes };
+        let Some(asked) = bytes.checked_add(ALIGNMENT) else { return Err(error) };
+        let Ok(layout) = Layout::from_size_align(asked, ASKED_ALIGNMENT) else { return Err(error) };
+        // SAFETY: the layout's size is at least `ALIGNMENT`, not zero.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(error)?;
+        Ok(Self { start, layout, bytes })
+    }
+
+    /// Number of bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The first byte, aligned to [`ALIGNMENT`]; `bytes()` of them may be read and written as
+    /// long as no two threads touch the same byte at once while one of them writes.
+    pub fn pointer(&self) -> *mut u8 {
+        let start = self.start.as_ptr();
+        // SAFETY: the allocation has `ALIGNMENT` bytes more than `bytes`.
+        unsafe { start.add(start.align_offset(ALIGNMENT)) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with this layout.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+    }
+}

@@ -1,0 +1,385 @@
+//! From a program's ops to an executor's stages: buffers by lifetime, and neighbours fused.
+//!
+//! A norm, a residual sum before it, or a nonlinearity is computed while the linear group that
+//! alone reads it prepares its input, and never stored; a residual sum after a linear layer is
+//! made by the layer adding to the residual's buffer. Fused ops are neighbours, and a linear
+//! group reads all of its input before it writes, so the lifetimes of the unfused program hold.
+
+use lathe_program::{BackendError, BufferPlan, GateKind, Op, Program, Value, Weight};
+
+use crate::attend::{AttendShape, check_layer};
+use crate::experts::{ExpertsStage, RouteStage};
+use crate::latent::LatentStage;
+use crate::linear::Operands;
+use crate::memory::{ALIGNMENT, Memory};
+use crate::rows::Rows;
+use crate::stage::{
+    ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage,
+    RotateStage, Source, Stage,
+};
+use crate::weights::Weights;
+
+/// The buffers of a program's values.
+#[derive(Debug)]
+pub struct Buffers {
+    memory: Memory,
+    plan: BufferPlan,
+    /// Bytes from the start to each slot.
+    offsets: Vec<usize>,
+    widths: Vec<usize>,
+}
+
+impl Buffers {
+    /// Buffers for `rows_max` rows.
+    ///
+    /// # Errors
+    /// [`BackendError::Memory`].
+    pub fn new(program: &Program, rows_max: usize) -> Result<Self, BackendError> {
+        let plan = program.buffer_plan();
+        let mut bytes = 0usize;
+        let mut offsets = Vec::with_capacity(plan.slot_widths.len());
+        for width in &plan.slot_widths {
+            offsets.push(bytes);
+            let slot = width.saturating_mul(rows_max).saturating_mul(size_of::<f32>());
+            bytes = bytes
+                .saturating_add(slot.checked_next_multiple_of(ALIGNMENT).unwrap_or(usize::MAX));
+        }
+        let memory = Memory::zeroed(bytes, "activations")?;
+        let widths = program.values.iter().map(|v| v.width).collect();
+        Ok(Self { memory, plan, offsets, widths })
+    }
+
+    /// The buffer of `value`.
+    pub fn rows(&self, value: Value) -> Rows {
+        let start = self.memory.pointer().wrapping_add(self.offsets[self.plan.slot(value)]);
+        Rows::new(start.cast(), self.widths[value.0 as usize])
+    }
+
+    fn same(&self, a: Value, b: Value) -> bool {
+        self.plan.slot(a) == self.plan.slot(b)
+    }
+}
+
+/// Makes the stages of a program.
+pub struct Planner<'a> {
+    program: &'a Program,
+    weights: &'a Weights,
+    buffers: &'a Buffers,
+    exact: bool,
+    /// How many ops read each value.
+    readers: Vec<u32>,
+}
+
+/// An op that may be computed while the op after it prepares its input.
+enum Prelude {
+    None,
+    Norm(NormStage, Value),
+    AddNorm(AddStage, NormStage, Value),
+    Activate(ActivateStage, Value),
+}
+
+impl<'a> Planner<'a> {
+    /// A planner for one program.
+    pub fn new(
+        program: &'a Program,
+        weights: &'a Weights,
+        buffers: &'a Buffers,
+        exact: bool,
+    ) -> Self {
+        let mut readers = vec![0; program.values.len()];
+        for value in program.ops.iter().flat_map(Op::inputs) {
+            readers[value.0 as usize] += 1;
+        }
+        Self { program, weights, buffers, exact, readers }
+    }
+
+    /// The stages, in order.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] for an op or a choice without a kernel.
+    pub fn stages(&self) -> Result<Vec<Stage>, BackendError> {
+        let mut stages = Vec::new();
+        let mut at = 0;
+        while at < self.program.ops.len() {
+            let (stage, ops) = match self.fused(at) {
+                Some(found) => found,
+                None => (self.single(&self.program.ops[at])?, 1),
+            };
+            stages.push(stage);
+            at += ops;
+        }
+        Ok(stages)
+    }
+
+    /// A linear group or logits with their neighbours, and how many ops they are.
+    fn fused(&self, at: usize) -> Option<(Stage, usize)> {
+        let (prelude, skipped) = self.prelude(at);
+        let at = at + skipped;
+        match self.program.ops.get(at)? {
+            Op::Linear { input, .. } => {
+                let source = self.source(prelude, *input)?;
+                let mut stage = self.linear(&self.program.ops[at], source)?;
+                let residual = self.residual(at);
+                if let Some(out) = residual {
+                    stage.parts[0].out = self.rows(out);
+                    stage.parts[0].accumulate = true;
+                }
+                Some((Stage::Linear(stage), skipped + 1 + usize::from(residual.is_some())))
+            }
+            Op::Logits { input, head, scale, softcap, .. } => {
+                // A sum before the norm would be stored for the asked rows only: leave it alone.
+                let source = match prelude {
+                    Prelude::AddNorm(..) | Prelude::Activate(..) => return None,
+                    other => self.source(other, *input)?,
+                };
+                let matrix = self.weights.matrix(*head);
+                let operands = Operands::of([&matrix]);
+                let (scale, softcap) = (*scale, *softcap);
+                Some((
+                    Stage::Logits(LogitsStage { source, matrix, operands, scale, softcap }),
+                    skipped + 1,
+                ))
+            }
+            _ => None,
+        }
+    }
+
+    /// What may be fused into the op after it, and how many ops it is.
+    fn prelude(&self, at: usize) -> (Prelude, usize) {
+        let ops = &self.program.ops;
+        match (&ops[at], ops.get(at + 1)) {
+            (Op::Norm { out, groups: 1, .. }, _) if self.read_once(*out) => {
+                (Prelude::Norm(self.norm(&ops[at]), *out), 1)
+            }
+            (
+                Op::Add { out: sum, left, right, scale },
+                Some(Op::Norm { input, out, groups: 1, .. }),
+            ) if input == sum && self.read_once(*out) => {
+                let add = self.add(*left, *right, *scale, *sum);
+                (Prelude::AddNorm(add, self.norm(&ops[at + 1]), *out), 2)
+            }
+            (Op::Activate { out, .. }, _) if self.read_once(*out) => {
+                (Prelude::Activate(self.activate(&ops[at]), *out), 1)
+            }
+            _ => (Prelude::None, 0),
+        }
+    }
+
+    fn read_once(&self, value: Value) -> bool {
+        self.readers[value.0 as usize] == 1
+    }
+
+    /// The source of an op that reads `input`, or nothing if the prelude makes something else.
+    fn source(&self, prelude: Prelude, input: Value) -> Option<Source> {
+        match prelude {
+            Prelude::None => Some(Source::Rows(self.rows(input))),
+            Prelude::Norm(norm, out) => (out == input).then_some(Source::Norm(norm)),
+            Prelude::AddNorm(add, norm, out) => {
+                (out == input).then_some(Source::AddNorm(add, norm))
+            }
+            Prelude::Activate(activate, out) => {
+                (out == input).then_some(Source::Activate(activate))
+            }
+        }
+    }
+
+    /// The value that the linear layer at `at` may add its product to.
+    fn residual(&self, at: usize) -> Option<Value> {
+        let Op::Linear { parts, .. } = &self.program.ops[at] else { return None };
+        let Some(Op::Add { left, right, scale: 1.0, out }) = self.program.ops.get(at + 1) else {
+            return None;
+        };
+        let [part] = parts.as_slice() else { return None };
+        let fits = *right == part.out
+            && left != right
+            && self.read_once(part.out)
+            && self.buffers.same(*left, *out);
+        fits.then_some(*out)
+    }
+
+    fn linear(&self, op: &Op, source: Source) -> Option<LinearStage> {
+        let Op::Linear { input, parts } = op else { return None };
+        let parts: Vec<PartStage> = parts
+            .iter()
+            .map(|part| PartStage {
+                matrix: self.weights.matrix(part.weight),
+                bias: self.floats(part.bias),
+                accumulate: false,
+                out: self.rows(part.out),
+            })
+            .collect();
+        let operands = Operands::of(parts.iter().map(|p| &p.matrix));
+        Some(LinearStage { source, columns: self.program.value_width(*input), operands, parts })
+    }
+
+    fn single(&self, op: &Op) -> Result<Stage, BackendError> {
+        Ok(match op {
+            Op::Embed { table, first_token, multiplier, out } => Stage::Embed {
+                table: self.weights.table(*table),
+                first_token: *first_token,
+                multiplier: *multiplier,
+                out: self.rows(*out),
+            },
+            Op::Norm { .. } => Stage::Norm(self.norm(op)),
+            Op::Rope { input, heads, offset, rope, out } => Stage::Rotate(RotateStage {
+                input: self.rows(*input),
+                heads: *heads,
+                offset: *offset,
+                style: self.program.ropes[rope.0 as usize].style,
+                rope: rope.0 as usize,
+                out: self.rows(*out),
+            }),
+            Op::WriteKv { key: first, value: second, layer }
+            | Op::WriteLatent { latent: first, rope_key: second, layer } => Stage::Write {
+                layer: layer.0 as usize,
+                first: self.rows(*first),
+                second: self.rows(*second),
+            },
+            Op::Attend { .. } => Stage::Attend(self.attend(op)?),
+            Op::AttendLatent { .. } => Stage::AttendLatent(Box::new(self.attend_latent(op)?)),
+            Op::Activate { .. } => Stage::Activate(self.activate(op)),
+            Op::Route { .. } => Stage::Route(Box::new(self.route(op)?)),
+            Op::Experts { .. } => Stage::Experts(Box::new(self.experts(op)?)),
+            Op::Add { left, right, scale, out } => {
+                Stage::Add(self.add(*left, *right, *scale, *out))
+            }
+            Op::Gate { input, gate, kind: GateKind::Sigmoid, out } => Stage::Gate {
+                input: self.rows(*input),
+                gate: self.rows(*gate),
+                out: self.rows(*out),
+            },
+            // With one rank, what all ranks sum or gather is this rank's own.
+            Op::AllReduce { input, out } | Op::AllGather { input, out } => {
+                Stage::Copy { input: self.rows(*input), start: 0, out: self.rows(*out) }
+            }
+            Op::Slice { input, start, out } => {
+                Stage::Copy { input: self.rows(*input), start: *start, out: self.rows(*out) }
+            }
+            Op::Capture { input, tap } => {
+                Stage::Capture { input: self.rows(*input), tap: *tap as usize }
+            }
+            Op::Linear { .. } | Op::Logits { .. } => {
+                return Err(BackendError::Device(format!("no stage was made of {}", op.kind())));
+            }
+        })
+    }
+
+    fn rows(&self, value: Value) -> Rows {
+        self.buffers.rows(value)
+    }
+
+    fn floats(&self, weight: Option<Weight>) -> Option<Vec<f32>> {
+        weight.map(|w| self.weights.floats(w))
+    }
+
+    fn norm(&self, op: &Op) -> NormStage {
+        let Op::Norm { input, weight, bias, kind, epsilon, groups, out } = op else {
+            unreachable!("called for norms");
+        };
+        NormStage {
+            input: self.rows(*input),
+            weight: self.floats(*weight),
+            bias: self.floats(*bias),
+            kind: *kind,
+            epsilon: *epsilon,
+            groups: *groups,
+            out: self.rows(*out),
+        }
+    }
+
+    fn add(&self, left: Value, right: Value, scale: f32, out: Value) -> AddStage {
+        AddStage { left: self.rows(left), right: self.rows(right), scale, out: self.rows(out) }
+    }
+
+    fn activate(&self, op: &Op) -> ActivateStage {
+        let Op::Activate { gate, up, kind, out } = op else {
+            unreachable!("called for activations")
+        };
+        ActivateStage {
+            gate: self.rows(*gate),
+            up: up.map(|u| self.rows(u)),
+            kind: *kind,
+            out: self.rows(*out),
+        }
+    }
+
+    fn attend(&self, op: &Op) -> Result<AttendStage, BackendError> {
+        let Op::Attend { query, layer, spec, out } = op else {
+            unreachable!("called for attentions")
+        };
+        let shape = attend_shape(spec);
+        check_layer(&self.program.kv, layer.0, &shape)?;
+        let sinks = self.floats(spec.sinks);
+        Ok(AttendStage {
+            shape,
+            layer: layer.0 as usize,
+            sinks,
+            query: self.rows(*query),
+            out: self.rows(*out),
+        })
+    }
+
+    fn attend_latent(&self, op: &Op) -> Result<LatentStage, BackendError> {
+        let Op::AttendLatent { query, layer, spec, out } = op else {
+            unreachable!("called for latents")
+        };
+        check_layer(&self.program.kv, layer.0, &LatentStage::shape(spec))?;
+        let (key_up, value_up) =
+            (self.weights.floats(spec.key_up), self.weights.floats(spec.value_up));
+        let rows = (self.rows(*query), self.rows(*out));
+        Ok(LatentStage::new(spec, layer.0 as usize, rows, key_up, &value_up, self.exact))
+    }
+
+    fn route(&self, op: &Op) -> Result<RouteStage, BackendError> {
+        let Op::Route { input, spec, out } = op else { unreachable!("called for routers") };
+        if spec.groups.is_some_and(|g| g.groups > 256) {
+            let feature = "routers with more than 256 groups of experts".to_owned();
+            return Err(BackendError::Unsupported { backend: "cpu", feature });
+        }
+        let matrix = self.weights.matrix(spec.weight);
+        Ok(RouteStage {
+            input: self.rows(*input),
+            operands: Operands::of([&matrix]),
+            matrix,
+            bias: self.floats(spec.bias),
+            correction: self.floats(spec.correction),
+            spec: spec.clone(),
+            routing: out.0 as usize,
+        })
+    }
+
+    fn experts(&self, op: &Op) -> Result<ExpertsStage, BackendError> {
+        let Op::Experts { input, routing, spec, out } = op else {
+            unreachable!("called for experts")
+        };
+        let (gate, up) = (self.weights.experts(spec.gate), self.weights.experts(spec.up));
+        let down = self.weights.experts(spec.down);
+        Ok(ExpertsStage {
+            input: self.rows(*input),
+            routing: routing.0 as usize,
+            operands: Operands::of(gate.iter().chain(&up)),
+            down_operands: Operands::of(&down),
+            gate,
+            up,
+            down,
+            gate_bias: self.floats(spec.gate_bias),
+            up_bias: self.floats(spec.up_bias),
+            down_bias: self.floats(spec.down_bias),
+            spec: spec.clone(),
+            out: self.rows(*out),
+        })
+    }
+}
+
+/// The numbers of an attention over heads.
+pub fn attend_shape(spec: &lathe_program::AttendSpec) -> AttendShape {
+    AttendShape {
+        kv_heads: spec.kv_heads,
+        group: spec.heads / spec.kv_heads,
+        key_dim: spec.head_dim,
+        value_dim: spec.value_dim,
+        scale: spec.scale,
+        window: spec.window,
+        softcap: spec.softcap,
+    }
+}

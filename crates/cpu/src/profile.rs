@@ -1,0 +1,62 @@
+//! Time by kind of stage, if the environment variable `LATHE_PROFILE` is `1`: printed to stderr
+//! when the executor is dropped.
+
+use std::time::{Duration, Instant};
+
+use crate::stage::Stage;
+
+/// Times of all steps so far.
+#[derive(Debug, Default)]
+pub struct Profile {
+    on: bool,
+    steps: u64,
+    kinds: [(Duration, u64); Stage::KINDS.len()],
+}
+
+impl Profile {
+    /// On if the environment says so.
+    pub fn from_environment() -> Self {
+        Self { on: std::env::var("LATHE_PROFILE").is_ok_and(|v| v == "1"), ..Self::default() }
+    }
+
+    /// The time now, if anyone wants to know.
+    pub fn start(&self) -> Option<Instant> {
+        self.on.then(Instant::now)
+    }
+
+    /// Counts the time since `start` for `stage`'s kind.
+    pub fn stop(&mut self, stage: &Stage, start: Option<Instant>) {
+        if let Some(start) = start {
+            let (time, count) = &mut self.kinds[stage.kind()];
+            *time += start.elapsed();
+            *count += 1;
+        }
+    }
+
+    /// Counts a step.
+    pub fn step(&mut self) {
+        self.steps += 1;
+    }
+}
+
+impl Drop for Profile {
+    fn drop(&mut self) {
+        if !self.on || self.steps == 0 {
+            return;
+        }
+        let total: Duration = self.kinds.iter().map(|(time, _)| *time).sum();
+        eprintln!("{} steps, {:.1} us a step in stages", self.steps, micros(total, self.steps));
+        for (name, (time, count)) in Stage::KINDS.iter().zip(self.kinds) {
+            if count > 0 {
+                let (per_step, each) = (micros(time, self.steps), micros(time, count));
+                eprintln!(
+                    "{name:>14}: {per_step:9.1} us a step, {count:8} runs, {each:8.2} us each"
+                );
+            }
+        }
+    }
+}
+
+fn micros(time: Duration, count: u64) -> f64 {
+    time.as_secs_f64() * 1e6 / count as f64
+}

@@ -1,0 +1,255 @@
+//! `Stage`: an op, or a few fused ones, with everything resolved that does not change from step
+//! to step: buffers, packed weights, cache layers.
+
+use lathe_program::{Activation, NormKind, RopeStyle};
+use lathe_tensor::Tensor;
+
+use crate::attend::AttendShape;
+use crate::experts::{ExpertsStage, RouteStage};
+use crate::latent::LatentStage;
+use crate::linear::Operands;
+use crate::pack::PackedMatrix;
+use crate::rows::Rows;
+
+/// A norm's numbers.
+#[derive(Debug)]
+pub struct NormStage {
+    /// `[rows, groups * n]`.
+    pub input: Rows,
+    /// `[n]` or `[groups * n]`.
+    pub weight: Option<Vec<f32>>,
+    /// As `weight`.
+    pub bias: Option<Vec<f32>>,
+    /// Which norm.
+    pub kind: NormKind,
+    /// Added under the root.
+    pub epsilon: f32,
+    /// Parts of a row.
+    pub groups: usize,
+    /// As `input`; unused where a norm is fused into what reads it.
+    pub out: Rows,
+}
+
+/// A sum's numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct AddStage {
+    /// `[rows, n]`.
+    pub left: Rows,
+    /// `[rows, n]`.
+    pub right: Rows,
+    /// Multiplies `right`.
+    pub scale: f32,
+    /// `[rows, n]`.
+    pub out: Rows,
+}
+
+/// A nonlinearity's numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct ActivateStage {
+    /// `[rows, n]`.
+    pub gate: Rows,
+    /// `[rows, n]`.
+    pub up: Option<Rows>,
+    /// Which.
+    pub kind: Activation,
+    /// `[rows, n]`; unused where fused into what reads it.
+    pub out: Rows,
+}
+
+/// What a linear group reads.
+#[derive(Debug)]
+pub enum Source {
+    /// A buffer.
+    Rows(Rows),
+    /// A norm, made on the way.
+    Norm(NormStage),
+    /// A sum, stored, and its norm, made on the way.
+    AddNorm(AddStage, NormStage),
+    /// A nonlinearity, made on the way.
+    Activate(ActivateStage),
+}
+
+/// One matrix of a linear group.
+#[derive(Debug)]
+pub struct PartStage {
+    /// `[out, in]`.
+    pub matrix: PackedMatrix,
+    /// `[out]`.
+    pub bias: Option<Vec<f32>>,
+    /// Whether the product is added to what `out` holds.
+    pub accumulate: bool,
+    /// `[rows, out]`.
+    pub out: Rows,
+}
+
+/// A linear group.
+#[derive(Debug)]
+pub struct LinearStage {
+    /// What it reads.
+    pub source: Source,
+    /// Elements of an input row.
+    pub columns: usize,
+    /// What the matrices need of their input.
+    pub operands: Operands,
+    /// The matrices.
+    pub parts: Vec<PartStage>,
+}
+
+/// The logits.
+#[derive(Debug)]
+pub struct LogitsStage {
+    /// What it reads: a buffer or a norm.
+    pub source: Source,
+    /// `[vocabulary, width]`.
+    pub matrix: PackedMatrix,
+    /// What the matrix needs of its input.
+    pub operands: Operands,
+    /// Multiplies the product.
+    pub scale: f32,
+    /// Applied after the scale.
+    pub softcap: Option<f32>,
+}
+
+/// A rotation.
+#[derive(Debug, Clone, Copy)]
+pub struct RotateStage {
+    /// `[rows, heads * head_dim]`.
+    pub input: Rows,
+    /// Heads.
+    pub heads: usize,
+    /// First turned element of a head.
+    pub offset: usize,
+    /// Which elements pair up.
+    pub style: RopeStyle,
+    /// Which table.
+    pub rope: usize,
+    /// As `input`.
+    pub out: Rows,
+}
+
+/// An attention over heads.
+#[derive(Debug)]
+pub struct AttendStage {
+    /// The numbers.
+    pub shape: AttendShape,
+    /// The layer of the cache.
+    pub layer: usize,
+    /// `[heads]`.
+    pub sinks: Option<Vec<f32>>,
+    /// `[rows, heads * key_dim]`.
+    pub query: Rows,
+    /// `[rows, heads * value_dim]`.
+    pub out: Rows,
+}
+
+/// One entry of an executor's plan.
+#[derive(Debug)]
+pub enum Stage {
+    /// Rows of the embedding.
+    Embed {
+        /// `[vocabulary, width]`.
+        table: Tensor,
+        /// Token of the table's first row.
+        first_token: u32,
+        /// Multiplies the row.
+        multiplier: f32,
+        /// `[rows, width]`.
+        out: Rows,
+    },
+    /// A norm.
+    Norm(NormStage),
+    /// A linear group with what precedes and follows it.
+    Linear(LinearStage),
+    /// A rotation.
+    Rotate(RotateStage),
+    /// Keys and values, or latents and rotary keys, into the cache.
+    Write {
+        /// The layer of the cache.
+        layer: usize,
+        /// Keys or latents.
+        first: Rows,
+        /// Values or rotary keys.
+        second: Rows,
+    },
+    /// Attention over heads.
+    Attend(AttendStage),
+    /// Attention over latents.
+    AttendLatent(Box<LatentStage>),
+    /// A nonlinearity.
+    Activate(ActivateStage),
+    /// A sum.
+    Add(AddStage),
+    /// A sigmoid gate.
+    Gate {
+        /// `[rows, n]`.
+        input: Rows,
+        /// `[rows, m]`.
+        gate: Rows,
+        /// `[rows, n]`.
+        out: Rows,
+    },
+    /// Columns from `start` on.
+    Copy {
+        /// `[rows, n]`.
+        input: Rows,
+        /// First column.
+        start: usize,
+        /// `[rows, m]`.
+        out: Rows,
+    },
+    /// A router.
+    Route(Box<RouteStage>),
+    /// Experts.
+    Experts(Box<ExpertsStage>),
+    /// Logits.
+    Logits(LogitsStage),
+    /// A value for the caller.
+    Capture {
+        /// `[rows, n]`.
+        input: Rows,
+        /// Which tap.
+        tap: usize,
+    },
+}
+
+impl Stage {
+    /// Names of the kinds, by [`Stage::kind`].
+    pub const KINDS: [&str; 15] = [
+        "embed",
+        "norm",
+        "linear",
+        "rotate",
+        "write",
+        "attend",
+        "attend_latent",
+        "activate",
+        "add",
+        "gate",
+        "copy",
+        "route",
+        "experts",
+        "logits",
+        "capture",
+    ];
+
+    /// Which kind of stage it is: an index into [`Stage::KINDS`].
+    pub fn kind(&self) -> usize {
+        match self {
+            Stage::Embed { .. } => 0,
+            Stage::Norm(_) => 1,
+            Stage::Linear(_) => 2,
+            Stage::Rotate(_) => 3,
+            Stage::Write { .. } => 4,
+            Stage::Attend(_) => 5,
+            Stage::AttendLatent(_) => 6,
+            Stage::Activate(_) => 7,
+            Stage::Add(_) => 8,
+            Stage::Gate { .. } => 9,
+            Stage::Copy { .. } => 10,
+            Stage::Route(_) => 11,
+            Stage::Experts(_) => 12,
+            Stage::Logits(_) => 13,
+            Stage::Capture { .. } => 14,
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Asks the source for each weight and lays it out for the ops that read it.
+
+use lathe_program::{BackendError, ExpertsSpec, Op, Program, Weight, WeightSource};
+use lathe_tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::isa::Isa;
+use crate::pack::PackedMatrix;
+
+/// A weight as laid out. Each form is there if some op reads the weight that way.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    table: Option<Tensor>,
+    matrix: Option<PackedMatrix>,
+    experts: Option<Vec<PackedMatrix>>,
+    floats: Option<Vec<f32>>,
+    /// Whether `floats` are laid out once more by what reads them.
+    passing: bool,
+}
+
+/// The forms that a weight is needed in.
+#[derive(Debug, Clone, Copy, Default)]
+struct Needs {
+    table: bool,
+    /// Whether activations may be rounded, for each use as a matrix.
+    matrix: Option<Rounding>,
+    experts: Option<usize>,
+    floats: bool,
+    passing: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Rounding {
+    Allowed,
+    Never,
+}
+
+/// All weights of a program.
+#[derive(Debug)]
+pub struct Weights {
+    loaded: Vec<Loaded>,
+    names: Vec<String>,
+}
+
+impl Weights {
+    /// Loads every weight that an op of `program` reads, in parallel.
+    ///
+    /// # Errors
+    /// The source's, or [`BackendError::Weight`] for a tensor of another shape than declared.
+    pub fn load(
+        program: &Program,
+        source: &dyn WeightSource,
+        isa: Isa,
+        exact: bool,
+    ) -> Result<Self, BackendError> {
+        let needs = needs(program);
+        let loaded = needs
+            .par_iter()
+            .enumerate()
+            .map(|(index, needs)| load(program, Weight(index as u32), *needs, source, isa, exact))
+            .collect::<Result<Vec<_>, _>>()?;
+        let names = program.weights.iter().map(|w| w.name.clone()).collect();
+        Ok(Self { loaded, names })
+    }
+
+    /// A table of rows to look up.
+    pub fn table(&self, weight: Weight) -> Tensor {
+        self.get(weight, |l| l.table.clone())
+    }
+
+    /// A matrix for products.
+    pub fn matrix(&self, weight: Weight) -> PackedMatrix {
+        self.get(weight, |l| l.matrix.clone())
+    }
+
+    /// A matrix for each expert.
+    pub fn experts(&self, weight: Weight) -> Vec<PackedMatrix> {
+        self.get(weight, |l| l.experts.clone())
+    }
+
+    /// All numbers.
+    pub fn floats(&self, weight: Weight) -> Vec<f32> {
+        self.get(weight, |l| l.floats.clone())
+    }
+
+    fn get<T>(&self, weight: Weight, form: impl Fn(&Loaded) -> Option<T>) -> T {
+        let index = weight.0 as usize;
+        form(&self.loaded[index])
+            .unwrap_or_else(|| panic!("{} was not loaded in this form", self.names[index]))
+    }
+
+    /// Bytes of all weights as laid out, but for those of latent attentions, which lay theirs out
+    /// themselves.
+    pub fn bytes(&self) -> usize {
+        let bytes = |l: &Loaded| {
+            l.table.as_ref().map_or(0, Tensor::byte_len)
+                + l.matrix.as_ref().map_or(0, PackedMatrix::bytes)
+                + l.experts.iter().flatten().map(PackedMatrix::bytes).sum::<usize>()
+                + l.floats.as_ref().filter(|_| !l.passing).map_or(0, |f| size_of_val(f.as_slice()))
+        };
+        self.loaded.iter().map(bytes).sum()
+    }
+}
+
+fn needs(program: &Program) -> Vec<Needs> {
+    let mut needs = vec![Needs::default(); program.weights.len()];
+    for op in &program.ops {
+        match op {
+            Op::Embed { table, .. } => needs[table.0 as usize].table = true,
+            Op::Linear { parts, .. } => {
+                for part in parts {
+                    needs[part.weight.0 as usize].matrix = Some(Rounding::Allowed);
+                    part.bias.iter().for_each(|b| needs[b.0 as usize].floats = true);
+                }
+            }
+            Op::Logits { head, .. } => needs[head.0 as usize].matrix = Some(Rounding::Allowed),
+            Op::Route { spec, .. } => {
+                // A rounded input could choose another expert: not worth the few bytes.
+                needs[spec.weight.0 as usize].matrix = Some(Rounding::Never);
+                let vectors = spec.bias.iter().chain(&spec.correction);
+                vectors.for_each(|v| needs[v.0 as usize].floats = true);
+            }
+            Op::Experts { spec, .. } => experts_needs(spec, &mut needs),
+            Op::AttendLatent { spec, .. } => {
+                for matrix in [spec.key_up, spec.value_up] {
+                    let need = &mut needs[matrix.0 as usize];
+                    (need.floats, need.passing) = (true, true);
+                }
+            }
+            other => {
+                other.weights().iter().for_each(|w| needs[w.0 as usize].floats = true);
+            }
+        }
+    }
+    needs
+}
+
+fn experts_needs(spec: &ExpertsSpec, needs: &mut [Needs]) {
+    for matrix in [spec.gate, spec.up, spec.down] {
+        needs[matrix.0 as usize].experts = Some(spec.experts);
+    }
+    for bias in [spec.gate_bias, spec.up_bias, spec.down_bias].into_iter().flatten() {
+        needs[bias.0 as usize].floats = true;
+    }
+}
+
+fn load(
+    program: &Program,
+    weight: Weight,
+    needs: Needs,
+    source: &dyn WeightSource,
+    isa: Isa,
+    exact: bool,
+) -> Result<Loaded, BackendError> {
+    let mut loaded = Loaded { passing: needs.passing, ..Loaded::default() };
+    if !needs.table && !needs.floats && needs.matrix.is_none() && needs.experts.is_none() {
+        return Ok(loaded);
+    }
+    let decl = program.weight(weight);
+    let tensor = source.tensor(weight)?;
+    if tensor.shape != decl.shape {
+        return Err(BackendError::Weight {
+            name: decl.name.clone(),
+            reason: format!("expected shape {:?}, found {:?}", decl.shape, tensor.shape),
+        });
+    }
+    let named = |error| match error {
+        BackendError::Weight { reason, .. } => {
+            BackendError::Weight { name: decl.name.clone(), reason }
+        }
+        BackendError::Unsupported { backend, feature } => {
+            BackendError::Unsupported { backend, feature: format!("{feature} ({})", decl.name) }
+        }
+        other => other,
+    };
+    if let Some(rounding) = needs.matrix {
+        let exact = exact || rounding == Rounding::Never;
+        loaded.matrix = Some(PackedMatrix::pack(&tensor, isa, exact).map_err(named)?);
+    }
+    if let Some(experts) = needs.experts {
+        loaded.experts = Some(pack_experts(&tensor, experts, isa, exact).map_err(named)?);
+    }
+    if needs.floats {
+        loaded.floats = Some(tensor.to_f32());
+    }
+    if needs.table {
+        loaded.table = Some(tensor);
+    }
+    Ok(loaded)
+}
+
+fn pack_experts(
+    tensor: &Tensor,
+    experts: usize,
+    isa: Isa,
+    exact: bool,
+) -> Result<Vec<PackedMatrix>, BackendError> {
+    let rows = tensor.rows() / experts.max(1);
+    let pack_one = |expert: usize| {
+        let part = tensor.slice_rows(expert * rows..(expert + 1) * rows).map_err(|error| {
+            BackendError::Weight { name: String::new(), reason: error.to_string() }
+        })?;
+        PackedMatrix::pack(&part, isa, exact)
+    };
+    (0..experts).into_par_iter().map(pack_one).collect()
+}
