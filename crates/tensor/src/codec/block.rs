@@ -106,7 +106,7 @@ pub(super) fn encode_q8_0(values: &[f32], out: &mut [u8]) {
 
 /// The first number of the largest magnitude, with its sign.
 fn largest_magnitude(values: &[f32]) -> f32 {
-    values.iter().fold(0.0f32, |best, &v| if v.abs() > best.abs() { v } else { best })
+    values.iter().fold(values[0], |best, &v| if v.abs() > best.abs() { v } else { best })
 }
 
 fn bounds(values: &[f32]) -> (f32, f32) {

@@ -6,6 +6,7 @@
 
 mod block;
 pub mod element;
+mod iq4;
 mod kquant;
 pub mod scaled;
 pub mod search;
@@ -108,6 +109,8 @@ fn decoder(t: GgmlType) -> fn(&[u8], &mut [f32]) {
         GgmlType::Q4_K => kquant::decode_q4_k,
         GgmlType::Q5_K => kquant::decode_q5_k,
         GgmlType::Q6_K => kquant::decode_q6_k,
+        GgmlType::IQ4_NL => iq4::decode_iq4_nl,
+        GgmlType::IQ4_XS => iq4::decode_iq4_xs,
     }
 }
 
@@ -121,6 +124,8 @@ fn encode(t: GgmlType, values: &[f32], importance: Option<&[f32]>, out: &mut [u8
         GgmlType::Q4_K => kquant::encode_q4_k(values, importance, out),
         GgmlType::Q5_K => kquant::encode_q5_k(values, importance, out),
         GgmlType::Q6_K => kquant::encode_q6_k(values, importance, out),
+        GgmlType::IQ4_NL => iq4::encode_iq4_nl(values, importance, out),
+        GgmlType::IQ4_XS => iq4::encode_iq4_xs(values, importance, out),
     }
 }
 
