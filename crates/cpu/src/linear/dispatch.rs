@@ -54,6 +54,7 @@ fn for_target<T: Target>(layout: Layout, operand: Operand, rows: usize) -> (Pane
             GgmlType::Q4_K => for_coded::<T, SuperMin<4>>(operand, rows),
             GgmlType::Q5_K => for_coded::<T, SuperMin<5>>(operand, rows),
             GgmlType::Q6_K => for_coded::<T, SuperSigned>(operand, rows),
+            GgmlType::IQ4_NL | GgmlType::IQ4_XS => unreachable!("refused when packed"),
         },
     };
     (f, rows)

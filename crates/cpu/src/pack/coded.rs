@@ -23,6 +23,11 @@ use lathe_tensor::GgmlType;
 
 use super::{Offset, PANEL};
 
+/// Whether the type has a kernel; the others are refused before anything is packed.
+pub(crate) fn has_kernel(kind: GgmlType) -> bool {
+    !matches!(kind, GgmlType::IQ4_NL | GgmlType::IQ4_XS)
+}
+
 /// What unsigned codes are shifted by, and how many scales 32 of them have.
 pub(crate) fn offset(kind: GgmlType) -> Offset {
     let (zero, parts) = match kind {
@@ -31,6 +36,7 @@ pub(crate) fn offset(kind: GgmlType) -> Offset {
         GgmlType::Q6_K => (32, 2),
         GgmlType::Q8_0 => (128, 1),
         GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K => (0, 1),
+        GgmlType::IQ4_NL | GgmlType::IQ4_XS => unreachable!("refused by has_kernel"),
     };
     Offset { zero, parts }
 }
@@ -70,6 +76,7 @@ pub(crate) fn place(kind: GgmlType, block: &[u8], lane: usize, chunk: &mut [u8])
         GgmlType::Q4_K => place_q4_k(block, lane, chunk),
         GgmlType::Q5_K => place_q5_k(block, lane, chunk),
         GgmlType::Q6_K => place_q6_k(block, lane, chunk),
+        GgmlType::IQ4_NL | GgmlType::IQ4_XS => unreachable!("refused by has_kernel"),
     }
 }
 

@@ -71,16 +71,7 @@ fn kind_len(kind: GgmlType) -> usize {
 
 /// Bytes of a block in the file (ggml's struct sizes).
 fn kind_bytes(kind: GgmlType) -> usize {
-    match kind {
-        GgmlType::Q4_0 => 18,
-        GgmlType::Q4_1 => 20,
-        GgmlType::Q5_0 => 22,
-        GgmlType::Q5_1 => 24,
-        GgmlType::Q8_0 => 34,
-        GgmlType::Q4_K => 144,
-        GgmlType::Q5_K => 176,
-        GgmlType::Q6_K => 210,
-    }
+    kind.block_bytes()
 }
 
 /// How the zero point of unsigned codes is subtracted: the integer dot starts at
@@ -131,8 +122,8 @@ impl PackedMatrix {
     pub fn pack(tensor: &Tensor, isa: Isa, exact: bool) -> Result<PackedMatrix, BackendError> {
         let layout = match tensor.format {
             Format::Float(kind) => Layout::Float(kind),
-            Format::Ggml(kind) => Layout::Coded(kind),
-            Format::Scaled(_) => {
+            Format::Ggml(kind) if coded::has_kernel(kind) => Layout::Coded(kind),
+            Format::Ggml(_) | Format::Scaled(_) => {
                 let feature = format!("weights in {}", tensor.format);
                 return Err(BackendError::Unsupported { backend: "cpu", feature });
             }
