@@ -8,6 +8,10 @@
 //! Invariant: every implementation rounds alike (products and sums in `f32`, fused where the
 //! method says so, integer dots exact), so the integer kernels agree to the bit across ISAs.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub(crate) mod portable;
 
 use lathe_program::BackendError;
@@ -17,11 +21,15 @@ use lathe_program::BackendError;
 pub enum Isa {
     /// Plain Rust; runs everywhere.
     Portable,
+    /// AVX2, FMA and F16C, with AVX-VNNI where present.
+    Avx2,
+    /// AVX-512 F, BW, VL and VNNI, with BF16 where present.
+    Avx512,
 }
 
 impl Isa {
     /// All of them, weakest first.
-    pub const ALL: [Isa; 1] = [Isa::Portable];
+    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
 
     /// The strongest that this machine has.
     pub fn detect() -> Isa {
@@ -32,13 +40,39 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
         }
+    }
+
+    /// Whether this ISA multiplies pairs of `bf16` on this machine.
+    pub(crate) fn has_bf16_dot(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// The name that [`Isa::parse`] reads.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
         }
     }
 
@@ -123,13 +157,14 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn low4(x: Self::B) -> Self::B;
     /// The high four bits of each byte, moved down.
     unsafe fn high4(x: Self::B) -> Self::B;
-    /// `codes | (plane rotated so that bit FROM lies at bit TO) & (BITS ones at bit TO)`, a byte at a time.
-    unsafe fn merge<const FROM: u32, const TO: u32, const BITS: u32>(
+    /// `codes | (plane << LEFT >> RIGHT) & MASK`, a byte at a time.
+    unsafe fn merge<const LEFT: u32, const RIGHT: u32, const MASK: u8>(
         codes: Self::B,
         plane: Self::B,
     ) -> Self::B;
     /// `start + sum over j and b of codes[j][lane, b] * x[4 j + b]`, exact. `codes` are unsigned
-    /// with `bits` bits and `x` has `4 * N` bytes, none of them -128.
+    /// with `bits` bits, `x` has `4 * N` bytes, none of them -128. With 8 bits `start` is
+    /// `-128 * sum(x)`, so an implementation may ignore it and multiply `code - 128`.
     unsafe fn dot<const N: usize>(
         bits: u32,
         start: i32,

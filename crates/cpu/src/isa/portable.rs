@@ -3,7 +3,8 @@
 use super::Simd;
 use half::{bf16, f16};
 
-/// Arrays of sixteen, left to the compiler to vectorize.
+/// Arrays of sixteen, left to the compiler to vectorize; calls, because inlining dozens of loops
+/// into each kernel costs minutes of building and gains nothing that matters here.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
 
@@ -26,21 +27,21 @@ impl Simd for Portable {
         // SAFETY: the caller gives 64 writable bytes.
         unsafe { p.cast::<[f32; 16]>().write_unaligned(x) }
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn load_f16(p: *const u16) -> Self::F {
         // SAFETY: the caller gives 32 readable bytes.
         let bits = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
         bits.map(|b| f16::from_bits(b).to_f32())
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
         std::array::from_fn(|i| a[i] * b[i])
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
         std::array::from_fn(|i| a[i] + b[i])
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
@@ -88,23 +89,22 @@ impl Simd for Portable {
     unsafe fn b_to_i(x: Self::B) -> Self::I {
         bytemuck::cast(x)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn low4(x: Self::B) -> Self::B {
         x.map(|v| v & 15)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn high4(x: Self::B) -> Self::B {
         x.map(|v| v >> 4)
     }
-    #[inline(always)]
-    unsafe fn merge<const FROM: u32, const TO: u32, const BITS: u32>(
+    #[inline(never)]
+    unsafe fn merge<const LEFT: u32, const RIGHT: u32, const MASK: u8>(
         codes: Self::B,
         plane: Self::B,
     ) -> Self::B {
-        let mask = ((1u32 << BITS) - 1) as u8;
-        std::array::from_fn(|i| codes[i] | ((plane[i] >> FROM) & mask) << TO)
+        std::array::from_fn(|i| codes[i] | ((plane[i] << LEFT >> RIGHT) & MASK))
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn dot<const N: usize>(
         _bits: u32,
         start: i32,
@@ -123,7 +123,7 @@ impl Simd for Portable {
         }
         sum.map(|v| v as u32)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const u32) -> Self::F {
         // SAFETY: the caller gives one readable word.
         let pair = unsafe { x.read_unaligned() };

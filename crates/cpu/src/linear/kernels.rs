@@ -91,14 +91,14 @@ unsafe fn five_bits<S: Simd>(p: *const u8) -> [S::B; 8] {
         let n = nibbles::<S>(p);
         let high = S::load_b(p.add(256));
         [
-            S::merge::<0, 4, 1>(n[0], high),
-            S::merge::<1, 4, 1>(n[1], high),
-            S::merge::<2, 4, 1>(n[2], high),
-            S::merge::<3, 4, 1>(n[3], high),
-            S::merge::<4, 4, 1>(n[4], high),
-            S::merge::<5, 4, 1>(n[5], high),
-            S::merge::<6, 4, 1>(n[6], high),
-            S::merge::<7, 4, 1>(n[7], high),
+            S::merge::<4, 0, 0x10>(n[0], high),
+            S::merge::<3, 0, 0x10>(n[1], high),
+            S::merge::<2, 0, 0x10>(n[2], high),
+            S::merge::<1, 0, 0x10>(n[3], high),
+            S::merge::<0, 0, 0x10>(n[4], high),
+            S::merge::<0, 1, 0x10>(n[5], high),
+            S::merge::<0, 2, 0x10>(n[6], high),
+            S::merge::<0, 3, 0x10>(n[7], high),
         ]
     }
 }
@@ -110,14 +110,14 @@ unsafe fn six_bits<S: Simd>(p: *const u8) -> [S::B; 8] {
         let n = nibbles::<S>(p);
         let (a, b) = (S::load_b(p.add(256)), S::load_b(p.add(320)));
         [
-            S::merge::<0, 4, 2>(n[0], a),
-            S::merge::<2, 4, 2>(n[1], a),
-            S::merge::<4, 4, 2>(n[2], a),
-            S::merge::<6, 4, 2>(n[3], a),
-            S::merge::<0, 4, 2>(n[4], b),
-            S::merge::<2, 4, 2>(n[5], b),
-            S::merge::<4, 4, 2>(n[6], b),
-            S::merge::<6, 4, 2>(n[7], b),
+            S::merge::<4, 0, 0x30>(n[0], a),
+            S::merge::<2, 0, 0x30>(n[1], a),
+            S::merge::<0, 0, 0x30>(n[2], a),
+            S::merge::<0, 2, 0x30>(n[3], a),
+            S::merge::<4, 0, 0x30>(n[4], b),
+            S::merge::<2, 0, 0x30>(n[5], b),
+            S::merge::<0, 0, 0x30>(n[6], b),
+            S::merge::<0, 2, 0x30>(n[7], b),
         ]
     }
 }
@@ -274,6 +274,8 @@ impl Coded for SuperSigned {
 
 /// What a kernel does with a panel: one of the types below, for one format.
 pub(crate) trait Kernel: 'static {
+    /// Whether it is worth an instance for every number of rows.
+    const TUNED: bool;
     /// # Safety
     /// `S` runs here; `args` covers `chunks` chunks of this kernel's layout and as many segments
     /// of `R` rows of its operand; `out` has room.
@@ -284,6 +286,8 @@ pub(crate) trait Kernel: 'static {
 pub(crate) struct Integer<C>(PhantomData<C>);
 
 impl<C: Coded> Kernel for Integer<C> {
+    const TUNED: bool = true;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const R: usize>(args: &PanelArgs) {
         // SAFETY: as the caller promises.
@@ -348,6 +352,8 @@ impl<C: Coded> Kernel for Integer<C> {
 pub(crate) struct Exact<C>(PhantomData<C>);
 
 impl<C: Coded> Kernel for Exact<C> {
+    const TUNED: bool = false;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const R: usize>(args: &PanelArgs) {
         // SAFETY: as the caller promises; `tile` is 32 vectors long.
@@ -362,12 +368,12 @@ impl<C: Coded> Kernel for Exact<C> {
                     widen::<S, C>(panel.add(segment * C::CODE_BYTES), &all, segment, &mut tile);
                     for half in 0..2 {
                         let w = tile.as_ptr().add(half * 16 * PANEL);
-                        unroll!(k in 16 => {
+                        for k in 0..16 {
                             let w = S::load(w.add(k * PANEL));
                             unroll!(r in R => {
                                 acc[r] = S::fma(w, S::splat(*x.add(16 * r + k)), acc[r]);
                             });
-                        });
+                        }
                         x = x.add(16 * args.rows.stride);
                     }
                 }
@@ -410,6 +416,8 @@ unsafe fn widen<S: Simd, C: Coded>(
 pub(crate) struct F32Kernel;
 
 impl Kernel for F32Kernel {
+    const TUNED: bool = false;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const R: usize>(args: &PanelArgs) {
         // SAFETY: as the caller promises.
@@ -421,6 +429,8 @@ impl Kernel for F32Kernel {
 pub(crate) struct F16Kernel;
 
 impl Kernel for F16Kernel {
+    const TUNED: bool = false;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const R: usize>(args: &PanelArgs) {
         // SAFETY: as the caller promises.
@@ -440,12 +450,12 @@ unsafe fn float<S: Simd, const R: usize, const BYTES: usize>(
         let mut x = args.rows.x.cast::<f32>();
         let mut panel = args.panel;
         for _ in 0..args.chunks {
-            unroll!(k in 16 => {
+            for k in 0..16 {
                 let w = load(panel.add(k * BYTES));
                 unroll!(r in R => {
                     acc[r] = S::fma(w, S::splat(*x.add(16 * r + k)), acc[r]);
                 });
-            });
+            }
             x = x.add(16 * args.rows.stride);
             panel = panel.add(16 * BYTES);
         }
@@ -459,6 +469,8 @@ unsafe fn float<S: Simd, const R: usize, const BYTES: usize>(
 pub(crate) struct Bf16Widened;
 
 impl Kernel for Bf16Widened {
+    const TUNED: bool = false;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const R: usize>(args: &PanelArgs) {
         // SAFETY: as the caller promises.
@@ -467,7 +479,7 @@ impl Kernel for Bf16Widened {
             let mut x = args.rows.x.cast::<f32>();
             let mut panel = args.panel;
             for _ in 0..2 * args.chunks {
-                unroll!(k in 8 => {
+                for k in 0..8 {
                     let pair = S::load_i(panel.add(64 * k).cast());
                     let even = S::bits_to_f(S::shl::<16>(pair));
                     let odd = S::bits_to_f(S::and(pair, 0xffff_0000));
@@ -475,7 +487,7 @@ impl Kernel for Bf16Widened {
                         acc[r] = S::fma(even, S::splat(*x.add(16 * r + 2 * k)), acc[r]);
                         acc[r] = S::fma(odd, S::splat(*x.add(16 * r + 2 * k + 1)), acc[r]);
                     });
-                });
+                }
                 x = x.add(16 * args.rows.stride);
                 panel = panel.add(8 * 64);
             }
@@ -490,6 +502,8 @@ impl Kernel for Bf16Widened {
 pub(crate) struct Bf16Pairs;
 
 impl Kernel for Bf16Pairs {
+    const TUNED: bool = true;
+
     #[inline(always)]
     unsafe fn run<S: Simd, const R: usize>(args: &PanelArgs) {
         // SAFETY: as the caller promises.
@@ -498,12 +512,12 @@ impl Kernel for Bf16Pairs {
             let mut x = args.rows.x.cast::<u32>();
             let mut panel = args.panel;
             for _ in 0..args.chunks {
-                unroll!(k in 16 => {
+                for k in 0..16 {
                     let w = S::load_b(panel.add(64 * k));
                     unroll!(r in R => {
                         acc[r] = S::dot_bf16(acc[r], w, x.add(16 * r + k));
                     });
-                });
+                }
                 x = x.add(16 * args.rows.stride);
                 panel = panel.add(16 * 64);
             }

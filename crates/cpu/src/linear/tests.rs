@@ -1,1 +1,246 @@
+//! Every kernel x ISA of this machine x format x odd shapes, against a scalar oracle; and the
+//! bits of a row's product, which must not depend on the rows beside it.
 
+use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};
+
+use super::activations::{SEGMENT, quantize_segment};
+use super::{Activations, Operands, Part, matmul};
+use crate::gang::Gang;
+use crate::isa::Isa;
+use crate::pack::{Operand, PackedMatrix};
+
+/// A small generator: tests need variety, not quality.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((self.0 >> 40) as f32 / (1 << 24) as f32 - 0.5) * 2.0
+    }
+
+    fn values(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.next() * (1.0 + 3.0 * self.next().abs())).collect()
+    }
+}
+
+fn formats() -> Vec<Format> {
+    use GgmlType::*;
+    let blocks = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K].map(Format::Ggml);
+    [Format::F32, Format::F16, Format::BF16].into_iter().chain(blocks).collect()
+}
+
+fn isas() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| isa.is_available())
+}
+
+fn tensor(format: Format, rows: usize, columns: usize, random: &mut Random) -> Tensor {
+    let values = random.values(rows * columns);
+    let codes = Bytes::new(codec::quantize(format, &values));
+    Tensor::new(vec![rows, columns], format, codes).expect("a tensor of whole blocks")
+}
+
+fn column_counts(format: Format) -> &'static [usize] {
+    match format {
+        Format::Float(_) => &[1, 7, 16, 33, 100, 300],
+        Format::Ggml(GgmlType::Q4_K | GgmlType::Q5_K | GgmlType::Q6_K) => &[256, 768],
+        _ => &[32, 96, 288],
+    }
+}
+
+/// `[rows, out]` of the packed matrix, `threads` at once.
+fn product(packed: &PackedMatrix, x: &[f32], threads: usize) -> Vec<f32> {
+    let gang = Gang::new(threads);
+    let mut activations = Activations::new();
+    activations.prepare(&gang, Operands::of([packed]), x, packed.columns());
+    let mut out = vec![f32::NAN; x.len() / packed.columns() * packed.rows()];
+    matmul(&gang, &mut [Part::new(packed, &mut out)], &activations);
+    out
+}
+
+/// What the kernel's operand rounds `x` to.
+fn rounded(operand: Operand, x: &[f32], columns: usize) -> Vec<f32> {
+    match operand {
+        Operand::F32 => x.to_vec(),
+        Operand::Bf16 => x.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect(),
+        Operand::Int8(_) => {
+            let segments = x.chunks(columns).flat_map(|row| row.chunks(SEGMENT));
+            segments
+                .flat_map(|part| {
+                    let mut values = [0f32; SEGMENT];
+                    values[..part.len()].copy_from_slice(part);
+                    let (codes, scale) = quantize_segment(&values);
+                    codes.into_iter().take(part.len()).map(move |c| f32::from(c) * scale)
+                })
+                .collect()
+        }
+    }
+}
+
+/// Checks `got` against sums in `f64`, within `1e-5` of the sum of magnitudes.
+fn check(name: &str, got: &[f32], weights: &[f32], x: &[f32], columns: usize) {
+    let out = weights.len() / columns;
+    for (r, x) in x.chunks(columns).enumerate() {
+        for (o, w) in weights.chunks(columns).enumerate() {
+            let terms = || w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x));
+            let (sum, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+            let found = f64::from(got[r * out + o]);
+            let close = (found - sum).abs() <= 1e-5 * size + 1e-30;
+            assert!(close, "{name}: row {r} output {o}: expected {sum}, found {found}");
+        }
+    }
+}
+
+#[test]
+fn kernels_agree_with_the_oracle() {
+    let mut random = Random(1);
+    for format in formats() {
+        for &columns in column_counts(format) {
+            for out in [1, 16, 37] {
+                let weight = tensor(format, out, columns, &mut random);
+                let dequantized = weight.to_f32();
+                let x = random.values(17 * columns);
+                for isa in isas() {
+                    for exact in [false, true] {
+                        let packed = PackedMatrix::pack(&weight, isa, exact).expect("packs");
+                        let operand = rounded(packed.operand, &x, columns);
+                        for rows in 1..=17 {
+                            let name =
+                                format!("{format} {isa} exact={exact} {rows}x{columns}->{out}");
+                            let got = product(&packed, &x[..rows * columns], 1);
+                            check(&name, &got, &dequantized, &operand[..rows * columns], columns);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_neighbours() {
+    let mut random = Random(2);
+    for format in formats() {
+        let (out, columns) = (83, 512);
+        let weight = tensor(format, out, columns, &mut random);
+        let x = random.values(40 * columns);
+        for isa in isas() {
+            for exact in [false, true] {
+                let packed = PackedMatrix::pack(&weight, isa, exact).expect("packs");
+                let alone: Vec<f32> =
+                    x.chunks(columns).flat_map(|row| product(&packed, row, 1)).collect();
+                for rows in [2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 24, 33, 40] {
+                    for threads in [1, 3] {
+                        let got = product(&packed, &x[..rows * columns], threads);
+                        let same = got.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits());
+                        assert!(
+                            same,
+                            "{format} {isa} exact={exact}: {rows} rows, {threads} threads"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn integer_kernels_agree_to_the_bit_across_isas() {
+    let mut random = Random(3);
+    for format in formats().into_iter().filter(|f| matches!(f, Format::Ggml(_))) {
+        let (out, columns) = (50, 1024);
+        let weight = tensor(format, out, columns, &mut random);
+        let x = random.values(9 * columns);
+        let product_on = |isa| {
+            let packed = PackedMatrix::pack(&weight, isa, false).expect("packs");
+            product(&packed, &x, 1).iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        };
+        let expected = product_on(Isa::Portable);
+        for isa in isas() {
+            assert_eq!(product_on(isa), expected, "{format} on {isa}");
+        }
+    }
+}
+
+#[test]
+fn extreme_codes_and_activations_are_exact() {
+    for kind in [GgmlType::Q8_0, GgmlType::Q4_0] {
+        let format = Format::Ggml(kind);
+        let one = half::f16::from_f32(1.0).to_bits().to_le_bytes();
+        let fill = |byte: u8, len: usize| -> Vec<u8> {
+            let block: Vec<u8> = one.into_iter().chain(std::iter::repeat_n(byte, len)).collect();
+            block.repeat(16)
+        };
+        for byte in [0x80, 0x7f, 0x00, 0xff] {
+            let codes = fill(byte, if kind == GgmlType::Q8_0 { 32 } else { 16 });
+            let weight = Tensor::new(vec![16, 32], format, Bytes::new(codes)).expect("a tensor");
+            for sign in [1.0, -1.0] {
+                let x = vec![127.0 * sign; 32];
+                for isa in isas() {
+                    let packed = PackedMatrix::pack(&weight, isa, false).expect("packs");
+                    let got = product(&packed, &x, 1);
+                    check(&format!("{format} {isa}"), &got, &weight.to_f32(), &x, 32);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bias_residual_and_groups_of_parts() {
+    let mut random = Random(4);
+    let columns = 256;
+    let formats = [Format::Ggml(GgmlType::Q4_K), Format::Ggml(GgmlType::Q6_K), Format::F32];
+    let weights = formats.map(|format| tensor(format, 70, columns, &mut random));
+    let x = random.values(3 * columns);
+    for isa in isas() {
+        let packed = weights.each_ref().map(|w| PackedMatrix::pack(w, isa, false).expect("packs"));
+        let gang = Gang::new(4);
+        let mut activations = Activations::new();
+        let fill =
+            |row: usize, out: &mut [f32]| out.copy_from_slice(&x[row * columns..][..columns]);
+        activations.prepare_with(&gang, Operands::of(&packed), (3, columns), fill);
+        let bias = random.values(70);
+        let before = random.values(3 * 70);
+        let mut outs = [before.clone(), vec![0.0; 3 * 70], vec![0.0; 3 * 70]];
+        let mut parts: Vec<Part> =
+            packed.iter().zip(&mut outs).map(|(m, out)| Part::new(m, out)).collect();
+        parts[0].bias = Some(&bias);
+        parts[0].accumulate = true;
+        matmul(&gang, &mut parts, &activations);
+        for (i, out) in outs.iter().enumerate() {
+            let mut expected = product(&packed[i], &x, 1);
+            if i == 0 {
+                for (j, value) in expected.iter_mut().enumerate() {
+                    *value = before[j] + (*value + bias[j % 70]);
+                }
+            }
+            assert_eq!(*out, expected, "part {i} on {isa}");
+        }
+    }
+}
+
+#[test]
+fn slices_of_rows_are_matrices() {
+    let mut random = Random(5);
+    let weight = tensor(Format::Ggml(GgmlType::Q5_0), 96, 64, &mut random);
+    let x = random.values(64);
+    let packed = PackedMatrix::pack(&weight, Isa::detect(), false).expect("packs");
+    let all = product(&packed, &x, 1);
+    assert_eq!(product(&packed.slice_rows(32..64), &x, 1), all[32..64]);
+}
+
+#[test]
+fn a_nan_is_not_hidden() {
+    let mut random = Random(6);
+    for format in formats() {
+        let weight = tensor(format, 16, 256, &mut random);
+        for isa in isas() {
+            let packed = PackedMatrix::pack(&weight, isa, false).expect("packs");
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut x = random.values(256);
+                x[77] = bad;
+                assert!(product(&packed, &x, 1).iter().all(|v| !v.is_finite()), "{format} {isa}");
+            }
+        }
+    }
+}

@@ -90,7 +90,6 @@ pub(crate) enum Operand {
     /// `f32`, as they are.
     F32,
     /// Rounded to `bf16`.
-    #[allow(dead_code)] // chosen by ISAs that multiply bf16
     Bf16,
     /// `int8` with a scale per 32.
     Int8(Offset),
@@ -215,8 +214,9 @@ fn file_row_bytes(layout: Layout, columns: usize) -> usize {
     }
 }
 
-fn operand(layout: Layout, _isa: Isa, exact: bool) -> Operand {
+fn operand(layout: Layout, isa: Isa, exact: bool) -> Operand {
     match layout {
+        Layout::Float(FloatType::BF16) if !exact && isa.has_bf16_dot() => Operand::Bf16,
         Layout::Coded(kind) if !exact => Operand::Int8(coded::offset(kind)),
         _ => Operand::F32,
     }
