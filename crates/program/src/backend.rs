@@ -5,6 +5,7 @@ use std::sync::Arc;
 use lathe_tensor::Tensor;
 
 use crate::kv::KvFormat;
+use crate::observe::Observer;
 use crate::op::Weight;
 use crate::program::Program;
 use crate::step::Step;
@@ -61,6 +62,9 @@ pub enum BackendError {
     /// The step is malformed.
     #[error(transparent)]
     Step(#[from] crate::step::StepError),
+    /// Another rank failed.
+    #[error(transparent)]
+    Collective(#[from] crate::collective::CollectiveError),
     /// The device failed.
     #[error("device: {0}")]
     Device(String),
@@ -96,6 +100,21 @@ pub trait Executor: Send {
     fn kv_format(&self) -> KvFormat;
     /// Runs one step: writes its rows into the cache and makes the logits asked for.
     fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError>;
+    /// As [`Self::run`], and hands what goes into each op to `observer`, in the order of the
+    /// program's ops, on this thread, as `f32` and before any quantization of activations. The
+    /// result is the same as without an observer; fusions that would hide an op's input are off.
+    ///
+    /// # Errors
+    /// As [`Self::run`]; [`BackendError::Unsupported`] where a backend cannot be observed (the
+    /// default).
+    fn run_observed(
+        &mut self,
+        step: &Step,
+        observer: &mut dyn Observer,
+    ) -> Result<StepOutput<'_>, BackendError> {
+        let _ = (step, observer);
+        Err(BackendError::Unsupported { backend: "chosen", feature: "observers".to_owned() })
+    }
     /// Bytes of weights as laid out.
     fn weight_bytes(&self) -> usize;
     /// Bytes of the cache.

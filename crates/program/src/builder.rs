@@ -110,6 +110,11 @@ impl ProgramBuilder {
         KvLayer(self.kv_layers.len() as u32 - 1)
     }
 
+    /// Logits of a row.
+    pub fn vocabulary(&self) -> usize {
+        self.program.vocabulary
+    }
+
     /// Elements in a row of `value`.
     pub fn width(&self, value: Value) -> usize {
         self.program.value_width(value)

@@ -9,9 +9,12 @@
 
 pub mod backend;
 pub mod builder;
+pub mod collective;
 pub mod conformance;
 pub mod cost;
 pub mod kv;
+pub mod kv_codec;
+pub mod observe;
 pub mod op;
 pub mod program;
 pub mod reference;
@@ -20,7 +23,9 @@ mod validate;
 
 pub use backend::{Backend, BackendError, Executor, ExecutorOptions, StepOutput, WeightSource};
 pub use builder::{LinearSpec, ProgramBuilder};
+pub use collective::{Collective, CollectiveError, SingleRank, ThreadRank};
 pub use kv::{KvFormat, KvGroup, KvLayerDecl, KvLayerShape, KvLayout};
+pub use observe::{ObservedExpert, ObservedInput, ObservedRouting, Observer};
 pub use op::*;
 pub use program::{BufferPlan, Lifetime, Program};
 pub use step::{BlockTable, Step, StepError, StepSequence, TREE_ROWS_MAX};

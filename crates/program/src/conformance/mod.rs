@@ -1,3 +1,17 @@
-//! What every backend must do, as data: small seeded programs and steps.
+//! What every backend must do, as data: small seeded programs and steps, compared with the
+//! reference; and batch invariance, compared with the backend itself.
 
+mod cases;
+mod compare;
+mod invariance;
 pub mod models;
+mod random;
+mod schedule;
+mod weights;
+
+pub use cases::{Case, cases};
+pub use compare::{Failure, Report, Settings, Tolerance, check, check_case};
+pub use invariance::batch_invariance;
+pub use random::Random;
+pub use schedule::{Chunk, Schedule};
+pub use weights::SeededWeights;

@@ -85,6 +85,22 @@ impl SmallDecoder {
         Self { hidden: 64, experts: Some((8, 2)), ..Self::grouped() }
     }
 
+    /// The same with widths rounded up so that matrices in blocks of `block` fit.
+    pub fn fitting(self, block: usize) -> Self {
+        let up = |n: usize| n.next_multiple_of(block);
+        let attention = match self.attention {
+            SmallAttention::Grouped { heads, kv_heads, head_dim } => {
+                let head_dim = up(heads * head_dim) / heads;
+                SmallAttention::Grouped { heads, kv_heads, head_dim }
+            }
+            SmallAttention::Latent { heads, rank, rope_dim, nope_dim, value_dim } => {
+                let value_dim = up(heads * value_dim) / heads;
+                SmallAttention::Latent { heads, rank: up(rank), rope_dim, nope_dim, value_dim }
+            }
+        };
+        Self { width: up(self.width), hidden: up(self.hidden), attention, ..self }
+    }
+
     /// Its program.
     pub fn program(&self) -> Program {
         let mut builder = ProgramBuilder::new(self.vocabulary, 4096, self.block_tokens);

@@ -1,0 +1,151 @@
+//! Steps as a scheduler would make them: several sequences in chunks, pages in any order, blocks
+//! given back as they slide out of a window.
+
+use super::random::Random;
+use crate::program::Program;
+use crate::step::{BlockTable, Step, StepSequence};
+
+/// Sequences that grow step by step, and the free pages.
+#[derive(Debug, Clone)]
+pub struct Schedule<'a> {
+    program: &'a Program,
+    free: Vec<u32>,
+    sequences: Vec<Growing>,
+}
+
+#[derive(Debug, Clone)]
+struct Growing {
+    tokens: Vec<u32>,
+    done: usize,
+    tables: Vec<BlockTable>,
+}
+
+/// What one sequence does in a step.
+#[derive(Debug, Clone)]
+pub struct Chunk {
+    /// Which sequence.
+    pub sequence: usize,
+    /// Rows.
+    pub rows: usize,
+    /// For a tree: the parent of each row (`None`: the last cached token), and the rows' tokens;
+    /// a sequence does not go on after a tree.
+    pub tree: Option<Vec<(Option<usize>, u32)>>,
+}
+
+impl<'a> Schedule<'a> {
+    /// `sequences` of tokens over `kv_blocks` pages in the order that `random` gives.
+    pub fn new(
+        program: &'a Program,
+        sequences: Vec<Vec<u32>>,
+        kv_blocks: usize,
+        random: &mut Random,
+    ) -> Self {
+        let mut free: Vec<u32> = (0..kv_blocks as u32).collect();
+        random.shuffle(&mut free);
+        let tables = vec![BlockTable::default(); program.kv.groups.len()];
+        let growing = |tokens| Growing { tokens, done: 0, tables: tables.clone() };
+        Self { program, free, sequences: sequences.into_iter().map(growing).collect() }
+    }
+
+    /// Tokens that `sequence` has still to run.
+    pub fn left(&self, sequence: usize) -> usize {
+        let sequence = &self.sequences[sequence];
+        sequence.tokens.len() - sequence.done
+    }
+
+    /// Tokens that `sequence` has in the cache.
+    pub fn done(&self, sequence: usize) -> usize {
+        self.sequences[sequence].done
+    }
+
+    /// The step of `chunks`, with the logits of all rows.
+    ///
+    /// # Panics
+    /// If pages run out, or a chunk is longer than what is left of its sequence.
+    pub fn step(&mut self, chunks: &[Chunk]) -> Step {
+        let mut step = Step::default();
+        for chunk in chunks {
+            self.give_back(chunk.sequence);
+            self.take(chunk.sequence, chunk.rows);
+            let growing = &mut self.sequences[chunk.sequence];
+            let cached = growing.done;
+            let mut ancestors = chunk.tree.as_ref().map(|_| Vec::new());
+            match (&chunk.tree, &mut ancestors) {
+                (Some(tree), Some(masks)) => {
+                    for (i, (parent, token)) in tree.iter().enumerate() {
+                        let above = parent.map_or(0, |parent| masks[parent]);
+                        masks.push(above | 1u64 << i);
+                        step.tokens.push(*token);
+                        step.positions.push((cached + above.count_ones() as usize) as u32);
+                    }
+                }
+                _ => {
+                    step.tokens.extend(&growing.tokens[cached..cached + chunk.rows]);
+                    step.positions.extend(cached as u32..(cached + chunk.rows) as u32);
+                    growing.done += chunk.rows;
+                }
+            }
+            step.sequences.push(StepSequence {
+                first_row: (step.tokens.len() - chunk.rows) as u32,
+                rows: chunk.rows as u32,
+                cached: cached as u32,
+                tables: growing.tables.clone(),
+                ancestors,
+            });
+        }
+        step.logits_rows = (0..step.tokens.len() as u32).collect();
+        step
+    }
+
+    /// Some of the sequences that have tokens left, each with up to `rows_max` rows in all;
+    /// `None` when all are done.
+    pub fn random_step(&mut self, rows_max: usize, random: &mut Random) -> Option<Step> {
+        let mut open: Vec<usize> =
+            (0..self.sequences.len()).filter(|index| self.left(*index) > 0).collect();
+        random.shuffle(&mut open);
+        let (mut chunks, mut room) = (Vec::new(), rows_max);
+        for sequence in open {
+            if room == 0 || (!chunks.is_empty() && random.below(4) == 0) {
+                break;
+            }
+            let most = self.left(sequence).min(room);
+            let rows = if random.coin() { 1 } else { random.between(1, most) };
+            room -= rows;
+            chunks.push(Chunk { sequence, rows, tree: None });
+        }
+        (!chunks.is_empty()).then(|| self.step(&chunks))
+    }
+
+    /// A random tree of `rows` rows after what `sequence` has in the cache.
+    pub fn random_tree(&mut self, sequence: usize, rows: usize, random: &mut Random) -> Step {
+        let vocabulary = self.program.vocabulary;
+        let node = |i: usize, random: &mut Random| {
+            let parent = if i == 0 || random.below(5) == 0 { None } else { Some(random.below(i)) };
+            (parent, random.below(vocabulary) as u32)
+        };
+        let tree = (0..rows).map(|i| node(i, random)).collect();
+        self.step(&[Chunk { sequence, rows, tree: Some(tree) }])
+    }
+
+    fn give_back(&mut self, index: usize) {
+        let layout = &self.program.kv;
+        let sequence = &mut self.sequences[index];
+        for (group, table) in sequence.tables.iter_mut().enumerate() {
+            let first = layout.first_visible(group, sequence.done) / layout.block_tokens;
+            while (table.first as usize) < first && !table.blocks.is_empty() {
+                self.free.insert(0, table.blocks.remove(0));
+                table.first += 1;
+            }
+        }
+    }
+
+    fn take(&mut self, index: usize, rows: usize) {
+        let sequence = &mut self.sequences[index];
+        let blocks = (sequence.done + rows).div_ceil(self.program.kv.block_tokens);
+        for table in &mut sequence.tables {
+            while table.first as usize + table.blocks.len() < blocks {
+                table.blocks.push(self.free.pop().expect("pages enough for the schedule"));
+            }
+        }
+    }
+}
