@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod engine;
+pub mod eval;
 pub mod kv;
 pub mod math;
 pub mod request;
@@ -23,6 +24,7 @@ pub mod text;
 mod tests;
 
 pub use engine::{Engine, EngineConfig, EngineError, Stats};
+pub use eval::{Comparison, Perplexity, Subject, Windows, compare, perplexity};
 pub use request::{AddError, Event, FinishReason, Request, RequestId, TokenLogprobs};
 pub use sampler::{Sampler, Sampling, SamplingError};
 pub use scheduler::Scheduler;

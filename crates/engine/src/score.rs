@@ -37,6 +37,24 @@ pub enum ScoreError {
         /// Tokens that fit.
         length_max: usize,
     },
+    /// Windows that cannot cover a text.
+    #[error(
+        "windows of {context} tokens every {stride} tokens, expected at least 2 and a stride of 1 to that"
+    )]
+    Windows {
+        /// Tokens of a window.
+        context: usize,
+        /// Tokens between the starts of windows.
+        stride: usize,
+    },
+    /// Two models that cannot be compared.
+    #[error("the model has {found} logits a token, the base has {expected}")]
+    Vocabularies {
+        /// The model's.
+        found: usize,
+        /// The base's.
+        expected: usize,
+    },
     /// The executor failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -76,8 +94,9 @@ pub fn score(
 ) -> Result<Score, ScoreError> {
     let mut logprobs = Vec::with_capacity(tokens.len());
     let mut top = Vec::new();
-    let mut feed = Feed::new(executor, options, tokens)?;
-    while let Some((first, logits)) = feed.next(executor)? {
+    let mut feed = Feed::new(executor, options, tokens, 0)?;
+    while feed.rows() > 0 {
+        let (first, logits) = feed.run(executor, feed.rows())?;
         for (position, row) in (first..).zip(logits.chunks_exact(feed.vocabulary)) {
             match tokens.get(position + 1) {
                 Some(&next) => logprobs.push(logprob(row, next)),
@@ -93,10 +112,13 @@ pub fn logprob(logits: &[f32], token: u32) -> f64 {
     f64::from(math::finite(logits[token as usize])) - math::log_sum_exp(logits)
 }
 
-/// Feeds one text to an executor chunk by chunk, asking for the logits of every row.
+/// Feeds one text to an executor chunk by chunk, from an empty cache.
+#[derive(Debug)]
 pub struct Feed<'a> {
     tokens: &'a [u32],
-    rows: usize,
+    /// First row whose logits are wanted.
+    wanted: usize,
+    rows_max: usize,
     /// Logits of a row.
     pub vocabulary: usize,
     cache: KvCache,
@@ -105,11 +127,12 @@ pub struct Feed<'a> {
 }
 
 impl<'a> Feed<'a> {
-    /// Checks the tokens; runs nothing yet.
+    /// Checks the tokens; runs nothing yet. Logits are made for the rows from `wanted` on.
     pub fn new(
         executor: &dyn Executor,
         options: &ExecutorOptions,
         tokens: &'a [u32],
+        wanted: usize,
     ) -> Result<Self, ScoreError> {
         let program = executor.program();
         let vocabulary = program.vocabulary;
@@ -117,35 +140,39 @@ impl<'a> Feed<'a> {
             return Err(ScoreError::TooFewTokens { found: 0, expected: 1 });
         }
         if let Some(position) = tokens.iter().position(|&token| token as usize >= vocabulary) {
-            return Err(ScoreError::TokenOutOfRange {
-                token: tokens[position],
-                position,
-                vocabulary,
-            });
+            let token = tokens[position];
+            return Err(ScoreError::TokenOutOfRange { token, position, vocabulary });
         }
         let cache = KvCache::new(&program.kv, options.kv_blocks, None);
         let length_max = cache.length_max(program.context_max);
         if tokens.len() > length_max {
             return Err(ScoreError::TooLong { tokens: tokens.len(), length_max });
         }
-        let rows = (LOGITS_MAX / vocabulary.max(1)).clamp(1, options.rows_max.max(1));
-        Ok(Feed { tokens, rows, vocabulary, cache, blocks: SequenceBlocks::default(), computed: 0 })
+        let (rows_max, blocks) = (options.rows_max.max(1), SequenceBlocks::default());
+        Ok(Feed { tokens, wanted, rows_max, vocabulary, cache, blocks, computed: 0 })
     }
 
-    /// Runs the next chunk: the position of its first row and logits `[rows, vocabulary]`; `None`
-    /// at the end.
-    pub fn next<'e>(
+    /// Rows that the next chunk may have; 0 at the end.
+    pub fn rows(&self) -> usize {
+        let affordable = self.cache.length_affordable(&self.blocks) - self.computed;
+        let (until, most) = match self.wanted.checked_sub(self.computed) {
+            Some(before @ 1..) => (before, self.rows_max),
+            _ => (self.tokens.len() - self.computed, LOGITS_MAX / self.vocabulary.max(1)),
+        };
+        let left = until.min(self.tokens.len() - self.computed);
+        left.min(self.rows_max).min(most.max(1)).min(affordable)
+    }
+
+    /// Runs the next `rows` rows, at most [`Feed::rows`]: the position of the first, and logits
+    /// `[rows, vocabulary]`, or none before the first wanted row.
+    pub fn run<'e>(
         &mut self,
         executor: &'e mut dyn Executor,
-    ) -> Result<Option<(usize, &'e [f32])>, ScoreError> {
-        let first = self.computed;
-        let affordable = self.cache.length_affordable(&self.blocks) - first;
-        let rows = (self.tokens.len() - first).min(self.rows).min(affordable);
-        if rows == 0 {
-            return Ok(None);
-        }
-        let end = first + rows;
+        rows: usize,
+    ) -> Result<(usize, &'e [f32]), ScoreError> {
+        let (first, end) = (self.computed, self.computed + rows);
         self.cache.grow(&mut self.blocks, end);
+        let logits_rows = if first < self.wanted { 0 } else { rows as u32 };
         let step = Step {
             tokens: self.tokens[first..end].to_vec(),
             positions: (first as u32..end as u32).collect(),
@@ -156,15 +183,15 @@ impl<'a> Feed<'a> {
                 tables: self.blocks.tables.clone(),
                 ancestors: None,
             }],
-            logits_rows: (0..rows as u32).collect(),
+            logits_rows: (0..logits_rows).collect(),
         };
         let logits = executor.run(&step)?.logits;
-        let expected = rows * self.vocabulary;
+        let expected = logits_rows as usize * self.vocabulary;
         if logits.len() != expected {
             return Err(ScoreError::Logits { found: logits.len(), expected });
         }
         self.computed = end;
         self.cache.commit(&mut self.blocks, &self.tokens[..end]);
-        Ok(Some((first, logits)))
+        Ok((first, logits))
     }
 }

@@ -1,6 +1,7 @@
 //! Tests of the control plane with a fake executor.
 
-mod fake;
+pub mod fake;
 mod fuzz;
+mod prefix;
 mod simple;
 mod windows;
