@@ -207,7 +207,8 @@ mod tests {
                         window.skip(skipped).for_each(|at| scored[at] += 1);
                     }
                     // The first token of a window is not scored unless windows overlap.
-                    let starts = |at: usize| at == 0 || (stride == context && at % context == 0);
+                    let starts =
+                        |at: usize| at == 0 || (stride == context && at.is_multiple_of(context));
                     let expected: Vec<_> = (0..tokens).map(|at| u32::from(!starts(at))).collect();
                     assert_eq!(scored, expected, "{tokens} tokens, {context} every {stride}");
                 }
