@@ -15,7 +15,7 @@ pub struct Request {
     pub sampling: Sampling,
     /// Tokens to generate at most; `None` goes on until the context or the cache is full.
     pub max_tokens: Option<usize>,
-    /// Tokens that end the text. The stop token itself is reported with an empty delta.
+    /// Tokens that end the text. The stop token itself is reported, but adds nothing to the text.
     pub stop_tokens: Vec<u32>,
     /// Strings that end the text; they are not part of it.
     pub stop_strings: Vec<String>,

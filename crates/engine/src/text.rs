@@ -76,6 +76,8 @@ fn overlap(text: &str, stop: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use rand::{Rng, SeedableRng};
+
     use super::*;
 
     /// Each token is one of a few strings.
@@ -126,6 +128,36 @@ mod tests {
         assert_eq!(run(&["xxabab", "c"], &["ababc", "abc"]).0.concat(), "xx");
         assert_eq!(run(&["aa", "ab"], &["aab"]).0.concat(), "a");
         assert_eq!(run(&["1\n", "\n2"], &["\n\n"]).0.concat(), "1");
+    }
+
+    /// Random pieces over few characters against a search in all text so far, which needs no
+    /// holding back.
+    #[test]
+    fn random_pieces_against_a_search_in_the_whole_text() {
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(4);
+        let pieces = ["a", "b", "é", "ab", "ba", "éa", "aab", "", "bé"];
+        let strings = ["aba", "bb", "éa", "aaaa", "abéab", "b"];
+        for round in 0..5000 {
+            let stops: Vec<&str> = (0..random.random_range(0..3))
+                .map(|_| strings[random.random_range(0..6)])
+                .collect();
+            let count = random.random_range(0..12);
+            let text: Vec<&'static str> =
+                (0..count).map(|_| pieces[random.random_range(0..pieces.len())]).collect();
+            let so_far = |tokens: usize| text[..tokens].concat();
+            let start = |text: &str| stops.iter().filter_map(|stop| text.find(stop)).min();
+            let first = (1..=text.len()).find(|&tokens| start(&so_far(tokens)).is_some());
+            let all = so_far(first.unwrap_or(text.len()));
+            let expected = &all[..start(&all).unwrap_or(all.len())];
+            let (deltas, stopped) = run(&text, &stops);
+            assert_eq!(deltas.concat(), expected, "round {round}: {text:?} until {stops:?}");
+            assert_eq!(stopped, first.is_some());
+            // Nothing is held back longer than it may become a stop string.
+            let longest = stops.iter().map(|stop| stop.len() - 1).max().unwrap_or(0);
+            for tokens in 1..first.unwrap_or(count + 1) {
+                assert!(so_far(tokens).len() - deltas[..tokens].concat().len() <= longest);
+            }
+        }
     }
 
     #[test]

@@ -157,3 +157,94 @@ fn score_is_the_same_in_any_chunks() {
     assert_eq!(whole, run(1));
     assert_eq!(whole, run(13));
 }
+
+/// Spells tokens as bytes: even ones are ASCII letters, odd ones halves of a two-byte character.
+struct Bytes(Vec<u8>);
+
+fn spell(token: u32) -> u8 {
+    match token % 4 {
+        1 => 0xc3,
+        3 => 0xa9,
+        _ => b'a' + (token / 2 % 4) as u8,
+    }
+}
+
+impl TextDecoder for Bytes {
+    fn push(&mut self, token: u32) -> Option<String> {
+        self.0.push(spell(token));
+        let incomplete = usize::from(self.0.last() == Some(&0xc3));
+        let rest = self.0.split_off(self.0.len() - incomplete);
+        let text = std::mem::replace(&mut self.0, rest);
+        (!text.is_empty()).then(|| String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn flush(&mut self) -> Option<String> {
+        let rest = std::mem::take(&mut self.0);
+        (!rest.is_empty()).then(|| String::from_utf8_lossy(&rest).into_owned())
+    }
+}
+
+#[test]
+fn deltas_join_to_the_text_before_the_stop_string() {
+    let run = |stop_strings: Vec<String>| {
+        let mut engine = engine(config());
+        let request = Request { stop_strings, ..request(&[9, 2, 3], 60) };
+        engine.add(request, Some(Box::new(Bytes(Vec::new())))).unwrap();
+        let (mut deltas, mut end) = (String::new(), None);
+        while !engine.is_idle() {
+            for event in engine.step().unwrap() {
+                match event {
+                    Event::Token { text, .. } => deltas.push_str(&text),
+                    Event::Finished { reason, generated_tokens, .. } => {
+                        end = Some((reason, generated_tokens));
+                    }
+                }
+            }
+        }
+        (deltas, end.unwrap())
+    };
+    let (whole, end) = run(Vec::new());
+    assert_eq!(end, (FinishReason::Length, 60));
+    for length in 1..6 {
+        for start in (0..whole.len() - length).step_by(3) {
+            let Some(stop) = whole.get(start..start + length) else { continue };
+            let (text, (reason, generated)) = run(vec!["~~~".to_string(), stop.to_string()]);
+            assert_eq!(text, whole[..whole.find(stop).unwrap()]);
+            assert!(reason == FinishReason::Stop && generated <= 60);
+        }
+    }
+}
+
+#[test]
+fn reported_logprobs_are_those_of_scoring() {
+    let mut engine = engine(config());
+    let sampling = Sampling { temperature: 2.0, repetition_penalty: 1.5, ..Sampling::default() };
+    let prompt = vec![5, 6, 7];
+    let asked = Request { sampling, logprobs: Some(4), ..request(&prompt, 30) };
+    engine.add(asked, None).unwrap();
+    let (mut tokens, mut reported) = (prompt, Vec::new());
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            if let Event::Token { token, logprobs, .. } = event {
+                tokens.push(token);
+                reported.push(logprobs.unwrap());
+            }
+        }
+    }
+    let mut executor = FakeExecutor::new(layout(4, &[None, Some(6)]), 100, 8, 40);
+    let options = lathe_program::ExecutorOptions {
+        kv_blocks: 40,
+        kv_format: None,
+        rows_max: 8,
+        threads: None,
+        exact: true,
+    };
+    let scored = score(&mut executor, &options, &tokens, 0).unwrap();
+    for (reported, scored) in reported.iter().zip(&scored.logprobs[2..]) {
+        assert_eq!(reported.logprob, *scored as f32);
+        assert_eq!(reported.top.len(), 4);
+        assert!(
+            reported.top.is_sorted_by(|a, b| a.1 >= b.1) && reported.top[0].1 >= reported.logprob
+        );
+    }
+}
