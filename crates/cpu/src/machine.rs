@@ -1,1 +1,292 @@
 //! What this machine can do, measured: the roofs of the roofline.
+//!
+//! [`measure_bandwidth`] streams a buffer much larger than the last-level cache, which is what
+//! decoding does with weights; [`measure_matmul`] multiplies in registers, which no real product
+//! can outrun. Both take well under half a second and return the best of several passes, since
+//! other work on the machine only ever makes a pass slower.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use lathe_program::BackendError;
+
+use crate::gang::{Gang, share};
+use crate::isa::portable::Portable;
+use crate::isa::{Isa, Simd};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{avx2::Avx2, avx512::Avx512};
+use crate::pack::memory::AlignedBytes;
+
+/// Memory bandwidth of some threads together, in 10^9 bytes a second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BandwidthReport {
+    /// Bytes read, with plain loads of the widest vector.
+    pub read_gb_s: f64,
+    /// Bytes read plus bytes written by a copy.
+    pub copy_gb_s: f64,
+    /// Threads that took part.
+    pub threads: usize,
+    /// Bytes of the buffer.
+    pub buffer_bytes: usize,
+}
+
+/// Rates of multiply-add in registers, each counted as two operations, in 10^9 a second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MatmulReport {
+    /// The instructions measured.
+    pub isa: Isa,
+    /// Threads that took part.
+    pub threads: usize,
+    /// int8 x int8 to int32.
+    pub int8_gop_s: f64,
+    /// bf16 x bf16 to f32; where the ISA has no such instruction, the f32 rate.
+    pub bf16_gop_s: f64,
+    /// f32 fused multiply-add.
+    pub f32_gop_s: f64,
+}
+
+/// Passes over the buffer; the best counts.
+const PASSES: usize = 6;
+/// Buffers at least this large, even where caches are small.
+const BUFFER_BYTES_MIN: usize = 192 << 20;
+/// And at most this large, even where caches are huge.
+const BUFFER_BYTES_MAX: usize = 1 << 30;
+
+/// Bytes of the largest cache that the first core sees, if the system tells.
+pub fn last_level_cache_bytes() -> Option<usize> {
+    (0..8)
+        .filter_map(|index| {
+            let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size");
+            let text = std::fs::read_to_string(path).ok()?;
+            Some(text.trim().strip_suffix('K')?.parse::<usize>().ok()? << 10)
+        })
+        .max()
+}
+
+/// Measures how fast `threads` threads together read and copy main memory.
+///
+/// # Errors
+/// [`BackendError::Memory`] if the buffer cannot be had.
+pub fn measure_bandwidth(threads: usize) -> Result<BandwidthReport, BackendError> {
+    let cache = last_level_cache_bytes().unwrap_or(32 << 20);
+    let bytes = (4 * cache).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX) & !4095;
+    let mut buffer = AlignedBytes::zeroed("the bandwidth measurement", bytes)?;
+    let gang = Gang::new(threads);
+    let base = Shared(buffer.as_mut_ptr());
+    let part = |worker, workers| {
+        let range = share(bytes / 4096, worker, workers);
+        (range.start * 4096, range.len() * 4096)
+    };
+    gang.run(|worker, workers| {
+        let (from, len) = part(worker, workers);
+        // SAFETY: workers touch disjoint parts of the buffer.
+        unsafe { base.get().add(from).write_bytes(1, len) };
+    });
+    let read = best_seconds(PASSES, || {
+        gang.run(|worker, workers| {
+            let (from, len) = part(worker, workers);
+            // SAFETY: the part lies within the buffer, which nobody writes now.
+            black_box(unsafe { read_all(base.get().add(from), len) });
+        });
+    });
+    let copy = best_seconds(PASSES / 2, || {
+        gang.run(|worker, workers| {
+            let (from, len) = part(worker, workers);
+            // SAFETY: the halves of the part are disjoint, and no other worker's.
+            unsafe {
+                let start = base.get().add(from);
+                start.add(len / 2).copy_from_nonoverlapping(start, len / 2);
+            }
+        });
+    });
+    Ok(BandwidthReport {
+        read_gb_s: bytes as f64 / read / 1e9,
+        copy_gb_s: bytes as f64 / copy / 1e9,
+        threads: gang.workers(),
+        buffer_bytes: bytes,
+    })
+}
+
+/// Measures how fast `threads` threads together multiply and add with `isa` (which this machine
+/// must have) when nothing has to be loaded.
+pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
+    let gang = Gang::new(threads);
+    let int8 = |steps| run_peak(isa, Number::Int8, steps);
+    let bf16 = |steps| run_peak(isa, Number::Bf16, steps);
+    let float = |steps| run_peak(isa, Number::F32, steps);
+    let float_rate = rate(&gang, 2 * 16, &float);
+    MatmulReport {
+        isa,
+        threads: gang.workers(),
+        int8_gop_s: rate(&gang, 2 * 64, &int8),
+        bf16_gop_s: if isa.has_bf16_dot() { rate(&gang, 2 * 32, &bf16) } else { float_rate },
+        f32_gop_s: float_rate,
+    }
+}
+
+/// A pointer that workers share; each uses a part of its own.
+struct Shared(*mut u8);
+
+// SAFETY: see the uses.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn get(&self) -> *mut u8 {
+        self.0
+    }
+}
+
+fn best_seconds(passes: usize, mut pass: impl FnMut()) -> f64 {
+    let times = (0..passes).map(|_| {
+        let start = Instant::now();
+        pass();
+        start.elapsed().as_secs_f64()
+    });
+    times.fold(f64::INFINITY, f64::min)
+}
+
+/// Reads `len` bytes (a multiple of 256) and returns something made of all of them.
+unsafe fn read_all(start: *const u8, len: usize) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: detected.
+        return unsafe { read_all_avx512(start, len) };
+    }
+    let mut sums = [0u64; 32];
+    for at in (0..len).step_by(256) {
+        // SAFETY: the caller gives `len` readable bytes.
+        let line = unsafe { start.add(at).cast::<[u64; 32]>().read_unaligned() };
+        for (sum, value) in sums.iter_mut().zip(line) {
+            *sum |= value;
+        }
+    }
+    sums.iter().fold(0, |all, sum| all | sum)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn read_all_avx512(start: *const u8, len: usize) -> u64 {
+    use std::arch::x86_64::*;
+    let mut sums = [_mm512_setzero_si512(); 4];
+    for at in (0..len).step_by(256) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: the caller gives `len` readable bytes.
+            let line = unsafe { _mm512_loadu_si512(start.add(at + 64 * i).cast()) };
+            *sum = _mm512_or_si512(*sum, line);
+        }
+    }
+    let [a, b, c, d] = sums;
+    _mm512_reduce_or_epi64(_mm512_or_si512(_mm512_or_si512(a, b), _mm512_or_si512(c, d))) as u64
+}
+
+#[derive(Clone, Copy)]
+enum Number {
+    Int8,
+    Bf16,
+    F32,
+}
+
+/// Independent accumulators: more than latency times instructions a cycle on any core so far.
+const CHAINS: usize = 12;
+
+/// 10^9 operations a second when each of a step's `CHAINS` instructions does `operations`.
+fn rate(gang: &Gang, operations: usize, work: &(dyn Fn(usize) + Sync)) -> f64 {
+    let mut steps = 1000;
+    loop {
+        let seconds = best_seconds(3, || gang.run(|_, _| work(steps)));
+        if seconds > 2e-3 {
+            let all = operations * CHAINS * steps * gang.workers();
+            return all as f64 / seconds / 1e9;
+        }
+        steps *= 4;
+    }
+}
+
+fn run_peak(isa: Isa, number: Number, steps: usize) {
+    // SAFETY: `isa` is available, so the caller promised.
+    unsafe {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if matches!(number, Number::Bf16) => peak_avx512_bf16(steps),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => peak_avx512(number, steps),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => peak_avx2(number, steps),
+            _ => peak::<Portable>(number, steps),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn peak_avx512(number: Number, steps: usize) {
+    // SAFETY: the features are enabled here.
+    unsafe { peak::<Avx512>(number, steps) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+unsafe fn peak_avx512_bf16(steps: usize) {
+    // SAFETY: the features are enabled here.
+    unsafe { peak::<Avx512>(Number::Bf16, steps) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn peak_avx2(number: Number, steps: usize) {
+    // SAFETY: the features are enabled here.
+    unsafe { peak::<Avx2<false>>(number, steps) }
+}
+
+/// `steps` times `CHAINS` independent multiply-adds.
+// Loops and no `map`: a closure inside a library function is not compiled for the ISA's features.
+#[inline(always)]
+unsafe fn peak<S: Simd>(number: Number, steps: usize) {
+    let ones = black_box([1u32; 16]);
+    // SAFETY: `ones` has the 64 bytes of a vector.
+    unsafe {
+        let (f, b) = (S::load(ones.as_ptr().cast()), S::load_b(ones.as_ptr().cast()));
+        let mut floats = [S::splat(0.0); CHAINS];
+        let mut ints = [S::load_i(ones.as_ptr()); CHAINS];
+        for _ in 0..steps {
+            match number {
+                Number::Int8 => {
+                    for acc in &mut ints {
+                        *acc = S::dot_step(*acc, b, b);
+                    }
+                }
+                Number::Bf16 => {
+                    for acc in &mut floats {
+                        *acc = S::dot_bf16(*acc, b, ones.as_ptr());
+                    }
+                }
+                Number::F32 => {
+                    for acc in &mut floats {
+                        *acc = S::fma(f, f, *acc);
+                    }
+                }
+            }
+        }
+        for chain in 0..CHAINS {
+            let both = S::add(floats[chain], S::to_f(ints[chain]));
+            let mut out = [0f32; 16];
+            S::store(out.as_mut_ptr(), both);
+            black_box(out);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn measurements_are_numbers() {
+        let bandwidth = measure_bandwidth(1).expect("memory for the buffer");
+        assert!(bandwidth.read_gb_s > 0.0 && bandwidth.copy_gb_s > 0.0, "{bandwidth:?}");
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let rates = measure_matmul(1, isa);
+            assert!(rates.int8_gop_s > 0.0 && rates.f32_gop_s > 0.0, "{rates:?}");
+        }
+    }
+}

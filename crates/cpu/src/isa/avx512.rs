@@ -139,6 +139,11 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn dot_step(acc: __m512i, codes: __m512i, x: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_dpbusd_epi32(acc, codes, x) }
+    }
+    #[inline(always)]
     unsafe fn dot_bf16(acc: __m512, w: __m512i, x: *const u32) -> __m512 {
         // SAFETY: see above; the casts are between vectors of the same size.
         unsafe {

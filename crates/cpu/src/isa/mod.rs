@@ -172,6 +172,9 @@ pub(crate) trait Simd: Copy + 'static {
         x: *const i8,
     ) -> Self::I;
 
+    /// One instruction of [`Simd::dot`] (or what stands for it), to measure its rate.
+    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I;
+
     /// `acc + w[lane, 0] * x[0] + w[lane, 1] * x[1]` for pairs of `bf16`; only where the ISA has
     /// an instruction for it, with that instruction's rounding.
     unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const u32) -> Self::F;

@@ -124,6 +124,14 @@ impl Simd for Portable {
         sum.map(|v| v as u32)
     }
     #[inline(never)]
+    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
+        std::array::from_fn(|lane| {
+            let product =
+                |b: usize| i32::from(codes[4 * lane + b]) * i32::from(x[4 * lane + b] as i8);
+            acc[lane].wrapping_add((product(0) + product(1) + product(2) + product(3)) as u32)
+        })
+    }
+    #[inline(never)]
     unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const u32) -> Self::F {
         // SAFETY: the caller gives one readable word.
         let pair = unsafe { x.read_unaligned() };
