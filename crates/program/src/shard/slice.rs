@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use lathe_tensor::{Block, Bytes, Format, ScaledFormat, Tensor, ZeroPoint};
+use lathe_tensor::{Block, Bytes, Format, GlobalScale, ScaledFormat, Tensor, ZeroPoint};
 
 /// The part `ranges` (one a dimension) of `tensor`, in the same format where no block is cut and
 /// otherwise in `f32` with the same numbers.
@@ -46,15 +46,47 @@ fn sliced(
     let by_rows = if leading.iter().zip(&tensor.shape).all(|(range, n)| range.len() == *n) {
         tensor.clone()
     } else {
-        let (first, last) = (*rows.first()?, *rows.last()?);
-        let neighbours = last + 1 - first == rows.len();
-        let run = neighbours.then(|| tensor.slice_rows(first..last + 1).ok()).flatten();
-        let part = run.or_else(|| tensor.gather_rows(rows).ok());
         let mut kept = shape.to_vec();
         *kept.last_mut()? = tensor.columns();
-        part?.reshape(kept).ok()?
+        slice_rows(tensor, rows, kept)?
     };
     if columns.len() == tensor.columns() { Some(by_rows) } else { slice_columns(&by_rows, columns) }
+}
+
+/// `rows` of `tensor` in the shape `kept`: one run of bytes if they are neighbours and their
+/// blocks can be had apart, else matrix by matrix.
+fn slice_rows(tensor: &Tensor, rows: &[usize], kept: Vec<usize>) -> Option<Tensor> {
+    let run = |rows: &[usize]| {
+        let (first, last) = (*rows.first()?, *rows.last()?);
+        (last + 1 - first == rows.len()).then(|| tensor.slice_rows(first..last + 1).ok())?
+    };
+    let whole = run(rows).and_then(|part| part.reshape(kept.clone()).ok());
+    whole.or_else(|| {
+        let matrix_rows = kept[kept.len().checked_sub(2)?];
+        let matrices = rows.chunks_exact(matrix_rows.max(1)).map(run);
+        stacked(&matrices.collect::<Option<Vec<Tensor>>>()?, kept)
+    })
+}
+
+/// Matrices of one format on top of each other.
+fn stacked(matrices: &[Tensor], shape: Vec<usize>) -> Option<Tensor> {
+    let plane = |of: fn(&Tensor) -> &Bytes| {
+        let bytes = matrices.iter().flat_map(|matrix| of(matrix).iter().copied());
+        Bytes::new(bytes.collect::<Vec<u8>>())
+    };
+    let numbers = |matrix: &Tensor| match &matrix.global {
+        GlobalScale::One => Vec::new(),
+        GlobalScale::Multiply(global) | GlobalScale::Divide(global) => global.clone(),
+    };
+    let globals: Vec<f32> = matrices.iter().flat_map(numbers).collect();
+    let first = matrices.first()?;
+    let global = match &first.global {
+        GlobalScale::One => GlobalScale::One,
+        GlobalScale::Multiply(_) => GlobalScale::Multiply(globals),
+        GlobalScale::Divide(_) => GlobalScale::Divide(globals),
+    };
+    let [codes, scales, zeros] = [plane(|m| &m.codes), plane(|m| &m.scales), plane(|m| &m.zeros)];
+    Tensor::new_scaled(shape, first.format, codes, scales, zeros, global).ok()
 }
 
 fn slice_columns(tensor: &Tensor, columns: &Range<usize>) -> Option<Tensor> {
@@ -81,7 +113,7 @@ fn slice_columns(tensor: &Tensor, columns: &Range<usize>) -> Option<Tensor> {
     let codes = start..start + (columns.len() * bits).div_ceil(8);
     let codes = columns_of(&tensor.codes, tensor.row_bytes(), &codes);
     let (scales, zeros) = slice_scales(tensor, &format, columns, at_borders)?;
-    Tensor::new_scaled(shape, tensor.format, codes, scales, zeros, tensor.global_scale).ok()
+    Tensor::new_scaled(shape, tensor.format, codes, scales, zeros, tensor.global.clone()).ok()
 }
 
 fn slice_scales(
@@ -181,12 +213,36 @@ mod tests {
             let scales = values(scales).iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
             let none = Bytes::new(Vec::new());
             let format = Format::Scaled(format);
-            let tensor =
-                Tensor::new_scaled(shape, format, codes, Bytes::new(scales), none, 1.0).unwrap();
+            let tensor = Tensor::new_scaled(
+                shape,
+                format,
+                codes,
+                Bytes::new(scales),
+                none,
+                GlobalScale::One,
+            )
+            .unwrap();
             check(&tensor, &[0..8, border.clone()], true);
             check(&tensor, &[4..8, border], true);
             check(&tensor, &[0..8, cut], false);
         }
+    }
+
+    #[test]
+    fn parts_of_stacks() {
+        let shape = vec![5, 4, 32];
+        let format = ScaledFormat::NVFP4;
+        let scales = format.grid(&shape).unwrap().len();
+        let codes = Bytes::new((0..5 * 4 * 16).map(|i| (i * 91) as u8).collect::<Vec<u8>>());
+        let scales = Bytes::new((0..scales).map(|i| 40 + (i % 30) as u8).collect::<Vec<u8>>());
+        let global = GlobalScale::Divide(vec![1.0, 3.0, 5.0, 7.0, 9.0]);
+        let none = Bytes::new(Vec::new());
+        let format = Format::Scaled(format);
+        let tensor = Tensor::new_scaled(shape, format, codes, scales, none, global).unwrap();
+        check(&tensor, &[1..4, 0..4, 0..32], true);
+        check(&tensor, &[0..5, 1..3, 0..32], true);
+        check(&tensor, &[2..4, 0..4, 16..32], true);
+        check(&tensor, &[2..4, 0..4, 8..32], false);
     }
 
     #[test]
