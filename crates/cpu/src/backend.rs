@@ -140,11 +140,20 @@ fn state(
         router,
         groups,
         logits: Vec::new(),
+        logits_width: stages.iter().find_map(logits_width).unwrap_or(0),
         captures: capture_widths.iter().map(|w| vec![0.0; w * rows_max]).collect(),
         capture_widths,
         sequence_of: Vec::with_capacity(rows_max),
+        pages: Vec::new(),
         profile: Profile::from_environment(),
     })
+}
+
+fn logits_width(stage: &Stage) -> Option<usize> {
+    match stage {
+        Stage::Logits(logits) => Some(logits.matrix.rows()),
+        _ => None,
+    }
 }
 
 /// Room for every routing's choices, and for a router's logits and ranks.

@@ -57,10 +57,14 @@ pub(crate) struct State {
     pub router: Vec<f32>,
     pub groups: GroupScratch,
     pub logits: Vec<f32>,
+    /// The vocabulary; 0 if the program makes no logits.
+    pub logits_width: usize,
     pub captures: Vec<Vec<f32>>,
     pub capture_widths: Vec<usize>,
     /// The sequence of each row.
     pub sequence_of: Vec<u32>,
+    /// Page numbers of a step, while it is checked.
+    pub pages: Vec<u32>,
     pub profile: Profile,
 }
 
@@ -98,7 +102,7 @@ impl Executor for CpuExecutor {
     }
 
     fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
-        step.validate(&self.program)?;
+        step.validate_with(&self.program, &mut self.state.pages)?;
         step.check_blocks(self.state.cache.pages())?;
         if step.rows() > self.rows_max {
             let (rows, most) = (step.rows(), self.rows_max);
@@ -111,10 +115,10 @@ impl Executor for CpuExecutor {
             self.state.profile.stop(stage, start);
         }
         self.state.profile.step();
-        let vocabulary = self.program.vocabulary;
+        let logits_width = self.state.logits_width;
         let captures = self.state.captures.iter().zip(&self.state.capture_widths);
         Ok(StepOutput {
-            logits: &self.state.logits[..step.logits_rows.len() * vocabulary],
+            logits: &self.state.logits[..step.logits_rows.len() * logits_width],
             captures: captures.map(|(all, width)| &all[..step.rows() * width]).collect(),
         })
     }
@@ -151,7 +155,7 @@ impl State {
                 }
             });
         }
-        let logits = step.logits_rows.len() * program.vocabulary;
+        let logits = step.logits_rows.len() * self.logits_width;
         if self.logits.len() < logits {
             self.logits.resize(logits, 0.0);
         }

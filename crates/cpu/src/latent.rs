@@ -14,8 +14,8 @@ use lathe_program::{BackendError, LatentSpec};
 use crate::attend::AttendShape;
 use crate::cache::code::{Code, F16, F32};
 use crate::gang::{Gang, share};
+use crate::lanes::Width;
 use crate::lanes::product::Product;
-use crate::lanes::{Kernel, Lanes, Width, dispatch};
 use crate::memory::Memory;
 use crate::rows::Rows;
 
@@ -231,12 +231,15 @@ impl HeadProduct {
     /// Both rows are valid, and nobody else touches these columns of `to`.
     unsafe fn run(&self, width: Width, matrices: &HeadMatrices, head: usize) {
         let place = head * self.depth * self.columns;
-        match matrices {
-            HeadMatrices::Full(all) => {
-                dispatch(width, Run(self.product::<F32>(all[place..].as_ptr().cast())));
-            }
-            HeadMatrices::Half(all) => {
-                dispatch(width, Run(self.product::<F16>(all[place..].as_ptr().cast())));
+        // SAFETY: the caller vouches for the rows; the matrix is `[depth, columns]`.
+        unsafe {
+            match matrices {
+                HeadMatrices::Full(all) => {
+                    self.product::<F32>(all[place..].as_ptr().cast()).run(width);
+                }
+                HeadMatrices::Half(all) => {
+                    self.product::<F16>(all[place..].as_ptr().cast()).run(width);
+                }
             }
         }
     }
@@ -255,16 +258,5 @@ impl HeadProduct {
             accumulate: false,
             code: PhantomData,
         }
-    }
-}
-
-struct Run<B>(Product<B>);
-
-impl<B: Code> Kernel for Run<B> {
-    type Output = ();
-    #[inline(always)]
-    fn run<L: Lanes>(self) {
-        // SAFETY: made by `HeadProduct::run`, whose caller vouches for the rows.
-        unsafe { self.0.run::<L>() };
     }
 }

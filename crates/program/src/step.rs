@@ -68,6 +68,15 @@ impl Step {
     /// # Errors
     /// [`StepError`] names the sequence or row, what was found and what was expected.
     pub fn validate(&self, program: &Program) -> Result<(), StepError> {
+        self.validate_with(program, &mut Vec::new())
+    }
+
+    /// As [`Step::validate`], with memory for page numbers that is kept from step to step: one
+    /// that has grown to the largest step is not allocated again.
+    ///
+    /// # Errors
+    /// As [`Step::validate`].
+    pub fn validate_with(&self, program: &Program, pages: &mut Vec<u32>) -> Result<(), StepError> {
         let rows = self.rows();
         check(rows > 0, || "it has no rows".to_owned())?;
         check(self.positions.len() == rows, || {
@@ -102,7 +111,7 @@ impl Step {
         }
         check(next == rows, || format!("sequences cover {next} of {rows} rows"))?;
         self.check_logits_rows()?;
-        self.check_written_pages(&program.kv)
+        self.check_written_pages(&program.kv, pages)
     }
 
     /// Checks that every page number is below `kv_blocks`.
@@ -159,8 +168,12 @@ impl Step {
         Ok(())
     }
 
-    fn check_written_pages(&self, layout: &KvLayout) -> Result<(), StepError> {
-        let mut pages: Vec<u32> = Vec::new();
+    fn check_written_pages(
+        &self,
+        layout: &KvLayout,
+        pages: &mut Vec<u32>,
+    ) -> Result<(), StepError> {
+        pages.clear();
         for sequence in &self.sequences {
             let (cached, end) = (sequence.cached as usize, sequence.slots_end());
             for table in &sequence.tables {

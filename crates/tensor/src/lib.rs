@@ -8,7 +8,6 @@ pub mod bytes;
 pub mod codec;
 pub mod format;
 pub mod gguf;
-pub mod hadamard;
 mod mapping;
 mod partial;
 pub mod safetensors;
@@ -18,4 +17,4 @@ pub use bytes::Bytes;
 pub use format::{
     Block, Element, FloatType, Format, GgmlType, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint,
 };
-pub use tensor::{GlobalScale, Tensor, TensorError};
+pub use tensor::{Tensor, TensorError};

@@ -7,6 +7,7 @@
 //! that a row does not see contribute exactly nothing.
 
 mod plan;
+mod softmax;
 mod tile;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,7 +21,8 @@ use crate::memory::Memory;
 use crate::rows::Rows;
 
 use plan::Plan;
-use tile::{Merge, Scratch, ScratchSizes, TaskKernel};
+use softmax::MergeSplits;
+use tile::{Piece, Scratch, ScratchSizes};
 
 /// Positions in a segment.
 pub const SEGMENT: usize = 512;
@@ -137,21 +139,16 @@ impl Attention {
         let items = plan.tasks.len() * shape.kv_heads;
         let partials = Shared(self.partials.pointer().cast::<f32>());
         let work = |worker: usize, _: usize| {
-            let scratch = Scratch::of_worker(&self.scratch, &self.sizes, worker);
+            let scratch = Scratch::of_worker(&self.scratch, &self.sizes, worker, shape);
             loop {
                 let item = next.fetch_add(1, Ordering::Relaxed);
                 if item >= items {
                     break;
                 }
-                let task = &plan.tasks[item / shape.kv_heads];
-                let kernel = TaskKernel {
-                    job,
-                    task,
-                    head: item % shape.kv_heads,
-                    scratch,
-                    partials: partials.get(),
-                };
-                dispatch(self.width, kernel);
+                let (task, head) = (&plan.tasks[item / shape.kv_heads], item % shape.kv_heads);
+                let piece = Piece { job, task, head, scratch, partials: partials.get() };
+                // SAFETY: the caller vouches for the job; each piece is run once.
+                unsafe { piece.run(self.width) };
             }
         };
         if gang.workers() == 1 || items == 1 {
@@ -164,9 +161,10 @@ impl Attention {
         }
         let merges: usize = plan.splits.iter().map(|s| s.stored.vectors * shape.kv_heads).sum();
         gang.run(|worker, workers| {
-            let scratch = Scratch::of_worker(&self.scratch, &self.sizes, worker);
+            let scratch = Scratch::of_worker(&self.scratch, &self.sizes, worker, shape);
             let mine = share(merges, worker, workers);
-            dispatch(self.width, Merge { job, plan, mine, scratch, partials: partials.get() });
+            let partials = partials.get();
+            dispatch(self.width, MergeSplits { job, plan, mine, scratch, partials });
         });
     }
 }

@@ -150,7 +150,7 @@ impl Code for I8 {
     }
     #[inline(always)]
     unsafe fn put(x: f32, inverse_scale: f32, to: *mut u8) {
-        let code = (x * inverse_scale).round_ties_even().clamp(-127.0, 127.0) as i8;
+        let code = (x * inverse_scale).round().clamp(-127.0, 127.0) as i8;
         // SAFETY: the caller vouches for the code.
         unsafe { to.cast::<i8>().write(code) }
     }

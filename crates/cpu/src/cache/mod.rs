@@ -14,7 +14,7 @@ use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
 
 use crate::memory::{ALIGNMENT, Memory};
 
-pub use read::{TILE, TileBuffers};
+pub use read::{LoadTile, TILE, TileBuffers};
 pub use write::Write;
 
 /// Where a layer's numbers lie.

@@ -6,7 +6,7 @@ use lathe_program::{BlockTable, KvLayerShape};
 
 use super::code::{Code, with_code};
 use super::{KvCache, LayerPlace};
-use crate::lanes::{LANES, Lanes};
+use crate::lanes::{Kernel, LANES, Lanes};
 
 /// Positions in a tile of attention.
 pub const TILE: usize = 64;
@@ -55,37 +55,46 @@ pub struct TileBuffers {
     pub value_stride: usize,
 }
 
-impl KvCache {
-    /// Loads `positions`, all of one aligned tile, of one head (for latents: of the only one).
-    ///
-    /// # Safety
-    /// The buffers have room for a tile and nobody else touches them; nobody writes these
-    /// positions meanwhile.
+/// Loads some positions of one aligned tile.
+pub struct LoadTile<'a> {
+    /// Where from.
+    pub cache: &'a KvCache,
+    /// The layer.
+    pub layer: &'a LayerPlace,
+    /// The key head; 0 for latents.
+    pub head: usize,
+    /// The sequence's table for the layer; it holds the positions.
+    pub table: &'a BlockTable,
+    /// Which positions; nobody writes them meanwhile.
+    pub positions: Range<usize>,
+    /// Where to: room for a tile, and nobody else's.
+    pub to: TileBuffers,
+}
+
+impl Kernel for LoadTile<'_> {
+    type Output = ();
+
     #[inline(always)]
-    pub unsafe fn load_tile<L: Lanes>(
-        &self,
-        layer: &LayerPlace,
-        head: usize,
-        table: &BlockTable,
-        positions: Range<usize>,
-        to: TileBuffers,
-    ) {
-        for run in runs(table, self.block_tokens, positions) {
-            let region = self.region(layer, run.page);
-            // SAFETY: the region is the layer's; the caller vouches for the buffers.
+    fn run<L: Lanes>(self) {
+        let (cache, to) = (self.cache, self.to);
+        for run in runs(self.table, cache.block_tokens, self.positions) {
+            let region = cache.region(self.layer, run.page);
+            // SAFETY: the region is the layer's; buffers have room for a tile.
             unsafe {
-                with_code!(self.format, C => match layer.shape {
+                with_code!(cache.format, C => match self.layer.shape {
                     KvLayerShape::Heads { key_dim, value_dim, .. } => {
-                        self.load_head::<L, C>(region, head, key_dim, value_dim, run, to);
+                        cache.load_head::<L, C>(region, self.head, key_dim, value_dim, run, to);
                     }
                     KvLayerShape::Latent { rank, rope_dim } => {
-                        self.load_latent::<L, C>(region, rank, rope_dim, run, to);
+                        cache.load_latent::<L, C>(region, rank, rope_dim, run, to);
                     }
                 });
             }
         }
     }
+}
 
+impl KvCache {
     #[inline(always)]
     unsafe fn load_head<L: Lanes, C: Code>(
         &self,

@@ -5,7 +5,7 @@
 
 use std::marker::PhantomData;
 
-use super::{LANES, Lanes};
+use super::{Kernel, LANES, Lanes, Width, dispatch};
 use crate::cache::code::Code;
 
 /// `c[rows, columns] = a[rows, depth] * b[depth, columns]`, or added to what `c` holds. Strides in elements.
@@ -41,8 +41,12 @@ impl<B: Code> Product<B> {
     /// # Safety
     /// All three matrices lie in memory of their shapes and strides; `c` overlaps neither `a` nor
     /// `b` and nobody else touches it.
+    pub unsafe fn run(self, width: Width) {
+        dispatch(width, Run(self));
+    }
+
     #[inline(always)]
-    pub unsafe fn run<L: Lanes>(self) {
+    unsafe fn compute<L: Lanes>(self) {
         let mut column = 0;
         while column + LANES <= self.columns {
             let vectors = (self.columns - column) / LANES;
@@ -138,5 +142,16 @@ impl<B: Code> Product<B> {
             }
         }
         R
+    }
+}
+
+struct Run<B>(Product<B>);
+
+impl<B: Code> Kernel for Run<B> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        // SAFETY: made by `Product::run`, whose caller vouches for the matrices.
+        unsafe { self.0.compute::<L>() };
     }
 }

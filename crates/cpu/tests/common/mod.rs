@@ -1,4 +1,5 @@
 //! A small decoder with random weights, and steps for it.
+#![allow(dead_code)] // not every test uses everything
 
 use std::sync::Arc;
 

@@ -1,0 +1,317 @@
+//! The softmax of attention: online within a segment (FlashAttention-2, Dao 2023, algorithm 1),
+//! segments merged in order, sinks and division at the end.
+
+use std::ops::Range;
+
+use super::plan::{Plan, Task, Visible, visible};
+use super::tile::Scratch;
+use super::{AttendJob, AttendShape};
+use crate::cache::TILE;
+use crate::lanes::{Kernel, LANES, Lanes, math};
+
+/// The state of some query vectors: largest score, sum of weights, weighted values `[stride]`.
+/// Kernels that take a state own it: valid for their vectors, and nobody else's.
+#[derive(Clone, Copy)]
+pub struct State {
+    /// Minus infinity before anything was seen.
+    pub largest: *mut f32,
+    /// Of the weights, relative to `largest`.
+    pub sum: *mut f32,
+    /// Weighted with the same weights.
+    pub values: *mut f32,
+    /// Floats from a vector's values to the next, a multiple of 16.
+    pub stride: usize,
+}
+
+impl State {
+    /// The state of vector `index` alone.
+    #[inline(always)]
+    pub fn vector(self, index: usize) -> Self {
+        Self {
+            largest: self.largest.wrapping_add(index),
+            sum: self.sum.wrapping_add(index),
+            values: self.values.wrapping_add(index * self.stride),
+            stride: self.stride,
+        }
+    }
+
+    /// A stored segment's state: largest score and sum in the first 16 floats, then the values.
+    pub fn stored(partials: *mut f32, shape: &AttendShape, entry: usize) -> Self {
+        let at = partials.wrapping_add(entry * shape.partial_stride());
+        let (sum, values) = (at.wrapping_add(1), at.wrapping_add(LANES));
+        Self { largest: at, sum, values, stride: shape.value_stride() }
+    }
+
+    /// Nothing seen yet.
+    #[inline(always)]
+    unsafe fn clear<L: Lanes>(self) {
+        // SAFETY: the caller owns the state.
+        unsafe {
+            *self.largest = f32::NEG_INFINITY;
+            *self.sum = 0.0;
+            for i in (0..self.stride).step_by(LANES) {
+                L::splat(0.0).store(self.values.add(i));
+            }
+        }
+    }
+
+    /// Adds a segment to the segments before it.
+    #[inline(always)]
+    unsafe fn merge<L: Lanes>(self, part: Self) {
+        // SAFETY: the caller owns both states.
+        unsafe {
+            let (a, b) = (*self.largest, *part.largest);
+            if b == f32::NEG_INFINITY {
+                return;
+            }
+            let largest = a.max(b);
+            let (fade_a, fade_b) = ((a - largest).exp(), (b - largest).exp());
+            *self.largest = largest;
+            *self.sum = *self.sum * fade_a + *part.sum * fade_b;
+            for i in (0..self.stride).step_by(LANES) {
+                let old = L::load(self.values.add(i)).mul(L::splat(fade_a));
+                let new = L::load(part.values.add(i));
+                new.fma(L::splat(fade_b), old).store(self.values.add(i));
+            }
+        }
+    }
+}
+
+/// Clears the states of `vectors`.
+pub struct Clear {
+    pub state: State,
+    pub vectors: usize,
+}
+
+impl Kernel for Clear {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        for vector in 0..self.vectors {
+            // SAFETY: the state is this kernel's.
+            unsafe { self.state.vector(vector).clear::<L>() };
+        }
+    }
+}
+
+/// Adds the segments of `vectors` to the segments before.
+pub struct Merge {
+    pub total: State,
+    pub part: State,
+    pub vectors: usize,
+}
+
+impl Kernel for Merge {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        for vector in 0..self.vectors {
+            // SAFETY: the states are this kernel's.
+            unsafe { self.total.vector(vector).merge::<L>(self.part.vector(vector)) };
+        }
+    }
+}
+
+/// Copies the states of `vectors` to where they wait for the merge.
+pub struct Store<F> {
+    pub state: State,
+    pub vectors: usize,
+    /// The place of a vector, this kernel's alone.
+    pub place: F,
+}
+
+impl<F: Fn(usize) -> State> Kernel for Store<F> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        for vector in 0..self.vectors {
+            let (from, to) = (self.state.vector(vector), (self.place)(vector));
+            // SAFETY: both states are this kernel's.
+            unsafe {
+                *to.largest = *from.largest;
+                *to.sum = *from.sum;
+                for i in (0..from.stride).step_by(LANES) {
+                    L::load(from.values.add(i)).store(to.values.add(i));
+                }
+            }
+        }
+    }
+}
+
+/// Turns the scores of a tile into weights, and rescales the states accordingly.
+pub struct Soften<'a> {
+    pub job: &'a AttendJob<'a>,
+    pub task: &'a Task,
+    /// First position of the tile.
+    pub tile: usize,
+    /// Columns of the tile that were computed, whole vectors.
+    pub columns: Range<usize>,
+    /// `[vectors, 64]`, this kernel's.
+    pub scores: *mut f32,
+    /// The states of the task's vectors.
+    pub state: State,
+}
+
+impl Kernel for Soften<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (shape, task) = (self.job.shape, self.task);
+        let sequence = &self.job.step.sequences[task.sequence];
+        for row in 0..task.rows {
+            let seen = visible(self.job.step, sequence, task.first + row, shape.window);
+            for vector in row * shape.group..(row + 1) * shape.group {
+                let scores = self.scores.wrapping_add(vector * TILE);
+                // SAFETY: scores and states are this kernel's.
+                unsafe { self.one::<L>(&seen, scores, self.state.vector(vector)) };
+            }
+        }
+    }
+}
+
+impl Soften<'_> {
+    #[inline(always)]
+    unsafe fn one<L: Lanes>(&self, seen: &Visible<'_>, scores: *mut f32, state: State) {
+        let columns = self.columns.clone();
+        // SAFETY: all accesses are to `columns` of the row, and to the state.
+        unsafe {
+            self.cap_and_mask::<L>(seen, scores);
+            let mut most = L::splat(f32::NEG_INFINITY);
+            for i in columns.clone().step_by(LANES) {
+                most = most.max(L::load(scores.add(i)));
+            }
+            let most = most.largest();
+            if most == f32::NEG_INFINITY {
+                for i in columns.step_by(LANES) {
+                    L::splat(0.0).store(scores.add(i));
+                }
+                return;
+            }
+            let before = *state.largest;
+            let largest = before.max(most);
+            let mut sum = L::splat(0.0);
+            for i in columns.step_by(LANES) {
+                let weight = math::exp(L::load(scores.add(i)).sub(L::splat(largest)));
+                weight.store(scores.add(i));
+                sum = sum.add(weight);
+            }
+            if before == largest {
+                *state.sum += sum.sum();
+                return;
+            }
+            let fade = (before - largest).exp();
+            *state.largest = largest;
+            *state.sum = *state.sum * fade + sum.sum();
+            for i in (0..state.stride).step_by(LANES) {
+                let value = L::load(state.values.add(i)).mul(L::splat(fade));
+                value.store(state.values.add(i));
+            }
+        }
+    }
+
+    /// Applies the soft cap, and puts minus infinity where the row does not see.
+    #[inline(always)]
+    unsafe fn cap_and_mask<L: Lanes>(&self, seen: &Visible<'_>, scores: *mut f32) {
+        let (tile, columns) = (self.tile, self.columns.clone());
+        let low = seen.slots.start.max(tile + columns.start) - tile;
+        let high = seen.slots.end.min(tile + columns.end).saturating_sub(tile);
+        // SAFETY: all accesses are to `columns` of the row.
+        unsafe {
+            if let Some(cap) = self.job.shape.softcap {
+                for i in columns.clone().step_by(LANES) {
+                    let x = L::load(scores.add(i));
+                    math::tanh(x.mul(L::splat(1.0 / cap))).mul(L::splat(cap)).store(scores.add(i));
+                }
+            }
+            for i in columns.start..low.min(columns.end) {
+                *scores.add(i) = f32::NEG_INFINITY;
+            }
+            for i in high.max(columns.start)..columns.end {
+                *scores.add(i) = f32::NEG_INFINITY;
+            }
+            if let Some(tree) = &seen.tree {
+                for i in low.max(tree.cached.saturating_sub(tile))..high {
+                    if !tree.sees(tile + i) {
+                        *scores.add(i) = f32::NEG_INFINITY;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Divides by the sum (and the sink) and stores a row's head.
+pub struct Finish<'a> {
+    pub job: &'a AttendJob<'a>,
+    pub row: usize,
+    /// The query head.
+    pub head: usize,
+    /// One vector's.
+    pub state: State,
+}
+
+impl Kernel for Finish<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (job, state, dim) = (self.job, self.state, self.job.shape.value_dim);
+        // SAFETY: the state is this kernel's, and the row has `heads * value_dim` elements of
+        // which this head's are nobody else's.
+        unsafe {
+            let (mut sum, mut fade) = (*state.sum, 1.0);
+            if let Some(sinks) = job.sinks {
+                let sink = sinks[self.head];
+                let largest = state.largest.read().max(sink);
+                fade = (*state.largest - largest).exp();
+                sum = sum * fade + (sink - largest).exp();
+            }
+            // A row that sees nothing (only a malformed tree has one) gives zeros.
+            let factor = L::splat(if sum > 0.0 { fade / sum } else { 0.0 });
+            let out = job.out.row(self.row).add(self.head * dim);
+            for i in (0..dim).step_by(LANES) {
+                L::load(state.values.add(i)).mul(factor).store_first(out.add(i), dim - i);
+            }
+        }
+    }
+}
+
+/// Merges the stored segments of rows that were split.
+pub struct MergeSplits<'a> {
+    pub job: &'a AttendJob<'a>,
+    pub plan: &'a Plan,
+    /// Which of all vectors to merge, counted over splits, heads and vectors.
+    pub mine: Range<usize>,
+    pub scratch: Scratch,
+    pub partials: *mut f32,
+}
+
+impl Kernel for MergeSplits<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (job, shape) = (self.job, self.job.shape);
+        let state = self.scratch.total;
+        let mut before = 0;
+        for split in &self.plan.splits {
+            let stored = &split.stored;
+            let vectors = stored.vectors * shape.kv_heads;
+            for index in self.mine.start.max(before)..self.mine.end.min(before + vectors) {
+                let (head, vector) =
+                    ((index - before) / stored.vectors, (index - before) % stored.vectors);
+                // SAFETY: the tasks have stored every segment; the scratch is this worker's.
+                unsafe {
+                    state.clear::<L>();
+                    for segment in stored.first..stored.first + stored.count {
+                        let entry = stored.entry(head, vector, segment);
+                        state.merge::<L>(State::stored(self.partials, shape, entry));
+                    }
+                }
+                let row = split.row + vector / shape.group;
+                let head = head * shape.group + vector % shape.group;
+                Finish { job, row, head, state }.run::<L>();
+            }
+            before += vectors;
+        }
+    }
+}

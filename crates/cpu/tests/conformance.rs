@@ -1,0 +1,56 @@
+//! The conformance suite of `lathe-program`, on this machine's best instructions.
+
+use lathe_cpu::{CpuBackend, CpuOptions};
+use lathe_program::KvFormat;
+use lathe_program::conformance::{Report, Settings, Tolerance, batch_invariance, check};
+use lathe_tensor::{Format, GgmlType};
+
+fn run(settings: &Settings) -> Report {
+    let backend = CpuBackend::new(CpuOptions::default());
+    let report =
+        check(&backend, settings).unwrap_or_else(|failure| panic!("{settings:?}: {failure}"));
+    println!("{settings:?}: {report:?}");
+    report
+}
+
+#[test]
+fn exact_agrees_with_the_reference() {
+    let report = run(&Settings { threads: Some(2), ..Settings::default() });
+    assert!(report.unsupported.is_empty());
+}
+
+#[test]
+fn every_cache_format_agrees_with_the_reference() {
+    for kv_format in KvFormat::ALL {
+        run(&Settings { kv_format, threads: Some(2), seeds: 4, ..Settings::default() });
+    }
+}
+
+/// Exact products of quantized weights are as good as those of floats. Rounding the input of a
+/// product to 8 bits errs by 1/254 of the largest of 32 elements at most; the cases' experts
+/// multiply two such products of some tens, and sum several.
+#[test]
+fn quantized_weights_agree_with_the_reference() {
+    for kind in [GgmlType::Q8_0, GgmlType::Q4_0, GgmlType::Q4_1] {
+        let exact = Settings {
+            format: Format::Ggml(kind),
+            threads: Some(2),
+            seeds: 4,
+            ..Settings::default()
+        };
+        run(&exact);
+        let tolerance = Tolerance { absolute: 1.0, relative: 0.05 };
+        run(&Settings { exact: false, tolerance, ..exact });
+    }
+}
+
+#[test]
+fn steps_do_not_change_results() {
+    let backend = CpuBackend::new(CpuOptions::default());
+    for format in [Format::F32, Format::Ggml(GgmlType::Q8_0)] {
+        for exact in [true, false] {
+            let settings = Settings { format, exact, threads: Some(2), ..Settings::default() };
+            batch_invariance(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
+        }
+    }
+}
