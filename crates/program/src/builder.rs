@@ -64,6 +64,14 @@ impl ProgramBuilder {
         }
     }
 
+    /// An empty program over a cache layout that is given, as when a program is rewritten and its
+    /// layers keep their groups.
+    pub fn with_layout(vocabulary: usize, context_max: usize, kv: KvLayout) -> Self {
+        let mut builder = Self::new(vocabulary, context_max, kv.block_tokens);
+        builder.program.kv = kv;
+        builder
+    }
+
     /// Declares a weight, or finds it if it was declared with the same shape and role.
     ///
     /// # Panics

@@ -104,6 +104,14 @@ impl ThreadRank {
         (0..ranks).map(|rank| ThreadRank { rank, shared: Arc::clone(&shared) }).collect()
     }
 
+    /// Leaves the group: calls of the others that need this rank fail from now on.
+    pub fn leave(&self) {
+        let mut table = self.shared.table.lock().unwrap_or_else(PoisonError::into_inner);
+        // What this rank has already given still counts for the others.
+        table.gone[self.rank] = true;
+        self.shared.changed.notify_all();
+    }
+
     /// Gives `parts` and returns what every rank gave, by rank. The table is clear again when the
     /// last rank has taken its copies, and only then may a fast rank give for its next call.
     fn exchange(&self, parts: Vec<Vec<f32>>) -> Result<Vec<Parts>, CollectiveError> {
@@ -144,10 +152,7 @@ impl ThreadRank {
 
 impl Drop for ThreadRank {
     fn drop(&mut self) {
-        let mut table = self.shared.table.lock().unwrap_or_else(PoisonError::into_inner);
-        // What this rank has already given still counts for the others.
-        table.gone[self.rank] = true;
-        self.shared.changed.notify_all();
+        self.leave();
     }
 }
 

@@ -373,7 +373,7 @@ fn positions(sequence: &SequenceShape, window: Option<usize>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conformance::models::{SmallAttention, SmallDecoder};
+    use crate::conformance::models::{GroupedStyle, SmallAttention, SmallDecoder};
 
     /// The sizes of Llama 3.1 8B (with this model's extra norms and biases).
     fn llama_8b() -> Program {
@@ -381,7 +381,12 @@ mod tests {
             layers: 32,
             vocabulary: 128_256,
             width: 4096,
-            attention: SmallAttention::Grouped { heads: 32, kv_heads: 8, head_dim: 128 },
+            attention: SmallAttention::Grouped {
+                style: GroupedStyle::HeadNorms,
+                heads: 32,
+                kv_heads: 8,
+                head_dim: 128,
+            },
             hidden: 14_336,
             experts: None,
             window: None,

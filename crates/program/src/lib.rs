@@ -18,6 +18,7 @@ pub mod observe;
 pub mod op;
 pub mod program;
 pub mod reference;
+pub mod shard;
 pub mod step;
 mod validate;
 

@@ -224,7 +224,7 @@ pub struct ScaleGrid {
     pub block_rows: usize,
     /// Columns that one block covers.
     pub block_columns: usize,
-    /// Rows of one matrix.
+    /// Rows of one matrix, at least 1.
     pub matrix_rows: usize,
 }
 
@@ -286,6 +286,7 @@ impl ScaledFormat {
             return None;
         }
         let rows = matrix_rows.div_ceil(block_rows);
+        let matrix_rows = matrix_rows.max(1);
         let columns = columns.div_ceil(block_columns);
         Some(ScaleGrid { matrices, rows, columns, block_rows, block_columns, matrix_rows })
     }

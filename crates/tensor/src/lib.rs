@@ -8,6 +8,7 @@ pub mod bytes;
 pub mod codec;
 pub mod format;
 pub mod gguf;
+pub mod hadamard;
 mod mapping;
 mod partial;
 pub mod safetensors;
@@ -17,4 +18,4 @@ pub use bytes::Bytes;
 pub use format::{
     Block, Element, FloatType, Format, GgmlType, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint,
 };
-pub use tensor::{Tensor, TensorError};
+pub use tensor::{GlobalScale, Tensor, TensorError};

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::bytes::Bytes;
 use crate::codec;
-use crate::format::{Block, FloatType, Format, ScaleGrid, ScaledFormat, ZeroPoint};
+use crate::format::{Block, FloatType, Format, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint};
 
 /// Elements below which a second thread does not pay.
 const PARALLEL_ELEMENTS_MIN: usize = 1 << 16;
@@ -27,8 +27,49 @@ pub struct Tensor {
     pub scales: Bytes,
     /// Zero points of `ZeroPoint::Int` as `i8`, in the scales' order; empty otherwise.
     pub zeros: Bytes,
-    /// The multiplier of the whole tensor (`ScaleType::E4M3Global`); 1 otherwise.
-    pub global_scale: f32,
+    /// What every scale of a matrix is multiplied by (`ScaleType::E4M3Global`).
+    pub global: GlobalScale,
+}
+
+/// The second scale of NVFP4: one `f32` for each `[rows, columns]` matrix of a stack.
+///
+/// Checkpoints disagree on its direction. Both are kept as they are, because a reciprocal
+/// would round, and dequantized weights are to agree with the format's own reader bit for bit.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GlobalScale {
+    /// None: the format has no global scale.
+    One,
+    /// `scale * global` (ModelOpt's `weight_scale_2`).
+    Multiply(Vec<f32>),
+    /// `scale / global` (compressed-tensors' `weight_global_scale`).
+    Divide(Vec<f32>),
+}
+
+impl GlobalScale {
+    /// The multiplier of a block in matrix `matrix` whose stored scale is `scale`.
+    pub fn apply(&self, matrix: usize, scale: f32) -> f32 {
+        match self {
+            GlobalScale::One => scale,
+            GlobalScale::Multiply(global) => scale * global[matrix],
+            GlobalScale::Divide(global) => scale / global[matrix],
+        }
+    }
+
+    /// How many matrices it has a scale for.
+    fn len(&self) -> usize {
+        match self {
+            GlobalScale::One => 0,
+            GlobalScale::Multiply(global) | GlobalScale::Divide(global) => global.len(),
+        }
+    }
+
+    fn only(&self, matrix: usize) -> GlobalScale {
+        match self {
+            GlobalScale::One => GlobalScale::One,
+            GlobalScale::Multiply(global) => GlobalScale::Multiply(vec![global[matrix]]),
+            GlobalScale::Divide(global) => GlobalScale::Divide(vec![global[matrix]]),
+        }
+    }
 }
 
 /// Why a tensor could not be made or read.
@@ -47,19 +88,17 @@ pub enum TensorError {
         found: usize,
     },
     /// The scales or zero points do not fit the shape and format.
-    #[error(
-        "tensor of shape {shape:?} in {format} needs {expected} bytes of {what}, found {found}"
-    )]
+    #[error("tensor of shape {shape:?} in {format} needs {expected} {what}, found {found}")]
     Side {
-        /// `scales` or `zeros`.
+        /// Of what there are too many or too few.
         what: &'static str,
         /// The shape asked for.
         shape: Vec<usize>,
         /// The format asked for.
         format: Format,
-        /// Bytes that shape and format need.
+        /// How many shape and format need.
         expected: usize,
-        /// Bytes that were given.
+        /// How many were given.
         found: usize,
     },
     /// A row is not a whole number of blocks.
@@ -98,6 +137,16 @@ pub enum TensorError {
     },
 }
 
+/// Bytes of scales, bytes of zero points and global scales that a tensor has.
+fn side_lengths(shape: &[usize], format: Format) -> Result<[usize; 3], TensorError> {
+    let Format::Scaled(format) = format else { return Ok([0; 3]) };
+    let overflow = || TensorError::Overflow { shape: shape.to_vec() };
+    let grid = format.grid(shape).ok_or_else(overflow)?;
+    let zeros = if format.zero == ZeroPoint::Int { grid.len() } else { 0 };
+    let globals = if format.scale == ScaleType::E4M3Global { grid.matrices } else { 0 };
+    Ok([grid.len() * format.scale.bytes(), zeros, globals])
+}
+
 /// `f32` numbers as the owner of bytes, so that they stay aligned.
 struct FloatBytes(Vec<f32>);
 
@@ -114,7 +163,7 @@ impl Tensor {
     /// If `codes` is not exactly as long as shape and format say.
     pub fn new(shape: Vec<usize>, format: Format, codes: Bytes) -> Result<Tensor, TensorError> {
         let none = Bytes::new(Vec::new());
-        Self::new_scaled(shape, format, codes, none.clone(), none, 1.0)
+        Self::new_scaled(shape, format, codes, none.clone(), none, GlobalScale::One)
     }
 
     /// A tensor in any format, with its scales, zero points and global multiplier.
@@ -127,31 +176,23 @@ impl Tensor {
         codes: Bytes,
         scales: Bytes,
         zeros: Bytes,
-        global_scale: f32,
+        global: GlobalScale,
     ) -> Result<Tensor, TensorError> {
         let expected = format.bytes_for(&shape)?;
         if codes.len() != expected {
             return Err(TensorError::Size { shape, format, expected, found: codes.len() });
         }
-        let (scale_bytes, zero_bytes) = match format {
-            Format::Scaled(s) => {
-                let overflow = || TensorError::Overflow { shape: shape.clone() };
-                let grid = s.grid(&shape).ok_or_else(overflow)?;
-                (
-                    grid.len() * s.scale.bytes(),
-                    if s.zero == ZeroPoint::Int { grid.len() } else { 0 },
-                )
-            }
-            _ => (0, 0),
-        };
-        for (what, found, expected) in
-            [("scales", scales.len(), scale_bytes), ("zeros", zeros.len(), zero_bytes)]
-        {
+        let needed = side_lengths(&shape, format)?;
+        for (what, found, expected) in [
+            ("bytes of scales", scales.len(), needed[0]),
+            ("bytes of zero points", zeros.len(), needed[1]),
+            ("global scales", global.len(), needed[2]),
+        ] {
             if found != expected {
                 return Err(TensorError::Side { what, shape, format, expected, found });
             }
         }
-        Ok(Tensor { shape, format, codes, scales, zeros, global_scale })
+        Ok(Tensor { shape, format, codes, scales, zeros, global })
     }
 
     /// An `f32` tensor with these numbers, copied.
@@ -288,11 +329,11 @@ impl Tensor {
         part.codes = self.codes.slice(rows.start * bytes..rows.end * bytes);
         if let Format::Scaled(format) = self.format {
             let grid = self.grid(&format);
-            let range = if rows.is_empty() {
-                0..0
-            } else {
-                slice_grid(&grid, format.block, &rows).map_err(refuse)?
+            let range = match rows.is_empty() {
+                true => 0..0,
+                false => slice_grid(&grid, format.block, &rows).map_err(refuse)?,
             };
+            part.global = self.global_of_rows(&grid, &rows).map_err(refuse)?;
             let scale = format.scale.bytes();
             part.scales = self.scales.slice(range.start * scale..range.end * scale);
             if format.zero == ZeroPoint::Int {
@@ -329,6 +370,7 @@ impl Tensor {
         part.codes = gather(&self.codes, self.row_bytes());
         if let Format::Scaled(format) = self.format {
             let grid = self.grid(&format);
+            part.global = self.global_of_rows(&grid, &bounds).map_err(refuse)?;
             match format.block {
                 Block::Channel | Block::Group(_) => {
                     part.scales = gather(&self.scales, grid.columns * format.scale.bytes());
@@ -351,7 +393,23 @@ impl Tensor {
     /// If the format does not give the new shape the same bytes in every plane.
     pub fn reshape(&self, shape: Vec<usize>) -> Result<Tensor, TensorError> {
         let (codes, scales, zeros) = (self.codes.clone(), self.scales.clone(), self.zeros.clone());
-        Tensor::new_scaled(shape, self.format, codes, scales, zeros, self.global_scale)
+        Tensor::new_scaled(shape, self.format, codes, scales, zeros, self.global.clone())
+    }
+
+    /// The global scale of rows that all belong to one matrix.
+    fn global_of_rows(
+        &self,
+        grid: &ScaleGrid,
+        rows: &Range<usize>,
+    ) -> Result<GlobalScale, &'static str> {
+        if self.global == GlobalScale::One {
+            return Ok(GlobalScale::One);
+        }
+        let (first, last) = (rows.start, rows.end.max(rows.start + 1) - 1);
+        match (first / grid.matrix_rows, last / grid.matrix_rows) {
+            (a, b) if a == b && a < self.global.len() => Ok(self.global.only(a)),
+            _ => Err("they belong to several matrices"),
+        }
     }
 
     /// The grid of scales that `format` has for this tensor's shape.

@@ -227,6 +227,14 @@ fn tensors_that_break_a_rule_are_refused() {
 }
 
 #[test]
+fn empty_tensors_need_no_data() {
+    // The header's end is not aligned, and nothing follows it.
+    let read = open(file(1, 0, &[info("x", &[8, 0], 0, 0)])).unwrap();
+    let tensor = read.tensor("x").unwrap();
+    assert_eq!((tensor.shape.as_slice(), tensor.to_f32().len()), ([0, 8].as_slice(), 0));
+}
+
+#[test]
 fn types_that_cannot_be_read_are_refused_by_name() {
     let infos = [info("x", &[256], 17, 0), info("y", &[2], 77, 0), info("z", &[1], 28, 96)];
     let read = open(with_data(file(3, 0, &infos), 104)).unwrap();

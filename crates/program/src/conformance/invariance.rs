@@ -24,6 +24,7 @@ const ROWS_MAX: usize = 200;
 pub fn batch_invariance(backend: &dyn Backend, settings: &Settings) -> Result<(), Failure> {
     for (name, decoder) in [
         ("grouped", SmallDecoder::grouped()),
+        ("gated", SmallDecoder::gated()),
         ("latent", SmallDecoder::latent()),
         ("mixture", SmallDecoder::mixture()),
     ] {

@@ -29,8 +29,10 @@ pub struct SmallDecoder {
 /// How a [`SmallDecoder`] attends.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SmallAttention {
-    /// Grouped queries, with QK-norm and biases, and sinks where a layer has a window.
+    /// Grouped queries with biases, and sinks where a layer has a window.
     Grouped {
+        /// What there is beside.
+        style: GroupedStyle,
         /// Query heads.
         heads: usize,
         /// Key and value heads.
@@ -53,6 +55,16 @@ pub enum SmallAttention {
     },
 }
 
+/// What a grouped attention has beside its matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupedStyle {
+    /// A norm of each head of queries and keys.
+    HeadNorms,
+    /// A norm of all heads of queries, and one of keys, as whole rows; a gate for each head's
+    /// output.
+    RowNormsAndGates,
+}
+
 impl SmallDecoder {
     /// A Llama of two layers with grouped queries.
     pub fn grouped() -> Self {
@@ -60,12 +72,28 @@ impl SmallDecoder {
             layers: 2,
             vocabulary: 96,
             width: 64,
-            attention: SmallAttention::Grouped { heads: 8, kv_heads: 4, head_dim: 32 },
+            attention: SmallAttention::Grouped {
+                style: GroupedStyle::HeadNorms,
+                heads: 8,
+                kv_heads: 4,
+                head_dim: 32,
+            },
             hidden: 128,
             experts: None,
             window: Some(6),
             block_tokens: 4,
         }
+    }
+
+    /// The same with norms of whole rows of heads, and gates.
+    pub fn gated() -> Self {
+        let attention = SmallAttention::Grouped {
+            style: GroupedStyle::RowNormsAndGates,
+            heads: 8,
+            kv_heads: 4,
+            head_dim: 32,
+        };
+        Self { attention, ..Self::grouped() }
     }
 
     /// Latent attention over a dense feed-forward layer.
@@ -89,9 +117,9 @@ impl SmallDecoder {
     pub fn fitting(self, block: usize) -> Self {
         let up = |n: usize| n.next_multiple_of(block);
         let attention = match self.attention {
-            SmallAttention::Grouped { heads, kv_heads, head_dim } => {
+            SmallAttention::Grouped { style, heads, kv_heads, head_dim } => {
                 let head_dim = up(heads * head_dim) / heads;
-                SmallAttention::Grouped { heads, kv_heads, head_dim }
+                SmallAttention::Grouped { style, heads, kv_heads, head_dim }
             }
             SmallAttention::Latent { heads, rank, rope_dim, nope_dim, value_dim } => {
                 let value_dim = up(heads * value_dim) / heads;
@@ -110,8 +138,8 @@ impl SmallDecoder {
         for layer in 0..self.layers {
             let mut block = Layer { decoder: self, builder: &mut builder, layer };
             stream = match self.attention {
-                SmallAttention::Grouped { heads, kv_heads, head_dim } => {
-                    block.grouped(stream, heads, kv_heads, head_dim)
+                SmallAttention::Grouped { style, heads, kv_heads, head_dim } => {
+                    block.grouped(stream, style, [heads, kv_heads, head_dim])
                 }
                 SmallAttention::Latent { heads, rank, rope_dim, nope_dim, value_dim } => {
                     block.latent(stream, [heads, rank, rope_dim, nope_dim, value_dim])
@@ -182,7 +210,8 @@ impl Layer<'_> {
         self.builder.add(stream, branch, 1.0, name)
     }
 
-    fn grouped(&mut self, stream: Value, heads: usize, kv_heads: usize, head_dim: usize) -> Value {
+    fn grouped(&mut self, stream: Value, style: GroupedStyle, dims: [usize; 3]) -> Value {
+        let [heads, kv_heads, head_dim] = dims;
         let width = self.decoder.width;
         let window = self.decoder.window.filter(|_| self.layer % 2 == 1);
         let normed = self.norm(stream, "attention_norm", 1);
@@ -192,8 +221,12 @@ impl Layer<'_> {
             self.part("attention.value", width, kv_heads * head_dim, true),
         ];
         let projected = self.builder.linear(normed, parts);
-        let query = self.norm(projected[0], "attention.query_norm", heads);
-        let key = self.norm(projected[1], "attention.key_norm", kv_heads);
+        let (query_groups, key_groups) = match style {
+            GroupedStyle::HeadNorms => (heads, kv_heads),
+            GroupedStyle::RowNormsAndGates => (1, 1),
+        };
+        let query = self.norm(projected[0], "attention.query_norm", query_groups);
+        let key = self.norm(projected[1], "attention.key_norm", key_groups);
         let query = self.rope(query, heads, 0, head_dim, "attention.query_turned");
         let key = self.rope(key, kv_heads, 0, head_dim, "attention.key_turned");
         let shape = KvLayerShape::Heads { kv_heads, key_dim: head_dim, value_dim: head_dim };
@@ -211,7 +244,12 @@ impl Layer<'_> {
             sinks,
         };
         let name = self.name("attention.attended");
-        let attended = self.builder.attend(query, cache, spec, name);
+        let mut attended = self.builder.attend(query, cache, spec, name);
+        if style == GroupedStyle::RowNormsAndGates {
+            let gate = self.one(normed, "attention.gate", heads, false);
+            let name = self.name("attention.gated");
+            attended = self.builder.gate(attended, gate, GateKind::Sigmoid, name);
+        }
         let out = self.one(attended, "attention.output", width, true);
         self.residual(stream, out, "attention.residual")
     }

@@ -63,6 +63,6 @@ fn is_same(a: &Tensor, b: &Tensor) -> bool {
         && a.format == b.format
         && a.scales.as_ptr() == b.scales.as_ptr()
         && a.zeros.as_ptr() == b.zeros.as_ptr()
-        && a.global_scale == b.global_scale
+        && a.global == b.global
         && !a.codes.is_empty()
 }

@@ -1,31 +1,138 @@
-//! The number that a single code stands for: integers and OCP small floats.
+//! The number that a single code stands for: integers and OCP small floats, both ways.
+//!
+//! OCP 8-bit Floating Point Specification 1.0, OCP Microscaling Formats (MX) 1.0.
+
+use std::sync::LazyLock;
 
 use crate::format::Element;
 
-/// The value of an fp8 e4m3 code (no infinities; `0x7f` and `0xff` are NaN).
-pub fn f8e4m3_to_f32(code: u8) -> f32 {
-    if code & 0x7f == 0x7f { f32::NAN } else { small_float(code, 4, 3, 7) }
+/// Sign, exponent and mantissa of a small float.
+struct Layout {
+    exponent: u32,
+    mantissa: u32,
+    bias: i32,
+    /// The largest finite magnitude.
+    max: f32,
+    /// The code of NaN, if there is one.
+    nan: Option<u8>,
 }
 
-/// The value of an fp8 e5m2 code (IEEE-like, with infinities and NaN).
-pub fn f8e5m2_to_f32(code: u8) -> f32 {
-    // e5m2 is the upper byte of an IEEE half.
-    half::f16::from_bits(u16::from(code) << 8).to_f32()
+const E4M3: Layout = Layout { exponent: 4, mantissa: 3, bias: 7, max: 448.0, nan: Some(0x7f) };
+const E5M2: Layout = Layout { exponent: 5, mantissa: 2, bias: 15, max: 57344.0, nan: Some(0x7e) };
+const E2M3: Layout = Layout { exponent: 2, mantissa: 3, bias: 1, max: 7.5, nan: None };
+const E3M2: Layout = Layout { exponent: 3, mantissa: 2, bias: 3, max: 28.0, nan: None };
+const E2M1: Layout = Layout { exponent: 2, mantissa: 1, bias: 1, max: 6.0, nan: None };
+
+fn layout(element: Element) -> Option<&'static Layout> {
+    match element {
+        Element::Int(_) => None,
+        Element::F8E4M3 => Some(&E4M3),
+        Element::F8E5M2 => Some(&E5M2),
+        Element::F6E2M3 => Some(&E2M3),
+        Element::F6E3M2 => Some(&E3M2),
+        Element::F4E2M1 => Some(&E2M1),
+    }
 }
 
-/// The value of an fp6 e2m3 code (the low 6 bits).
-pub fn f6e2m3_to_f32(code: u8) -> f32 {
-    small_float(code & 0x3f, 2, 3, 1)
+/// The largest finite value of an element: 448 for e4m3, 127 for 8-bit integers.
+pub fn max(element: Element) -> f32 {
+    match element {
+        Element::Int(bits) => ((1i32 << (bits - 1)) - 1) as f32,
+        other => layout(other).map_or(0.0, |layout| layout.max),
+    }
 }
 
-/// The value of an fp6 e3m2 code (the low 6 bits).
-pub fn f6e3m2_to_f32(code: u8) -> f32 {
-    small_float(code & 0x3f, 3, 2, 3)
+/// Bits of an element's mantissa; 0 for integers.
+pub fn mantissa_bits(element: Element) -> u32 {
+    layout(element).map_or(0, |layout| layout.mantissa)
 }
 
-/// The value of an fp4 e2m1 code (the low 4 bits).
-pub fn f4e2m1_to_f32(code: u8) -> f32 {
-    small_float(code & 0xf, 2, 1, 1)
+/// The code nearest to `value`: ties to even, denormals kept, values beyond the largest finite
+/// one (infinities too) become that one. NaN becomes the element's NaN where it has one, and
+/// zero otherwise: the scale of its block is what carries it then.
+pub fn from_f32(element: Element, value: f32) -> u8 {
+    let Some(layout) = layout(element) else {
+        let limit = max(element);
+        return value.round_ties_even().clamp(-limit - 1.0, limit) as i8 as u8 & mask(element);
+    };
+    let sign = u8::from(value.is_sign_negative()) << (layout.exponent + layout.mantissa);
+    if value.is_nan() {
+        return layout.nan.map_or(0, |nan| nan | sign);
+    }
+    let magnitude = value.abs().min(layout.max);
+    // The exponent of the step between codes here; below the least normal it stays.
+    let exponent = exponent_of(magnitude).max(1 - layout.bias);
+    let steps = f64::from(magnitude) * 2f64.powi(layout.mantissa as i32 - exponent);
+    // A carry out of the mantissa moves into the exponent by itself.
+    let above = ((exponent - 1 + layout.bias) as u8) << layout.mantissa;
+    (above + steps.round_ties_even() as u8) | sign
+}
+
+/// `floor(log2(value))` of a value that is not negative; very small for zero.
+pub fn exponent_of(value: f32) -> i32 {
+    match value.to_bits() >> 23 {
+        0 if value == 0.0 => i32::MIN / 2,
+        0 => -149 + (31 - value.to_bits().leading_zeros() as i32),
+        exponent => exponent as i32 - 127,
+    }
+}
+
+fn mask(element: Element) -> u8 {
+    (0xffu16 >> (8 - element.bits())) as u8
+}
+
+/// The value of the low bits of `code` as `element`, before any scale.
+pub fn to_f32(element: Element, code: u8) -> f32 {
+    table(element)[usize::from(code & mask(element))]
+}
+
+/// The value of each code of an element (the unused upper codes repeat the lower ones).
+pub fn table(element: Element) -> &'static [f32; 256] {
+    static FLOATS: LazyLock<[[f32; 256]; 5]> = LazyLock::new(|| {
+        [Element::F8E4M3, Element::F8E5M2, Element::F6E2M3, Element::F6E3M2, Element::F4E2M1]
+            .map(|element| std::array::from_fn(|code| decode(element, code as u8)))
+    });
+    static INTEGERS: LazyLock<[[f32; 256]; 9]> = LazyLock::new(|| {
+        std::array::from_fn(|bits| {
+            std::array::from_fn(|code| f32::from(int_to_i8(code as u8, bits.max(1) as u8)))
+        })
+    });
+    match element {
+        Element::Int(bits) => &INTEGERS[usize::from(bits)],
+        Element::F8E4M3 => &FLOATS[0],
+        Element::F8E5M2 => &FLOATS[1],
+        Element::F6E2M3 => &FLOATS[2],
+        Element::F6E3M2 => &FLOATS[3],
+        Element::F4E2M1 => &FLOATS[4],
+    }
+}
+
+fn decode(element: Element, code: u8) -> f32 {
+    match (element, layout(element)) {
+        (Element::F8E4M3, _) if code & 0x7f == 0x7f => f32::NAN,
+        // e5m2 is the upper byte of an IEEE half, infinities and NaN included.
+        (Element::F8E5M2, _) => half::f16::from_bits(u16::from(code) << 8).to_f32(),
+        (_, Some(layout)) => small_float(layout, code & mask(element)),
+        (Element::Int(bits), _) => f32::from(int_to_i8(code, bits)),
+        (_, None) => unreachable!("every float has a layout"),
+    }
+}
+
+fn small_float(layout: &Layout, code: u8) -> f32 {
+    let Layout { exponent, mantissa, bias, .. } = *layout;
+    let fraction = f32::from(code & ((1 << mantissa) - 1)) / (1u32 << mantissa) as f32;
+    let power = i32::from(code >> mantissa) & ((1 << exponent) - 1);
+    let magnitude = match power {
+        0 => fraction * 2f32.powi(1 - bias),
+        _ => (1.0 + fraction) * 2f32.powi(power - bias),
+    };
+    if code >> (exponent + mantissa) & 1 == 1 { -magnitude } else { magnitude }
+}
+
+/// The value of a two's complement code of `bits` bits.
+pub fn int_to_i8(code: u8, bits: u8) -> i8 {
+    let unused = 8 - u32::from(bits);
+    ((code << unused) as i8) >> unused
 }
 
 /// The value of an e8m0 scale, `2^(code - 127)`; 255 is NaN. 0 gives the `f32` denormal 2^-127.
@@ -37,31 +144,51 @@ pub fn e8m0_to_f32(code: u8) -> f32 {
     }
 }
 
-/// The value of a two's complement code of `bits` bits.
-pub fn int_to_i8(code: u8, bits: u8) -> i8 {
-    let unused = 8 - u32::from(bits);
-    ((code << unused) as i8) >> unused
+/// The e8m0 code of `2^exponent`, at the nearest end of the range if it is beyond.
+pub fn e8m0_from_exponent(exponent: i32) -> u8 {
+    (exponent.clamp(-127, 127) + 127) as u8
 }
 
-/// The value of the low bits of `code` as `element`, before any scale.
-pub fn to_f32(element: Element, code: u8) -> f32 {
-    match element {
-        Element::Int(bits) => f32::from(int_to_i8(code, bits)),
-        Element::F8E4M3 => f8e4m3_to_f32(code),
-        Element::F8E5M2 => f8e5m2_to_f32(code),
-        Element::F6E2M3 => f6e2m3_to_f32(code),
-        Element::F6E3M2 => f6e3m2_to_f32(code),
-        Element::F4E2M1 => f4e2m1_to_f32(code),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [Element; 8] = [
+        Element::Int(2),
+        Element::Int(5),
+        Element::Int(8),
+        Element::F8E4M3,
+        Element::F8E5M2,
+        Element::F6E2M3,
+        Element::F6E3M2,
+        Element::F4E2M1,
+    ];
+
+    #[test]
+    fn every_code_is_its_own_nearest() {
+        for element in ALL {
+            for code in 0..=mask(element) {
+                let value = to_f32(element, code);
+                if value.is_finite() {
+                    assert_eq!(from_f32(element, value), code, "{element:?} {value}");
+                }
+            }
+            let largest = max(element);
+            assert_eq!(to_f32(element, from_f32(element, f32::INFINITY)), largest);
+            assert_eq!(to_f32(element, from_f32(element, 1e30)), largest);
+            assert!(to_f32(element, from_f32(element, -1e30)) <= -largest);
+        }
+        assert!(to_f32(Element::F8E4M3, from_f32(Element::F8E4M3, f32::NAN)).is_nan());
+        assert!(to_f32(Element::F8E5M2, from_f32(Element::F8E5M2, f32::NAN)).is_nan());
     }
-}
 
-/// sign, `exponent` bits, `mantissa` bits, with denormals and without special values.
-fn small_float(code: u8, exponent: u32, mantissa: u32, bias: i32) -> f32 {
-    let fraction = f32::from(code & ((1 << mantissa) - 1)) / (1u32 << mantissa) as f32;
-    let power = i32::from(code >> mantissa) & ((1 << exponent) - 1);
-    let magnitude = match power {
-        0 => fraction * 2f32.powi(1 - bias),
-        _ => (1.0 + fraction) * 2f32.powi(power - bias),
-    };
-    if code >> (exponent + mantissa) & 1 == 1 { -magnitude } else { magnitude }
+    #[test]
+    fn exponents() {
+        for (value, exponent) in [(1.0, 0), (1.99, 0), (0.5, -1), (1e-45, -149), (3e-45, -148)] {
+            assert_eq!(exponent_of(value), exponent, "{value}");
+        }
+        assert_eq!(exponent_of(f32::MIN_POSITIVE), -126);
+        assert_eq!(e8m0_to_f32(e8m0_from_exponent(-500)), 2f32.powi(-127));
+        assert_eq!(e8m0_to_f32(e8m0_from_exponent(3)), 8.0);
+    }
 }

@@ -1,40 +1,35 @@
 //! Formats whose scales lie in planes of their own: `value = (code - zero) * scale`, times the
-//! tensor's global multiplier for NVFP4.
+//! matrix's global scale for NVFP4.
 
-use half::{bf16, f16};
+use std::borrow::Cow;
 
-use super::element;
-use crate::format::{ScaleType, ScaledFormat, ZeroPoint};
-use crate::tensor::Tensor;
+use rayon::prelude::*;
+
+pub use super::scale::{BlockScale, E8m0Rounding, encode, fit, round};
+use super::{element, scale};
+use crate::bytes::Bytes;
+use crate::format::{Format, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint};
+use crate::tensor::{GlobalScale, Tensor, TensorError};
 
 /// Dequantizes one row of the `[rows, columns]` view; `tensor.format` is `format`.
 pub(crate) fn dequantize_row(tensor: &Tensor, format: &ScaledFormat, row: usize, out: &mut [f32]) {
     let grid = tensor.grid(format);
     let (row_bytes, bits) = (tensor.row_bytes(), format.element.bits());
     let codes = &tensor.codes[row * row_bytes..][..row_bytes];
-    let first = grid.row_start(row);
+    let values = element::table(format.element);
+    let (first, bytes) = (grid.row_start(row), format.scale.bytes());
+    let matrix = row / grid.matrix_rows;
     for (block, out) in out.chunks_mut(grid.block_columns).enumerate() {
-        let scale = scale_at(tensor, format.scale, first + block);
+        let stored = scale::load(format.scale, &tensor.scales[(first + block) * bytes..][..bytes]);
+        let scale = tensor.global.apply(matrix, stored);
         let zero = match format.zero {
             ZeroPoint::None => 0.0,
             ZeroPoint::Int => f32::from(tensor.zeros[first + block] as i8),
         };
         for (i, out) in out.iter_mut().enumerate() {
             let code = unpack(codes, block * grid.block_columns + i, bits);
-            *out = (element::to_f32(format.element, code) - zero) * scale;
+            *out = (values[usize::from(code)] - zero) * scale;
         }
-    }
-}
-
-/// The multiplier of block `index`, the global one included.
-fn scale_at(tensor: &Tensor, scale: ScaleType, index: usize) -> f32 {
-    let bytes = &tensor.scales[index * scale.bytes()..][..scale.bytes()];
-    match scale {
-        ScaleType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-        ScaleType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-        ScaleType::BF16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-        ScaleType::E8M0 => element::e8m0_to_f32(bytes[0]),
-        ScaleType::E4M3Global => element::f8e4m3_to_f32(bytes[0]) * tensor.global_scale,
     }
 }
 
@@ -44,4 +39,178 @@ pub fn unpack(codes: &[u8], index: usize, bits: usize) -> u8 {
     let next = if shift + bits > 8 { codes[byte + 1] } else { 0 };
     let window = u16::from(codes[byte]) | u16::from(next) << 8;
     ((window >> shift) & ((1 << bits) - 1)) as u8
+}
+
+/// Packs one row: the low `bits` bits of each code, low bits first. `out` is long enough.
+pub fn pack(codes: &[u8], bits: usize, out: &mut [u8]) {
+    out.fill(0);
+    for (index, &code) in codes.iter().enumerate() {
+        let (byte, shift) = (index * bits / 8, index * bits % 8);
+        let window = u16::from(code & ((1u16 << bits) - 1) as u8) << shift;
+        out[byte] |= window as u8;
+        if shift + bits > 8 {
+            out[byte + 1] |= (window >> 8) as u8;
+        }
+    }
+}
+
+/// Rounds `values` to nearest in `format`, each block with the scale of [`fit`]. NVFP4's global
+/// scale is `largest / (448 * 6)` of each matrix.
+///
+/// # Errors
+/// If the shape does not fit the format.
+///
+/// # Panics
+/// If `values` is not as long as the shape says.
+pub fn quantize(
+    shape: &[usize],
+    format: &ScaledFormat,
+    values: &[f32],
+    rounding: E8m0Rounding,
+) -> Result<Tensor, TensorError> {
+    let grid = checked_grid(shape, format)?;
+    assert_eq!(values.len(), shape.iter().product::<usize>(), "values fill the shape");
+    let global = global_scale(&grid, format, values);
+    let blocks: Vec<BlockScale> = (0..grid.len())
+        .into_par_iter()
+        .with_min_len(16)
+        .map(|block| {
+            let matrix = block / (grid.rows * grid.columns);
+            fit(
+                format,
+                &block_values(shape, &grid, block, values),
+                global.apply(matrix, 1.0),
+                rounding,
+            )
+        })
+        .collect();
+    quantize_with(shape, format, values, &blocks, global)
+}
+
+/// Rounds `values` to nearest with scales and zero points chosen by the caller, one a block in
+/// the order of [`ScaleGrid`]; scales are rounded to what the format stores ([`round`]).
+///
+/// # Errors
+/// If the shape does not fit the format, or the global scale is not what the format asks for.
+///
+/// # Panics
+/// If there are not as many values or blocks as the shape says.
+pub fn quantize_with(
+    shape: &[usize],
+    format: &ScaledFormat,
+    values: &[f32],
+    blocks: &[BlockScale],
+    global: GlobalScale,
+) -> Result<Tensor, TensorError> {
+    let grid = checked_grid(shape, format)?;
+    let columns = shape.last().copied().unwrap_or(1);
+    let mut codes = vec![0u8; values.len()];
+    assert_eq!(blocks.len(), grid.len(), "a scale for each block");
+    if !values.is_empty() {
+        let rows = codes.par_chunks_mut(columns).zip(values.par_chunks(columns)).enumerate();
+        rows.for_each(|(row, (codes, values))| {
+            let (first, matrix) = (grid.row_start(row), row / grid.matrix_rows);
+            let parts = codes.chunks_mut(grid.block_columns);
+            for (i, (codes, values)) in parts.zip(values.chunks(grid.block_columns)).enumerate() {
+                let block = blocks[first + i];
+                let step = global.apply(matrix, round(format.scale, block.scale));
+                for (code, &value) in codes.iter_mut().zip(values) {
+                    *code = encode(format.element, value, step, block.zero);
+                }
+            }
+        });
+    }
+    assemble(shape, format, &codes, blocks, global)
+}
+
+/// Packs codes (one a byte, row-major) and scales that an algorithm chose into a tensor.
+///
+/// # Errors
+/// If the shape does not fit the format, or the global scale is not what the format asks for.
+///
+/// # Panics
+/// If there are not as many codes or blocks as the shape says.
+pub fn assemble(
+    shape: &[usize],
+    format: &ScaledFormat,
+    codes: &[u8],
+    blocks: &[BlockScale],
+    global: GlobalScale,
+) -> Result<Tensor, TensorError> {
+    let grid = checked_grid(shape, format)?;
+    let packed_bytes = Format::Scaled(*format).bytes_for(shape)?;
+    let columns = shape.last().copied().unwrap_or(1);
+    assert_eq!(codes.len(), shape.iter().product::<usize>(), "codes fill the shape");
+    assert_eq!(blocks.len(), grid.len(), "a scale for each block");
+    let mut packed = vec![0; packed_bytes];
+    if !codes.is_empty() {
+        let row_bytes = Format::Scaled(*format).row_bytes(columns)?;
+        let rows = packed.par_chunks_mut(row_bytes).zip(codes.par_chunks(columns));
+        rows.for_each(|(out, codes)| pack(codes, format.element.bits(), out));
+    }
+    let stored = |b: &BlockScale| scale::store(format.scale, b.scale);
+    let bytes = format.scale.bytes();
+    let scales: Vec<u8> = blocks.iter().flat_map(|b| stored(b).into_iter().take(bytes)).collect();
+    let zeros: Vec<u8> = match format.zero {
+        ZeroPoint::None => Vec::new(),
+        ZeroPoint::Int => blocks.iter().map(|b| b.zero as u8).collect(),
+    };
+    let planes = (Bytes::new(packed), Bytes::new(scales), Bytes::new(zeros));
+    Tensor::new_scaled(
+        shape.to_vec(),
+        Format::Scaled(*format),
+        planes.0,
+        planes.1,
+        planes.2,
+        global,
+    )
+}
+
+fn checked_grid(shape: &[usize], format: &ScaledFormat) -> Result<ScaleGrid, TensorError> {
+    Format::Scaled(*format).bytes_for(shape)?;
+    format.grid(shape).ok_or_else(|| TensorError::Overflow { shape: shape.to_vec() })
+}
+
+/// NVFP4's scale of each matrix: the largest number gets the largest block scale.
+fn global_scale(grid: &ScaleGrid, format: &ScaledFormat, values: &[f32]) -> GlobalScale {
+    if format.scale != ScaleType::E4M3Global {
+        return GlobalScale::One;
+    }
+    let matrix_len = (values.len() / grid.matrices.max(1)).max(1);
+    let largest = |matrix: &[f32]| matrix.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let unit = 448.0 * element::max(format.element);
+    let scale = |matrix: &[f32]| match largest(matrix) / unit {
+        // A matrix of zeros, or of numbers too small to scale, needs no scale.
+        scale if scale >= f32::MIN_POSITIVE && scale.is_finite() => scale,
+        _ => 1.0,
+    };
+    let mut scales: Vec<f32> = values.par_chunks(matrix_len).map(scale).collect();
+    scales.resize(grid.matrices, 1.0);
+    GlobalScale::Multiply(scales)
+}
+
+/// The numbers of one block: a slice where they are contiguous.
+fn block_values<'a>(
+    shape: &[usize],
+    grid: &ScaleGrid,
+    block: usize,
+    values: &'a [f32],
+) -> Cow<'a, [f32]> {
+    let columns = shape.last().copied().unwrap_or(1);
+    let (matrix, within) = (block / (grid.rows * grid.columns), block % (grid.rows * grid.columns));
+    let (down, along) = (within / grid.columns, within % grid.columns);
+    let first_row = matrix * grid.matrix_rows + down * grid.block_rows;
+    let rows = first_row..((matrix + 1) * grid.matrix_rows).min(first_row + grid.block_rows);
+    let left = along * grid.block_columns;
+    let right = columns.min(left + grid.block_columns);
+    if right - left == columns || rows.len() == 1 {
+        return Cow::Borrowed(
+            &values[rows.start * columns + left..(rows.end - 1) * columns + right],
+        );
+    }
+    Cow::Owned(
+        rows.flat_map(|row| &values[row * columns + left..row * columns + right])
+            .copied()
+            .collect(),
+    )
 }

@@ -200,7 +200,11 @@ fn check_info(
     if end > available {
         return Err(GgufProblem::Offsets { name, begin: offset, end, available });
     }
-    let range = size.map(|_| (start + offset) as usize..(start + end) as usize);
+    let range = size.map(|size| match size {
+        // The data of a file without any may begin beyond its end.
+        0 => 0..0,
+        _ => (start + offset) as usize..(start + end) as usize,
+    });
     Ok(GgufTensor { name, shape, kind, range })
 }
 

@@ -1,0 +1,175 @@
+//! Scales of blocks: how they are stored, and which scale a block of numbers takes when each
+//! is rounded to nearest.
+
+use half::{bf16, f16};
+
+use super::element;
+use crate::format::{Element, ScaleType, ScaledFormat, ZeroPoint};
+
+/// How the power of two of an MX block is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum E8m0Rounding {
+    /// `floor(log2(largest)) - floor(log2(element's largest))`, as the OCP MX specification:
+    /// numbers between the element's largest and the next power of two saturate.
+    #[default]
+    Floor,
+    /// The least power of two with which nothing saturates (NVIDIA's RCEIL).
+    Ceil,
+    /// As `Floor`, after the largest number was rounded to the element's mantissa: saturation
+    /// never costs more than a rounding.
+    Even,
+    /// Of `Floor`'s exponent, its two neighbours and their plain rounding, the one with the least squared error.
+    Mse,
+}
+
+/// The scale and zero point of one block.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BlockScale {
+    /// A value that the scale's type can store, without the global scale.
+    pub scale: f32,
+    /// The code that stands for zero; 0 in symmetric formats.
+    pub zero: i8,
+}
+
+/// The scale in bytes as a tensor stores it, low byte first; unused bytes are zero.
+pub(super) fn store(kind: ScaleType, scale: f32) -> [u8; 4] {
+    match kind {
+        ScaleType::F32 => scale.to_le_bytes(),
+        ScaleType::F16 => widen(f16::from_f32(scale).to_le_bytes()),
+        ScaleType::BF16 => widen(bf16::from_f32(scale).to_le_bytes()),
+        ScaleType::E8M0 => [e8m0_above(scale), 0, 0, 0],
+        ScaleType::E4M3Global => [element::from_f32(Element::F8E4M3, scale), 0, 0, 0],
+    }
+}
+
+fn widen(bytes: [u8; 2]) -> [u8; 4] {
+    [bytes[0], bytes[1], 0, 0]
+}
+
+/// The stored scale at `bytes`.
+pub(super) fn load(kind: ScaleType, bytes: &[u8]) -> f32 {
+    match kind {
+        ScaleType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        ScaleType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+        ScaleType::BF16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+        ScaleType::E8M0 => element::e8m0_to_f32(bytes[0]),
+        ScaleType::E4M3Global => element::to_f32(Element::F8E4M3, bytes[0]),
+    }
+}
+
+/// The nearest scale that the type can store; for E8M0 the least power of two that is not
+/// smaller (so that nothing saturates that did not before).
+pub fn round(kind: ScaleType, scale: f32) -> f32 {
+    load(kind, &store(kind, scale))
+}
+
+/// The code of the least power of two that is not smaller than `scale`.
+fn e8m0_above(scale: f32) -> u8 {
+    if !scale.is_finite() {
+        return 255;
+    }
+    let exponent = element::exponent_of(scale.abs());
+    let exact = scale.abs() == 2f32.powi(exponent);
+    element::e8m0_from_exponent(if exact { exponent } else { exponent.saturating_add(1) })
+}
+
+/// The scale and zero point of a block for rounding each number to nearest. `global` is what
+/// the format multiplies stored scales by (1 without a global scale).
+///
+/// Integers follow compressed-tensors: symmetric `largest / ((2^bits - 1) / 2)`; asymmetric
+/// `(max - min) / (2^bits - 1)` over a range that holds zero. Floats map the largest magnitude
+/// onto the element's largest value.
+pub fn fit(
+    format: &ScaledFormat,
+    values: &[f32],
+    global: f32,
+    rounding: E8m0Rounding,
+) -> BlockScale {
+    let (mut low, mut high) = (0.0f32, 0.0f32);
+    let mut finite = true;
+    for &v in values {
+        low = low.min(v);
+        high = high.max(v);
+        finite &= v.is_finite();
+    }
+    if !finite {
+        // A NaN must not pass for a number: its whole block says so.
+        return BlockScale { scale: load(format.scale, &store(format.scale, f32::NAN)), zero: 0 };
+    }
+    let largest = high.max(-low);
+    let range = match format.element {
+        Element::Int(bits) => ((1u32 << bits) - 1) as f32 / 2.0,
+        other => element::max(other),
+    };
+    if format.scale == ScaleType::E8M0 {
+        let scale = fit_power(format.element, values, largest, range, rounding);
+        return BlockScale { scale, zero: 0 };
+    }
+    match (format.zero, format.element) {
+        (ZeroPoint::Int, Element::Int(bits)) => {
+            let bottom = -(1i32 << (bits - 1)) as f32;
+            let scale = round(format.scale, (high - low) / (2.0 * range) / global);
+            let step = scale * global;
+            let zero = if step > 0.0 { bottom - (low / step).round_ties_even() } else { 0.0 };
+            BlockScale { scale, zero: zero.clamp(bottom, -bottom - 1.0) as i8 }
+        }
+        _ => {
+            let wanted = largest / range / global;
+            let least = match format.scale {
+                // A block of small numbers keeps a scale, the least one there is.
+                ScaleType::E4M3Global if largest > 0.0 => 2f32.powi(-9),
+                _ => 0.0,
+            };
+            BlockScale { scale: round(format.scale, wanted).max(least), zero: 0 }
+        }
+    }
+}
+
+fn fit_power(
+    kind: Element,
+    values: &[f32],
+    largest: f32,
+    range: f32,
+    rounding: E8m0Rounding,
+) -> f32 {
+    let top = element::exponent_of(range);
+    let power = |exponent: i32| element::e8m0_to_f32(element::e8m0_from_exponent(exponent));
+    let floor = element::exponent_of(largest).saturating_sub(top);
+    match rounding {
+        E8m0Rounding::Floor => power(floor),
+        E8m0Rounding::Ceil => {
+            // Exact: a power of two times a small float is no rounding in f64.
+            let fits = f64::from(largest) <= f64::from(range) * 2f64.powi(floor.max(-200));
+            power(if fits { floor } else { floor + 1 })
+        }
+        E8m0Rounding::Even => {
+            let half_step = 1u32 << (23 - element::mantissa_bits(kind) - 1);
+            let rounded = f32::from_bits(largest.to_bits().saturating_add(half_step));
+            power(element::exponent_of(rounded).saturating_sub(top))
+        }
+        E8m0Rounding::Mse => {
+            [floor, floor.saturating_add(1), floor.saturating_sub(1)]
+                .map(|exponent| (power(exponent), squared_error(kind, values, power(exponent))))
+                .into_iter()
+                .fold((power(floor), f64::INFINITY), |best, c| if c.1 < best.1 { c } else { best })
+                .0
+        }
+    }
+}
+
+fn squared_error(kind: Element, values: &[f32], scale: f32) -> f64 {
+    let difference = |v: f32| {
+        let code = element::from_f32(kind, v / scale);
+        f64::from(element::to_f32(kind, code)) * f64::from(scale) - f64::from(v)
+    };
+    values.iter().map(|&v| difference(v).powi(2)).sum()
+}
+
+/// The code of `value` in a block: `round(value / scale) + zero` within the element's range.
+pub fn encode(kind: Element, value: f32, scale: f32, zero: i8) -> u8 {
+    let ratio = if scale == 0.0 { 0.0 } else { value / scale };
+    match kind {
+        Element::Int(_) => element::from_f32(kind, ratio.round_ties_even() + f32::from(zero)),
+        _ => element::from_f32(kind, ratio),
+    }
+}
