@@ -100,7 +100,7 @@ pub(super) fn encode_q8_0(values: &[f32], out: &mut [u8]) {
     let inverse = inverse_or_zero(d);
     put_half(out, 0, d);
     for (out, value) in out[2..].iter_mut().zip(values) {
-        *out = wrap_to_byte((value * inverse).round());
+        *out = round_half_away(value * inverse);
     }
 }
 
@@ -121,6 +121,14 @@ fn inverse_or_zero(d: f32) -> f32 {
 /// scale overflows) becomes 0: the scale itself is stored as zero then.
 fn truncate(value: f32, max: u8) -> u8 {
     wrap_to_byte(value).min(max)
+}
+
+/// Rounds ties away from zero; what is no number becomes 0.
+fn round_half_away(value: f32) -> u8 {
+    let magnitude = value.abs();
+    let whole = if magnitude < 256.0 { magnitude as i32 } else { 0 };
+    let rounded = whole + i32::from(magnitude - whole as f32 >= 0.5 && magnitude < 256.0);
+    (if value < 0.0 { -rounded } else { rounded }) as u8
 }
 
 fn wrap_to_byte(value: f32) -> u8 {

@@ -4,6 +4,7 @@
 
 use std::sync::LazyLock;
 
+use super::search::round_float_within;
 use crate::format::Element;
 
 /// Sign, exponent and mantissa of a small float.
@@ -53,19 +54,28 @@ pub fn mantissa_bits(element: Element) -> u32 {
 pub fn from_f32(element: Element, value: f32) -> u8 {
     let Some(layout) = layout(element) else {
         let limit = max(element);
-        return value.round_ties_even().clamp(-limit - 1.0, limit) as i8 as u8 & mask(element);
+        return round_float_within(value, -limit - 1.0, limit) as i8 as u8 & mask(element);
     };
     let sign = u8::from(value.is_sign_negative()) << (layout.exponent + layout.mantissa);
     if value.is_nan() {
         return layout.nan.map_or(0, |nan| nan | sign);
     }
     let magnitude = value.abs().min(layout.max);
-    // The exponent of the step between codes here; below the least normal it stays.
-    let exponent = exponent_of(magnitude).max(1 - layout.bias);
-    let steps = f64::from(magnitude) * 2f64.powi(layout.mantissa as i32 - exponent);
-    // A carry out of the mantissa moves into the exponent by itself.
-    let above = ((exponent - 1 + layout.bias) as u8) << layout.mantissa;
-    (above + steps.round_ties_even() as u8) | sign
+    let dropped = 23 - layout.mantissa;
+    let least_normal = ((128 - layout.bias) as u32) << 23;
+    let bits = magnitude.to_bits();
+    let code = if bits >= least_normal {
+        // To nearest, ties to even, on the bits: a carry moves into the exponent by itself.
+        let half_less = (1u32 << (dropped - 1)) - 1;
+        let rounded = bits + half_less + (bits >> dropped & 1);
+        (rounded >> dropped) - (((127 - layout.bias) as u32) << layout.mantissa)
+    } else {
+        // Neighbours of this number are one step of the denormals apart: adding it rounds.
+        let exponent = 127 + 1 - layout.bias + dropped as i32;
+        let magic = (exponent as u32) << 23;
+        (magnitude + f32::from_bits(magic)).to_bits() - magic
+    };
+    code as u8 | sign
 }
 
 /// `floor(log2(value))` of a value that is not negative; very small for zero.

@@ -5,7 +5,7 @@
 
 use half::f16;
 
-use super::search::round_within;
+use super::search::{round_within, sums};
 use super::{half_at, put_half};
 
 /// What the 16 codes stand for.
@@ -46,11 +46,20 @@ fn put_codes(values: &[f32], scale: f32, out: &mut [u8]) {
     }
 }
 
-/// The code whose value is nearest.
+/// The code whose value is nearest; NaN ends at 0.
 fn nearest(value: f32) -> u8 {
-    // The first value above the middle between neighbours; NaN ends at 0.
-    let above = VALUES.windows(2).filter(|pair| value > (pair[0] + pair[1]) / 2.0);
-    above.count() as u8
+    VALUES.windows(2).filter(|pair| value > (pair[0] + pair[1]) / 2.0).count() as u8
+}
+
+/// The nearest of the 16 values, without branches: it climbs a step at each middle passed.
+#[inline(always)]
+fn snap(value: f32) -> f32 {
+    let mut snapped = VALUES[0];
+    for k in 0..15 {
+        let middle = (VALUES[k] + VALUES[k + 1]) / 2.0;
+        snapped += if value > middle { VALUES[k + 1] - VALUES[k] } else { 0.0 };
+    }
+    snapped
 }
 
 pub(super) fn encode_iq4_nl(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
@@ -117,12 +126,10 @@ fn fit(values: &[f32], weights: &[f32]) -> f32 {
     for end in [VALUES[0], VALUES[15]] {
         for step in -STEPS..=STEPS {
             let inverse = (end + step as f32) / largest;
-            let (mut wqx, mut wqq) = (0.0f32, 0.0f32);
-            for (&x, &weight) in values.iter().zip(weights) {
-                let q = VALUES[usize::from(nearest(inverse * x))];
-                wqx += weight * q * x;
-                wqq += weight * q * q;
-            }
+            let [wqx, wqq] = sums(values, weights, |x, w| {
+                let q = snap(inverse * x);
+                [w * q * x, w * q * q]
+            });
             if wqq > 0.0 && wqx * wqx > best_gain * wqq {
                 best = wqx / wqq;
                 best_gain = wqx * wqx / wqq;
@@ -134,10 +141,9 @@ fn fit(values: &[f32], weights: &[f32]) -> f32 {
 
 fn error(values: &[f32], weights: &[f32], scale: f32) -> f32 {
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let mut error = 0.0;
-    for (&x, &weight) in values.iter().zip(weights) {
-        let difference = scale * VALUES[usize::from(nearest(x * inverse))] - x;
-        error += weight * difference * difference;
-    }
+    let [error] = sums(values, weights, |x, w| {
+        let difference = scale * snap(x * inverse) - x;
+        [w * difference * difference]
+    });
     error
 }

@@ -65,12 +65,16 @@ fn pack_scales_mins(scales: &[u8; 8], mins: &[u8; 8], packed: &mut [u8]) {
 pub(super) fn decode_q6_k(block: &[u8], out: &mut [f32]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
     let d = half_at(block, 208);
-    for (i, out) in out.iter_mut().enumerate() {
-        let scale = d * f32::from(scales[i / 16] as i8);
-        let (half, quarter, lane) = (i / 128, i % 128 / 32, i % 32);
-        let nibble = low[half * 64 + i % 64] >> (4 * (quarter / 2)) & 15;
-        let code = nibble | (high[half * 32 + lane] >> (2 * quarter) & 3) << 4;
-        *out = scale * (f32::from(code) - 32.0);
+    for (part, out) in out.chunks_exact_mut(32).enumerate() {
+        let (half, quarter) = (part / 4, part % 4);
+        let nibbles = &low[half * 64 + part % 2 * 32..][..32];
+        let pairs = &high[half * 32..][..32];
+        for (lane, out) in out.iter_mut().enumerate() {
+            let nibble = nibbles[lane] >> (4 * (quarter / 2)) & 15;
+            let code = nibble | (pairs[lane] >> (2 * quarter) & 3) << 4;
+            let scale = d * f32::from(scales[part * 2 + lane / 16] as i8);
+            *out = scale * (f32::from(code) - 32.0);
+        }
     }
 }
 

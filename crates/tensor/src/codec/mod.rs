@@ -12,6 +12,7 @@ mod scale;
 pub mod scaled;
 pub mod search;
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -29,8 +30,11 @@ pub fn dequantize(format: Format, codes: &[u8], out: &mut [f32]) {
     assert_eq!(Ok(codes.len()), format.row_bytes(out.len()), "whole blocks of {format}");
     match format {
         Format::Float(FloatType::F32) => each(codes, out, f32::from_le_bytes),
-        Format::Float(FloatType::F16) => each(codes, out, |b| f16::from_le_bytes(b).to_f32()),
-        Format::Float(FloatType::BF16) => each(codes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        Format::Float(FloatType::F16) => halves(codes, out),
+        // The upper half of an `f32`, NaN of any kind included.
+        Format::Float(FloatType::BF16) => {
+            each(codes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16));
+        }
         Format::Ggml(t) => {
             let decode = decoder(t);
             let blocks = codes.chunks_exact(t.block_bytes());
@@ -81,9 +85,7 @@ fn quantize_chunk(
 ) {
     match format {
         Format::Float(FloatType::F32) => each_back(values, out, f32::to_le_bytes),
-        Format::Float(FloatType::F16) => {
-            each_back(values, out, |v| f16::from_f32(v).to_le_bytes());
-        }
+        Format::Float(FloatType::F16) => halves_back(values, out),
         Format::Float(FloatType::BF16) => {
             each_back(values, out, |v| bf16::from_f32(v).to_le_bytes());
         }
@@ -139,6 +141,29 @@ fn each<const N: usize>(codes: &[u8], out: &mut [f32], decode: impl Fn([u8; N]) 
 fn each_back<const N: usize>(values: &[f32], out: &mut [u8], encode: impl Fn(f32) -> [u8; N]) {
     for (value, out) in values.iter().zip(out.as_chunks_mut::<N>().0) {
         *out = encode(*value);
+    }
+}
+
+/// Halves at a time, so that the conversion instruction is looked for once for all of them.
+const HALVES: usize = 256;
+
+fn halves(codes: &[u8], out: &mut [f32]) {
+    for (codes, out) in codes.chunks(2 * HALVES).zip(out.chunks_mut(HALVES)) {
+        let mut buffer = [f16::ZERO; HALVES];
+        for (half, bytes) in buffer.iter_mut().zip(codes.as_chunks::<2>().0) {
+            *half = f16::from_le_bytes(*bytes);
+        }
+        buffer[..out.len()].convert_to_f32_slice(out);
+    }
+}
+
+fn halves_back(values: &[f32], out: &mut [u8]) {
+    for (values, out) in values.chunks(HALVES).zip(out.chunks_mut(2 * HALVES)) {
+        let mut buffer = [f16::ZERO; HALVES];
+        buffer[..values.len()].convert_from_f32_slice(values);
+        for (half, bytes) in buffer.iter().zip(out.as_chunks_mut::<2>().0) {
+            *bytes = half.to_le_bytes();
+        }
     }
 }
 

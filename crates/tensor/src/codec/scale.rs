@@ -4,6 +4,7 @@
 use half::{bf16, f16};
 
 use super::element;
+use super::search::round_float_within;
 use crate::format::{Element, ScaleType, ScaledFormat, ZeroPoint};
 
 /// How the power of two of an MX block is chosen.
@@ -169,7 +170,10 @@ fn squared_error(kind: Element, values: &[f32], scale: f32) -> f64 {
 pub fn encode(kind: Element, value: f32, scale: f32, zero: i8) -> u8 {
     let ratio = if scale == 0.0 { 0.0 } else { value / scale };
     match kind {
-        Element::Int(_) => element::from_f32(kind, ratio.round_ties_even() + f32::from(zero)),
+        Element::Int(_) => {
+            // The bounds only keep the addition exact; the element's own come after.
+            element::from_f32(kind, round_float_within(ratio, -1e6, 1e6) + f32::from(zero))
+        }
         _ => element::from_f32(kind, ratio),
     }
 }

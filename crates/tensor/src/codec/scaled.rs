@@ -26,9 +26,18 @@ pub(crate) fn dequantize_row(tensor: &Tensor, format: &ScaledFormat, row: usize,
             ZeroPoint::None => 0.0,
             ZeroPoint::Int => f32::from(tensor.zeros[first + block] as i8),
         };
-        for (i, out) in out.iter_mut().enumerate() {
-            let code = unpack(codes, block * grid.block_columns + i, bits);
-            *out = (values[usize::from(code)] - zero) * scale;
+        let start = block * grid.block_columns;
+        let value = |code: u8| (values[usize::from(code)] - zero) * scale;
+        match bits {
+            8 => out.iter_mut().zip(&codes[start..]).for_each(|(out, &code)| *out = value(code)),
+            4 => {
+                let nibble = |i: usize| codes[i / 2] >> (4 * (i % 2)) & 15;
+                out.iter_mut().enumerate().for_each(|(i, out)| *out = value(nibble(start + i)));
+            }
+            _ => {
+                let code = |i| unpack(codes, start + i, bits);
+                out.iter_mut().enumerate().for_each(|(i, out)| *out = value(code(i)));
+            }
         }
     }
 }

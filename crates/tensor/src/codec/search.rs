@@ -5,6 +5,11 @@
 //! fan of starting scales; codes rounded with one of them make the error exactly quadratic, so
 //! the best scale for those codes is a least-squares solution in closed form, and the best pair
 //! of all is kept. This is the scheme of llama.cpp's K-quants; the fans are wider here.
+//!
+//! Loops run over lanes with separate sums, so that the compiler can use vector registers.
+
+/// Lanes of the sums; every sub-block is a multiple.
+const LANES: usize = 8;
 
 /// `value ≈ scale * code - min`, with codes in `0..=levels` and `min >= 0`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -13,8 +18,6 @@ pub struct AffineFit {
     pub scale: f32,
     /// What is subtracted, not negative.
     pub min: f32,
-    /// The weighted squared error of the codes rounded with this scale and minimum.
-    pub error: f32,
 }
 
 /// Starting scales that [`fit_affine`] tries on either side of the plain one.
@@ -22,7 +25,45 @@ const AFFINE_STEPS: i32 = 20;
 /// Starting scales that [`fit_symmetric`] tries on either side of the plain one.
 const SYMMETRIC_STEPS: i32 = 12;
 
-/// The best affine fit found for `values` under `weights` (equally many, not negative).
+/// Rounds to the nearest integer within bounds, ties to even; NaN becomes `low`. The bounds are
+/// below 2^22: beyond that the addition would not round to integers.
+#[inline(always)]
+pub fn round_float_within(value: f32, low: f32, high: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: its neighbours are one apart
+    // Not `clamp`: `max` and `min` are single instructions, and NaN ends at `low`.
+    #[allow(clippy::manual_clamp)]
+    let bounded = value.max(low).min(high);
+    (bounded + MAGIC) - MAGIC
+}
+
+/// Rounds to the nearest integer within bounds; NaN becomes `low`.
+pub fn round_within(value: f32, low: i32, high: i32) -> i32 {
+    round_float_within(value, low as f32, high as f32) as i32
+}
+
+/// Sums `terms(value, weight)` over all numbers, in lanes.
+#[inline(always)]
+pub(super) fn sums<const N: usize>(
+    values: &[f32],
+    weights: &[f32],
+    terms: impl Fn(f32, f32) -> [f32; N],
+) -> [f32; N] {
+    let mut lanes = [[0.0f32; LANES]; N];
+    let (values, _) = values.as_chunks::<LANES>();
+    let (weights, _) = weights.as_chunks::<LANES>();
+    for (values, weights) in values.iter().zip(weights) {
+        for lane in 0..LANES {
+            let terms = terms(values[lane], weights[lane]);
+            for n in 0..N {
+                lanes[n][lane] += terms[n];
+            }
+        }
+    }
+    lanes.map(|lanes| lanes.iter().sum())
+}
+
+/// The best affine fit found for `values` under `weights` (equally many, a multiple of 8, not
+/// negative).
 pub fn fit_affine(values: &[f32], weights: &[f32], levels: i32) -> AffineFit {
     let (mut low, mut high) = (0.0f32, f32::NEG_INFINITY);
     for &v in values {
@@ -32,44 +73,32 @@ pub fn fit_affine(values: &[f32], weights: &[f32], levels: i32) -> AffineFit {
     let range = high - low;
     if range.is_nan() || range <= 0.0 || range.is_infinite() {
         // All equal and not positive (or not numbers): the minimum alone says it.
-        let (scale, min) = (0.0, -low);
-        return AffineFit { scale, min, error: affine_error(values, weights, levels, scale, min) };
+        return AffineFit { scale: 0.0, min: -low };
     }
-    let plain = range / levels as f32;
-    let mut best = measured(values, weights, levels, plain, -low);
+    let plain = AffineFit { scale: range / levels as f32, min: -low };
+    let [w, wx, wxx] = sums(values, weights, |x, w| [w, w * x, w * x * x]);
+    let mut best = plain;
+    let mut best_error = affine_error(values, weights, levels, plain.scale, plain.min);
     for step in -AFFINE_STEPS..=AFFINE_STEPS {
-        let steps = levels as f32 + step as f32 * 0.05;
-        if let Some((scale, min)) = solve_affine(values, weights, levels, steps / range, low) {
-            let fit = measured(values, weights, levels, scale, min);
-            if fit.error < best.error {
-                best = fit;
-            }
+        let inverse = (levels as f32 + step as f32 * 0.05) / range;
+        let top = levels as f32;
+        let [wq, wqq, wqx] = sums(values, weights, |x, w| {
+            let q = round_float_within(inverse * (x - low), 0.0, top);
+            [w * q, w * q * q, w * q * x]
+        });
+        let Some(fit) = solve_affine(w, wx, [wq, wqq, wqx]) else { continue };
+        // The error of these codes under their own least squares.
+        let error = wxx - fit.scale * wqx + fit.min * wx;
+        if error < best_error {
+            best = fit;
+            best_error = error;
         }
     }
     best
 }
 
-fn measured(values: &[f32], weights: &[f32], levels: i32, scale: f32, min: f32) -> AffineFit {
-    AffineFit { scale, min, error: affine_error(values, weights, levels, scale, min) }
-}
-
-/// Rounds with `inverse` and `low`, then solves the 2x2 normal equations for scale and minimum.
-fn solve_affine(
-    values: &[f32],
-    weights: &[f32],
-    levels: i32,
-    inverse: f32,
-    low: f32,
-) -> Option<(f32, f32)> {
-    let (mut w, mut wq, mut wqq, mut wx, mut wqx) = (0.0f32, 0.0f32, 0.0f32, 0.0f32, 0.0f32);
-    for (&x, &weight) in values.iter().zip(weights) {
-        let q = round_within(inverse * (x - low), 0, levels) as f32;
-        w += weight;
-        wq += weight * q;
-        wqq += weight * q * q;
-        wx += weight * x;
-        wqx += weight * q * x;
-    }
+/// The 2 x 2 normal equations for scale and minimum.
+fn solve_affine(w: f32, wx: f32, [wq, wqq, wqx]: [f32; 3]) -> Option<AffineFit> {
     let determinant = w * wqq - wq * wq;
     if determinant.is_nan() || determinant <= 0.0 {
         return None;
@@ -78,20 +107,21 @@ fn solve_affine(
     let min = (wq * wqx - wqq * wx) / determinant;
     if min < 0.0 {
         // The file stores no negative minimum: the best fit through zero.
-        return (wqq > 0.0).then(|| (wqx / wqq, 0.0)).filter(|fit| fit.0 > 0.0);
+        let scale = wqx / wqq;
+        return (wqq > 0.0 && scale > 0.0).then_some(AffineFit { scale, min: 0.0 });
     }
-    (scale > 0.0).then_some((scale, min))
+    (scale > 0.0).then_some(AffineFit { scale, min })
 }
 
 /// The weighted squared error of rounding `values` with this scale and minimum.
 pub fn affine_error(values: &[f32], weights: &[f32], levels: i32, scale: f32, min: f32) -> f32 {
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    let mut error = 0.0;
-    for (&x, &weight) in values.iter().zip(weights) {
-        let q = round_within(inverse * (x + min), 0, levels) as f32;
+    let top = levels as f32;
+    let [error] = sums(values, weights, |x, w| {
+        let q = round_float_within(inverse * (x + min), 0.0, top);
         let difference = scale * q - min - x;
-        error += weight * difference * difference;
-    }
+        [w * difference * difference]
+    });
     error
 }
 
@@ -102,15 +132,14 @@ pub fn fit_symmetric(values: &[f32], weights: &[f32], half: i32) -> f32 {
     if largest == 0.0 || !largest.is_finite() {
         return 0.0;
     }
+    let half = half as f32;
     let (mut best, mut best_gain) = (0.0, 0.0);
     for step in -SYMMETRIC_STEPS..=SYMMETRIC_STEPS {
-        let inverse = -(half as f32 + 0.1 * step as f32) / largest;
-        let (mut wqx, mut wqq) = (0.0f32, 0.0f32);
-        for (&x, &weight) in values.iter().zip(weights) {
-            let q = round_within(inverse * x, -half, half - 1) as f32;
-            wqx += weight * q * x;
-            wqq += weight * q * q;
-        }
+        let inverse = -(half + 0.1 * step as f32) / largest;
+        let [wqx, wqq] = sums(values, weights, |x, w| {
+            let q = round_float_within(inverse * x, -half, half - 1.0);
+            [w * q * x, w * q * q]
+        });
         // The error falls by wqx^2 / wqq from that of coding everything as zero.
         if wqq > 0.0 && wqx * wqx > best_gain * wqq {
             best = wqx / wqq;
@@ -123,15 +152,10 @@ pub fn fit_symmetric(values: &[f32], weights: &[f32], half: i32) -> f32 {
 /// The weighted squared error of rounding `values` to `scale * code`, codes in `-half..half`.
 pub fn symmetric_error(values: &[f32], weights: &[f32], half: i32, scale: f32) -> f32 {
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let mut error = 0.0;
-    for (&x, &weight) in values.iter().zip(weights) {
-        let difference = scale * round_within(inverse * x, -half, half - 1) as f32 - x;
-        error += weight * difference * difference;
-    }
+    let half = half as f32;
+    let [error] = sums(values, weights, |x, w| {
+        let difference = scale * round_float_within(inverse * x, -half, half - 1.0) - x;
+        [w * difference * difference]
+    });
     error
-}
-
-/// Rounds to the nearest integer within bounds; NaN becomes 0.
-pub fn round_within(value: f32, low: i32, high: i32) -> i32 {
-    (value.round_ties_even() as i32).clamp(low, high)
 }
