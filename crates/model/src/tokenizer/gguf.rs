@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use lathe_tensor::gguf::{FromMeta, GgufFile, MetaArray, Metadata};
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{Prepend, Replace, Sequence};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -81,6 +82,14 @@ pub struct GgufVocabulary {
 }
 
 impl Tokenizer {
+    /// Builds the tokenizer that is in a GGUF file.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_gguf_vocabulary`]; or if a key has the wrong type.
+    pub fn from_gguf(file: &GgufFile) -> Result<Self, TokenizerError> {
+        Self::from_gguf_vocabulary(GgufVocabulary::from_metadata(&file.metadata)?)
+    }
+
     /// Builds the tokenizer that a GGUF file describes.
     ///
     /// # Errors
@@ -118,6 +127,53 @@ impl Tokenizer {
 }
 
 impl GgufVocabulary {
+    /// Reads the keys `tokenizer.ggml.*`.
+    ///
+    /// # Errors
+    /// If a key has the wrong type, or the kind of vocabulary or the tokens are missing.
+    pub fn from_metadata(metadata: &Metadata) -> Result<Self, TokenizerError> {
+        fn read<'a, T: FromMeta<'a>>(
+            metadata: &'a Metadata,
+            key: &str,
+        ) -> Result<Option<T>, TokenizerError> {
+            Ok(metadata.optional(&format!("tokenizer.ggml.{key}"))?)
+        }
+        let strings = |key: &'static str| -> Result<Vec<String>, TokenizerError> {
+            let array: Option<&MetaArray> = read(metadata, key)?;
+            let Some(array) = array else { return Ok(Vec::new()) };
+            let strings = array.byte_strings().ok_or_else(|| TokenizerError::GgufType {
+                key: format!("tokenizer.ggml.{key}"),
+                found: format!("array of {}", array.kind()),
+                expected: "an array of strings",
+            })?;
+            Ok(strings.map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect())
+        };
+        let id = |key: &str| -> Result<Option<u32>, TokenizerError> {
+            // Some writers store -1 for "none".
+            let id: Option<i64> = read(metadata, key)?;
+            Ok(id.and_then(|id| u32::try_from(id).ok()))
+        };
+        let types: Option<Vec<i64>> = read(metadata, "token_type")?;
+        let model: Option<String> = read(metadata, "model")?;
+        Ok(Self {
+            model: model.ok_or(TokenizerError::MissingGgufKey { key: "tokenizer.ggml.model" })?,
+            pre: read(metadata, "pre")?,
+            tokens: strings("tokens")?,
+            scores: scores(metadata)?,
+            token_types: types.unwrap_or_default().iter().map(|kind| *kind as i32).collect(),
+            merges: strings("merges")?,
+            bos_token_id: id("bos_token_id")?,
+            eos_token_id: id("eos_token_id")?,
+            eot_token_id: id("eot_token_id")?,
+            eom_token_id: id("eom_token_id")?,
+            unknown_token_id: id("unknown_token_id")?,
+            padding_token_id: id("padding_token_id")?,
+            add_bos_token: read(metadata, "add_bos_token")?,
+            add_eos_token: read(metadata, "add_eos_token")?,
+            add_space_prefix: read(metadata, "add_space_prefix")?,
+        })
+    }
+
     fn check(&mut self) -> Result<(), TokenizerError> {
         let count = self.tokens.len();
         if count == 0 {
@@ -280,4 +336,16 @@ impl GgufVocabulary {
         pipeline.with_normalizer(Some(Sequence::new(steps)));
         Ok(pipeline)
     }
+}
+
+/// The scores, which are floats, or integers in files of some converters.
+fn scores(metadata: &Metadata) -> Result<Vec<f32>, TokenizerError> {
+    let key = "tokenizer.ggml.scores";
+    let Some(array) = metadata.optional::<&MetaArray>(key)? else { return Ok(Vec::new()) };
+    let integers = || array.integers().map(|all| all.iter().map(|one| *one as f32).collect());
+    array.floats().or_else(integers).ok_or_else(|| TokenizerError::GgufType {
+        key: key.to_owned(),
+        found: format!("array of {}", array.kind()),
+        expected: "an array of floats or integers",
+    })
 }

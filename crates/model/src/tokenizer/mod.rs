@@ -84,6 +84,9 @@ pub enum TokenizerError {
         /// The limit.
         limit: u32,
     },
+    /// A GGUF file's metadata is not what it should be.
+    #[error(transparent)]
+    Gguf(#[from] lathe_tensor::gguf::GgufError),
     /// A GGUF file's kind of vocabulary is unknown.
     #[error("tokenizer.ggml.model is {found:?}; supported are \"gpt2\" and \"llama\"")]
     UnknownGgufModel {
