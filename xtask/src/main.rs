@@ -1,3 +1,71 @@
-//! The rules of the workspace that a machine can check.
+//! The rules of the workspace that a machine can check, and other chores of its developers.
+#![forbid(unsafe_code)]
 
-fn main() {}
+mod licences;
+mod tidy;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about, version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Checks crate edges, `unsafe`, lengths, and leftovers.
+    Tidy {
+        /// Shrinks the list of exceptions to what is still needed; adds nothing.
+        #[arg(long)]
+        update: bool,
+    },
+    /// Checks every dependency's licence against deny.toml, without network.
+    Licences,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let root = workspace_root();
+    let outcome = match arguments.command {
+        Command::Tidy { update } => tidy::run(&root, update),
+        Command::Licences => licences::run(&root),
+    };
+    match outcome {
+        Ok(problems) if problems.is_empty() => ExitCode::SUCCESS,
+        Ok(problems) => {
+            problems.iter().for_each(|problem| eprintln!("{problem}"));
+            eprintln!("{} problems", problems.len());
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The folder of the workspace: xtask lies directly in it.
+fn workspace_root() -> PathBuf {
+    let mut path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    path.pop();
+    path
+}
+
+/// `cargo metadata` as JSON, without network.
+fn metadata(root: &std::path::Path, with_dependencies: bool) -> anyhow::Result<serde_json::Value> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let mut command = std::process::Command::new(cargo);
+    command.current_dir(root).args(["metadata", "--format-version", "1", "--offline"]);
+    if !with_dependencies {
+        command.arg("--no-deps");
+    }
+    let output = command.output()?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    anyhow::ensure!(output.status.success(), "cargo metadata failed: {complaint}");
+    Ok(serde_json::from_slice(&output.stdout)?)
+}

@@ -1,0 +1,80 @@
+//! `cargo xtask tidy`: what the design forbids, as checks.
+
+mod edges;
+mod ratchet;
+mod sources;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+/// ARCHITECTURE.md stays short enough to be read.
+const ARCHITECTURE_LINES_MAX: usize = 250;
+
+/// All problems, as lines to print. With `update`, the list of exceptions is shrunk first.
+pub(crate) fn run(root: &Path, update: bool) -> anyhow::Result<Vec<String>> {
+    let metadata = crate::metadata(root, false)?;
+    let mut problems = edges::check(&metadata);
+    problems.extend(check_manifests(root, &metadata)?);
+    problems.extend(check_architecture(root));
+
+    let mut found = sources::Findings::default();
+    for path in rust_files(root)? {
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().replace('\\', "/");
+        sources::check(&name, &text, &mut found)?;
+    }
+    problems.extend(found.problems);
+    problems.extend(ratchet::check(root, &found.lengths, update)?);
+    Ok(problems)
+}
+
+/// Every crate takes part in the workspace's lints, so that `missing_docs` holds everywhere.
+fn check_manifests(root: &Path, metadata: &serde_json::Value) -> anyhow::Result<Vec<String>> {
+    let mut problems = Vec::new();
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        let path = PathBuf::from(package["manifest_path"].as_str().unwrap_or_default());
+        let manifest = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let lints = manifest.split("[lints]").nth(1).unwrap_or_default();
+        if !lints.trim_start().starts_with("workspace = true") {
+            let name = path.strip_prefix(root).unwrap_or(&path).display();
+            problems.push(format!("{name}: lacks `[lints] workspace = true`"));
+        }
+        if package["license"].as_str() != Some("Apache-2.0") {
+            problems.push(format!("{}: its licence is not Apache-2.0", path.display()));
+        }
+    }
+    Ok(problems)
+}
+
+fn check_architecture(root: &Path) -> Option<String> {
+    let Ok(text) = fs::read_to_string(root.join("ARCHITECTURE.md")) else {
+        return Some("ARCHITECTURE.md: is not there".into());
+    };
+    let lines = text.lines().count();
+    let long = lines > ARCHITECTURE_LINES_MAX;
+    long.then(|| format!("ARCHITECTURE.md: {lines} lines, at most {ARCHITECTURE_LINES_MAX}"))
+}
+
+/// All Rust files of the project, in the order of their names. Build outputs (`target*`) and hidden
+/// folders are not part of it.
+fn rust_files(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let (mut files, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            let entry = entry?;
+            let (path, name) = (entry.path(), entry.file_name());
+            let name = name.to_string_lossy();
+            if entry.file_type()?.is_dir() {
+                if !name.starts_with('.') && !name.starts_with("target") {
+                    folders.push(path);
+                }
+            } else if name.ends_with(".rs") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    Ok(files)
+}
