@@ -4,11 +4,14 @@
 //! format, [`codec`] turns one into `f32` and back (the scalar oracle for every kernel), and
 //! [`safetensors`] / [`gguf`] read and write checkpoint files. This crate knows nothing of models.
 
+#![deny(unsafe_code)]
+
 pub mod bytes;
 pub mod codec;
 pub mod format;
 pub mod gguf;
 pub mod hadamard;
+#[allow(unsafe_code)]
 mod mapping;
 mod partial;
 pub mod safetensors;
