@@ -29,6 +29,8 @@ pub(super) struct Defaults {
     pub partial: Option<f64>,
     /// `original_max_position_embeddings` beside the scaling, where a class always has one.
     pub original: Option<usize>,
+    /// Names under which older files of the family ask for LongRoPE.
+    pub longrope: &'static [&'static str],
     /// The field that names the nonlinearity, and its default.
     pub activation: (&'static str, &'static str),
 }
@@ -45,6 +47,7 @@ pub(super) const LLAMA: Defaults = Defaults {
     vocabulary: None,
     partial: None,
     original: None,
+    longrope: &[],
     activation: ("hidden_act", "silu"),
 };
 

@@ -100,8 +100,14 @@ pub(super) fn smollm3(c: &Config) -> Result<DecoderSpec, SpecError> {
     Ok(spec)
 }
 
-const PHI3: Defaults =
-    Defaults { epsilon: 1e-5, context: 4096, partial: Some(1.0), original: Some(4096), ..LLAMA };
+const PHI3: Defaults = Defaults {
+    epsilon: 1e-5,
+    context: 4096,
+    partial: Some(1.0),
+    original: Some(4096),
+    longrope: &["su", "yarn"],
+    ..LLAMA
+};
 
 pub(super) fn phi3(c: &Config) -> Result<DecoderSpec, SpecError> {
     one_window(c, base::decoder(c, &PHI3)?, None)

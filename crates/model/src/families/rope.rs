@@ -96,6 +96,7 @@ fn read_scaling(c: &Config, defaults: &Defaults, p: &Config) -> Result<RopeScali
         Some(original) => original,
         None => p.size("original_max_position_embeddings")?.unwrap_or(context),
     };
+    let kind = if defaults.longrope.contains(&kind) { "longrope" } else { kind };
     match kind {
         "default" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: need("factor")? }),
