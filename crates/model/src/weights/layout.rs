@@ -1,0 +1,203 @@
+//! From tensors as files have them to the canonical `[out, in]` and `[experts, out, in]`.
+//!
+//! Rows move as bytes, in whatever format; only what cannot (a transposed quantized tensor, rows
+//! that cut a tile of scales) is dequantized, to `f32`.
+
+use lathe_tensor::{Bytes, Format, Tensor, TensorError};
+
+/// What to do with the tensors of a weight.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// Nothing.
+    Whole,
+    /// Put one tensor an expert on top of one another.
+    Stack,
+    /// From every `period` rows take `run`, the first at `start`, each `step` after the last.
+    Rows {
+        /// Rows are elements of a vector.
+        vector: bool,
+        period: usize,
+        start: usize,
+        run: usize,
+        step: usize,
+    },
+    /// Transpose each matrix and take every `step`th row of the result, from `first` on.
+    Transposed { first: usize, step: usize },
+    /// Undo the order of query and key rows of GGUF's Llama; `head` rows belong together.
+    Unpermuted {
+        /// Rows are elements of a vector.
+        vector: bool,
+        head: usize,
+    },
+    /// Transpose each of `heads` matrices and put the rows of all below one another.
+    TransposedHeads { heads: usize },
+}
+
+/// Whether two shapes hold the same rows in the same order.
+pub(super) fn same_rows(found: &[usize], wanted: &[usize]) -> bool {
+    let product = |shape: &[usize]| shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+    let last = |shape: &[usize]| shape.iter().rev().copied().find(|d| *d != 1).unwrap_or(1);
+    let (Some(all), Some(wanted_all)) = (product(found), product(wanted)) else { return false };
+    all == wanted_all && last(found) == last(wanted)
+}
+
+/// The weight of `shape` that `parts` hold.
+pub(super) fn arrange(
+    layout: &Layout,
+    parts: Vec<Tensor>,
+    shape: &[usize],
+) -> Result<Tensor, TensorError> {
+    let tensor = match layout {
+        Layout::Stack => return stack(&parts, shape),
+        _ => parts.into_iter().next().expect("one tensor"),
+    };
+    match layout {
+        Layout::Stack | Layout::Whole => fit(tensor, shape),
+        Layout::Rows { vector, period, start, run, step } => {
+            let tensor = if *vector { as_column(tensor)? } else { tensor };
+            let periods = tensor.rows() / period;
+            if *step == 1 {
+                let starts = (0..periods).map(|i| i * period + start);
+                return fit(take_runs(&tensor, starts, *run)?, shape);
+            }
+            let rows = (0..periods)
+                .flat_map(|i| (0..*run).map(move |row| i * period + start + row * step));
+            fit(gather(&tensor, &rows.collect::<Vec<_>>())?, shape)
+        }
+        Layout::Unpermuted { vector, head } => {
+            let tensor = if *vector { as_column(tensor)? } else { tensor };
+            let half = head / 2;
+            // Row `half * i + j` of a head (half i, pair j) lies at `2 * j + i`.
+            let place = |row: usize| {
+                let (start, at) = (row / head * head, row % head);
+                start + 2 * (at % half) + at / half
+            };
+            let rows: Vec<usize> = (0..tensor.rows()).map(place).collect();
+            fit(gather(&tensor, &rows)?, shape)
+        }
+        Layout::Transposed { first, step } => {
+            let [matrices, out, inner] = [shape[0], shape[1], shape[2]];
+            fit(transpose(&tensor, [matrices, inner, out * step], *first, *step)?, shape)
+        }
+        Layout::TransposedHeads { heads } => {
+            let out = shape[0] / heads;
+            fit(transpose(&tensor, [*heads, shape[1], out], 0, 1)?, shape)
+        }
+    }
+}
+
+/// The same rows under the program's shape.
+fn fit(tensor: Tensor, shape: &[usize]) -> Result<Tensor, TensorError> {
+    if tensor.shape == shape { Ok(tensor) } else { tensor.reshape(shape.to_vec()) }
+}
+
+/// A vector (or several) as rows of one element.
+fn as_column(tensor: Tensor) -> Result<Tensor, TensorError> {
+    let elements = tensor.elements();
+    match tensor.format {
+        Format::Float(_) => tensor.reshape(vec![elements, 1]),
+        _ => Tensor::from_f32_vec(vec![elements], tensor.to_f32()).reshape(vec![elements, 1]),
+    }
+}
+
+fn plain(tensor: &Tensor) -> Tensor {
+    Tensor::from_f32_vec(tensor.shape.clone(), tensor.to_f32())
+}
+
+/// `run` rows from each of `starts`.
+fn take_runs(
+    tensor: &Tensor,
+    starts: impl Iterator<Item = usize> + Clone,
+    run: usize,
+) -> Result<Tensor, TensorError> {
+    let parts = |tensor: &Tensor| {
+        let parts = starts.clone().map(|start| tensor.slice_rows(start..start + run));
+        parts.collect::<Result<Vec<_>, _>>()
+    };
+    match parts(tensor) {
+        Ok(parts) => concatenate(&parts),
+        Err(TensorError::Rows { .. }) => concatenate(&parts(&plain(tensor))?),
+        Err(error) => Err(error),
+    }
+}
+
+fn gather(tensor: &Tensor, rows: &[usize]) -> Result<Tensor, TensorError> {
+    match tensor.gather_rows(rows) {
+        Err(TensorError::Rows { .. }) => plain(tensor).gather_rows(rows),
+        result => result,
+    }
+}
+
+/// Tensors of one format and width below one another; one alone is not copied.
+fn concatenate(parts: &[Tensor]) -> Result<Tensor, TensorError> {
+    let [first, rest @ ..] = parts else {
+        return Ok(Tensor::from_f32(&[0, 0], &[]));
+    };
+    if rest.is_empty() {
+        return Ok(first.clone());
+    }
+    let rows = parts.iter().map(Tensor::rows).sum();
+    join(parts, vec![rows, first.columns()])
+}
+
+/// One matrix an expert as `[experts, out, in]`.
+fn stack(parts: &[Tensor], shape: &[usize]) -> Result<Tensor, TensorError> {
+    let first = &parts[0];
+    let alike = |part: &Tensor| {
+        part.format == first.format && part.global_scale == first.global_scale
+    };
+    if parts.iter().all(alike) {
+        return join(parts, shape.to_vec());
+    }
+    join(&parts.iter().map(plain).collect::<Vec<_>>(), shape.to_vec())
+}
+
+fn join(parts: &[Tensor], shape: Vec<usize>) -> Result<Tensor, TensorError> {
+    let plane = |of: fn(&Tensor) -> &Bytes| {
+        let mut bytes = Vec::with_capacity(parts.iter().map(|part| of(part).len()).sum());
+        parts.iter().for_each(|part| bytes.extend_from_slice(of(part)));
+        Bytes::new(bytes)
+    };
+    Tensor::new_scaled(
+        shape,
+        parts[0].format,
+        plane(|part| &part.codes),
+        plane(|part| &part.scales),
+        plane(|part| &part.zeros),
+        parts[0].global_scale,
+    )
+}
+
+/// Rows `first`, `first + step`, .. of the transposes of `matrices` matrices `[inner, columns]`.
+fn transpose(
+    tensor: &Tensor,
+    [matrices, inner, columns]: [usize; 3],
+    first: usize,
+    step: usize,
+) -> Result<Tensor, TensorError> {
+    let tensor = match tensor.format {
+        Format::Float(_) => tensor.clone(),
+        _ => plain(tensor),
+    };
+    let element = tensor.format.row_bytes(1)?;
+    let out = columns / step;
+    let mut bytes = vec![0; matrices * out * inner * element];
+    for matrix in 0..matrices {
+        let from = &tensor.codes[matrix * inner * columns * element..];
+        let to = &mut bytes[matrix * out * inner * element..][..out * inner * element];
+        // Squares small enough for the nearest cache.
+        for row_block in (0..out).step_by(64) {
+            for column_block in (0..inner).step_by(64) {
+                for row in row_block..(row_block + 64).min(out) {
+                    for column in column_block..(column_block + 64).min(inner) {
+                        let source = (column * columns + first + row * step) * element;
+                        let target = (row * inner + column) * element;
+                        to[target..target + element]
+                            .copy_from_slice(&from[source..source + element]);
+                    }
+                }
+            }
+        }
+    }
+    Tensor::new(vec![matrices, out, inner], tensor.format, Bytes::new(bytes))
+}

@@ -1,0 +1,252 @@
+//! Finding a weight's tensors by the rules of its family, and checking their shapes.
+
+use lathe_program::{Program, Weight, WeightRole};
+use lathe_tensor::Tensor;
+
+use super::WeightsError;
+use super::layout::{self, Layout};
+use crate::checkpoint::Checkpoint;
+use crate::names::{Rules, Source, sources_of};
+use crate::spec::{AttentionSpec, DecoderSpec};
+
+/// Where one weight is: the tensors to read and what to do with them.
+#[derive(Debug)]
+pub(super) struct Located {
+    /// One, or one an expert.
+    pub tensors: Vec<String>,
+    layout: Layout,
+}
+
+impl Located {
+    /// The weight, in `shape`.
+    pub fn load(&self, checkpoint: &Checkpoint, shape: &[usize]) -> Result<Tensor, WeightsError> {
+        let parts = self.tensors.iter().map(|name| checkpoint.tensor(name));
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        layout::arrange(&self.layout, parts, shape)
+            .map_err(|source| WeightsError::Tensor { tensor: self.tensors[0].clone(), source })
+    }
+}
+
+/// Prefixes of the tensors of a decoder; a model that also sees has it under a name of its own.
+const ROOTS: [&str; 4] = ["model.", "language_model.model.", "model.language_model.", ""];
+/// Names of the head, which does not lie under the prefix.
+const HEADS: [&str; 3] = ["lm_head.weight", "language_model.lm_head.weight", "output.weight"];
+
+/// Knows a checkpoint's prefixes and a family's rules.
+pub(super) struct Locator<'a> {
+    checkpoint: &'a Checkpoint,
+    spec: &'a DecoderSpec,
+    rules: &'a [Rules],
+    program: &'a Program,
+    /// Before the names of the model, and between that and a layer's number.
+    root: &'static str,
+    layer: &'static str,
+}
+
+impl<'a> Locator<'a> {
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        spec: &'a DecoderSpec,
+        rules: &'a [Rules],
+        program: &'a Program,
+    ) -> Self {
+        let (root, layer) = match checkpoint {
+            Checkpoint::Gguf(_) => ("", "blk."),
+            Checkpoint::Safetensors { .. } => {
+                let has = |root: &&str| checkpoint.contains(&format!("{root}embed_tokens.weight"));
+                (ROOTS.into_iter().find(has).unwrap_or("model."), "layers.")
+            }
+        };
+        Locator { checkpoint, spec, rules, program, root, layer }
+    }
+
+    /// Where `weight` is.
+    pub fn locate(&self, weight: Weight) -> Result<Located, WeightsError> {
+        let decl = self.program.weight(weight);
+        if decl.role == WeightRole::Head && !self.spec.tied_head {
+            return self.locate_head(&decl.shape);
+        }
+        let name = match (decl.role, decl.layer) {
+            // A tied head is the embedding.
+            (WeightRole::Head, _) => "embedding",
+            (_, Some(layer)) => {
+                decl.name.strip_prefix(&format!("layers.{layer}.")).unwrap_or(&decl.name)
+            }
+            (_, None) => &decl.name,
+        };
+        let mut tried = Vec::new();
+        for source in sources_of(self.rules, name) {
+            let tensors = self.tensors(source, decl.layer, decl.shape[0]);
+            if self.checkpoint.contains(&tensors[0]) {
+                let layout = self.layout(source, name, weight, &tensors[0])?;
+                return Ok(Located { tensors, layout });
+            }
+            tried.push(tensors[0].clone());
+        }
+        Err(WeightsError::Missing { weight: decl.name.clone(), tried })
+    }
+
+    fn locate_head(&self, shape: &[usize]) -> Result<Located, WeightsError> {
+        match HEADS.into_iter().find(|name| self.checkpoint.contains(name)) {
+            Some(name) => {
+                self.check(name, &[shape])?;
+                Ok(Located { tensors: vec![name.to_owned()], layout: Layout::Whole })
+            }
+            None => Err(WeightsError::Missing {
+                weight: "head".to_owned(),
+                tried: HEADS.map(str::to_owned).into(),
+            }),
+        }
+    }
+
+    /// Full names of the tensors of `source`.
+    fn tensors(&self, source: &Source, layer: Option<u32>, experts: usize) -> Vec<String> {
+        let prefix = match layer {
+            Some(layer) => format!("{}{}{layer}.", self.root, self.layer),
+            None => self.root.to_owned(),
+        };
+        match source {
+            Source::EachExpert(name) => (0..experts)
+                .map(|expert| format!("{prefix}{}", name.replace("{}", &expert.to_string())))
+                .collect(),
+            Source::Whole(name)
+            | Source::Part(name, _)
+            | Source::PartOfEachHead(name, _)
+            | Source::Alternate(name, _)
+            | Source::Transposed(name)
+            | Source::AlternateTransposed(name, _)
+            | Source::Unpermuted(name)
+            | Source::TransposedHeads(name) => vec![format!("{prefix}{name}")],
+        }
+    }
+
+    /// What to do with the tensors of `source` for `weight`, after a check of their shapes.
+    fn layout(
+        &self,
+        source: &Source,
+        name: &str,
+        weight: Weight,
+        tensor: &str,
+    ) -> Result<Layout, WeightsError> {
+        let decl = self.program.weight(weight);
+        let shape = decl.shape.as_slice();
+        let vector = decl.role == WeightRole::Vector;
+        // Rows are the dimension that parts share: the last of a vector, else the last but one.
+        let rows_at = if vector { shape.len() - 1 } else { shape.len() - 2 };
+        let with_rows = |rows: usize| {
+            let mut shape = shape.to_vec();
+            shape[rows_at] = rows;
+            shape
+        };
+        let rows = shape[rows_at];
+        match source {
+            Source::Whole(_) => {
+                self.check(tensor, &[shape])?;
+                Ok(Layout::Whole)
+            }
+            Source::EachExpert(_) => {
+                self.check(tensor, &[&shape[1..]])?;
+                Ok(Layout::Stack)
+            }
+            Source::Part(_, parts) => {
+                let (before, total) = self.rows_of(parts, name, decl.layer);
+                self.check(tensor, &[&with_rows(total)])?;
+                Ok(Layout::Rows { vector, period: total, start: before, run: rows, step: 1 })
+            }
+            Source::PartOfEachHead(_, parts) => {
+                let (before, total) = self.rows_of(parts, name, decl.layer);
+                self.check(tensor, &[&with_rows(total)])?;
+                let heads = self.heads(decl.layer);
+                let (period, start, run) = (total / heads, before / heads, rows / heads);
+                Ok(Layout::Rows { vector, period, start, run, step: 1 })
+            }
+            Source::Alternate(_, parts) => {
+                self.check(tensor, &[&with_rows(rows * parts.len())])?;
+                let start = parts.iter().position(|part| *part == name).unwrap_or(0);
+                let (period, step) = (rows * parts.len(), parts.len());
+                Ok(Layout::Rows { vector, period, start, run: rows, step })
+            }
+            Source::Transposed(_) => {
+                self.check(tensor, &[&[shape[0], shape[2], shape[1]]])?;
+                Ok(Layout::Transposed { first: 0, step: 1 })
+            }
+            Source::AlternateTransposed(_, parts) => {
+                self.check(tensor, &[&[shape[0], shape[2], shape[1] * parts.len()]])?;
+                let first = parts.iter().position(|part| *part == name).unwrap_or(0);
+                Ok(Layout::Transposed { first, step: parts.len() })
+            }
+            Source::Unpermuted(_) => {
+                self.check(tensor, &[shape])?;
+                Ok(Layout::Unpermuted { vector, head: self.head_dim(decl.layer) })
+            }
+            Source::TransposedHeads(_) => {
+                let heads = self.heads(decl.layer);
+                self.check(tensor, &[&[heads, shape[1], shape[0] / heads]])?;
+                Ok(Layout::TransposedHeads { heads })
+            }
+        }
+    }
+
+    /// Rows of the parts before `name`, and of all.
+    fn rows_of(&self, parts: &[&str], name: &str, layer: Option<u32>) -> (usize, usize) {
+        let (mut before, mut total) = (0, 0);
+        for part in parts {
+            let full = layer.map_or((*part).to_owned(), |layer| format!("layers.{layer}.{part}"));
+            let rows = self.program.weight_named(&full).map_or(0, |weight| {
+                let decl = self.program.weight(weight);
+                let back = if decl.role == WeightRole::Vector { 1 } else { 2 };
+                decl.shape[decl.shape.len() - back]
+            });
+            if *part == name {
+                before = total;
+            }
+            total += rows;
+        }
+        (before, total)
+    }
+
+    fn attention(&self, layer: Option<u32>) -> Option<&AttentionSpec> {
+        layer.map(|layer| &self.spec.layers[layer as usize].attention)
+    }
+
+    fn heads(&self, layer: Option<u32>) -> usize {
+        match self.attention(layer) {
+            Some(AttentionSpec::Gqa(gqa)) => gqa.heads,
+            Some(AttentionSpec::Mla(mla)) => mla.heads,
+            None => 1,
+        }
+    }
+
+    fn head_dim(&self, layer: Option<u32>) -> usize {
+        match self.attention(layer) {
+            Some(AttentionSpec::Gqa(gqa)) => gqa.head_dim,
+            Some(AttentionSpec::Mla(mla)) => mla.rope_dim,
+            None => 1,
+        }
+    }
+
+    /// Whether the tensor has one of the shapes, dimensions of 1 and leading ones put together
+    /// not counted: files write `[1, n]` for `[n]` and `[heads, n, m]` for `[heads * n, m]`.
+    fn check(&self, name: &str, shapes: &[&[usize]]) -> Result<(), WeightsError> {
+        let found = self.checkpoint.shape(name)?;
+        if shapes.iter().any(|shape| layout::same_rows(&found, shape)) {
+            return Ok(());
+        }
+        let expected = shapes[0].to_vec();
+        Err(WeightsError::Shape { tensor: name.to_owned(), found, expected })
+    }
+
+    /// Whether a tensor that nothing uses is known not to matter.
+    pub fn ignorable(&self, name: &str) -> bool {
+        let beyond = |prefix: &str| {
+            let number = name.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok()?;
+            Some(number >= self.spec.layers.len())
+        };
+        let layers = format!("{}{}", self.root, self.layer);
+        // Layers after the last one predict further tokens.
+        beyond(&layers).unwrap_or(false)
+            || name.ends_with("rotary_emb.inv_freq")
+            || name.starts_with("rope_f")
+            || (self.spec.tied_head && HEADS.contains(&name))
+    }
+}

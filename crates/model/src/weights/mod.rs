@@ -1,0 +1,121 @@
+//! `ModelWeights`: the weights that a program declares, found in a checkpoint.
+//!
+//! Everything is located and checked when the source is made; a tensor's bytes are read (and
+//! copied only where the file's layout differs from the canonical one) when a backend asks.
+
+mod dummy;
+mod layout;
+mod locate;
+
+use std::collections::BTreeSet;
+
+use lathe_program::{BackendError, Program, Weight, WeightSource};
+use lathe_tensor::{Tensor, TensorError};
+
+pub use dummy::DummyWeights;
+
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::names::Rules;
+use crate::spec::DecoderSpec;
+use locate::{Located, Locator};
+
+/// Why a checkpoint does not have the weights of a program.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// None of a weight's possible tensors is in the file.
+    #[error("weight {weight} is not in the checkpoint: looked for {}", .tried.join(", "))]
+    Missing {
+        /// Canonical name.
+        weight: String,
+        /// Names that it might have had.
+        tried: Vec<String>,
+    },
+    /// A tensor has another shape than the model's description says.
+    #[error("tensor {tensor} has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// Its name in the file.
+        tensor: String,
+        /// Its shape, outermost first.
+        found: Vec<usize>,
+        /// The shape that its weight needs.
+        expected: Vec<usize>,
+    },
+    /// A tensor cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The parts of a weight cannot be taken out or put together.
+    #[error("tensor {tensor}: {source}")]
+    Tensor {
+        /// Its name in the file.
+        tensor: String,
+        /// What stands in the way.
+        source: TensorError,
+    },
+}
+
+/// The weights of one program in one checkpoint.
+#[derive(Debug)]
+pub struct ModelWeights<'a> {
+    checkpoint: &'a Checkpoint,
+    program: &'a Program,
+    located: Vec<Located>,
+    unused: Vec<String>,
+}
+
+impl<'a> ModelWeights<'a> {
+    /// Finds every weight of `program`, lowered from `spec`, by the `rules` of its family.
+    ///
+    /// # Errors
+    /// If a weight is missing or a tensor's shape is not what the weight needs.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        spec: &'a DecoderSpec,
+        rules: &'a [Rules],
+        program: &'a Program,
+    ) -> Result<Self, WeightsError> {
+        let locator = Locator::new(checkpoint, spec, rules, program);
+        let located = (0..program.weights.len())
+            .map(|index| locator.locate(Weight(index as u32)))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut used = BTreeSet::new();
+        for name in located.iter().flat_map(|located| &located.tensors) {
+            used.extend(checkpoint.parts_of(name));
+        }
+        let unused = checkpoint
+            .names()
+            .into_iter()
+            .filter(|name| !used.contains(*name) && !locator.ignorable(name))
+            .map(str::to_owned)
+            .collect();
+        Ok(ModelWeights { checkpoint, program, located, unused })
+    }
+
+    /// Tensors of the checkpoint that no weight uses, other than those that are known not to
+    /// matter to the computation (rotary tables, layers for multi-token prediction).
+    pub fn unused(&self) -> &[String] {
+        &self.unused
+    }
+
+    /// Names of the tensors that `weight` is made of.
+    pub fn tensors_of(&self, weight: Weight) -> &[String] {
+        &self.located[weight.0 as usize].tensors
+    }
+
+    /// A weight in the shape that the program declares.
+    ///
+    /// # Errors
+    /// If a tensor cannot be read.
+    pub fn load(&self, weight: Weight) -> Result<Tensor, WeightsError> {
+        let decl = self.program.weight(weight);
+        self.located[weight.0 as usize].load(self.checkpoint, &decl.shape)
+    }
+}
+
+impl WeightSource for ModelWeights<'_> {
+    fn tensor(&self, weight: Weight) -> Result<Tensor, BackendError> {
+        self.load(weight).map_err(|error| BackendError::Weight {
+            name: self.program.weight(weight).name.clone(),
+            reason: error.to_string(),
+        })
+    }
+}
