@@ -78,7 +78,9 @@ impl Quantization {
                     return Err(SpecError::feature(format!("fp8 format `{element}`")));
                 }
                 match c.sizes("weight_block_size")?.as_deref() {
-                    Some(&[rows, columns]) if (1..=4096).contains(&rows) && (1..=4096).contains(&columns) => {
+                    Some(&[rows, columns])
+                        if (1..=4096).contains(&rows) && (1..=4096).contains(&columns) =>
+                    {
                         Ok(Quantization::Fp8Tiles { tile: (rows as u32, columns as u32) })
                     }
                     found => Err(SpecError::feature(format!("fp8 weight_block_size {found:?}"))),
@@ -116,7 +118,10 @@ impl Checkpoint {
     ///
     /// # Errors
     /// If there are none, or a file is malformed.
-    pub fn open_safetensors(path: &Path, quantization: Quantization) -> Result<Self, CheckpointError> {
+    pub fn open_safetensors(
+        path: &Path,
+        quantization: Quantization,
+    ) -> Result<Self, CheckpointError> {
         Ok(Checkpoint::Safetensors { files: SafetensorsFiles::open(path)?, quantization })
     }
 
@@ -134,6 +139,14 @@ impl Checkpoint {
             Checkpoint::Safetensors { files, .. } => files.contains(name),
             Checkpoint::Gguf(file) => file.info(name).is_some(),
         }
+    }
+
+    /// The shape in which [`Self::tensor`] gives a tensor.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn shape(&self, name: &str) -> Result<Vec<usize>, CheckpointError> {
+        Ok(self.tensor(name)?.shape)
     }
 
     /// Names of the tensors that [`Self::tensor`] reads for `name`: itself, and its scales.

@@ -7,11 +7,17 @@
 #![forbid(unsafe_code)]
 
 pub mod chat;
+pub mod checkpoint;
 pub mod config;
 pub mod families;
+mod generation;
 pub mod lower;
+mod model;
 pub mod names;
 pub mod spec;
 pub mod tokenizer;
+pub mod weights;
 
+pub use generation::GenerationDefaults;
+pub use model::{Layout, Model, ModelError, read_spec};
 pub use spec::{DecoderSpec, SpecError};

@@ -7,12 +7,14 @@
 mod base;
 mod deepseek;
 mod gemma;
+mod gguf;
 mod gpt_oss;
 mod llama;
 mod qwen;
 mod rope;
 mod rows;
 
+pub use gguf::GgufFamily;
 use serde_json::Value;
 
 use crate::config::Config;

@@ -33,12 +33,19 @@ pub(super) enum Layout {
     TransposedHeads { heads: usize },
 }
 
-/// Whether two shapes hold the same rows in the same order.
+/// Whether two shapes hold the same rows in the same order: equal but for dimensions of 1, or
+/// one of them with all rows put together.
 pub(super) fn same_rows(found: &[usize], wanted: &[usize]) -> bool {
-    let product = |shape: &[usize]| shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-    let last = |shape: &[usize]| shape.iter().rev().copied().find(|d| *d != 1).unwrap_or(1);
-    let (Some(all), Some(wanted_all)) = (product(found), product(wanted)) else { return false };
-    all == wanted_all && last(found) == last(wanted)
+    let real = |shape: &[usize]| shape.iter().copied().filter(|d| *d != 1).collect::<Vec<_>>();
+    let (found, wanted) = (real(found), real(wanted));
+    if found == wanted {
+        return true;
+    }
+    let flat = |shape: &[usize]| {
+        let (last, rows) = shape.split_last()?;
+        Some((rows.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?, *last))
+    };
+    found.len().min(wanted.len()) == 2 && flat(&found).is_some() && flat(&found) == flat(&wanted)
 }
 
 /// The weight of `shape` that `parts` hold.
@@ -143,9 +150,8 @@ fn concatenate(parts: &[Tensor]) -> Result<Tensor, TensorError> {
 /// One matrix an expert as `[experts, out, in]`.
 fn stack(parts: &[Tensor], shape: &[usize]) -> Result<Tensor, TensorError> {
     let first = &parts[0];
-    let alike = |part: &Tensor| {
-        part.format == first.format && part.global_scale == first.global_scale
-    };
+    let alike =
+        |part: &Tensor| part.format == first.format && part.global_scale == first.global_scale;
     if parts.iter().all(alike) {
         return join(parts, shape.to_vec());
     }

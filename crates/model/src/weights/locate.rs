@@ -78,7 +78,7 @@ impl<'a> Locator<'a> {
         for source in sources_of(self.rules, name) {
             let tensors = self.tensors(source, decl.layer, decl.shape[0]);
             if self.checkpoint.contains(&tensors[0]) {
-                let layout = self.layout(source, name, weight, &tensors[0])?;
+                let layout = self.layout(source, name, weight, &tensors)?;
                 return Ok(Located { tensors, layout });
             }
             tried.push(tensors[0].clone());
@@ -89,7 +89,7 @@ impl<'a> Locator<'a> {
     fn locate_head(&self, shape: &[usize]) -> Result<Located, WeightsError> {
         match HEADS.into_iter().find(|name| self.checkpoint.contains(name)) {
             Some(name) => {
-                self.check(name, &[shape])?;
+                self.check(name, shape)?;
                 Ok(Located { tensors: vec![name.to_owned()], layout: Layout::Whole })
             }
             None => Err(WeightsError::Missing {
@@ -126,8 +126,9 @@ impl<'a> Locator<'a> {
         source: &Source,
         name: &str,
         weight: Weight,
-        tensor: &str,
+        tensors: &[String],
     ) -> Result<Layout, WeightsError> {
+        let tensor = tensors[0].as_str();
         let decl = self.program.weight(weight);
         let shape = decl.shape.as_slice();
         let vector = decl.role == WeightRole::Vector;
@@ -141,47 +142,49 @@ impl<'a> Locator<'a> {
         let rows = shape[rows_at];
         match source {
             Source::Whole(_) => {
-                self.check(tensor, &[shape])?;
+                self.check(tensor, shape)?;
                 Ok(Layout::Whole)
             }
             Source::EachExpert(_) => {
-                self.check(tensor, &[&shape[1..]])?;
+                for tensor in tensors {
+                    self.check(tensor, &shape[1..])?;
+                }
                 Ok(Layout::Stack)
             }
             Source::Part(_, parts) => {
                 let (before, total) = self.rows_of(parts, name, decl.layer);
-                self.check(tensor, &[&with_rows(total)])?;
+                self.check(tensor, &with_rows(total))?;
                 Ok(Layout::Rows { vector, period: total, start: before, run: rows, step: 1 })
             }
             Source::PartOfEachHead(_, parts) => {
                 let (before, total) = self.rows_of(parts, name, decl.layer);
-                self.check(tensor, &[&with_rows(total)])?;
+                self.check(tensor, &with_rows(total))?;
                 let heads = self.heads(decl.layer);
                 let (period, start, run) = (total / heads, before / heads, rows / heads);
                 Ok(Layout::Rows { vector, period, start, run, step: 1 })
             }
             Source::Alternate(_, parts) => {
-                self.check(tensor, &[&with_rows(rows * parts.len())])?;
+                self.check(tensor, &with_rows(rows * parts.len()))?;
                 let start = parts.iter().position(|part| *part == name).unwrap_or(0);
                 let (period, step) = (rows * parts.len(), parts.len());
                 Ok(Layout::Rows { vector, period, start, run: rows, step })
             }
             Source::Transposed(_) => {
-                self.check(tensor, &[&[shape[0], shape[2], shape[1]]])?;
+                self.check(tensor, &[shape[0], shape[2], shape[1]])?;
                 Ok(Layout::Transposed { first: 0, step: 1 })
             }
             Source::AlternateTransposed(_, parts) => {
-                self.check(tensor, &[&[shape[0], shape[2], shape[1] * parts.len()]])?;
+                self.check(tensor, &[shape[0], shape[2], shape[1] * parts.len()])?;
                 let first = parts.iter().position(|part| *part == name).unwrap_or(0);
                 Ok(Layout::Transposed { first, step: parts.len() })
             }
             Source::Unpermuted(_) => {
-                self.check(tensor, &[shape])?;
+                self.check(tensor, shape)?;
                 Ok(Layout::Unpermuted { vector, head: self.head_dim(decl.layer) })
             }
             Source::TransposedHeads(_) => {
                 let heads = self.heads(decl.layer);
-                self.check(tensor, &[&[heads, shape[1], shape[0] / heads]])?;
+                self.check(tensor, &[heads, shape[1], shape[0] / heads])?;
                 Ok(Layout::TransposedHeads { heads })
             }
         }
@@ -225,15 +228,14 @@ impl<'a> Locator<'a> {
         }
     }
 
-    /// Whether the tensor has one of the shapes, dimensions of 1 and leading ones put together
-    /// not counted: files write `[1, n]` for `[n]` and `[heads, n, m]` for `[heads * n, m]`.
-    fn check(&self, name: &str, shapes: &[&[usize]]) -> Result<(), WeightsError> {
+    /// Refuses a tensor of another shape.
+    fn check(&self, name: &str, expected: &[usize]) -> Result<(), WeightsError> {
         let found = self.checkpoint.shape(name)?;
-        if shapes.iter().any(|shape| layout::same_rows(&found, shape)) {
+        if layout::same_rows(&found, expected) {
             return Ok(());
         }
-        let expected = shapes[0].to_vec();
-        Err(WeightsError::Shape { tensor: name.to_owned(), found, expected })
+        let (tensor, expected) = (name.to_owned(), expected.to_vec());
+        Err(WeightsError::Shape { tensor, found, expected })
     }
 
     /// Whether a tensor that nothing uses is known not to matter.

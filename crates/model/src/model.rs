@@ -1,0 +1,206 @@
+//! `Model`: a Hugging Face directory or a GGUF file, opened: what it is, its weights, its text.
+
+use std::path::{Path, PathBuf};
+
+use lathe_program::Program;
+use lathe_tensor::gguf::{GgufError, GgufFile};
+use serde_json::Value;
+
+use crate::chat::ChatTemplate;
+use crate::checkpoint::{Checkpoint, CheckpointError, Quantization};
+use crate::families::{Family, GgufFamily};
+use crate::generation::{GenerationDefaults, read_json};
+use crate::names::Rules;
+use crate::spec::{DecoderSpec, SpecError};
+use crate::tokenizer::Tokenizer;
+use crate::weights::{ModelWeights, WeightsError};
+
+/// Why a model could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A file cannot be read or is not what its name says.
+    #[error("{}: {source}", .path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// What went wrong.
+        source: std::io::Error,
+    },
+    /// There is no model at the path.
+    #[error("{}: {reason}", .path.display())]
+    NotAModel {
+        /// Which path.
+        path: PathBuf,
+        /// What is there instead.
+        reason: &'static str,
+    },
+    /// What it computes is malformed or not supported.
+    #[error("{}: {source}", .path.display())]
+    Spec {
+        /// The file that says so.
+        path: PathBuf,
+        /// What is wrong.
+        source: SpecError,
+    },
+    /// Its weights cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Its GGUF file cannot be read.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// Its weights are not what its description says.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+}
+
+/// The files that a model came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// A directory with `config.json` and safetensors.
+    HuggingFace,
+    /// One GGUF file.
+    Gguf,
+}
+
+/// An opened model.
+#[derive(Debug)]
+pub struct Model {
+    /// What it is.
+    pub spec: DecoderSpec,
+    /// Its tensors.
+    pub checkpoint: Checkpoint,
+    /// Text to tokens and back; `None` if there is none, or none that can be read (see
+    /// [`Self::text_problem`]).
+    pub tokenizer: Option<Tokenizer>,
+    /// Conversations to text, if the model has a template.
+    pub chat_template: Option<ChatTemplate>,
+    /// Why tokenizer or template are missing although files for them are there.
+    pub text_problem: Option<String>,
+    /// When to stop and how to sample.
+    pub generation: GenerationDefaults,
+    /// The name of the directory or file.
+    pub name: String,
+    /// What files it came in.
+    pub layout: Layout,
+    rules: &'static [Rules],
+}
+
+impl Model {
+    /// Opens a Hugging Face directory or a `.gguf` file. Files are mapped, not read.
+    ///
+    /// # Errors
+    /// If the path holds no model, a file is malformed, or the model needs a feature that is not
+    /// supported (the error names it).
+    pub fn open(path: &Path) -> Result<Model, ModelError> {
+        if path.is_dir() {
+            return Self::open_directory(path);
+        }
+        if path.is_file() {
+            return Self::open_gguf(path);
+        }
+        Err(ModelError::NotAModel { path: path.to_owned(), reason: "no such file or directory" })
+    }
+
+    fn open_directory(path: &Path) -> Result<Model, ModelError> {
+        let config = read_config(path)?;
+        let at = |source| ModelError::Spec { path: path.join("config.json"), source };
+        let family = Family::of_config(&config).map_err(at)?;
+        let spec = family.spec(&config).map_err(at)?;
+        let quantization = Quantization::from_hf_config(&config).map_err(at)?;
+        let mut problem = None;
+        let tokenizer_path = path.join("tokenizer.json");
+        let tokenizer = match tokenizer_path.is_file() {
+            true => keep(Tokenizer::from_file(&tokenizer_path), &mut problem),
+            false => None,
+        };
+        let chat_template = keep(ChatTemplate::from_directory(path), &mut problem).flatten();
+        let generation_path = path.join("generation_config.json");
+        let generation = read_json(&generation_path)
+            .map_err(|source| ModelError::Read { path: generation_path, source })?;
+        let generation =
+            GenerationDefaults::from_hf(generation.as_ref(), &config, tokenizer.as_ref());
+        Ok(Model {
+            spec,
+            checkpoint: Checkpoint::open_safetensors(path, quantization)?,
+            tokenizer,
+            chat_template,
+            text_problem: problem,
+            generation: generation.map_err(at)?,
+            name: name_of(path),
+            layout: Layout::HuggingFace,
+            rules: family.rules(),
+        })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Model, ModelError> {
+        let file = GgufFile::open(path)?;
+        let at = |source| ModelError::Spec { path: path.to_owned(), source };
+        let family = GgufFamily::of(&file).map_err(at)?;
+        let spec = family.spec(&file).map_err(at)?;
+        let mut problem = None;
+        let has_tokens = file.metadata.get("tokenizer.ggml.model").is_some();
+        let tokenizer = match has_tokens {
+            true => keep(Tokenizer::from_gguf(&file), &mut problem),
+            false => None,
+        };
+        let template = file.metadata.optional::<&str>("tokenizer.chat_template").unwrap_or(None);
+        let chat_template = template.and_then(|source| {
+            let named = tokenizer.as_ref().map(Tokenizer::named_tokens).unwrap_or_default();
+            keep(ChatTemplate::new(source, named), &mut problem)
+        });
+        Ok(Model {
+            spec,
+            generation: GenerationDefaults::from_gguf(&file, tokenizer.as_ref()),
+            tokenizer,
+            chat_template,
+            text_problem: problem,
+            name: name_of(path),
+            layout: Layout::Gguf,
+            rules: family.rules(),
+            checkpoint: Checkpoint::Gguf(file),
+        })
+    }
+
+    /// The weights of `program`, which must be lowered from this model's spec.
+    ///
+    /// # Errors
+    /// If the checkpoint lacks one or has it in another shape.
+    pub fn weights<'a>(&'a self, program: &'a Program) -> Result<ModelWeights<'a>, ModelError> {
+        Ok(ModelWeights::new(&self.checkpoint, &self.spec, self.rules, program)?)
+    }
+}
+
+/// The spec of a model whose weights may be absent: a directory with a `config.json`, or a GGUF
+/// file.
+///
+/// # Errors
+/// As [`Model::open`].
+pub fn read_spec(path: &Path) -> Result<DecoderSpec, ModelError> {
+    if path.is_dir() {
+        let at = |source| ModelError::Spec { path: path.join("config.json"), source };
+        return DecoderSpec::from_hf_config(&read_config(path)?).map_err(at);
+    }
+    let at = |source| ModelError::Spec { path: path.to_owned(), source };
+    DecoderSpec::from_gguf(&GgufFile::open(path)?).map_err(at)
+}
+
+fn read_config(directory: &Path) -> Result<Value, ModelError> {
+    let path = directory.join("config.json");
+    let config = read_json(&path).map_err(|source| ModelError::Read { path, source })?;
+    let reason = "the directory has no config.json";
+    config.ok_or_else(|| ModelError::NotAModel { path: directory.to_owned(), reason })
+}
+
+/// The value, or `None` with the reason noted.
+fn keep<T, E: std::fmt::Display>(
+    result: Result<T, E>,
+    problem: &mut Option<String>,
+) -> Option<T> {
+    result.map_err(|error| problem.get_or_insert(error.to_string()).len()).ok()
+}
+
+fn name_of(path: &Path) -> String {
+    let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let name = if path.is_dir() { full.file_name() } else { full.file_stem() };
+    name.map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
