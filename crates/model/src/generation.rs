@@ -83,7 +83,7 @@ fn end_tokens(c: &Config) -> Result<Vec<u32>, SpecError> {
         _ => c.size("eos_token_id")?.into_iter().collect(),
     };
     ids.into_iter()
-        .map(|id| u32::try_from(id))
+        .map(u32::try_from)
         .collect::<Result<_, _>>()
         .map_err(|_| SpecError::value("eos_token_id", "a huge number", "token ids"))
 }

@@ -62,11 +62,6 @@ impl<'a> Meta<'a> {
         }
     }
 
-    pub fn flag(&self, key: &str) -> Result<Option<bool>, SpecError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_bool().map(Some).ok_or_else(|| self.wrong(key, "a boolean"))
-    }
-
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, SpecError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a string"))
@@ -84,7 +79,10 @@ impl<'a> Meta<'a> {
 
     /// The numbers of a small tensor, if it is there.
     pub fn numbers(&self, name: &str) -> Result<Option<Vec<f32>>, SpecError> {
-        if self.file.info(name).is_none_or(|tensor| tensor.shape.iter().product::<usize>() > 1 << 16)
+        if self
+            .file
+            .info(name)
+            .is_none_or(|tensor| tensor.shape.iter().product::<usize>() > 1 << 16)
         {
             return Ok(None);
         }

@@ -7,11 +7,8 @@ use super::base::{self, Meta};
 use crate::names::gguf::{COMMON, PERMUTED};
 use crate::spec::{AttentionSpec, DecoderSpec, FfnSpec, MoeSpec, RouterSpec, SpecError};
 
-pub(super) static TABLE: &[GgufFamily] = &[GgufFamily {
-    architecture: "llama",
-    spec: llama,
-    rules: &[PERMUTED, COMMON],
-}];
+pub(super) static TABLE: &[GgufFamily] =
+    &[GgufFamily { architecture: "llama", spec: llama, rules: &[PERMUTED, COMMON] }];
 
 /// Llama, Mistral and Mixtral.
 fn llama(m: &Meta) -> Result<DecoderSpec, SpecError> {

@@ -1,0 +1,94 @@
+//! Whole models on the reference backend against values from Hugging Face transformers in `f32`.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+
+use lathe_model::Model;
+use serde_json::Value;
+use support::{best, log_probability, prepare, run, shared};
+
+fn numbers<T>(value: &Value, item: impl Fn(&Value) -> Option<T>) -> Vec<T> {
+    let list = value.as_array().expect("a list");
+    list.iter().map(|value| item(value).expect("a number")).collect()
+}
+
+fn tokens(value: &Value) -> Vec<u32> {
+    numbers(value, |value| value.as_u64().map(|id| id as u32))
+}
+
+/// Every log-probability within 1e-3 nats; the greedy text the same while margins exceed 1e-3.
+fn check(model: &Path, golden: &Path) {
+    let golden: Value = serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
+    let model = Model::open(model).expect("opens");
+    let mut executor = prepare(&model, 512);
+    let text = tokens(&golden["tokens"]);
+    let expected = numbers(&golden["logprobs"], Value::as_f64);
+    let logits = run(&mut *executor, 0, &text, 0..text.len() - 1);
+    let rows = logits.chunks(model.spec.vocabulary).zip(&text[1..]);
+    let off = rows
+        .zip(&expected)
+        .map(|((logits, next), expected)| (log_probability(logits, *next) - expected).abs());
+    let worst = off.fold(0.0, f64::max);
+    assert!(worst < 1e-3, "a log-probability is off by {worst} nats");
+
+    let prompt = tokens(&golden["greedy_prompt_tokens"]);
+    let margins = numbers(&golden["greedy_margins"], Value::as_f64);
+    let mut last = run(&mut *executor, 0, &prompt, prompt.len() - 1..prompt.len());
+    let steps = tokens(&golden["greedy_tokens"]).into_iter().zip(margins);
+    for (at, (expected, margin)) in steps.enumerate() {
+        if margin <= 1e-3 {
+            break;
+        }
+        assert_eq!(best(&last), expected, "token {at} of the greedy text, margin {margin}");
+        last = run(&mut *executor, prompt.len() + at, &[expected], 0..1);
+    }
+}
+
+fn check_shared(name: &str) {
+    let model = shared(name, &format!("models/{name}"));
+    if let (Some(model), Some(golden)) = (model, shared(name, &format!("golden/{name}.json"))) {
+        check(&model, &golden);
+    }
+}
+
+#[test]
+fn draft_llama() {
+    check_shared("draft-llama");
+}
+
+#[test]
+fn mla_moe() {
+    check_shared("mla-moe");
+}
+
+#[test]
+fn swa_sink_moe() {
+    check_shared("swa-sink-moe");
+}
+
+/// The GGUF file, from `LATHE_SMOLLM2` or the Hugging Face cache.
+fn smollm2_path() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("LATHE_SMOLLM2") {
+        return Some(path.into());
+    }
+    let home = std::env::var_os("HF_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/huggingface")))?;
+    let models = std::fs::read_dir(home.join("hub")).ok()?;
+    let snapshots = models.flatten().map(|model| model.path().join("snapshots"));
+    let files = snapshots
+        .flat_map(|path| std::fs::read_dir(path).into_iter().flatten().flatten())
+        .flat_map(|revision| std::fs::read_dir(revision.path()).into_iter().flatten().flatten());
+    let name = "SmolLM2-135M-Instruct.Q4_1.gguf";
+    files.map(|file| file.path()).find(|path| path.ends_with(name))
+}
+
+#[test]
+fn smollm2_gguf() {
+    let Some(golden) = shared("smollm2_gguf", "golden/smollm2-135m.json") else { return };
+    match smollm2_path() {
+        Some(model) => check(&model, &golden),
+        None => println!("skipped: smollm2_gguf: no LATHE_SMOLLM2 and no file in the cache"),
+    }
+}

@@ -1,0 +1,85 @@
+//! What several tests share: running a model on the reference backend, and where fixtures are.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lathe_model::Model;
+use lathe_model::lower::{LowerOptions, lower};
+use lathe_program::reference::ReferenceBackend;
+use lathe_program::{Backend, BlockTable, Executor, ExecutorOptions, Program, Step, StepSequence};
+
+/// A prepared reference executor for one sequence of up to `context` tokens.
+pub fn prepare(model: &Model, context: usize) -> Box<dyn Executor> {
+    let program = Arc::new(lower(&model.spec, &LowerOptions::new(context)).expect("lowers"));
+    let weights = model.weights(&program).expect("weights");
+    assert_eq!(weights.unused(), &[] as &[String], "tensors that nothing uses");
+    let options = ExecutorOptions {
+        kv_blocks: blocks(&program, context) * program.kv.groups.len(),
+        kv_format: None,
+        rows_max: context,
+        threads: Some(2),
+        exact: true,
+    };
+    ReferenceBackend::new().prepare(Arc::clone(&program), &weights, &options).expect("prepares")
+}
+
+fn blocks(program: &Program, tokens: usize) -> usize {
+    tokens.div_ceil(program.kv.block_tokens)
+}
+
+/// Logits `[wanted, vocabulary]` of rows `wanted` of `tokens`, which follow `cached` others.
+pub fn run(
+    executor: &mut dyn Executor,
+    cached: usize,
+    tokens: &[u32],
+    wanted: std::ops::Range<usize>,
+) -> Vec<f32> {
+    let program = Arc::clone(executor.program());
+    let count = blocks(&program, program.context_max) as u32;
+    let tables = (0..program.kv.groups.len() as u32).map(|group| BlockTable {
+        first: 0,
+        blocks: (group * count..(group + 1) * count).collect(),
+    });
+    let step = Step {
+        tokens: tokens.to_vec(),
+        positions: (cached as u32..(cached + tokens.len()) as u32).collect(),
+        sequences: vec![StepSequence {
+            first_row: 0,
+            rows: tokens.len() as u32,
+            cached: cached as u32,
+            tables: tables.collect(),
+            ancestors: None,
+        }],
+        logits_rows: (wanted.start as u32..wanted.end as u32).collect(),
+    };
+    step.validate(&program).expect("valid step");
+    executor.run(&step).expect("runs").logits.to_vec()
+}
+
+/// The natural logarithm of the softmax at `token`.
+pub fn log_probability(logits: &[f32], token: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let sum: f64 = logits.iter().map(|x| (*x as f64 - max).exp()).sum();
+    logits[token as usize] as f64 - max - sum.ln()
+}
+
+/// The token with the largest logit.
+pub fn best(logits: &[f32]) -> u32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.expect("a vocabulary").0 as u32
+}
+
+/// A file or folder beside the workspace; without it the test `name` is skipped, or fails if
+/// `LATHE_REQUIRE_SHARED` is 1.
+pub fn shared(name: &str, path: &str) -> Option<PathBuf> {
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared"));
+    let path = root.join(path);
+    if path.exists() {
+        return Some(path);
+    }
+    let required = std::env::var("LATHE_REQUIRE_SHARED").is_ok_and(|value| value == "1");
+    assert!(!required, "{name}: {} is not here", path.display());
+    println!("skipped: {name}: ../shared is not here");
+    None
+}
