@@ -6,22 +6,49 @@ use std::sync::Arc;
 
 use lathe_model::Model;
 use lathe_model::lower::{LowerOptions, lower};
+use lathe_model::weights::ModelWeights;
 use lathe_program::reference::ReferenceBackend;
-use lathe_program::{Backend, BlockTable, Executor, ExecutorOptions, Program, Step, StepSequence};
+use lathe_program::{
+    Backend, BackendError, BlockTable, Executor, ExecutorOptions, Program, Step, StepSequence,
+    Weight, WeightSource,
+};
+use lathe_tensor::{Bytes, Format, Tensor, codec};
+
+/// Weights rounded to bf16, as a converter to a Hugging Face directory leaves them.
+struct Rounded<'a>(ModelWeights<'a>);
+
+impl WeightSource for Rounded<'_> {
+    fn tensor(&self, weight: Weight) -> Result<Tensor, BackendError> {
+        let tensor = self.0.tensor(weight)?;
+        let codes = Bytes::new(codec::quantize(Format::BF16, &tensor.to_f32()));
+        Ok(Tensor::new(tensor.shape, Format::BF16, codes).expect("fits"))
+    }
+}
 
 /// A prepared reference executor for one sequence of up to `context` tokens.
 pub fn prepare(model: &Model, context: usize) -> Box<dyn Executor> {
     let program = Arc::new(lower(&model.spec, &LowerOptions::new(context)).expect("lowers"));
     let weights = model.weights(&program).expect("weights");
     assert_eq!(weights.unused(), &[] as &[String], "tensors that nothing uses");
+    prepare_with(&program, &weights)
+}
+
+/// As [`prepare`], with the weights rounded to bf16.
+pub fn prepare_rounded(model: &Model, context: usize) -> Box<dyn Executor> {
+    let program = Arc::new(lower(&model.spec, &LowerOptions::new(context)).expect("lowers"));
+    prepare_with(&program, &Rounded(model.weights(&program).expect("weights")))
+}
+
+fn prepare_with(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Executor> {
+    let context = program.context_max;
     let options = ExecutorOptions {
-        kv_blocks: blocks(&program, context) * program.kv.groups.len(),
+        kv_blocks: blocks(program, context) * program.kv.groups.len(),
         kv_format: None,
         rows_max: context,
         threads: Some(2),
         exact: true,
     };
-    ReferenceBackend::new().prepare(Arc::clone(&program), &weights, &options).expect("prepares")
+    ReferenceBackend::new().prepare(Arc::clone(program), weights, &options).expect("prepares")
 }
 
 fn blocks(program: &Program, tokens: usize) -> usize {
