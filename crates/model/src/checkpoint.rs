@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use lathe_tensor::gguf::{GgufError, GgufFile};
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype, SafetensorsError};
 use lathe_tensor::{
-    Block, Bytes, Element, Format, ScaleType, ScaledFormat, Tensor, TensorError, ZeroPoint,
+    Block, Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, TensorError,
+    ZeroPoint,
 };
 use serde_json::Value;
 
@@ -213,8 +214,15 @@ fn mxfp4(files: &SafetensorsFiles, name: &str) -> Result<Tensor, CheckpointError
     *shape.last_mut().expect("groups") = groups * 32;
     let format = Format::Scaled(ScaledFormat::MXFP4);
     let none = Bytes::new(Vec::new());
-    Tensor::new_scaled(shape, format, blocks.bytes.clone(), scales.bytes.clone(), none, 1.0)
-        .map_err(|source| CheckpointError::Tensor { name: name.to_owned(), source })
+    Tensor::new_scaled(
+        shape,
+        format,
+        blocks.bytes.clone(),
+        scales.bytes.clone(),
+        none,
+        GlobalScale::One,
+    )
+    .map_err(|source| CheckpointError::Tensor { name: name.to_owned(), source })
 }
 
 /// fp8 codes with one multiplier a tile.
@@ -234,6 +242,13 @@ fn fp8_tiles(
         zero: ZeroPoint::None,
     });
     let (shape, none) = (codes.shape.clone(), Bytes::new(Vec::new()));
-    Tensor::new_scaled(shape, format, codes.bytes.clone(), Bytes::new(scales), none, 1.0)
-        .map_err(|source| CheckpointError::Tensor { name: name.to_owned(), source })
+    Tensor::new_scaled(
+        shape,
+        format,
+        codes.bytes.clone(),
+        Bytes::new(scales),
+        none,
+        GlobalScale::One,
+    )
+    .map_err(|source| CheckpointError::Tensor { name: name.to_owned(), source })
 }

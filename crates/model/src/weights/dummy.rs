@@ -5,7 +5,8 @@
 
 use lathe_program::{BackendError, Program, Weight, WeightDecl, WeightRole, WeightSource};
 use lathe_tensor::{
-    Bytes, Element, Format, ScaleType, ScaledFormat, Tensor, TensorError, ZeroPoint, codec,
+    Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, TensorError, ZeroPoint,
+    codec,
 };
 
 /// Rows that are drawn; further ones repeat them.
@@ -85,7 +86,7 @@ fn scaled_matrix(
     let tile: Vec<u8> = (0..row * ROWS_DRAWN).map(|_| code_byte(scaled.element, random)).collect();
     let codes = repeat(&tile, format.bytes_for(shape)?);
     let scale = deviation / element_deviation(scaled.element);
-    let (one, global) = scale_bytes(scaled.scale, scale);
+    let (one, global) = scale_bytes(scaled.scale, scale, grid.matrices);
     let scales = repeat(&one, grid.len() * one.len());
     let zeros = if scaled.zero == ZeroPoint::Int { grid.len() } else { 0 };
     Tensor::new_scaled(shape.to_vec(), format, codes, scales, Bytes::new(vec![0; zeros]), global)
@@ -112,15 +113,16 @@ fn element_deviation(element: Element) -> f32 {
     }
 }
 
-/// A scale as stored, and the multiplier of the whole tensor.
-fn scale_bytes(kind: ScaleType, scale: f32) -> (Vec<u8>, f32) {
+/// A scale as stored, and the multipliers of `matrices` whole matrices.
+fn scale_bytes(kind: ScaleType, scale: f32, matrices: usize) -> (Vec<u8>, GlobalScale) {
+    let one = GlobalScale::One;
     match kind {
-        ScaleType::F32 => (scale.to_le_bytes().to_vec(), 1.0),
-        ScaleType::F16 => (codec::quantize(Format::F16, &[scale]), 1.0),
-        ScaleType::BF16 => (codec::quantize(Format::BF16, &[scale]), 1.0),
-        ScaleType::E8M0 => (vec![(127.0 + scale.log2().round()).clamp(0.0, 254.0) as u8], 1.0),
+        ScaleType::F32 => (scale.to_le_bytes().to_vec(), one),
+        ScaleType::F16 => (codec::quantize(Format::F16, &[scale]), one),
+        ScaleType::BF16 => (codec::quantize(Format::BF16, &[scale]), one),
+        ScaleType::E8M0 => (vec![(127.0 + scale.log2().round()).clamp(0.0, 254.0) as u8], one),
         // 0x38 is 1.0 in e4m3.
-        ScaleType::E4M3Global => (vec![0x38], scale),
+        ScaleType::E4M3Global => (vec![0x38], GlobalScale::Multiply(vec![scale; matrices])),
     }
 }
 

@@ -3,7 +3,7 @@
 //! Rows move as bytes, in whatever format; only what cannot (a transposed quantized tensor, rows
 //! that cut a tile of scales) is dequantized, to `f32`.
 
-use lathe_tensor::{Bytes, Format, Tensor, TensorError};
+use lathe_tensor::{Bytes, Format, GlobalScale, Tensor, TensorError};
 
 /// What to do with the tensors of a weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,7 +135,7 @@ fn gather(tensor: &Tensor, rows: &[usize]) -> Result<Tensor, TensorError> {
     }
 }
 
-/// Tensors of one format and width below one another; one alone is not copied.
+/// Tensors of one format, width and global scale below one another; one alone is not copied.
 fn concatenate(parts: &[Tensor]) -> Result<Tensor, TensorError> {
     let [first, rest @ ..] = parts else {
         return Ok(Tensor::from_f32(&[0, 0], &[]));
@@ -144,34 +144,53 @@ fn concatenate(parts: &[Tensor]) -> Result<Tensor, TensorError> {
         return Ok(first.clone());
     }
     let rows = parts.iter().map(Tensor::rows).sum();
-    join(parts, vec![rows, first.columns()])
+    join(parts, vec![rows, first.columns()], first.global.clone())
 }
 
 /// One matrix an expert as `[experts, out, in]`.
 fn stack(parts: &[Tensor], shape: &[usize]) -> Result<Tensor, TensorError> {
-    let first = &parts[0];
-    let alike =
-        |part: &Tensor| part.format == first.format && part.global_scale == first.global_scale;
-    if parts.iter().all(alike) {
-        return join(parts, shape.to_vec());
+    let alike = parts.iter().all(|part| part.format == parts[0].format);
+    match globals(parts) {
+        Some(global) if alike => join(parts, shape.to_vec(), global),
+        _ => {
+            let plain: Vec<Tensor> = parts.iter().map(plain).collect();
+            join(&plain, shape.to_vec(), GlobalScale::One)
+        }
     }
-    join(&parts.iter().map(plain).collect::<Vec<_>>(), shape.to_vec())
 }
 
-fn join(parts: &[Tensor], shape: Vec<usize>) -> Result<Tensor, TensorError> {
+/// The global scales of all parts, one a matrix, if they are of one kind.
+fn globals(parts: &[Tensor]) -> Option<GlobalScale> {
+    let of_kind = |pick: fn(&GlobalScale) -> Option<&Vec<f32>>| {
+        let lists = parts.iter().map(|part| pick(&part.global)).collect::<Option<Vec<_>>>()?;
+        Some(lists.into_iter().flatten().copied().collect::<Vec<f32>>())
+    };
+    match parts[0].global {
+        GlobalScale::One => {
+            parts.iter().all(|part| part.global == GlobalScale::One).then_some(GlobalScale::One)
+        }
+        GlobalScale::Multiply(_) => of_kind(|global| match global {
+            GlobalScale::Multiply(list) => Some(list),
+            _ => None,
+        })
+        .map(GlobalScale::Multiply),
+        GlobalScale::Divide(_) => of_kind(|global| match global {
+            GlobalScale::Divide(list) => Some(list),
+            _ => None,
+        })
+        .map(GlobalScale::Divide),
+    }
+}
+
+fn join(parts: &[Tensor], shape: Vec<usize>, global: GlobalScale) -> Result<Tensor, TensorError> {
     let plane = |of: fn(&Tensor) -> &Bytes| {
         let mut bytes = Vec::with_capacity(parts.iter().map(|part| of(part).len()).sum());
         parts.iter().for_each(|part| bytes.extend_from_slice(of(part)));
         Bytes::new(bytes)
     };
-    Tensor::new_scaled(
-        shape,
-        parts[0].format,
-        plane(|part| &part.codes),
-        plane(|part| &part.scales),
-        plane(|part| &part.zeros),
-        parts[0].global_scale,
-    )
+    let (codes, scales) = (plane(|part| &part.codes), plane(|part| &part.scales));
+    let zeros = plane(|part| &part.zeros);
+    Tensor::new_scaled(shape, parts[0].format, codes, scales, zeros, global)
 }
 
 /// Rows `first`, `first + step`, .. of the transposes of `matrices` matrices `[inner, columns]`.
