@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lathe_program::Program;
-use lathe_tensor::gguf::{FromMeta, GgufError, GgufFile};
+use lathe_tensor::gguf::{GgufError, GgufFile};
 use serde_json::Value;
 
 use crate::chat::ChatTemplate;
@@ -12,7 +12,7 @@ use crate::families::{Family, GgufFamily};
 use crate::generation::{GenerationDefaults, read_json};
 use crate::names::Rules;
 use crate::spec::{DecoderSpec, SpecError};
-use crate::tokenizer::{GgufVocabulary, Tokenizer, TokenizerError};
+use crate::tokenizer::Tokenizer;
 use crate::weights::{ModelWeights, WeightsError};
 
 /// Why a model could not be opened.
@@ -140,7 +140,7 @@ impl Model {
         let mut problem = None;
         let has_tokens = file.metadata.get("tokenizer.ggml.model").is_some();
         let tokenizer = match has_tokens {
-            true => keep(gguf_tokenizer(&file), &mut problem),
+            true => keep(Tokenizer::from_gguf(&file), &mut problem),
             false => None,
         };
         let template = file.metadata.optional::<&str>("tokenizer.chat_template").unwrap_or(None);
@@ -200,31 +200,4 @@ fn name_of(path: &Path) -> String {
     let full = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let name = if path.is_dir() { full.file_name() } else { full.file_stem() };
     name.map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
-}
-
-/// The tokenizer that a GGUF file describes.
-fn gguf_tokenizer(file: &GgufFile) -> Result<Tokenizer, TokenizerError> {
-    fn get<'a, T: FromMeta<'a>>(file: &'a GgufFile, key: &str) -> Option<T> {
-        file.metadata.optional(&format!("tokenizer.ggml.{key}")).ok().flatten()
-    }
-    let owned =
-        |list: Option<Vec<&str>>| list.unwrap_or_default().into_iter().map(str::to_owned).collect();
-    let types = get::<Vec<i64>>(file, "token_type").unwrap_or_default();
-    Tokenizer::from_gguf_vocabulary(GgufVocabulary {
-        model: get(file, "model").unwrap_or_default(),
-        pre: get(file, "pre"),
-        tokens: owned(get(file, "tokens")),
-        scores: get(file, "scores").unwrap_or_default(),
-        token_types: types.into_iter().map(|kind| kind as i32).collect(),
-        merges: owned(get(file, "merges")),
-        bos_token_id: get(file, "bos_token_id"),
-        eos_token_id: get(file, "eos_token_id"),
-        eot_token_id: get(file, "eot_token_id"),
-        eom_token_id: get(file, "eom_token_id"),
-        unknown_token_id: get(file, "unknown_token_id"),
-        padding_token_id: get(file, "padding_token_id"),
-        add_bos_token: get(file, "add_bos_token"),
-        add_eos_token: get(file, "add_eos_token"),
-        add_space_prefix: get(file, "add_space_prefix"),
-    })
 }
