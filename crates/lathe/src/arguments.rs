@@ -202,9 +202,6 @@ pub struct EvalArguments {
     /// earlier window scored are context only
     #[arg(long, value_name = "N")]
     pub stride: Option<usize>,
-    /// Stop after this many tokens of the text
-    #[arg(long, value_name = "N")]
-    pub max_tokens: Option<usize>,
 }
 
 #[derive(Debug, Args)]
@@ -247,6 +244,9 @@ pub struct BenchArguments {
     /// Sequences at once
     #[arg(long, value_name = "B", default_value_t = 1)]
     pub batch: usize,
+    /// Times to measure; medians are reported
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub repeat: usize,
     /// Recompute everything at each token, next to a run with the cache, and show how both grow
     #[arg(long)]
     pub no_kv_cache: bool,

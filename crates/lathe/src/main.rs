@@ -7,8 +7,19 @@
 mod arguments;
 mod catalogue;
 mod commands;
+mod conversation;
+mod generate;
+mod interrupt;
+mod measure;
+mod memory;
 mod output;
+mod plot;
 mod progress;
+mod prompt;
+mod roofs;
+mod sampling;
+mod session;
+mod shape;
 mod usage;
 
 use std::process::ExitCode;

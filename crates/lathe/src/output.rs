@@ -23,7 +23,6 @@ pub fn bad_input(message: impl Display) -> Error {
     InputError(message.to_string()).into()
 }
 
-#[allow(dead_code, reason = "the commands that open models use it")]
 /// Marks errors as the input's fault.
 pub trait InputContext<T> {
     /// As an input error whose text is the error's own.
@@ -105,7 +104,6 @@ pub fn human_bytes(bytes: u64) -> String {
     if unit == "B" { format!("{bytes} B") } else { format!("{value:.3} {unit}") }
 }
 
-#[allow(dead_code, reason = "inspect uses it")]
 /// Numbers for people: `1.23 G`.
 pub fn human_count(count: f64) -> String {
     let mut value = count;

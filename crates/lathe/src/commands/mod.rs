@@ -1,19 +1,32 @@
 //! One file a command.
 
+mod bench;
+mod chat;
+mod eval;
+mod inspect;
 mod pull;
+mod run;
+mod score;
 
 use anyhow::Error;
 
 use crate::arguments::{Arguments, Command};
 use crate::catalogue::{self, Environment, Located};
+use crate::output::bad_input;
 use crate::progress::Reporter;
 
 /// Runs the command that the words ask for.
 pub fn dispatch(arguments: &Arguments) -> Result<(), Error> {
     let global = &arguments.global;
     match &arguments.command {
+        Command::Run(command) => run::run(global, command),
+        Command::Chat(command) => chat::run(global, command),
+        Command::Score(command) => score::run(global, command),
+        Command::Eval(command) => eval::run(global, command),
+        Command::Inspect(command) => inspect::run(global, command),
+        Command::Bench(command) => bench::run(global, command),
+        Command::Convert(_) => Err(bad_input("lathe convert is not in this version yet")),
         Command::Pull(command) => pull::run(global, command),
-        _ => Err(crate::output::bad_input("this command is not available in this version")),
     }
 }
 

@@ -1,0 +1,155 @@
+//! `lathe eval`: perplexity of a text, and how far a model is from another one.
+
+use std::io::IsTerminal;
+
+use anyhow::Error;
+use lathe_engine::eval::{self, Perplexity, Subject, Windows};
+use serde::Serialize;
+
+use super::score::read_text;
+use crate::arguments::{EvalArguments, Global};
+use crate::output::{InputContext, bad_input, print, print_json};
+use crate::session::{self, Need, Opened, ROWS_MAX, Session, score_result};
+
+/// Tokens in a window if the caller does not say and the model allows it.
+const CONTEXT: usize = 2048;
+
+#[derive(Serialize)]
+struct Report {
+    perplexity: f64,
+    bits_per_byte: f64,
+    /// Tokens that were scored.
+    tokens: usize,
+    text_tokens: usize,
+    text_bytes: usize,
+    mean_nll: f64,
+    context: usize,
+    stride: usize,
+    #[serde(flatten)]
+    comparison: Option<Comparison>,
+}
+
+/// Distance of the model's distributions from the base's, in nats a token.
+#[derive(Serialize)]
+struct Comparison {
+    kl_mean: f64,
+    kl_p99: f64,
+    top1_agreement: f64,
+    base_perplexity: f64,
+}
+
+/// Evaluates.
+pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
+    let text = read_text(&arguments.text)?;
+    let opened = session::open(&arguments.model)?;
+    let tokens = opened.tokenizer()?.encode(&text, false).bad_input()?;
+    let base = arguments.base.as_deref().map(session::open).transpose()?;
+    if let Some(base) = &base {
+        check_base(base, &tokens, &text)?;
+    }
+    let models = [Some(&opened), base.as_ref()].into_iter().flatten();
+    let limit = models.map(|opened| opened.model.spec.context_max).min().expect("a model");
+    let context = arguments.context.unwrap_or(CONTEXT.min(limit));
+    if context > limit {
+        let message = format!("--context is {context}, the model's own is {limit}");
+        return Err(bad_input(message));
+    }
+    let stride = arguments.stride.unwrap_or(context);
+    let windows = Windows { context, stride };
+    let need =
+        Need { context: context.clamp(1, tokens.len().max(1)), sequences: 1, rows_max: ROWS_MAX };
+    let mut session = opened.prepare(global, need)?;
+    let mut base = base.map(|base| base.prepare(global, need)).transpose()?;
+
+    let mut progress = progress();
+    let (perplexity, comparison) = match &mut base {
+        None => {
+            let found = eval::perplexity(subject(&mut session), &tokens, windows, &mut progress);
+            (score_result(found)?, None)
+        }
+        Some(base) => {
+            let (model, base) = (subject(&mut session), subject(base));
+            let found = score_result(eval::compare(model, base, &tokens, windows, &mut progress))?;
+            let comparison = Comparison {
+                kl_mean: found.kl_mean,
+                kl_p99: found.kl_p99,
+                top1_agreement: found.top1_agreement,
+                base_perplexity: found.base.perplexity(),
+            };
+            (found.model, Some(comparison))
+        }
+    };
+    let report = report(perplexity, &tokens, &text, windows, comparison);
+    if global.json { print_json(&report) } else { print(&describe(&report)) }
+}
+
+/// Divergence is between distributions over the same tokens of the same text.
+fn check_base(base: &Opened, tokens: &[u32], text: &str) -> Result<(), Error> {
+    let found = base.tokenizer()?.encode(text, false).bad_input()?;
+    if found != tokens {
+        return Err(bad_input(format!(
+            "--base makes {} other tokens of the text than the model, which makes {}",
+            found.len(),
+            tokens.len()
+        )));
+    }
+    Ok(())
+}
+
+fn subject(session: &mut Session) -> Subject<'_> {
+    Subject { executor: &mut *session.executor, options: &session.options }
+}
+
+/// Says on stderr how far it is: on a terminal all the time, elsewhere for each tenth.
+fn progress() -> impl FnMut(usize, usize) {
+    let terminal = std::io::stderr().is_terminal();
+    let mut tenths = 0;
+    move |scored, tokens| {
+        let now = scored * 10 / tokens.max(1);
+        if terminal {
+            let end = if scored + 1 >= tokens { "\n" } else { "" };
+            eprint!("\r{scored} of {tokens} tokens{end}");
+        } else if now > tenths {
+            eprintln!("{scored} of {tokens} tokens");
+        }
+        tenths = now;
+    }
+}
+
+fn report(
+    perplexity: Perplexity,
+    tokens: &[u32],
+    text: &str,
+    windows: Windows,
+    comparison: Option<Comparison>,
+) -> Report {
+    Report {
+        perplexity: perplexity.perplexity(),
+        bits_per_byte: perplexity.bits_per_byte(tokens.len(), text.len()),
+        tokens: perplexity.tokens,
+        text_tokens: tokens.len(),
+        text_bytes: text.len(),
+        mean_nll: perplexity.nll / perplexity.tokens as f64,
+        context: windows.context,
+        stride: windows.stride,
+        comparison,
+    }
+}
+
+fn describe(report: &Report) -> String {
+    let mut text = format!(
+        "perplexity {:.4}, {:.4} bits a byte, {} of {} tokens scored in windows of {}\n",
+        report.perplexity, report.bits_per_byte, report.tokens, report.text_tokens, report.context
+    );
+    if let Some(comparison) = &report.comparison {
+        text.push_str(&format!(
+            "against the base (perplexity {:.4}): KL {:.5} nats a token, {:.5} at the 99th \
+             percentile, same first choice {:.2} %\n",
+            comparison.base_perplexity,
+            comparison.kl_mean,
+            comparison.kl_p99,
+            comparison.top1_agreement * 100.0
+        ));
+    }
+    text
+}

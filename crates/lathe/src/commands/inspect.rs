@@ -1,0 +1,231 @@
+//! `lathe inspect`: what a model is, what it needs, and what a step of it must cost on this machine.
+
+use anyhow::Error;
+use lathe_model::DecoderSpec;
+use lathe_model::spec::ParameterCount;
+use lathe_program::cost::{Bound, Cost, SequenceShape, StepShape, count};
+use lathe_program::{KvFormat, Program};
+use serde::Serialize;
+
+use crate::arguments::{Global, InspectArguments};
+use crate::memory;
+use crate::output::{bad_input, human_bytes, human_count, print, print_json};
+use crate::roofs::Roofs;
+use crate::session;
+use crate::shape::Shape;
+
+#[derive(Serialize)]
+struct Report<'a> {
+    model: &'a str,
+    spec: &'a DecoderSpec,
+    parameters: u64,
+    active_parameters: u64,
+    format: String,
+    weight_bytes: u64,
+    kv_format: &'static str,
+    kv_bytes_per_token: usize,
+    context: usize,
+    batch: usize,
+    prefill: Step,
+    decode: Step,
+    machine: Option<Roofs>,
+    memory: Option<Fit>,
+}
+
+/// What one step costs, and how long it takes at least.
+#[derive(Serialize)]
+struct Step {
+    /// Rows of the step.
+    tokens: usize,
+    #[serde(flatten)]
+    cost: Cost,
+    /// Of weights and cache: what must travel from and to memory.
+    bytes: u64,
+    /// FLOPs a byte.
+    intensity: f64,
+    /// Which roof it meets first.
+    bound: Option<Bound>,
+    floor_ms: Option<f64>,
+}
+
+/// What fits.
+#[derive(Serialize)]
+struct Fit {
+    bytes: u64,
+    /// With the batch as given; none if the weights alone do not fit.
+    longest_context: Option<usize>,
+    /// With the context as given.
+    largest_batch: Option<usize>,
+}
+
+/// Tells.
+pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
+    let shape = Shape::describe(&arguments.model, arguments.format.as_deref())?;
+    let spec = shape.spec();
+    let (context, batch) = (arguments.context, arguments.batch);
+    if context == 0 || batch == 0 {
+        return Err(bad_input("--context and --batch are at least 1"));
+    }
+    let memory = match &arguments.memory {
+        Some(text) => Some(memory::parse_bytes(text).ok_or_else(|| {
+            bad_input(format!("--memory {text}: expected a number of bytes such as 16G"))
+        })?),
+        None => memory::available_bytes(),
+    };
+    let program = session::program_for(spec, context)?;
+    let kv_format = if global.exact { KvFormat::F32 } else { KvFormat::F16 };
+    let sizes = shape.sizes(&program)?;
+    let parameters = ParameterCount::of(spec, &program);
+    let measure = || Roofs::measure(global, &sizes);
+    let roofs = (!arguments.no_measure).then(measure).transpose()?;
+    let weight_bytes = sizes.total(&program);
+    let cost = |shape| count(&program, &shape, &|weight| sizes.of(weight), kv_format).total;
+    let prefill = cost(prefill_shape(batch, context));
+    let decode = cost(StepShape::decode(batch, context - 1));
+    let report = Report {
+        model: shape.name(),
+        spec,
+        parameters: parameters.total,
+        active_parameters: parameters.active,
+        format: sizes.formats(),
+        weight_bytes,
+        kv_format: kv_format.name(),
+        kv_bytes_per_token: program.kv.bytes_per_token(kv_format),
+        context,
+        batch,
+        prefill: Step::of(prefill, batch * context, roofs.as_ref()),
+        decode: Step::of(decode, batch, roofs.as_ref()),
+        machine: roofs,
+        memory: memory.map(|bytes| fit(&program, kv_format, weight_bytes, bytes, arguments, spec)),
+    };
+    if global.json { print_json(&report) } else { print(&describe(&report)) }
+}
+
+impl Step {
+    fn of(cost: Cost, tokens: usize, roofs: Option<&Roofs>) -> Self {
+        let bytes = cost.memory_bytes();
+        let roofline = roofs.map(|roofs| roofs.over(&cost));
+        Self {
+            tokens,
+            cost,
+            bytes,
+            intensity: cost.flops as f64 / bytes.max(1) as f64,
+            bound: roofline.map(|roofline| roofline.bound),
+            floor_ms: roofline.map(|roofline| roofline.floor_ms),
+        }
+    }
+}
+
+/// All prompts in one step, with the logits of each one's last token.
+fn prefill_shape(batch: usize, context: usize) -> StepShape {
+    let sequences = vec![SequenceShape { cached: 0, rows: context }; batch];
+    StepShape { sequences, logits_rows: batch, ..StepShape::prefill(0, context) }
+}
+
+fn fit(
+    program: &Program,
+    format: KvFormat,
+    weight_bytes: u64,
+    bytes: u64,
+    arguments: &InspectArguments,
+    spec: &DecoderSpec,
+) -> Fit {
+    let needed = |batch: usize, context: usize| {
+        let sequence = program.kv.bytes_held(context, format) as u64;
+        weight_bytes.saturating_add(sequence.saturating_mul(batch as u64))
+    };
+    let longest = largest(spec.context_max, |context| needed(arguments.batch, context) <= bytes);
+    let batch_max = 1 << 20;
+    let batch = largest(batch_max, |batch| needed(batch, arguments.context) <= bytes);
+    Fit { bytes, longest_context: longest, largest_batch: batch }
+}
+
+/// The largest of `1..=limit` that fits, if 1 does; fitting gets harder as the number grows.
+fn largest(limit: usize, fits: impl Fn(usize) -> bool) -> Option<usize> {
+    let (mut good, mut bad) = (0, limit + 1);
+    while bad - good > 1 {
+        let middle = good + (bad - good) / 2;
+        if fits(middle) {
+            good = middle;
+        } else {
+            bad = middle;
+        }
+    }
+    (good > 0).then_some(good)
+}
+
+fn describe(report: &Report) -> String {
+    let spec = report.spec;
+    let (kinds, which) = spec.layer_kinds();
+    let mut text = format!(
+        "{}: {} layers of {} kind{}, width {}, vocabulary {}, context {}\n\
+         parameters  {} ({} active a token), {} in {}\n\
+         KV cache    {} a token in {}\n",
+        report.model,
+        which.len(),
+        kinds.len(),
+        if kinds.len() == 1 { "" } else { "s" },
+        spec.width,
+        spec.vocabulary,
+        spec.context_max,
+        human_count(report.parameters as f64),
+        human_count(report.active_parameters as f64),
+        human_bytes(report.weight_bytes),
+        report.format,
+        human_bytes(report.kv_bytes_per_token as u64),
+        report.kv_format,
+    );
+    if let Some(roofs) = &report.machine {
+        text.push_str(&format!(
+            "machine     {} threads: read {:.1} GB/s, copy {:.1} GB/s, matmul {}FLOP/s in {}\n",
+            roofs.threads,
+            roofs.read_gb_s,
+            roofs.copy_gb_s,
+            human_count(roofs.matmul_gflop_s * 1e9),
+            roofs.matmul_numbers,
+        ));
+    }
+    for (name, step) in [("prefill", &report.prefill), ("decode", &report.decode)] {
+        text.push_str(&format!(
+            "{name:<11} {} tokens, batch {} at context {}: {}FLOP, {} (weights {}, KV {}), {:.1} FLOP/byte",
+            step.tokens,
+            report.batch,
+            report.context,
+            human_count(step.cost.flops as f64),
+            human_bytes(step.bytes),
+            human_bytes(step.cost.weight_bytes),
+            human_bytes(step.cost.kv_read_bytes + step.cost.kv_write_bytes),
+            step.intensity,
+        ));
+        if let (Some(bound), Some(floor_ms)) = (step.bound, step.floor_ms) {
+            let bound = if bound == Bound::Compute { "compute" } else { "memory" };
+            text.push_str(&format!(": {bound}-bound, at least {floor_ms:.3} ms"));
+        }
+        text.push('\n');
+    }
+    if let Some(fit) = &report.memory {
+        let show = |count: Option<usize>| count.map_or("none".to_owned(), |n| n.to_string());
+        text.push_str(&format!(
+            "in {}     longest context {} at batch {}, largest batch {} at context {}\n",
+            human_bytes(fit.bytes),
+            show(fit.longest_context),
+            report.batch,
+            show(fit.largest_batch),
+            report.context,
+        ));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::largest;
+
+    #[test]
+    fn largest_that_fits() {
+        assert_eq!(largest(100, |n| n <= 37), Some(37));
+        assert_eq!(largest(100, |_| true), Some(100));
+        assert_eq!(largest(100, |_| false), None);
+        assert_eq!(largest(1, |n| n == 1), Some(1));
+    }
+}

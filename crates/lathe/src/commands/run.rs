@@ -1,0 +1,194 @@
+//! `lathe run`: one prompt, its answer as it comes, one line on what it took.
+
+use std::io::{IsTerminal, Read};
+
+use anyhow::{Context, Error};
+use lathe_engine::{FinishReason, Request};
+use lathe_model::Model;
+use serde::Serialize;
+
+use crate::arguments::{Global, RunArguments};
+use crate::generate::{Generation, generate};
+use crate::interrupt::{Insist, Interrupts};
+use crate::memory;
+use crate::output::{InputContext, Interrupted, bad_input, human_bytes, print, print_json};
+use crate::prompt::{encode_chat, encode_raw, parse_ids, question};
+use crate::sampling::sampling;
+use crate::session::{self, Need, ROWS_MAX};
+
+/// Tokens to generate if the caller does not say: long enough for an answer, and an end for models
+/// that never stop.
+const MAX_TOKENS: usize = 512;
+
+#[derive(Serialize)]
+struct Report<'a> {
+    text: &'a str,
+    token_ids: &'a [u32],
+    prompt_tokens: usize,
+    generated_tokens: usize,
+    finish_reason: &'a str,
+    ttft_ms: f64,
+    decode_tokens_per_s: Option<f64>,
+    load_ms: f64,
+    drafted: usize,
+    accepted: usize,
+    seed: u64,
+    kv_bytes: usize,
+    peak_memory_bytes: Option<u64>,
+}
+
+/// Answers.
+pub fn run(global: &Global, arguments: &RunArguments) -> Result<(), Error> {
+    refuse_drafting(arguments)?;
+    let typed = read_prompt(arguments)?;
+    let interrupts = Interrupts::install(Insist::Ends)?;
+    let opened = session::open(&arguments.model)?;
+    let prompt = encode(arguments, &opened.model, &typed)?;
+    let request = request(arguments, &opened.model, prompt)?;
+    let seed = request.sampling.seed;
+    let need = need(&opened.model, &request)?;
+    let session = opened.prepare(global, need)?;
+    let load_ms = session.load_ms;
+    let (mut engine, model) = session.into_engine(!arguments.no_kv_cache, 1)?;
+
+    let working = interrupts.begin();
+    let decoder = model.tokenizer.as_ref().map(session::decoder);
+    let show = |text: &str| if global.json { Ok(()) } else { print(text) };
+    let generation = generate(&mut engine, request, decoder, &working, show)?;
+    let kv_bytes = engine.executor().kv_bytes();
+    if global.json {
+        print_json(&Report {
+            text: &generation.text,
+            token_ids: &generation.tokens,
+            prompt_tokens: generation.prompt_tokens,
+            generated_tokens: generation.tokens.len(),
+            finish_reason: generation.reason_name(),
+            ttft_ms: generation.ttft_ms,
+            decode_tokens_per_s: generation.decode_tokens_per_s(),
+            load_ms,
+            drafted: 0,
+            accepted: 0,
+            seed,
+            kv_bytes,
+            peak_memory_bytes: memory::peak_bytes(),
+        })?;
+    } else {
+        print_ids_without_text(&model, &generation)?;
+        eprintln!("{}", summary(&generation, load_ms, kv_bytes));
+    }
+    match generation.reason {
+        FinishReason::Cancelled => Err(Interrupted.into()),
+        FinishReason::InvalidLogits => {
+            anyhow::bail!("the model gave no number for any token: its weights are damaged")
+        }
+        FinishReason::Stop | FinishReason::Length => Ok(()),
+    }
+}
+
+fn refuse_drafting(arguments: &RunArguments) -> Result<(), Error> {
+    match arguments.draft.as_deref() {
+        None | Some("none") if arguments.draft_budget.is_some() => {
+            Err(bad_input("--draft-budget needs a drafter, and --draft is none"))
+        }
+        None | Some("none") => Ok(()),
+        Some(other) => Err(bad_input(format!(
+            "--draft {other}: this version of lathe does not draft; only --draft none is accepted"
+        ))),
+    }
+}
+
+/// What was typed: ids, or a text from the command line or stdin.
+enum Typed {
+    Ids(Vec<u32>),
+    Text(String),
+}
+
+fn read_prompt(arguments: &RunArguments) -> Result<Typed, Error> {
+    if let Some(ids) = &arguments.prompt_ids {
+        return Ok(Typed::Ids(parse_ids(ids)?));
+    }
+    if let Some(text) = &arguments.prompt {
+        return not_empty(text.clone());
+    }
+    let mut stdin = std::io::stdin();
+    if stdin.is_terminal() {
+        eprintln!("type the prompt, then Ctrl-D");
+    }
+    let mut bytes = Vec::new();
+    stdin.read_to_end(&mut bytes).context("stdin")?;
+    let text = String::from_utf8(bytes).bad_input_in("the prompt on stdin is not UTF-8")?;
+    if text.trim().is_empty() {
+        return Err(bad_input(
+            "no prompt: give one as an argument, with --prompt-ids, or on stdin",
+        ));
+    }
+    // The newline that `echo` adds is not part of what was meant.
+    Ok(Typed::Text(text.strip_suffix('\n').unwrap_or(&text).to_owned()))
+}
+
+fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<u32>, Error> {
+    match typed {
+        Typed::Ids(ids) => Ok(ids.clone()),
+        Typed::Text(text) if arguments.raw => encode_raw(model, text),
+        Typed::Text(text) if model.chat_template.is_none() && arguments.system.is_none() => {
+            eprintln!("note: {} has no chat template, so it continues the text itself", model.name);
+            encode_raw(model, text)
+        }
+        Typed::Text(text) => encode_chat(model, &question(arguments.system.as_deref(), text)),
+    }
+}
+
+fn request(arguments: &RunArguments, model: &Model, prompt: Vec<u32>) -> Result<Request, Error> {
+    let chosen = &arguments.sampling;
+    let stop_tokens = &model.generation.stop_tokens;
+    Ok(Request {
+        prompt,
+        sampling: sampling(chosen, &model.generation)?,
+        max_tokens: Some(chosen.max_tokens.unwrap_or(MAX_TOKENS)),
+        stop_tokens: if chosen.ignore_eos { Vec::new() } else { stop_tokens.clone() },
+        stop_strings: chosen.stop.clone(),
+        ignore_stop: false,
+        logprobs: None,
+    })
+}
+
+/// A cache for prompt and answer, and no more.
+fn need(model: &Model, request: &Request) -> Result<Need, Error> {
+    let (tokens, limit) = (request.prompt.len(), model.spec.context_max);
+    if tokens == 0 {
+        return Err(bad_input("the prompt is empty"));
+    }
+    if tokens >= limit {
+        return Err(bad_input(format!(
+            "the prompt has {tokens} tokens, the model's context holds {limit} with the answer"
+        )));
+    }
+    let context = tokens.saturating_add(request.max_tokens.unwrap_or(0)).min(limit);
+    Ok(Need { context, sequences: 1, rows_max: ROWS_MAX })
+}
+
+/// A model without a tokenizer has no text to stream, so its ids are shown.
+fn print_ids_without_text(model: &Model, generation: &Generation) -> Result<(), Error> {
+    if model.tokenizer.is_some() {
+        return if generation.text.ends_with('\n') { Ok(()) } else { print("\n") };
+    }
+    let ids: Vec<String> = generation.tokens.iter().map(u32::to_string).collect();
+    print(&format!("{}\n", ids.join(",")))
+}
+
+fn summary(generation: &Generation, load_ms: f64, kv_bytes: usize) -> String {
+    let speed = generation
+        .decode_tokens_per_s()
+        .map_or(String::new(), |speed| format!(", {speed:.1} tokens/s"));
+    let memory = memory::peak_bytes()
+        .map_or(String::new(), |bytes| format!(", {} memory", human_bytes(bytes)));
+    format!(
+        "[{} prompt tokens, first token after {:.0} ms, {} tokens{speed}{memory} (KV cache {}), \
+         loaded in {load_ms:.0} ms, {}]",
+        generation.prompt_tokens,
+        generation.ttft_ms,
+        generation.tokens.len(),
+        human_bytes(kv_bytes as u64),
+        generation.reason_name(),
+    )
+}

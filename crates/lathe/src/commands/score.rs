@@ -1,0 +1,79 @@
+//! `lathe score`: the log-probability of each token of a text, given those before it.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Error;
+use lathe_engine::score::score;
+use serde::Serialize;
+
+use crate::arguments::{Global, ScoreArguments};
+use crate::output::{InputContext, bad_input, print, print_json};
+use crate::session::{self, Need, Opened, ROWS_MAX};
+
+#[derive(Serialize)]
+struct Report<'a> {
+    tokens: &'a [u32],
+    /// Of each token but the first, natural logarithms.
+    logprobs: &'a [f64],
+    mean_nll: f64,
+    top: Top,
+}
+
+#[derive(Serialize)]
+struct Top {
+    ids: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+/// Scores.
+pub fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Error> {
+    let opened = session::open(&arguments.model)?;
+    let tokens = read_tokens(arguments, &opened)?;
+    if tokens.len() < 2 {
+        let message = format!("{} tokens to score, expected at least 2", tokens.len());
+        return Err(bad_input(message));
+    }
+    let need = Need { context: tokens.len(), sequences: 1, rows_max: ROWS_MAX };
+    let mut session = opened.prepare(global, need)?;
+    let scored = score(&mut *session.executor, &session.options, &tokens, arguments.top_k);
+    let scored = session::score_result(scored)?;
+    let (ids, logits) = scored.top.iter().copied().unzip();
+    if global.json {
+        return print_json(&Report {
+            tokens: &tokens,
+            logprobs: &scored.logprobs,
+            mean_nll: scored.mean_nll(),
+            top: Top { ids, logits },
+        });
+    }
+    let mut text = String::new();
+    for (position, (token, logprob)) in tokens[1..].iter().zip(&scored.logprobs).enumerate() {
+        let piece = session.model.tokenizer.as_ref().and_then(|t| t.token_bytes(*token));
+        let piece = piece.unwrap_or_default();
+        let piece = String::from_utf8_lossy(&piece);
+        text.push_str(&format!("{:>6} {token:>7} {logprob:>9.4} {piece:?}\n", position + 1));
+    }
+    text.push_str(&format!(
+        "mean negative log-probability {:.6} nats a token, perplexity {:.4}\n",
+        scored.mean_nll(),
+        scored.mean_nll().exp()
+    ));
+    print(&text)
+}
+
+fn read_tokens(arguments: &ScoreArguments, opened: &Opened) -> Result<Vec<u32>, Error> {
+    if let Some(path) = &arguments.tokens {
+        let text = read_text(path)?;
+        return serde_json::from_str(&text)
+            .bad_input_in(format!("{}: expected a JSON array of token ids", path.display()));
+    }
+    let path = arguments.text.as_deref().expect("one of the two is required");
+    opened.tokenizer()?.encode(&read_text(path)?, false).bad_input_in(path.display())
+}
+
+/// The text of a file that the caller named.
+pub fn read_text(path: &Path) -> Result<String, Error> {
+    let bytes = fs::read(path).bad_input_in(path.display())?;
+    String::from_utf8(bytes).bad_input_in(path.display())
+}

@@ -1,0 +1,160 @@
+//! A conversation as messages and as the token ids that the KV cache knows it by.
+//!
+//! Each turn's prompt is the whole conversation. Its beginning is kept as the very ids that were
+//! computed before (an answer need not be spelt as the tokenizer would spell it), so that the
+//! engine finds them in its cache and only the new words are computed.
+
+use anyhow::Error;
+use lathe_model::Model;
+use lathe_model::chat::{ChatTemplate, Message};
+use lathe_model::tokenizer::Tokenizer;
+use serde_json::Value;
+
+use crate::output::{InputContext, bad_input};
+use crate::session::tokenizer_of;
+
+/// What was said, and what of it the cache holds.
+#[derive(Debug, Default)]
+pub struct Conversation {
+    system: Option<String>,
+    turns: Vec<Message>,
+    /// The last prompt with its answer, as text and as ids.
+    known_text: String,
+    known_ids: Vec<u32>,
+}
+
+/// A prompt that waits for its answer.
+#[derive(Debug)]
+pub struct Prompt {
+    /// Token ids of the whole conversation, up to where the answer begins.
+    pub ids: Vec<u32>,
+    /// Turns that were forgotten to make room.
+    pub dropped: usize,
+    text: String,
+}
+
+impl Conversation {
+    /// A new one.
+    pub fn new(system: Option<String>) -> Self {
+        Self { system, ..Self::default() }
+    }
+
+    /// Forgets everything but the system message.
+    pub fn clear(&mut self) {
+        *self = Self::new(self.system.take());
+    }
+
+    /// Changes the system message, which begins the conversation anew.
+    pub fn set_system(&mut self, system: Option<String>) {
+        *self = Self::new(system);
+    }
+
+    /// The system message.
+    pub fn system(&self) -> Option<&str> {
+        self.system.as_deref()
+    }
+
+    /// All messages in order.
+    pub fn messages(&self) -> Vec<Message> {
+        let system = self.system.iter().map(|text| Message::new("system", text.as_str()));
+        system.chain(self.turns.iter().cloned()).collect()
+    }
+
+    /// Messages besides the system's.
+    pub fn turns(&self) -> usize {
+        self.turns.len()
+    }
+
+    /// Adds what the user said and makes the prompt. The oldest turns are forgotten until the
+    /// prompt leaves `answer_tokens` of `context` free. If it fails the conversation is as before.
+    pub fn ask(
+        &mut self,
+        model: &Model,
+        text: &str,
+        context: usize,
+        answer_tokens: usize,
+    ) -> Result<Prompt, Error> {
+        let tokenizer = tokenizer_of(model)?;
+        let template = template_of(model)?;
+        let room = context.saturating_sub(answer_tokens.min(context / 4).max(1));
+        let before = self.turns.len();
+        self.turns.push(Message::new("user", text));
+        let mut dropped = 0;
+        loop {
+            match self.prompt(tokenizer, template, dropped) {
+                Ok(prompt) if prompt.ids.len() <= room => {
+                    self.turns.drain(..dropped);
+                    return Ok(prompt);
+                }
+                // A question and its answer go together.
+                Ok(_) if dropped + 2 < self.turns.len() => dropped += 2,
+                Ok(prompt) => {
+                    self.turns.truncate(before);
+                    return Err(bad_input(format!(
+                        "this message makes a prompt of {} tokens, the context holds {context}",
+                        prompt.ids.len()
+                    )));
+                }
+                Err(error) => {
+                    self.turns.truncate(before);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn prompt(
+        &self,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        dropped: usize,
+    ) -> Result<Prompt, Error> {
+        let mut messages = self.messages();
+        let first = messages.len() - self.turns.len();
+        messages.drain(first..first + dropped);
+        for message in &mut messages {
+            // What people type never becomes a control token.
+            if let Value::String(text) = &mut message.content
+                && let Some(protected) = tokenizer.protect(text)
+            {
+                *text = protected;
+            }
+        }
+        let text = template.render(&messages, true, Value::Null).bad_input()?;
+        let whole = tokenizer.encode_rendered(&text).bad_input()?;
+        let ids = self.continued(tokenizer, &text, &whole).unwrap_or(whole);
+        Ok(Prompt { ids, dropped, text })
+    }
+
+    /// The ids that the cache knows, followed by those of what is new in `text`; `None` if `text`
+    /// does not continue what is known, or would be spelt otherwise.
+    fn continued(&self, tokenizer: &Tokenizer, text: &str, whole: &[u32]) -> Option<Vec<u32>> {
+        let rest = text.strip_prefix(&self.known_text).filter(|_| !self.known_ids.is_empty())?;
+        let rest = tokenizer.encode_rendered(rest).ok()?;
+        let ids = [self.known_ids.as_slice(), &rest].concat();
+        let same = tokenizer.decode(&ids, false).ok()? == tokenizer.decode(whole, false).ok()?;
+        same.then_some(ids)
+    }
+
+    /// Adds the answer to `prompt`: its text, and its ids without the token that ended it. An
+    /// answer that has not begun takes the question back.
+    pub fn answer(&mut self, prompt: Prompt, text: &str, ids: &[u32]) {
+        if ids.is_empty() {
+            self.turns.pop();
+            return;
+        }
+        self.turns.push(Message::new("assistant", text));
+        self.known_text = prompt.text + text;
+        self.known_ids = prompt.ids;
+        self.known_ids.extend_from_slice(ids);
+    }
+}
+
+/// The model's chat template, or why a command cannot do without.
+pub fn template_of(model: &Model) -> Result<&ChatTemplate, Error> {
+    let missing = || match &model.text_problem {
+        Some(problem) => bad_input(format!("{}: {problem}", model.name)),
+        None => bad_input(format!("{} has no chat template; try lathe run --raw", model.name)),
+    };
+    model.chat_template.as_ref().ok_or_else(missing)
+}

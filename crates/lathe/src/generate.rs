@@ -1,0 +1,97 @@
+//! One answer: a request through the engine, its text as it comes, and what it took.
+
+use std::time::Instant;
+
+use anyhow::Error;
+use lathe_engine::{Engine, Event, FinishReason, Request, TextDecoder};
+
+use crate::interrupt::Working;
+use crate::output::InputContext;
+use crate::session::milliseconds;
+
+/// What came of a request.
+#[derive(Debug, Clone)]
+pub struct Generation {
+    /// The whole text.
+    pub text: String,
+    /// All tokens, a stop token included.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Those of them that were in the cache already.
+    pub cached_tokens: usize,
+    /// From the request to the first token.
+    pub ttft_ms: f64,
+    /// From the first token to the last.
+    pub decode_ms: f64,
+}
+
+impl Generation {
+    /// Tokens a second after the first; `None` with fewer than two.
+    pub fn decode_tokens_per_s(&self) -> Option<f64> {
+        let steps = self.tokens.len().checked_sub(1).filter(|steps| *steps > 0)?;
+        Some(steps as f64 / (self.decode_ms / 1000.0))
+    }
+
+    /// The contract's word for the reason.
+    pub fn reason_name(&self) -> &'static str {
+        match self.reason {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Cancelled => "cancelled",
+            FinishReason::InvalidLogits => "invalid_logits",
+        }
+    }
+}
+
+/// Runs one request to its end or to a Ctrl-C, handing out text as it becomes certain. If
+/// `on_text` fails the request is cancelled.
+pub fn generate(
+    engine: &mut Engine,
+    request: Request,
+    decoder: Option<Box<dyn TextDecoder>>,
+    working: &Working,
+    mut on_text: impl FnMut(&str) -> Result<(), Error>,
+) -> Result<Generation, Error> {
+    let start = Instant::now();
+    let prompt_tokens = request.prompt.len();
+    let id = engine.add(request, decoder).bad_input()?;
+    let mut generation = Generation {
+        text: String::new(),
+        tokens: Vec::new(),
+        reason: FinishReason::Cancelled,
+        prompt_tokens,
+        cached_tokens: 0,
+        ttft_ms: 0.0,
+        decode_ms: 0.0,
+    };
+    while !engine.is_idle() {
+        if working.stopped() {
+            engine.cancel(id);
+        }
+        for event in engine.step()? {
+            match event {
+                Event::Token { token, text, .. } => {
+                    if generation.tokens.is_empty() {
+                        generation.ttft_ms = milliseconds(start);
+                    }
+                    generation.decode_ms = milliseconds(start) - generation.ttft_ms;
+                    generation.tokens.push(token);
+                    generation.text.push_str(&text);
+                    if let Err(error) = on_text(&text) {
+                        engine.cancel(id);
+                        let _ = engine.step();
+                        return Err(error);
+                    }
+                }
+                Event::Finished { reason, cached_tokens, .. } => {
+                    generation.reason = reason;
+                    generation.cached_tokens = cached_tokens;
+                }
+            }
+        }
+    }
+    Ok(generation)
+}

@@ -1,0 +1,65 @@
+//! Ctrl-C: stops what is being generated; ends the program if nothing is.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use anyhow::Error;
+
+const IDLE: u8 = 0;
+const WORKING: u8 = 1;
+const STOPPING: u8 = 2;
+
+/// What a second Ctrl-C does while the first is still being obeyed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Insist {
+    /// Ends the program: `run`.
+    Ends,
+    /// Nothing: `chat` never dies of it while it answers.
+    Ignored,
+}
+
+/// The state that the signal's handler and the generating loop share.
+#[derive(Debug, Clone)]
+pub struct Interrupts(Arc<AtomicU8>);
+
+impl Interrupts {
+    /// Installs the handler; once a process.
+    pub fn install(insist: Insist) -> Result<Self, Error> {
+        let state = Arc::new(AtomicU8::new(IDLE));
+        let shared = Arc::clone(&state);
+        ctrlc::set_handler(move || {
+            let swap = |from, to| {
+                shared.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+            };
+            if !swap(WORKING, STOPPING)
+                && (insist == Insist::Ends || shared.load(Ordering::SeqCst) == IDLE)
+            {
+                std::process::exit(130);
+            }
+        })?;
+        Ok(Self(state))
+    }
+
+    /// From now on a Ctrl-C is a wish to stop, until the guard is dropped.
+    pub fn begin(&self) -> Working {
+        self.0.store(WORKING, Ordering::SeqCst);
+        Working(Arc::clone(&self.0))
+    }
+}
+
+/// While it lives, Ctrl-C does not end the program.
+#[derive(Debug)]
+pub struct Working(Arc<AtomicU8>);
+
+impl Working {
+    /// Whether Ctrl-C came.
+    pub fn stopped(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == STOPPING
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.0.store(IDLE, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,65 @@
+//! What this machine can do, measured now: the roofs that a step's cost is held against.
+
+use anyhow::Error;
+use lathe_cpu::Isa;
+use lathe_cpu::machine::{measure_bandwidth, measure_matmul};
+use lathe_program::cost::{Cost, Roofline, roofline};
+use lathe_tensor::{Element, Format};
+use serde::Serialize;
+
+use crate::arguments::Global;
+use crate::shape::Sizes;
+
+/// Rates of this machine with some threads.
+#[derive(Debug, Clone, Serialize)]
+pub struct Roofs {
+    /// Threads that were measured together.
+    pub threads: usize,
+    /// Main memory, reading.
+    pub read_gb_s: f64,
+    /// Main memory, bytes read plus bytes written by a copy.
+    pub copy_gb_s: f64,
+    /// Multiplications and additions of the numbers that products of this model are made of.
+    pub matmul_gflop_s: f64,
+    /// Which numbers: `int8`, `bf16` or `f32`.
+    pub matmul_numbers: &'static str,
+}
+
+impl Roofs {
+    /// Measures, in about a second. Which arithmetic counts depends on the weights' format and on
+    /// `--exact`.
+    pub fn measure(global: &Global, sizes: &Sizes) -> Result<Self, Error> {
+        let threads = match global.threads {
+            Some(threads) => threads.get(),
+            None => std::thread::available_parallelism()?.get(),
+        };
+        let bandwidth = measure_bandwidth(threads)?;
+        let matmul = measure_matmul(threads, Isa::select(None)?);
+        let (matmul_gflop_s, matmul_numbers) = match sizes.main_format() {
+            _ if global.exact => (matmul.f32_gop_s, "f32"),
+            Format::Float(_) => (matmul.bf16_gop_s, "bf16"),
+            format if is_float_code(format) => (matmul.bf16_gop_s, "bf16"),
+            _ => (matmul.int8_gop_s, "int8"),
+        };
+        let (read_gb_s, copy_gb_s) = (bandwidth.read_gb_s, bandwidth.copy_gb_s);
+        Ok(Self {
+            threads: bandwidth.threads,
+            read_gb_s,
+            copy_gb_s,
+            matmul_gflop_s,
+            matmul_numbers,
+        })
+    }
+
+    /// Which roof `cost` meets first, and how long it takes at least.
+    pub fn over(&self, cost: &Cost) -> Roofline {
+        roofline(cost, self.read_gb_s * 1e9, self.matmul_gflop_s * 1e9)
+    }
+}
+
+fn is_float_code(format: Format) -> bool {
+    match format {
+        Format::Scaled(scaled) => !matches!(scaled.element, Element::Int(_)),
+        _ => false,
+    }
+}

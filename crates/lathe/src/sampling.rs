@@ -1,0 +1,102 @@
+//! How tokens are chosen: what the command line says, over what the model's own settings say.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Error;
+use lathe_engine::Sampling;
+use lathe_model::GenerationDefaults;
+
+use crate::arguments::SamplingArguments;
+use crate::output::bad_input;
+
+/// The sampling that `arguments` ask for.
+///
+/// Greedy unless somebody asked for randomness: the command line with a temperature or a
+/// truncation, or the model's `generation_config.json` with `do_sample`. (The same rule as Hugging
+/// Face's `generate`; vLLM's server takes the model's settings too.)
+pub fn sampling(
+    arguments: &SamplingArguments,
+    defaults: &GenerationDefaults,
+) -> Result<Sampling, Error> {
+    let truncates =
+        arguments.top_p.is_some() || arguments.top_k.is_some() || arguments.min_p.is_some();
+    let own = defaults.sample;
+    let fallback = match own {
+        true => defaults.temperature.unwrap_or(1.0),
+        false if truncates => 1.0,
+        false => 0.0,
+    };
+    let none = Sampling::default();
+    let sampling = Sampling {
+        temperature: arguments.temperature.unwrap_or(fallback),
+        top_k: arguments.top_k.or(defaults.top_k.filter(|_| own)).unwrap_or(none.top_k),
+        top_p: arguments.top_p.or(defaults.top_p.filter(|_| own)).unwrap_or(none.top_p),
+        min_p: arguments.min_p.or(defaults.min_p.filter(|_| own)).unwrap_or(none.min_p),
+        repetition_penalty: arguments
+            .repetition_penalty
+            .or(defaults.repetition_penalty)
+            .unwrap_or(none.repetition_penalty),
+        presence_penalty: arguments.presence_penalty.unwrap_or(none.presence_penalty),
+        frequency_penalty: arguments.frequency_penalty.unwrap_or(none.frequency_penalty),
+        logit_bias: arguments.logit_bias.iter().map(|text| bias(text)).collect::<Result<_, _>>()?,
+        seed: arguments.seed.unwrap_or_else(clock_seed),
+    };
+    Ok(sampling)
+}
+
+fn bias(text: &str) -> Result<(u32, f32), Error> {
+    let parts = text
+        .split_once('=')
+        .and_then(|(token, value)| Some((token.trim().parse().ok()?, value.trim().parse().ok()?)));
+    parts.ok_or_else(|| bad_input(format!("--logit-bias {text}: expected ID=NUMBER")))
+}
+
+/// A seed that differs from run to run.
+fn clock_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+    // Kept within what a JSON number carries exactly.
+    (now as u64) & ((1 << 53) - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> GenerationDefaults {
+        GenerationDefaults {
+            sample: true,
+            temperature: Some(0.6),
+            top_p: Some(0.9),
+            ..GenerationDefaults::default()
+        }
+    }
+
+    #[test]
+    fn greedy_unless_asked() {
+        let none = GenerationDefaults::default();
+        let chosen = sampling(&SamplingArguments::default(), &none).expect("valid");
+        assert_eq!((chosen.temperature, chosen.top_p), (0.0, 1.0));
+        let arguments = SamplingArguments { top_p: Some(0.5), ..Default::default() };
+        assert_eq!(sampling(&arguments, &none).expect("valid").temperature, 1.0);
+        let quiet = GenerationDefaults { sample: false, ..model() };
+        let chosen = sampling(&SamplingArguments::default(), &quiet).expect("valid");
+        assert_eq!((chosen.temperature, chosen.top_p), (0.0, 1.0));
+    }
+
+    #[test]
+    fn the_command_line_wins() {
+        let chosen = sampling(&SamplingArguments::default(), &model()).expect("valid");
+        assert_eq!((chosen.temperature, chosen.top_p), (0.6, 0.9));
+        let arguments = SamplingArguments {
+            temperature: Some(0.0),
+            logit_bias: vec!["5=-2.5".into()],
+            seed: Some(7),
+            ..Default::default()
+        };
+        let chosen = sampling(&arguments, &model()).expect("valid");
+        assert_eq!((chosen.temperature, chosen.seed), (0.0, 7));
+        assert_eq!(chosen.logit_bias, [(5, -2.5)]);
+        let arguments = SamplingArguments { logit_bias: vec!["x".into()], ..Default::default() };
+        assert!(sampling(&arguments, &model()).is_err());
+    }
+}

@@ -1,0 +1,208 @@
+//! From the word MODEL to something that runs: model, program, backend, executor, engine. The only
+//! place that names a backend.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Error};
+use lathe_cpu::CpuBackend;
+use lathe_engine::{Engine, EngineConfig, ScoreError, TextDecoder};
+use lathe_model::lower::{LowerOptions, lower};
+use lathe_model::tokenizer::Tokenizer;
+use lathe_model::{DecoderSpec, Model};
+use lathe_program::reference::ReferenceBackend;
+use lathe_program::{
+    Backend, Executor, ExecutorOptions, KvFormat, KvLayout, Program, WeightSource,
+};
+
+use crate::arguments::{Device, Global};
+use crate::catalogue::Origin;
+use crate::commands::locate;
+use crate::memory;
+use crate::output::{InputContext, bad_input, human_bytes};
+
+/// Rows of a step at most, unless a command has a reason for another number: enough for the
+/// matrix products to be compute-bound, few enough that activations stay small.
+pub const ROWS_MAX: usize = 512;
+/// Part of the available memory that a cache may take if its size is not given.
+const KV_MEMORY_SHARE: f64 = 0.5;
+
+/// A model whose files are open.
+pub struct Opened {
+    /// The model.
+    pub model: Model,
+    /// When opening began.
+    pub started: Instant,
+}
+
+/// What a command needs to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Need {
+    /// Tokens that a sequence may reach.
+    pub context: usize,
+    /// Sequences that hold so many at once.
+    pub sequences: usize,
+    /// Rows of a step at most.
+    pub rows_max: usize,
+}
+
+/// A prepared model.
+pub struct Session {
+    /// The model.
+    pub model: Model,
+    /// Runs steps.
+    pub executor: Box<dyn Executor>,
+    /// What the executor was prepared with.
+    pub options: ExecutorOptions,
+    /// From the start of opening to ready.
+    pub load_ms: f64,
+}
+
+/// Opens the files that MODEL names.
+pub fn open(name: &str) -> Result<Opened, Error> {
+    let located = locate(name)?;
+    let started = Instant::now();
+    let mut model = Model::open(&located.path).bad_input()?;
+    if located.origin != Origin::Local {
+        // The cache names files by checksums and commits.
+        model.name = located.name;
+    }
+    Ok(Opened { model, started })
+}
+
+/// The backend that `--device` asks for.
+pub fn backend(device: Device) -> Result<Box<dyn Backend>, Error> {
+    match device {
+        Device::Reference => Ok(Box::new(ReferenceBackend::new())),
+        Device::Cpu | Device::Auto => Ok(Box::new(CpuBackend::new(Default::default()))),
+        Device::Cuda => Err(bad_input("--device cuda: this build of lathe has no CUDA backend")),
+    }
+}
+
+impl Opened {
+    /// The tokenizer, or why the command cannot do without.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        tokenizer_of(&self.model)
+    }
+
+    /// Lays the weights out for the device and makes a cache as large as `need` says.
+    pub fn prepare(self, global: &Global, need: Need) -> Result<Session, Error> {
+        let Opened { model, started } = self;
+        let program = program_for(&model.spec, need.context)?;
+        let weights = model.weights(&program).bad_input()?;
+        let (executor, options) = prepare_program(&program, &weights, global, need)?;
+        let load_ms = milliseconds(started);
+        Ok(Session { model, executor, options, load_ms })
+    }
+}
+
+/// The program that serves a model of `spec` for up to `context` tokens a sequence.
+pub fn program_for(spec: &DecoderSpec, context: usize) -> Result<Arc<Program>, Error> {
+    let limit = spec.context_max;
+    if context > limit {
+        let message = format!("{context} tokens are needed, the model's context holds {limit}");
+        return Err(bad_input(message));
+    }
+    Ok(Arc::new(lower(spec, &LowerOptions::new(context)).bad_input()?))
+}
+
+/// An executor of `program`, after a check that its cache fits the memory that there is.
+pub fn prepare_program(
+    program: &Arc<Program>,
+    weights: &dyn WeightSource,
+    global: &Global,
+    need: Need,
+) -> Result<(Box<dyn Executor>, ExecutorOptions), Error> {
+    let rows_max = need.rows_max.clamp(1, need.context * need.sequences);
+    let kv_blocks = kv_blocks(&program.kv, need, rows_max);
+    let options = ExecutorOptions {
+        kv_blocks,
+        kv_format: None,
+        rows_max,
+        threads: global.threads.map(|threads| threads.get()),
+        exact: global.exact,
+    };
+    let bytes = kv_blocks as u64 * program.kv.page_bytes(kv_format_least(global)) as u64;
+    if let Some(available) = memory::available_bytes().filter(|available| bytes > *available) {
+        anyhow::bail!(
+            "the KV cache for {} x {} tokens needs {}, {} of memory are available",
+            need.sequences,
+            need.context,
+            human_bytes(bytes),
+            human_bytes(available)
+        );
+    }
+    let executor = backend(global.device)?
+        .prepare(Arc::clone(program), weights, &options)
+        .context("cannot prepare the model")?;
+    Ok((executor, options))
+}
+
+/// The smallest format that a backend would choose for its cache by itself.
+fn kv_format_least(global: &Global) -> KvFormat {
+    if global.exact || global.device == Device::Reference { KvFormat::F32 } else { KvFormat::F16 }
+}
+
+/// Pages that `need.sequences` sequences of `need.context` tokens hold at most, in any order of
+/// steps of `rows_max` rows.
+fn kv_blocks(layout: &KvLayout, need: Need, rows_max: usize) -> usize {
+    let whole = need.context.div_ceil(layout.block_tokens);
+    let group = |window: Option<usize>| match window {
+        // A window's blocks, a step's rows, and a block at either end that is not full.
+        Some(window) => whole.min((window + rows_max).div_ceil(layout.block_tokens) + 2),
+        None => whole,
+    };
+    let sequence: usize = layout.groups.iter().map(|kv_group| group(kv_group.window)).sum();
+    (sequence * need.sequences).max(1)
+}
+
+/// The longest context, up to the model's own, whose cache takes no more than half of the memory
+/// that is available.
+pub fn context_that_fits(model: &Model, global: &Global) -> Result<usize, Error> {
+    let limit = model.spec.context_max;
+    let program = lower(&model.spec, &LowerOptions::new(limit)).bad_input()?;
+    let bytes = program.kv.bytes_per_token(kv_format_least(global)).max(1);
+    let Some(available) = memory::available_bytes() else { return Ok(limit) };
+    let tokens = (available as f64 * KV_MEMORY_SHARE / bytes as f64) as usize;
+    Ok(limit.min(tokens.max(1)))
+}
+
+impl Session {
+    /// An engine around the executor, and the rest of the session.
+    pub fn into_engine(self, kv_cache: bool, sequences: usize) -> Result<(Engine, Model), Error> {
+        let config = EngineConfig {
+            rows_max: self.options.rows_max,
+            sequences_max: sequences,
+            kv_blocks: self.options.kv_blocks,
+            kv_cache,
+            ..EngineConfig::default()
+        };
+        Ok((Engine::new(self.executor, config)?, self.model))
+    }
+}
+
+/// The model's tokenizer, or why a command cannot do without.
+pub fn tokenizer_of(model: &Model) -> Result<&Tokenizer, Error> {
+    model.tokenizer.as_ref().ok_or_else(|| match &model.text_problem {
+        Some(problem) => bad_input(format!("{}: {problem}", model.name)),
+        None => bad_input(format!("{} has no tokenizer; give token ids instead", model.name)),
+    })
+}
+
+/// Since `start`.
+pub fn milliseconds(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1000.0
+}
+
+/// Turns the tokens of one answer into text, without control tokens.
+pub fn decoder(tokenizer: &Tokenizer) -> Box<dyn TextDecoder> {
+    Box::new(tokenizer.decode_stream(true))
+}
+
+/// Tokens that cannot be scored are bad input; a device that fails is not.
+pub fn score_result<T>(result: Result<T, ScoreError>) -> Result<T, Error> {
+    result.map_err(|error| match error {
+        ScoreError::Backend(_) | ScoreError::Logits { .. } => error.into(),
+        _ => bad_input(error),
+    })
+}

@@ -1,0 +1,174 @@
+//! A model to count or to time: a real one, or only the shape of one with weights that are made up.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Error};
+
+use lathe_model::weights::DummyWeights;
+use lathe_model::{DecoderSpec, Model, read_spec};
+use lathe_program::{Program, Weight, WeightRole, WeightSource};
+use lathe_tensor::{FloatType, Format};
+
+use crate::output::InputContext;
+use crate::session;
+
+/// Seed of made-up weights; the times do not depend on it.
+const SEED: u64 = 1;
+
+/// What to count or to time.
+pub struct Shape {
+    name: String,
+    source: Source,
+}
+
+enum Source {
+    Model(Box<Model>),
+    Dummy { spec: DecoderSpec, format: Format },
+}
+
+/// Bytes and format of each weight of a program.
+pub struct Sizes {
+    weights: Vec<(u64, Format)>,
+    tied_head: bool,
+}
+
+impl Shape {
+    /// The model itself.
+    pub fn open(name: &str) -> Result<Self, Error> {
+        let model = session::open(name)?.model;
+        Ok(Self { name: model.name.clone(), source: Source::Model(Box::new(model)) })
+    }
+
+    /// The shape of a model, with made-up weights in `format` (bf16 if not given).
+    pub fn dummy(name: &str, format: Option<&str>) -> Result<Self, Error> {
+        let format = match format {
+            Some(text) => Format::parse(text).bad_input_in("--format")?,
+            None => Format::BF16,
+        };
+        let path = Path::new(name);
+        let spec = match path.join("config.json").is_file() {
+            true => read_spec(path).bad_input_in(name)?,
+            false => session::open(name)?.model.spec,
+        };
+        Ok(Self { name: short_name(name), source: Source::Dummy { spec, format } })
+    }
+
+    /// The model itself; or its shape, if there is a configuration without weights or if a format
+    /// is asked for.
+    pub fn describe(name: &str, format: Option<&str>) -> Result<Self, Error> {
+        if format.is_some() || has_no_weights(Path::new(name)) {
+            Self::dummy(name, format)
+        } else {
+            Self::open(name)
+        }
+    }
+
+    /// What to call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it is.
+    pub fn spec(&self) -> &DecoderSpec {
+        match &self.source {
+            Source::Model(model) => &model.spec,
+            Source::Dummy { spec, .. } => spec,
+        }
+    }
+
+    /// Its weights, for `program`.
+    pub fn weights<'a>(
+        &'a self,
+        program: &'a Program,
+    ) -> Result<Box<dyn WeightSource + 'a>, Error> {
+        Ok(match &self.source {
+            Source::Model(model) => Box::new(model.weights(program).bad_input()?),
+            Source::Dummy { format, .. } => Box::new(DummyWeights::new(program, *format, SEED)),
+        })
+    }
+
+    /// The sizes of the weights as the checkpoint has them.
+    pub fn sizes(&self, program: &Program) -> Result<Sizes, Error> {
+        let weights = (0..program.weights.len() as u32).map(Weight);
+        let weights = match &self.source {
+            Source::Model(model) => {
+                let source = model.weights(program).bad_input()?;
+                let size = |weight| {
+                    let tensor = source.tensor(weight)?;
+                    Ok((tensor.byte_len() as u64, tensor.format))
+                };
+                weights.map(size).collect::<Result<Vec<_>, Error>>()?
+            }
+            Source::Dummy { format, .. } => {
+                let size = |weight| dummy_size(program, weight, *format);
+                weights.map(size).collect::<Result<Vec<_>, Error>>()?
+            }
+        };
+        Ok(Sizes { weights, tied_head: self.spec().tied_head })
+    }
+}
+
+/// As [`DummyWeights`] makes them, without making them.
+fn dummy_size(program: &Program, weight: Weight, format: Format) -> Result<(u64, Format), Error> {
+    let decl = program.weight(weight);
+    let columns = decl.shape.last().copied().unwrap_or(1);
+    let format = match decl.role {
+        WeightRole::Vector => Format::F32,
+        WeightRole::Router => Format::BF16,
+        _ if columns.is_multiple_of(format.block_len().max(1)) => format,
+        _ => Format::BF16,
+    };
+    let bytes = format.bytes_for(&decl.shape).with_context(|| decl.name.clone())?;
+    Ok((bytes as u64, format))
+}
+
+impl Sizes {
+    /// Bytes of one weight.
+    pub fn of(&self, weight: Weight) -> u64 {
+        self.weights[weight.0 as usize].0
+    }
+
+    /// Bytes of all; a head that is the embedding counts once.
+    pub fn total(&self, program: &Program) -> u64 {
+        let counts = |decl: WeightRole| !(self.tied_head && decl == WeightRole::Head);
+        let sizes = program.weights.iter().zip(&self.weights);
+        sizes.filter(|(decl, _)| counts(decl.role)).map(|(_, (bytes, _))| bytes).sum()
+    }
+
+    /// Bytes in each format, most first.
+    fn by_format(&self) -> Vec<(Format, u64)> {
+        let mut bytes: HashMap<Format, u64> = HashMap::new();
+        for (size, format) in &self.weights {
+            *bytes.entry(*format).or_default() += size;
+        }
+        let mut formats: Vec<_> = bytes.into_iter().collect();
+        formats.sort_by_key(|(format, size)| (std::cmp::Reverse(*size), format.to_string()));
+        formats
+    }
+
+    /// The format of the most bytes.
+    pub fn main_format(&self) -> Format {
+        self.by_format().first().map_or(Format::F32, |(format, _)| *format)
+    }
+
+    /// The formats of the matrices, by bytes: `q4_1+q8_0`.
+    pub fn formats(&self) -> String {
+        let mut formats = self.by_format();
+        let total: u64 = formats.iter().map(|(_, size)| size).sum();
+        // Norms are f32 in most files and say nothing about the model's format.
+        formats
+            .retain(|(format, size)| *format != Format::Float(FloatType::F32) || size * 20 > total);
+        formats.iter().map(|(format, _)| format.to_string()).collect::<Vec<_>>().join("+")
+    }
+}
+
+fn has_no_weights(folder: &Path) -> bool {
+    let weights = ["model.safetensors", "model.safetensors.index.json"];
+    folder.join("config.json").is_file() && !weights.iter().any(|name| folder.join(name).exists())
+}
+
+fn short_name(name: &str) -> String {
+    let last = Path::new(name).file_name().map(|name| name.to_string_lossy().into_owned());
+    last.unwrap_or_else(|| name.to_owned())
+}
