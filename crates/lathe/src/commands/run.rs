@@ -117,13 +117,17 @@ fn read_prompt(arguments: &RunArguments) -> Result<Typed, Error> {
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).context("stdin")?;
     let text = String::from_utf8(bytes).bad_input_in("the prompt on stdin is not UTF-8")?;
+    // The newline that `echo` adds is not part of what was meant.
+    not_empty(text.strip_suffix('\n').unwrap_or(&text).to_owned())
+}
+
+fn not_empty(text: String) -> Result<Typed, Error> {
     if text.trim().is_empty() {
         return Err(bad_input(
             "no prompt: give one as an argument, with --prompt-ids, or on stdin",
         ));
     }
-    // The newline that `echo` adds is not part of what was meant.
-    Ok(Typed::Text(text.strip_suffix('\n').unwrap_or(&text).to_owned()))
+    Ok(Typed::Text(text))
 }
 
 fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<u32>, Error> {
