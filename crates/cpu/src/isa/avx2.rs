@@ -83,6 +83,29 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast())] }
     }
     #[inline(always)]
+    unsafe fn load_u16(p: *const u16) -> Self::I {
+        // SAFETY: see above.
+        unsafe {
+            [
+                _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())),
+                _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast())),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self::F {
+        // SAFETY: see above. Sign, exponent and mantissa move into an f16, whose exponent bias is
+        // 8 larger.
+        unsafe {
+            let wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast()));
+            let bits = _mm256_and_si256(_mm256_slli_epi16::<7>(wide), _mm256_set1_epi16(0x3f80));
+            let sign = _mm256_and_si256(wide, _mm256_set1_epi16(-0x8000));
+            let half = _mm256_or_si256(bits, sign);
+            let halves = [_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half)];
+            both(halves, |h| _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(256.0)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> Self::I {
         // SAFETY: see above.
         unsafe {
@@ -101,6 +124,11 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { both(x, |v| _mm256_sll_epi32(v, _mm_cvtsi32_si128(N as i32))) }
     }
     #[inline(always)]
+    unsafe fn shr_by(x: Self::I, n: u32) -> Self::I {
+        // SAFETY: see above.
+        unsafe { both(x, |v| _mm256_srl_epi32(v, _mm_cvtsi32_si128(n as i32))) }
+    }
+    #[inline(always)]
     unsafe fn and(x: Self::I, mask: u32) -> Self::I {
         // SAFETY: see above.
         unsafe { both(x, |v| _mm256_and_si256(v, _mm256_set1_epi32(mask as i32))) }
@@ -114,6 +142,22 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     unsafe fn load_b(p: *const u8) -> Self::B {
         // SAFETY: see above.
         unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn store_b(p: *mut u8, x: Self::B) {
+        // SAFETY: see above.
+        unsafe {
+            _mm256_storeu_si256(p.cast(), x[0]);
+            _mm256_storeu_si256(p.add(32).cast(), x[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], index: Self::B) -> Self::B {
+        // SAFETY: see above.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            both(index, |v| _mm256_shuffle_epi8(table, v))
+        }
     }
     #[inline(always)]
     unsafe fn b_to_i(x: Self::B) -> Self::I {

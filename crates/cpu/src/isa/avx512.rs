@@ -66,6 +66,22 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn load_u16(p: *const u16) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> __m512 {
+        // SAFETY: see above. Sign, exponent and mantissa move into an f16, whose exponent bias is
+        // 8 larger.
+        unsafe {
+            let wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast()));
+            let bits = _mm256_and_si256(_mm256_slli_epi16::<7>(wide), _mm256_set1_epi16(0x3f80));
+            let sign = _mm256_and_si256(wide, _mm256_set1_epi16(-0x8000));
+            _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(bits, sign)), _mm512_set1_ps(256.0))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())) }
@@ -81,6 +97,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_slli_epi32::<N>(x) }
     }
     #[inline(always)]
+    unsafe fn shr_by(x: __m512i, n: u32) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_srl_epi32(x, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
     unsafe fn and(x: __m512i, mask: u32) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_and_si512(x, _mm512_set1_epi32(mask as i32)) }
@@ -94,6 +115,19 @@ impl Simd for Avx512 {
     unsafe fn load_b(p: *const u8) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_b(p: *mut u8, x: __m512i) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_si512(p.cast(), x) }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], index: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe {
+            let table = _mm_loadu_si128(table.as_ptr().cast());
+            _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index)
+        }
     }
     #[inline(always)]
     unsafe fn b_to_i(x: __m512i) -> __m512i {

@@ -144,15 +144,24 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn bits_to_f(x: Self::I) -> Self::F;
 
     unsafe fn load_i(p: *const u32) -> Self::I;
+    /// Sixteen `u16` (32 bytes), widened.
+    unsafe fn load_u16(p: *const u16) -> Self::I;
+    /// Sixteen fp8 e4m3 numbers (16 bytes, none a NaN), widened.
+    unsafe fn load_e4m3(p: *const u8) -> Self::F;
     /// Sixteen `i8` (16 bytes), widened with sign.
     unsafe fn load_i8(p: *const i8) -> Self::I;
     unsafe fn shr<const N: u32>(x: Self::I) -> Self::I;
     unsafe fn shl<const N: u32>(x: Self::I) -> Self::I;
+    /// [`Simd::shr`] by an amount that is a constant only after unrolling.
+    unsafe fn shr_by(x: Self::I, n: u32) -> Self::I;
     unsafe fn and(x: Self::I, mask: u32) -> Self::I;
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
 
     unsafe fn load_b(p: *const u8) -> Self::B;
+    unsafe fn store_b(p: *mut u8, x: Self::B);
     unsafe fn b_to_i(x: Self::B) -> Self::I;
+    /// `table[index]` of each byte, all below 16.
+    unsafe fn lookup(table: &[u8; 16], index: Self::B) -> Self::B;
     /// The low four bits of each byte.
     unsafe fn low4(x: Self::B) -> Self::B;
     /// The high four bits of each byte, moved down.

@@ -59,6 +59,18 @@ impl Simd for Portable {
         unsafe { p.cast::<[u32; 16]>().read_unaligned() }
     }
     #[inline(always)]
+    unsafe fn load_u16(p: *const u16) -> Self::I {
+        // SAFETY: the caller gives 32 readable bytes.
+        let words = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
+        words.map(u32::from)
+    }
+    #[inline(never)]
+    unsafe fn load_e4m3(p: *const u8) -> Self::F {
+        // SAFETY: the caller gives 16 readable bytes.
+        let codes = unsafe { p.cast::<[u8; 16]>().read_unaligned() };
+        codes.map(lathe_tensor::codec::element::f8e4m3_to_f32)
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> Self::I {
         // SAFETY: the caller gives 16 readable bytes.
         let bytes = unsafe { p.cast::<[i8; 16]>().read_unaligned() };
@@ -73,6 +85,10 @@ impl Simd for Portable {
         x.map(|v| v << N)
     }
     #[inline(always)]
+    unsafe fn shr_by(x: Self::I, n: u32) -> Self::I {
+        x.map(|v| v >> n)
+    }
+    #[inline(always)]
     unsafe fn and(x: Self::I, mask: u32) -> Self::I {
         x.map(|v| v & mask)
     }
@@ -84,6 +100,15 @@ impl Simd for Portable {
     unsafe fn load_b(p: *const u8) -> Self::B {
         // SAFETY: the caller gives 64 readable bytes.
         unsafe { p.cast::<[u8; 64]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_b(p: *mut u8, x: Self::B) {
+        // SAFETY: the caller gives 64 writable bytes.
+        unsafe { p.cast::<[u8; 64]>().write_unaligned(x) }
+    }
+    #[inline(never)]
+    unsafe fn lookup(table: &[u8; 16], index: Self::B) -> Self::B {
+        index.map(|i| table[usize::from(i & 15)])
     }
     #[inline(always)]
     unsafe fn b_to_i(x: Self::B) -> Self::I {

@@ -7,7 +7,7 @@
 //! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
 //! int8 : segment = 32 positions, 32 bytes a row; with f32 scale, sum * scale, -zero * sum
 //! bf16 : segment = 32 positions, 64 bytes a row
-//! f32  : segment = 16 positions, 64 bytes a row
+//! f32  : segment = 32 positions, 128 bytes a row
 //! ```
 //! The int8 scale is `max|x| / 127` over the segment, the code `round(x * 127 / max|x|)`, ties to
 //! even. A segment that holds a NaN or an infinity gets that as its scale, so it is not hidden.
@@ -16,13 +16,12 @@
 use half::bf16;
 
 use crate::gang::Gang;
+use crate::pack::PackedMatrix;
+use crate::pack::layout::{Offset, Operand, SEGMENT};
 use crate::pack::memory::AlignedBytes;
-use crate::pack::{Offset, Operand, PackedMatrix};
 
 /// Rows in a block: the rows of an AMX tile, and what AVX-512's registers hold.
 pub(crate) const BLOCK: usize = 16;
-/// Positions of an int8 segment: what shares a scale.
-pub(crate) const SEGMENT: usize = 32;
 /// Every row is padded with zeros to a multiple of this: the longest chunk of a format.
 const PADDING: usize = 256;
 /// Different zero points among the matrices of one group.
@@ -115,6 +114,22 @@ pub(crate) struct BlockView {
     pub(crate) sums: *const f32,
     /// int8: `[segments][parts][stride]` `-zero * sum of codes`.
     pub(crate) offsets: *const i32,
+}
+
+impl BlockView {
+    /// The view `segments` further along k, where a row's segment of the operand has `BYTES`
+    /// bytes and the matrix `parts` scales a segment.
+    #[inline(always)]
+    pub(crate) fn after<const BYTES: usize>(self, segments: usize, parts: usize) -> BlockView {
+        let rows = segments * self.stride;
+        BlockView {
+            stride: self.stride,
+            x: self.x.wrapping_add(BYTES * rows),
+            scales: self.scales.wrapping_add(rows),
+            sums: self.sums.wrapping_add(rows),
+            offsets: self.offsets.wrapping_add(parts * rows),
+        }
+    }
 }
 
 /// Pointers to all planes, for workers that each write rows of their own.
@@ -253,8 +268,14 @@ impl Activations {
         self.columns == matrix.columns() && self.operands.serve(matrix.operand)
     }
 
-    /// Block `block` from its row `first` on, as `operand`.
-    pub(crate) fn view(&self, operand: Operand, block: usize, first: usize) -> BlockView {
+    /// Block `block` from its row `first` and segment `segment` on, as `operand`.
+    pub(crate) fn view(
+        &self,
+        operand: Operand,
+        block: usize,
+        first: usize,
+        segment: usize,
+    ) -> BlockView {
         debug_assert!(block < self.blocks());
         let stride = padded_rows(self.block_rows(block));
         let padded = self.columns.next_multiple_of(PADDING);
@@ -271,8 +292,14 @@ impl Activations {
         // SAFETY: the planes were reserved for all blocks, and `first` is a row of this one.
         unsafe {
             match operand {
-                Operand::F32 => view.x = self.float.pointer::<u8>().add(elements * 4 + first * 64),
-                Operand::Bf16 => view.x = self.bf16.pointer::<u8>().add(elements * 2 + first * 64),
+                Operand::F32 => {
+                    view.x = self.float.pointer::<u8>().add(elements * 4 + first * 128);
+                    view.after::<128>(segment, 1)
+                }
+                Operand::Bf16 => {
+                    view.x = self.bf16.pointer::<u8>().add(elements * 2 + first * 64);
+                    view.after::<64>(segment, 1)
+                }
                 Operand::Int8(offset) => {
                     let index = self.operands.offsets.iter().position(|o| *o == Some(offset));
                     let plane =
@@ -281,10 +308,10 @@ impl Activations {
                     view.scales = self.scales.pointer::<f32>().add(segments);
                     view.sums = self.sums.pointer::<f32>().add(segments);
                     view.offsets = plane.add(elements / SEGMENT * offset.parts + first);
+                    view.after::<SEGMENT>(segment, offset.parts)
                 }
             }
         }
-        view
     }
 }
 
@@ -314,12 +341,12 @@ impl Writer {
         // SAFETY: as the caller promises; offsets stay below `rows * padded` rounded up to blocks.
         unsafe {
             if self.operands.float {
-                let plane = self.float.add(elements + first * 16);
-                write_segments::<16, f32>(x, self.padded, plane, stride, |v| v);
+                let plane = self.float.add(elements + first * 32);
+                write_segments::<f32>(x, self.padded, plane, stride, |v| v);
             }
             if self.operands.bf16 {
                 let plane = self.bf16.add(elements + first * 32);
-                write_segments::<32, u16>(x, self.padded, plane, stride, |v| {
+                write_segments::<u16>(x, self.padded, plane, stride, |v| {
                     bf16::from_f32(v).to_bits()
                 });
             }
@@ -372,22 +399,24 @@ pub(crate) fn quantize_segment(x: &[f32; SEGMENT]) -> ([i8; SEGMENT], f32) {
     (codes, largest / 127.0)
 }
 
-/// Writes a row as segments of `N`, `stride` rows apart, padded with zeros to `padded`.
-unsafe fn write_segments<const N: usize, T: Copy + Default>(
+/// Writes a row as segments, `stride` rows apart, padded with zeros to `padded`.
+unsafe fn write_segments<T: Copy + Default>(
     x: &[f32],
     padded: usize,
     plane: *mut T,
     stride: usize,
     convert: impl Fn(f32) -> T,
 ) {
-    for segment in 0..padded / N {
-        let from = (segment * N).min(x.len());
-        let part = &x[from..x.len().min(from + N)];
-        let mut values = [T::default(); N];
+    for segment in 0..padded / SEGMENT {
+        let from = (segment * SEGMENT).min(x.len());
+        let part = &x[from..x.len().min(from + SEGMENT)];
+        let mut values = [T::default(); SEGMENT];
         for (value, &v) in values.iter_mut().zip(part) {
             *value = convert(v);
         }
         // SAFETY: the caller gives room for `padded` elements of this row.
-        unsafe { plane.add(segment * stride * N).cast::<[T; N]>().write_unaligned(values) }
+        unsafe {
+            plane.add(segment * stride * SEGMENT).cast::<[T; SEGMENT]>().write_unaligned(values)
+        }
     }
 }

@@ -1,135 +1,223 @@
-//! From a matrix's layout, operand and ISA, and a number of rows, to a kernel.
+//! From a matrix's layout, operand and ISA to its kernels.
 
-use lathe_tensor::{FloatType, GgmlType};
+use lathe_tensor::FloatType;
 
+use super::codes::*;
 use super::kernels::*;
 use crate::isa::Isa;
 use crate::isa::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
-use crate::pack::{Layout, Operand};
+use crate::pack::layout::{Codes, Constants, Layout, Operand, Scales};
 
 /// A kernel instantiated for one ISA and number of rows. Unsafe as [`Kernel::run`].
-pub(crate) type PanelFn = unsafe fn(&PanelArgs);
+pub(crate) type RunFn = unsafe fn(&Args<'_>);
+/// Unsafe as [`Expand::expand`].
+pub(crate) type ExpandFn = unsafe fn(*const u8, usize, &Constants, &mut Scratch);
+/// The instance for the most rows up to those given, and how many it takes.
+pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
+
+/// The kernels of one matrix.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kernels {
+    /// Straight from the packed panel, for so few rows that memory is the limit.
+    pub(crate) direct: Option<ChooseFn>,
+    /// Decodes a batch for `tile`; absent if `tile` reads the packed panel.
+    pub(crate) expand: Option<ExpandFn>,
+    /// For any number of rows.
+    pub(crate) tile: ChooseFn,
+}
+
+/// Most rows that a direct kernel takes.
+pub(crate) const DIRECT_ROWS: usize = 2;
 
 /// An ISA as something that kernels are compiled for.
 trait Target {
-    /// Rows that its registers hold: 4, 8 or 16.
+    /// Rows that its registers hold: 4 or 16.
     const ROWS_MAX: usize;
-    fn entry<K: Kernel, const R: usize>() -> PanelFn;
+    /// Whether its integer dot takes codes of any width alike.
+    const ANY_WIDTH: bool;
+    /// Whether direct kernels are compiled for it.
+    const DIRECT: bool;
+    fn run<K: Kernel, const R: usize>() -> RunFn;
+    fn expand<E: Expand>() -> ExpandFn;
 }
 
 struct PortableTarget;
 
 impl Target for PortableTarget {
     const ROWS_MAX: usize = 4;
-    fn entry<K: Kernel, const R: usize>() -> PanelFn {
-        unsafe fn run<K: Kernel, const R: usize>(args: &PanelArgs) {
+    const ANY_WIDTH: bool = true;
+    const DIRECT: bool = false;
+    fn run<K: Kernel, const R: usize>() -> RunFn {
+        unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
             // SAFETY: as `Kernel::run`; plain Rust runs everywhere.
             unsafe { K::run::<Portable, R>(args) }
         }
         run::<K, R>
+    }
+    fn expand<E: Expand>() -> ExpandFn {
+        unsafe fn run<E: Expand>(p: *const u8, n: usize, c: &Constants, out: &mut Scratch) {
+            // SAFETY: as `Expand::expand`; plain Rust runs everywhere.
+            unsafe { E::expand::<Portable>(p, n, c, out) }
+        }
+        run::<E>
     }
 }
 
 /// A target whose kernels are compiled with `$features`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! target {
-    ($name:ident, $simd:ty, $rows:literal, $features:literal) => {
+    ($name:ident, $simd:ty, $rows:literal, $any_width:literal, $features:literal) => {
         struct $name;
 
         impl Target for $name {
             const ROWS_MAX: usize = $rows;
-            fn entry<K: Kernel, const R: usize>() -> PanelFn {
+            const ANY_WIDTH: bool = $any_width;
+            const DIRECT: bool = true;
+            fn run<K: Kernel, const R: usize>() -> RunFn {
                 #[target_feature(enable = $features)]
-                unsafe fn run<K: Kernel, const R: usize>(args: &PanelArgs) {
+                unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
                     // SAFETY: as `Kernel::run`.
                     unsafe { K::run::<$simd, R>(args) }
                 }
                 run::<K, R>
+            }
+            fn expand<E: Expand>() -> ExpandFn {
+                #[target_feature(enable = $features)]
+                unsafe fn run<E: Expand>(p: *const u8, n: usize, c: &Constants, out: &mut Scratch) {
+                    // SAFETY: as `Expand::expand`.
+                    unsafe { E::expand::<$simd>(p, n, c, out) }
+                }
+                run::<E>
             }
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-target!(Avx2Target, Avx2<false>, 4, "avx2,fma,f16c");
+target!(Avx2Target, Avx2<false>, 4, false, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-target!(AvxVnniTarget, Avx2<true>, 4, "avx2,fma,f16c,avxvnni");
+target!(AvxVnniTarget, Avx2<true>, 4, true, "avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
-target!(Avx512Target, Avx512, 16, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
+target!(Avx512Target, Avx512, 16, true, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
 #[cfg(target_arch = "x86_64")]
 target!(
     Avx512Bf16Target,
     Avx512,
     16,
+    true,
     "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16"
 );
 
-/// The kernel for the first rows of `left`, and how many it takes. `left` is a number of rows
-/// that blocks are padded to, or what is left of one.
-pub(crate) fn kernel(isa: Isa, layout: Layout, operand: Operand, left: usize) -> (PanelFn, usize) {
-    match (isa, operand) {
+/// The kernels of a matrix.
+pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
+    match isa {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, Operand::Bf16) => for_rows::<Avx512Bf16Target, Bf16Pairs>(left),
+        Isa::Avx512 if operand == Operand::Bf16 => floats(rows_of::<Avx512Bf16Target, Pairs>),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, _) => for_target::<Avx512Target>(layout, operand, left),
+        Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, Operand::Int8(_)) if is_x86_feature_detected!("avxvnni") => {
-            for_integers::<AvxVnniTarget>(layout, left)
+        Isa::Avx2 if matches!(operand, Operand::Int8(_)) && is_x86_feature_detected!("avxvnni") => {
+            for_target::<AvxVnniTarget>(layout, operand)
         }
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, _) => for_target::<Avx2Target>(layout, operand, left),
-        _ => for_target::<PortableTarget>(layout, operand, left),
+        Isa::Avx2 => for_target::<Avx2Target>(layout, operand),
+        _ => for_target::<PortableTarget>(layout, operand),
     }
 }
 
-fn for_target<T: Target>(layout: Layout, operand: Operand, left: usize) -> (PanelFn, usize) {
-    match (layout, operand) {
-        (_, Operand::Int8(_)) => for_integers::<T>(layout, left),
-        (Layout::Float(FloatType::F32), _) => for_rows::<T, F32Kernel>(left),
-        (Layout::Float(FloatType::F16), _) => for_rows::<T, F16Kernel>(left),
-        (Layout::Float(FloatType::BF16), _) => for_rows::<T, Bf16Widened>(left),
-        (Layout::Coded(kind), _) => match kind {
-            GgmlType::Q4_0 => for_rows::<T, Exact<Simple<4, 8, false>>>(left),
-            GgmlType::Q4_1 => for_rows::<T, Exact<Simple<4, 0, true>>>(left),
-            GgmlType::Q5_0 => for_rows::<T, Exact<Simple<5, 16, false>>>(left),
-            GgmlType::Q5_1 => for_rows::<T, Exact<Simple<5, 0, true>>>(left),
-            GgmlType::Q8_0 => for_rows::<T, Exact<Simple<8, 128, false>>>(left),
-            GgmlType::Q4_K => for_rows::<T, Exact<SuperMin<4>>>(left),
-            GgmlType::Q5_K => for_rows::<T, Exact<SuperMin<5>>>(left),
-            GgmlType::Q6_K => for_rows::<T, Exact<SuperSigned>>(left),
-            GgmlType::IQ4_NL | GgmlType::IQ4_XS => unreachable!("refused when packed"),
+fn floats(tile: ChooseFn) -> Kernels {
+    Kernels { direct: None, expand: None, tile }
+}
+
+fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
+    let (codes, scales) = match layout {
+        Layout::Float(FloatType::F32) => return floats(rows_of::<T, Widened<Single>>),
+        Layout::Float(FloatType::F16) => return floats(rows_of::<T, Widened<HalfFloat>>),
+        Layout::Float(FloatType::BF16) => return floats(rows_of::<T, Widened<Brain>>),
+        Layout::Coded(codes, scales) => (codes, scales),
+    };
+    let zeros = matches!(scales, Scales::Group { zeros: true, .. });
+    match (codes, scales) {
+        (Codes::Signed4, Scales::Half) => coded::<T, Pair<Plain<4, 8>, Half<false>>>(operand),
+        (Codes::Unsigned4, Scales::HalfMin) => coded::<T, Pair<Plain<4, 0>, Half<true>>>(operand),
+        (Codes::Signed5, Scales::Half) => coded::<T, Pair<Plain<5, 16>, Half<false>>>(operand),
+        (Codes::Unsigned5, Scales::HalfMin) => coded::<T, Pair<Plain<5, 0>, Half<true>>>(operand),
+        (Codes::Signed8, Scales::Half) => coded::<T, Pair<Plain<8, 128>, Half<false>>>(operand),
+        (Codes::Unsigned4, Scales::SuperMin) => coded::<T, Pair<Plain<4, 0>, SuperMin>>(operand),
+        (Codes::Unsigned5, Scales::SuperMin) => coded::<T, Pair<Plain<5, 0>, SuperMin>>(operand),
+        (Codes::Signed6, Scales::SuperSigned) => {
+            coded::<T, Pair<Plain<6, 32>, SuperSigned>>(operand)
+        }
+        (Codes::Iq4, Scales::Half) => coded::<T, Pair<Table<8>, Half<false>>>(operand),
+        (Codes::Iq4, Scales::SuperSix) => coded::<T, Pair<Table<8>, SuperSix>>(operand),
+        (Codes::E2m1, Scales::E8m0) => coded::<T, Pair<Table<5>, E8m0>>(operand),
+        (Codes::E2m1, Scales::E4m3) => coded::<T, Pair<Table<5>, E4m3>>(operand),
+        (Codes::Signed4, Scales::Group { .. }) if zeros => {
+            coded::<T, Pair<Plain<4, 8>, Group<true>>>(operand)
+        }
+        (Codes::Signed4, Scales::Group { .. }) => {
+            coded::<T, Pair<Plain<4, 8>, Group<false>>>(operand)
+        }
+        (Codes::Signed8, Scales::Group { .. }) if zeros => {
+            coded::<T, Pair<Plain<8, 128>, Group<true>>>(operand)
+        }
+        (Codes::Signed8, Scales::Group { .. }) => {
+            coded::<T, Pair<Plain<8, 128>, Group<false>>>(operand)
+        }
+        (codes, scales) => unreachable!("no layout has {codes:?} with {scales:?}"),
+    }
+}
+
+fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
+    match operand {
+        Operand::Int8(_) => Kernels {
+            direct: if T::DIRECT { Some(direct_rows_of::<T, C>) } else { None },
+            expand: Some(T::expand::<ToCodes<C>>()),
+            tile: tile::<T>(if T::ANY_WIDTH { 8 } else { C::BITS }, C::PARTS, C::MIN),
+        },
+        _ => Kernels {
+            direct: None,
+            expand: Some(T::expand::<ToFloats<C>>()),
+            tile: rows_of::<T, Widened<Single>>,
         },
     }
 }
 
-fn for_integers<T: Target>(layout: Layout, left: usize) -> (PanelFn, usize) {
-    let Layout::Coded(kind) = layout else { unreachable!("floats have no integer kernel") };
-    match kind {
-        GgmlType::Q4_0 => for_rows::<T, Integer<Simple<4, 8, false>>>(left),
-        GgmlType::Q4_1 => for_rows::<T, Integer<Simple<4, 0, true>>>(left),
-        GgmlType::Q5_0 => for_rows::<T, Integer<Simple<5, 16, false>>>(left),
-        GgmlType::Q5_1 => for_rows::<T, Integer<Simple<5, 0, true>>>(left),
-        GgmlType::Q8_0 => for_rows::<T, Integer<Simple<8, 128, false>>>(left),
-        GgmlType::Q4_K => for_rows::<T, Integer<SuperMin<4>>>(left),
-        GgmlType::Q5_K => for_rows::<T, Integer<SuperMin<5>>>(left),
-        GgmlType::Q6_K => for_rows::<T, Integer<SuperSigned>>(left),
-        GgmlType::IQ4_NL | GgmlType::IQ4_XS => unreachable!("refused when packed"),
+/// The kernel of expanded codes: how wide they are matters only where a dot could saturate.
+fn tile<T: Target>(bits: u32, parts: usize, min: bool) -> ChooseFn {
+    match (bits, parts, min) {
+        (8, 1, false) => rows_of::<T, Tile<8, 1, false>>,
+        (8, 1, true) => rows_of::<T, Tile<8, 1, true>>,
+        (8, _, _) => rows_of::<T, Tile<8, 2, false>>,
+        _ if T::ANY_WIDTH => unreachable!("width 8 stands for all"),
+        (4, _, false) => rows_of::<T, Tile<4, 1, false>>,
+        (4, _, true) => rows_of::<T, Tile<4, 1, true>>,
+        (5, 1, false) => rows_of::<T, Tile<5, 1, false>>,
+        (5, 1, true) => rows_of::<T, Tile<5, 1, true>>,
+        (5, _, _) => rows_of::<T, Tile<5, 2, false>>,
+        (_, _, _) => rows_of::<T, Tile<6, 2, false>>,
+    }
+}
+
+fn direct_rows_of<T: Target, C: Coded>(left: usize) -> (RunFn, usize) {
+    match left {
+        0 | 1 => (T::run::<Direct<C>, 1>(), 1),
+        _ => (T::run::<Direct<C>, 2>(), 2),
     }
 }
 
 /// The instance for the most rows that `left`, the registers and the kernel allow. Only default
 /// kernels are instantiated for many numbers of rows: each instance costs seconds of building.
-fn for_rows<T: Target, K: Kernel>(left: usize) -> (PanelFn, usize) {
-    let most = left.min(T::ROWS_MAX);
-    match most {
-        16.. if T::ROWS_MAX >= 16 && K::TUNED => (T::entry::<K, 16>(), 16),
-        12.. if T::ROWS_MAX >= 16 && K::TUNED => (T::entry::<K, 12>(), 12),
-        8.. if T::ROWS_MAX >= 8 => (T::entry::<K, 8>(), 8),
-        6.. if T::ROWS_MAX >= 8 && K::TUNED => (T::entry::<K, 6>(), 6),
-        4.. => (T::entry::<K, 4>(), 4),
-        2.. if K::TUNED => (T::entry::<K, 2>(), 2),
-        _ => (T::entry::<K, 1>(), 1),
+fn rows_of<T: Target, K: Kernel>(left: usize) -> (RunFn, usize) {
+    match left.min(T::ROWS_MAX) {
+        16.. if T::ROWS_MAX >= 16 && K::TUNED => (T::run::<K, 16>(), 16),
+        12.. if T::ROWS_MAX >= 16 && K::TUNED => (T::run::<K, 12>(), 12),
+        8.. if T::ROWS_MAX >= 8 => (T::run::<K, 8>(), 8),
+        6.. if T::ROWS_MAX >= 8 && K::TUNED => (T::run::<K, 6>(), 6),
+        4.. => (T::run::<K, 4>(), 4),
+        2.. if K::TUNED && T::DIRECT => (T::run::<K, 2>(), 2),
+        _ => (T::run::<K, 1>(), 1),
     }
 }

@@ -2,15 +2,17 @@
 //!
 //! [`matmul`] divides the panels of all parts of a linear group among the workers by bytes, so
 //! that each streams one run of memory; [`kernels`] has the arithmetic, [`activations`] the
-//! operand, [`dispatch`] the choice of kernel. One row, a small batch and a prefill chunk run the
+//! operand, [`codes`] the decoders, [`dispatch`] the choice of kernel. One row, a small batch and a prefill chunk run the
 //! same kernels with more or fewer accumulators.
 
 pub(crate) mod activations;
+pub(crate) mod codes;
 pub(crate) mod dispatch;
 pub(crate) mod kernels;
 #[cfg(test)]
 mod tests;
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 pub use activations::{Activations, Operands};
@@ -18,10 +20,13 @@ pub use activations::{Activations, Operands};
 use crate::gang::{Gang, share};
 use crate::pack::{PANEL, PackedMatrix};
 use activations::{BLOCK, padded_rows};
-use kernels::PanelArgs;
+use dispatch::{ChooseFn, DIRECT_ROWS, ExpandFn};
+use kernels::{Args, BATCH, Scratch};
 
-/// Weights that stay in a core's second-level cache while blocks of rows pass by.
-const CACHED_BYTES: usize = 256 << 10;
+/// Elements of activations that stay in a core's second-level cache while panels pass by.
+const CACHED_ELEMENTS: usize = 512 << 10;
+/// Blocks of rows that one worker multiplies by a panel while the panel is decoded.
+const BLOCKS_AT_ONCE: usize = 16;
 
 /// One matrix of a linear group and where its product goes.
 #[derive(Debug)]
@@ -122,7 +127,7 @@ struct Output<'a> {
     accumulate: bool,
 }
 
-/// Multiplies `blocks` of rows by `panels`, a cacheful of panels at a time.
+/// Multiplies `blocks` of rows by `panels`, a cacheful of rows at a time.
 ///
 /// # Safety
 /// `out` is `[rows, out]`, and nobody else touches those elements.
@@ -133,47 +138,138 @@ unsafe fn panels_by_blocks(
     blocks: Range<usize>,
     out: &Output<'_>,
 ) {
-    let at_once = (CACHED_BYTES / matrix.panel_bytes().max(1)).max(1);
-    let mut first = panels.start;
-    while first < panels.end {
-        let last = panels.end.min(first + at_once);
-        for block in blocks.clone() {
+    let cached = CACHED_ELEMENTS / (BLOCK * matrix.columns().max(1));
+    let at_once = cached.clamp(2, BLOCKS_AT_ONCE);
+    let mut first = blocks.start;
+    while first < blocks.end {
+        let some = first..blocks.end.min(first + at_once);
+        for panel in panels.clone() {
             // SAFETY: as the caller promises.
-            unsafe { block_by_panels(matrix, activations, first..last, block, out) };
+            unsafe { panel_by_blocks(matrix, activations, panel, some.clone(), out) };
         }
-        first = last;
+        first = some.end;
     }
 }
 
+/// Multiplies some blocks of rows by one panel.
+///
 /// # Safety
-/// As [`panels_by_blocks`].
-unsafe fn block_by_panels(
+/// As [`panels_by_blocks`]; at most `BLOCKS_AT_ONCE` blocks.
+unsafe fn panel_by_blocks(
     matrix: &PackedMatrix,
     activations: &Activations,
-    panels: Range<usize>,
-    block: usize,
+    panel: usize,
+    blocks: Range<usize>,
     out: &Output<'_>,
 ) {
-    let rows = activations.block_rows(block);
-    let mut product = [0f32; BLOCK * PANEL];
-    for panel in panels {
-        let mut row = 0;
-        while row < rows {
-            let left = padded_rows(rows) - row;
-            let (kernel, count) = dispatch::kernel(matrix.isa, matrix.layout, matrix.operand, left);
-            let args = PanelArgs {
-                panel: matrix.panel(panel),
-                chunks: matrix.chunks,
-                rows: activations.view(matrix.operand, block, row),
-                out: product[row * PANEL..].as_mut_ptr(),
-            };
-            // SAFETY: the ISA was found available when the matrix was packed, the activations
-            // serve the matrix, and `product` has `count` rows from `row` on.
-            unsafe { kernel(&args) };
-            row += count;
+    let mut product = MaybeUninit::<[[f32; BLOCK * PANEL]; BLOCKS_AT_ONCE]>::uninit();
+    let product = product.as_mut_ptr().cast::<[f32; BLOCK * PANEL]>();
+    // SAFETY: the blocks in use are set to zero before they are read; the ISA was found available
+    // when the matrix was packed, and the activations serve it.
+    unsafe {
+        product.write_bytes(0, blocks.len());
+        let run = Run { matrix, activations, panel, blocks: blocks.clone(), product };
+        let one_block = blocks.len() == 1;
+        let padded = padded_rows(activations.block_rows(blocks.start));
+        match (matrix.kernels.direct, matrix.kernels.expand) {
+            (Some(direct), _) if one_block && padded <= DIRECT_ROWS => {
+                run.segments(matrix.panel(panel), None, 0..matrix.segments(), direct);
+            }
+            (_, Some(expand)) => run.expanded(expand),
+            (_, None) => run.plain(),
         }
-        // SAFETY: as the caller promises.
-        unsafe { store(matrix, &product, (block * BLOCK, rows), panel, out) };
+        for (index, block) in blocks.enumerate() {
+            let rows = (block * BLOCK, activations.block_rows(block));
+            store(matrix, &*product.add(index), rows, panel, out);
+        }
+    }
+}
+
+/// One panel against some blocks of rows.
+struct Run<'a> {
+    matrix: &'a PackedMatrix,
+    activations: &'a Activations,
+    panel: usize,
+    blocks: Range<usize>,
+    /// By block.
+    product: *mut [f32; BLOCK * PANEL],
+}
+
+impl Run<'_> {
+    /// A batch of segments at a time, decoded once for all rows.
+    ///
+    /// # Safety
+    /// As [`panel_by_blocks`].
+    unsafe fn expanded(&self, expand: ExpandFn) {
+        let mut scratch = MaybeUninit::<Scratch>::uninit();
+        let total = self.matrix.segments();
+        for first in (0..total).step_by(BATCH) {
+            let some = first..total.min(first + BATCH);
+            // SAFETY: as the caller promises; `expand` writes what the kernels read, and a
+            // scratch holds plain numbers.
+            unsafe {
+                let scratch = &mut *scratch.as_mut_ptr();
+                let packed = self.matrix.segment(self.panel, first);
+                expand(packed, some.len(), &self.matrix.constants, scratch);
+                let weights = scratch.weights.as_ptr().cast();
+                self.segments(weights, Some(scratch), some, self.matrix.kernels.tile);
+            }
+        }
+    }
+
+    /// Numbers that kernels read as they are packed; in batches if several blocks share them.
+    ///
+    /// # Safety
+    /// As [`panel_by_blocks`].
+    unsafe fn plain(&self) {
+        let total = self.matrix.segments();
+        let batch = if self.blocks.len() == 1 { total.max(1) } else { BATCH };
+        for first in (0..total).step_by(batch) {
+            let some = first..total.min(first + batch);
+            let packed = self.matrix.segment(self.panel, first);
+            // SAFETY: as the caller promises.
+            unsafe { self.segments(packed, None, some, self.matrix.kernels.tile) };
+        }
+    }
+
+    /// Adds the products of some segments to every block.
+    ///
+    /// # Safety
+    /// As [`panel_by_blocks`]; `weights` and `scratch` hold those segments for `choose`'s kernels.
+    unsafe fn segments(
+        &self,
+        weights: *const u8,
+        scratch: Option<&Scratch>,
+        segments: Range<usize>,
+        choose: ChooseFn,
+    ) {
+        let none = std::ptr::null();
+        for (index, block) in self.blocks.clone().enumerate() {
+            let rows = self.activations.block_rows(block);
+            let mut row = 0;
+            while row < rows {
+                let (kernel, count) = choose(padded_rows(rows) - row);
+                // SAFETY: as the caller promises; `product` has the block's rows.
+                unsafe {
+                    let args = Args {
+                        weights,
+                        scales: scratch.map_or(none, |s| s.scales.as_ptr()),
+                        mins: scratch.map_or(none, |s| s.mins.as_ptr()),
+                        segments: segments.len(),
+                        rows: self.activations.view(
+                            self.matrix.operand,
+                            block,
+                            row,
+                            segments.start,
+                        ),
+                        acc: self.product.add(index).cast::<f32>().add(row * PANEL),
+                        constants: &self.matrix.constants,
+                    };
+                    kernel(&args);
+                }
+                row += count;
+            }
+        }
     }
 }
 

@@ -3,11 +3,12 @@
 
 use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};
 
-use super::activations::{SEGMENT, quantize_segment};
+use super::activations::quantize_segment;
 use super::{Activations, Operands, Part, matmul};
 use crate::gang::Gang;
 use crate::isa::Isa;
-use crate::pack::{Operand, PackedMatrix};
+use crate::pack::PackedMatrix;
+use crate::pack::layout::{Operand, SEGMENT};
 
 /// A small generator: tests need variety, not quality.
 struct Random(u64);
@@ -24,8 +25,7 @@ impl Random {
 }
 
 fn formats() -> Vec<Format> {
-    use GgmlType::*;
-    let blocks = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K].map(Format::Ggml);
+    let blocks = GgmlType::ALL.map(Format::Ggml);
     [Format::F32, Format::F16, Format::BF16].into_iter().chain(blocks).collect()
 }
 
@@ -42,7 +42,9 @@ fn tensor(format: Format, rows: usize, columns: usize, random: &mut Random) -> T
 fn column_counts(format: Format) -> &'static [usize] {
     match format {
         Format::Float(_) => &[1, 7, 16, 33, 100, 300],
-        Format::Ggml(GgmlType::Q4_K | GgmlType::Q5_K | GgmlType::Q6_K) => &[256, 768],
+        Format::Ggml(GgmlType::Q4_K | GgmlType::Q5_K | GgmlType::Q6_K | GgmlType::IQ4_XS) => {
+            &[256, 768]
+        }
         _ => &[32, 96, 288],
     }
 }

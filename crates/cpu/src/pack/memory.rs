@@ -73,6 +73,11 @@ impl AlignedBytes {
         self.pointer.as_ptr()
     }
 
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: the bytes are ours, initialised (zeroed) and exclusively borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len()) }
+    }
+
     pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
         self.pointer.as_ptr()
     }

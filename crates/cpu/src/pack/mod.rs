@@ -1,99 +1,34 @@
 //! `PackedMatrix`: a weight as the kernels stream it.
 //!
 //! Output rows are grouped in panels of sixteen, one lane of a vector each, and a panel is one
-//! run of memory along k: a kernel reads it once, front to back. Every output element therefore
-//! accumulates over k in its own lane in one fixed order, whether one row of activations or a
-//! thousand pass by (batch invariance). The packed form has the bytes of the file's (plus the
+//! run of memory along k ([`layout`]): a kernel reads it once, front to back. Every output element
+//! therefore accumulates over k in its own lane in one fixed order, whether one row of activations
+//! or a thousand pass by (batch invariance). The packed form has the bytes of the file's (plus the
 //! padding of the last panel): decoding is bound by reading them.
 //!
-//! ```text
-//! panel   = chunk 0, chunk 1, ...            a chunk is 16 rows x (16, 32 or 256) of k
-//! f32,f16 : k: 16 lanes
-//! bf16    : two k: 16 lanes x (k, k+1), the operand of a bf16 dot or of an AMX tile
-//! coded   : codes of 32 k: 4 (or 8) x 64 bytes, then their further bit planes, then scales.
-//!           A 64-byte vector is 16 lanes x 4 neighbours in k, the operand of an int8 dot or tile:
-//!           vector s holds k 8s..8s+4 in the low nibbles and 8s+4..8s+8 in the high ones.
-//! ```
-//! [`coded`] has the details for each format.
+//! Packing moves bits and never rounds. It is words in, words out, in parallel over panels.
 
-pub(crate) mod coded;
+mod ggml;
+pub(crate) mod layout;
 pub(crate) mod memory;
+mod place;
+mod scaled;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use lathe_program::BackendError;
-use lathe_tensor::{FloatType, Format, GgmlType, Tensor};
+use lathe_tensor::{Format, ScaleType, ScaledFormat, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
+use crate::linear::dispatch::{self, Kernels};
+pub(crate) use ggml::table;
+use layout::{Constants, Layout, Offset, Operand, SEGMENT};
 use memory::AlignedBytes;
 
 /// Output rows in a panel: the lanes of the widest vector.
 pub(crate) const PANEL: usize = 16;
-
-/// What the numbers of a panel look like; selects the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Layout {
-    /// Plain floats.
-    Float(FloatType),
-    /// Codes and scales in the order of [`coded`].
-    Coded(GgmlType),
-}
-
-impl Layout {
-    /// Positions along k in a chunk; rows are padded with zero weights to whole chunks.
-    pub(crate) fn chunk_len(self) -> usize {
-        match self {
-            Layout::Float(FloatType::BF16) => 32,
-            Layout::Float(_) => 16,
-            Layout::Coded(kind) => kind_len(kind),
-        }
-    }
-
-    /// Bytes of a chunk of sixteen rows: sixteen times the file's.
-    pub(crate) fn chunk_bytes(self) -> usize {
-        PANEL
-            * match self {
-                Layout::Float(FloatType::F32 | FloatType::BF16) => 64,
-                Layout::Float(FloatType::F16) => 32,
-                Layout::Coded(kind) => kind_bytes(kind),
-            }
-    }
-}
-
-fn kind_len(kind: GgmlType) -> usize {
-    match kind {
-        GgmlType::Q4_K | GgmlType::Q5_K | GgmlType::Q6_K => 256,
-        _ => 32,
-    }
-}
-
-/// Bytes of a block in the file (ggml's struct sizes).
-fn kind_bytes(kind: GgmlType) -> usize {
-    kind.block_bytes()
-}
-
-/// How the zero point of unsigned codes is subtracted: the integer dot starts at
-/// `-zero * sum(x)` over the positions that share a scale.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Offset {
-    /// What the codes are shifted by.
-    pub(crate) zero: i32,
-    /// Scales per 32 positions: 1 or 2.
-    pub(crate) parts: usize,
-}
-
-/// The numbers that a matrix multiplies: how its rows of activations must be prepared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Operand {
-    /// `f32`, as they are.
-    F32,
-    /// Rounded to `bf16`.
-    Bf16,
-    /// `int8` with a scale per 32.
-    Int8(Offset),
-}
 
 /// A weight `[rows, columns]` laid out for one ISA's kernels. Cloning shares the memory.
 #[derive(Debug, Clone)]
@@ -102,7 +37,8 @@ pub struct PackedMatrix {
     columns: usize,
     pub(crate) layout: Layout,
     pub(crate) operand: Operand,
-    pub(crate) isa: Isa,
+    pub(crate) kernels: Kernels,
+    pub(crate) constants: Constants,
     /// Chunks along a row.
     pub(crate) chunks: usize,
     memory: Arc<AlignedBytes>,
@@ -119,45 +55,31 @@ impl PackedMatrix {
     /// [`BackendError::Unsupported`] for a format that has no kernel, [`BackendError::Memory`],
     /// or [`BackendError::Weight`] if the tensor's bytes do not fit its shape.
     pub fn pack(tensor: &Tensor, isa: Isa, exact: bool) -> Result<PackedMatrix, BackendError> {
+        let (rows, columns) = (tensor.rows(), tensor.columns());
         let layout = match tensor.format {
             Format::Float(kind) => Layout::Float(kind),
-            Format::Ggml(kind) if coded::has_kernel(kind) => Layout::Coded(kind),
-            Format::Ggml(_) | Format::Scaled(_) => {
-                let feature = format!("weights in {}", tensor.format);
-                return Err(BackendError::Unsupported { backend: "cpu", feature });
-            }
+            Format::Ggml(kind) => Layout::of_ggml(kind),
+            Format::Scaled(format) => scaled::layout(&format, columns)?,
         };
-        let columns = tensor.shape.last().copied().unwrap_or(1);
-        let rows = tensor.shape.iter().rev().skip(1).product::<usize>();
-        let chunks = columns.div_ceil(layout.chunk_len());
-        let row_bytes = file_row_bytes(layout, columns);
-        if tensor.codes.len() != rows * row_bytes {
-            return Err(BackendError::Weight {
-                name: format!("of shape {:?} in {}", tensor.shape, tensor.format),
-                reason: format!(
-                    "expected {rows} rows of {row_bytes} bytes, found {} bytes",
-                    tensor.codes.len()
-                ),
-            });
-        }
+        let operand = operand(layout, isa, exact);
+        let chunks = columns.div_ceil(layout.chunk_segments() * SEGMENT);
         let panel_bytes = chunks * layout.chunk_bytes();
         let mut memory = AlignedBytes::zeroed("weights", rows.div_ceil(PANEL) * panel_bytes)?;
         if panel_bytes > 0 && rows > 0 {
-            // SAFETY: the buffer is exclusively ours and this long.
-            let bytes =
-                unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr(), memory.len()) };
-            bytes.par_chunks_mut(panel_bytes).enumerate().for_each(|(panel, out)| {
-                let first = panel * PANEL;
-                let source = &tensor.codes[first * row_bytes..rows.min(first + PANEL) * row_bytes];
-                fill_panel(layout, source, row_bytes, out);
-            });
+            memory.as_mut_slice().par_chunks_mut(panel_bytes).enumerate().for_each(
+                |(panel, out)| {
+                    let first = panel * PANEL;
+                    fill_panel(tensor, layout, first..rows.min(first + PANEL), out);
+                },
+            );
         }
         Ok(PackedMatrix {
             rows,
             columns,
             layout,
-            operand: operand(layout, isa, exact),
-            isa,
+            operand,
+            kernels: dispatch::kernels(isa, layout, operand),
+            constants: constants(tensor, layout),
             chunks,
             memory: Arc::new(memory),
             offset: 0,
@@ -198,6 +120,18 @@ impl PackedMatrix {
         self.chunks * self.layout.chunk_bytes()
     }
 
+    /// Segments of 32 positions along a row, padding included.
+    pub(crate) fn segments(&self) -> usize {
+        self.chunks * self.layout.chunk_segments()
+    }
+
+    /// Where segment `segment` of a panel begins; it is the first of a chunk.
+    pub(crate) fn segment(&self, panel: usize, segment: usize) -> *const u8 {
+        let chunk = segment / self.layout.chunk_segments();
+        // SAFETY: the chunk lies within the panel.
+        unsafe { self.panel(panel).add(chunk * self.layout.chunk_bytes()) }
+    }
+
     /// The first byte of a panel.
     pub(crate) fn panel(&self, index: usize) -> *const u8 {
         debug_assert!(index < self.panels());
@@ -206,35 +140,51 @@ impl PackedMatrix {
     }
 }
 
-fn file_row_bytes(layout: Layout, columns: usize) -> usize {
-    match layout {
-        Layout::Float(FloatType::F32) => columns * 4,
-        Layout::Float(_) => columns * 2,
-        Layout::Coded(kind) => columns.div_ceil(kind_len(kind)) * kind_bytes(kind),
-    }
-}
-
 fn operand(layout: Layout, isa: Isa, exact: bool) -> Operand {
+    use lathe_tensor::FloatType::BF16;
     match layout {
-        Layout::Float(FloatType::BF16) if !exact && isa.has_bf16_dot() => Operand::Bf16,
-        Layout::Coded(kind) if !exact => Operand::Int8(coded::offset(kind)),
+        Layout::Float(BF16) if !exact && isa.has_bf16_dot() => Operand::Bf16,
+        Layout::Coded(codes, scales) if !exact => {
+            Operand::Int8(Offset { zero: codes.zero(), parts: scales.parts() })
+        }
         _ => Operand::F32,
     }
 }
 
-/// Writes the panel `out` from up to sixteen rows of the file; missing rows stay zero.
-fn fill_panel(layout: Layout, source: &[u8], row_bytes: usize, out: &mut [u8]) {
-    for (lane, row) in source.chunks_exact(row_bytes).enumerate() {
-        match layout {
-            Layout::Float(FloatType::F32) => interleave::<4>(row, lane, out),
-            Layout::Float(FloatType::F16) => interleave::<2>(row, lane, out),
-            Layout::Float(FloatType::BF16) => interleave::<4>(row, lane, out),
-            Layout::Coded(kind) => {
-                let blocks = row.chunks_exact(kind_bytes(kind));
-                for (block, chunk) in blocks.zip(out.chunks_exact_mut(layout.chunk_bytes())) {
-                    coded::place(kind, block, lane, chunk);
+fn constants(tensor: &Tensor, layout: Layout) -> Constants {
+    let mut constants =
+        Constants { group_segments: 1, scale: ScaleType::F16, multiplier: tensor.global_scale };
+    match layout {
+        Layout::Coded(layout::Codes::E2m1, _) => constants.multiplier *= 0.5,
+        Layout::Coded(_, layout::Scales::Group { segments, kind, .. }) => {
+            (constants.group_segments, constants.scale) = (segments, kind);
+        }
+        _ => {}
+    }
+    constants
+}
+
+/// Writes the panel `out` from up to sixteen rows of the tensor; missing rows stay zero.
+fn fill_panel(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
+    let chunk_bytes = layout.chunk_bytes();
+    for (lane, row) in rows.enumerate() {
+        if let Format::Scaled(format) = &tensor.format {
+            scaled::place_row(tensor, format, layout, row, lane, out);
+            continue;
+        }
+        let row_bytes = tensor.row_bytes();
+        let bytes = &tensor.codes[row * row_bytes..][..row_bytes];
+        match tensor.format {
+            Format::Float(kind) if kind.bytes() == 4 => interleave::<4>(bytes, lane, out),
+            Format::Float(lathe_tensor::FloatType::BF16) => interleave::<4>(bytes, lane, out),
+            Format::Float(_) => interleave::<2>(bytes, lane, out),
+            Format::Ggml(kind) => {
+                let blocks = bytes.chunks_exact(kind.block_bytes());
+                for (block, chunk) in blocks.zip(out.chunks_exact_mut(chunk_bytes)) {
+                    ggml::place(kind, block, lane, chunk);
                 }
             }
+            Format::Scaled(ScaledFormat { .. }) => {}
         }
     }
 }

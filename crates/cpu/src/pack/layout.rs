@@ -1,0 +1,219 @@
+//! What a panel looks like: the geometry that packing writes and kernels read.
+//!
+//! A panel is a run of chunks along k. A chunk is the codes of its segments of 32 positions, then
+//! (coded layouts) its scales:
+//! ```text
+//! f32, f16 : 32 x 16 lanes
+//! bf16     : 16 pairs (k, k+1) x 16 lanes: the operand of a bf16 dot or of an AMX tile
+//! codes    : c[j] is the word of the four codes of positions 4j..4j+4, j in 0..8
+//!   nibbles: 4 vectors; vector s, lane word = low4(c[2s]) | low4(c[2s+1]) << 4
+//!   bit 4  : 1 vector;  lane word = OR over j of bit4(c[j]) << j                  (5-bit codes)
+//!   bits 45: 2 vectors; vector h, lane word = OR over i of bits45(c[4h+i]) << 2i   (6-bit codes)
+//!   bytes  : 8 vectors; vector j, lane word = c[j]                                (8-bit codes)
+//! ```
+//! A vector is 64 bytes, 16 lanes x 4 neighbours in k: the operand of an int8 dot or tile. Codes
+//! are unsigned (or indexes of a table of 16); the zero point is subtracted in the integer dot.
+//! A chunk has exactly the bytes of its blocks in the file, so decoding reads what the file has.
+
+use lathe_tensor::{FloatType, GgmlType, ScaleType};
+
+use super::PANEL;
+
+/// Positions along k that activations quantize together, and what kernels step by.
+pub(crate) const SEGMENT: usize = 32;
+
+/// How the codes of a segment are stored and what a code means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Codes {
+    /// Four bits minus 8.
+    Signed4,
+    /// Four bits.
+    Unsigned4,
+    /// Five bits minus 16.
+    Signed5,
+    /// Five bits.
+    Unsigned5,
+    /// Six bits minus 32.
+    Signed6,
+    /// Eight bits minus 128.
+    Signed8,
+    /// Four bits that pick one of GGUF's IQ4 values.
+    Iq4,
+    /// Four bits that pick an fp4 e2m1 value, doubled so that it is an integer.
+    E2m1,
+}
+
+impl Codes {
+    /// Bits that a code takes.
+    pub(crate) fn bits(self) -> usize {
+        match self {
+            Codes::Signed4 | Codes::Unsigned4 | Codes::Iq4 | Codes::E2m1 => 4,
+            Codes::Signed5 | Codes::Unsigned5 => 5,
+            Codes::Signed6 => 6,
+            Codes::Signed8 => 8,
+        }
+    }
+
+    /// What the unsigned codes that kernels multiply are shifted by.
+    pub(crate) fn zero(self) -> i32 {
+        match self {
+            Codes::Unsigned4 | Codes::Unsigned5 => 0,
+            Codes::Signed4 => 8,
+            Codes::E2m1 => 12,
+            Codes::Signed5 => 16,
+            Codes::Signed6 => 32,
+            Codes::Signed8 | Codes::Iq4 => 128,
+        }
+    }
+}
+
+/// The scales at the end of a chunk, lane by lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scales {
+    /// `f16` scale of one segment (Q4_0, Q5_0, Q8_0, IQ4_NL).
+    Half,
+    /// `f16` scale, `f16` min of one segment (Q4_1, Q5_1).
+    HalfMin,
+    /// Eight segments: three words of six-bit sub-scales and mins, `f16` d, `f16` dmin (Q4_K,
+    /// Q5_K). Word 0 has scales 0..4, word 1 scales 4..8, word 2 mins 0..4, six bits each from
+    /// bit 0; mins 4..8 (24 bits) fill the top bytes of words 0, 1, 2 in order.
+    SuperMin,
+    /// Eight segments: sixteen vectors of `i8` sub-scales, one per 16 positions, `f16` d (Q6_K).
+    SuperSigned,
+    /// Eight segments: two bytes of high bits, four bytes of low nibbles, `f16` d: sub-scale `i`
+    /// is `low4(i) | high2(i) << 4`, minus 32 (IQ4_XS).
+    SuperSix,
+    /// One byte a segment, `2^(byte - 127)` (MX).
+    E8m0,
+    /// Two bytes a segment, fp8 e4m3, one per 16 positions, times the matrix's multiplier (NVFP4).
+    E4m3,
+    /// One scale (and min) for a run of segments, in the checkpoint's own type.
+    Group {
+        /// Segments that share a scale.
+        segments: usize,
+        /// F32, F16 or BF16.
+        kind: ScaleType,
+        /// Whether an `i8` zero point follows each scale.
+        zeros: bool,
+    },
+}
+
+impl Scales {
+    /// Segments in a chunk.
+    pub(crate) fn segments(self) -> usize {
+        match self {
+            Scales::Half | Scales::HalfMin | Scales::E8m0 | Scales::E4m3 => 1,
+            Scales::SuperMin | Scales::SuperSigned | Scales::SuperSix => 8,
+            Scales::Group { segments, .. } => segments,
+        }
+    }
+
+    /// Scales of a segment.
+    pub(crate) fn parts(self) -> usize {
+        match self {
+            Scales::SuperSigned | Scales::E4m3 => 2,
+            _ => 1,
+        }
+    }
+
+    /// Bytes of a lane's scales in a chunk.
+    pub(crate) fn lane_bytes(self) -> usize {
+        match self {
+            Scales::Half | Scales::E4m3 => 2,
+            Scales::HalfMin => 4,
+            Scales::SuperMin => 16,
+            Scales::SuperSigned => 18,
+            Scales::SuperSix => 8,
+            Scales::E8m0 => 1,
+            Scales::Group { kind, zeros, .. } => kind.bytes() + usize::from(zeros),
+        }
+    }
+}
+
+/// What the numbers of a panel look like; selects the kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// Plain floats.
+    Float(FloatType),
+    /// Codes and scales.
+    Coded(Codes, Scales),
+}
+
+impl Layout {
+    /// The layout of a GGUF type.
+    pub(crate) fn of_ggml(kind: GgmlType) -> Layout {
+        let (codes, scales) = match kind {
+            GgmlType::Q4_0 => (Codes::Signed4, Scales::Half),
+            GgmlType::Q4_1 => (Codes::Unsigned4, Scales::HalfMin),
+            GgmlType::Q5_0 => (Codes::Signed5, Scales::Half),
+            GgmlType::Q5_1 => (Codes::Unsigned5, Scales::HalfMin),
+            GgmlType::Q8_0 => (Codes::Signed8, Scales::Half),
+            GgmlType::Q4_K => (Codes::Unsigned4, Scales::SuperMin),
+            GgmlType::Q5_K => (Codes::Unsigned5, Scales::SuperMin),
+            GgmlType::Q6_K => (Codes::Signed6, Scales::SuperSigned),
+            GgmlType::IQ4_NL => (Codes::Iq4, Scales::Half),
+            GgmlType::IQ4_XS => (Codes::Iq4, Scales::SuperSix),
+        };
+        Layout::Coded(codes, scales)
+    }
+
+    /// Segments in a chunk; rows are padded with zero weights to whole chunks.
+    pub(crate) fn chunk_segments(self) -> usize {
+        match self {
+            Layout::Float(_) => 1,
+            Layout::Coded(_, scales) => scales.segments(),
+        }
+    }
+
+    /// Bytes of a segment's codes, sixteen rows.
+    pub(crate) fn segment_bytes(self) -> usize {
+        SEGMENT
+            * PANEL
+            * match self {
+                Layout::Float(kind) => kind.bytes() * 8,
+                Layout::Coded(codes, _) => codes.bits(),
+            }
+            / 8
+    }
+
+    /// Bytes of a chunk of sixteen rows.
+    pub(crate) fn chunk_bytes(self) -> usize {
+        let scales = match self {
+            Layout::Float(_) => 0,
+            Layout::Coded(_, scales) => scales.lane_bytes() * PANEL,
+        };
+        self.chunk_segments() * self.segment_bytes() + scales
+    }
+}
+
+/// How the zero point of unsigned codes is subtracted: the integer dot starts at
+/// `-zero * sum(x)` over the positions that share a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Offset {
+    /// What the codes are shifted by.
+    pub(crate) zero: i32,
+    /// Scales of a segment: 1 or 2.
+    pub(crate) parts: usize,
+}
+
+/// The numbers that a matrix multiplies: how its rows of activations must be prepared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Operand {
+    /// `f32`, as they are.
+    F32,
+    /// Rounded to `bf16`.
+    Bf16,
+    /// `int8` with a scale per segment.
+    Int8(Offset),
+}
+
+/// What decoding needs to know beyond the bytes of a panel.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Constants {
+    /// Segments in a chunk of [`Scales::Group`].
+    pub(crate) group_segments: usize,
+    /// Type of the scales of [`Scales::Group`].
+    pub(crate) scale: ScaleType,
+    /// Multiplies every scale.
+    pub(crate) multiplier: f32,
+}

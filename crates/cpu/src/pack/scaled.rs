@@ -1,0 +1,136 @@
+//! Formats whose codes and scales lie in planes of their own, placed in chunks.
+//!
+//! A group's scale keeps the checkpoint's type. Scales that more than 256 positions share (a
+//! channel, a tensor, tiles of 128 x 128) are repeated: every 256 positions, or at the group's end.
+
+use lathe_program::BackendError;
+use lathe_tensor::{Block, Element, ScaleType, ScaledFormat, Tensor, ZeroPoint};
+
+use super::layout::{Codes, Layout, SEGMENT, Scales};
+use super::place::{place_codes, place_lane, plane};
+
+/// Segments that share a stored scale, at most.
+const GROUP_SEGMENTS_MAX: usize = 8;
+
+/// The layout of a format, or why there is none.
+pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<Layout, BackendError> {
+    let refuse = |what: &str| {
+        let name = lathe_tensor::Format::Scaled(*format);
+        Err(BackendError::Unsupported { backend: "cpu", feature: format!("{what} ({name})") })
+    };
+    let codes = match format.element {
+        Element::Int(4) => Codes::Signed4,
+        Element::Int(8) => Codes::Signed8,
+        Element::F4E2M1 => Codes::E2m1,
+        _ => return refuse("weights of these elements"),
+    };
+    let group = match format.block {
+        Block::Group(n) | Block::Tile(_, n) => n as usize,
+        Block::Tensor | Block::Channel => columns.next_multiple_of(SEGMENT * GROUP_SEGMENTS_MAX),
+    };
+    let scales = match (format.scale, group) {
+        (ScaleType::E8M0, 32) => Scales::E8m0,
+        (ScaleType::E4M3Global, 16) => Scales::E4m3,
+        (kind @ (ScaleType::F32 | ScaleType::F16 | ScaleType::BF16), n) if n % SEGMENT == 0 => {
+            let segments = common(n / SEGMENT, GROUP_SEGMENTS_MAX);
+            Scales::Group { segments, kind, zeros: format.zero == ZeroPoint::Int }
+        }
+        _ => return refuse("scales in groups of this size and type"),
+    };
+    if format.zero == ZeroPoint::Int && !matches!(scales, Scales::Group { .. }) {
+        return refuse("zero points beside scales of this type");
+    }
+    Ok(Layout::Coded(codes, scales))
+}
+
+/// The largest divisor of `n` that is a power of two up to `most`.
+fn common(n: usize, most: usize) -> usize {
+    (1 << n.trailing_zeros()).min(most)
+}
+
+/// Puts row `row` of `tensor` into its lane of the panel `out`.
+pub(crate) fn place_row(
+    tensor: &Tensor,
+    format: &ScaledFormat,
+    layout: Layout,
+    row: usize,
+    lane: usize,
+    out: &mut [u8],
+) {
+    let Layout::Coded(codes, scales) = layout else { return };
+    let columns = tensor.columns();
+    let Some(grid) = format.grid(&tensor.shape) else { return };
+    let bits = format.element.bits();
+    let row_bytes = (columns * bits).div_ceil(8);
+    let source = &tensor.codes[row * row_bytes..][..row_bytes];
+    let segment_bytes = layout.segment_bytes();
+    let chunk_len = layout.chunk_segments() * SEGMENT;
+    for (index, chunk) in out.chunks_exact_mut(layout.chunk_bytes()).enumerate() {
+        let (segments, tail) = chunk.split_at_mut(layout.chunk_segments() * segment_bytes);
+        for (s, segment) in segments.chunks_exact_mut(segment_bytes).enumerate() {
+            let first = index * chunk_len + s * SEGMENT;
+            let words = segment_words(source, codes, bits, first);
+            place_codes(codes, &words, lane, segment);
+        }
+        let block = |column: usize| grid.row_start(row) + column / grid.block_columns;
+        place_scales(tensor, scales, index * chunk_len, columns, &block, lane, tail);
+    }
+}
+
+/// The unsigned codes (or table indexes) of positions `first..first + 32`; zero past the end.
+fn segment_words(source: &[u8], codes: Codes, bits: usize, first: usize) -> [u32; 8] {
+    let from = (first * bits / 8).min(source.len());
+    let rest = &source[from..];
+    let mut bytes = [0u8; SEGMENT];
+    let count = rest.len().min(SEGMENT * bits / 8);
+    bytes[..count].copy_from_slice(&rest[..count]);
+    let word = |at: usize| super::place::word(&bytes, at);
+    match codes {
+        Codes::Signed8 => std::array::from_fn(|j| word(4 * j) ^ 0x8080_8080),
+        // Nibbles lie low first along the row; bytes 2j and 2j + 1 hold codes 4j..4j + 4.
+        _ => std::array::from_fn(|j| {
+            let (a, b) = (u32::from(bytes[2 * j]), u32::from(bytes[2 * j + 1]));
+            let spread = a & 15 | (a >> 4) << 8 | (b & 15) << 16 | (b >> 4) << 24;
+            if codes == Codes::Signed4 { spread ^ 0x0808_0808 } else { spread }
+        }),
+    }
+}
+
+/// Places the scales of the chunk that begins at column `first`; past the end they stay zero.
+fn place_scales(
+    tensor: &Tensor,
+    scales: Scales,
+    first: usize,
+    columns: usize,
+    block: &dyn Fn(usize) -> usize,
+    lane: usize,
+    tail: &mut [u8],
+) {
+    if first >= columns {
+        return;
+    }
+    let bytes = &tensor.scales;
+    match scales {
+        Scales::E8m0 => place_lane([bytes[block(first)]], lane, tail),
+        Scales::E4m3 => {
+            place_lane([bytes[block(first)]], lane, tail);
+            if first + 16 < columns {
+                place_lane([bytes[block(first + 16)]], lane, plane(tail, 1));
+            }
+        }
+        Scales::Group { kind, zeros, .. } => {
+            let index = block(first);
+            if kind == ScaleType::F32 {
+                let at = 4 * index;
+                let value = [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
+                place_lane(value, lane, tail);
+            } else {
+                place_lane([bytes[2 * index], bytes[2 * index + 1]], lane, tail);
+            }
+            if zeros {
+                place_lane([tensor.zeros[index]], lane, plane(tail, kind.bytes()));
+            }
+        }
+        _ => {}
+    }
+}
