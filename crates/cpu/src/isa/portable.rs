@@ -2,6 +2,7 @@
 
 use super::Simd;
 use half::{bf16, f16};
+use lathe_tensor::{Element, codec::element};
 
 /// Arrays of sixteen, left to the compiler to vectorize; calls, because inlining dozens of loops
 /// into each kernel costs minutes of building and gains nothing that matters here.
@@ -68,7 +69,7 @@ impl Simd for Portable {
     unsafe fn load_e4m3(p: *const u8) -> Self::F {
         // SAFETY: the caller gives 16 readable bytes.
         let codes = unsafe { p.cast::<[u8; 16]>().read_unaligned() };
-        codes.map(lathe_tensor::codec::element::f8e4m3_to_f32)
+        codes.map(|code| element::to_f32(Element::F8E4M3, code))
     }
     #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> Self::I {

@@ -1,7 +1,9 @@
 //! Every kernel x ISA of this machine x format x odd shapes, against a scalar oracle; and the
 //! bits of a row's product, which must not depend on the rows beside it.
 
-use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};
+use lathe_tensor::{
+    Block, Bytes, Element, Format, GgmlType, ScaleType, ScaledFormat, Tensor, ZeroPoint, codec,
+};
 
 use super::activations::quantize_segment;
 use super::{Activations, Operands, Part, matmul};
@@ -26,7 +28,28 @@ impl Random {
 
 fn formats() -> Vec<Format> {
     let blocks = GgmlType::ALL.map(Format::Ggml);
-    [Format::F32, Format::F16, Format::BF16].into_iter().chain(blocks).collect()
+    let group = |bits, n, scale, zero| {
+        let (element, block) = (Element::Int(bits), Block::Group(n));
+        Format::Scaled(ScaledFormat { element, block, scale, zero })
+    };
+    let channel = ScaledFormat {
+        element: Element::Int(8),
+        block: Block::Channel,
+        scale: ScaleType::F32,
+        zero: ZeroPoint::None,
+    };
+    let scaled = [
+        Format::Scaled(ScaledFormat::MXFP4),
+        Format::Scaled(ScaledFormat::NVFP4),
+        Format::Scaled(channel),
+        group(4, 32, ScaleType::F16, ZeroPoint::None),
+        group(4, 64, ScaleType::F32, ZeroPoint::Int),
+        group(4, 128, ScaleType::BF16, ZeroPoint::Int),
+        group(8, 32, ScaleType::BF16, ZeroPoint::None),
+        group(8, 256, ScaleType::F16, ZeroPoint::Int),
+    ];
+    let floats = [Format::F32, Format::F16, Format::BF16];
+    floats.into_iter().chain(blocks).chain(scaled).collect()
 }
 
 fn isas() -> impl Iterator<Item = Isa> {
@@ -35,17 +58,20 @@ fn isas() -> impl Iterator<Item = Isa> {
 
 fn tensor(format: Format, rows: usize, columns: usize, random: &mut Random) -> Tensor {
     let values = random.values(rows * columns);
+    if let Format::Scaled(scaled) = format {
+        let shape = [rows, columns];
+        return codec::scaled::quantize(&shape, &scaled, &values, Default::default())
+            .expect("a format that fits");
+    }
     let codes = Bytes::new(codec::quantize(format, &values));
     Tensor::new(vec![rows, columns], format, codes).expect("a tensor of whole blocks")
 }
 
-fn column_counts(format: Format) -> &'static [usize] {
-    match format {
-        Format::Float(_) => &[1, 7, 16, 33, 100, 300],
-        Format::Ggml(GgmlType::Q4_K | GgmlType::Q5_K | GgmlType::Q6_K | GgmlType::IQ4_XS) => {
-            &[256, 768]
-        }
-        _ => &[32, 96, 288],
+fn column_counts(format: Format) -> Vec<usize> {
+    match (format, format.block_len()) {
+        (Format::Float(_), _) => vec![1, 7, 16, 33, 100, 300],
+        (_, 1) => vec![5, 32, 300],
+        (_, block) => vec![block, 3 * block, 288_usize.next_multiple_of(block)],
     }
 }
 
@@ -96,7 +122,7 @@ fn check(name: &str, got: &[f32], weights: &[f32], x: &[f32], columns: usize) {
 fn kernels_agree_with_the_oracle() {
     let mut random = Random(1);
     for format in formats() {
-        for &columns in column_counts(format) {
+        for columns in column_counts(format) {
             for out in [1, 16, 37] {
                 let weight = tensor(format, out, columns, &mut random);
                 let dequantized = weight.to_f32();
@@ -148,7 +174,7 @@ fn a_row_does_not_depend_on_its_neighbours() {
 #[test]
 fn integer_kernels_agree_to_the_bit_across_isas() {
     let mut random = Random(3);
-    for format in formats().into_iter().filter(|f| matches!(f, Format::Ggml(_))) {
+    for format in formats().into_iter().filter(|f| !matches!(f, Format::Float(_))) {
         let (out, columns) = (50, 1024);
         let weight = tensor(format, out, columns, &mut random);
         let x = random.values(9 * columns);

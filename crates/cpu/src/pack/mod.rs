@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lathe_program::BackendError;
-use lathe_tensor::{Format, ScaleType, ScaledFormat, Tensor};
+use lathe_tensor::{Format, GlobalScale, ScaleType, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
@@ -79,7 +79,7 @@ impl PackedMatrix {
             layout,
             operand,
             kernels: dispatch::kernels(isa, layout, operand),
-            constants: constants(tensor, layout),
+            constants: constants(tensor, layout)?,
             chunks,
             memory: Arc::new(memory),
             offset: 0,
@@ -151,9 +151,9 @@ fn operand(layout: Layout, isa: Isa, exact: bool) -> Operand {
     }
 }
 
-fn constants(tensor: &Tensor, layout: Layout) -> Constants {
+fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError> {
     let mut constants =
-        Constants { group_segments: 1, scale: ScaleType::F16, multiplier: tensor.global_scale };
+        Constants { group_segments: 1, scale: ScaleType::F16, multiplier: multiplier(tensor)? };
     match layout {
         Layout::Coded(layout::Codes::E2m1, _) => constants.multiplier *= 0.5,
         Layout::Coded(_, layout::Scales::Group { segments, kind, .. }) => {
@@ -161,7 +161,20 @@ fn constants(tensor: &Tensor, layout: Layout) -> Constants {
         }
         _ => {}
     }
-    constants
+    Ok(constants)
+}
+
+/// What every scale of the tensor is multiplied by.
+fn multiplier(tensor: &Tensor) -> Result<f32, BackendError> {
+    let globals = match &tensor.global {
+        GlobalScale::One => return Ok(1.0),
+        GlobalScale::Multiply(globals) | GlobalScale::Divide(globals) => globals,
+    };
+    if globals.windows(2).any(|pair| pair[0] != pair[1]) {
+        let feature = "a stack of matrices with different global scales as one matrix".to_owned();
+        return Err(BackendError::Unsupported { backend: "cpu", feature });
+    }
+    Ok(tensor.global.apply(0, 1.0))
 }
 
 /// Writes the panel `out` from up to sixteen rows of the tensor; missing rows stay zero.
@@ -184,7 +197,7 @@ fn fill_panel(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8
                     ggml::place(kind, block, lane, chunk);
                 }
             }
-            Format::Scaled(ScaledFormat { .. }) => {}
+            Format::Scaled(_) => {}
         }
     }
 }
