@@ -23,10 +23,10 @@ use super::splitting::splitting;
 use super::{FrameTokens, Pipeline, Tokenizer, TokenizerError};
 
 /// Token types as GGUF numbers them.
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const BYTE: i32 = 6;
+pub(super) const UNKNOWN: i32 = 2;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
+pub(super) const BYTE: i32 = 6;
 
 /// Control tokens that end an answer under any template that uses them.
 const END_NAMES: [&str; 13] = [

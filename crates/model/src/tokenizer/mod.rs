@@ -5,6 +5,7 @@
 //! [`Tokenizer::encode_rendered`], for the output of a chat template, reads the names of special
 //! tokens as tokens, and [`crate::chat::ChatTemplate::encode`] protects the messages inside it.
 
+mod convert;
 mod gguf;
 mod model;
 mod pieces;
@@ -74,6 +75,14 @@ pub enum TokenizerError {
     #[error("the vocabulary is not usable: {reason}")]
     Vocabulary {
         /// The library's words.
+        reason: String,
+    },
+    /// A tokenizer does something that GGUF metadata cannot say.
+    #[error("{} has no form as GGUF metadata: {reason}", path.display())]
+    NoGgufForm {
+        /// The file.
+        path: PathBuf,
+        /// What cannot be said.
         reason: String,
     },
     /// Ids are so far apart that the table of tokens would be absurdly large.

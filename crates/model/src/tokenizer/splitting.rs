@@ -16,7 +16,9 @@ pub(super) struct Splitting {
     pub(super) add_beginning: bool,
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+/// The pattern of GPT-2, which is also the library's default for byte-level vocabularies.
+pub(super) const GPT2: &str =
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -107,6 +109,35 @@ pub(super) fn splitting(name: &str) -> Option<Splitting> {
         patterns,
         ignore_merges: llama3 || matches!(name, "tekken" | "minicpm5"),
         add_beginning: llama3 || name == "tekken",
+    })
+}
+
+/// The name of the rule with these patterns, if there is one. Of several, the one that other
+/// programs know longest.
+pub(super) fn name_of(patterns: &[String], ignore_merges: bool) -> Option<&'static str> {
+    const NAMES: [&str; 18] = [
+        "gpt-2",
+        "smollm",
+        "llama-bpe",
+        "dbrx",
+        "qwen2",
+        "qwen35",
+        "tekken",
+        "gpt-4o",
+        "kimi-k2",
+        "deepseek-llm",
+        "deepseek-coder",
+        "deepseek-v3",
+        "falcon",
+        "bailingmoe",
+        "seed-coder",
+        "exaone-moe",
+        "minicpm5",
+        "default",
+    ];
+    NAMES.into_iter().find(|name| {
+        splitting(name)
+            .is_some_and(|rule| rule.patterns == patterns && rule.ignore_merges == ignore_merges)
     })
 }
 
