@@ -374,8 +374,8 @@ fn splitting_name(json: &Value) -> Result<&'static str, String> {
 fn collect_patterns(step: &Value, patterns: &mut Vec<String>) -> Result<(), String> {
     match step["type"].as_str() {
         Some("Sequence") => {
-            let steps = step["pretokenizers"].as_array().into_iter().flatten();
-            steps.map(|inner| collect_patterns(inner, patterns)).collect::<Result<(), _>>()?;
+            let mut steps = step["pretokenizers"].as_array().into_iter().flatten();
+            steps.try_for_each(|inner| collect_patterns(inner, patterns))?;
         }
         Some("ByteLevel") if step["add_prefix_space"] == true => {
             return Err("it puts a space before the text".into());
