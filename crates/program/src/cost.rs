@@ -173,7 +173,11 @@ struct Counter<'a> {
 
 impl Counter<'_> {
     fn op(&self, op: &Op) -> Cost {
-        let mut cost = Cost { activation_bytes: self.activation_bytes(op), ..Cost::default() };
+        let mut cost = Cost {
+            activation_bytes: self.activation_bytes(op),
+            communication_bytes: self.communication_bytes(op),
+            ..Cost::default()
+        };
         match op {
             Op::Embed { table, multiplier, out, .. } => {
                 let rows = self.program.weight(*table).shape[0] as u64;
@@ -223,26 +227,16 @@ impl Counter<'_> {
             Op::Experts { input, routing, spec, out } => {
                 self.experts(&mut cost, op, *routing, spec, [*input, *out]);
             }
-            Op::AllReduce { input, .. } => {
-                cost.flops = self.elements(*input) * self.others() / self.ranks();
-                let bytes = ACTIVATION_BYTES * self.elements(*input);
-                cost.communication_bytes = 2 * bytes * self.others() / self.ranks();
-            }
-            Op::AllGather { out, .. } => {
-                let bytes = ACTIVATION_BYTES * self.elements(*out);
-                cost.communication_bytes = bytes * self.others() / self.ranks();
-            }
-            Op::Logits { input, head, gather, .. } => {
+            Op::Logits { input, head, .. } => {
                 let logits_rows = self.shape.logits_rows as u64;
                 let logits = logits_rows * self.program.weight(*head).shape[0] as u64;
                 cost.flops = logits * 2 * self.width(*input);
                 cost.weight_bytes = if logits_rows > 0 { self.all_weights(op) } else { 0 };
-                if *gather {
-                    let bytes = ACTIVATION_BYTES * logits_rows * self.program.vocabulary as u64;
-                    cost.communication_bytes = bytes * self.others() / self.ranks();
-                }
             }
-            Op::Slice { .. } | Op::Capture { .. } => {}
+            Op::AllReduce { input, .. } => {
+                cost.flops = self.elements(*input) * self.others() / self.ranks();
+            }
+            Op::AllGather { .. } | Op::Slice { .. } | Op::Capture { .. } => {}
         }
         cost
     }
@@ -284,6 +278,18 @@ impl Counter<'_> {
             _ => op.inputs().chain(op.outputs()).map(|value| self.elements(value)).sum(),
         };
         ACTIVATION_BYTES * elements
+    }
+
+    fn communication_bytes(&self, op: &Op) -> u64 {
+        let elements = match op {
+            Op::AllReduce { input, .. } => 2 * self.elements(*input),
+            Op::AllGather { out, .. } => self.elements(*out),
+            Op::Logits { gather: true, .. } => {
+                self.shape.logits_rows as u64 * self.program.vocabulary as u64
+            }
+            _ => 0,
+        };
+        ACTIVATION_BYTES * elements * self.others() / self.ranks()
     }
 
     /// Pairs of a row and a position that it sees.

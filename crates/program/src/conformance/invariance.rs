@@ -12,9 +12,9 @@ use crate::program::Program;
 
 /// Tokens of the longest sequence: several tiles and segments of an attention that walks the
 /// cache in pieces.
-const TOKENS: usize = 150;
-const KV_BLOCKS: usize = 600;
-const ROWS_MAX: usize = 200;
+const TOKENS: usize = 530;
+const KV_BLOCKS: usize = 1200;
+const ROWS_MAX: usize = 600;
 
 /// Runs the same sequences whole and alone, token by token, and batched in random chunks over
 /// other pages, on small decoders of every kind, and compares all logits bit by bit.
@@ -62,7 +62,7 @@ fn check(backend: &dyn Backend, settings: &Settings, program: Program) -> Result
             random.shuffle(&mut open);
             let chunk = |sequence: usize, random: &mut Random| Chunk {
                 sequence,
-                rows: random.between(1, schedule.left(sequence).min(40)),
+                rows: random.between(1, schedule.left(sequence).min(90)),
                 tree: None,
             };
             let chunks: Vec<Chunk> = open.into_iter().map(|s| chunk(s, random)).collect();

@@ -151,79 +151,90 @@ impl ReferenceExecutor {
     fn run_op(&mut self, op: &Op, step: &Step) -> Result<(), BackendError> {
         let program = Arc::clone(&self.program);
         let width = |value: Value| program.value_width(value);
-        let (out, made) = match op {
-            Op::Embed { table, first_token, multiplier, out } => {
-                (*out, self.embed(step, *table, *first_token, *multiplier, width(*out)))
-            }
-            Op::Norm { input, weight, bias, kind, epsilon, groups, out } => {
-                let vectors = [self.optional(*weight), self.optional(*bias)];
-                let shape = [width(*input), *groups];
-                (*out, norm(self.value(*input), vectors, *kind, *epsilon, shape))
-            }
+        match op {
             Op::Linear { input, parts } => {
                 for part in parts {
                     let (matrix, bias) = (self.weights.get(part.weight), self.optional(part.bias));
                     let made = matmul(matrix, bias, self.value(*input), width(*input));
                     self.run.values[part.out.0 as usize] = made;
                 }
-                return Ok(());
-            }
-            Op::Rope { input, heads, offset, rope: table, out } => {
-                let table = &program.ropes[table.0 as usize];
-                (*out, rope(self.value(*input), &step.positions, [*heads, *offset], table))
             }
             Op::WriteKv { key: first, value: second, layer }
             | Op::WriteLatent { latent: first, rope_key: second, layer } => {
                 self.write(step, *layer, *first, *second);
-                return Ok(());
-            }
-            Op::Attend { query, layer, spec, out } => {
-                let (query, sinks) = (self.value(*query), self.optional(spec.sinks));
-                let group = program.kv.layer(*layer).group as usize;
-                (*out, attend(step, &self.cache, *layer, group, spec, sinks, query))
-            }
-            Op::AttendLatent { query, layer, spec, out } => {
-                (*out, self.attend_latent(step, *query, *layer, spec))
-            }
-            Op::Activate { gate, up, kind, out } => {
-                let gate = self.value(*gate);
-                let up = up.map_or(gate, |up| self.value(up));
-                let pairs = gate.iter().zip(up);
-                (*out, pairs.map(|(gate, up)| activate(*kind, *gate, *up)).collect())
-            }
-            Op::Add { left, right, scale, out } => {
-                let pairs = self.value(*left).iter().zip(self.value(*right));
-                (*out, pairs.map(|(left, right)| left + right * scale).collect())
-            }
-            Op::Gate { input, gate, kind: GateKind::Sigmoid, out } => {
-                let run = width(*input) / width(*gate);
-                let gate = self.value(*gate);
-                let inputs = self.value(*input).iter().enumerate();
-                (*out, inputs.map(|(i, x)| x * sigmoid(gate[i / run])).collect())
             }
             Op::AllReduce { input, out } => {
                 let mut sum = self.value(*input).to_vec();
                 self.backend.collective.all_reduce_sum(&mut sum)?;
-                (*out, sum)
+                self.run.values[out.0 as usize] = sum;
             }
-            Op::AllGather { input, out } => (*out, self.gather(self.value(*input), width(*input))?),
-            Op::Slice { input, start, out } => {
-                let rows = self.value(*input).chunks_exact(width(*input));
-                let columns = *start..start + width(*out);
-                (*out, rows.flat_map(|row| &row[columns.clone()]).copied().collect())
+            Op::AllGather { input, out } => {
+                let whole = self.gather(self.value(*input), width(*input))?;
+                self.run.values[out.0 as usize] = whole;
             }
             Op::Logits { input, head, gather, scale, softcap } => {
                 self.run.logits = self.logits(step, *input, *head, *gather, (*scale, *softcap))?;
-                return Ok(());
             }
             Op::Capture { input, tap } => {
                 self.run.captures[*tap as usize] = self.value(*input).to_vec();
-                return Ok(());
             }
-            Op::Route { .. } | Op::Experts { .. } => unreachable!("run_ops runs these"),
-        };
-        self.run.values[out.0 as usize] = made;
+            _ => {
+                let made = self.compute(op, step);
+                if let Some(out) = op.outputs().next() {
+                    self.run.values[out.0 as usize] = made;
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// The ops that make one value from values, weights and the cache.
+    fn compute(&self, op: &Op, step: &Step) -> Vec<f32> {
+        let program = &*self.program;
+        let width = |value: Value| program.value_width(value);
+        match op {
+            Op::Embed { table, first_token, multiplier, out } => {
+                self.embed(step, *table, *first_token, *multiplier, width(*out))
+            }
+            Op::Norm { input, weight, bias, kind, epsilon, groups, .. } => {
+                let vectors = [self.optional(*weight), self.optional(*bias)];
+                let shape = [width(*input), *groups];
+                norm(self.value(*input), vectors, *kind, *epsilon, shape)
+            }
+            Op::Rope { input, heads, offset, rope: table, .. } => {
+                let table = &program.ropes[table.0 as usize];
+                rope(self.value(*input), &step.positions, [*heads, *offset], table)
+            }
+            Op::Attend { query, layer, spec, .. } => {
+                let (query, sinks) = (self.value(*query), self.optional(spec.sinks));
+                let group = program.kv.layer(*layer).group as usize;
+                attend(step, &self.cache, *layer, group, spec, sinks, query)
+            }
+            Op::AttendLatent { query, layer, spec, .. } => {
+                self.attend_latent(step, *query, *layer, spec)
+            }
+            Op::Activate { gate, up, kind, .. } => {
+                let gate = self.value(*gate);
+                let up = up.map_or(gate, |up| self.value(up));
+                gate.iter().zip(up).map(|(gate, up)| activate(*kind, *gate, *up)).collect()
+            }
+            Op::Add { left, right, scale, .. } => {
+                let pairs = self.value(*left).iter().zip(self.value(*right));
+                pairs.map(|(left, right)| left + right * scale).collect()
+            }
+            Op::Gate { input, gate, kind: GateKind::Sigmoid, .. } => {
+                let run = width(*input) / width(*gate);
+                let gate = self.value(*gate);
+                let inputs = self.value(*input).iter().enumerate();
+                inputs.map(|(i, x)| x * sigmoid(gate[i / run])).collect()
+            }
+            Op::Slice { input, start, out } => {
+                let rows = self.value(*input).chunks_exact(width(*input));
+                let columns = *start..start + width(*out);
+                rows.flat_map(|row| &row[columns.clone()]).copied().collect()
+            }
+            _ => unreachable!("{} makes no value here", op.kind()),
+        }
     }
 
     fn embed(&self, step: &Step, table: Weight, first: u32, multiplier: f32, n: usize) -> Vec<f32> {
