@@ -9,6 +9,7 @@
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod export;
 pub mod families;
 mod generation;
 pub mod lower;

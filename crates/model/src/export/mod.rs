@@ -1,0 +1,97 @@
+//! Writing models back: to a Hugging Face directory, and to GGUF.
+//!
+//! Whole files of another family are refused by what they have that the target cannot say; a
+//! weight is read, converted and written before the next, so that memory stays small.
+
+mod gguf;
+mod hugging_face;
+mod plain_llama;
+mod tokenizer;
+
+use lathe_tensor::gguf::GgufError;
+use lathe_tensor::safetensors::SafetensorsError;
+use lathe_tensor::{Bytes, FloatType, Format, Tensor, TensorError, codec};
+
+pub use gguf::{GgufOptions, to_gguf};
+pub use hugging_face::{HuggingFaceOptions, to_hugging_face};
+
+use crate::checkpoint::CheckpointError;
+use crate::model::ModelError;
+use crate::spec::SpecError;
+use crate::tokenizer::TokenizerError;
+use crate::weights::WeightsError;
+
+/// Why a model could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// The target cannot say something that the model has.
+    #[error("{feature} cannot be written to {target}")]
+    Feature {
+        /// What.
+        feature: String,
+        /// Which layout.
+        target: &'static str,
+    },
+    /// A file cannot be read or written.
+    #[error("{}: {source}", .path.display())]
+    Io {
+        /// Which file.
+        path: std::path::PathBuf,
+        /// What went wrong.
+        source: std::io::Error,
+    },
+    /// A tensor cannot be stored in the format that was asked for.
+    #[error("tensor {name}: {source}")]
+    Tensor {
+        /// Its name in the new file.
+        name: String,
+        /// What does not fit.
+        source: TensorError,
+    },
+    /// The model's own description is not consistent.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The model's weights cannot be read.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A weight cannot be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A tensor cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The tokenizer cannot be read, or not be said there.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The safetensors file cannot be written.
+    #[error(transparent)]
+    Safetensors(#[from] SafetensorsError),
+    /// The GGUF file cannot be written.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+}
+
+fn io(path: &std::path::Path) -> impl Fn(std::io::Error) -> ExportError + '_ {
+    |source| ExportError::Io { path: path.to_owned(), source }
+}
+
+/// The bytes of `tensor` in `format`, plain floats or GGUF blocks.
+fn bytes_in(tensor: &Tensor, format: Format) -> Bytes {
+    if tensor.format == format {
+        return tensor.codes.clone();
+    }
+    Bytes::new(codec::quantize(format, &tensor.to_f32()))
+}
+
+/// A number as its shortest spelling in `f32` reads: 1e-5, not 9.99999974e-6.
+fn as_written(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or(f64::from(number))
+}
+
+/// Plain floats stay what they are; anything else becomes bf16.
+fn float_of(format: Format) -> FloatType {
+    match format {
+        Format::Float(float) => float,
+        _ => FloatType::BF16,
+    }
+}
