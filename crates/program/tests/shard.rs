@@ -79,6 +79,20 @@ fn ranks_share_kv_heads_and_vocabularies_need_not_divide() {
 }
 
 #[test]
+fn heads_need_not_divide() {
+    let attention = SmallAttention::Grouped {
+        style: GroupedStyle::HeadNorms,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 16,
+    };
+    let decoder = SmallDecoder { attention, ..SmallDecoder::mixture() };
+    check("uneven", &decoder, &ShardOptions::new(2), Format::F32);
+    check("uneven", &decoder, &ShardOptions::new(3), Format::F32);
+    assert!(shard(&decoder.program(), &ShardOptions::new(4)).is_err());
+}
+
+#[test]
 fn blocks_of_formats_stay_whole_where_they_can() {
     let format = Format::parse("q8_0").unwrap();
     for decoder in [SmallDecoder::grouped(), SmallDecoder::latent(), SmallDecoder::mixture()] {
@@ -125,7 +139,7 @@ fn communication_is_counted() {
 fn what_does_not_divide_is_refused() {
     let program = SmallDecoder::grouped().program();
     let reason = |options: ShardOptions| shard(&program, &options).unwrap_err().to_string();
-    assert!(reason(ShardOptions::new(3)).contains("8 heads with 4 KV heads"));
+    assert!(reason(ShardOptions::new(6)).contains("8 heads with 4 KV heads"));
     assert!(reason(ShardOptions::new(0)).contains("start at 1"));
     let coarse = ShardOptions { alignment: 128, ..ShardOptions::new(2) };
     assert!(reason(coarse).contains("leave a rank without"));

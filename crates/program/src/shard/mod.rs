@@ -7,8 +7,8 @@
 //! all-reduce together. Which linear is which follows from what its output is used for, not from
 //! its name:
 //!
-//! - heads of queries go to ranks in equal parts, with the KV heads that they read; where there
-//!   are fewer KV heads than ranks, ranks share them and each keeps its own copy of the cache;
+//! - KV heads go to ranks as evenly as they can, each with the query heads that read it; where
+//!   there are fewer KV heads than ranks, ranks share them and each keeps its own copy of the cache;
 //! - latents of MLA are kept by every rank, the heads' matrices are split;
 //! - experts are split by expert or by hidden column; as all ranks hold all rows, each rank takes
 //!   the rows of its experts (dispatch) and the sum combines them;
@@ -94,7 +94,7 @@ pub struct RankProgram {
 /// Divides `program`; the result is by rank.
 ///
 /// # Errors
-/// [`ShardError`] where heads do not divide evenly, there is less of something than ranks, or the
+/// [`ShardError`] where ranks cannot share KV heads evenly, there is less of something than ranks, or the
 /// program is divided already.
 pub fn shard(program: &Program, options: &ShardOptions) -> Result<Vec<RankProgram>, ShardError> {
     let fail = |reason| ShardError { ranks: options.ranks, reason };

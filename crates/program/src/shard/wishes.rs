@@ -28,19 +28,23 @@ pub(super) fn scaled(heads: &Columns, width: usize) -> Columns {
     heads.iter().map(|part| part.start * width..part.end * width).collect()
 }
 
-/// The query heads of each rank and the KV heads that they read.
+/// The query heads of each rank and the KV heads that they read: KV heads as evenly as they go,
+/// or, where there are fewer than ranks, each shared by equally many.
 pub(super) fn head_split(
     heads: usize,
     kv_heads: usize,
     ranks: usize,
 ) -> Result<(Columns, Columns), String> {
-    let shared = ranks.is_multiple_of(kv_heads);
-    if !heads.is_multiple_of(ranks) || !(kv_heads.is_multiple_of(ranks) || shared) {
+    let group = heads / kv_heads;
+    if kv_heads >= ranks {
+        let kv_parts = partition("KV heads", kv_heads, ranks, 1)?;
+        return Ok((scaled(&kv_parts, group), kv_parts));
+    }
+    if !ranks.is_multiple_of(kv_heads) || !heads.is_multiple_of(ranks) {
         return Err(format!("{heads} heads with {kv_heads} KV heads do not divide evenly"));
     }
     let queries = partition("heads", heads, ranks, 1)?;
-    let group = heads / kv_heads;
-    let kv = |part: &Range<usize>| part.start / group..(part.end - 1) / group + 1;
+    let kv = |part: &Range<usize>| part.start / group..part.start / group + 1;
     let kv_parts = queries.iter().map(kv).collect();
     Ok((queries, kv_parts))
 }
