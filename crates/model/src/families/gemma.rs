@@ -6,7 +6,8 @@ use super::base::{self, Defaults, LLAMA};
 use super::rope;
 use crate::config::Config;
 use crate::spec::{
-    BranchNorms, DecoderSpec, NormSpec, QkNorm, QkOrder, QkScope, RopeSpec, SpecError,
+    AttentionSpec, BranchNorms, DecoderSpec, NormSpec, QkNorm, QkOrder, QkScope, RopeSpec,
+    SpecError,
 };
 
 const GEMMA2: Defaults = Defaults {
@@ -89,12 +90,11 @@ fn local_rope(c: &Config, spec: &DecoderSpec) -> Result<Option<RopeSpec>, SpecEr
         Some(_) => return Err(SpecError::feature("rope_parameters without kinds of layers")),
         None => None,
     };
-    let head_dim = match &spec.layers[0].attention {
-        crate::spec::AttentionSpec::Gqa(gqa) => gqa.head_dim,
-        crate::spec::AttentionSpec::Mla(_) => return Ok(None),
+    let Some(AttentionSpec::Gqa(gqa)) = spec.layers.first().map(|layer| &layer.attention) else {
+        return Ok(None);
     };
     let theta = ("rope_local_base_freq", 10_000.0);
-    rope::read_from(c, parameters, theta, &GEMMA3, head_dim).map(Some)
+    rope::read_from(c, parameters, theta, &GEMMA3, gqa.head_dim).map(Some)
 }
 
 /// The text part of a model that also sees; its other tensors are left alone.

@@ -62,6 +62,11 @@ impl<'a> Meta<'a> {
         }
     }
 
+    pub fn flag(&self, key: &str) -> Result<Option<bool>, SpecError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_bool().map(Some).ok_or_else(|| self.wrong(key, "a boolean"))
+    }
+
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, SpecError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a string"))
@@ -133,7 +138,7 @@ pub(super) fn with_attention(
     let embedding = m.shape(None, "token_embd.weight");
     let missing = || SpecError::Missing("token_embd.weight".to_owned());
     Ok(DecoderSpec {
-        vocabulary: embedding.ok_or_else(missing)?[0],
+        vocabulary: embedding.and_then(|shape| shape.first().copied()).ok_or_else(missing)?,
         width: m.need("embedding_length")?,
         context_max: m.need("context_length")?,
         embedding_multiplier: 1.0,
@@ -180,4 +185,20 @@ fn qk_norm(m: &Meta, head_dim: usize) -> Result<Option<QkNorm>, SpecError> {
     };
     let epsilon = m.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6);
     Ok(Some(QkNorm { scope, order: QkOrder::BeforeRope, norm: NormSpec::rms(epsilon) }))
+}
+
+/// The norm that the file calls the one after attention is the one before the feed-forward part.
+pub(super) fn early_norms(m: &Meta, spec: &mut DecoderSpec) {
+    let norm = spec.final_norm;
+    for layer in &mut spec.layers {
+        if m.has(0, "post_attention_norm.weight") {
+            layer.attention_norms.after = None;
+            layer.ffn_norms.before = Some(norm);
+        }
+    }
+}
+
+/// The first layer; a file may say that there are none.
+pub(super) fn first_layer(spec: &DecoderSpec) -> Result<&LayerSpec, SpecError> {
+    spec.layers.first().ok_or_else(|| SpecError::value("block_count", 0, "at least 1"))
 }

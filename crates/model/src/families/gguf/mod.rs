@@ -4,6 +4,7 @@
 //! llama.cpp knows of an architecture without saying it in the file.
 
 mod base;
+mod experts;
 mod rope;
 mod rows;
 
