@@ -2,8 +2,8 @@
 //!
 //! [`measure_bandwidth`] streams a buffer much larger than the last-level cache, which is what
 //! decoding does with weights; [`measure_matmul`] multiplies in registers, which no real product
-//! can outrun. Both take well under half a second and return the best of several passes, since
-//! other work on the machine only ever makes a pass slower.
+//! can outrun. Both take well under half a second and return the best of many short runs, since
+//! other work on the machine only ever makes a run slower.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -45,8 +45,11 @@ pub struct MatmulReport {
     pub f32_gop_s: f64,
 }
 
-/// Passes over the buffer; the best counts.
-const PASSES: usize = 6;
+/// Passes over the buffer.
+const PASSES: usize = 4;
+/// Slices of the buffer that are timed one by one; the best counts. A slice takes a millisecond or
+/// so, so that even on a busy machine some are not interrupted.
+const SLICES: usize = 16;
 /// Buffers at least this large, even where caches are small.
 const BUFFER_BYTES_MIN: usize = 192 << 20;
 /// And at most this large, even where caches are huge.
@@ -73,25 +76,26 @@ pub fn measure_bandwidth(threads: usize) -> Result<BandwidthReport, BackendError
     let mut buffer = AlignedBytes::zeroed("the bandwidth measurement", bytes)?;
     let gang = Gang::new(threads);
     let base = Shared(buffer.as_mut_ptr());
-    let part = |worker, workers| {
-        let range = share(bytes / 4096, worker, workers);
-        (range.start * 4096, range.len() * 4096)
-    };
     gang.run(|worker, workers| {
-        let (from, len) = part(worker, workers);
+        let range = share(bytes / 4096, worker, workers);
         // SAFETY: workers touch disjoint parts of the buffer.
-        unsafe { base.get().add(from).write_bytes(1, len) };
+        unsafe { base.get().add(range.start * 4096).write_bytes(1, range.len() * 4096) };
     });
-    let read = best_seconds(PASSES, || {
+    let slice_bytes = bytes / SLICES & !4095;
+    let slice = |index: usize, worker, workers| {
+        let range = share(slice_bytes / 4096, worker, workers);
+        (index % SLICES * slice_bytes + range.start * 4096, range.len() * 4096)
+    };
+    let read = best_seconds(PASSES * SLICES, |index| {
         gang.run(|worker, workers| {
-            let (from, len) = part(worker, workers);
+            let (from, len) = slice(index, worker, workers);
             // SAFETY: the part lies within the buffer, which nobody writes now.
             black_box(unsafe { read_all(base.get().add(from), len) });
         });
     });
-    let copy = best_seconds(PASSES / 2, || {
+    let copy = best_seconds(PASSES / 2 * SLICES, |index| {
         gang.run(|worker, workers| {
-            let (from, len) = part(worker, workers);
+            let (from, len) = slice(index, worker, workers);
             // SAFETY: the halves of the part are disjoint, and no other worker's.
             unsafe {
                 let start = base.get().add(from);
@@ -100,8 +104,8 @@ pub fn measure_bandwidth(threads: usize) -> Result<BandwidthReport, BackendError
         });
     });
     Ok(BandwidthReport {
-        read_gb_s: bytes as f64 / read / 1e9,
-        copy_gb_s: bytes as f64 / copy / 1e9,
+        read_gb_s: slice_bytes as f64 / read / 1e9,
+        copy_gb_s: slice_bytes as f64 / copy / 1e9,
         threads: gang.workers(),
         buffer_bytes: bytes,
     })
@@ -136,10 +140,10 @@ impl Shared {
     }
 }
 
-fn best_seconds(passes: usize, mut pass: impl FnMut()) -> f64 {
-    let times = (0..passes).map(|_| {
+fn best_seconds(runs: usize, mut run: impl FnMut(usize)) -> f64 {
+    let times = (0..runs).map(|index| {
         let start = Instant::now();
-        pass();
+        run(index);
         start.elapsed().as_secs_f64()
     });
     times.fold(f64::INFINITY, f64::min)
@@ -193,12 +197,13 @@ const CHAINS: usize = 12;
 fn rate(gang: &Gang, operations: usize, work: &(dyn Fn(usize) + Sync)) -> f64 {
     let mut steps = 1000;
     loop {
-        let seconds = best_seconds(3, || gang.run(|_, _| work(steps)));
-        if seconds > 2e-3 {
+        let seconds = best_seconds(4, |_| gang.run(|_, _| work(steps)));
+        if seconds > 2e-4 {
+            let seconds = best_seconds(40, |_| gang.run(|_, _| work(steps))).min(seconds);
             let all = operations * CHAINS * steps * gang.workers();
             return all as f64 / seconds / 1e9;
         }
-        steps *= 4;
+        steps *= 2;
     }
 }
 

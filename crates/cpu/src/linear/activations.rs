@@ -13,8 +13,6 @@
 //! even. A segment that holds a NaN or an infinity gets that as its scale, so it is not hidden.
 //! Every row is prepared alike, whatever rows are beside it.
 
-use half::bf16;
-
 use crate::gang::Gang;
 use crate::pack::PackedMatrix;
 use crate::pack::layout::{Offset, Operand, SEGMENT};
@@ -331,92 +329,134 @@ fn for_each_row(gang: &Gang, rows: usize, columns: usize, work: impl Fn(usize, u
 }
 
 impl Writer {
+    /// Writes row `row`, with the widest vectors that the machine has: every width rounds alike,
+    /// so this need not follow the choice of [`crate::Isa`].
+    ///
     /// # Safety
     /// The planes hold `rows` rows of `padded`, `row < rows`, and nobody else writes this row.
     unsafe fn write_row(&self, row: usize, x: &[f32]) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
+            unsafe fn avx512(writer: &Writer, row: usize, x: &[f32]) {
+                // SAFETY: as the caller promises.
+                unsafe { writer.write_row_inline(row, x) }
+            }
+            #[target_feature(enable = "avx2")]
+            unsafe fn avx2(writer: &Writer, row: usize, x: &[f32]) {
+                // SAFETY: as the caller promises.
+                unsafe { writer.write_row_inline(row, x) }
+            }
+            let wide = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
+            if wide && is_x86_feature_detected!("avx512dq") {
+                // SAFETY: detected; and as the caller promises.
+                return unsafe { avx512(self, row, x) };
+            }
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: detected; and as the caller promises.
+                return unsafe { avx2(self, row, x) };
+            }
+        }
+        // SAFETY: as the caller promises.
+        unsafe { self.write_row_inline(row, x) }
+    }
+
+    /// # Safety
+    /// As [`Writer::write_row`].
+    #[inline(always)]
+    unsafe fn write_row_inline(&self, row: usize, x: &[f32]) {
         let block = row / BLOCK;
         let stride = padded_rows((self.rows - block * BLOCK).min(BLOCK));
         let elements = block * BLOCK * self.padded;
         let first = row % BLOCK;
-        // SAFETY: as the caller promises; offsets stay below `rows * padded` rounded up to blocks.
-        unsafe {
-            if self.operands.float {
-                let plane = self.float.add(elements + first * 32);
-                write_segments::<f32>(x, self.padded, plane, stride, |v| v);
-            }
-            if self.operands.bf16 {
-                let plane = self.bf16.add(elements + first * 32);
-                write_segments::<u16>(x, self.padded, plane, stride, |v| {
-                    bf16::from_f32(v).to_bits()
-                });
-            }
-            if self.operands.int8 {
-                self.write_int8(x, elements, first, stride);
+        let whole = x.len() / SEGMENT;
+        for segment in 0..self.padded / SEGMENT {
+            let values: [f32; SEGMENT] = if segment < whole {
+                // SAFETY: the segment lies within the row.
+                unsafe { x.as_ptr().add(segment * SEGMENT).cast::<[f32; SEGMENT]>().read() }
+            } else {
+                padded_segment(x, segment)
+            };
+            // Rows of a block are neighbours within a segment.
+            let at = elements / SEGMENT + segment * stride + first;
+            // SAFETY: as the caller promises; `at` stays below `rows * padded / SEGMENT`, rounded
+            // up to blocks.
+            unsafe {
+                if self.operands.float {
+                    self.float.add(at * SEGMENT).cast::<[f32; SEGMENT]>().write(values);
+                }
+                if self.operands.bf16 {
+                    let rounded = values.map(round_to_bf16);
+                    self.bf16.add(at * SEGMENT).cast::<[u16; SEGMENT]>().write(rounded);
+                }
+                if self.operands.int8 {
+                    let pair = elements / SEGMENT * 2 + segment * 2 * stride + first;
+                    self.write_codes(&values, at, [pair, pair + stride]);
+                }
             }
         }
     }
 
-    unsafe fn write_int8(&self, x: &[f32], elements: usize, first: usize, stride: usize) {
-        for segment in 0..self.padded / SEGMENT {
-            let from = (segment * SEGMENT).min(x.len());
-            let part = &x[from..x.len().min(from + SEGMENT)];
-            let mut values = [0f32; SEGMENT];
-            values[..part.len()].copy_from_slice(part);
-            let (codes, scale) = quantize_segment(&values);
-            let sum_of = |codes: &[i8]| codes.iter().map(|&c| i32::from(c)).sum::<i32>();
-            let halves = [sum_of(&codes[..16]), sum_of(&codes[16..])];
-            let sum = halves[0] + halves[1];
-            let at = elements / SEGMENT + segment * stride + first;
-            // SAFETY: as `write_row`.
-            unsafe {
-                self.codes.add(at * SEGMENT).cast::<[i8; SEGMENT]>().write_unaligned(codes);
-                self.scales.add(at).write(scale);
-                self.sums.add(at).write(scale * sum as f32);
-                for (plane, offset) in self.offsets.iter().zip(self.operands.offsets) {
-                    let Some(offset) = offset else { break };
-                    if offset.parts == 1 {
-                        plane.add(at).write(-offset.zero * sum);
-                    } else {
-                        let at = elements / SEGMENT * 2 + segment * 2 * stride + first;
-                        plane.add(at).write(-offset.zero * halves[0]);
-                        plane.add(at + stride).write(-offset.zero * halves[1]);
-                    }
+    /// Writes the codes of segment `at` and their sums; `pair` are the places of its two halves
+    /// in planes that have two numbers a segment.
+    #[inline(always)]
+    unsafe fn write_codes(&self, values: &[f32; SEGMENT], at: usize, pair: [usize; 2]) {
+        let (codes, scale) = quantize_segment(values);
+        let mut halves = [0i32; 2];
+        for (half, codes) in halves.iter_mut().zip(codes.chunks_exact(SEGMENT / 2)) {
+            *half = codes.iter().map(|&code| i32::from(code)).sum();
+        }
+        let sum = halves[0] + halves[1];
+        // SAFETY: as `write_row`.
+        unsafe {
+            self.codes.add(at * SEGMENT).cast::<[i8; SEGMENT]>().write(codes);
+            self.scales.add(at).write(scale);
+            self.sums.add(at).write(scale * sum as f32);
+            for (plane, offset) in self.offsets.iter().zip(self.operands.offsets) {
+                let Some(offset) = offset else { break };
+                if offset.parts == 1 {
+                    plane.add(at).write(-offset.zero * sum);
+                } else {
+                    plane.add(pair[0]).write(-offset.zero * halves[0]);
+                    plane.add(pair[1]).write(-offset.zero * halves[1]);
                 }
             }
         }
     }
 }
 
+/// A segment at or past the end of a row, padded with zeros.
+#[cold]
+fn padded_segment(x: &[f32], segment: usize) -> [f32; SEGMENT] {
+    let rest = &x[(segment * SEGMENT).min(x.len())..];
+    let mut values = [0f32; SEGMENT];
+    values[..rest.len().min(SEGMENT)].copy_from_slice(&rest[..rest.len().min(SEGMENT)]);
+    values
+}
+
 /// Codes and scale of 32 values.
 #[inline(always)]
 pub(crate) fn quantize_segment(x: &[f32; SEGMENT]) -> ([i8; SEGMENT], f32) {
     // The bit pattern orders absolute values, with infinities and NaNs above all numbers.
-    let bits = x.iter().map(|v| v.to_bits() & 0x7fff_ffff).fold(0, u32::max);
+    let mut bits = 0;
+    for value in x {
+        bits = bits.max(value.to_bits() & 0x7fff_ffff);
+    }
     let largest = f32::from_bits(bits);
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
-    let codes = x.map(|v| ((v * inverse + 12_582_912.0).to_bits() & 0xff) as u8 as i8);
+    let mut codes = [0; SEGMENT];
+    for (code, value) in codes.iter_mut().zip(x) {
+        // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
+        *code = (value * inverse + 12_582_912.0).to_bits() as i8;
+    }
     (codes, largest / 127.0)
 }
 
-/// Writes a row as segments, `stride` rows apart, padded with zeros to `padded`.
-unsafe fn write_segments<T: Copy + Default>(
-    x: &[f32],
-    padded: usize,
-    plane: *mut T,
-    stride: usize,
-    convert: impl Fn(f32) -> T,
-) {
-    for segment in 0..padded / SEGMENT {
-        let from = (segment * SEGMENT).min(x.len());
-        let part = &x[from..x.len().min(from + SEGMENT)];
-        let mut values = [T::default(); SEGMENT];
-        for (value, &v) in values.iter_mut().zip(part) {
-            *value = convert(v);
-        }
-        // SAFETY: the caller gives room for `padded` elements of this row.
-        unsafe {
-            plane.add(segment * stride * SEGMENT).cast::<[T; SEGMENT]>().write_unaligned(values)
-        }
-    }
+/// The nearest `bf16`, ties to even; a NaN stays one.
+#[inline(always)]
+fn round_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    if bits & 0x7fff_ffff > 0x7f80_0000 { quiet as u16 } else { rounded as u16 }
 }

@@ -22,14 +22,13 @@ pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
 pub(crate) struct Kernels {
     /// Straight from the packed panel, for so few rows that memory is the limit.
     pub(crate) direct: Option<ChooseFn>,
+    /// Most rows that `direct` takes.
+    pub(crate) direct_rows: usize,
     /// Decodes a batch for `tile`; absent if `tile` reads the packed panel.
     pub(crate) expand: Option<ExpandFn>,
     /// For any number of rows.
     pub(crate) tile: ChooseFn,
 }
-
-/// Most rows that a direct kernel takes.
-pub(crate) const DIRECT_ROWS: usize = 2;
 
 /// An ISA as something that kernels are compiled for.
 trait Target {
@@ -37,8 +36,9 @@ trait Target {
     const ROWS_MAX: usize;
     /// Whether its integer dot takes codes of any width alike.
     const ANY_WIDTH: bool;
-    /// Whether direct kernels are compiled for it.
-    const DIRECT: bool;
+    /// Most rows for which direct kernels are compiled: where the arithmetic of so many rows no
+    /// longer hides behind the loads, sharing decoded codes wins.
+    const DIRECT_ROWS: usize;
     fn run<K: Kernel, const R: usize>() -> RunFn;
     fn expand<E: Expand>() -> ExpandFn;
 }
@@ -48,7 +48,7 @@ struct PortableTarget;
 impl Target for PortableTarget {
     const ROWS_MAX: usize = 4;
     const ANY_WIDTH: bool = true;
-    const DIRECT: bool = false;
+    const DIRECT_ROWS: usize = 0;
     fn run<K: Kernel, const R: usize>() -> RunFn {
         unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
             // SAFETY: as `Kernel::run`; plain Rust runs everywhere.
@@ -74,7 +74,7 @@ macro_rules! target {
         impl Target for $name {
             const ROWS_MAX: usize = $rows;
             const ANY_WIDTH: bool = $any_width;
-            const DIRECT: bool = true;
+            const DIRECT_ROWS: usize = if $rows > 4 { 4 } else { 2 };
             fn run<K: Kernel, const R: usize>() -> RunFn {
                 #[target_feature(enable = $features)]
                 unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
@@ -128,7 +128,7 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
 }
 
 fn floats(tile: ChooseFn) -> Kernels {
-    Kernels { direct: None, expand: None, tile }
+    Kernels { direct: None, direct_rows: 0, expand: None, tile }
 }
 
 fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
@@ -173,12 +173,14 @@ fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
 fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
     match operand {
         Operand::Int8(_) => Kernels {
-            direct: if T::DIRECT { Some(direct_rows_of::<T, C>) } else { None },
+            direct: if T::DIRECT_ROWS > 0 { Some(direct_rows_of::<T, C>) } else { None },
+            direct_rows: T::DIRECT_ROWS,
             expand: Some(T::expand::<ToCodes<C>>()),
             tile: tile::<T>(if T::ANY_WIDTH { 8 } else { C::BITS }, C::PARTS, C::MIN),
         },
         _ => Kernels {
             direct: None,
+            direct_rows: 0,
             expand: Some(T::expand::<ToFloats<C>>()),
             tile: rows_of::<T, Widened<Single>>,
         },
@@ -203,8 +205,9 @@ fn tile<T: Target>(bits: u32, parts: usize, min: bool) -> ChooseFn {
 
 fn direct_rows_of<T: Target, C: Coded>(left: usize) -> (RunFn, usize) {
     match left {
-        0 | 1 => (T::run::<Direct<C>, 1>(), 1),
-        _ => (T::run::<Direct<C>, 2>(), 2),
+        4.. if T::DIRECT_ROWS >= 4 => (T::run::<Direct<C>, 4>(), 4),
+        2.. => (T::run::<Direct<C>, 2>(), 2),
+        _ => (T::run::<Direct<C>, 1>(), 1),
     }
 }
 
@@ -217,7 +220,7 @@ fn rows_of<T: Target, K: Kernel>(left: usize) -> (RunFn, usize) {
         8.. if T::ROWS_MAX >= 8 => (T::run::<K, 8>(), 8),
         6.. if T::ROWS_MAX >= 8 && K::TUNED => (T::run::<K, 6>(), 6),
         4.. => (T::run::<K, 4>(), 4),
-        2.. if K::TUNED && T::DIRECT => (T::run::<K, 2>(), 2),
+        2.. if K::TUNED && T::DIRECT_ROWS > 0 => (T::run::<K, 2>(), 2),
         _ => (T::run::<K, 1>(), 1),
     }
 }

@@ -28,6 +28,8 @@ pub(crate) const BATCH: usize = 8;
 pub(crate) struct Args<'a> {
     /// The packed panel, or expanded codes or numbers.
     pub(crate) weights: *const u8,
+    /// Packed bytes that the next call expands, to be fetched meanwhile; null for none.
+    pub(crate) next: *const u8,
     /// Expanded scales, `[segments][parts][16]`.
     pub(crate) scales: *const f32,
     /// Expanded mins, `[segments][16]`.
@@ -279,6 +281,19 @@ impl<C: Coded> Expand for ToFloats<C> {
     }
 }
 
+/// Asks for `len` bytes from `start` on, which need not be readable.
+#[inline(always)]
+fn prefetch(start: *const u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..len).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch of any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, len);
+}
+
 /// Expanded codes times int8 activations.
 pub(crate) struct Tile<const BITS: u32, const PARTS: usize, const MIN: bool>;
 
@@ -291,7 +306,11 @@ impl<const BITS: u32, const PARTS: usize, const MIN: bool> Kernel for Tile<BITS,
         unsafe {
             let mut acc = load_acc::<S, R>(args.acc);
             let mut rows = args.rows;
+            let next_bytes = args.constants.segment_bytes;
             for segment in 0..args.segments {
+                if !args.next.is_null() {
+                    prefetch(args.next.wrapping_add(segment * next_bytes), next_bytes);
+                }
                 let p = args.weights.add(segment * SEGMENT * PANEL);
                 let mut codes = [S::load_b(p); 8];
                 unroll!(j in 8 => {

@@ -20,7 +20,7 @@ pub use activations::{Activations, Operands};
 use crate::gang::{Gang, share};
 use crate::pack::{PANEL, PackedMatrix};
 use activations::{BLOCK, padded_rows};
-use dispatch::{ChooseFn, DIRECT_ROWS, ExpandFn};
+use dispatch::{ChooseFn, ExpandFn};
 use kernels::{Args, BATCH, Scratch};
 
 /// Elements of activations that stay in a core's second-level cache while panels pass by.
@@ -172,8 +172,8 @@ unsafe fn panel_by_blocks(
         let one_block = blocks.len() == 1;
         let padded = padded_rows(activations.block_rows(blocks.start));
         match (matrix.kernels.direct, matrix.kernels.expand) {
-            (Some(direct), _) if one_block && padded <= DIRECT_ROWS => {
-                run.segments(matrix.panel(panel), None, 0..matrix.segments(), direct);
+            (Some(direct), _) if one_block && padded <= matrix.kernels.direct_rows => {
+                run.segments(Source::packed(matrix.panel(panel)), 0..matrix.segments(), direct);
             }
             (_, Some(expand)) => run.expanded(expand),
             (_, None) => run.plain(),
@@ -182,6 +182,22 @@ unsafe fn panel_by_blocks(
             let rows = (block * BLOCK, activations.block_rows(block));
             store(matrix, &*product.add(index), rows, panel, out);
         }
+    }
+}
+
+/// Where kernels find a run of segments.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    weights: *const u8,
+    /// Scales and mins, if the weights were expanded.
+    scratch: Option<&'a Scratch>,
+    /// Packed bytes that are wanted soon, or null.
+    next: *const u8,
+}
+
+impl Source<'_> {
+    fn packed(weights: *const u8) -> Self {
+        Source { weights, scratch: None, next: std::ptr::null() }
     }
 }
 
@@ -203,6 +219,8 @@ impl Run<'_> {
     unsafe fn expanded(&self, expand: ExpandFn) {
         let mut scratch = MaybeUninit::<Scratch>::uninit();
         let total = self.matrix.segments();
+        let layout = self.matrix.layout;
+        let batch_bytes = BATCH / layout.chunk_segments() * layout.chunk_bytes();
         for first in (0..total).step_by(BATCH) {
             let some = first..total.min(first + BATCH);
             // SAFETY: as the caller promises; `expand` writes what the kernels read, and a
@@ -211,8 +229,11 @@ impl Run<'_> {
                 let scratch = &mut *scratch.as_mut_ptr();
                 let packed = self.matrix.segment(self.panel, first);
                 expand(packed, some.len(), &self.matrix.constants, scratch);
+                // While rows multiply this batch, the next one arrives.
+                let next = packed.wrapping_add(batch_bytes);
                 let weights = scratch.weights.as_ptr().cast();
-                self.segments(weights, Some(scratch), some, self.matrix.kernels.tile);
+                let source = Source { weights, scratch: Some(scratch), next };
+                self.segments(source, some, self.matrix.kernels.tile);
             }
         }
     }
@@ -228,22 +249,17 @@ impl Run<'_> {
             let some = first..total.min(first + batch);
             let packed = self.matrix.segment(self.panel, first);
             // SAFETY: as the caller promises.
-            unsafe { self.segments(packed, None, some, self.matrix.kernels.tile) };
+            unsafe { self.segments(Source::packed(packed), some, self.matrix.kernels.tile) };
         }
     }
 
     /// Adds the products of some segments to every block.
     ///
     /// # Safety
-    /// As [`panel_by_blocks`]; `weights` and `scratch` hold those segments for `choose`'s kernels.
-    unsafe fn segments(
-        &self,
-        weights: *const u8,
-        scratch: Option<&Scratch>,
-        segments: Range<usize>,
-        choose: ChooseFn,
-    ) {
+    /// As [`panel_by_blocks`]; `source` holds those segments for `choose`'s kernels.
+    unsafe fn segments(&self, source: Source<'_>, segments: Range<usize>, choose: ChooseFn) {
         let none = std::ptr::null();
+        let mut next = source.next;
         for (index, block) in self.blocks.clone().enumerate() {
             let rows = self.activations.block_rows(block);
             let mut row = 0;
@@ -252,9 +268,10 @@ impl Run<'_> {
                 // SAFETY: as the caller promises; `product` has the block's rows.
                 unsafe {
                     let args = Args {
-                        weights,
-                        scales: scratch.map_or(none, |s| s.scales.as_ptr()),
-                        mins: scratch.map_or(none, |s| s.mins.as_ptr()),
+                        weights: source.weights,
+                        next,
+                        scales: source.scratch.map_or(none, |s| s.scales.as_ptr()),
+                        mins: source.scratch.map_or(none, |s| s.mins.as_ptr()),
                         segments: segments.len(),
                         rows: self.activations.view(
                             self.matrix.operand,
@@ -267,6 +284,7 @@ impl Run<'_> {
                     };
                     kernel(&args);
                 }
+                next = std::ptr::null();
                 row += count;
             }
         }

@@ -214,6 +214,8 @@ pub(crate) struct Constants {
     pub(crate) group_segments: usize,
     /// Type of the scales of [`Scales::Group`].
     pub(crate) scale: ScaleType,
+    /// Bytes of a packed segment with its part of the scales, rounded up.
+    pub(crate) segment_bytes: usize,
     /// Multiplies every scale.
     pub(crate) multiplier: f32,
 }

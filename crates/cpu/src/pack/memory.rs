@@ -3,11 +3,35 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
 use lathe_program::BackendError;
 
 /// Above this a buffer asks for huge pages: a worker that streams 4 KiB pages stalls on a page
 /// walk every 64 cache lines, and the hardware prefetcher stops at each page's end.
 const HUGE: usize = 2 << 20;
+
+/// What smaller weights share, so that they lie on huge pages too.
+const POOL: usize = 16 << 20;
+
+/// The pool that has room left, and where its room begins. It lives as long as a weight in it.
+static OPEN: Mutex<(Weak<AlignedBytes>, usize)> = Mutex::new((Weak::new(), 0));
+
+/// `len` zeroed bytes for a weight, aligned to a cache line: a buffer, and where in it they begin.
+/// Nobody else is given any of them.
+pub(crate) fn weight_memory(len: usize) -> Result<(Arc<AlignedBytes>, usize), BackendError> {
+    if len >= POOL / 2 {
+        return Ok((Arc::new(AlignedBytes::zeroed("weights", len)?), 0));
+    }
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let with_room = open.0.upgrade().filter(|_| open.1 + len <= POOL);
+    let (pool, start) = match with_room {
+        Some(pool) => (pool, open.1),
+        None => (Arc::new(AlignedBytes::zeroed("weights", POOL)?), 0),
+    };
+    *open = (Arc::downgrade(&pool), (start + len).next_multiple_of(64));
+    Ok((pool, start))
+}
 
 /// A fixed number of zeroed bytes, aligned to 64 (to 2 MiB where large).
 pub(crate) struct AlignedBytes {
@@ -71,11 +95,6 @@ impl AlignedBytes {
 
     pub(crate) fn as_ptr(&self) -> *const u8 {
         self.pointer.as_ptr()
-    }
-
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: the bytes are ours, initialised (zeroed) and exclusively borrowed.
-        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len()) }
     }
 
     pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {

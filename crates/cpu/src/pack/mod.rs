@@ -25,7 +25,7 @@ use crate::isa::Isa;
 use crate::linear::dispatch::{self, Kernels};
 pub(crate) use ggml::table;
 use layout::{Constants, Layout, Offset, Operand, SEGMENT};
-use memory::AlignedBytes;
+use memory::{AlignedBytes, weight_memory};
 
 /// Output rows in a panel: the lanes of the widest vector.
 pub(crate) const PANEL: usize = 16;
@@ -64,14 +64,17 @@ impl PackedMatrix {
         let operand = operand(layout, isa, exact);
         let chunks = columns.div_ceil(layout.chunk_segments() * SEGMENT);
         let panel_bytes = chunks * layout.chunk_bytes();
-        let mut memory = AlignedBytes::zeroed("weights", rows.div_ceil(PANEL) * panel_bytes)?;
-        if panel_bytes > 0 && rows > 0 {
-            memory.as_mut_slice().par_chunks_mut(panel_bytes).enumerate().for_each(
-                |(panel, out)| {
-                    let first = panel * PANEL;
-                    fill_panel(tensor, layout, first..rows.min(first + PANEL), out);
-                },
-            );
+        let bytes = rows.div_ceil(PANEL) * panel_bytes;
+        let (memory, offset) = weight_memory(bytes)?;
+        if bytes > 0 {
+            // SAFETY: these bytes of the buffer were given to this call alone, and are zeroed.
+            let out = unsafe {
+                std::slice::from_raw_parts_mut(memory.as_ptr().add(offset).cast_mut(), bytes)
+            };
+            out.par_chunks_mut(panel_bytes).enumerate().for_each(|(panel, out)| {
+                let first = panel * PANEL;
+                fill_panel(tensor, layout, first..rows.min(first + PANEL), out);
+            });
         }
         Ok(PackedMatrix {
             rows,
@@ -81,8 +84,8 @@ impl PackedMatrix {
             kernels: dispatch::kernels(isa, layout, operand),
             constants: constants(tensor, layout)?,
             chunks,
-            memory: Arc::new(memory),
-            offset: 0,
+            memory,
+            offset,
         })
     }
 
@@ -152,8 +155,12 @@ fn operand(layout: Layout, isa: Isa, exact: bool) -> Operand {
 }
 
 fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError> {
-    let mut constants =
-        Constants { group_segments: 1, scale: ScaleType::F16, multiplier: multiplier(tensor)? };
+    let mut constants = Constants {
+        group_segments: 1,
+        scale: ScaleType::F16,
+        segment_bytes: layout.chunk_bytes().div_ceil(layout.chunk_segments()),
+        multiplier: multiplier(tensor)?,
+    };
     match layout {
         Layout::Coded(layout::Codes::E2m1, _) => constants.multiplier *= 0.5,
         Layout::Coded(_, layout::Scales::Group { segments, kind, .. }) => {
