@@ -81,7 +81,7 @@ pub fn measure_bandwidth(threads: usize) -> Result<BandwidthReport, BackendError
         // SAFETY: workers touch disjoint parts of the buffer.
         unsafe { base.get().add(range.start * 4096).write_bytes(1, range.len() * 4096) };
     });
-    let slice_bytes = bytes / SLICES & !4095;
+    let slice_bytes = (bytes / SLICES) & !4095;
     let slice = |index: usize, worker, workers| {
         let range = share(slice_bytes / 4096, worker, workers);
         (index % SLICES * slice_bytes + range.start * 4096, range.len() * 4096)

@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lathe_program::BackendError;
-use lathe_tensor::{Format, GlobalScale, ScaleType, Tensor};
+use lathe_tensor::{FloatType, Format, GlobalScale, ScaleType, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
@@ -144,9 +144,8 @@ impl PackedMatrix {
 }
 
 fn operand(layout: Layout, isa: Isa, exact: bool) -> Operand {
-    use lathe_tensor::FloatType::BF16;
     match layout {
-        Layout::Float(BF16) if !exact && isa.has_bf16_dot() => Operand::Bf16,
+        Layout::Float(FloatType::BF16) if !exact && isa.has_bf16_dot() => Operand::Bf16,
         Layout::Coded(codes, scales) if !exact => {
             Operand::Int8(Offset { zero: codes.zero(), parts: scales.parts() })
         }
@@ -184,34 +183,65 @@ fn multiplier(tensor: &Tensor) -> Result<f32, BackendError> {
     Ok(tensor.global.apply(0, 1.0))
 }
 
-/// Writes the panel `out` from up to sixteen rows of the tensor; missing rows stay zero.
+/// Writes the panel `out` from up to sixteen rows of the tensor, with the widest vectors that the
+/// machine has (packing moves bits: every width gives the same).
 fn fill_panel(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
-    let chunk_bytes = layout.chunk_bytes();
-    for (lane, row) in rows.enumerate() {
-        if let Format::Scaled(format) = &tensor.format {
-            scaled::place_row(tensor, format, layout, row, lane, out);
-            continue;
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
+        fn avx512(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
+            fill_panel_inline(tensor, layout, rows, out);
         }
-        let row_bytes = tensor.row_bytes();
-        let bytes = &tensor.codes[row * row_bytes..][..row_bytes];
-        match tensor.format {
-            Format::Float(kind) if kind.bytes() == 4 => interleave::<4>(bytes, lane, out),
-            Format::Float(lathe_tensor::FloatType::BF16) => interleave::<4>(bytes, lane, out),
-            Format::Float(_) => interleave::<2>(bytes, lane, out),
-            Format::Ggml(kind) => {
-                let blocks = bytes.chunks_exact(kind.block_bytes());
-                for (block, chunk) in blocks.zip(out.chunks_exact_mut(chunk_bytes)) {
-                    ggml::place(kind, block, lane, chunk);
-                }
-            }
-            Format::Scaled(_) => {}
+        #[target_feature(enable = "avx2")]
+        fn avx2(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
+            fill_panel_inline(tensor, layout, rows, out);
         }
+        if Isa::Avx512.is_available() && is_x86_feature_detected!("avx512dq") {
+            // SAFETY: detected.
+            return unsafe { avx512(tensor, layout, rows, out) };
+        }
+        if Isa::Avx2.is_available() {
+            // SAFETY: detected.
+            return unsafe { avx2(tensor, layout, rows, out) };
+        }
+    }
+    fill_panel_inline(tensor, layout, rows, out);
+}
+
+#[inline(always)]
+fn fill_panel_inline(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
+    let row_bytes = match tensor.format {
+        Format::Scaled(format) => {
+            return scaled::place_panel(tensor, &format, layout, rows, out);
+        }
+        _ => tensor.row_bytes(),
+    };
+    let bytes = &tensor.codes[rows.start * row_bytes..rows.end * row_bytes];
+    if let Format::Ggml(kind) = tensor.format {
+        return ggml::place_panel(kind, bytes, row_bytes, out);
+    }
+    match tensor.format {
+        Format::Float(FloatType::F16) => interleave::<2>(bytes, row_bytes, out),
+        _ => interleave::<4>(bytes, row_bytes, out),
     }
 }
 
-/// Puts each `UNIT` bytes of a row at its lane; a last partial unit is padded with zeros.
-fn interleave<const UNIT: usize>(row: &[u8], lane: usize, out: &mut [u8]) {
-    for (unit, vector) in row.chunks(UNIT).zip(out.chunks_exact_mut(UNIT * PANEL)) {
-        vector[lane * UNIT..][..unit.len()].copy_from_slice(unit);
+/// Puts unit `i` of `UNIT` bytes of each row beside the others'; a last partial unit is padded
+/// with zeros.
+#[inline(always)]
+fn interleave<const UNIT: usize>(bytes: &[u8], row_bytes: usize, out: &mut [u8]) {
+    let rows = bytes.len() / row_bytes;
+    let whole = row_bytes / UNIT;
+    for (unit, vector) in out.chunks_exact_mut(UNIT * PANEL).enumerate() {
+        for lane in 0..rows {
+            let row = &bytes[lane * row_bytes..][..row_bytes];
+            let to = &mut vector[lane * UNIT..][..UNIT];
+            if unit < whole {
+                to.copy_from_slice(&row[unit * UNIT..][..UNIT]);
+            } else {
+                let rest = &row[(unit * UNIT).min(row_bytes)..];
+                to[..rest.len()].copy_from_slice(rest);
+            }
+        }
     }
 }

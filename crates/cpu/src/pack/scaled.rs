@@ -3,9 +3,12 @@
 //! A group's scale keeps the checkpoint's type. Scales that more than 256 positions share (a
 //! channel, a tensor, tiles of 128 x 128) are repeated: every 256 positions, or at the group's end.
 
+use std::ops::Range;
+
 use lathe_program::BackendError;
 use lathe_tensor::{Block, Element, ScaleType, ScaledFormat, Tensor, ZeroPoint};
 
+use super::PANEL;
 use super::layout::{Codes, Layout, SEGMENT, Scales};
 use super::place::{place_codes, place_lane, plane};
 
@@ -48,32 +51,38 @@ fn common(n: usize, most: usize) -> usize {
     (1 << n.trailing_zeros()).min(most)
 }
 
-/// Puts row `row` of `tensor` into its lane of the panel `out`.
-pub(crate) fn place_row(
+/// Writes a panel from rows `rows` (at most sixteen) of `tensor`.
+pub(crate) fn place_panel(
     tensor: &Tensor,
     format: &ScaledFormat,
     layout: Layout,
-    row: usize,
-    lane: usize,
+    rows: Range<usize>,
     out: &mut [u8],
 ) {
     let Layout::Coded(codes, scales) = layout else { return };
-    let columns = tensor.columns();
     let Some(grid) = format.grid(&tensor.shape) else { return };
-    let bits = format.element.bits();
+    let (bits, columns) = (format.element.bits(), tensor.columns());
     let row_bytes = (columns * bits).div_ceil(8);
-    let source = &tensor.codes[row * row_bytes..][..row_bytes];
     let segment_bytes = layout.segment_bytes();
     let chunk_len = layout.chunk_segments() * SEGMENT;
     for (index, chunk) in out.chunks_exact_mut(layout.chunk_bytes()).enumerate() {
         let (segments, tail) = chunk.split_at_mut(layout.chunk_segments() * segment_bytes);
         for (s, segment) in segments.chunks_exact_mut(segment_bytes).enumerate() {
             let first = index * chunk_len + s * SEGMENT;
-            let words = segment_words(source, codes, bits, first);
-            place_codes(codes, &words, lane, segment);
+            let mut words = [[0u32; PANEL]; 8];
+            for (lane, row) in rows.clone().enumerate() {
+                let source = &tensor.codes[row * row_bytes..][..row_bytes];
+                for (words, word) in words.iter_mut().zip(segment_words(source, codes, bits, first))
+                {
+                    words[lane] = word;
+                }
+            }
+            place_codes(codes, &words, segment);
         }
-        let block = |column: usize| grid.row_start(row) + column / grid.block_columns;
-        place_scales(tensor, scales, index * chunk_len, columns, &block, lane, tail);
+        for (lane, row) in rows.clone().enumerate() {
+            let block = |column: usize| grid.row_start(row) + column / grid.block_columns;
+            place_scales(tensor, scales, index * chunk_len, &block, lane, tail);
+        }
     }
 }
 
@@ -84,7 +93,7 @@ fn segment_words(source: &[u8], codes: Codes, bits: usize, first: usize) -> [u32
     let mut bytes = [0u8; SEGMENT];
     let count = rest.len().min(SEGMENT * bits / 8);
     bytes[..count].copy_from_slice(&rest[..count]);
-    let word = |at: usize| super::place::word(&bytes, at);
+    let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
     match codes {
         Codes::Signed8 => std::array::from_fn(|j| word(4 * j) ^ 0x8080_8080),
         // Nibbles lie low first along the row; bytes 2j and 2j + 1 hold codes 4j..4j + 4.
@@ -101,11 +110,11 @@ fn place_scales(
     tensor: &Tensor,
     scales: Scales,
     first: usize,
-    columns: usize,
     block: &dyn Fn(usize) -> usize,
     lane: usize,
     tail: &mut [u8],
 ) {
+    let columns = tensor.columns();
     if first >= columns {
         return;
     }
