@@ -1,6 +1,8 @@
 //! From the word MODEL to something that runs: model, program, backend, executor, engine. The only
 //! place that names a backend.
 
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -31,6 +33,8 @@ const KV_MEMORY_SHARE: f64 = 0.5;
 pub struct Opened {
     /// The model.
     pub model: Model,
+    /// Bytes of the files that hold its weights.
+    pub bytes: u64,
     /// When opening began.
     pub started: Instant,
 }
@@ -67,7 +71,7 @@ pub fn open(name: &str) -> Result<Opened, Error> {
         // The cache names files by checksums and commits.
         model.name = located.name;
     }
-    Ok(Opened { model, started })
+    Ok(Opened { model, bytes: weight_file_bytes(&located.path), started })
 }
 
 /// The backend that `--device` asks for.
@@ -87,9 +91,10 @@ impl Opened {
 
     /// Lays the weights out for the device and makes a cache as large as `need` says.
     pub fn prepare(self, global: &Global, need: Need) -> Result<Session, Error> {
-        let Opened { model, started } = self;
+        let Opened { model, bytes, started } = self;
         let program = program_for(&model.spec, need.context)?;
         let weights = model.weights(&program).bad_input()?;
+        check_memory(&program, bytes, global, need)?;
         let (executor, options) = prepare_program(&program, &weights, global, need)?;
         let load_ms = milliseconds(started);
         Ok(Session { model, executor, options, load_ms })
@@ -106,36 +111,57 @@ pub fn program_for(spec: &DecoderSpec, context: usize) -> Result<Arc<Program>, E
     Ok(Arc::new(lower(spec, &LowerOptions::new(context)).bad_input()?))
 }
 
-/// An executor of `program`, after a check that its cache fits the memory that there is.
+/// An executor of `program`, with a cache as large as `need` says.
 pub fn prepare_program(
     program: &Arc<Program>,
     weights: &dyn WeightSource,
     global: &Global,
     need: Need,
 ) -> Result<(Box<dyn Executor>, ExecutorOptions), Error> {
-    let rows_max = need.rows_max.clamp(1, need.context * need.sequences);
-    let kv_blocks = kv_blocks(&program.kv, need, rows_max);
+    let rows_max = need.rows(program);
     let options = ExecutorOptions {
-        kv_blocks,
+        kv_blocks: kv_blocks(&program.kv, need, rows_max),
         kv_format: None,
         rows_max,
         threads: global.threads.map(|threads| threads.get()),
         exact: global.exact,
     };
-    let bytes = kv_blocks as u64 * program.kv.page_bytes(kv_format_least(global)) as u64;
-    if let Some(available) = memory::available_bytes().filter(|available| bytes > *available) {
-        anyhow::bail!(
-            "the KV cache for {} x {} tokens needs {}, {} of memory are available",
-            need.sequences,
-            need.context,
-            human_bytes(bytes),
-            human_bytes(available)
-        );
-    }
     let executor = backend(global.device)?
         .prepare(Arc::clone(program), weights, &options)
         .context("cannot prepare the model")?;
     Ok((executor, options))
+}
+
+/// Refuses what cannot fit before anything is loaded, and says what it would take.
+pub fn check_memory(
+    program: &Program,
+    weight_bytes: u64,
+    global: &Global,
+    need: Need,
+) -> Result<(), Error> {
+    let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
+    let kv_bytes = blocks.saturating_mul(program.kv.page_bytes(kv_format_least(global)) as u64);
+    let Some(available) = memory::available_bytes() else { return Ok(()) };
+    if weight_bytes.saturating_add(kv_bytes) <= available {
+        return Ok(());
+    }
+    anyhow::bail!(
+        "not enough memory: the weights take {} and the KV cache for {} x {} tokens {}, {} are \
+         available",
+        human_bytes(weight_bytes),
+        need.sequences,
+        need.context,
+        human_bytes(kv_bytes),
+        human_bytes(available)
+    )
+}
+
+impl Need {
+    /// Rows of a step: no more than there can be.
+    fn rows(&self, program: &Program) -> usize {
+        let all = self.context.min(program.context_max).saturating_mul(self.sequences);
+        self.rows_max.clamp(1, all.max(1))
+    }
 }
 
 /// The smallest format that a backend would choose for its cache by itself.
@@ -153,7 +179,7 @@ fn kv_blocks(layout: &KvLayout, need: Need, rows_max: usize) -> usize {
         None => whole,
     };
     let sequence: usize = layout.groups.iter().map(|kv_group| group(kv_group.window)).sum();
-    (sequence * need.sequences).max(1)
+    sequence.saturating_mul(need.sequences).max(1)
 }
 
 /// The longest context, up to the model's own, whose cache takes no more than half of the memory
@@ -205,4 +231,24 @@ pub fn score_result<T>(result: Result<T, ScoreError>) -> Result<T, Error> {
         ScoreError::Backend(_) | ScoreError::Logits { .. } => error.into(),
         _ => bad_input(error),
     })
+}
+
+/// Bytes of a GGUF file, or of the safetensors in a folder, which may hold much else.
+fn weight_file_bytes(path: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(path) else { return bytes_under(path) };
+    let paths = entries.flatten().map(|entry| entry.path());
+    let weights = paths.filter(|path| path.extension().is_some_and(|kind| kind == "safetensors"));
+    weights.map(|path| bytes_under(&path)).sum()
+}
+
+/// Bytes of a file, or of all files in a folder.
+pub fn bytes_under(path: &Path) -> u64 {
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => meta.len(),
+        Ok(_) => {
+            let Ok(entries) = fs::read_dir(path) else { return 0 };
+            entries.flatten().map(|entry| bytes_under(&entry.path())).sum()
+        }
+        Err(_) => 0,
+    }
 }

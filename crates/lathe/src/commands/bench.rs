@@ -82,6 +82,8 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         vocabulary: program.vocabulary,
     };
     let need = Need { context, sequences: arguments.batch, rows_max: ROWS_MAX };
+    let sizes = shape.sizes(&program)?;
+    session::check_memory(&program, sizes.total(&program), global, need)?;
     let prepare = |kv_cache: bool| -> Result<Prepared, Error> {
         let start = Instant::now();
         let weights = shape.weights(&program)?;
@@ -115,7 +117,6 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     // Measuring the machine takes large buffers, which are not the model's.
     let peak_memory_bytes = memory::peak_bytes();
     drop(engine);
-    let sizes = shape.sizes(&program)?;
     let roofs = Roofs::measure(global, &sizes)?;
     let middle = StepShape::decode(arguments.batch, arguments.prompt + arguments.generate / 2);
     let cost = count(&program, &middle, &|weight| sizes.of(weight), kv_format).total;

@@ -1,6 +1,5 @@
 //! `lathe pull`: fetches a model into the cache.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::Error;
@@ -9,6 +8,7 @@ use serde::Serialize;
 use crate::arguments::{Global, PullArguments};
 use crate::catalogue::Origin;
 use crate::output::{human_bytes, print, print_json};
+use crate::session::bytes_under;
 
 #[derive(Serialize)]
 struct Pulled<'a> {
@@ -34,15 +34,4 @@ pub fn run(global: &Global, arguments: &PullArguments) -> Result<(), Error> {
         eprintln!("{} is here already ({})", located.name, human_bytes(bytes));
     }
     print(&format!("{}\n", located.path.display()))
-}
-
-fn bytes_under(path: &Path) -> u64 {
-    match fs::metadata(path) {
-        Ok(meta) if meta.is_file() => meta.len(),
-        Ok(_) => {
-            let Ok(entries) = fs::read_dir(path) else { return 0 };
-            entries.flatten().map(|entry| bytes_under(&entry.path())).sum()
-        }
-        Err(_) => 0,
-    }
 }

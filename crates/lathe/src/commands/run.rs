@@ -134,12 +134,18 @@ fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<
     match typed {
         Typed::Ids(ids) => Ok(ids.clone()),
         Typed::Text(text) if arguments.raw => encode_raw(model, text),
-        Typed::Text(text) if model.chat_template.is_none() && arguments.system.is_none() => {
+        Typed::Text(text) if has_no_template(model) && arguments.system.is_none() => {
             eprintln!("note: {} has no chat template, so it continues the text itself", model.name);
             encode_raw(model, text)
         }
         Typed::Text(text) => encode_chat(model, &question(arguments.system.as_deref(), text)),
     }
+}
+
+/// Whether the model comes without a chat template, as base models do, and not with one that is
+/// broken.
+fn has_no_template(model: &Model) -> bool {
+    model.chat_template.is_none() && model.text_problem.is_none()
 }
 
 fn request(arguments: &RunArguments, model: &Model, prompt: Vec<u32>) -> Result<Request, Error> {
