@@ -90,23 +90,19 @@ impl Shape {
 
     /// The sizes of the weights as the checkpoint has them.
     pub fn sizes(&self, program: &Program) -> Result<Sizes, Error> {
-        let weights = (0..program.weights.len() as u32).map(Weight);
-        let weights = match &self.source {
-            Source::Model(model) => {
-                let source = model.weights(program).bad_input()?;
-                let size = |weight| {
-                    let tensor = source.tensor(weight)?;
-                    Ok((tensor.byte_len() as u64, tensor.format))
-                };
-                weights.map(size).collect::<Result<Vec<_>, Error>>()?
-            }
+        match &self.source {
+            Source::Model(model) => Sizes::of_model(model, program),
             Source::Dummy { format, .. } => {
-                let size = |weight| dummy_size(program, weight, *format);
-                weights.map(size).collect::<Result<Vec<_>, Error>>()?
+                let weights = weights_of(program).map(|w| dummy_size(program, w, *format));
+                let weights = weights.collect::<Result<Vec<_>, Error>>()?;
+                Ok(Sizes { weights, tied_head: self.spec().tied_head })
             }
-        };
-        Ok(Sizes { weights, tied_head: self.spec().tied_head })
+        }
     }
+}
+
+fn weights_of(program: &Program) -> impl Iterator<Item = Weight> {
+    (0..program.weights.len() as u32).map(Weight)
 }
 
 /// As [`DummyWeights`] makes them, without making them.
@@ -124,6 +120,17 @@ fn dummy_size(program: &Program, weight: Weight, format: Format) -> Result<(u64,
 }
 
 impl Sizes {
+    /// The sizes of a model's weights as its files have them.
+    pub fn of_model(model: &Model, program: &Program) -> Result<Self, Error> {
+        let source = model.weights(program).bad_input()?;
+        let size = |weight| {
+            let tensor = source.tensor(weight).bad_input()?;
+            Ok((tensor.byte_len() as u64, tensor.format))
+        };
+        let weights = weights_of(program).map(size).collect::<Result<Vec<_>, Error>>()?;
+        Ok(Self { weights, tied_head: model.spec.tied_head })
+    }
+
     /// Bytes of one weight.
     pub fn of(&self, weight: Weight) -> u64 {
         self.weights[weight.0 as usize].0
@@ -136,31 +143,38 @@ impl Sizes {
         sizes.filter(|(decl, _)| counts(decl.role)).map(|(_, (bytes, _))| bytes).sum()
     }
 
-    /// Bytes in each format, most first.
-    fn by_format(&self) -> Vec<(Format, u64)> {
-        let mut bytes: HashMap<Format, u64> = HashMap::new();
-        for (size, format) in &self.weights {
-            *bytes.entry(*format).or_default() += size;
-        }
-        let mut formats: Vec<_> = bytes.into_iter().collect();
-        formats.sort_by_key(|(format, size)| (std::cmp::Reverse(*size), format.to_string()));
-        formats
+    /// The format of the most bytes among the weights whose role is `wanted`.
+    pub fn main_format_of(&self, program: &Program, wanted: impl Fn(WeightRole) -> bool) -> Format {
+        let pairs = program.weights.iter().zip(&self.weights);
+        let wanted = pairs.filter(|(decl, _)| wanted(decl.role)).map(|(_, size)| size);
+        by_format(wanted).first().map_or(Format::F32, |(format, _)| *format)
     }
 
     /// The format of the most bytes.
     pub fn main_format(&self) -> Format {
-        self.by_format().first().map_or(Format::F32, |(format, _)| *format)
+        by_format(&self.weights).first().map_or(Format::F32, |(format, _)| *format)
     }
 
     /// The formats of the matrices, by bytes: `q4_1+q8_0`.
     pub fn formats(&self) -> String {
-        let mut formats = self.by_format();
+        let mut formats = by_format(&self.weights);
         let total: u64 = formats.iter().map(|(_, size)| size).sum();
         // Norms are f32 in most files and say nothing about the model's format.
         formats
             .retain(|(format, size)| *format != Format::Float(FloatType::F32) || size * 20 > total);
         formats.iter().map(|(format, _)| format.to_string()).collect::<Vec<_>>().join("+")
     }
+}
+
+/// Bytes in each format, most first.
+fn by_format<'a>(sizes: impl IntoIterator<Item = &'a (u64, Format)>) -> Vec<(Format, u64)> {
+    let mut bytes: HashMap<Format, u64> = HashMap::new();
+    for (size, format) in sizes {
+        *bytes.entry(*format).or_default() += size;
+    }
+    let mut formats: Vec<_> = bytes.into_iter().collect();
+    formats.sort_by_key(|(format, size)| (std::cmp::Reverse(*size), format.to_string()));
+    formats
 }
 
 fn has_no_weights(folder: &Path) -> bool {

@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod convert;
 mod eval;
 mod inspect;
 mod pull;
@@ -12,7 +13,6 @@ use anyhow::Error;
 
 use crate::arguments::{Arguments, Command};
 use crate::catalogue::{self, Environment, Located};
-use crate::output::bad_input;
 use crate::progress::Reporter;
 
 /// Runs the command that the words ask for.
@@ -25,7 +25,7 @@ pub fn dispatch(arguments: &Arguments) -> Result<(), Error> {
         Command::Eval(command) => eval::run(global, command),
         Command::Inspect(command) => inspect::run(global, command),
         Command::Bench(command) => bench::run(global, command),
-        Command::Convert(_) => Err(bad_input("lathe convert is not in this version yet")),
+        Command::Convert(command) => convert::run(global, command),
         Command::Pull(command) => pull::run(global, command),
     }
 }

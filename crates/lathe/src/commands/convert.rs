@@ -1,0 +1,107 @@
+//! `lathe convert`: a model in another file layout or number format.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Error};
+use lathe_model::Model;
+use lathe_model::export::{
+    ExportError, GgufOptions, HuggingFaceOptions, to_gguf, to_hugging_face,
+};
+use lathe_program::WeightRole;
+use lathe_tensor::Format;
+use serde::Serialize;
+
+use crate::arguments::{ConvertArguments, Global, Layout};
+use crate::output::{InputContext, bad_input, human_bytes, print, print_json};
+use crate::session::{self, bytes_under, milliseconds};
+use crate::shape::Sizes;
+
+#[derive(Serialize)]
+struct Report<'a> {
+    model: &'a str,
+    path: &'a Path,
+    layout: &'static str,
+    bytes: u64,
+    convert_ms: f64,
+}
+
+/// Converts.
+pub fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), Error> {
+    let out = &arguments.out;
+    if out.exists() {
+        return Err(bad_input(format!("{}: it exists already", out.display())));
+    }
+    let format = arguments.format.as_deref().map(Format::parse).transpose();
+    let format = format.bad_input_in("--format")?;
+    let opened = session::open(&arguments.model)?;
+    let model = &opened.model;
+    let layout = match arguments.to {
+        Layout::Gguf => {
+            let options = gguf_options(model, format)?;
+            eprintln!("writing {}, matrices in {}", out.display(), options.format);
+            exported(to_gguf(model, out, &options))?;
+            "gguf"
+        }
+        Layout::Safetensors => {
+            let options = folder_options(format)?;
+            eprintln!("writing {}", out.display());
+            write_folder(model, out, &options)?;
+            "safetensors"
+        }
+    };
+    let (bytes, convert_ms) = (bytes_under(out), milliseconds(opened.started));
+    if global.json {
+        return print_json(&Report { model: &model.name, path: out, layout, bytes, convert_ms });
+    }
+    print(&format!("{}: {} in {:.1} s\n", out.display(), human_bytes(bytes), convert_ms / 1000.0))
+}
+
+/// All matrices in `format`; if none is given, in the format that most of them have, and the
+/// embedding in its own.
+fn gguf_options(model: &Model, format: Option<Format>) -> Result<GgufOptions, Error> {
+    if let Some(format) = format {
+        return Ok(GgufOptions { format, embedding: None });
+    }
+    let program = session::program_for(&model.spec, model.spec.context_max)?;
+    let sizes = Sizes::of_model(model, &program)?;
+    let linear = |role| matches!(role, WeightRole::Linear | WeightRole::Experts);
+    let format = sizes.main_format_of(&program, linear);
+    let embedding = sizes.main_format_of(&program, |role| role == WeightRole::Embedding);
+    Ok(GgufOptions { format, embedding: Some(embedding) })
+}
+
+fn folder_options(format: Option<Format>) -> Result<HuggingFaceOptions, Error> {
+    let float = match format {
+        None => None,
+        Some(Format::Float(float)) => Some(float),
+        Some(other) => {
+            return Err(bad_input(format!(
+                "--format {other}: plain safetensors hold f32, f16 or bf16; use --to gguf"
+            )));
+        }
+    };
+    Ok(HuggingFaceOptions { float, ..HuggingFaceOptions::default() })
+}
+
+/// Writes under a temporary name, so that a folder under its own name is always whole.
+fn write_folder(model: &Model, out: &Path, options: &HuggingFaceOptions) -> Result<(), Error> {
+    let mut partial = out.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let _ = fs::remove_dir_all(&partial);
+    let written = exported(to_hugging_face(model, &partial, options));
+    if written.is_err() {
+        let _ = fs::remove_dir_all(&partial);
+    }
+    written?;
+    fs::rename(&partial, out).with_context(|| out.display().to_string())
+}
+
+/// What the target cannot hold is the caller's mistake; a disk that fails is not.
+fn exported(result: Result<(), ExportError>) -> Result<(), Error> {
+    match result {
+        Err(error @ ExportError::Io { .. }) => Err(error.into()),
+        other => other.bad_input(),
+    }
+}
