@@ -177,7 +177,7 @@ pub struct ScoreArguments {
     /// A file with a JSON array of token ids
     #[arg(long, value_name = "FILE", required_unless_present = "text")]
     pub tokens: Option<PathBuf>,
-    /// A text file, tokenized without special tokens
+    /// A text file; no special tokens are added
     #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
     pub text: Option<PathBuf>,
     /// How many of the last position's logits to show
@@ -189,7 +189,7 @@ pub struct ScoreArguments {
 pub struct EvalArguments {
     /// Folder, .gguf file, catalogue name or Hub id
     pub model: String,
-    /// A text file, tokenized once without special tokens
+    /// A text file, tokenized once; no special tokens are added
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
     /// A model with the same tokenizer to compare with, token by token

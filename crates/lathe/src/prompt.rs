@@ -3,6 +3,7 @@
 use anyhow::Error;
 use lathe_model::Model;
 use lathe_model::chat::Message;
+use lathe_model::tokenizer::Tokenizer;
 
 use crate::conversation::template_of;
 use crate::output::{InputContext, bad_input};
@@ -28,9 +29,23 @@ pub fn encode_chat(model: &Model, messages: &[Message]) -> Result<Vec<u32>, Erro
     template_of(model)?.encode(tokenizer, messages, true, serde_json::Value::Null).bad_input()
 }
 
-/// A text for the model to continue, framed as its tokenizer frames texts.
+/// A text for the model to continue. It is the caller's own prompt, so names of control tokens in
+/// it are those tokens; what begins every sequence of this model is added unless it is there.
 pub fn encode_raw(model: &Model, text: &str) -> Result<Vec<u32>, Error> {
-    tokenizer_of(model)?.encode(text, true).bad_input()
+    let tokenizer = tokenizer_of(model)?;
+    let mut tokens = tokenizer.encode_rendered(text).bad_input()?;
+    let beginning = tokenizer.frame().beginning;
+    let added = tokenizer.encode("", true).bad_input()?.first().copied();
+    if added.is_some() && added == beginning && tokens.first().copied() != beginning {
+        tokens.splice(0..0, beginning);
+    }
+    Ok(tokens)
+}
+
+/// The tokens of a text to score. Nothing is added, and names of control tokens in the text are
+/// those tokens, as with Hugging Face's `tokenizer(text, add_special_tokens=False)`.
+pub fn encode_text(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Error> {
+    tokenizer.encode_rendered(text).bad_input()
 }
 
 /// The conversation of one question.

@@ -5,9 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Error};
 use lathe_model::Model;
-use lathe_model::export::{
-    ExportError, GgufOptions, HuggingFaceOptions, to_gguf, to_hugging_face,
-};
+use lathe_model::export::{ExportError, GgufOptions, HuggingFaceOptions, to_gguf, to_hugging_face};
 use lathe_program::WeightRole;
 use lathe_tensor::Format;
 use serde::Serialize;

@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use super::score::read_text;
 use crate::arguments::{EvalArguments, Global};
-use crate::output::{InputContext, bad_input, print, print_json};
+use crate::output::{bad_input, print, print_json};
+use crate::prompt::encode_text;
 use crate::session::{self, Need, Opened, ROWS_MAX, Session, score_result};
 
 /// Tokens in a window if the caller does not say and the model allows it.
@@ -42,7 +43,7 @@ struct Comparison {
 pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let text = read_text(&arguments.text)?;
     let opened = session::open(&arguments.model)?;
-    let tokens = opened.tokenizer()?.encode(&text, false).bad_input()?;
+    let tokens = encode_text(opened.tokenizer()?, &text)?;
     let base = arguments.base.as_deref().map(session::open).transpose()?;
     if let Some(base) = &base {
         check_base(base, &tokens, &text)?;
@@ -85,7 +86,7 @@ pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
 
 /// Divergence is between distributions over the same tokens of the same text.
 fn check_base(base: &Opened, tokens: &[u32], text: &str) -> Result<(), Error> {
-    let found = base.tokenizer()?.encode(text, false).bad_input()?;
+    let found = encode_text(base.tokenizer()?, text)?;
     if found != tokens {
         return Err(bad_input(format!(
             "--base makes {} other tokens of the text than the model, which makes {}",

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::arguments::{Global, ScoreArguments};
 use crate::output::{InputContext, bad_input, print, print_json};
+use crate::prompt::encode_text;
 use crate::session::{self, Need, Opened, ROWS_MAX};
 
 #[derive(Serialize)]
@@ -69,7 +70,7 @@ fn read_tokens(arguments: &ScoreArguments, opened: &Opened) -> Result<Vec<u32>, 
             .bad_input_in(format!("{}: expected a JSON array of token ids", path.display()));
     }
     let path = arguments.text.as_deref().expect("one of the two is required");
-    opened.tokenizer()?.encode(&read_text(path)?, false).bad_input_in(path.display())
+    encode_text(opened.tokenizer()?, &read_text(path)?)
 }
 
 /// The text of a file that the caller named.
