@@ -98,6 +98,10 @@ impl Simd for Portable {
         std::array::from_fn(|i| a[i] | b[i])
     }
     #[inline(always)]
+    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
     unsafe fn load_b(p: *const u8) -> Self::B {
         // SAFETY: the caller gives 64 readable bytes.
         unsafe { p.cast::<[u8; 64]>().read_unaligned() }

@@ -2,7 +2,8 @@
 //!
 //! Each output is one lane of one accumulator, added to in the order of k:
 //! ```text
-//! coded: acc = fma(dw * dx, f32(-zero * sum(qx) + sum(qw * qx)), acc)   a segment (or half) at a time
+//! coded: acc = fma(dw * dx, f32(-zero * sum(qx) + sum(qw * qx)), acc)   a segment (or half) at a time,
+//!                                                                       qx = 128 * high + low
 //!        acc = fma(min, dx * sum(qx), acc)                             formats with a min
 //! float: acc = fma(w, x, acc)                                          a position at a time
 //! bf16 : acc = the machine's dot of two bf16 pairs                     two positions at a time
@@ -14,7 +15,7 @@
 
 use std::marker::PhantomData;
 
-use super::activations::BlockView;
+use super::activations::{BlockView, CODE_BYTES};
 use super::codes::{Coded, Decoded, unroll};
 use crate::isa::Simd;
 use crate::pack::PANEL;
@@ -54,6 +55,23 @@ pub(crate) trait Kernel: 'static {
     unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>);
 }
 
+/// `start + sum(codes * (128 * high + low))`, exact: `x` has the high bytes of the activations'
+/// codes, and their low bytes `SEGMENT` bytes further.
+#[inline(always)]
+unsafe fn dot_codes<S: Simd, const N: usize>(
+    bits: u32,
+    start: i32,
+    codes: &[S::B; N],
+    x: *const i8,
+) -> S::I {
+    // SAFETY: the caller gives both runs of `4 * N` bytes.
+    unsafe {
+        let high = S::dot::<N>(bits, 0, codes, x);
+        let low = S::dot::<N>(bits, start, codes, x.add(SEGMENT));
+        S::add_i(S::shl::<7>(high), low)
+    }
+}
+
 /// Integer dots of one segment, added to the accumulators of `R` rows.
 #[inline(always)]
 unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bool>(
@@ -69,8 +87,8 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
         let scale = S::load(scales);
         if PARTS == 1 {
             unroll!(r in R => {
-                let x = rows.x.add(SEGMENT * r).cast();
-                let dot = S::dot::<8>(bits, *rows.offsets.add(r), codes, x);
+                let x = rows.x.add(CODE_BYTES * r).cast();
+                let dot = dot_codes::<S, 8>(bits, *rows.offsets.add(r), codes, x);
                 let factor = S::mul(scale, S::splat(*rows.scales.add(r)));
                 acc[r] = S::fma(factor, S::to_f(dot), acc[r]);
             });
@@ -80,10 +98,10 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
             let high = [codes[4], codes[5], codes[6], codes[7]];
             unroll!(r in R => {
                 let dx = S::splat(*rows.scales.add(r));
-                let x = rows.x.add(SEGMENT * r).cast::<i8>();
-                let dot = S::dot::<4>(bits, *rows.offsets.add(r), &low, x);
+                let x = rows.x.add(CODE_BYTES * r).cast::<i8>();
+                let dot = dot_codes::<S, 4>(bits, *rows.offsets.add(r), &low, x);
                 acc[r] = S::fma(S::mul(scale, dx), S::to_f(dot), acc[r]);
-                let dot = S::dot::<4>(bits, *rows.offsets.add(rows.stride + r), &high, x.add(16));
+                let dot = dot_codes::<S, 4>(bits, *rows.offsets.add(rows.stride + r), &high, x.add(16));
                 acc[r] = S::fma(S::mul(second, dx), S::to_f(dot), acc[r]);
             });
         }
@@ -119,7 +137,7 @@ unsafe fn store_acc<S: Simd, const R: usize>(acc: *mut f32, all: [S::F; R]) {
     }
 }
 
-/// A packed panel times int8 activations.
+/// A packed panel times coded activations.
 pub(crate) struct Direct<C>(PhantomData<C>);
 
 impl<C: Coded> Kernel for Direct<C> {
@@ -147,7 +165,7 @@ impl<C: Coded> Kernel for Direct<C> {
                     } else {
                         add_segment_of::<S, C, R, 2>(&codes, scales, mins, &rows, &mut acc);
                     }
-                    rows = rows.after::<SEGMENT>(1, C::PARTS);
+                    rows = rows.after::<CODE_BYTES>(1, C::PARTS);
                     panel = panel.add(C::SEGMENT_BYTES);
                 }
                 panel = panel.add(C::tail_bytes(constants));
@@ -294,7 +312,7 @@ fn prefetch(start: *const u8, len: usize) {
     let _ = (start, len);
 }
 
-/// Expanded codes times int8 activations.
+/// Expanded codes times coded activations.
 pub(crate) struct Tile<const BITS: u32, const PARTS: usize, const MIN: bool>;
 
 impl<const BITS: u32, const PARTS: usize, const MIN: bool> Kernel for Tile<BITS, PARTS, MIN> {
@@ -319,7 +337,7 @@ impl<const BITS: u32, const PARTS: usize, const MIN: bool> Kernel for Tile<BITS,
                 let scales = args.scales.add(segment * PARTS * PANEL);
                 let mins = args.mins.add(segment * PANEL);
                 add_segment::<S, R, PARTS, MIN>(BITS, &codes, scales, mins, &rows, &mut acc);
-                rows = rows.after::<SEGMENT>(1, PARTS);
+                rows = rows.after::<CODE_BYTES>(1, PARTS);
             }
             store_acc::<S, R>(args.acc, acc);
         }

@@ -97,7 +97,7 @@ fn rounded(operand: Operand, x: &[f32], columns: usize) -> Vec<f32> {
                     let mut values = [0f32; SEGMENT];
                     values[..part.len()].copy_from_slice(part);
                     let (codes, scale) = quantize_segment(&values);
-                    codes.into_iter().take(part.len()).map(move |c| f32::from(c) * scale)
+                    codes.into_iter().take(part.len()).map(move |c| c as f32 * scale)
                 })
                 .collect()
         }
