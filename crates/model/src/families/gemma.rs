@@ -5,10 +5,7 @@ use lathe_program::NormKind;
 use super::base::{self, Defaults, LLAMA};
 use super::rope;
 use crate::config::Config;
-use crate::spec::{
-    AttentionSpec, BranchNorms, DecoderSpec, NormSpec, QkNorm, QkOrder, QkScope, RopeSpec,
-    SpecError,
-};
+use crate::spec::{BranchNorms, DecoderSpec, NormSpec, QkNorm, QkOrder, QkScope, SpecError};
 
 const GEMMA2: Defaults = Defaults {
     tied: true,
@@ -73,28 +70,9 @@ pub(super) fn gemma3(c: &Config) -> Result<DecoderSpec, SpecError> {
     base::set_windows(&mut spec, &sliding, window)?;
     let qk_norm =
         QkNorm { scope: QkScope::PerHead, order: QkOrder::BeforeRope, norm: spec.final_norm };
-    let local = local_rope(c, &spec)?;
-    base::each_gqa(&mut spec, |layer, gqa| {
-        gqa.qk_norm = Some(qk_norm);
-        if sliding[layer] {
-            gqa.rope = local.clone();
-        }
-    });
+    base::each_gqa(&mut spec, |_, gqa| gqa.qk_norm = Some(qk_norm));
+    rope::set_local(c, &mut spec, &sliding, ("rope_local_base_freq", 10_000.0), &GEMMA3)?;
     Ok(spec)
-}
-
-/// The sliding layers' own base; `rope_scaling` concerns the others alone.
-fn local_rope(c: &Config, spec: &DecoderSpec) -> Result<Option<RopeSpec>, SpecError> {
-    let parameters = match c.object("rope_parameters")? {
-        Some(new) if rope::by_kind(&new) => new.object("sliding_attention")?,
-        Some(_) => return Err(SpecError::feature("rope_parameters without kinds of layers")),
-        None => None,
-    };
-    let Some(AttentionSpec::Gqa(gqa)) = spec.layers.first().map(|layer| &layer.attention) else {
-        return Ok(None);
-    };
-    let theta = ("rope_local_base_freq", 10_000.0);
-    rope::read_from(c, parameters, theta, &GEMMA3, gqa.head_dim).map(Some)
 }
 
 /// The text part of a model that also sees; its other tensors are left alone.

@@ -3,6 +3,7 @@
 use lathe_program::RouterScore;
 
 use super::base::{self, Defaults, LLAMA};
+use super::rope;
 use crate::config::Config;
 use crate::spec::{
     BranchNorms, DecoderSpec, FfnSpec, MoeSpec, QkNorm, QkOrder, QkScope, RouterSpec, SpecError,
@@ -114,10 +115,12 @@ pub(super) fn phi3(c: &Config) -> Result<DecoderSpec, SpecError> {
 }
 
 const OLMO2: Defaults = Defaults { epsilon: 1e-5, ..LLAMA };
+const OLMO3: Defaults = Defaults { theta: 500_000.0, ..OLMO2 };
 
-pub(super) fn olmo2(c: &Config) -> Result<DecoderSpec, SpecError> {
+/// Norms on outputs alone, and on whole rows of queries and keys.
+fn olmo(c: &Config, defaults: &Defaults) -> Result<DecoderSpec, SpecError> {
     base::refuse_unless(c, "clip_qkv", &[])?;
-    let mut spec = base::decoder(c, &OLMO2)?;
+    let mut spec = base::decoder(c, defaults)?;
     base::attention_bias(c, &mut spec, false)?;
     let norm = spec.final_norm;
     let qk_norm = QkNorm { scope: QkScope::WholeRow, order: QkOrder::BeforeRope, norm };
@@ -126,5 +129,21 @@ pub(super) fn olmo2(c: &Config) -> Result<DecoderSpec, SpecError> {
         layer.attention_norms = BranchNorms { before: None, after: Some(norm) };
         layer.ffn_norms = layer.attention_norms;
     }
+    Ok(spec)
+}
+
+pub(super) fn olmo2(c: &Config) -> Result<DecoderSpec, SpecError> {
+    olmo(c, &OLMO2)
+}
+
+pub(super) fn olmo3(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = olmo(c, &OLMO3)?;
+    let slides = |layer: usize| !(layer + 1).is_multiple_of(4);
+    let sliding = base::sliding_layers(c, spec.layers.len(), slides)?;
+    let window = base::nullable(c, "sliding_window", Some(4096))?;
+    base::set_windows(&mut spec, &sliding, window)?;
+    // With the older fields the reference gives windows the default base and not the file's.
+    base::refuse_unless(c, "rope_theta", &["500000", "500000.0"])?;
+    rope::set_local(c, &mut spec, &sliding, ("rope_theta", OLMO3.theta), &OLMO3)?;
     Ok(spec)
 }

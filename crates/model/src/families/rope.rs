@@ -3,9 +3,9 @@
 //!
 //! Precedence and defaults are those of transformers' `RotaryEmbeddingConfigMixin` (5.17).
 
-use super::base::Defaults;
+use super::base::{self, Defaults};
 use crate::config::Config;
-use crate::spec::{RopeScaling, RopeSpec, SpecError, yarn_magnitude};
+use crate::spec::{DecoderSpec, RopeScaling, RopeSpec, SpecError, yarn_magnitude};
 
 /// Parameters that change the frequencies and that no kind here knows.
 const UNKNOWN: [&str; 6] =
@@ -23,7 +23,7 @@ pub(super) fn read(
 
 /// The rotary embedding that `parameters` describe; `theta` is the field beside them that holds
 /// the base where they do not, and its default.
-pub(super) fn read_from(
+fn read_from(
     c: &Config,
     parameters: Option<Config>,
     theta: (&str, f64),
@@ -67,7 +67,7 @@ fn rotary(head_dim: usize, partial: Option<f64>, defaults: &Defaults) -> Result<
 
 /// The object that holds the scaling: `rope_scaling` if there is one, else `rope_parameters`, of
 /// which there may be one for each kind of layer.
-pub(super) fn parameters<'a>(c: &Config<'a>, kind: &str) -> Result<Option<Config<'a>>, SpecError> {
+fn parameters<'a>(c: &Config<'a>, kind: &str) -> Result<Option<Config<'a>>, SpecError> {
     let old = c.object("rope_scaling")?;
     let Some(parameters) = old.or(c.object("rope_parameters")?) else { return Ok(None) };
     if !by_kind(&parameters) {
@@ -78,7 +78,7 @@ pub(super) fn parameters<'a>(c: &Config<'a>, kind: &str) -> Result<Option<Config
 }
 
 /// Whether `parameters` are one object a kind of layer.
-pub(super) fn by_kind(parameters: &Config) -> bool {
+fn by_kind(parameters: &Config) -> bool {
     ["full_attention", "sliding_attention"].iter().any(|kind| parameters.has(kind))
 }
 
@@ -87,7 +87,7 @@ fn read_scaling(c: &Config, defaults: &Defaults, p: &Config) -> Result<RopeScali
         Some(kind) => kind,
         None => p.text("type")?.unwrap_or("default"),
     };
-    let context = super::base::context(c, defaults)?;
+    let context = base::context(c, defaults)?;
     let need = |key: &str| -> Result<f64, SpecError> {
         p.number(key)?.ok_or_else(|| SpecError::Missing(format!("rope_parameters.{key}")))
     };
@@ -156,6 +156,32 @@ fn longrope(p: &Config, context: usize, original: usize) -> Result<RopeScaling, 
         original,
         magnitude,
     })
+}
+
+/// Gives the sliding layers their own rotary embedding, which `rope_scaling` does not concern;
+/// `theta` is the field that holds its base, and its default.
+pub(super) fn set_local(
+    c: &Config,
+    spec: &mut DecoderSpec,
+    sliding: &[bool],
+    theta: (&str, f64),
+    defaults: &Defaults,
+) -> Result<(), SpecError> {
+    let parameters = match c.object("rope_parameters")? {
+        Some(new) if by_kind(&new) => new.object("sliding_attention")?,
+        Some(_) => return Err(SpecError::feature("rope_parameters without kinds of layers")),
+        None => None,
+    };
+    let mut result = Ok(());
+    base::each_gqa(spec, |layer, gqa| {
+        if sliding[layer] {
+            match read_from(c, parameters, theta, defaults, gqa.head_dim) {
+                Ok(rope) => gqa.rope = Some(rope),
+                Err(error) => result = Err(error),
+            }
+        }
+    });
+    result
 }
 
 /// What YaRN's `mscale_all_dim` multiplies latent attention's scores by (DeepSeek).

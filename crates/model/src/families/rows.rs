@@ -47,6 +47,12 @@ pub(super) static TABLE: &[Family] = &[
         rules: &[POST_NORMS, COMMON],
     },
     Family {
+        model_types: &["olmo3"],
+        architecture: "Olmo3ForCausalLM",
+        spec: llama::olmo3,
+        rules: &[POST_NORMS, COMMON],
+    },
+    Family {
         model_types: &["qwen2"],
         architecture: "Qwen2ForCausalLM",
         spec: qwen::qwen2,
