@@ -112,9 +112,9 @@ impl Executor for CpuExecutor {
         for stage in &self.stages {
             let start = self.state.profile.start();
             self.state.run(stage, step);
-            self.state.profile.stop(stage, start);
+            self.state.profile.stop(stage, step.rows(), start);
         }
-        self.state.profile.step();
+        self.state.profile.step(step.rows());
         let logits_width = self.state.logits_width;
         let captures = self.state.captures.iter().zip(&self.state.capture_widths);
         Ok(StepOutput {

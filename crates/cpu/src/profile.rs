@@ -9,8 +9,9 @@ use crate::stage::Stage;
 #[derive(Debug, Default)]
 pub struct Profile {
     on: bool,
-    steps: u64,
-    kinds: [(Duration, u64); Stage::KINDS.len()],
+    /// Steps of one row, and of more.
+    steps: [u64; 2],
+    kinds: [[(Duration, u64); Stage::KINDS.len()]; 2],
 }
 
 impl Profile {
@@ -24,34 +25,37 @@ impl Profile {
         self.on.then(Instant::now)
     }
 
-    /// Counts the time since `start` for `stage`'s kind.
-    pub fn stop(&mut self, stage: &Stage, start: Option<Instant>) {
+    /// Counts the time since `start` for `stage`'s kind, in a step of `rows`.
+    pub fn stop(&mut self, stage: &Stage, rows: usize, start: Option<Instant>) {
         if let Some(start) = start {
-            let (time, count) = &mut self.kinds[stage.kind()];
+            let (time, count) = &mut self.kinds[usize::from(rows > 1)][stage.kind()];
             *time += start.elapsed();
             *count += 1;
         }
     }
 
-    /// Counts a step.
-    pub fn step(&mut self) {
-        self.steps += 1;
+    /// Counts a step of `rows`.
+    pub fn step(&mut self, rows: usize) {
+        self.steps[usize::from(rows > 1)] += 1;
     }
 }
 
 impl Drop for Profile {
     fn drop(&mut self) {
-        if !self.on || self.steps == 0 {
-            return;
-        }
-        let total: Duration = self.kinds.iter().map(|(time, _)| *time).sum();
-        eprintln!("{} steps, {:.1} us a step in stages", self.steps, micros(total, self.steps));
-        for (name, (time, count)) in Stage::KINDS.iter().zip(self.kinds) {
-            if count > 0 {
-                let (per_step, each) = (micros(time, self.steps), micros(time, count));
-                eprintln!(
-                    "{name:>14}: {per_step:9.1} us a step, {count:8} runs, {each:8.2} us each"
-                );
+        for (what, steps, kinds) in [
+            ("one row", self.steps[0], &self.kinds[0]),
+            ("several rows", self.steps[1], &self.kinds[1]),
+        ] {
+            if !self.on || steps == 0 {
+                continue;
+            }
+            let total: Duration = kinds.iter().map(|(time, _)| *time).sum();
+            eprintln!("{steps} steps of {what}, {:.1} us a step in stages", micros(total, steps));
+            for (name, (time, count)) in Stage::KINDS.iter().zip(kinds) {
+                if *count > 0 {
+                    let (per_step, each) = (micros(*time, steps), micros(*time, *count));
+                    eprintln!("{name:>14}: {per_step:9.1} us a step, {count:8} runs, {each:8.2} us each");
+                }
             }
         }
     }
