@@ -9,9 +9,9 @@ use std::time::Instant;
 use lathe_cpu::machine::measure_bandwidth;
 use lathe_cpu::{CpuBackend, CpuOptions};
 use lathe_program::{
-    Activation, AttendSpec, Backend, BackendError, BlockTable, Executor, ExecutorOptions, KvLayerShape, LinearSpec,
-    Program, ProgramBuilder, Rope, RopeStyle, RopeTable, Step, StepSequence, Value, Weight, WeightRole,
-    WeightSource,
+    Activation, AttendSpec, Backend, BackendError, BlockTable, Executor, ExecutorOptions,
+    KvLayerShape, LinearSpec, Program, ProgramBuilder, Rope, RopeStyle, RopeTable, Step,
+    StepSequence, Value, Weight, WeightRole, WeightSource,
 };
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 
@@ -29,9 +29,45 @@ struct Shape {
 }
 
 const SHAPES: [(&str, Shape); 3] = [
-    ("smollm2", Shape { layers: 30, width: 576, hidden: 1536, heads: 9, kv_heads: 3, head_dim: 64, vocabulary: 49152, tied: true }),
-    ("1b", Shape { layers: 16, width: 2048, hidden: 8192, heads: 32, kv_heads: 8, head_dim: 64, vocabulary: 128256, tied: true }),
-    ("8b", Shape { layers: 32, width: 4096, hidden: 14336, heads: 32, kv_heads: 8, head_dim: 128, vocabulary: 128256, tied: false }),
+    (
+        "smollm2",
+        Shape {
+            layers: 30,
+            width: 576,
+            hidden: 1536,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            vocabulary: 49152,
+            tied: true,
+        },
+    ),
+    (
+        "1b",
+        Shape {
+            layers: 16,
+            width: 2048,
+            hidden: 8192,
+            heads: 32,
+            kv_heads: 8,
+            head_dim: 64,
+            vocabulary: 128256,
+            tied: true,
+        },
+    ),
+    (
+        "8b",
+        Shape {
+            layers: 32,
+            width: 4096,
+            hidden: 14336,
+            heads: 32,
+            kv_heads: 8,
+            head_dim: 128,
+            vocabulary: 128256,
+            tied: false,
+        },
+    ),
 ];
 
 /// The same few numbers over and over: speed does not depend on them.
@@ -53,16 +89,20 @@ impl WeightSource for MadeUp {
         let format = if big && !matches!(self.format, Format::Float(_)) { q8 } else { self.format };
         let codes = codec::quantize(format, &row);
         let rows: usize = decl.shape[..decl.shape.len() - 1].iter().product();
-        Ok(Tensor::new(decl.shape.clone(), format, Bytes::new(codes.repeat(rows))).expect("whole rows"))
+        Ok(Tensor::new(decl.shape.clone(), format, Bytes::new(codes.repeat(rows)))
+            .expect("whole rows"))
     }
 }
 
 fn program(shape: &Shape) -> Program {
     let mut b = ProgramBuilder::new(shape.vocabulary, 8192, BLOCK_TOKENS);
-    let table = b.weight("embedding", &[shape.vocabulary, shape.width], WeightRole::Embedding, None);
+    let table =
+        b.weight("embedding", &[shape.vocabulary, shape.width], WeightRole::Embedding, None);
     let pairs = shape.head_dim / 2;
     let rope = b.rope_table(RopeTable {
-        inverse_frequencies: (0..pairs).map(|i| 10000f32.powf(-(i as f32) / pairs as f32)).collect(),
+        inverse_frequencies: (0..pairs)
+            .map(|i| 10000f32.powf(-(i as f32) / pairs as f32))
+            .collect(),
         magnitude: 1.0,
         style: RopeStyle::HalfSplit,
     });
@@ -81,10 +121,14 @@ fn block(b: &mut ProgramBuilder, shape: &Shape, x: Value, layer: u32, rope: Rope
     let (width, dim) = (shape.width, shape.head_dim);
     let linear = |b: &mut ProgramBuilder, name: &str, out: usize, columns: usize| {
         let name = format!("layers.{layer}.{name}");
-        LinearSpec::new(b.weight(name.clone(), &[out, columns], WeightRole::Linear, Some(layer)), name)
+        LinearSpec::new(
+            b.weight(name.clone(), &[out, columns], WeightRole::Linear, Some(layer)),
+            name,
+        )
     };
     let norm = |b: &mut ProgramBuilder, x: Value, name: &str| {
-        let weight = b.weight(format!("layers.{layer}.{name}"), &[width], WeightRole::Vector, Some(layer));
+        let weight =
+            b.weight(format!("layers.{layer}.{name}"), &[width], WeightRole::Vector, Some(layer));
         b.rms_norm(x, weight, 1e-5, name)
     };
     let normed = norm(b, x, "attention_norm");
@@ -147,7 +191,8 @@ fn run(executor: &mut dyn Executor, cached: usize, rows: usize) -> f64 {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let argument = |i: usize, default: &str| arguments.get(i).cloned().unwrap_or_else(|| default.to_owned());
+    let argument =
+        |i: usize, default: &str| arguments.get(i).cloned().unwrap_or_else(|| default.to_owned());
     let number = |i: usize, default: &str| argument(i, default).parse::<usize>().expect("a number");
     let name = argument(0, "smollm2");
     let (_, shape) = SHAPES.iter().find(|(n, _)| *n == name).expect("smollm2, 1b or 8b");
@@ -164,18 +209,28 @@ fn main() {
     };
     let start = Instant::now();
     let backend = CpuBackend::new(CpuOptions::default());
-    let mut executor = backend.prepare(Arc::clone(&program), &source, &options).expect("it prepares");
-    println!("prepared in {:.2} s, {:.1} MB of weights", start.elapsed().as_secs_f64(), executor.weight_bytes() as f64 / 1e6);
+    let mut executor =
+        backend.prepare(Arc::clone(&program), &source, &options).expect("it prepares");
+    println!(
+        "prepared in {:.2} s, {:.1} MB of weights",
+        start.elapsed().as_secs_f64(),
+        executor.weight_bytes() as f64 / 1e6
+    );
     let table = &program.weights[0].shape;
     let table_bytes = if shape.tied { 0 } else { table.iter().product::<usize>() };
     let read = measure_bandwidth(threads).expect("memory to read").read_gb_s;
     let mut prefill = f64::MAX;
     for _ in 0..3 {
         let chunks = (0..prompt).step_by(options.rows_max);
-        let time = chunks.map(|at| run(&mut *executor, at, options.rows_max.min(prompt - at))).sum();
+        let time =
+            chunks.map(|at| run(&mut *executor, at, options.rows_max.min(prompt - at))).sum();
         prefill = prefill.min(time);
     }
-    println!("prefill of {prompt}: {:.1} ms, {:.0} tokens/s", prefill * 1e3, prompt as f64 / prefill);
+    println!(
+        "prefill of {prompt}: {:.1} ms, {:.0} tokens/s",
+        prefill * 1e3,
+        prompt as f64 / prefill
+    );
     let mut times: Vec<f64> = (0..generate).map(|i| run(&mut *executor, prompt + i, 1)).collect();
     times.sort_by(f64::total_cmp);
     // Every weight but the embedding is read once a step (a tied head is counted, a table is not).
@@ -183,7 +238,12 @@ fn main() {
     let bytes = executor.weight_bytes() as f64 - big.max(table_bytes as f64);
     for (what, time) in [("median", times[generate / 2]), ("best", times[0])] {
         let gb_s = bytes / time / 1e9;
-        println!("decode {what}: {:.3} ms, {:.1} tokens/s, {gb_s:.1} of {read:.1} GB/s ({:.0} %)", time * 1e3, 1.0 / time, 100.0 * gb_s / read);
+        println!(
+            "decode {what}: {:.3} ms, {:.1} tokens/s, {gb_s:.1} of {read:.1} GB/s ({:.0} %)",
+            time * 1e3,
+            1.0 / time,
+            100.0 * gb_s / read
+        );
     }
     for rows in [2, 4, 8, 16] {
         let time = (0..10).map(|_| run(&mut *executor, prompt, rows)).fold(f64::MAX, f64::min);

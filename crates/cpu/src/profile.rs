@@ -54,7 +54,9 @@ impl Drop for Profile {
             for (name, (time, count)) in Stage::KINDS.iter().zip(kinds) {
                 if *count > 0 {
                     let (per_step, each) = (micros(*time, steps), micros(*time, *count));
-                    eprintln!("{name:>14}: {per_step:9.1} us a step, {count:8} runs, {each:8.2} us each");
+                    eprintln!(
+                        "{name:>14}: {per_step:9.1} us a step, {count:8} runs, {each:8.2} us each"
+                    );
                 }
             }
         }

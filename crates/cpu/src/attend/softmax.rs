@@ -64,6 +64,14 @@ impl State {
             if b == f32::NEG_INFINITY {
                 return;
             }
+            if a == f32::NEG_INFINITY {
+                // What the sums below come to, without their exponentials.
+                (*self.largest, *self.sum) = (b, *part.sum);
+                for i in (0..self.stride).step_by(LANES) {
+                    L::load(part.values.add(i)).store(self.values.add(i));
+                }
+                return;
+            }
             let largest = a.max(b);
             let (fade_a, fade_b) = ((a - largest).exp(), (b - largest).exp());
             *self.largest = largest;
@@ -150,6 +158,8 @@ pub struct Soften<'a> {
     pub scores: *mut f32,
     /// The states of the task's vectors.
     pub state: State,
+    /// `[64]` each: what multiplies scores, and what multiplies weights of values.
+    pub scales: Option<(*const f32, *const f32)>,
 }
 
 impl Kernel for Soften<'_> {
@@ -192,10 +202,15 @@ impl Soften<'_> {
             let mut sum = L::splat(0.0);
             for i in columns.step_by(LANES) {
                 let weight = math::exp(L::load(scores.add(i)).sub(L::splat(largest)));
-                weight.store(scores.add(i));
                 sum = sum.add(weight);
+                match self.scales {
+                    None => weight.store(scores.add(i)),
+                    Some((_, values)) => weight.mul(L::load(values.add(i))).store(scores.add(i)),
+                }
             }
-            if before == largest {
+            if before == largest || before == f32::NEG_INFINITY {
+                // Nothing to rescale, or nothing there yet.
+                *state.largest = largest;
                 *state.sum += sum.sum();
                 return;
             }
@@ -217,6 +232,12 @@ impl Soften<'_> {
         let high = seen.slots.end.min(tile + columns.end).saturating_sub(tile);
         // SAFETY: all accesses are to `columns` of the row.
         unsafe {
+            if let Some((keys, _)) = self.scales {
+                for i in columns.clone().step_by(LANES) {
+                    let x = L::load(scores.add(i)).mul(L::load(keys.add(i)));
+                    x.store(scores.add(i));
+                }
+            }
             if let Some(cap) = self.job.shape.softcap {
                 for i in columns.clone().step_by(LANES) {
                     let x = L::load(scores.add(i));

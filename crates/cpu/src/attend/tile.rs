@@ -3,14 +3,19 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use lathe_program::{BlockTable, KvLayerShape};
+
 use super::plan::{Task, seen_by_all};
 use super::softmax::{Clear, Finish, Merge, Soften, State, Store};
 use super::{AttendJob, AttendShape, SEGMENT};
-use crate::cache::code::F32;
-use crate::cache::{LoadTile, TILE, TileBuffers};
+use crate::cache::code::{Code, F32};
+use crate::cache::{LoadScales, LoadTile, TILE, TileBuffers, runs, with_code};
 use crate::lanes::product::Product;
 use crate::lanes::{LANES, Width, dispatch};
 use crate::memory::Memory;
+
+/// Up to this many query vectors multiply the cache's codes in place.
+const IN_PLACE_VECTORS_MAX: usize = 12;
 
 /// Largest sizes of one worker's scratch memory, in floats.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,7 +46,13 @@ impl ScratchSizes {
 
     /// Floats of one worker.
     pub fn floats(&self) -> usize {
-        self.query + self.keys + self.values + self.scores + 2 * self.sums + 4 * self.rows
+        self.query
+            + self.keys
+            + self.values
+            + 2 * TILE
+            + self.scores
+            + 2 * self.sums
+            + 4 * self.rows
     }
 }
 
@@ -77,6 +88,8 @@ impl Scratch {
             keys: take(sizes.keys),
             values: take(sizes.values),
             value_stride: stride,
+            key_scales: take(TILE),
+            value_scales: take(TILE),
         };
         let scores = take(sizes.scores);
         let mut state = || State {
@@ -179,55 +192,114 @@ impl Piece<'_> {
     /// Adds the tile that starts at `tile`; some row sees something of `slots`.
     unsafe fn tile(&self, width: Width, tile: usize, slots: Range<usize>) {
         let (job, scratch, task) = (self.job, self.scratch, self.task);
-        let (layer, to) = (job.layer, scratch.tile);
-        let table = &job.step.sequences[task.sequence].tables[layer.group];
         // Whole vectors of columns around the slots; what is outside of them is masked.
         let first = (slots.start - tile) / LANES * LANES;
-        let columns = (slots.end - tile).next_multiple_of(LANES) - first;
-        let load = LoadTile {
-            cache: job.cache,
-            layer,
-            head: self.head,
-            table,
-            positions: slots.clone(),
-            to,
-        };
-        let scores = Product {
-            a: scratch.query,
-            a_stride: job.shape.key_dim,
-            b: to.keys.wrapping_add(first).cast(),
-            b_stride: TILE,
-            c: scratch.scores.wrapping_add(first),
+        let columns = first..(slots.end - tile).next_multiple_of(LANES);
+        let to = scratch.tile;
+        let scales = job
+            .cache
+            .scales_apart(job.layer)
+            .then_some((to.key_scales.cast_const(), to.value_scales.cast_const()));
+        let (scores, state) = (scratch.scores, scratch.segment);
+        let soften = Soften { job, task, tile, columns: columns.clone(), scores, state, scales };
+        // SAFETY: the buffers hold a tile of this shape, the scores a row of 64 for each vector,
+        // the state a row of values for each; the tables hold the slots.
+        unsafe {
+            if self.reads_in_place() {
+                with_code!(job.cache.format(), C => {
+                    self.scores_in_place::<C>(width, slots.clone());
+                    if scales.is_some() {
+                        dispatch(width, LoadScales(self.load(slots.clone())));
+                    }
+                    dispatch(width, soften);
+                    self.sums_in_place::<C>(width, slots);
+                });
+            } else {
+                dispatch(width, self.load(slots.clone()));
+                let keys = to.keys.add(columns.start).cast();
+                self.scores::<F32>(keys, TILE, columns).run(width);
+                dispatch(width, soften);
+                let first = slots.start - tile;
+                let values = to.values.add(first * to.value_stride).cast();
+                self.sums::<F32>(values, to.value_stride, first, slots.len()).run(width);
+            }
+        }
+    }
+
+    fn table(&self) -> &BlockTable {
+        &self.job.step.sequences[self.task.sequence].tables[self.job.layer.group]
+    }
+
+    fn load(&self, positions: Range<usize>) -> LoadTile<'_> {
+        let (cache, layer, to) = (self.job.cache, self.job.layer, self.scratch.tile);
+        LoadTile { cache, layer, head: self.head, table: self.table(), positions, to }
+    }
+
+    /// Whether the codes are multiplied where they lie: for few query vectors turning a tile into
+    /// floats first costs more than it saves. The numbers are the same.
+    fn reads_in_place(&self) -> bool {
+        let heads = matches!(self.job.layer.shape, KvLayerShape::Heads { .. });
+        let whole = |n: usize| n.is_multiple_of(LANES);
+        let vectors = self.vectors() <= IN_PLACE_VECTORS_MAX;
+        heads && vectors && whole(self.job.cache.block_tokens()) && whole(self.job.shape.value_dim)
+    }
+
+    unsafe fn scores_in_place<C: Code>(&self, width: Width, slots: Range<usize>) {
+        let tokens = self.job.cache.block_tokens();
+        for mut run in runs(self.table(), tokens, slots) {
+            // Pages, tiles and vectors begin at the same positions: go back to a vector's first.
+            let before = run.slot % LANES;
+            (run.slot, run.position, run.count) =
+                (run.slot - before, run.position - before, run.count + before);
+            let keys = self.job.cache.keys::<C>(self.job.layer, self.head, run);
+            let first = run.position % TILE;
+            let columns = first..first + run.count.next_multiple_of(LANES);
+            // SAFETY: whole vectors of slots are within the page, and columns within the tile.
+            unsafe { self.scores::<C>(keys.codes, tokens, columns).run(width) };
+        }
+    }
+
+    unsafe fn sums_in_place<C: Code>(&self, width: Width, slots: Range<usize>) {
+        for run in runs(self.table(), self.job.cache.block_tokens(), slots) {
+            let values = self.job.cache.values::<C>(self.job.layer, self.head, run);
+            let (dim, first) = (self.job.shape.value_dim, run.position % TILE);
+            // SAFETY: the run's slots are within the page.
+            unsafe { self.sums::<C>(values.codes, dim, first, run.count).run(width) };
+        }
+    }
+
+    /// Scores of all vectors in some columns of the tile.
+    fn scores<C>(&self, keys: *const u8, stride: usize, columns: Range<usize>) -> Product<C> {
+        Product {
+            a: self.scratch.query,
+            a_stride: self.job.shape.key_dim,
+            b: keys,
+            b_stride: stride,
+            c: self.scratch.scores.wrapping_add(columns.start),
             c_stride: TILE,
             rows: self.vectors(),
-            columns,
-            depth: job.shape.key_dim,
+            columns: columns.len(),
+            depth: self.job.shape.key_dim,
             accumulate: false,
-            code: PhantomData::<F32>,
-        };
-        let columns = first..first + columns;
-        let soften =
-            Soften { job, task, tile, columns, scores: scratch.scores, state: scratch.segment };
-        let sums = Product {
-            a: scratch.scores.wrapping_add(slots.start - tile),
+            code: PhantomData,
+        }
+    }
+
+    /// Adds `count` positions' values from column `first` of the tile on, by their weights.
+    fn sums<C>(&self, values: *const u8, stride: usize, first: usize, count: usize) -> Product<C> {
+        let state = self.scratch.segment;
+        Product {
+            a: self.scratch.scores.wrapping_add(first),
             a_stride: TILE,
-            b: to.values.wrapping_add((slots.start - tile) * to.value_stride).cast(),
-            b_stride: to.value_stride,
-            c: scratch.segment.values,
-            c_stride: to.value_stride,
+            b: values,
+            b_stride: stride,
+            c: state.values,
+            c_stride: state.stride,
             rows: self.vectors(),
-            columns: to.value_stride,
-            depth: slots.len(),
+            columns: state.stride,
+            depth: count,
             accumulate: true,
-            code: PhantomData::<F32>,
-        };
-        dispatch(width, load);
-        // SAFETY: the buffers hold a tile of this shape, the scores a row of 64 for each vector,
-        // the state a row of values for each.
-        unsafe {
-            scores.run(width);
-            dispatch(width, soften);
-            sums.run(width);
+            code: PhantomData,
         }
     }
 }

@@ -14,7 +14,8 @@ use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
 
 use crate::memory::{ALIGNMENT, Memory};
 
-pub use read::{LoadTile, TILE, TileBuffers};
+pub(crate) use code::with_code;
+pub use read::{LoadScales, LoadTile, TILE, TileBuffers, runs};
 pub use write::Write;
 
 /// Where a layer's numbers lie.
@@ -26,6 +27,17 @@ pub struct LayerPlace {
     pub shape: KvLayerShape,
     /// The block table that it goes by.
     pub group: usize,
+}
+
+impl LayerPlace {
+    /// Elements of a head's key and value, or of a latent and its rotary key.
+    #[inline(always)]
+    fn dims(&self) -> (usize, usize) {
+        match self.shape {
+            KvLayerShape::Heads { key_dim, value_dim, .. } => (key_dim, value_dim),
+            KvLayerShape::Latent { rank, rope_dim } => (rank, rope_dim),
+        }
+    }
 }
 
 /// The cache of one executor.
@@ -76,6 +88,11 @@ impl KvCache {
     /// How numbers are stored.
     pub fn format(&self) -> KvFormat {
         self.format
+    }
+
+    /// Positions in a page.
+    pub fn block_tokens(&self) -> usize {
+        self.block_tokens
     }
 
     /// Number of pages.

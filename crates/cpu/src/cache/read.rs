@@ -53,6 +53,10 @@ pub struct TileBuffers {
     pub values: *mut f32,
     /// Floats of a row of `values`.
     pub value_stride: usize,
+    /// `[64]`: what the scores of a position are multiplied by, if [`KvCache::scales_apart`].
+    pub key_scales: *mut f32,
+    /// `[64]`: what the weight of a position's value is multiplied by, likewise.
+    pub value_scales: *mut f32,
 }
 
 /// Loads some positions of one aligned tile.
@@ -78,80 +82,115 @@ impl Kernel for LoadTile<'_> {
     fn run<L: Lanes>(self) {
         let (cache, to) = (self.cache, self.to);
         for run in runs(self.table, cache.block_tokens, self.positions) {
-            let region = cache.region(self.layer, run.page);
-            // SAFETY: the region is the layer's; buffers have room for a tile.
+            // SAFETY: buffers have room for a tile.
             unsafe {
                 with_code!(cache.format, C => match self.layer.shape {
-                    KvLayerShape::Heads { key_dim, value_dim, .. } => {
-                        cache.load_head::<L, C>(region, self.head, key_dim, value_dim, run, to);
-                    }
-                    KvLayerShape::Latent { rank, rope_dim } => {
-                        cache.load_latent::<L, C>(region, rank, rope_dim, run, to);
-                    }
+                    KvLayerShape::Heads { .. } => cache.load_head::<L, C>(self.layer, self.head, run, to),
+                    KvLayerShape::Latent { .. } => cache.load_latent::<L, C>(self.layer, run, to),
                 });
             }
         }
     }
 }
 
+/// Loads the scales of some positions of one aligned tile, and no codes.
+pub struct LoadScales<'a>(pub LoadTile<'a>);
+
+impl Kernel for LoadScales<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let LoadTile { cache, layer, head, table, positions, to } = self.0;
+        for run in runs(table, cache.block_tokens, positions) {
+            with_code!(cache.format, C => {
+                let keys = cache.keys::<C>(layer, head, run);
+                let values = cache.values::<C>(layer, head, run);
+                // SAFETY: the buffers have room for a tile.
+                unsafe {
+                    keys.copy_scales::<C>(to.key_scales);
+                    values.copy_scales::<C>(to.value_scales);
+                }
+            });
+        }
+    }
+}
+
 impl KvCache {
+    /// Whether positions have scales of their own that attention applies to scores and weights.
+    /// (A latent's two scales are multiplied into its tile.)
+    pub fn scales_apart(&self, layer: &LayerPlace) -> bool {
+        let heads = matches!(layer.shape, KvLayerShape::Heads { .. });
+        heads && with_code!(self.format, C => C::SCALED)
+    }
+
+    /// The keys of a head: a run's place in `[key_dim, block_tokens]`.
+    pub fn keys<C: Code>(&self, layer: &LayerPlace, head: usize, run: Run) -> Vectors {
+        let places = self.places::<C>(layer);
+        let head = self.region(layer, run.page).wrapping_add(head * places.bytes);
+        let codes = head.wrapping_add(run.slot * C::BYTES);
+        Vectors { codes, scales: head.wrapping_add(places.key_scales), run }
+    }
+
+    /// The values of a head: a run's place in `[block_tokens, value_dim]`.
+    pub fn values<C: Code>(&self, layer: &LayerPlace, head: usize, run: Run) -> Vectors {
+        let places = self.places::<C>(layer);
+        let head = self.region(layer, run.page).wrapping_add(head * places.bytes);
+        let (_, value_dim) = layer.dims();
+        let codes = head.wrapping_add(places.values + run.slot * value_dim * C::BYTES);
+        Vectors { codes, scales: head.wrapping_add(places.value_scales), run }
+    }
+
+    fn places<C: Code>(&self, layer: &LayerPlace) -> HeadPlaces {
+        let (key_dim, value_dim) = layer.dims();
+        HeadPlaces::of::<C>(self.block_tokens, key_dim, value_dim)
+    }
+
     #[inline(always)]
     unsafe fn load_head<L: Lanes, C: Code>(
         &self,
-        region: *const u8,
+        layer: &LayerPlace,
         head: usize,
-        key_dim: usize,
-        value_dim: usize,
         run: Run,
         to: TileBuffers,
     ) {
-        let tokens = self.block_tokens;
-        let places = HeadPlaces::of::<C>(tokens, key_dim, value_dim);
+        let (key_dim, value_dim) = layer.dims();
         let column = run.position % TILE;
-        // SAFETY: the places lie within the region; columns and rows within the tile.
+        let (keys, values) = (self.keys::<C>(layer, head, run), self.values::<C>(layer, head, run));
+        // SAFETY: the vectors lie within the region; columns and rows within the tile.
         unsafe {
-            let head = region.add(head * places.bytes);
-            let keys = Vectors::new::<C>(head, places.key_scales, run);
-            keys.transposed::<L, C>(tokens, key_dim, column, to.keys);
-            let values = Vectors::new::<C>(
-                head.add(places.values),
-                places.value_scales - places.values,
-                run,
-            );
-            values.rows::<L, C>(
-                value_dim,
-                to.values.add(column * to.value_stride),
-                to.value_stride,
-            );
+            keys.transposed::<L, C>(self.block_tokens, key_dim, column, to.keys);
+            let rows = to.values.add(column * to.value_stride);
+            values.rows::<L, C>(value_dim, rows, to.value_stride, |_| 1.0);
+            if C::SCALED {
+                keys.copy_scales::<C>(to.key_scales);
+                values.copy_scales::<C>(to.value_scales);
+            }
         }
     }
 
     #[inline(always)]
-    unsafe fn load_latent<L: Lanes, C: Code>(
-        &self,
-        region: *const u8,
-        rank: usize,
-        rope_dim: usize,
-        run: Run,
-        to: TileBuffers,
-    ) {
-        let places = HeadPlaces::of::<C>(self.block_tokens, rank, rope_dim);
+    unsafe fn load_latent<L: Lanes, C: Code>(&self, layer: &LayerPlace, run: Run, to: TileBuffers) {
+        let (rank, rope_dim) = layer.dims();
         let column = run.position % TILE;
+        // As a head's values, which latents lie like: `[block_tokens, dims]`.
+        let places = self.places::<C>(layer);
+        let region = self.region(layer, run.page);
+        let latents = Vectors {
+            codes: region.wrapping_add(run.slot * rank * C::BYTES),
+            scales: region.wrapping_add(places.key_scales),
+            run,
+        };
+        let ropes = self.values::<C>(layer, 0, run);
         // SAFETY: as in `load_head`; the keys are the latent's columns and then the rotary key's.
         unsafe {
-            let latents = Vectors::new::<C>(region, places.key_scales, run);
             let rows = to.values.add(column * to.value_stride);
-            latents.rows::<L, C>(rank, rows, to.value_stride);
+            latents.rows::<L, C>(rank, rows, to.value_stride, |i| latents.scale::<C>(i));
             for i in 0..run.count {
                 for e in 0..rank {
                     *to.keys.add(e * TILE + column + i) = *rows.add(i * to.value_stride + e);
                 }
             }
-            let ropes = Vectors::new::<C>(
-                region.add(places.values),
-                places.value_scales - places.values,
-                run,
-            );
             ropes.columns_of_rows::<C>(rope_dim, to.keys.add(rank * TILE + column));
         }
     }
@@ -178,22 +217,18 @@ impl HeadPlaces {
     }
 }
 
-/// The codes and scales of one kind of vector, from a run's first slot on.
-struct Vectors {
-    codes: *const u8,
-    scales: *const f32,
+/// The codes and scales of one kind of vector, at a run's first slot.
+#[derive(Debug, Clone, Copy)]
+pub struct Vectors {
+    /// The first code.
+    pub codes: *const u8,
+    /// The page's scales, from its first slot on.
+    scales: *const u8,
     run: Run,
 }
 
 impl Vectors {
-    #[inline(always)]
-    unsafe fn new<C: Code>(codes: *const u8, scales: usize, run: Run) -> Self {
-        // SAFETY: the caller gives offsets within the region.
-        let scales = unsafe { codes.add(scales).cast::<f32>().add(run.slot) };
-        Self { codes, scales, run }
-    }
-
-    /// Codes `[dims, tokens]` to floats `[dims, TILE]` from `column` on.
+    /// Codes `[dims, tokens]` to floats `[dims, TILE]` from `column` on, without scales.
     #[inline(always)]
     unsafe fn transposed<L: Lanes, C: Code>(
         &self,
@@ -206,44 +241,42 @@ impl Vectors {
         let round = self.run.count.next_multiple_of(LANES);
         let fits = self.run.slot + round <= tokens && column + round <= TILE;
         let count = if fits { round } else { self.run.count };
-        // SAFETY: `slot + count <= tokens` and `column + count <= TILE`; scales exist for all slots.
+        // SAFETY: `slot + count <= tokens` and `column + count <= TILE`.
         unsafe {
             for d in 0..dims {
-                let line = self.codes.add((d * tokens + self.run.slot) * C::BYTES);
+                let line = self.codes.add(d * tokens * C::BYTES);
                 let out = to.add(d * TILE + column);
                 let mut i = 0;
                 while i + LANES <= count {
-                    let mut x = C::lanes::<L>(line.add(i * C::BYTES));
-                    if C::SCALED {
-                        x = x.mul(L::load(self.scales.add(i)));
-                    }
-                    x.store(out.add(i));
+                    C::lanes::<L>(line.add(i * C::BYTES)).store(out.add(i));
                     i += LANES;
                 }
                 while i < count {
-                    *out.add(i) = C::one(line.add(i * C::BYTES)) * self.scale::<C>(i);
+                    *out.add(i) = C::one(line.add(i * C::BYTES));
                     i += 1;
                 }
             }
         }
     }
 
-    /// Codes `[tokens, dims]` to floats `[count, stride]`.
+    /// Codes `[tokens, dims]` to floats `[count, stride]`, times `scale` of the row.
     #[inline(always)]
-    unsafe fn rows<L: Lanes, C: Code>(&self, dims: usize, to: *mut f32, stride: usize) {
+    unsafe fn rows<L: Lanes, C: Code>(
+        &self,
+        dims: usize,
+        to: *mut f32,
+        stride: usize,
+        scale: impl Fn(usize) -> f32,
+    ) {
         // SAFETY: the run's slots lie within the page and its rows within the tile.
         unsafe {
             for i in 0..self.run.count {
-                let line = self.codes.add((self.run.slot + i) * dims * C::BYTES);
+                let line = self.codes.add(i * dims * C::BYTES);
                 let out = to.add(i * stride);
-                let scale = self.scale::<C>(i);
+                let scale = scale(i);
                 let mut d = 0;
                 while d + LANES <= dims {
-                    let mut x = C::lanes::<L>(line.add(d * C::BYTES));
-                    if C::SCALED {
-                        x = x.mul(L::splat(scale));
-                    }
-                    x.store(out.add(d));
+                    C::lanes::<L>(line.add(d * C::BYTES)).mul(L::splat(scale)).store(out.add(d));
                     d += LANES;
                 }
                 while d < dims {
@@ -254,13 +287,13 @@ impl Vectors {
         }
     }
 
-    /// Codes `[tokens, dims]` to floats `[dims, TILE]`.
+    /// Codes `[tokens, dims]` to floats `[dims, TILE]`, scales multiplied in.
     #[inline(always)]
     unsafe fn columns_of_rows<C: Code>(&self, dims: usize, to: *mut f32) {
         // SAFETY: as in `rows`.
         unsafe {
             for i in 0..self.run.count {
-                let line = self.codes.add((self.run.slot + i) * dims * C::BYTES);
+                let line = self.codes.add(i * dims * C::BYTES);
                 let scale = self.scale::<C>(i);
                 for d in 0..dims {
                     *to.add(d * TILE + i) = C::one(line.add(d * C::BYTES)) * scale;
@@ -269,9 +302,21 @@ impl Vectors {
         }
     }
 
+    /// Copies the run's scales to their places in a tile's.
+    #[inline(always)]
+    unsafe fn copy_scales<C: Code>(&self, to: *mut f32) {
+        for i in 0..self.run.count {
+            // SAFETY: the run's positions are of one tile.
+            unsafe { *to.add(self.run.position % TILE + i) = self.scale::<C>(i) };
+        }
+    }
+
     #[inline(always)]
     unsafe fn scale<C: Code>(&self, i: usize) -> f32 {
+        if !C::SCALED {
+            return 1.0;
+        }
         // SAFETY: there is a scale for each slot of a scaled code.
-        if C::SCALED { unsafe { self.scales.add(i).read_unaligned() } } else { 1.0 }
+        unsafe { self.scales.cast::<f32>().add(self.run.slot + i).read_unaligned() }
     }
 }
