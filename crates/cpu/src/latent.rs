@@ -256,6 +256,7 @@ impl HeadProduct {
             columns: self.columns,
             depth: self.depth,
             accumulate: false,
+            ahead: None,
             code: PhantomData,
         }
     }

@@ -38,6 +38,7 @@ impl Memory {
         let Ok(layout) = Layout::from_size_align(asked, ASKED_ALIGNMENT) else { return Err(error) };
         // SAFETY: the layout's size is at least `ALIGNMENT`, not zero.
         let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(error)?;
+        huge_pages(start, asked);
         Ok(Self { start, layout, bytes })
     }
 
@@ -61,3 +62,25 @@ impl Drop for Memory {
         unsafe { dealloc(self.start.as_ptr(), self.layout) }
     }
 }
+
+/// Allocations from here on are asked to be backed by huge pages: a page of the cache that is read
+/// in small pieces would else cost a walk of the page table every 4 KiB.
+const HUGE_FROM: usize = 4 << 20;
+
+#[cfg(target_os = "linux")]
+fn huge_pages(start: NonNull<u8>, bytes: usize) {
+    const PAGE: usize = 4096;
+    if bytes < HUGE_FROM {
+        return;
+    }
+    let first = start.as_ptr().align_offset(PAGE);
+    // SAFETY: whole pages within the allocation; the advice changes no contents, and a refusal is
+    // harmless.
+    unsafe {
+        let pages = start.as_ptr().add(first);
+        libc::madvise(pages.cast(), (bytes - first) / PAGE * PAGE, libc::MADV_HUGEPAGE);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn huge_pages(_start: NonNull<u8>, _bytes: usize) {}

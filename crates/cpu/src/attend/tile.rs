@@ -9,7 +9,7 @@ use super::plan::{Task, seen_by_all};
 use super::softmax::{Clear, Finish, Merge, Soften, State, Store};
 use super::{AttendJob, AttendShape, SEGMENT};
 use crate::cache::code::{Code, F32};
-use crate::cache::{LoadScales, LoadTile, TILE, TileBuffers, runs, with_code};
+use crate::cache::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs, with_code};
 use crate::lanes::product::Product;
 use crate::lanes::{LANES, Width, dispatch};
 use crate::memory::Memory;
@@ -138,7 +138,7 @@ impl Piece<'_> {
                 let to = slots.end.min((segment + 1) * SEGMENT);
                 let mut tile = from / TILE * TILE;
                 while tile < to {
-                    self.tile(width, tile, from.max(tile)..to.min(tile + TILE));
+                    self.tile(width, tile, from.max(tile)..to.min(tile + TILE), slots.end);
                     tile += TILE;
                 }
                 match &task.stored {
@@ -189,8 +189,8 @@ impl Piece<'_> {
         }
     }
 
-    /// Adds the tile that starts at `tile`; some row sees something of `slots`.
-    unsafe fn tile(&self, width: Width, tile: usize, slots: Range<usize>) {
+    /// Adds the tile that starts at `tile`; some row sees something of `slots`, none from `end` on.
+    unsafe fn tile(&self, width: Width, tile: usize, slots: Range<usize>, end: usize) {
         let (job, scratch, task) = (self.job, self.scratch, self.task);
         // Whole vectors of columns around the slots; what is outside of them is masked.
         let first = (slots.start - tile) / LANES * LANES;
@@ -207,12 +207,12 @@ impl Piece<'_> {
         unsafe {
             if self.reads_in_place() {
                 with_code!(job.cache.format(), C => {
-                    self.scores_in_place::<C>(width, slots.clone());
+                    self.scores_in_place::<C>(width, slots.clone(), end);
                     if scales.is_some() {
                         dispatch(width, LoadScales(self.load(slots.clone())));
                     }
                     dispatch(width, soften);
-                    self.sums_in_place::<C>(width, slots);
+                    self.sums_in_place::<C>(width, slots, end);
                 });
             } else {
                 dispatch(width, self.load(slots.clone()));
@@ -244,7 +244,7 @@ impl Piece<'_> {
         heads && vectors && whole(self.job.cache.block_tokens()) && whole(self.job.shape.value_dim)
     }
 
-    unsafe fn scores_in_place<C: Code>(&self, width: Width, slots: Range<usize>) {
+    unsafe fn scores_in_place<C: Code>(&self, width: Width, slots: Range<usize>, end: usize) {
         let tokens = self.job.cache.block_tokens();
         for mut run in runs(self.table(), tokens, slots) {
             // Pages, tiles and vectors begin at the same positions: go back to a vector's first.
@@ -252,20 +252,42 @@ impl Piece<'_> {
             (run.slot, run.position, run.count) =
                 (run.slot - before, run.position - before, run.count + before);
             let keys = self.job.cache.keys::<C>(self.job.layer, self.head, run);
+            let next = self
+                .after_a_tile(run, end)
+                .map(|run| self.job.cache.keys::<C>(self.job.layer, self.head, run));
             let first = run.position % TILE;
             let columns = first..first + run.count.next_multiple_of(LANES);
             // SAFETY: whole vectors of slots are within the page, and columns within the tile.
-            unsafe { self.scores::<C>(keys.codes, tokens, columns).run(width) };
+            unsafe {
+                let ahead = next.map(|next| distance(keys.codes, next.codes));
+                Product { ahead, ..self.scores::<C>(keys.codes, tokens, columns) }.run(width);
+            }
         }
     }
 
-    unsafe fn sums_in_place<C: Code>(&self, width: Width, slots: Range<usize>) {
-        for run in runs(self.table(), self.job.cache.block_tokens(), slots) {
+    unsafe fn sums_in_place<C: Code>(&self, width: Width, slots: Range<usize>, end: usize) {
+        let tokens = self.job.cache.block_tokens();
+        for run in runs(self.table(), tokens, slots) {
+            let next = self
+                .after_a_tile(run, end)
+                .map(|run| self.job.cache.values::<C>(self.job.layer, self.head, run));
             let values = self.job.cache.values::<C>(self.job.layer, self.head, run);
             let (dim, first) = (self.job.shape.value_dim, run.position % TILE);
             // SAFETY: the run's slots are within the page.
-            unsafe { self.sums::<C>(values.codes, dim, first, run.count).run(width) };
+            unsafe {
+                let ahead = next.map(|next| distance(values.codes, next.codes));
+                Product { ahead, ..self.sums::<C>(values.codes, dim, first, run.count) }.run(width);
+            }
         }
+    }
+
+    /// The place where the positions a tile after `run` lie, if they are before `end`: what to ask
+    /// the memory for while `run` is worked on. Pages are read in pieces of a few KiB here and
+    /// there, too short for the hardware to see them coming.
+    fn after_a_tile(&self, run: Run, end: usize) -> Option<Run> {
+        let next = run.position + TILE;
+        let tokens = self.job.cache.block_tokens();
+        (next < end).then(|| runs(self.table(), tokens, next..next + 1).next()).flatten()
     }
 
     /// Scores of all vectors in some columns of the tile.
@@ -281,6 +303,7 @@ impl Piece<'_> {
             columns: columns.len(),
             depth: self.job.shape.key_dim,
             accumulate: false,
+            ahead: None,
             code: PhantomData,
         }
     }
@@ -299,7 +322,13 @@ impl Piece<'_> {
             columns: state.stride,
             depth: count,
             accumulate: true,
+            ahead: None,
             code: PhantomData,
         }
     }
+}
+
+/// Bytes from one address to another.
+fn distance(from: *const u8, to: *const u8) -> isize {
+    (to as isize).wrapping_sub(from as isize)
 }

@@ -15,7 +15,7 @@ use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
 use crate::memory::{ALIGNMENT, Memory};
 
 pub(crate) use code::with_code;
-pub use read::{LoadScales, LoadTile, TILE, TileBuffers, runs};
+pub use read::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs};
 pub use write::Write;
 
 /// Where a layer's numbers lie.

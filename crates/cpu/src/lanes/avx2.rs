@@ -171,6 +171,10 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    fn prefetch(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
     fn largest(self) -> f32 {
         unsafe {
             let both = _mm256_max_ps(self.0, self.1);

@@ -119,6 +119,10 @@ impl Lanes for Avx512 {
         unsafe { _mm512_reduce_add_ps(self.0) }
     }
     #[inline(always)]
+    fn prefetch(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
     fn largest(self) -> f32 {
         unsafe { _mm512_reduce_max_ps(self.0) }
     }

@@ -104,6 +104,8 @@ pub trait Lanes: Copy {
     fn sum(self) -> f32;
     /// The largest lane.
     fn largest(self) -> f32;
+    /// Asks for the cache line at `at`, which need not be readable.
+    fn prefetch(at: *const u8);
     /// The lanes as an array.
     fn to_array(self) -> [f32; LANES] {
         let mut lanes = [0.0f32; LANES];

@@ -122,6 +122,8 @@ impl Lanes for Portable {
         x[0]
     }
     #[inline(always)]
+    fn prefetch(_at: *const u8) {}
+    #[inline(always)]
     fn largest(self) -> f32 {
         self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }

@@ -31,6 +31,9 @@ pub struct Product<B> {
     pub depth: usize,
     /// Whether the chains start at what `c` holds, and not at 0.
     pub accumulate: bool,
+    /// Bytes from `b` to a matrix like it that is wanted next: its cache lines are asked for while
+    /// `b`'s are read. Nothing depends on their being readable.
+    pub ahead: Option<isize>,
     /// What `b` holds.
     pub code: PhantomData<B>,
 }
@@ -122,8 +125,15 @@ impl<B: Code> Product<B> {
                     }
                 }
             }
+            // Once for each strip: by the first block of rows.
+            let ahead = if row == 0 { self.ahead } else { None };
             for k in 0..self.depth {
                 let line = b.add(k * self.b_stride * B::BYTES);
+                if let Some(distance) = ahead {
+                    for at in (0..V * LANES * B::BYTES).step_by(64) {
+                        L::prefetch(line.wrapping_offset(distance).wrapping_add(at));
+                    }
+                }
                 let mut right = [L::splat(0.0); V];
                 for v in 0..V {
                     right[v] = B::lanes(line.add(v * LANES * B::BYTES));
