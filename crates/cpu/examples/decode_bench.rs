@@ -107,7 +107,7 @@ fn program(shape: &Shape) -> Program {
         style: RopeStyle::HalfSplit,
     });
     let mut x = b.embed(table, 1.0, "x");
-    for layer in 0..std::env::var("LAYERS").map_or(shape.layers, |l| l.parse().unwrap()) {
+    for layer in 0..shape.layers {
         x = block(&mut b, shape, x, layer, rope);
     }
     let norm = b.weight("final_norm", &[shape.width], WeightRole::Vector, None);

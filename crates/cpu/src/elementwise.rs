@@ -70,57 +70,57 @@ impl Norm<'_> {
         unsafe {
             let (mean, offset) = match self.kind {
                 NormKind::Rms { offset } => (0.0, offset),
-                NormKind::Layer => (total::<L>(from, n, |x| x) / n as f32, 0.0),
+                NormKind::Layer => (total::<L, false>(from, n, 0.0) / n as f32, 0.0),
             };
             // Lanes past the end are zeros, not deviations.
-            let mean_lanes = L::splat(mean);
             let padding = (n.next_multiple_of(LANES) - n) as f32 * mean * mean;
-            let squares =
-                total::<L>(from, n, |x| x.sub(mean_lanes).mul(x.sub(mean_lanes))) - padding;
-            let scale = 1.0 / (squares / n as f32 + self.epsilon).sqrt();
-            for_vectors(n, |i, count| {
-                let mut y = L::load_first(from.add(i), count).sub(mean_lanes).mul(L::splat(scale));
+            let squares = total::<L, true>(from, n, mean) - padding;
+            let scale = L::splat(1.0 / (squares / n as f32 + self.epsilon).sqrt());
+            let (mean, offset) = (L::splat(mean), L::splat(offset));
+            for (i, count) in vectors(n) {
+                let mut y = L::load_first(from.add(i), count).sub(mean).mul(scale);
                 if let Some(weight) = weight {
-                    y = y.mul(L::load_first(weight.add(i), count).add(L::splat(offset)));
+                    y = y.mul(L::load_first(weight.add(i), count).add(offset));
                 }
                 if let Some(bias) = bias {
                     y = y.add(L::load_first(bias.add(i), count));
                 }
                 y.store_first(to.add(i), count);
-            });
+            }
         }
     }
 }
 
-/// The sum of `f` over `n` floats (zeros to the end of the last vector), in a fixed order.
+/// The sum of `x`, or of `(x - mean)^2`, over `n` floats (zeros to the end of the last vector), in
+/// a fixed order.
 #[inline(always)]
-unsafe fn total<L: Lanes>(from: *const f32, n: usize, f: impl Fn(L) -> L) -> f32 {
+unsafe fn total<L: Lanes, const SQUARES: bool>(from: *const f32, n: usize, mean: f32) -> f32 {
+    let mean = L::splat(mean);
     let mut sums = [L::splat(0.0); 4];
     let mut i = 0;
     // SAFETY: the caller vouches for `n` floats.
     unsafe {
         while i + 4 * LANES <= n {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = sum.add(f(L::load(from.add(i + v * LANES))));
+            for v in 0..4 {
+                let x = L::load(from.add(i + v * LANES)).sub(mean);
+                sums[v] = if SQUARES { x.fma(x, sums[v]) } else { sums[v].add(x) };
             }
             i += 4 * LANES;
         }
         while i < n {
-            sums[0] = sums[0].add(f(L::load_first(from.add(i), n - i)));
+            let x = L::load_first(from.add(i), n - i).sub(mean);
+            sums[0] = if SQUARES { x.fma(x, sums[0]) } else { sums[0].add(x) };
             i += LANES;
         }
     }
     sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
 }
 
-/// Calls `f(start, floats)` for each vector of `n` floats; `floats` is 16 or more but for the last.
+/// Where each vector of `n` floats begins, and the floats from there on. (A loop over this, and not
+/// a function that takes the loop's body: a closure that is not inlined knows no wide vectors.)
 #[inline(always)]
-fn for_vectors(n: usize, mut f: impl FnMut(usize, usize)) {
-    let mut i = 0;
-    while i < n {
-        f(i, n - i);
-        i += LANES;
-    }
+fn vectors(n: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..n).step_by(LANES).map(move |i| (i, n - i))
 }
 
 /// [`lathe_program::Op::Add`].
@@ -144,12 +144,14 @@ impl Kernel for Add {
         let n = self.out.width();
         for row in self.rows {
             let (left, right, out) = (self.left.row(row), self.right.row(row), self.out.row(row));
-            // SAFETY: the rows are valid and this call's own.
-            for_vectors(n, |i, count| unsafe {
-                let left = L::load_first(left.add(i), count);
-                let right = L::load_first(right.add(i), count);
-                right.fma(L::splat(self.scale), left).store_first(out.add(i), count);
-            });
+            for (i, count) in vectors(n) {
+                // SAFETY: the rows are valid and this call's own.
+                unsafe {
+                    let left = L::load_first(left.add(i), count);
+                    let right = L::load_first(right.add(i), count);
+                    right.fma(L::splat(self.scale), left).store_first(out.add(i), count);
+                }
+            }
         }
     }
 }
@@ -199,7 +201,7 @@ impl Activate {
         for row in self.rows.clone() {
             let (gate, out) = (self.gate.row(row), self.out.row(row));
             let up = self.up.map(|up| up.row(row));
-            for_vectors(self.columns.len(), |i, count| {
+            for (i, count) in vectors(self.columns.len()) {
                 let i = self.columns.start + i;
                 // SAFETY: the rows are valid and this call's own.
                 unsafe {
@@ -207,7 +209,7 @@ impl Activate {
                     let up = up.map_or(L::splat(0.0), |up| L::load_first(up.add(i), count));
                     f(gate, up).store_first(out.add(i), count);
                 }
-            });
+            }
         }
     }
 }
@@ -234,19 +236,19 @@ impl Kernel for SigmoidGate {
             // SAFETY: the rows are valid and this call's own.
             unsafe {
                 if run == 1 {
-                    for_vectors(self.input.width(), |i, count| {
+                    for (i, count) in vectors(self.input.width()) {
                         let open = math::sigmoid(L::load_first(gate.add(i), count));
                         let x = L::load_first(input.add(i), count);
                         x.mul(open).store_first(out.add(i), count);
-                    });
+                    }
                     continue;
                 }
                 for part in 0..self.gate.width() {
                     let open = math::sigmoid(L::splat(*gate.add(part)));
-                    for_vectors(run, |i, count| {
+                    for (i, count) in vectors(run) {
                         let x = L::load_first(input.add(part * run + i), count);
                         x.mul(open).store_first(out.add(part * run + i), count);
-                    });
+                    }
                 }
             }
         }
@@ -301,15 +303,17 @@ impl Rotate {
     unsafe fn half_split<L: Lanes>(&self, row: usize, part: *mut f32) {
         let pairs = self.angles.width() / 2;
         let cosines = self.angles.row(row);
-        // SAFETY: the head has `2 * pairs` elements from `part` on.
-        for_vectors(pairs, |i, count| unsafe {
-            let cosine = L::load_first(cosines.add(i), count);
-            let sine = L::load_first(cosines.add(pairs + i), count);
-            let a = L::load_first(part.add(i), count);
-            let b = L::load_first(part.add(pairs + i), count);
-            a.mul(cosine).sub(b.mul(sine)).store_first(part.add(i), count);
-            b.mul(cosine).add(a.mul(sine)).store_first(part.add(pairs + i), count);
-        });
+        for (i, count) in vectors(pairs) {
+            // SAFETY: the head has `2 * pairs` elements from `part` on.
+            unsafe {
+                let cosine = L::load_first(cosines.add(i), count);
+                let sine = L::load_first(cosines.add(pairs + i), count);
+                let a = L::load_first(part.add(i), count);
+                let b = L::load_first(part.add(pairs + i), count);
+                a.mul(cosine).sub(b.mul(sine)).store_first(part.add(i), count);
+                b.mul(cosine).add(a.mul(sine)).store_first(part.add(pairs + i), count);
+            }
+        }
     }
 
     #[inline(always)]
