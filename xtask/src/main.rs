@@ -24,7 +24,7 @@ enum Command {
         #[arg(long)]
         update: bool,
     },
-    /// Checks every dependency's licence against deny.toml, without network.
+    /// Checks every dependency's licence against deny.toml
     Licences,
 }
 
@@ -56,14 +56,11 @@ fn workspace_root() -> PathBuf {
     path
 }
 
-/// `cargo metadata` as JSON, without network.
-fn metadata(root: &std::path::Path, with_dependencies: bool) -> anyhow::Result<serde_json::Value> {
+/// `cargo metadata` as JSON, with `arguments`.
+fn metadata(root: &std::path::Path, arguments: &[&str]) -> anyhow::Result<serde_json::Value> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let mut command = std::process::Command::new(cargo);
-    command.current_dir(root).args(["metadata", "--format-version", "1", "--offline"]);
-    if !with_dependencies {
-        command.arg("--no-deps");
-    }
+    command.current_dir(root).args(["metadata", "--format-version", "1"]).args(arguments);
     let output = command.output()?;
     let complaint = String::from_utf8_lossy(&output.stderr);
     anyhow::ensure!(output.status.success(), "cargo metadata failed: {complaint}");

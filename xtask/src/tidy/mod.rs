@@ -14,7 +14,7 @@ const ARCHITECTURE_LINES_MAX: usize = 250;
 
 /// All problems, as lines to print. With `update`, the list of exceptions is shrunk first.
 pub(crate) fn run(root: &Path, update: bool) -> anyhow::Result<Vec<String>> {
-    let metadata = crate::metadata(root, false)?;
+    let metadata = crate::metadata(root, &["--no-deps", "--offline"])?;
     let mut problems = edges::check(&metadata);
     problems.extend(check_manifests(root, &metadata)?);
     problems.extend(check_architecture(root));

@@ -1,9 +1,11 @@
 //! `lathe bench`: how fast prefill and decoding are, and how near to what the memory allows.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Error;
 use lathe_engine::{Engine, EngineConfig};
+use lathe_program::Program;
 use lathe_program::cost::{StepShape, count};
 use serde::Serialize;
 
@@ -84,22 +86,7 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     let need = Need { context, sequences: arguments.batch, rows_max: ROWS_MAX };
     let sizes = shape.sizes(&program)?;
     session::check_memory(&program, sizes.total(&program), global, need)?;
-    let prepare = |kv_cache: bool| -> Result<Prepared, Error> {
-        let start = Instant::now();
-        let weights = shape.weights(&program)?;
-        let (executor, options) = session::prepare_program(&program, &*weights, global, need)?;
-        let config = EngineConfig {
-            rows_max: options.rows_max,
-            sequences_max: arguments.batch,
-            kv_blocks: options.kv_blocks,
-            prefix_cache: false,
-            kv_cache,
-            ..EngineConfig::default()
-        };
-        let load_ms = milliseconds(start);
-        Ok(Prepared { engine: Engine::new(executor, config)?, load_ms })
-    };
-
+    let prepare = |kv_cache| prepare(&shape, &program, global, need, kv_cache);
     let mut prepared = prepare(true)?;
     let mut timings = measured(&mut prepared.engine, &workload, arguments.repeat)?;
     let mut growth = None;
@@ -152,6 +139,29 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         eprintln!("wrote {}", path.display());
     }
     if global.json { print_json(&report) } else { print(&describe(&report)) }
+}
+
+/// An engine for one batch, and how long its model took to load.
+fn prepare(
+    shape: &Shape,
+    program: &Arc<Program>,
+    global: &Global,
+    need: Need,
+    kv_cache: bool,
+) -> Result<Prepared, Error> {
+    let start = Instant::now();
+    let weights = shape.weights(program)?;
+    let (executor, options) = session::prepare_program(program, &*weights, global, need)?;
+    let config = EngineConfig {
+        rows_max: options.rows_max,
+        sequences_max: need.sequences,
+        kv_blocks: options.kv_blocks,
+        prefix_cache: false,
+        kv_cache,
+        ..EngineConfig::default()
+    };
+    let load_ms = milliseconds(start);
+    Ok(Prepared { engine: Engine::new(executor, config)?, load_ms })
 }
 
 fn check(arguments: &BenchArguments) -> Result<(), Error> {
