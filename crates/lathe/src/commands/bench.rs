@@ -107,11 +107,10 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     let roofs = Roofs::measure(global, &sizes)?;
     let middle = StepShape::decode(arguments.batch, arguments.prompt + arguments.generate / 2);
     let cost = count(&program, &middle, &|weight| sizes.of(weight), kv_format).total;
-    let bytes_per_step = cost.memory_bytes();
     let steps: Vec<f64> = timings.iter().flat_map(|t| t.steps_ms.iter().copied()).collect();
     let prefills: Vec<f64> = timings.iter().map(|timing| timing.prefill_ms).collect();
     let (prefill_ms, step_ms) = (median(&prefills), median(&steps));
-    let achieved_gb_s = bytes_per_step as f64 / step_ms / 1e6;
+    let achieved_gb_s = cost.memory_bytes() as f64 / step_ms / 1e6;
     let report = Report {
         model: shape.name().to_owned(),
         device: session::backend(global.device)?.name().to_owned(),
@@ -124,7 +123,7 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         prefill_tokens_per_s: (arguments.prompt * arguments.batch) as f64 / prefill_ms * 1000.0,
         step_ms,
         decode_tokens_per_s: arguments.batch as f64 / step_ms * 1000.0,
-        bytes_per_step,
+        bytes_per_step: cost.memory_bytes(),
         achieved_gb_s,
         measured_read_gb_s: roofs.read_gb_s,
         fraction_of_bandwidth: achieved_gb_s / roofs.read_gb_s,
