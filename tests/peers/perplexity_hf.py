@@ -52,13 +52,13 @@ def read(path):
     return model.float().eval(), tokenizer
 
 
-def score(model, ids, context, windows):
+def score(model, ids, context, windows, device="cpu"):
     """Negative log-probability of all scored tokens, and how many they are."""
     total, count = 0.0, 0
     starts = list(range(0, len(ids), context))[:windows]
     with torch.no_grad():
         for number, start in enumerate(starts):
-            window = torch.tensor(ids[start:start + context])
+            window = torch.tensor(ids[start:start + context], device=device)
             if len(window) < 2:
                 continue
             logits = model(window[None]).logits[0, :-1].double()
@@ -75,6 +75,7 @@ def main():
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--flags", action="append", help="flags of `lathe eval`; may be repeated, one evaluation each")
     parser.add_argument("--windows", type=int, help="only so many windows, from the start of the text")
+    parser.add_argument("--torch-device", default="cpu", help="where transformers computes")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     model, tokenizer = read(arguments.model)
@@ -92,7 +93,7 @@ def main():
         for flags in arguments.flags or ["--device cpu"]:
             command = [arguments.lathe, "eval", arguments.model, "--text", file.name, "--context", str(arguments.context), "--json", *shlex.split(flags)]
             ours[flags] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    nll, count = score(model, ids, arguments.context, None)
+    nll, count = score(model.to(arguments.torch_device), ids, arguments.context, None, arguments.torch_device)
     theirs = math.exp(nll / count)
     failed = False
     for flags, found in ours.items():

@@ -1,12 +1,13 @@
 //! [`Simd`] on AVX2, FMA and F16C (Haswell, Zen and later): two registers a vector.
 //!
-//! Without AVX-VNNI an integer dot is `maddubs` (unsigned x signed bytes to pairs in `i16`), the
-//! pairs being added in `i16` as long as the width of the codes rules out saturation
-//! (`2 * (2^bits - 1) * 127 * terms < 2^15`), then `madd` to `i32`.
+//! Without AVX-VNNI an integer dot of narrow codes is `maddubs` (unsigned x signed bytes to pairs in
+//! `i16`), the pairs being added in `i16` as long as the width of the codes rules out saturation
+//! (`2 * (2^bits - 1) * 127 * terms < 2^15`), then `madd` to `i32`; that of wide codes is `madd` alone.
 
 use std::arch::x86_64::*;
 
 use super::Simd;
+use crate::pack::layout::SEGMENT;
 
 /// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
 #[derive(Clone, Copy)]
@@ -139,11 +140,6 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
     }
     #[inline(always)]
-    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: see above.
-        unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
-    }
-    #[inline(always)]
     unsafe fn load_b(p: *const u8) -> Self::B {
         // SAFETY: see above.
         unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())] }
@@ -200,39 +196,12 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     ) -> Self::I {
         // SAFETY: see above.
         unsafe {
-            let factor = |j: usize| _mm256_set1_epi32(x.cast::<i32>().add(j).read_unaligned());
-            if VNNI {
-                let mut sum = [_mm256_set1_epi32(start); 2];
-                for (j, code) in codes.iter().enumerate() {
-                    sum[0] = _mm256_dpbusd_avx_epi32(sum[0], code[0], factor(j));
-                    sum[1] = _mm256_dpbusd_avx_epi32(sum[1], code[1], factor(j));
-                }
-                return sum;
+            // Beyond five bits, widening the bytes costs less than keeping pairs from saturating.
+            match bits {
+                _ if VNNI => dot_vnni(start, codes, x),
+                4 | 5 => dot_bytes(bits, start, codes, x),
+                _ => dot_words(start, codes, x),
             }
-            if bits == 8 {
-                return signed_dot(codes, factor);
-            }
-            let mut sum = [_mm256_set1_epi32(start); 2];
-            // Terms whose sum still fits an i16.
-            let terms = match bits {
-                4 => 8,
-                5 => 4,
-                _ => 2,
-            };
-            for first in (0..N).step_by(terms) {
-                let mut pairs = [_mm256_setzero_si256(); 2];
-                for j in first..N.min(first + terms) {
-                    for half in 0..2 {
-                        let product = _mm256_maddubs_epi16(codes[j][half], factor(j));
-                        pairs[half] = _mm256_add_epi16(pairs[half], product);
-                    }
-                }
-                for half in 0..2 {
-                    let four = _mm256_madd_epi16(pairs[half], _mm256_set1_epi16(1));
-                    sum[half] = _mm256_add_epi32(sum[half], four);
-                }
-            }
-            sum
         }
     }
     #[inline(always)]
@@ -258,26 +227,106 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 }
 
-/// Codes of eight bits would saturate `maddubs`; as `code - 128` their magnitude (at most 128)
-/// times the activation with the code's sign (at most 127) does not. The zero point of 128 is
-/// subtracted by this, so `start` is not added.
+/// [`Simd::dot`] by AVX-VNNI: a chain for the high bytes and one for the low ones.
 #[inline(always)]
-unsafe fn signed_dot<const N: usize>(
+unsafe fn dot_vnni<const N: usize>(
+    start: i32,
     codes: &[[__m256i; 2]; N],
-    factor: impl Fn(usize) -> __m256i,
+    x: *const i8,
 ) -> [__m256i; 2] {
-    // SAFETY: register arithmetic; the caller promises AVX2.
+    // SAFETY: the caller gives `4 * N` bytes at `x` and `SEGMENT` further, and promises AVX-VNNI.
     unsafe {
-        let mut sum = [_mm256_setzero_si256(); 2];
-        for (j, code) in codes.iter().enumerate() {
+        let (high_words, low_words) = (x.cast::<i32>(), x.add(SEGMENT).cast::<i32>());
+        let (mut high, mut low) = ([_mm256_setzero_si256(); 2], [_mm256_set1_epi32(start); 2]);
+        for j in 0..N {
+            let high_factor = _mm256_set1_epi32(high_words.add(j).read_unaligned());
+            let low_factor = _mm256_set1_epi32(low_words.add(j).read_unaligned());
             for half in 0..2 {
-                let signed = _mm256_xor_si256(code[half], _mm256_set1_epi8(-128));
-                let product = _mm256_maddubs_epi16(
-                    _mm256_abs_epi8(signed),
-                    _mm256_sign_epi8(factor(j), signed),
-                );
-                let four = _mm256_madd_epi16(product, _mm256_set1_epi16(1));
-                sum[half] = _mm256_add_epi32(sum[half], four);
+                let code = codes[j][half];
+                high[half] = _mm256_dpbusd_avx_epi32(high[half], code, high_factor);
+                low[half] = _mm256_dpbusd_avx_epi32(low[half], code, low_factor);
+            }
+        }
+        for half in 0..2 {
+            low[half] = _mm256_add_epi32(low[half], _mm256_slli_epi32::<7>(high[half]));
+        }
+        low
+    }
+}
+
+/// [`Simd::dot`] of codes of four or five bits: high and low bytes side by side, so that a code
+/// is decoded, used four times and forgotten, and everything stays in sixteen registers.
+#[inline(always)]
+unsafe fn dot_bytes<const N: usize>(
+    bits: u32,
+    start: i32,
+    codes: &[[__m256i; 2]; N],
+    x: *const i8,
+) -> [__m256i; 2] {
+    // SAFETY: the caller gives `4 * N` bytes at `x` and `SEGMENT` further, and promises AVX2.
+    unsafe {
+        let (high_words, low_words) = (x.cast::<i32>(), x.add(SEGMENT).cast::<i32>());
+        // Terms whose sum still fits an i16.
+        let terms = if bits == 4 { 8 } else { 4 };
+        let (mut high, mut low) = ([_mm256_setzero_si256(); 2], [_mm256_set1_epi32(start); 2]);
+        for first in (0..N).step_by(terms) {
+            let (mut highs, mut lows) = ([_mm256_setzero_si256(); 2], [_mm256_setzero_si256(); 2]);
+            for j in first..N.min(first + terms) {
+                let high_factor = _mm256_set1_epi32(high_words.add(j).read_unaligned());
+                let low_factor = _mm256_set1_epi32(low_words.add(j).read_unaligned());
+                for half in 0..2 {
+                    let code = codes[j][half];
+                    let product = _mm256_maddubs_epi16(code, high_factor);
+                    highs[half] = _mm256_add_epi16(highs[half], product);
+                    let product = _mm256_maddubs_epi16(code, low_factor);
+                    lows[half] = _mm256_add_epi16(lows[half], product);
+                }
+            }
+            let ones = _mm256_set1_epi16(1);
+            for half in 0..2 {
+                high[half] = _mm256_add_epi32(high[half], _mm256_madd_epi16(highs[half], ones));
+                low[half] = _mm256_add_epi32(low[half], _mm256_madd_epi16(lows[half], ones));
+            }
+        }
+        for half in 0..2 {
+            low[half] = _mm256_add_epi32(low[half], _mm256_slli_epi32::<7>(high[half]));
+        }
+        low
+    }
+}
+
+/// [`Simd::dot`] of codes of any width, as `i16`: even and odd bytes of a word apart, against the
+/// whole activation `128 * high + low`. One multiplication for two, and no saturation.
+#[inline(always)]
+unsafe fn dot_words<const N: usize>(
+    start: i32,
+    codes: &[[__m256i; 2]; N],
+    x: *const i8,
+) -> [__m256i; 2] {
+    // SAFETY: the caller gives `4 * N` bytes at `x` and `SEGMENT` further, `N` is 4 or 8, and
+    // promises AVX2.
+    unsafe {
+        let mut words = std::mem::MaybeUninit::<[i32; SEGMENT / 2]>::uninit();
+        let words = words.as_mut_ptr().cast::<i32>();
+        // Of four neighbours, those that meet even bytes come first.
+        let order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+        let order = _mm256_broadcastsi128_si256(order);
+        for at in (0..4 * N).step_by(16) {
+            let high = _mm256_cvtepi8_epi16(_mm_loadu_si128(x.add(at).cast()));
+            let low = _mm256_cvtepi8_epi16(_mm_loadu_si128(x.add(SEGMENT + at).cast()));
+            let whole = _mm256_add_epi16(_mm256_slli_epi16::<7>(high), low);
+            _mm256_storeu_si256(words.add(at / 2).cast(), _mm256_shuffle_epi8(whole, order));
+        }
+        let mut sum = [_mm256_set1_epi32(start); 2];
+        for j in 0..N {
+            let even = _mm256_set1_epi32(words.add(2 * j).read());
+            let odd = _mm256_set1_epi32(words.add(2 * j + 1).read());
+            for half in 0..2 {
+                let code = codes[j][half];
+                let low_byte = _mm256_and_si256(code, _mm256_set1_epi16(255));
+                let high_byte = _mm256_srli_epi16::<8>(code);
+                sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(low_byte, even));
+                sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(high_byte, odd));
             }
         }
         sum

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Simd;
+use crate::pack::layout::SEGMENT;
 
 /// AVX-512 F, BW, VL, VNNI, with AVX2, FMA and F16C; [`Simd::dot_bf16`] also needs BF16.
 #[derive(Clone, Copy)]
@@ -112,11 +113,6 @@ impl Simd for Avx512 {
         unsafe { _mm512_or_si512(a, b) }
     }
     #[inline(always)]
-    unsafe fn add_i(a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: see above.
-        unsafe { _mm512_add_epi32(a, b) }
-    }
-    #[inline(always)]
     unsafe fn load_b(p: *const u8) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_loadu_si512(p.cast()) }
@@ -169,12 +165,15 @@ impl Simd for Avx512 {
     ) -> __m512i {
         // SAFETY: see above.
         unsafe {
-            let mut sum = _mm512_set1_epi32(start);
+            let (high_words, low_words) = (x.cast::<i32>(), x.add(SEGMENT).cast::<i32>());
+            let (mut high, mut low) = (_mm512_setzero_si512(), _mm512_set1_epi32(start));
             for (j, &code) in codes.iter().enumerate() {
-                let factor = _mm512_set1_epi32(x.cast::<i32>().add(j).read_unaligned());
-                sum = _mm512_dpbusd_epi32(sum, code, factor);
+                let factor = _mm512_set1_epi32(high_words.add(j).read_unaligned());
+                high = _mm512_dpbusd_epi32(high, code, factor);
+                let factor = _mm512_set1_epi32(low_words.add(j).read_unaligned());
+                low = _mm512_dpbusd_epi32(low, code, factor);
             }
-            sum
+            _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low)
         }
     }
     #[inline(always)]

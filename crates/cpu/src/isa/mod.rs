@@ -156,7 +156,6 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn shr_by(x: Self::I, n: u32) -> Self::I;
     unsafe fn and(x: Self::I, mask: u32) -> Self::I;
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
-    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
 
     unsafe fn load_b(p: *const u8) -> Self::B;
     unsafe fn store_b(p: *mut u8, x: Self::B);
@@ -172,10 +171,9 @@ pub(crate) trait Simd: Copy + 'static {
         codes: Self::B,
         plane: Self::B,
     ) -> Self::B;
-    /// `start + sum over j and b of codes[j][lane, b] * x[4 j + b]`, exact. `codes` are unsigned
-    /// with `bits` bits, `x` has `4 * N` bytes, none of them -128. With 8 bits an
-    /// implementation may ignore `start` and multiply `code - 128`: callers choose starts such
-    /// that over the parts of one input they sum to `-128 * sum(x)`.
+    /// `start + sum over j and b of codes[j][lane, b] * (128 * high[4 j + b] + low[4 j + b])`,
+    /// exact: `codes` are unsigned with `bits` bits, `high` is at `x` and `low` `SEGMENT` bytes
+    /// further, `4 * N` signed bytes each, none of them -128.
     unsafe fn dot<const N: usize>(
         bits: u32,
         start: i32,

@@ -1,6 +1,7 @@
 //! [`Simd`] in plain Rust: the semantics that the other implementations are tested against.
 
 use super::Simd;
+use crate::pack::layout::SEGMENT;
 use half::{bf16, f16};
 use lathe_tensor::{Element, codec::element};
 
@@ -98,10 +99,6 @@ impl Simd for Portable {
         std::array::from_fn(|i| a[i] | b[i])
     }
     #[inline(always)]
-    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
-        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
-    }
-    #[inline(always)]
     unsafe fn load_b(p: *const u8) -> Self::B {
         // SAFETY: the caller gives 64 readable bytes.
         unsafe { p.cast::<[u8; 64]>().read_unaligned() }
@@ -144,8 +141,10 @@ impl Simd for Portable {
         let mut sum = [start; 16];
         for (j, code) in codes.iter().enumerate() {
             for b in 0..4 {
-                // SAFETY: the caller gives 4 * N readable bytes.
-                let factor = i32::from(unsafe { *x.add(4 * j + b) });
+                let at = 4 * j + b;
+                // SAFETY: the caller gives 4 * N readable bytes, and as many `SEGMENT` further.
+                let (high, low) = unsafe { (*x.add(at), *x.add(SEGMENT + at)) };
+                let factor = 128 * i32::from(high) + i32::from(low);
                 for lane in 0..16 {
                     sum[lane] += i32::from(code[4 * lane + b]) * factor;
                 }

@@ -55,23 +55,6 @@ pub(crate) trait Kernel: 'static {
     unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>);
 }
 
-/// `start + sum(codes * (128 * high + low))`, exact: `x` has the high bytes of the activations'
-/// codes, and their low bytes `SEGMENT` bytes further.
-#[inline(always)]
-unsafe fn dot_codes<S: Simd, const N: usize>(
-    bits: u32,
-    start: i32,
-    codes: &[S::B; N],
-    x: *const i8,
-) -> S::I {
-    // SAFETY: the caller gives both runs of `4 * N` bytes.
-    unsafe {
-        let high = S::dot::<N>(bits, 0, codes, x);
-        let low = S::dot::<N>(bits, start, codes, x.add(SEGMENT));
-        S::add_i(S::shl::<7>(high), low)
-    }
-}
-
 /// Integer dots of one segment, added to the accumulators of `R` rows.
 #[inline(always)]
 unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bool>(
@@ -88,7 +71,7 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
         if PARTS == 1 {
             unroll!(r in R => {
                 let x = rows.x.add(CODE_BYTES * r).cast();
-                let dot = dot_codes::<S, 8>(bits, *rows.offsets.add(r), codes, x);
+                let dot = S::dot::<8>(bits, *rows.offsets.add(r), codes, x);
                 let factor = S::mul(scale, S::splat(*rows.scales.add(r)));
                 acc[r] = S::fma(factor, S::to_f(dot), acc[r]);
             });
@@ -99,9 +82,9 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
             unroll!(r in R => {
                 let dx = S::splat(*rows.scales.add(r));
                 let x = rows.x.add(CODE_BYTES * r).cast::<i8>();
-                let dot = dot_codes::<S, 4>(bits, *rows.offsets.add(r), &low, x);
+                let dot = S::dot::<4>(bits, *rows.offsets.add(r), &low, x);
                 acc[r] = S::fma(S::mul(scale, dx), S::to_f(dot), acc[r]);
-                let dot = dot_codes::<S, 4>(bits, *rows.offsets.add(rows.stride + r), &high, x.add(16));
+                let dot = S::dot::<4>(bits, *rows.offsets.add(rows.stride + r), &high, x.add(16));
                 acc[r] = S::fma(S::mul(second, dx), S::to_f(dot), acc[r]);
             });
         }
