@@ -1,7 +1,7 @@
 //! Speed of the linear kernels next to the machine's roofs, measured in one run.
 //!
 //! `cargo run --release -p lathe-cpu --example linear_bench -- [--isa NAME] [--threads N]
-//! [--formats q4_0,bf16] [--rows 1,2,4] [--out N] [--columns N] [--exact]`
+//! [--formats q4_0,bf16] [--rows 1,2,4] [--out N] [--columns N] [--exact] [--prefill]`
 //!
 //! For each format and number of rows: the time of one product, bytes of weights (as in the file)
 //! over that time as a part of the measured read bandwidth, and operations over that time as a
@@ -23,6 +23,7 @@ struct Options {
     out: usize,
     columns: usize,
     exact: bool,
+    prefill: bool,
 }
 
 fn options() -> Options {
@@ -46,6 +47,7 @@ fn options() -> Options {
         out: number("--out", 8192),
         columns: number("--columns", 2048),
         exact: args.iter().any(|a| a == "--exact"),
+        prefill: args.iter().any(|a| a == "--prefill"),
     }
 }
 
@@ -59,12 +61,13 @@ fn weight(format: Format, rows: usize, columns: usize) -> Tensor {
 }
 
 /// Seconds of one product, the least of many: other work on the machine only adds to it.
-fn seconds(gang: &Gang, matrices: &[PackedMatrix], rows: usize) -> f64 {
+fn seconds(gang: &Gang, matrices: &[PackedMatrix], rows: usize, prefill: bool) -> f64 {
     let (out_width, columns) = (matrices[0].rows(), matrices[0].columns());
     let x: Vec<f32> = (0..rows * columns).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
     let mut out = vec![0f32; rows * out_width];
     let operands = Operands::of(matrices);
     let mut activations = Activations::new();
+    activations.set_forms((0..rows).map(|_| prefill));
     let mut least = f64::INFINITY;
     let begin = Instant::now();
     let mut products = 0;
@@ -114,7 +117,7 @@ fn main() {
         };
         let mut one = None;
         for &rows in &options.rows {
-            let time = seconds(&gang, &matrices, rows);
+            let time = seconds(&gang, &matrices, rows, options.prefill);
             let one = *one.get_or_insert(time);
             let rate = tensor.codes.len() as f64 / time / 1e9;
             let operations = 2.0 * (options.out * options.columns * rows) as f64 / time / 1e9;

@@ -119,6 +119,20 @@ pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
     let bf16 = |steps| run_peak(isa, Number::Bf16, steps);
     let float = |steps| run_peak(isa, Number::F32, steps);
     let float_rate = rate(&gang, 2 * 16, &float);
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx {
+        // A step has four products of tiles; `rate` counts `CHAINS` instructions.
+        let product = 4 * 2 * 16 * 16 * 32 / CHAINS;
+        // SAFETY: `isa` is available, so the caller promised.
+        let tiles = |int8: bool| move |steps| unsafe { crate::linear::amx::peak(int8, steps) };
+        return MatmulReport {
+            isa,
+            threads: gang.workers(),
+            int8_gop_s: rate(&gang, 2 * product, &tiles(true)),
+            bf16_gop_s: rate(&gang, product, &tiles(false)),
+            f32_gop_s: float_rate,
+        };
+    }
     MatmulReport {
         isa,
         threads: gang.workers(),
@@ -214,7 +228,7 @@ fn run_peak(isa: Isa, number: Number, steps: usize) {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 if matches!(number, Number::Bf16) => peak_avx512_bf16(steps),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => peak_avx512(number, steps),
+            Isa::Avx512 | Isa::Amx => peak_avx512(number, steps),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => peak_avx2(number, steps),
             _ => peak::<Portable>(number, steps),

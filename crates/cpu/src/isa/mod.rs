@@ -25,11 +25,13 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL and VNNI, with BF16 where present.
     Avx512,
+    /// All of AVX-512 above, and AMX tiles of BF16 and INT8.
+    Amx,
 }
 
 impl Isa {
     /// All of them, weakest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// The strongest that this machine has.
     pub fn detect() -> Isa {
@@ -54,6 +56,12 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => {
+                Isa::Avx512.is_available()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && crate::linear::amx::is_available()
+            }
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -62,7 +70,7 @@ impl Isa {
     /// Whether this ISA multiplies pairs of `bf16` on this machine.
     pub(crate) fn has_bf16_dot(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+        return self >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
@@ -73,6 +81,7 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 

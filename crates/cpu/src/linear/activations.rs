@@ -18,10 +18,11 @@
 //! gets that as its scale, so it is not hidden. Every row is prepared alike, whatever rows are
 //! beside it.
 
+use super::dispatch::Tiles;
 use crate::gang::Gang;
-use crate::pack::PackedMatrix;
 use crate::pack::layout::{Offset, Operand, SEGMENT};
 use crate::pack::memory::AlignedBytes;
+use crate::pack::{PANEL, PackedMatrix};
 
 /// Rows in a block: the rows of an AMX tile, and what AVX-512's registers hold.
 pub(crate) const BLOCK: usize = 16;
@@ -32,12 +33,27 @@ const PADDING: usize = 256;
 /// Different zero points among the matrices of one group.
 const OFFSETS_MAX: usize = 5;
 
+/// Segments of a row between a block of `bf16` rows and the next: blocks a power of two apart would
+/// all fall into a few sets of a cache.
+const BF16_GAP: usize = 16;
+/// Panels whose sums AMX keeps in tiles while slices of k pass by.
+pub(super) const TILE_PANELS: usize = 16;
+
+/// Floats of the sums in tiles that a worker keeps for `rows` rows.
+fn tile_sums(rows: usize) -> usize {
+    rows.next_multiple_of(2 * BLOCK) * PANEL * TILE_PANELS
+}
+
 /// Which forms of the input a set of matrices needs. Made once, when the matrices are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Operands {
     float: bool,
     bf16: bool,
     int8: bool,
+    /// `bf16` for the rows in the prefill form, and codes for the others alone.
+    tiles: bool,
+    /// Room for sums in tiles.
+    tile_sums: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
 }
 
@@ -48,9 +64,14 @@ impl Operands {
         for matrix in matrices {
             match matrix.operand {
                 Operand::F32 => all.float = true,
-                Operand::Bf16 => all.bf16 = true,
+                Operand::Bf16 => {
+                    all.bf16 = true;
+                    all.tile_sums |= matches!(matrix.kernels.tiles, Tiles::Packed);
+                }
                 Operand::Int8(offset) => {
                     all.int8 = true;
+                    all.tiles |= matches!(matrix.kernels.tiles, Tiles::Expanded(_));
+                    all.tile_sums |= all.tiles;
                     let known = all.offsets.contains(&Some(offset));
                     if !known && let Some(free) = all.offsets.iter_mut().find(|o| o.is_none()) {
                         *free = Some(offset);
@@ -97,6 +118,7 @@ pub struct Activations {
     rows: usize,
     columns: usize,
     operands: Operands,
+    forms: Forms,
     float: Plane,
     bf16: Plane,
     codes: Plane,
@@ -104,6 +126,7 @@ pub struct Activations {
     sums: Plane,
     offsets: [Plane; OFFSETS_MAX],
     scratch: Plane,
+    tile_sums: Plane,
 }
 
 /// The planes of one block, from one of its rows on; segments are `stride` rows apart.
@@ -139,9 +162,10 @@ impl BlockView {
 
 /// Pointers to all planes, for workers that each write rows of their own.
 #[derive(Clone, Copy)]
-struct Writer {
+struct Writer<'a> {
     rows: usize,
     padded: usize,
+    forms: &'a Forms,
     operands: Operands,
     float: *mut f32,
     bf16: *mut u16,
@@ -153,7 +177,41 @@ struct Writer {
 }
 
 // SAFETY: workers write disjoint rows through it (and disjoint scratch).
-unsafe impl Sync for Writer {}
+unsafe impl Sync for Writer<'_> {}
+
+/// Which rows are in the prefill form, and where each row lies in the planes: rows of codes are
+/// numbered by themselves, and `bf16` rows in the prefill form come before the others.
+#[derive(Debug, Default)]
+struct Forms {
+    /// By row: its number among those of its form.
+    place: Vec<u32>,
+    /// By row.
+    tiled: Vec<bool>,
+    /// Rows in the prefill form, then the others.
+    order: Vec<u32>,
+    /// How many are in the prefill form; 0: every row is at its own number.
+    tiled_count: usize,
+}
+
+impl Forms {
+    fn set(&mut self, tiled: impl Iterator<Item = bool> + Clone) {
+        self.place.clear();
+        self.tiled.clear();
+        self.order.clear();
+        let mut counts = [0u32; 2];
+        for tiled in tiled.clone() {
+            let count = &mut counts[usize::from(tiled)];
+            self.place.push(*count);
+            self.tiled.push(tiled);
+            *count += 1;
+        }
+        self.tiled_count = counts[1] as usize;
+        for form in [true, false] {
+            let rows = tiled.clone().enumerate().filter(|(_, tiled)| *tiled == form);
+            self.order.extend(rows.map(|(row, _)| row as u32));
+        }
+    }
+}
 
 /// Rows that a block of `rows` is padded to: those for which kernels exist.
 pub(crate) fn padded_rows(rows: usize) -> usize {
@@ -181,8 +239,11 @@ impl Activations {
         if operands.float {
             self.float.reserve(elements * 4);
         }
-        if operands.bf16 {
-            self.bf16.reserve(elements * 2);
+        if operands.bf16 || operands.tiles {
+            self.bf16.reserve(elements * 2 + rows / BLOCK * BF16_GAP * CODE_BYTES);
+        }
+        if operands.tile_sums {
+            self.tile_sums.reserve(gang.workers() * tile_sums(rows) * 4);
         }
         if operands.int8 {
             self.codes.reserve(elements * 2);
@@ -232,12 +293,21 @@ impl Activations {
         });
     }
 
-    fn begin(&mut self, gang: &Gang, operands: Operands, rows: usize, columns: usize) -> Writer {
+    fn begin(
+        &mut self,
+        gang: &Gang,
+        operands: Operands,
+        rows: usize,
+        columns: usize,
+    ) -> Writer<'_> {
         self.reserve(gang, operands, rows, columns);
         (self.rows, self.columns, self.operands) = (rows, columns, operands);
+        let tiled = self.forms.tiled.len();
+        assert!(tiled == 0 || tiled == rows, "forms of {tiled} rows for {rows}");
         Writer {
             rows,
             padded: columns.next_multiple_of(PADDING),
+            forms: &self.forms,
             operands,
             float: self.float.pointer(),
             bf16: self.bf16.pointer(),
@@ -259,14 +329,51 @@ impl Activations {
         self.columns
     }
 
-    /// Blocks of up to sixteen rows.
-    pub(crate) fn blocks(&self) -> usize {
-        self.rows.div_ceil(BLOCK)
+    /// Says which of the rows that are prepared from now on are in the prefill form, which AMX
+    /// multiplies as `bf16`; none until the first call. Without AMX the form makes no difference.
+    pub fn set_forms(&mut self, prefill: impl Iterator<Item = bool> + Clone) {
+        self.forms.set(prefill);
     }
 
-    /// Rows of block `block`.
-    pub(crate) fn block_rows(&self, block: usize) -> usize {
-        (self.rows - block * BLOCK).min(BLOCK)
+    /// Rows in the prefill form, if that makes a difference.
+    pub(crate) fn tiled_rows(&self) -> usize {
+        if self.operands.tiles { self.forms.tiled_count } else { 0 }
+    }
+
+    /// Rows that are prepared as `operand` for kernels other than tiles.
+    fn rows_as(&self, operand: Operand) -> usize {
+        match operand {
+            Operand::Int8(_) => self.rows - self.tiled_rows(),
+            Operand::F32 => self.rows,
+            Operand::Bf16 if self.operands.bf16 => self.rows,
+            Operand::Bf16 => self.tiled_rows(),
+        }
+    }
+
+    /// The row in slot `slot` of the plane of `operand`.
+    pub(crate) fn row_of(&self, operand: Operand, slot: usize) -> usize {
+        let tiled = self.tiled_rows();
+        match operand {
+            _ if tiled == 0 => slot,
+            Operand::F32 => slot,
+            Operand::Bf16 => self.forms.order[slot] as usize,
+            Operand::Int8(_) => self.forms.order[tiled + slot] as usize,
+        }
+    }
+
+    /// Where worker `worker` keeps sums in tiles.
+    pub(crate) fn tile_sums(&self, worker: usize) -> *mut f32 {
+        self.tile_sums.pointer::<f32>().wrapping_add(worker * tile_sums(self.rows))
+    }
+
+    /// Blocks of up to sixteen slots.
+    pub(crate) fn blocks(&self, operand: Operand) -> usize {
+        self.rows_as(operand).div_ceil(BLOCK)
+    }
+
+    /// Slots of block `block`.
+    pub(crate) fn block_rows(&self, operand: Operand, block: usize) -> usize {
+        (self.rows_as(operand) - block * BLOCK).min(BLOCK)
     }
 
     pub(crate) fn serves(&self, matrix: &PackedMatrix) -> bool {
@@ -281,8 +388,8 @@ impl Activations {
         first: usize,
         segment: usize,
     ) -> BlockView {
-        debug_assert!(block < self.blocks());
-        let stride = padded_rows(self.block_rows(block));
+        debug_assert!(block < self.blocks(operand));
+        let stride = padded_rows(self.block_rows(operand, block));
         let padded = self.columns.next_multiple_of(PADDING);
         let elements = block * BLOCK * padded;
         let segments = elements / SEGMENT + first;
@@ -302,7 +409,8 @@ impl Activations {
                     view.after::<128>(segment, 1)
                 }
                 Operand::Bf16 => {
-                    view.x = self.bf16.pointer::<u8>().add(elements * 2 + first * 64);
+                    let gaps = block * BF16_GAP * CODE_BYTES;
+                    view.x = self.bf16.pointer::<u8>().add(elements * 2 + gaps + first * 64);
                     view.after::<64>(segment, 1)
                 }
                 Operand::Int8(offset) => {
@@ -335,7 +443,7 @@ fn for_each_row(gang: &Gang, rows: usize, columns: usize, work: impl Fn(usize, u
     });
 }
 
-impl Writer {
+impl Writer<'_> {
     /// Writes row `row`, with the widest vectors that the machine has: every width rounds alike,
     /// so this need not follow the choice of [`crate::Isa`].
     ///
@@ -345,12 +453,12 @@ impl Writer {
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
-            unsafe fn avx512(writer: &Writer, row: usize, x: &[f32]) {
+            unsafe fn avx512(writer: &Writer<'_>, row: usize, x: &[f32]) {
                 // SAFETY: as the caller promises.
                 unsafe { writer.write_row_inline(row, x) }
             }
             #[target_feature(enable = "avx2")]
-            unsafe fn avx2(writer: &Writer, row: usize, x: &[f32]) {
+            unsafe fn avx2(writer: &Writer<'_>, row: usize, x: &[f32]) {
                 // SAFETY: as the caller promises.
                 unsafe { writer.write_row_inline(row, x) }
             }
@@ -372,10 +480,18 @@ impl Writer {
     /// As [`Writer::write_row`].
     #[inline(always)]
     unsafe fn write_row_inline(&self, row: usize, x: &[f32]) {
-        let block = row / BLOCK;
-        let stride = padded_rows((self.rows - block * BLOCK).min(BLOCK));
-        let elements = block * BLOCK * self.padded;
-        let first = row % BLOCK;
+        let forms = self.forms;
+        let split = if self.operands.tiles { forms.tiled_count } else { 0 };
+        let (place, tiled) =
+            if split == 0 { (row, false) } else { (forms.place[row] as usize, forms.tiled[row]) };
+        let coded = self.slot(place, self.rows - split);
+        let float = self.slot(row, self.rows);
+        let rounded = match (self.operands.bf16, tiled) {
+            (true, false) => Some(self.bf16_slot(split + place, self.rows)),
+            (true, true) => Some(self.bf16_slot(place, self.rows)),
+            (false, true) => Some(self.bf16_slot(place, split)),
+            (false, false) => None,
+        };
         let whole = x.len() / SEGMENT;
         for segment in 0..self.padded / SEGMENT {
             let values: [f32; SEGMENT] = if segment < whole {
@@ -384,23 +500,41 @@ impl Writer {
             } else {
                 padded_segment(x, segment)
             };
-            // Rows of a block are neighbours within a segment.
-            let at = elements / SEGMENT + segment * stride + first;
-            // SAFETY: as the caller promises; `at` stays below `rows * padded / SEGMENT`, rounded
-            // up to blocks.
+            // SAFETY: as the caller promises; slots stay below `rows`, rounded up to blocks.
             unsafe {
                 if self.operands.float {
+                    let at = float.segment(segment);
                     self.float.add(at * SEGMENT).cast::<[f32; SEGMENT]>().write(values);
                 }
-                if self.operands.bf16 {
+                if let Some(slot) = rounded {
                     let rounded = values.map(round_to_bf16);
+                    let at = slot.segment(segment);
                     self.bf16.add(at * SEGMENT).cast::<[u16; SEGMENT]>().write(rounded);
                 }
-                if self.operands.int8 {
-                    let pair = elements / SEGMENT * 2 + segment * 2 * stride + first;
-                    self.write_codes(&values, at, [pair, pair + stride]);
+                if self.operands.int8 && !tiled {
+                    let pair = coded.start * 2 + segment * 2 * coded.stride + coded.first;
+                    self.write_codes(&values, coded.segment(segment), [pair, pair + coded.stride]);
                 }
             }
+        }
+    }
+
+    /// Slot `index` of the plane of `bf16`, whose blocks have gaps between them.
+    #[inline(always)]
+    fn bf16_slot(&self, index: usize, rows: usize) -> Slot {
+        let slot = self.slot(index, rows);
+        Slot { start: slot.start + index / BLOCK * BF16_GAP, ..slot }
+    }
+
+    /// Slot `index` of a plane that holds `rows` rows.
+    #[inline(always)]
+    fn slot(&self, index: usize, rows: usize) -> Slot {
+        let block = index / BLOCK;
+        Slot {
+            start: block * BLOCK * self.padded / SEGMENT,
+            // A row of the other form has no slot in this plane, and none is asked for.
+            stride: padded_rows(rows.saturating_sub(block * BLOCK).min(BLOCK)),
+            first: index % BLOCK,
         }
     }
 
@@ -430,6 +564,25 @@ impl Writer {
                 }
             }
         }
+    }
+}
+
+/// Where a row lies in a plane, in segments.
+#[derive(Clone, Copy)]
+struct Slot {
+    /// Of the row's block.
+    start: usize,
+    /// Rows from one segment to the next.
+    stride: usize,
+    /// The row within its block.
+    first: usize,
+}
+
+impl Slot {
+    /// Rows of a block are neighbours within a segment.
+    #[inline(always)]
+    fn segment(self, segment: usize) -> usize {
+        self.start + segment * self.stride + self.first
     }
 }
 

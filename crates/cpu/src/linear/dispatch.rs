@@ -17,17 +17,35 @@ pub(crate) type ExpandFn = unsafe fn(*const u8, usize, &Constants, &mut Scratch)
 /// The instance for the most rows up to those given, and how many it takes.
 pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
 
+/// The instance for the most rows and panels up to those given, and how many of each it takes.
+pub(crate) type DirectFn = fn(usize, usize) -> (RunFn, usize, usize);
+
 /// The kernels of one matrix.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kernels {
     /// Straight from the packed panel, for so few rows that memory is the limit.
-    pub(crate) direct: Option<ChooseFn>,
+    pub(crate) direct: Option<DirectFn>,
     /// Most rows that `direct` takes.
     pub(crate) direct_rows: usize,
     /// Decodes a batch for `tile`; absent if `tile` reads the packed panel.
     pub(crate) expand: Option<ExpandFn>,
     /// For any number of rows.
     pub(crate) tile: ChooseFn,
+    /// What AMX tiles multiply.
+    pub(crate) tiles: Tiles,
+}
+
+/// What AMX tiles multiply, and how they get the weights.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Tiles {
+    /// Nothing.
+    None,
+    /// Every row: packed panels are tiles.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    Packed,
+    /// Rows in the prefill form: this decodes a batch to `f32`, which is rounded to `bf16`.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    Expanded(ExpandFn),
 }
 
 /// An ISA as something that kernels are compiled for.
@@ -114,6 +132,17 @@ target!(
 pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
+        Isa::Amx => {
+            let tiles = match operand {
+                Operand::Bf16 => Tiles::Packed,
+                Operand::Int8(_) => kernels(Isa::Avx512, layout, Operand::F32)
+                    .expand
+                    .map_or(Tiles::None, Tiles::Expanded),
+                Operand::F32 => Tiles::None,
+            };
+            Kernels { tiles, ..kernels(Isa::Avx512, layout, operand) }
+        }
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512 if operand == Operand::Bf16 => floats(rows_of::<Avx512Bf16Target, Pairs>),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
@@ -128,7 +157,7 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
 }
 
 fn floats(tile: ChooseFn) -> Kernels {
-    Kernels { direct: None, direct_rows: 0, expand: None, tile }
+    Kernels { direct: None, direct_rows: 0, expand: None, tile, tiles: Tiles::None }
 }
 
 fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
@@ -177,12 +206,14 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
             direct_rows: T::DIRECT_ROWS,
             expand: Some(T::expand::<ToCodes<C>>()),
             tile: tile::<T>(if T::ANY_WIDTH { 8 } else { C::BITS }, C::PARTS, C::MIN),
+            tiles: Tiles::None,
         },
         _ => Kernels {
             direct: None,
             direct_rows: 0,
             expand: Some(T::expand::<ToFloats<C>>()),
             tile: rows_of::<T, Widened<Single>>,
+            tiles: Tiles::None,
         },
     }
 }
@@ -203,11 +234,13 @@ fn tile<T: Target>(bits: u32, parts: usize, min: bool) -> ChooseFn {
     }
 }
 
-fn direct_rows_of<T: Target, C: Coded>(left: usize) -> (RunFn, usize) {
-    match left {
-        4.. if T::DIRECT_ROWS >= 4 => (T::run::<Direct<C>, 4>(), 4),
-        2.. => (T::run::<Direct<C>, 2>(), 2),
-        _ => (T::run::<Direct<C>, 1>(), 1),
+fn direct_rows_of<T: Target, C: Coded>(rows: usize, panels: usize) -> (RunFn, usize, usize) {
+    match (rows, panels) {
+        (4.., _) if T::DIRECT_ROWS >= 4 => (T::run::<Direct<C, 1>, 4>(), 4, 1),
+        (2.., 2..) => (T::run::<Direct<C, 2>, 2>(), 2, 2),
+        (2.., _) => (T::run::<Direct<C, 1>, 2>(), 2, 1),
+        (_, 4..) => (T::run::<Direct<C, 4>, 1>(), 1, 4),
+        _ => (T::run::<Direct<C, 1>, 1>(), 1, 1),
     }
 }
 

@@ -15,7 +15,7 @@
 
 use std::marker::PhantomData;
 
-use super::activations::{BlockView, CODE_BYTES};
+use super::activations::{BLOCK, BlockView, CODE_BYTES};
 use super::codes::{Coded, Decoded, unroll};
 use crate::isa::Simd;
 use crate::pack::PANEL;
@@ -29,6 +29,8 @@ pub(crate) const BATCH: usize = 8;
 pub(crate) struct Args<'a> {
     /// The packed panel, or expanded codes or numbers.
     pub(crate) weights: *const u8,
+    /// From one packed panel to the next, for kernels of several.
+    pub(crate) panel_bytes: usize,
     /// Packed bytes that the next call expands, to be fetched meanwhile; null for none.
     pub(crate) next: *const u8,
     /// Expanded scales, `[segments][parts][16]`.
@@ -120,10 +122,17 @@ unsafe fn store_acc<S: Simd, const R: usize>(acc: *mut f32, all: [S::F; R]) {
     }
 }
 
-/// A packed panel times coded activations.
-pub(crate) struct Direct<C>(PhantomData<C>);
+/// `P` packed panels side by side times coded activations: more chains for the arithmetic to hide in,
+/// and more streams for the memory to serve.
+pub(crate) struct Direct<C, const P: usize>(PhantomData<C>);
 
-impl<C: Coded> Kernel for Direct<C> {
+/// How far ahead of its use a packed panel is asked for. On Sapphire Rapids (two threads, 33 GB/s
+/// from memory) Q4_0 with one row reads 18 GB/s with neither, 24 with this, 28.6 with four panels too.
+const AHEAD_BYTES: usize = 4096;
+/// Floats of a block's product: from one panel's accumulators to the next's.
+const PRODUCT: usize = BLOCK * PANEL;
+
+impl<C: Coded, const P: usize> Kernel for Direct<C, P> {
     const TUNED: bool = true;
 
     #[inline(always)]
@@ -132,28 +141,41 @@ impl<C: Coded> Kernel for Direct<C> {
         unsafe {
             let constants = args.constants;
             let in_chunk = C::segments(constants);
-            let mut acc = load_acc::<S, R>(args.acc);
+            let mut acc = [[S::splat(0.0); R]; P];
+            unroll!(p in P => {
+                acc[p] = load_acc::<S, R>(args.acc.add(p * PRODUCT));
+            });
             let mut rows = args.rows;
             let mut panel = args.weights;
-            let (mut scales, mut mins) = ([0f32; 16 * PANEL], [0f32; 8 * PANEL]);
-            let out = Decoded { scales: scales.as_mut_ptr(), mins: mins.as_mut_ptr() };
+            let (mut scales, mut mins) = ([[0f32; 16 * PANEL]; P], [[0f32; 8 * PANEL]; P]);
             for _ in 0..args.segments / in_chunk {
-                C::scales::<S>(panel.add(in_chunk * C::SEGMENT_BYTES), constants, out);
+                unroll!(p in P => {
+                    let tail = panel.add(p * args.panel_bytes + in_chunk * C::SEGMENT_BYTES);
+                    prefetch(tail.wrapping_add(AHEAD_BYTES), C::tail_bytes(constants));
+                    let out = Decoded { scales: scales[p].as_mut_ptr(), mins: mins[p].as_mut_ptr() };
+                    C::scales::<S>(tail, constants, out);
+                });
                 for segment in 0..in_chunk {
-                    let codes = C::codes::<S>(panel);
-                    let scales = out.scales.add(segment * C::PARTS * PANEL);
-                    let mins = out.mins.add(segment * PANEL);
-                    if C::PARTS == 1 {
-                        add_segment_of::<S, C, R, 1>(&codes, scales, mins, &rows, &mut acc);
-                    } else {
-                        add_segment_of::<S, C, R, 2>(&codes, scales, mins, &rows, &mut acc);
-                    }
+                    unroll!(p in P => {
+                        let packed = panel.add(p * args.panel_bytes);
+                        prefetch(packed.wrapping_add(AHEAD_BYTES), C::SEGMENT_BYTES);
+                        let codes = C::codes::<S>(packed);
+                        let scales = scales[p].as_ptr().add(segment * C::PARTS * PANEL);
+                        let mins = mins[p].as_ptr().add(segment * PANEL);
+                        if C::PARTS == 1 {
+                            add_segment_of::<S, C, R, 1>(&codes, scales, mins, &rows, &mut acc[p]);
+                        } else {
+                            add_segment_of::<S, C, R, 2>(&codes, scales, mins, &rows, &mut acc[p]);
+                        }
+                    });
                     rows = rows.after::<CODE_BYTES>(1, C::PARTS);
                     panel = panel.add(C::SEGMENT_BYTES);
                 }
                 panel = panel.add(C::tail_bytes(constants));
             }
-            store_acc::<S, R>(args.acc, acc);
+            unroll!(p in P => {
+                store_acc::<S, R>(args.acc.add(p * PRODUCT), acc[p]);
+            });
         }
     }
 }

@@ -6,6 +6,8 @@
 //! same kernels with more or fewer accumulators.
 
 pub(crate) mod activations;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 pub(crate) mod codes;
 pub(crate) mod dispatch;
 pub(crate) mod kernels;
@@ -20,11 +22,13 @@ pub use activations::{Activations, Operands};
 use crate::gang::{Gang, share};
 use crate::pack::{PANEL, PackedMatrix};
 use activations::{BLOCK, padded_rows};
-use dispatch::{ChooseFn, ExpandFn};
+use dispatch::{ChooseFn, DirectFn, ExpandFn, Tiles};
 use kernels::{Args, BATCH, Scratch};
 
 /// Elements of activations that stay in a core's second-level cache while panels pass by.
 const CACHED_ELEMENTS: usize = 512 << 10;
+/// Panels that direct kernels multiply at a time, at most.
+const PANELS_AT_ONCE: usize = 4;
 /// Blocks of rows that one worker multiplies by a panel while the panel is decoded.
 const BLOCKS_AT_ONCE: usize = 16;
 
@@ -62,15 +66,15 @@ pub fn matmul(gang: &Gang, parts: &mut [Part<'_>], activations: &Activations) {
     }
     let job = Job { parts: parts.as_mut_ptr(), count: parts.len(), activations };
     let panels: usize = parts.iter().map(|part| part.matrix.panels()).sum();
-    let blocks = activations.blocks();
+    let blocks = activations.rows().div_ceil(BLOCK);
     let by_rows = panels < 4 * gang.workers() && blocks >= gang.workers();
     gang.run(|worker, workers| {
         // SAFETY: workers take disjoint panels, or disjoint blocks of rows.
         unsafe {
             if by_rows {
-                job.work((0, 1), share(blocks, worker, workers));
+                job.work((0, 1), (worker, workers));
             } else {
-                job.work((worker, workers), 0..blocks);
+                job.work((worker, workers), (0, 1));
             }
         }
     });
@@ -87,11 +91,11 @@ struct Job<'a, 'b> {
 unsafe impl Sync for Job<'_, '_> {}
 
 impl Job<'_, '_> {
-    /// The share `(index, of)` of the panels, against `blocks` of the rows.
+    /// The share `(index, of)` of the panels, against a share of the blocks of rows.
     ///
     /// # Safety
-    /// Concurrent calls have disjoint shares or disjoint blocks.
-    unsafe fn work(&self, (index, of): (usize, usize), blocks: Range<usize>) {
+    /// Concurrent calls have disjoint shares of panels or of rows.
+    unsafe fn work(&self, (index, of): (usize, usize), row_share: (usize, usize)) {
         // SAFETY: `parts` outlives the run, and only `out`'s elements are written, through
         // pointers, in disjoint places.
         unsafe {
@@ -114,7 +118,8 @@ impl Job<'_, '_> {
                     bias: (*part).bias,
                     accumulate: (*part).accumulate,
                 };
-                panels_by_blocks(matrix, self.activations, panels, blocks.clone(), &out);
+                let worker = index.max(row_share.0);
+                multiply(matrix, self.activations, panels, row_share, &out, worker);
             }
         }
     }
@@ -125,6 +130,56 @@ struct Output<'a> {
     pointer: *mut f32,
     bias: Option<&'a [f32]>,
     accumulate: bool,
+}
+
+impl Output<'_> {
+    /// Writes the sums of a row's outputs from `from` on, or adds them, with the bias.
+    #[inline(always)]
+    fn store(&self, sums: &[f32], from: usize, to: &mut [f32]) {
+        for (lane, value) in to.iter_mut().enumerate() {
+            let mut sum = sums[lane];
+            if let Some(bias) = self.bias {
+                sum += bias[from + lane];
+            }
+            *value = if self.accumulate { *value + sum } else { sum };
+        }
+    }
+}
+
+/// Multiplies a share of the rows by `panels`, each row by the kernels of its form.
+///
+/// # Safety
+/// `out` is `[rows, out]`, and nobody else touches those elements.
+unsafe fn multiply(
+    matrix: &PackedMatrix,
+    activations: &Activations,
+    panels: Range<usize>,
+    (index, of): (usize, usize),
+    out: &Output<'_>,
+    worker: usize,
+) {
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = worker;
+    #[cfg(target_arch = "x86_64")]
+    {
+        let tiled = match matrix.kernels.tiles {
+            Tiles::None => 0,
+            Tiles::Packed => activations.rows(),
+            Tiles::Expanded(_) => activations.tiled_rows(),
+        };
+        let blocks = share(tiled.div_ceil(BLOCK), index, of);
+        // SAFETY: as the caller promises; a matrix has tiles only where AMX is available.
+        unsafe {
+            let sums = activations.tile_sums(worker);
+            amx::multiply(matrix, activations, panels.clone(), blocks, out, sums);
+        }
+        if matches!(matrix.kernels.tiles, Tiles::Packed) {
+            return;
+        }
+    }
+    let blocks = share(activations.blocks(matrix.operand), index, of);
+    // SAFETY: as the caller promises.
+    unsafe { panels_by_blocks(matrix, activations, panels, blocks, out) };
 }
 
 /// Multiplies `blocks` of rows by `panels`, a cacheful of rows at a time.
@@ -138,6 +193,15 @@ unsafe fn panels_by_blocks(
     blocks: Range<usize>,
     out: &Output<'_>,
 ) {
+    let one_block = blocks.len() == 1;
+    if let Some(direct) = matrix.kernels.direct
+        && one_block
+        && padded_rows(activations.block_rows(matrix.operand, blocks.start))
+            <= matrix.kernels.direct_rows
+    {
+        // SAFETY: as the caller promises.
+        return unsafe { panels_direct(matrix, activations, panels, blocks.start, out, direct) };
+    }
     let cached = CACHED_ELEMENTS / (BLOCK * matrix.columns().max(1));
     let at_once = cached.clamp(2, BLOCKS_AT_ONCE);
     let mut first = blocks.start;
@@ -148,6 +212,51 @@ unsafe fn panels_by_blocks(
             unsafe { panel_by_blocks(matrix, activations, panel, some.clone(), out) };
         }
         first = some.end;
+    }
+}
+
+/// Multiplies one block of few rows by `panels`, some at a time, straight from the packed bytes.
+///
+/// # Safety
+/// As [`panels_by_blocks`].
+unsafe fn panels_direct(
+    matrix: &PackedMatrix,
+    activations: &Activations,
+    panels: Range<usize>,
+    block: usize,
+    out: &Output<'_>,
+    choose: DirectFn,
+) {
+    let mut product = [[0f32; BLOCK * PANEL]; PANELS_AT_ONCE];
+    let rows = padded_rows(activations.block_rows(matrix.operand, block));
+    let mut panel = panels.start;
+    while panel < panels.end {
+        let (kernel, at_once, count) = choose(rows, panels.end - panel);
+        for row in (0..rows).step_by(at_once) {
+            for product in &mut product[..count] {
+                product[row * PANEL..(row + at_once) * PANEL].fill(0.0);
+            }
+            // SAFETY: as the caller promises; `product` has the rows of `count` panels. Padded rows
+            // are whole numbers of what a kernel takes.
+            unsafe {
+                kernel(&Args {
+                    weights: matrix.panel(panel),
+                    panel_bytes: matrix.panel_bytes(),
+                    next: std::ptr::null(),
+                    scales: std::ptr::null(),
+                    mins: std::ptr::null(),
+                    segments: matrix.segments(),
+                    rows: activations.view(matrix.operand, block, row, 0),
+                    acc: product.as_mut_ptr().cast::<f32>().add(row * PANEL),
+                    constants: &matrix.constants,
+                });
+            }
+        }
+        for (index, product) in product[..count].iter().enumerate() {
+            // SAFETY: as the caller promises.
+            unsafe { store(matrix, activations, product, block, panel + index, out) };
+        }
+        panel += count;
     }
 }
 
@@ -169,18 +278,12 @@ unsafe fn panel_by_blocks(
     unsafe {
         product.write_bytes(0, blocks.len());
         let run = Run { matrix, activations, panel, blocks: blocks.clone(), product };
-        let one_block = blocks.len() == 1;
-        let padded = padded_rows(activations.block_rows(blocks.start));
-        match (matrix.kernels.direct, matrix.kernels.expand) {
-            (Some(direct), _) if one_block && padded <= matrix.kernels.direct_rows => {
-                run.segments(Source::packed(matrix.panel(panel)), 0..matrix.segments(), direct);
-            }
-            (_, Some(expand)) => run.expanded(expand),
-            (_, None) => run.plain(),
+        match matrix.kernels.expand {
+            Some(expand) => run.expanded(expand),
+            None => run.plain(),
         }
         for (index, block) in blocks.enumerate() {
-            let rows = (block * BLOCK, activations.block_rows(block));
-            store(matrix, &*product.add(index), rows, panel, out);
+            store(matrix, activations, &*product.add(index), block, panel, out);
         }
     }
 }
@@ -261,7 +364,7 @@ impl Run<'_> {
         let none = std::ptr::null();
         let mut next = source.next;
         for (index, block) in self.blocks.clone().enumerate() {
-            let rows = self.activations.block_rows(block);
+            let rows = self.activations.block_rows(self.matrix.operand, block);
             let mut row = 0;
             while row < rows {
                 let (kernel, count) = choose(padded_rows(rows) - row);
@@ -269,6 +372,7 @@ impl Run<'_> {
                 unsafe {
                     let args = Args {
                         weights: source.weights,
+                        panel_bytes: 0,
                         next,
                         scales: source.scratch.map_or(none, |s| s.scales.as_ptr()),
                         mins: source.scratch.map_or(none, |s| s.mins.as_ptr()),
@@ -291,29 +395,25 @@ impl Run<'_> {
     }
 }
 
-/// Adds the bias, and writes or adds the product of one panel to the rows `(first, count)`.
+/// Adds the bias, and writes or adds the product of one panel to the rows of a block.
 unsafe fn store(
     matrix: &PackedMatrix,
+    activations: &Activations,
     product: &[f32; BLOCK * PANEL],
-    (first, count): (usize, usize),
+    block: usize,
     panel: usize,
     out: &Output<'_>,
 ) {
     let from = panel * PANEL;
     let width = (matrix.rows() - from).min(PANEL);
-    for row in 0..count {
-        let product = &product[row * PANEL..][..width];
+    for slot in 0..activations.block_rows(matrix.operand, block) {
+        let product = &product[slot * PANEL..][..width];
+        let row = activations.row_of(matrix.operand, block * BLOCK + slot);
         // SAFETY: row and panel lie within `out`, and this worker alone writes there.
         let out_row = unsafe {
-            let start = out.pointer.add((first + row) * matrix.rows() + from);
+            let start = out.pointer.add(row * matrix.rows() + from);
             std::slice::from_raw_parts_mut(start, width)
         };
-        for (lane, value) in out_row.iter_mut().enumerate() {
-            let mut sum = product[lane];
-            if let Some(bias) = out.bias {
-                sum += bias[from + lane];
-            }
-            *value = if out.accumulate { *value + sum } else { sum };
-        }
+        out.store(product, from, out_row);
     }
 }

@@ -247,6 +247,58 @@ fn bias_residual_and_groups_of_parts() {
     }
 }
 
+/// Rows in the prefill form: `bf16` weights and activations where AMX multiplies them, no
+/// difference elsewhere, and rows in the decoding form as if they were alone.
+#[test]
+fn rows_of_both_forms_lie_beside_each_other() {
+    let mut random = Random(7);
+    for format in formats() {
+        let columns = 288_usize.next_multiple_of(format.block_len());
+        let weight = tensor(format, 70, columns, &mut random);
+        let rounded_weight: Vec<f32> =
+            weight.to_f32().iter().map(|&w| half::bf16::from_f32(w).to_f32()).collect();
+        let rows = 41;
+        let x = random.values(rows * columns);
+        let before = random.values(rows * 70);
+        let bias = random.values(70);
+        let forms: Vec<bool> = (0..rows).map(|_| random.next() > -0.4).collect();
+        for isa in isas() {
+            let packed = PackedMatrix::pack(&weight, isa, false).expect("packs");
+            let run = |x: &[f32], forms: &[bool], before: &[f32], threads| {
+                let gang = Gang::new(threads);
+                let mut activations = Activations::new();
+                activations.set_forms(forms.iter().copied());
+                activations.prepare(&gang, Operands::of([&packed]), x, columns);
+                let mut out = before.to_vec();
+                let mut part = Part::new(&packed, &mut out);
+                (part.bias, part.accumulate) = (Some(bias.as_slice()), true);
+                matmul(&gang, &mut [part], &activations);
+                out
+            };
+            let all = run(&x, &forms, &before, 3);
+            for row in 0..rows {
+                let (x, before) = (&x[row * columns..][..columns], &before[row * 70..][..70]);
+                let alone = run(x, &forms[row..=row], before, 1);
+                assert_eq!(alone, all[row * 70..][..70], "{format} {isa}: row {row} alone");
+                let tiled =
+                    forms[row] && isa == Isa::Amx && matches!(packed.operand, Operand::Int8(_));
+                if tiled {
+                    let got: Vec<f32> = alone
+                        .iter()
+                        .zip(before)
+                        .zip(&bias)
+                        .map(|((sum, before), bias)| sum - before - bias)
+                        .collect();
+                    let x = rounded(Operand::Bf16, x, columns);
+                    check(&format!("{format} {isa} tiled"), &got, &rounded_weight, &x, columns);
+                } else {
+                    assert_eq!(alone, run(x, &[false], before, 1), "{format} {isa}: row {row}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn slices_of_rows_are_matrices() {
     let mut random = Random(5);
