@@ -13,6 +13,7 @@ use crate::arguments::{BenchArguments, Global};
 use crate::measure::{self, Timing, Workload, growth_exponent, median};
 use crate::memory;
 use crate::output::{bad_input, human_bytes, print, print_json};
+use crate::parallel::ParallelArguments;
 use crate::plot::{Curve, draw};
 use crate::roofs::Roofs;
 use crate::session::{self, Need, ROWS_MAX, milliseconds};
@@ -27,6 +28,11 @@ struct Report {
     prompt: usize,
     generate: usize,
     batch: usize,
+    /// Ranks that the model is divided over; `ranks` says the same.
+    tensor_parallel: usize,
+    /// Whether a rank has whole experts.
+    expert_parallel: bool,
+    ranks: usize,
     prefill_ms: f64,
     prefill_tokens_per_s: f64,
     step_ms: f64,
@@ -77,6 +83,7 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     };
     let context = arguments.prompt + arguments.generate;
     let program = session::program_for(shape.spec(), context)?;
+    arguments.parallel.check(&program)?;
     let workload = Workload {
         prompt: arguments.prompt,
         generate: arguments.generate,
@@ -86,7 +93,8 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     let need = Need { context, sequences: arguments.batch, rows_max: ROWS_MAX };
     let sizes = shape.sizes(&program)?;
     session::check_memory(&program, sizes.total(&program), global, need)?;
-    let prepare = |kv_cache| prepare(&shape, &program, global, need, kv_cache);
+    let prepare =
+        |kv_cache| prepare(&shape, &program, global, (need, arguments.parallel), kv_cache);
     let mut prepared = prepare(true)?;
     let mut timings = measured(&mut prepared.engine, &workload, arguments.repeat)?;
     let mut growth = None;
@@ -119,6 +127,9 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         prompt: arguments.prompt,
         generate: arguments.generate,
         batch: arguments.batch,
+        tensor_parallel: arguments.parallel.ranks(),
+        expert_parallel: arguments.parallel.expert_parallel,
+        ranks: arguments.parallel.ranks(),
         prefill_ms,
         prefill_tokens_per_s: (arguments.prompt * arguments.batch) as f64 / prefill_ms * 1000.0,
         step_ms,
@@ -145,12 +156,12 @@ fn prepare(
     shape: &Shape,
     program: &Arc<Program>,
     global: &Global,
-    need: Need,
+    (need, parallel): (Need, ParallelArguments),
     kv_cache: bool,
 ) -> Result<Prepared, Error> {
     let start = Instant::now();
     let weights = shape.weights(program)?;
-    let (executor, options) = session::prepare_program(program, &*weights, global, need)?;
+    let (executor, options) = session::prepare_program(program, &*weights, global, need, parallel)?;
     let config = EngineConfig {
         rows_max: options.rows_max,
         sequences_max: need.sequences,
@@ -260,7 +271,7 @@ fn title(report: &Report) -> String {
 
 fn describe(report: &Report) -> String {
     let mut text = format!(
-        "{} {} on {} with {} threads, batch {}\n\
+        "{} {} on {} with {} threads{}, batch {}\n\
          prefill  {} tokens a prompt: {:.1} ms, {:.0} tokens/s\n\
          decode   {:.3} ms a step, {:.1} tokens/s\n\
          memory   {} a step, {:.1} GB/s of {:.1} GB/s measured: {:.0} %\n\
@@ -269,6 +280,7 @@ fn describe(report: &Report) -> String {
         report.format,
         report.device,
         report.threads,
+        if report.ranks > 1 { format!(" over {} ranks", report.ranks) } else { String::new() },
         report.batch,
         report.prompt,
         report.prefill_ms,

@@ -76,7 +76,7 @@ pub fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
         None => session::context_that_fits(&opened.model, global)?,
     };
     let need = Need { context, sequences: 1, rows_max: ROWS_MAX };
-    let session = opened.prepare(global, need)?;
+    let session = opened.over(arguments.parallel).prepare(global, need)?;
     let load_ms = session.load_ms;
     let (engine, model) = session.into_engine(true, 1)?;
     let kv_bytes = engine.executor().kv_bytes();
