@@ -10,7 +10,7 @@ use lathe_cpu::CpuBackend;
 use lathe_cpu::gang::available_cores;
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::shard::{ExpertSplit, ShardOptions, ShardedBackend, shard};
-use lathe_program::{Backend, BackendError, Collective, Op, Program};
+use lathe_program::{Backend, BackendError, Collective, KvLayout, Op, Program};
 
 use crate::arguments::{Device, Global};
 use crate::output::{InputContext, bad_input};
@@ -63,6 +63,15 @@ impl ParallelArguments {
             shard(program, &self.options()).bad_input_in(self.flags())?;
         }
         Ok(())
+    }
+
+    /// The sum of `of` over the caches of all ranks, which share KV heads or keep whole latents
+    /// each; of the program's own where it cannot be divided, which [`Self::check`] refuses.
+    pub fn kv_total(&self, program: &Program, of: impl Fn(&KvLayout) -> usize) -> usize {
+        match shard(program, &self.options()) {
+            Ok(ranks) if self.ranks() > 1 => ranks.iter().map(|rank| of(&rank.program.kv)).sum(),
+            _ => of(&program.kv),
+        }
     }
 
     /// Worker threads of all ranks together; `None` leaves the choice to the backend. Ranks share

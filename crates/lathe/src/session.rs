@@ -104,7 +104,7 @@ impl Opened {
         let program = program_for(&model.spec, need.context)?;
         parallel.check(&program)?;
         let weights = model.weights(&program).bad_input()?;
-        check_memory(&program, bytes, global, need)?;
+        check_memory(&program, bytes, global, need, parallel)?;
         let (executor, options) = prepare_program(&program, &weights, global, need, parallel)?;
         let load_ms = milliseconds(started);
         Ok(Session { model, executor, options, load_ms })
@@ -150,9 +150,11 @@ pub fn check_memory(
     weight_bytes: u64,
     global: &Global,
     need: Need,
+    parallel: ParallelArguments,
 ) -> Result<(), Error> {
     let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
-    let kv_bytes = blocks.saturating_mul(program.kv.page_bytes(kv_format_least(global)) as u64);
+    let page_bytes = parallel.kv_total(program, |kv| kv.page_bytes(kv_format_least(global)));
+    let kv_bytes = blocks.saturating_mul(page_bytes as u64);
     let Some(available) = memory::available_bytes() else { return Ok(()) };
     if weight_bytes.saturating_add(kv_bytes) <= available {
         return Ok(());
@@ -196,12 +198,16 @@ fn kv_blocks(layout: &KvLayout, need: Need, rows_max: usize) -> usize {
 
 /// The longest context, up to the model's own, whose cache takes no more than half of the memory
 /// that is available.
-pub fn context_that_fits(model: &Model, global: &Global) -> Result<usize, Error> {
+pub fn context_that_fits(
+    model: &Model,
+    global: &Global,
+    parallel: ParallelArguments,
+) -> Result<usize, Error> {
     let limit = model.spec.context_max;
     let program = lower(&model.spec, &LowerOptions::new(limit)).bad_input()?;
-    let bytes = program.kv.bytes_per_token(kv_format_least(global)).max(1);
+    let bytes = parallel.kv_total(&program, |kv| kv.bytes_per_token(kv_format_least(global)));
     let Some(available) = memory::available_bytes() else { return Ok(limit) };
-    let tokens = (available as f64 * KV_MEMORY_SHARE / bytes as f64) as usize;
+    let tokens = (available as f64 * KV_MEMORY_SHARE / bytes.max(1) as f64) as usize;
     Ok(limit.min(tokens.max(1)))
 }
 

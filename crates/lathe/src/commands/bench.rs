@@ -92,7 +92,8 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     };
     let need = Need { context, sequences: arguments.batch, rows_max: ROWS_MAX };
     let sizes = shape.sizes(&program)?;
-    session::check_memory(&program, sizes.total(&program), global, need)?;
+    let weight_bytes = sizes.total(&program);
+    session::check_memory(&program, weight_bytes, global, need, arguments.parallel)?;
     let prepare =
         |kv_cache| prepare(&shape, &program, global, (need, arguments.parallel), kv_cache);
     let mut prepared = prepare(true)?;

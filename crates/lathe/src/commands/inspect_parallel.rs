@@ -232,9 +232,13 @@ pub fn describe(report: &Report) -> String {
         }
     }
     if has_experts && report.roofs.is_some() {
+        let winner = match report.decode.last().and_then(|line| line.faster) {
+            Some(Strategy::Expert) => "whole experts (--expert-parallel) are faster",
+            _ => "experts by column are faster",
+        };
         text.push_str(&match report.crossover_batch {
-            Some(batch) => format!("crossover   from batch {batch} on the other way is faster\n"),
-            None => "crossover   none up to batch 256\n".to_owned(),
+            Some(batch) => format!("crossover   from batch {batch} on {winner}\n"),
+            None => format!("crossover   none up to batch 256: {winner}\n"),
         });
     }
     text
