@@ -102,7 +102,6 @@ impl Opened {
     pub fn prepare(self, global: &Global, need: Need) -> Result<Session, Error> {
         let Opened { model, bytes, started, parallel } = self;
         let program = program_for(&model.spec, need.context)?;
-        parallel.check(&program)?;
         let weights = model.weights(&program).bad_input()?;
         check_memory(&program, bytes, global, need, parallel)?;
         let (executor, options) = prepare_program(&program, &weights, global, need, parallel)?;
@@ -144,7 +143,8 @@ pub fn prepare_program(
     Ok((executor, options))
 }
 
-/// Refuses what cannot fit before anything is loaded, and says what it would take.
+/// Refuses what cannot be divided or cannot fit before anything is loaded, and says what it would
+/// take.
 pub fn check_memory(
     program: &Program,
     weight_bytes: u64,
@@ -152,6 +152,7 @@ pub fn check_memory(
     need: Need,
     parallel: ParallelArguments,
 ) -> Result<(), Error> {
+    parallel.check(program)?;
     let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
     let page_bytes = parallel.kv_total(program, |kv| kv.page_bytes(kv_format_least(global)));
     let kv_bytes = blocks.saturating_mul(page_bytes as u64);

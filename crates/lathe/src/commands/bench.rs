@@ -22,17 +22,12 @@ use crate::shape::Shape;
 #[derive(Serialize)]
 struct Report {
     model: String,
-    device: String,
-    threads: usize,
+    #[serde(flatten)]
+    place: Place,
     format: String,
     prompt: usize,
     generate: usize,
     batch: usize,
-    /// Ranks that the model is divided over; `ranks` says the same.
-    tensor_parallel: usize,
-    /// Whether a rank has whole experts.
-    expert_parallel: bool,
-    ranks: usize,
     prefill_ms: f64,
     prefill_tokens_per_s: f64,
     step_ms: f64,
@@ -47,6 +42,19 @@ struct Report {
     kv_bytes: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     growth: Option<Growth>,
+}
+
+/// What computed.
+#[derive(Serialize)]
+struct Place {
+    device: String,
+    /// Of all ranks together.
+    threads: usize,
+    /// Ranks that the model is divided over; `ranks` says the same.
+    tensor_parallel: usize,
+    /// Whether a rank has whole experts.
+    expert_parallel: bool,
+    ranks: usize,
 }
 
 /// A run with the cache next to one without.
@@ -83,7 +91,6 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     };
     let context = arguments.prompt + arguments.generate;
     let program = session::program_for(shape.spec(), context)?;
-    arguments.parallel.check(&program)?;
     let workload = Workload {
         prompt: arguments.prompt,
         generate: arguments.generate,
@@ -92,10 +99,9 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     };
     let need = Need { context, sequences: arguments.batch, rows_max: ROWS_MAX };
     let sizes = shape.sizes(&program)?;
-    let weight_bytes = sizes.total(&program);
-    session::check_memory(&program, weight_bytes, global, need, arguments.parallel)?;
-    let prepare =
-        |kv_cache| prepare(&shape, &program, global, (need, arguments.parallel), kv_cache);
+    session::check_memory(&program, sizes.total(&program), global, need, arguments.parallel)?;
+    let place = (global, arguments.parallel);
+    let prepare = |kv_cache| prepare(&shape, &program, place, need, kv_cache);
     let mut prepared = prepare(true)?;
     let mut timings = measured(&mut prepared.engine, &workload, arguments.repeat)?;
     let mut growth = None;
@@ -122,15 +128,11 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     let achieved_gb_s = cost.memory_bytes() as f64 / step_ms / 1e6;
     let report = Report {
         model: shape.name().to_owned(),
-        device: session::backend(global.device)?.name().to_owned(),
-        threads: roofs.threads,
+        place: Place::of(global, &roofs, arguments.parallel)?,
         format: sizes.formats(),
         prompt: arguments.prompt,
         generate: arguments.generate,
         batch: arguments.batch,
-        tensor_parallel: arguments.parallel.ranks(),
-        expert_parallel: arguments.parallel.expert_parallel,
-        ranks: arguments.parallel.ranks(),
         prefill_ms,
         prefill_tokens_per_s: (arguments.prompt * arguments.batch) as f64 / prefill_ms * 1000.0,
         step_ms,
@@ -156,8 +158,8 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
 fn prepare(
     shape: &Shape,
     program: &Arc<Program>,
-    global: &Global,
-    (need, parallel): (Need, ParallelArguments),
+    (global, parallel): (&Global, ParallelArguments),
+    need: Need,
     kv_cache: bool,
 ) -> Result<Prepared, Error> {
     let start = Instant::now();
@@ -199,6 +201,26 @@ fn measured(engine: &mut Engine, workload: &Workload, repeat: usize) -> Result<V
     };
     measure::run(engine, &warm, u64::MAX)?;
     (0..repeat as u64).map(|round| measure::run(engine, workload, round)).collect()
+}
+
+impl Place {
+    fn of(global: &Global, roofs: &Roofs, parallel: ParallelArguments) -> Result<Self, Error> {
+        Ok(Self {
+            device: session::backend(global.device)?.name().to_owned(),
+            threads: roofs.threads,
+            tensor_parallel: parallel.ranks(),
+            expert_parallel: parallel.expert_parallel,
+            ranks: parallel.ranks(),
+        })
+    }
+
+    fn describe(&self) -> String {
+        let ranks = match self.ranks {
+            1 => String::new(),
+            ranks => format!(" over {ranks} ranks"),
+        };
+        format!("{} with {} threads{ranks}", self.device, self.threads)
+    }
 }
 
 impl Growth {
@@ -272,16 +294,14 @@ fn title(report: &Report) -> String {
 
 fn describe(report: &Report) -> String {
     let mut text = format!(
-        "{} {} on {} with {} threads{}, batch {}\n\
+        "{} {} on {}, batch {}\n\
          prefill  {} tokens a prompt: {:.1} ms, {:.0} tokens/s\n\
          decode   {:.3} ms a step, {:.1} tokens/s\n\
          memory   {} a step, {:.1} GB/s of {:.1} GB/s measured: {:.0} %\n\
          loaded in {:.0} ms, weights {}, KV cache {}\n",
         report.model,
         report.format,
-        report.device,
-        report.threads,
-        if report.ranks > 1 { format!(" over {} ranks", report.ranks) } else { String::new() },
+        report.place.describe(),
         report.batch,
         report.prompt,
         report.prefill_ms,
