@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use lathe_program::{
-    Backend, BackendError, Executor, ExecutorOptions, KvFormat, Op, Program, WeightSource,
+    Backend, BackendError, Collective, Executor, ExecutorOptions, KvFormat, Op, Program,
+    SingleRank, WeightSource, check_program,
 };
 
 use crate::attend::Attention;
@@ -17,6 +18,7 @@ use crate::latent::{LatentScratch, LatentStage};
 use crate::linear::Activations;
 use crate::plan::{Buffers, Planner, attend_shape};
 use crate::profile::Profile;
+use crate::ranks::Ranks;
 use crate::stage::Stage;
 use crate::weights::Weights;
 
@@ -28,15 +30,22 @@ pub struct CpuOptions {
 }
 
 /// The backend that runs programs on the CPU.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct CpuBackend {
     options: CpuOptions,
+    collective: Arc<dyn Collective>,
 }
 
 impl CpuBackend {
-    /// A backend with these options.
+    /// The backend of a single rank, with these options.
     pub fn new(options: CpuOptions) -> Self {
-        Self { options }
+        Self { options, collective: Arc::new(SingleRank) }
+    }
+
+    /// The same as one rank of several, each with threads of its own; its programs are one rank's
+    /// programs.
+    pub fn collective(self, collective: Arc<dyn Collective>) -> Self {
+        Self { collective, ..self }
     }
 }
 
@@ -51,14 +60,16 @@ impl Backend for CpuBackend {
         weights: &dyn WeightSource,
         options: &ExecutorOptions,
     ) -> Result<Box<dyn Executor>, BackendError> {
+        check_program(&program, &*self.collective)?;
         let isa = Isa::select(self.options.isa)?;
         let threads = options.threads.unwrap_or_else(|| available_cores().count).max(1);
         let rows_max = options.rows_max.max(1);
         let weights = Weights::load(&program, weights, isa, options.exact)?;
         let buffers = Buffers::new(&program, rows_max)?;
         let stages = Planner::new(&program, &weights, &buffers, options.exact).stages()?;
-        let gang = Gang::new(threads);
-        let state = state(&program, &stages, gang, isa, rows_max, options)?;
+        let gang = Gang::one_of(self.collective.ranks(), threads);
+        let ranks = Ranks::new(Arc::clone(&self.collective), &stages, rows_max);
+        let state = state(&program, &stages, (gang, ranks), isa, rows_max, options)?;
         let latents = stages.iter().map(|stage| match stage {
             Stage::AttendLatent(latent) => latent.bytes(),
             _ => 0,
@@ -83,7 +94,7 @@ fn default_format(exact: bool) -> KvFormat {
 fn state(
     program: &Program,
     stages: &[Stage],
-    gang: Gang,
+    (gang, ranks): (Gang, Ranks),
     isa: Isa,
     rows_max: usize,
     options: &ExecutorOptions,
@@ -134,13 +145,14 @@ fn state(
         attention: Attention::new(width, &shapes, gang.workers(), rows_max, program.context_max)?,
         latent: LatentScratch::new(latents, rows_max)?,
         gang,
+        ranks,
         activations,
         angles,
         choices,
         router,
         groups,
         logits: Vec::new(),
-        logits_width: stages.iter().find_map(logits_width).unwrap_or(0),
+        logits_width: if stages.iter().any(makes_logits) { program.vocabulary } else { 0 },
         captures: capture_widths.iter().map(|w| vec![0.0; w * rows_max]).collect(),
         capture_widths,
         sequence_of: Vec::with_capacity(rows_max),
@@ -149,11 +161,8 @@ fn state(
     })
 }
 
-fn logits_width(stage: &Stage) -> Option<usize> {
-    match stage {
-        Stage::Logits(logits) => Some(logits.matrix.rows()),
-        _ => None,
-    }
+fn makes_logits(stage: &Stage) -> bool {
+    matches!(stage, Stage::Logits(_))
 }
 
 /// Room for every routing's choices, and for a router's logits and ranks.

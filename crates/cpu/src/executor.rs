@@ -21,6 +21,7 @@ use crate::linear::{Activations, Part, matmul};
 use crate::memory::Memory;
 use crate::plan::Buffers;
 use crate::profile::Profile;
+use crate::ranks::Ranks;
 use crate::rows::Rows;
 use crate::stage::{
     ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage, Source,
@@ -47,6 +48,7 @@ pub struct CpuExecutor {
 pub(crate) struct State {
     pub width: Width,
     pub gang: Gang,
+    pub ranks: Ranks,
     pub cache: KvCache,
     pub attention: Attention,
     pub latent: LatentScratch,
@@ -111,7 +113,7 @@ impl Executor for CpuExecutor {
         self.state.begin(&self.program, step);
         for stage in &self.stages {
             let start = self.state.profile.start();
-            self.state.run(stage, step);
+            self.state.run(stage, step)?;
             self.state.profile.stop(stage, step.rows(), start);
         }
         self.state.profile.step(step.rows());
@@ -171,7 +173,7 @@ impl State {
 
     /// Runs one stage. Stages' buffers hold `rows_max` rows and the step has no more; a stage's
     /// inputs are complete before it starts.
-    fn run(&mut self, stage: &Stage, step: &Step) {
+    fn run(&mut self, stage: &Stage, step: &Step) -> Result<(), BackendError> {
         let (width, count) = (self.width, step.rows());
         match stage {
             Stage::Embed { table, first_token, multiplier, out } => {
@@ -222,13 +224,24 @@ impl State {
                     experts.run(place, count, choice, &mut self.activations, &mut self.groups);
                 }
             }
-            Stage::Logits(logits) => self.logits(logits, step),
+            Stage::AllReduce { input, out } => {
+                copy(*input, 0, *out, count);
+                // SAFETY: see above; the gang is idle.
+                self.ranks.sum(unsafe { out.slices_mut(count) })?;
+            }
+            Stage::AllGather { input, out } => {
+                // SAFETY: see above; the two do not overlap, as gathering is not done in place.
+                let (part, whole) = unsafe { (input.slices(count), out.slices_mut(count)) };
+                self.ranks.gather(part, input.width(), whole, out.width())?;
+            }
+            Stage::Logits(logits) => self.logits(logits, step)?,
             Stage::Capture { input, tap } => {
                 // SAFETY: see above.
                 let rows = unsafe { input.slices(count) };
                 self.captures[*tap][..rows.len()].copy_from_slice(rows);
             }
         }
+        Ok(())
     }
 
     fn linear(&mut self, stage: &LinearStage, count: usize) {
@@ -319,10 +332,10 @@ impl State {
         }
     }
 
-    fn logits(&mut self, stage: &LogitsStage, step: &Step) {
+    fn logits(&mut self, stage: &LogitsStage, step: &Step) -> Result<(), BackendError> {
         let (width, asked) = (self.width, &step.logits_rows);
         if asked.is_empty() {
-            return;
+            return Ok(());
         }
         let columns = stage.matrix.columns();
         self.activations.prepare_with(
@@ -344,7 +357,11 @@ impl State {
                 }
             },
         );
-        let logits = &mut self.logits[..asked.len() * stage.matrix.rows()];
+        let own = asked.len() * stage.matrix.rows();
+        let logits = match stage.gather {
+            true => self.ranks.own_logits(own),
+            false => &mut self.logits[..own],
+        };
         matmul(&self.gang, &mut [Part::new(&stage.matrix, logits)], &self.activations);
         if stage.scale != 1.0 || stage.softcap.is_some() {
             let all = Rows::new(logits.as_mut_ptr(), 1);
@@ -356,6 +373,11 @@ impl State {
                 );
             });
         }
+        if stage.gather {
+            let whole = &mut self.logits[..asked.len() * self.logits_width];
+            self.ranks.gather_logits(stage.matrix.rows(), whole, self.logits_width)?;
+        }
+        Ok(())
     }
 }
 

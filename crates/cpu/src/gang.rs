@@ -67,6 +67,12 @@ impl Gang {
     /// Workers are bound to a core each if the gang fills the machine; otherwise the operating
     /// system places them, since other processes may want the same cores.
     pub fn new(threads: usize) -> Gang {
+        Self::one_of(1, threads)
+    }
+
+    /// One of `gangs` gangs of `threads` workers each that work at the same time. If together they
+    /// are more than there are cores, waiting workers give their core away.
+    pub fn one_of(gangs: usize, threads: usize) -> Gang {
         let workers = threads.max(1);
         let cores = available_cores();
         let shared = Arc::new(Shared {
@@ -80,9 +86,9 @@ impl Gang {
             panic: Mutex::new(None),
             panicked: AtomicBool::new(false),
             workers,
-            crowded: workers > cores.count,
+            crowded: workers * gangs.max(1) > cores.count,
         });
-        let fills_machine = workers == cores.count && cores.ids.len() >= workers;
+        let fills_machine = gangs == 1 && workers == cores.count && cores.ids.len() >= workers;
         let threads = (1..workers)
             .map(|worker| {
                 let shared = Arc::clone(&shared);

@@ -23,6 +23,7 @@ mod memory;
 pub mod pack;
 mod plan;
 mod profile;
+mod ranks;
 mod rows;
 mod stage;
 mod weights;

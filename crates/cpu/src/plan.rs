@@ -126,7 +126,7 @@ impl<'a> Planner<'a> {
                 }
                 Some((Stage::Linear(stage), skipped + 1 + usize::from(residual.is_some())))
             }
-            Op::Logits { input, head, scale, softcap, .. } => {
+            Op::Logits { input, head, gather, scale, softcap } => {
                 // A sum before the norm would be stored for the asked rows only: leave it alone.
                 let source = match prelude {
                     Prelude::AddNorm(..) | Prelude::Activate(..) => return None,
@@ -134,11 +134,9 @@ impl<'a> Planner<'a> {
                 };
                 let matrix = self.weights.matrix(*head);
                 let operands = Operands::of([&matrix]);
-                let (scale, softcap) = (*scale, *softcap);
-                Some((
-                    Stage::Logits(LogitsStage { source, matrix, operands, scale, softcap }),
-                    skipped + 1,
-                ))
+                let (scale, softcap, gather) = (*scale, *softcap, *gather);
+                let stage = LogitsStage { source, matrix, operands, scale, softcap, gather };
+                Some((Stage::Logits(stage), skipped + 1))
             }
             _ => None,
         }
@@ -248,9 +246,11 @@ impl<'a> Planner<'a> {
                 gate: self.rows(*gate),
                 out: self.rows(*out),
             },
-            // With one rank, what all ranks sum or gather is this rank's own.
-            Op::AllReduce { input, out } | Op::AllGather { input, out } => {
-                Stage::Copy { input: self.rows(*input), start: 0, out: self.rows(*out) }
+            Op::AllReduce { input, out } => {
+                Stage::AllReduce { input: self.rows(*input), out: self.rows(*out) }
+            }
+            Op::AllGather { input, out } => {
+                Stage::AllGather { input: self.rows(*input), out: self.rows(*out) }
             }
             Op::Slice { input, start, out } => {
                 Stage::Copy { input: self.rows(*input), start: *start, out: self.rows(*out) }

@@ -108,6 +108,8 @@ pub struct LogitsStage {
     pub scale: f32,
     /// Applied after the scale.
     pub softcap: Option<f32>,
+    /// Whether the matrix has this rank's tokens only, and the ranks' logits are put together.
+    pub gather: bool,
 }
 
 /// A rotation.
@@ -197,6 +199,20 @@ pub enum Stage {
         /// `[rows, m]`.
         out: Rows,
     },
+    /// The sum over all ranks.
+    AllReduce {
+        /// `[rows, n]`.
+        input: Rows,
+        /// `[rows, n]`.
+        out: Rows,
+    },
+    /// The columns of all ranks.
+    AllGather {
+        /// `[rows, n]`.
+        input: Rows,
+        /// `[rows, n * ranks]`.
+        out: Rows,
+    },
     /// A router.
     Route(Box<RouteStage>),
     /// Experts.
@@ -214,7 +230,7 @@ pub enum Stage {
 
 impl Stage {
     /// Names of the kinds, by [`Stage::kind`].
-    pub const KINDS: [&str; 15] = [
+    pub const KINDS: [&str; 17] = [
         "embed",
         "norm",
         "linear",
@@ -230,6 +246,8 @@ impl Stage {
         "experts",
         "logits",
         "capture",
+        "all_reduce",
+        "all_gather",
     ];
 
     /// Which kind of stage it is: an index into [`Stage::KINDS`].
@@ -250,6 +268,8 @@ impl Stage {
             Stage::Experts(_) => 12,
             Stage::Logits(_) => 13,
             Stage::Capture { .. } => 14,
+            Stage::AllReduce { .. } => 15,
+            Stage::AllGather { .. } => 16,
         }
     }
 }

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::commands::RankArguments;
+use crate::parallel::ParallelArguments;
+
 const EXAMPLES: &str = "\
 Examples:
   lathe run smollm2-135m \"Why is the sky blue?\"
@@ -154,6 +157,8 @@ pub struct RunArguments {
     /// Tokens to draft ahead: needs --draft
     #[arg(long, value_name = "N")]
     pub draft_budget: Option<usize>,
+    #[command(flatten)]
+    pub parallel: ParallelArguments,
 }
 
 #[derive(Debug, Args)]
@@ -168,6 +173,8 @@ pub struct ChatArguments {
     pub context: Option<usize>,
     #[command(flatten)]
     pub sampling: SamplingArguments,
+    #[command(flatten)]
+    pub parallel: ParallelArguments,
 }
 
 #[derive(Debug, Args)]
@@ -183,6 +190,8 @@ pub struct ScoreArguments {
     /// How many of the last position's logits to show
     #[arg(long, value_name = "K", default_value_t = 10)]
     pub top_k: usize,
+    #[command(flatten)]
+    pub parallel: ParallelArguments,
 }
 
 #[derive(Debug, Args)]
@@ -202,6 +211,8 @@ pub struct EvalArguments {
     /// earlier window scored are context only
     #[arg(long, value_name = "N")]
     pub stride: Option<usize>,
+    #[command(flatten)]
+    pub parallel: ParallelArguments,
 }
 
 #[derive(Debug, Args)]
@@ -223,6 +234,8 @@ pub struct InspectArguments {
     /// Do not measure this machine: no floor_ms, bound or intensity of the machine
     #[arg(long)]
     pub no_measure: bool,
+    #[command(flatten)]
+    pub ranks: RankArguments,
 }
 
 #[derive(Debug, Args)]
@@ -253,6 +266,8 @@ pub struct BenchArguments {
     /// With --no-kv-cache: draw both curves
     #[arg(long, value_name = "FILE.svg", requires = "no_kv_cache")]
     pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub parallel: ParallelArguments,
 }
 
 #[derive(Debug, Args)]

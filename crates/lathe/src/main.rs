@@ -13,6 +13,7 @@ mod interrupt;
 mod measure;
 mod memory;
 mod output;
+mod parallel;
 mod plot;
 mod progress;
 mod prompt;

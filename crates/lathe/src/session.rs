@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Error};
+use anyhow::Error;
 use lathe_cpu::CpuBackend;
 use lathe_engine::{Engine, EngineConfig, ScoreError, TextDecoder};
 use lathe_model::lower::{LowerOptions, lower};
@@ -22,6 +22,7 @@ use crate::catalogue::Origin;
 use crate::commands::locate;
 use crate::memory;
 use crate::output::{InputContext, bad_input, human_bytes};
+use crate::parallel::ParallelArguments;
 
 /// Rows of a step at most, unless a command has a reason for another number: enough for the
 /// matrix products to be compute-bound, few enough that activations stay small.
@@ -37,6 +38,8 @@ pub struct Opened {
     pub bytes: u64,
     /// When opening began.
     pub started: Instant,
+    /// How it is to be divided.
+    pub parallel: ParallelArguments,
 }
 
 /// What a command needs to run.
@@ -71,7 +74,8 @@ pub fn open(name: &str) -> Result<Opened, Error> {
         // The cache names files by checksums and commits.
         model.name = located.name;
     }
-    Ok(Opened { model, bytes: weight_file_bytes(&located.path), started })
+    let parallel = ParallelArguments::default();
+    Ok(Opened { model, bytes: weight_file_bytes(&located.path), started, parallel })
 }
 
 /// The backend that `--device` asks for.
@@ -89,13 +93,18 @@ impl Opened {
         tokenizer_of(&self.model)
     }
 
+    /// The same, to be divided over ranks.
+    pub fn over(self, parallel: ParallelArguments) -> Self {
+        Self { parallel, ..self }
+    }
+
     /// Lays the weights out for the device and makes a cache as large as `need` says.
     pub fn prepare(self, global: &Global, need: Need) -> Result<Session, Error> {
-        let Opened { model, bytes, started } = self;
+        let Opened { model, bytes, started, parallel } = self;
         let program = program_for(&model.spec, need.context)?;
         let weights = model.weights(&program).bad_input()?;
-        check_memory(&program, bytes, global, need)?;
-        let (executor, options) = prepare_program(&program, &weights, global, need)?;
+        check_memory(&program, bytes, global, need, parallel)?;
+        let (executor, options) = prepare_program(&program, &weights, global, need, parallel)?;
         let load_ms = milliseconds(started);
         Ok(Session { model, executor, options, load_ms })
     }
@@ -117,30 +126,36 @@ pub fn prepare_program(
     weights: &dyn WeightSource,
     global: &Global,
     need: Need,
+    parallel: ParallelArguments,
 ) -> Result<(Box<dyn Executor>, ExecutorOptions), Error> {
     let rows_max = need.rows(program);
     let options = ExecutorOptions {
         kv_blocks: kv_blocks(&program.kv, need, rows_max),
         kv_format: None,
         rows_max,
-        threads: global.threads.map(|threads| threads.get()),
+        threads: parallel.threads(global),
         exact: global.exact,
     };
-    let executor = backend(global.device)?
+    let executor = parallel
+        .backend(global.device)?
         .prepare(Arc::clone(program), weights, &options)
-        .context("cannot prepare the model")?;
+        .map_err(|error| parallel.explain(error))?;
     Ok((executor, options))
 }
 
-/// Refuses what cannot fit before anything is loaded, and says what it would take.
+/// Refuses what cannot be divided or cannot fit before anything is loaded, and says what it would
+/// take.
 pub fn check_memory(
     program: &Program,
     weight_bytes: u64,
     global: &Global,
     need: Need,
+    parallel: ParallelArguments,
 ) -> Result<(), Error> {
+    parallel.check(program)?;
     let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
-    let kv_bytes = blocks.saturating_mul(program.kv.page_bytes(kv_format_least(global)) as u64);
+    let page_bytes = parallel.kv_total(program, |kv| kv.page_bytes(kv_format_least(global)));
+    let kv_bytes = blocks.saturating_mul(page_bytes as u64);
     let Some(available) = memory::available_bytes() else { return Ok(()) };
     if weight_bytes.saturating_add(kv_bytes) <= available {
         return Ok(());
@@ -184,12 +199,16 @@ fn kv_blocks(layout: &KvLayout, need: Need, rows_max: usize) -> usize {
 
 /// The longest context, up to the model's own, whose cache takes no more than half of the memory
 /// that is available.
-pub fn context_that_fits(model: &Model, global: &Global) -> Result<usize, Error> {
+pub fn context_that_fits(
+    model: &Model,
+    global: &Global,
+    parallel: ParallelArguments,
+) -> Result<usize, Error> {
     let limit = model.spec.context_max;
     let program = lower(&model.spec, &LowerOptions::new(limit)).bad_input()?;
-    let bytes = program.kv.bytes_per_token(kv_format_least(global)).max(1);
+    let bytes = parallel.kv_total(&program, |kv| kv.bytes_per_token(kv_format_least(global)));
     let Some(available) = memory::available_bytes() else { return Ok(limit) };
-    let tokens = (available as f64 * KV_MEMORY_SHARE / bytes as f64) as usize;
+    let tokens = (available as f64 * KV_MEMORY_SHARE / bytes.max(1) as f64) as usize;
     Ok(limit.min(tokens.max(1)))
 }
 

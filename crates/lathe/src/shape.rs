@@ -136,6 +136,11 @@ impl Sizes {
         self.weights[weight.0 as usize].0
     }
 
+    /// Number format of one weight.
+    pub fn format_of(&self, weight: Weight) -> Format {
+        self.weights[weight.0 as usize].1
+    }
+
     /// Bytes of all; a head that is the embedding counts once.
     pub fn total(&self, program: &Program) -> u64 {
         let counts = |decl: WeightRole| !(self.tied_head && decl == WeightRole::Head);

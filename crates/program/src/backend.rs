@@ -62,9 +62,12 @@ pub enum BackendError {
     /// The step is malformed.
     #[error(transparent)]
     Step(#[from] crate::step::StepError),
-    /// Another rank failed.
+    /// Another rank failed, or the program is not this rank's.
     #[error(transparent)]
     Collective(#[from] crate::collective::CollectiveError),
+    /// The program cannot be divided as asked.
+    #[error(transparent)]
+    Shard(#[from] crate::shard::ShardError),
     /// The device failed.
     #[error("device: {0}")]
     Device(String),

@@ -1,32 +1,63 @@
-//! `Collective`: what ranks of one model say to each other, and the version for ranks that are
-//! threads of one process.
+//! `Collective`: what ranks of one model say to each other.
 //!
 //! A rank runs its own program on its own share of the weights; wherever the program says
 //! [`crate::Op::AllReduce`], [`crate::Op::AllGather`] or gathers logits, every rank makes the same
-//! call in the same order. Device backends implement the trait over their own links, with
-//! buffers staged where they must be.
+//! call in the same order. Buffers are the caller's and counts are known on both sides, so that
+//! a device backend can hand the calls to its own links (NCCL's all-reduce, all-gather, grouped
+//! send and receive, and abort). [`ThreadRank`] is the version for threads of one process.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use crate::op::Op;
+use crate::program::Program;
 
-/// A rank could not be reached: it failed, or made a different call.
+mod threads;
+
+pub use threads::ThreadRank;
+
+/// Why ranks could not agree.
 #[derive(Debug, Clone, thiserror::Error, PartialEq)]
-#[error("collective: {0}")]
-pub struct CollectiveError(pub String);
+pub enum CollectiveError {
+    /// A rank left the group: it failed, or was dropped.
+    #[error("collective: rank {0} has gone")]
+    Gone(usize),
+    /// Two ranks made different calls, or a call does not fit the group.
+    #[error("collective: {0}")]
+    Mismatch(String),
+    /// A program was divided over another number of ranks than there are, or is another rank's.
+    #[error("collective: the program is not that of rank {rank} of {ranks}: {reason}")]
+    Program {
+        /// The rank that was to run it.
+        rank: usize,
+        /// How many there are.
+        ranks: usize,
+        /// What was found and what was expected.
+        reason: String,
+    },
+}
 
-/// One rank's end of a group of ranks.
-pub trait Collective: Send + Sync {
+/// One rank's end of a group of ranks. Calls of one rank come one at a time.
+pub trait Collective: Send + Sync + std::fmt::Debug {
     /// This rank, from 0 on.
     fn rank(&self) -> usize;
     /// How many there are.
     fn ranks(&self) -> usize;
-    /// Replaces `values` by the sum over all ranks, added in rank order, so that every rank gets
-    /// the same bits each time. All ranks give the same length.
+    /// Replaces `values` by the sum over all ranks, added in an order that the group fixes, so that
+    /// every rank gets the same bits each time. All ranks give the same length.
     fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), CollectiveError>;
-    /// Fills `whole` with every rank's `part`, rank 0 first; `whole` is `ranks` parts long.
+    /// Fills `whole` with every rank's `part`, rank 0 first; `whole` is `ranks` parts long, and all
+    /// ranks give the same length.
     fn all_gather(&self, part: &[f32], whole: &mut [f32]) -> Result<(), CollectiveError>;
-    /// Gives `send[r]` to rank `r` and returns what each rank gave to this one, by rank. Lengths
-    /// may differ.
-    fn all_to_all(&self, send: &[&[f32]]) -> Result<Vec<Vec<f32>>, CollectiveError>;
+    /// Gives rank `r` the next `send_counts[r]` floats of `send`, and fills `receive` with what
+    /// each rank gave to this one, rank 0 first: `receive_counts[r]` floats from rank `r`.
+    fn all_to_all(
+        &self,
+        send: &[f32],
+        send_counts: &[usize],
+        receive: &mut [f32],
+        receive_counts: &[usize],
+    ) -> Result<(), CollectiveError>;
+    /// Leaves the group for good: calls of the others that this rank has not joined yet fail
+    /// instead of waiting for it, and so do all later ones.
+    fn leave(&self);
 }
 
 /// The only rank.
@@ -47,212 +78,78 @@ impl Collective for SingleRank {
     }
 
     fn all_gather(&self, part: &[f32], whole: &mut [f32]) -> Result<(), CollectiveError> {
+        same_length("parts to gather", part.len(), whole.len())?;
         whole.copy_from_slice(part);
         Ok(())
     }
 
-    fn all_to_all(&self, send: &[&[f32]]) -> Result<Vec<Vec<f32>>, CollectiveError> {
-        Ok(send.iter().map(|part| part.to_vec()).collect())
-    }
-}
-
-/// What a rank puts on the table: one part for every rank, or one for all.
-type Parts = Arc<Vec<Vec<f32>>>;
-
-#[derive(Debug)]
-struct Table {
-    given: Vec<Option<Parts>>,
-    taken: usize,
-    gone: Vec<bool>,
-}
-
-impl Table {
-    /// The call can never be completed: a rank has gone and had not given its part.
-    fn missing(&self) -> Option<usize> {
-        (0..self.gone.len()).find(|rank| self.gone[*rank] && self.given[*rank].is_none())
+    fn all_to_all(
+        &self,
+        send: &[f32],
+        send_counts: &[usize],
+        receive: &mut [f32],
+        receive_counts: &[usize],
+    ) -> Result<(), CollectiveError> {
+        check_counts("sent", send, send_counts, 1)?;
+        check_counts("received", receive, receive_counts, 1)?;
+        same_length("floats for itself", send.len(), receive.len())?;
+        receive.copy_from_slice(send);
+        Ok(())
     }
 
-    fn is_full(&self) -> bool {
-        self.given.iter().all(Option::is_some)
-    }
+    fn leave(&self) {}
 }
 
-#[derive(Debug)]
-struct Shared {
+fn same_length(what: &str, found: usize, expected: usize) -> Result<(), CollectiveError> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(CollectiveError::Mismatch(format!("{found} {what}, expected {expected}")))
+}
+
+/// One count a rank, which add up to what there is.
+fn check_counts(
+    what: &str,
+    values: &[f32],
+    counts: &[usize],
     ranks: usize,
-    table: Mutex<Table>,
-    changed: Condvar,
+) -> Result<(), CollectiveError> {
+    same_length(&format!("counts of floats {what}"), counts.len(), ranks)?;
+    same_length(&format!("floats {what}"), values.len(), counts.iter().sum())
 }
 
-/// A rank that is a thread; ranks exchange copies through one table under a lock. When a rank
-/// is dropped, calls of the others that need it fail instead of waiting for ever.
-#[derive(Debug)]
-pub struct ThreadRank {
-    rank: usize,
-    shared: Arc<Shared>,
-}
-
-impl ThreadRank {
-    /// A group of `ranks` ends, by rank.
-    ///
-    /// # Panics
-    /// If `ranks` is 0.
-    pub fn group(ranks: usize) -> Vec<ThreadRank> {
-        assert!(ranks > 0, "a group has at least one rank");
-        let table = Table { given: vec![None; ranks], taken: 0, gone: vec![false; ranks] };
-        let shared = Arc::new(Shared { ranks, table: Mutex::new(table), changed: Condvar::new() });
-        (0..ranks).map(|rank| ThreadRank { rank, shared: Arc::clone(&shared) }).collect()
-    }
-
-    /// Leaves the group: calls of the others that need this rank fail from now on.
-    pub fn leave(&self) {
-        let mut table = self.shared.table.lock().unwrap_or_else(PoisonError::into_inner);
-        // What this rank has already given still counts for the others.
-        table.gone[self.rank] = true;
-        self.shared.changed.notify_all();
-    }
-
-    /// Gives `parts` and returns what every rank gave, by rank. The table is clear again when the
-    /// last rank has taken its copies, and only then may a fast rank give for its next call.
-    fn exchange(&self, parts: Vec<Vec<f32>>) -> Result<Vec<Parts>, CollectiveError> {
-        let shared = &*self.shared;
-        let mut table = shared.table.lock().unwrap_or_else(PoisonError::into_inner);
-        while table.given[self.rank].is_some() {
-            table = shared.changed.wait(table).unwrap_or_else(PoisonError::into_inner);
+/// Checks that `program` is one that this rank of this group can run: what is gathered fills what
+/// it is gathered into, and the head has this rank's rows.
+///
+/// # Errors
+/// [`CollectiveError::Program`].
+pub fn check_program(
+    program: &Program,
+    collective: &dyn Collective,
+) -> Result<(), CollectiveError> {
+    let (rank, ranks) = (collective.rank(), collective.ranks());
+    let check = |op: &Op| match op {
+        Op::AllGather { input, out } => {
+            let (part, whole) = (program.value_width(*input), program.value_width(*out));
+            let name = &program.values[out.0 as usize].name;
+            (part * ranks != whole).then(|| format!("{name} gathers {part} of {whole} columns"))
         }
-        table.given[self.rank] = Some(Arc::new(parts));
-        shared.changed.notify_all();
-        while !table.is_full() {
-            if let Some(rank) = table.missing() {
-                return Err(CollectiveError(format!("rank {rank} has gone")));
-            }
-            table = shared.changed.wait(table).unwrap_or_else(PoisonError::into_inner);
+        Op::Logits { head, gather: true, .. } => {
+            let found = program.weight(*head).shape[0];
+            let expected = vocabulary_part(program.vocabulary, rank, ranks).len();
+            (found != expected).then(|| format!("its head has {found} rows, expected {expected}"))
         }
-        let all = table.given.iter().flatten().cloned().collect();
-        table.taken += 1;
-        if table.taken == shared.ranks {
-            table.taken = 0;
-            table.given.fill(None);
-            shared.changed.notify_all();
-        }
-        Ok(all)
-    }
-
-    fn same_length(&self, all: &[Parts], expected: usize) -> Result<(), CollectiveError> {
-        match all.iter().position(|parts| parts[0].len() != expected) {
-            None => Ok(()),
-            Some(rank) => Err(CollectiveError(format!(
-                "rank {} gave {expected} elements, rank {rank} gave {}",
-                self.rank,
-                all[rank][0].len()
-            ))),
-        }
+        _ => None,
+    };
+    match program.ops.iter().find_map(check) {
+        None => Ok(()),
+        Some(reason) => Err(CollectiveError::Program { rank, ranks, reason }),
     }
 }
 
-impl Drop for ThreadRank {
-    fn drop(&mut self) {
-        self.leave();
-    }
-}
-
-impl Collective for ThreadRank {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn ranks(&self) -> usize {
-        self.shared.ranks
-    }
-
-    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), CollectiveError> {
-        let all = self.exchange(vec![values.to_vec()])?;
-        self.same_length(&all, values.len())?;
-        values.copy_from_slice(&all[0][0]);
-        for parts in &all[1..] {
-            values.iter_mut().zip(&parts[0]).for_each(|(sum, x)| *sum += x);
-        }
-        Ok(())
-    }
-
-    fn all_gather(&self, part: &[f32], whole: &mut [f32]) -> Result<(), CollectiveError> {
-        let all = self.exchange(vec![part.to_vec()])?;
-        self.same_length(&all, part.len())?;
-        for (parts, out) in all.iter().zip(whole.chunks_mut(part.len().max(1))) {
-            out.copy_from_slice(&parts[0]);
-        }
-        Ok(())
-    }
-
-    fn all_to_all(&self, send: &[&[f32]]) -> Result<Vec<Vec<f32>>, CollectiveError> {
-        if send.len() != self.shared.ranks {
-            return Err(CollectiveError(format!(
-                "{} parts for {} ranks",
-                send.len(),
-                self.shared.ranks
-            )));
-        }
-        let all = self.exchange(send.iter().map(|part| part.to_vec()).collect())?;
-        Ok(all.iter().map(|parts| parts[self.rank].clone()).collect())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn on_threads<T: Send>(ranks: usize, run: impl Fn(ThreadRank) -> T + Sync) -> Vec<T> {
-        std::thread::scope(|scope| {
-            let group = ThreadRank::group(ranks);
-            let threads: Vec<_> = group.into_iter().map(|rank| scope.spawn(|| run(rank))).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-        })
-    }
-
-    #[test]
-    fn sums_are_in_rank_order_and_calls_do_not_mix() {
-        let results = on_threads(4, |rank| {
-            let mut last = Vec::new();
-            for call in 0..200 {
-                let mut values = vec![rank.rank() as f32 + call as f32, 1e8];
-                rank.all_reduce_sum(&mut values).unwrap();
-                assert_eq!(values[0], 6.0 + 4.0 * call as f32);
-                last = values;
-            }
-            last
-        });
-        assert!(results.iter().all(|result| *result == results[0]));
-    }
-
-    #[test]
-    fn gathers_and_exchanges() {
-        on_threads(3, |rank| {
-            let me = rank.rank() as f32;
-            let mut whole = vec![0.0; 6];
-            rank.all_gather(&[me, me + 10.0], &mut whole).unwrap();
-            assert_eq!(whole, [0.0, 10.0, 1.0, 11.0, 2.0, 12.0]);
-            let long = vec![me; 2];
-            let received = rank.all_to_all(&[&long, &long[..1], &[]]).unwrap();
-            let expected = [2, 1, 0][rank.rank()];
-            assert_eq!(received, [0.0, 1.0, 2.0].map(|from| vec![from; expected]));
-        });
-    }
-
-    #[test]
-    fn a_rank_that_is_gone_is_an_error() {
-        let results =
-            on_threads(
-                2,
-                |rank| {
-                    if rank.rank() == 0 { Ok(()) } else { rank.all_reduce_sum(&mut [1.0]) }
-                },
-            );
-        assert_eq!(results[1], Err(CollectiveError("rank 0 has gone".to_owned())));
-    }
-
-    #[test]
-    fn different_lengths_are_an_error() {
-        let results = on_threads(2, |rank| rank.all_reduce_sum(&mut vec![1.0; 1 + rank.rank()]));
-        assert!(results.iter().all(Result::is_err));
-    }
+/// The tokens of `rank` where a vocabulary is divided: parts as wide as each other but for the
+/// last, as gathering asks. Empty where there are too few.
+pub fn vocabulary_part(vocabulary: usize, rank: usize, ranks: usize) -> std::ops::Range<usize> {
+    let part = vocabulary.div_ceil(ranks);
+    (part * rank).min(vocabulary)..(part * (rank + 1)).min(vocabulary)
 }

@@ -8,6 +8,8 @@
 //! - Activations are `f32`; each op reads its inputs and writes its outputs once. On a machine
 //!   with caches they do not travel to memory, so [`roofline`] leaves them out.
 
+pub mod parallel;
+
 use crate::kv::KvFormat;
 use crate::op::*;
 use crate::program::Program;

@@ -24,7 +24,7 @@ mod validate;
 
 pub use backend::{Backend, BackendError, Executor, ExecutorOptions, StepOutput, WeightSource};
 pub use builder::{LinearSpec, ProgramBuilder};
-pub use collective::{Collective, CollectiveError, SingleRank, ThreadRank};
+pub use collective::{Collective, CollectiveError, SingleRank, ThreadRank, check_program};
 pub use kv::{KvFormat, KvGroup, KvLayerDecl, KvLayerShape, KvLayout};
 pub use observe::{ObservedExpert, ObservedInput, ObservedRouting, Observer};
 pub use op::*;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use lathe_program::conformance::models::{GroupedStyle, SmallAttention, SmallDecoder};
 use lathe_program::conformance::{Random, Schedule, SeededWeights};
+use lathe_program::cost::parallel::Division;
 use lathe_program::cost::{StepShape, count};
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::shard::{ExpertSplit, ShardOptions, ShardedBackend, shard};
@@ -133,6 +134,48 @@ fn communication_is_counted() {
     let total = count(&rank.program, &shape, &|_| 0, KvFormat::F32).total;
     // Five sums of 10 x 64 floats, three quarters sent twice; 96 logits gathered.
     assert_eq!(total.communication_bytes, 5 * 10 * 64 * 4 * 2 * 3 / 4 + 96 * 4 * 3 / 4);
+}
+
+/// Predictions are the counter's for whole rows; for experts they are about the busiest rank.
+#[test]
+fn predictions_agree_with_the_counter() {
+    let program = SmallDecoder::mixture().program();
+    let bytes = |weight: Weight| 4 * program.weight(weight).shape.iter().product::<usize>() as u64;
+    let divide = |experts| {
+        let options = ShardOptions { experts, ..ShardOptions::new(2) };
+        let format = |_| Ok(Format::F32);
+        Division::new(&program, &options, &format, &bytes, KvFormat::F16, 64).unwrap()
+    };
+    let shape = StepShape { ranks: 2, ..StepShape::decode(32, 100) };
+    let options = ShardOptions { experts: ExpertSplit::ByColumn, ..ShardOptions::new(2) };
+    let rank = &shard(&program, &options).unwrap()[0].program;
+    let size = |weight: Weight| 4 * rank.weight(weight).shape.iter().product::<usize>() as u64;
+    let counted = count(rank, &shape, &size, KvFormat::F16).total;
+    let (column, expert) = (divide(ExpertSplit::ByColumn), divide(ExpertSplit::ByExpert));
+    let step = column.step(&shape);
+    let near = |a: u64, b: u64| (a as f64 / b as f64 - 1.0).abs() < 1e-3;
+    assert!(near(step.weight_bytes, counted.weight_bytes), "{step:?} {counted:?}");
+    // The other rank is without the biases that are added to a sum once.
+    let mean = step.weight_bytes_mean as f64 / counted.weight_bytes as f64;
+    assert!((0.99..1.0).contains(&mean), "{step:?} {counted:?}");
+    assert!(near(step.flops, counted.flops), "{step:?} {counted:?}");
+    assert_eq!(step.kv_bytes, counted.kv_read_bytes + counted.kv_write_bytes);
+    assert_eq!(step.communication.bytes(), counted.communication_bytes);
+    // The embedding, attention and feed-forward of two layers, and the logits.
+    assert_eq!(step.communication.collectives, 1 + 2 * 2 + 1);
+    // A rank that is luckless with the router has more to do, and moves fewer rows on average.
+    let whole = expert.step(&shape);
+    assert!(whole.flops > step.flops && whole.flops < step.flops * 3 / 2, "{whole:?} {step:?}");
+    assert!(whole.moved_bytes < step.moved_bytes, "{whole:?} {step:?}");
+    // 32 rows of 64 floats: half a sum each way, and half of the rows to the other rank and back
+    // where one of two of eight experts is there (1 - 4/8 3/7).
+    let exchange = expert.exchange(&shape).unwrap();
+    assert_eq!(exchange.reduce_scatter_bytes, 2 * 32 * 64 * 4 / 2);
+    let rows = 16.0 * (1.0 - 4.0 / 8.0 * 3.0 / 7.0);
+    let expected = 2.0 * 2.0 * rows * 256.0;
+    assert!((exchange.all_to_all_bytes as f64 / expected - 1.0).abs() < 1e-3, "{exchange:?}");
+    assert_eq!(exchange.collectives, step.communication.collectives + 2 * 2);
+    assert!(column.exchange(&shape).is_none());
 }
 
 #[test]

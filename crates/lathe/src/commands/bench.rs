@@ -13,6 +13,7 @@ use crate::arguments::{BenchArguments, Global};
 use crate::measure::{self, Timing, Workload, growth_exponent, median};
 use crate::memory;
 use crate::output::{bad_input, human_bytes, print, print_json};
+use crate::parallel::ParallelArguments;
 use crate::plot::{Curve, draw};
 use crate::roofs::Roofs;
 use crate::session::{self, Need, ROWS_MAX, milliseconds};
@@ -21,8 +22,8 @@ use crate::shape::Shape;
 #[derive(Serialize)]
 struct Report {
     model: String,
-    device: String,
-    threads: usize,
+    #[serde(flatten)]
+    place: Place,
     format: String,
     prompt: usize,
     generate: usize,
@@ -41,6 +42,19 @@ struct Report {
     kv_bytes: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     growth: Option<Growth>,
+}
+
+/// What computed.
+#[derive(Serialize)]
+struct Place {
+    device: String,
+    /// Of all ranks together.
+    threads: usize,
+    /// Ranks that the model is divided over; `ranks` says the same.
+    tensor_parallel: usize,
+    /// Whether a rank has whole experts.
+    expert_parallel: bool,
+    ranks: usize,
 }
 
 /// A run with the cache next to one without.
@@ -85,8 +99,9 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     };
     let need = Need { context, sequences: arguments.batch, rows_max: ROWS_MAX };
     let sizes = shape.sizes(&program)?;
-    session::check_memory(&program, sizes.total(&program), global, need)?;
-    let prepare = |kv_cache| prepare(&shape, &program, global, need, kv_cache);
+    session::check_memory(&program, sizes.total(&program), global, need, arguments.parallel)?;
+    let place = (global, arguments.parallel);
+    let prepare = |kv_cache| prepare(&shape, &program, place, need, kv_cache);
     let mut prepared = prepare(true)?;
     let mut timings = measured(&mut prepared.engine, &workload, arguments.repeat)?;
     let mut growth = None;
@@ -113,8 +128,7 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     let achieved_gb_s = cost.memory_bytes() as f64 / step_ms / 1e6;
     let report = Report {
         model: shape.name().to_owned(),
-        device: session::backend(global.device)?.name().to_owned(),
-        threads: roofs.threads,
+        place: Place::of(global, &roofs, arguments.parallel)?,
         format: sizes.formats(),
         prompt: arguments.prompt,
         generate: arguments.generate,
@@ -144,13 +158,13 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
 fn prepare(
     shape: &Shape,
     program: &Arc<Program>,
-    global: &Global,
+    (global, parallel): (&Global, ParallelArguments),
     need: Need,
     kv_cache: bool,
 ) -> Result<Prepared, Error> {
     let start = Instant::now();
     let weights = shape.weights(program)?;
-    let (executor, options) = session::prepare_program(program, &*weights, global, need)?;
+    let (executor, options) = session::prepare_program(program, &*weights, global, need, parallel)?;
     let config = EngineConfig {
         rows_max: options.rows_max,
         sequences_max: need.sequences,
@@ -187,6 +201,26 @@ fn measured(engine: &mut Engine, workload: &Workload, repeat: usize) -> Result<V
     };
     measure::run(engine, &warm, u64::MAX)?;
     (0..repeat as u64).map(|round| measure::run(engine, workload, round)).collect()
+}
+
+impl Place {
+    fn of(global: &Global, roofs: &Roofs, parallel: ParallelArguments) -> Result<Self, Error> {
+        Ok(Self {
+            device: session::backend(global.device)?.name().to_owned(),
+            threads: roofs.threads,
+            tensor_parallel: parallel.ranks(),
+            expert_parallel: parallel.expert_parallel,
+            ranks: parallel.ranks(),
+        })
+    }
+
+    fn describe(&self) -> String {
+        let ranks = match self.ranks {
+            1 => String::new(),
+            ranks => format!(" over {ranks} ranks"),
+        };
+        format!("{} with {} threads{ranks}", self.device, self.threads)
+    }
 }
 
 impl Growth {
@@ -260,15 +294,14 @@ fn title(report: &Report) -> String {
 
 fn describe(report: &Report) -> String {
     let mut text = format!(
-        "{} {} on {} with {} threads, batch {}\n\
+        "{} {} on {}, batch {}\n\
          prefill  {} tokens a prompt: {:.1} ms, {:.0} tokens/s\n\
          decode   {:.3} ms a step, {:.1} tokens/s\n\
          memory   {} a step, {:.1} GB/s of {:.1} GB/s measured: {:.0} %\n\
          loaded in {:.0} ms, weights {}, KV cache {}\n",
         report.model,
         report.format,
-        report.device,
-        report.threads,
+        report.place.describe(),
         report.batch,
         report.prompt,
         report.prefill_ms,

@@ -73,10 +73,10 @@ pub fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
     sampling.validate(opened.model.spec.vocabulary).map_err(bad_input)?;
     let context = match arguments.context {
         Some(context) => context,
-        None => session::context_that_fits(&opened.model, global)?,
+        None => session::context_that_fits(&opened.model, global, arguments.parallel)?,
     };
     let need = Need { context, sequences: 1, rows_max: ROWS_MAX };
-    let session = opened.prepare(global, need)?;
+    let session = opened.over(arguments.parallel).prepare(global, need)?;
     let load_ms = session.load_ms;
     let (engine, model) = session.into_engine(true, 1)?;
     let kv_bytes = engine.executor().kv_bytes();

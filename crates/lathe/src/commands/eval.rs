@@ -59,7 +59,7 @@ pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let windows = Windows { context, stride };
     let need =
         Need { context: context.clamp(1, tokens.len().max(1)), sequences: 1, rows_max: ROWS_MAX };
-    let mut session = opened.prepare(global, need)?;
+    let mut session = opened.over(arguments.parallel).prepare(global, need)?;
     let mut base = base.map(|base| base.prepare(global, need)).transpose()?;
 
     let mut progress = progress();

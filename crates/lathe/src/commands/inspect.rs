@@ -8,6 +8,7 @@ use lathe_program::{KvFormat, Program};
 use serde::Serialize;
 
 use crate::arguments::{Global, InspectArguments};
+use crate::commands::inspect_parallel::{self, Subject};
 use crate::memory;
 use crate::output::{bad_input, human_bytes, human_count, print, print_json};
 use crate::roofs::Roofs;
@@ -30,6 +31,8 @@ struct Report<'a> {
     decode: Step,
     machine: Option<Roofs>,
     memory: Option<Fit>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parallel: Option<inspect_parallel::Report>,
 }
 
 /// What one step costs, and how long it takes at least.
@@ -79,6 +82,8 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
     let measure = || Roofs::measure(global, &sizes);
     let roofs = (!arguments.no_measure).then(measure).transpose()?;
     let weight_bytes = sizes.total(&program);
+    let subject = Subject { program: &program, sizes: &sizes, kv_format, context };
+    let parallel = arguments.ranks.report(&subject, roofs.as_ref())?;
     let cost = |shape| count(&program, &shape, &|weight| sizes.of(weight), kv_format).total;
     let prefill = cost(prefill_shape(batch, context));
     let decode = cost(StepShape::decode(batch, context - 1));
@@ -97,6 +102,7 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
         decode: Step::of(decode, batch, roofs.as_ref()),
         machine: roofs,
         memory: memory.map(|bytes| fit(&program, kv_format, weight_bytes, bytes, arguments, spec)),
+        parallel,
     };
     if global.json { print_json(&report) } else { print(&describe(&report)) }
 }
@@ -214,6 +220,7 @@ fn describe(report: &Report) -> String {
             report.context,
         ));
     }
+    text.push_str(&report.parallel.as_ref().map_or(String::new(), inspect_parallel::describe));
     text
 }
 

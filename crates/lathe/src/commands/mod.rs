@@ -5,9 +5,12 @@ mod chat;
 mod convert;
 mod eval;
 mod inspect;
+mod inspect_parallel;
 mod pull;
 mod run;
 mod score;
+
+pub use inspect_parallel::RankArguments;
 
 use anyhow::Error;
 

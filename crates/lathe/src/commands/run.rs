@@ -47,7 +47,7 @@ pub fn run(global: &Global, arguments: &RunArguments) -> Result<(), Error> {
     let request = request(arguments, &opened.model, prompt)?;
     let seed = request.sampling.seed;
     let need = need(&opened.model, &request)?;
-    let session = opened.prepare(global, need)?;
+    let session = opened.over(arguments.parallel).prepare(global, need)?;
     let load_ms = session.load_ms;
     let (mut engine, model) = session.into_engine(!arguments.no_kv_cache, 1)?;
 

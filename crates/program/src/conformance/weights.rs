@@ -44,7 +44,12 @@ impl WeightSource for SeededWeights<'_> {
 
 fn quantized(shape: &[usize], format: Format, values: &[f32]) -> Result<Tensor, String> {
     let columns = *shape.last().unwrap_or(&1);
-    if matches!(format, Format::Scaled(_)) || !columns.is_multiple_of(format.block_len()) {
+    if let Format::Scaled(format) = format {
+        let rounding = codec::scaled::E8m0Rounding::default();
+        return codec::scaled::quantize(shape, &format, values, rounding)
+            .map_err(|error| error.to_string());
+    }
+    if !columns.is_multiple_of(format.block_len()) {
         return Err(format!("cannot make {shape:?} in {format}"));
     }
     let codes = codec::quantize(format, values);

@@ -15,7 +15,7 @@ mod weights;
 use std::sync::Arc;
 
 use crate::backend::{Backend, BackendError, Executor, ExecutorOptions, WeightSource};
-use crate::collective::{Collective, SingleRank};
+use crate::collective::{Collective, SingleRank, check_program};
 use crate::kv::KvFormat;
 use crate::program::Program;
 
@@ -70,6 +70,7 @@ impl ReferenceBackend {
         source: &dyn WeightSource,
         options: &ExecutorOptions,
     ) -> Result<ReferenceExecutor, BackendError> {
+        check_program(&program, &*self.collective)?;
         let format = options.kv_format.unwrap_or(KvFormat::F32);
         let weights = weights::Weights::load(&program, source)?;
         let cache = cache::Cache::new(&program.kv, options.kv_blocks, format)?;

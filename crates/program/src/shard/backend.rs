@@ -1,15 +1,18 @@
 //! Ranks that are threads of this process, seen from outside as one backend.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::{RankProgram, RankWeights, ShardOptions, shard};
+use super::crew::Crew;
+use super::{RankProgram, RankWeights, ShardOptions, shard_fitting};
 use crate::backend::{Backend, BackendError, Executor, ExecutorOptions, StepOutput, WeightSource};
 use crate::collective::{Collective, ThreadRank};
 use crate::kv::KvFormat;
 use crate::program::Program;
 use crate::step::Step;
 
-/// Runs a program over several ranks, each a backend of its own.
+/// Runs a program over several ranks, each a backend of its own with an equal share of the
+/// threads, at least one: fewer threads than ranks take turns on the cores.
 pub struct ShardedBackend<F> {
     options: ShardOptions,
     rank_backend: F,
@@ -27,27 +30,28 @@ impl<F: Fn(Arc<dyn Collective>) -> Box<dyn Backend>> Backend for ShardedBackend<
         "sharded"
     }
 
+    /// As [`Backend::prepare`]; also [`BackendError::Shard`] where the program or its weights'
+    /// blocks cannot be divided.
     fn prepare(
         &self,
         program: Arc<Program>,
         weights: &dyn WeightSource,
         options: &ExecutorOptions,
     ) -> Result<Box<dyn Executor>, BackendError> {
-        let programs = shard(&program, &self.options)
-            .map_err(|error| BackendError::Device(error.to_string()))?;
-        // Each rank gets its share of the threads.
+        let format_of = |weight| Ok(weights.tensor(weight)?.format);
+        let programs = shard_fitting(&program, &self.options, &format_of)?;
+        let ranks = self.options.ranks;
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = options.threads.unwrap_or_else(available);
-        let threads = Some((threads / self.options.ranks).max(1));
-        let options = ExecutorOptions { threads, ..options.clone() };
-        let mut ranks = Vec::new();
-        for (end, rank) in ThreadRank::group(self.options.ranks).into_iter().zip(programs) {
-            let end = Arc::new(end);
-            let backend = (self.rank_backend)(Arc::clone(&end) as Arc<dyn Collective>);
+        let threads = (options.threads.unwrap_or_else(available) / ranks).max(1);
+        let options = ExecutorOptions { threads: Some(threads), ..options.clone() };
+        let mut crew = Vec::new();
+        for (end, rank) in ThreadRank::group(ranks, threads * ranks).into_iter().zip(programs) {
+            let end: Arc<dyn Collective> = Arc::new(end);
+            let backend = (self.rank_backend)(Arc::clone(&end));
             let executor = prepare_rank(&*backend, &rank, weights, &options)?;
-            ranks.push((end, executor));
+            crew.push(Rank { end, executor });
         }
-        Ok(Box::new(ShardedExecutor { program, ranks }))
+        Ok(Box::new(ShardedExecutor::new(program, crew)?))
     }
 }
 
@@ -60,37 +64,50 @@ fn prepare_rank(
     backend.prepare(Arc::new(rank.program.clone()), &RankWeights { source, rank }, options)
 }
 
-/// A program over several ranks. A step runs on all of them at once; what rank 0 makes is the
-/// result. After a rank has failed, every further step fails.
-pub struct ShardedExecutor {
-    program: Arc<Program>,
-    ranks: Vec<(Arc<ThreadRank>, Box<dyn Executor>)>,
+/// One rank: its end of the group, and what runs its program.
+pub(super) struct Rank {
+    end: Arc<dyn Collective>,
+    executor: Box<dyn Executor>,
 }
 
-/// Takes a rank out of its group when its step does not end well, be it by a panic, so that the
-/// others do not wait for it.
-struct LeaveOnFailure<'a> {
-    end: &'a ThreadRank,
-    done: bool,
-}
-
-impl Drop for LeaveOnFailure<'_> {
-    fn drop(&mut self) {
-        if !self.done {
-            self.end.leave();
+impl Rank {
+    /// Runs its part of a step. If that does not end well, be it by a panic, the rank leaves its
+    /// group, so that the others do not wait for it.
+    pub(super) fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
+        let Self { end, executor } = self;
+        let run = move || {
+            let executor = executor;
+            executor.run(step)
+        };
+        let output = catch_unwind(AssertUnwindSafe(run))
+            .unwrap_or_else(|_| Err(BackendError::Device("a rank panicked".to_owned())));
+        if output.is_err() {
+            end.leave();
         }
+        output
     }
 }
 
-fn run_rank<'a>(
-    end: &ThreadRank,
-    executor: &'a mut dyn Executor,
-    step: &Step,
-) -> Result<StepOutput<'a>, BackendError> {
-    let mut guard = LeaveOnFailure { end, done: false };
-    let output = executor.run(step)?;
-    guard.done = true;
-    Ok(output)
+/// A program over several ranks. A step runs on all of them at once, rank 0 on the caller's
+/// thread; what rank 0 makes is the result. After a rank has failed, every further step fails.
+pub struct ShardedExecutor {
+    program: Arc<Program>,
+    first: Rank,
+    others: Crew,
+    kv_format: KvFormat,
+    weight_bytes: usize,
+    kv_bytes: usize,
+}
+
+impl ShardedExecutor {
+    fn new(program: Arc<Program>, mut ranks: Vec<Rank>) -> Result<Self, BackendError> {
+        let sum = |of: fn(&dyn Executor) -> usize| ranks.iter().map(|r| of(&*r.executor)).sum();
+        let (weight_bytes, kv_bytes) = (sum(|e| e.weight_bytes()), sum(|e| e.kv_bytes()));
+        let kv_format = ranks[0].executor.kv_format();
+        let first = ranks.remove(0);
+        let others = Crew::new(ranks)?;
+        Ok(Self { program, first, others, kv_format, weight_bytes, kv_bytes })
+    }
 }
 
 impl Executor for ShardedExecutor {
@@ -99,35 +116,29 @@ impl Executor for ShardedExecutor {
     }
 
     fn kv_format(&self) -> KvFormat {
-        self.ranks[0].1.kv_format()
+        self.kv_format
     }
 
     fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
         // A malformed step is refused before any rank runs, and harms none.
         step.validate(&self.program)?;
-        let mut outputs = std::thread::scope(|scope| {
-            let threads: Vec<_> = self
-                .ranks
-                .iter_mut()
-                .map(|(end, executor)| scope.spawn(move || run_rank(end, &mut **executor, step)))
-                .collect();
-            let failed = |_| Err(BackendError::Device("a rank panicked".to_owned()));
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(failed))
-                .collect::<Vec<_>>()
-        });
+        self.others.start(step);
+        let output = self.first.run(step);
         // A rank's own error says more than the others' complaint that it has gone.
-        let is_cause = |output: &Result<StepOutput<'_>, BackendError>| matches!(output, Err(error) if !matches!(error, BackendError::Collective(_)));
-        let cause = outputs.iter().position(is_cause).or(outputs.iter().position(Result::is_err));
-        outputs.swap_remove(cause.unwrap_or(0))
+        let is_cause = |error: &BackendError| !matches!(error, BackendError::Collective(_));
+        match (output, self.others.finish()) {
+            (Err(own), Some(other)) if is_cause(&other) && !is_cause(&own) => Err(other),
+            (Err(own), _) => Err(own),
+            (Ok(_), Some(other)) => Err(other),
+            (Ok(output), None) => Ok(output),
+        }
     }
 
     fn weight_bytes(&self) -> usize {
-        self.ranks.iter().map(|(_, executor)| executor.weight_bytes()).sum()
+        self.weight_bytes
     }
 
     fn kv_bytes(&self) -> usize {
-        self.ranks.iter().map(|(_, executor)| executor.kv_bytes()).sum()
+        self.kv_bytes
     }
 }

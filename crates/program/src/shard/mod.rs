@@ -14,9 +14,16 @@
 //!   the rows of its experts (dispatch) and the sum combines them;
 //! - embedding and head are split by vocabulary, and logits are gathered.
 //!
+//! Experts that are split by expert are run without an all-to-all: after attention's sum every rank
+//! has every row, so dispatching is free, and the sum that combines them serves the shared experts
+//! too. Rows that are themselves divided over ranks would need two exchanges more a layer to save at
+//! most the bytes that more ranks than experts a token would sum in vain.
+//!
 //! A norm over a whole row of heads (OLMo 2) needs the others' heads: they are gathered for it.
 
 mod backend;
+mod crew;
+mod fit;
 mod rewrite;
 mod slice;
 mod wishes;
@@ -30,6 +37,7 @@ use crate::op::Weight;
 use crate::program::Program;
 
 pub use backend::{ShardedBackend, ShardedExecutor};
+pub use fit::shard_fitting;
 pub use slice::slice_tensor;
 
 /// How experts are divided.
@@ -52,7 +60,7 @@ pub struct ShardOptions {
     /// Whether embedding and head are divided too.
     pub vocabulary: bool,
     /// Hidden elements are divided at multiples of this, so that no block of the weights' formats
-    /// is cut: the least common multiple of their block lengths. What is cut becomes `f32`.
+    /// is cut: the least common multiple of their block lengths ([`shard_fitting`] finds it).
     pub alignment: usize,
 }
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::wishes::{Columns, Wishes, head_split, is_even, kv_heads_of, scaled};
 use super::{ExpertSplit, RankProgram, ShardOptions, WeightPart, partition};
 use crate::builder::{LinearSpec, ProgramBuilder};
+use crate::collective::vocabulary_part;
 use crate::kv::{KvLayerShape, KvLayout};
 use crate::op::*;
 use crate::program::Program;
@@ -229,11 +230,11 @@ impl Writer<'_> {
     /// The rows of the vocabulary of each rank: equal but for the last, as gathering asks.
     fn vocabulary_part(&self, rows: usize) -> Result<Range<usize>, String> {
         let ranks = self.options.ranks;
-        let part = rows.div_ceil(ranks);
-        if part * (ranks - 1) >= rows {
+        // The last rank has the least.
+        if vocabulary_part(rows, ranks - 1, ranks).is_empty() {
             return Err(format!("{rows} tokens leave a rank without"));
         }
-        Ok(part * self.rank..(part * (self.rank + 1)).min(rows))
+        Ok(vocabulary_part(rows, self.rank, ranks))
     }
 
     fn embed(&mut self, table: Weight, multiplier: f32, out: Value) -> Result<(), String> {

@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use lathe_tensor::{Block, Bytes, Format, GlobalScale, ScaledFormat, Tensor, ZeroPoint};
 
-/// The part `ranges` (one a dimension) of `tensor`, in the same format where no block is cut and
-/// otherwise in `f32` with the same numbers.
+/// The part `ranges` (one a dimension) of `tensor`, with the same numbers. Floats and blocks keep
+/// their format. Where codes with scales of their own are cut within a group or tile, the part has
+/// smaller ones, with the scales repeated ([`refined`]); the blocks of GGUF cannot be cut.
 ///
 /// # Errors
-/// If a range does not fit its dimension.
+/// If a range does not fit its dimension, or cuts a block.
 pub fn slice_tensor(tensor: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor, String> {
     let fits = |(range, n): (&Range<usize>, &usize)| range.start <= range.end && range.end <= *n;
     if ranges.len() != tensor.shape.len() || !ranges.iter().zip(&tensor.shape).all(fits) {
@@ -21,9 +22,85 @@ pub fn slice_tensor(tensor: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor, 
     if shape == tensor.shape {
         return Ok(tensor.clone());
     }
+    let tensor = &refined(tensor, leading.last(), columns).unwrap_or_else(|| tensor.clone());
     let rows = rows_of(&tensor.shape, leading);
-    Ok(sliced(tensor, &rows, leading, columns, &shape)
-        .unwrap_or_else(|| dequantized(tensor, &rows, columns, &shape)))
+    sliced(tensor, &rows, leading, columns, &shape).ok_or_else(|| {
+        format!("the part {ranges:?} of {:?} cuts a block of {}", tensor.shape, tensor.format)
+    })
+}
+
+/// Elements of a row that a part in `format` has to begin and end at a multiple of.
+pub(super) fn rigid_columns(format: Format) -> usize {
+    match format {
+        Format::Float(_) => 1,
+        Format::Ggml(kind) => kind.block_len(),
+        // Any number that fills bytes.
+        Format::Scaled(format) => 8 / common(8, format.element.bits()),
+    }
+}
+
+/// Elements of a row and rows that share a scale, where some do: cut there, a part has the whole's
+/// groups and tiles.
+pub(super) fn shared_scale(format: Format) -> usize {
+    match format {
+        Format::Scaled(ScaledFormat { block: Block::Group(n), .. }) => n as usize,
+        Format::Scaled(ScaledFormat { block: Block::Tile(r, c), .. }) => {
+            least_common_multiple(r as usize, c as usize)
+        }
+        other => rigid_columns(other),
+    }
+}
+
+/// The greatest common divisor; `common(0, n)` is `n`.
+fn common(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { common(b, a % b) }
+}
+
+pub(super) fn least_common_multiple(a: usize, b: usize) -> usize {
+    let (a, b) = (a.max(1), b.max(1));
+    (a / common(a, b)).saturating_mul(b)
+}
+
+/// `tensor` with groups or tiles so small that `rows` (of a matrix) and `columns` cut none: the
+/// scale of each is that of the one that it was a part of, so every number stays the same.
+/// `None` if nothing is cut, or if blocks cannot be made smaller.
+fn refined(tensor: &Tensor, rows: Option<&Range<usize>>, columns: &Range<usize>) -> Option<Tensor> {
+    let Format::Scaled(format) = tensor.format else { return None };
+    // A border at the end of the tensor cuts nothing.
+    let fine = |block: u32, range: &Range<usize>, whole: usize| {
+        let end = if range.end == whole { 0 } else { range.end };
+        common(common(block as usize, range.start), end) as u32
+    };
+    let matrix_rows = tensor.shape.len().checked_sub(2).map_or(1, |at| tensor.shape[at]);
+    let block = match format.block {
+        Block::Group(n) => Block::Group(fine(n, columns, tensor.columns())),
+        Block::Tile(r, c) => {
+            let r = rows.map_or(r, |rows| fine(r, rows, matrix_rows));
+            Block::Tile(r, fine(c, columns, tensor.columns()))
+        }
+        Block::Tensor | Block::Channel => return None,
+    };
+    if block == format.block {
+        return None;
+    }
+    let (fine_format, old) = (ScaledFormat { block, ..format }, format.grid(&tensor.shape)?);
+    let grid = fine_format.grid(&tensor.shape)?;
+    let size = format.scale.bytes();
+    let (mut scales, mut zeros) = (Vec::with_capacity(grid.len() * size), Vec::new());
+    for matrix in 0..grid.matrices {
+        for row in 0..grid.rows {
+            let start = old.row_start(matrix * grid.matrix_rows + row * grid.block_rows);
+            for column in 0..grid.columns {
+                let at = start + column * grid.block_columns / old.block_columns;
+                scales.extend_from_slice(&tensor.scales[at * size..(at + 1) * size]);
+                zeros.extend(tensor.zeros.get(at));
+            }
+        }
+    }
+    let (shape, codes) = (tensor.shape.clone(), tensor.codes.clone());
+    let (scales, zeros) = (Bytes::new(scales), Bytes::new(zeros));
+    let format = Format::Scaled(fine_format);
+    Tensor::new_scaled(shape, format, codes, scales, zeros, tensor.global.clone()).ok()
 }
 
 /// The rows of the flattened matrix that `leading` dimensions keep.
@@ -147,16 +224,6 @@ fn columns_of(plane: &Bytes, row_bytes: usize, range: &Range<usize>) -> Bytes {
     Bytes::new(rows.flat_map(|row| &row[range.clone()]).copied().collect::<Vec<u8>>())
 }
 
-fn dequantized(tensor: &Tensor, rows: &[usize], columns: &Range<usize>, shape: &[usize]) -> Tensor {
-    let mut row_values = vec![0f32; tensor.columns()];
-    let mut values = Vec::with_capacity(rows.len() * columns.len());
-    for row in rows {
-        tensor.row_into(*row, &mut row_values);
-        values.extend_from_slice(&row_values[columns.clone()]);
-    }
-    Tensor::from_f32(shape, &values)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,7 +234,15 @@ mod tests {
     }
 
     fn check(tensor: &Tensor, ranges: &[Range<usize>], keeps_format: bool) {
-        let part = slice_tensor(tensor, ranges).unwrap();
+        let part = slice_tensor(tensor, ranges);
+        if !keeps_format && matches!(tensor.format, Format::Ggml(_)) {
+            assert!(part.unwrap_err().contains("cuts a block"));
+            return;
+        }
+        let part = part.unwrap();
+        // What is cut stays as many bits, under smaller groups.
+        assert!(part.format.block_len() <= tensor.format.block_len());
+        assert_eq!(part.codes.len() * tensor.elements(), tensor.codes.len() * part.elements());
         assert_eq!(part.shape, ranges.iter().map(Range::len).collect::<Vec<_>>());
         assert_eq!(part.format == tensor.format, keeps_format, "{ranges:?} {}", tensor.format);
         let (columns, leading) = ranges.split_last().unwrap();
@@ -199,11 +274,11 @@ mod tests {
 
     #[test]
     fn parts_of_planes() {
-        for (block, border, cut) in [
-            (Block::Tensor, 40..80, 41..80),
-            (Block::Channel, 40..80, 41..80),
-            (Block::Group(16), 16..80, 24..80),
-            (Block::Tile(4, 16), 32..64, 24..64),
+        for (block, border, cut, keeps_format) in [
+            (Block::Tensor, 40..80, 42..80, true),
+            (Block::Channel, 40..80, 42..80, true),
+            (Block::Group(16), 16..80, 24..80, false),
+            (Block::Tile(4, 16), 32..64, 24..64, false),
         ] {
             let (element, scale, zero) = (Element::Int(4), ScaleType::F32, ZeroPoint::None);
             let format = ScaledFormat { element, block, scale, zero };
@@ -224,7 +299,10 @@ mod tests {
             .unwrap();
             check(&tensor, &[0..8, border.clone()], true);
             check(&tensor, &[4..8, border], true);
-            check(&tensor, &[0..8, cut], false);
+            check(&tensor, &[0..8, cut.clone()], keeps_format);
+            check(&tensor, &[2..8, cut], keeps_format && !matches!(block, Block::Tile(..)));
+            // Two codes share a byte.
+            assert!(slice_tensor(&tensor, &[0..8, 41..80]).is_err());
         }
     }
 

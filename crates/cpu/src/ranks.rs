@@ -1,0 +1,113 @@
+//! `Ranks`: this rank's end of its group, with the memory that gathering takes.
+//!
+//! A collective puts ranks one after another; values and logits are wanted row by row. What a rank
+//! gives and gets is kept from step to step, so that a step allocates nothing once one of its size
+//! has run. The calling thread talks while the gang waits.
+
+use std::sync::Arc;
+
+use lathe_program::{Collective, CollectiveError};
+
+use crate::stage::Stage;
+
+/// One rank's end of a group, and its buffers.
+#[derive(Debug)]
+pub struct Ranks {
+    collective: Arc<dyn Collective>,
+    /// This rank's logits, `[asked, tokens of this rank]`.
+    logits: Vec<f32>,
+    /// The same at the width of the widest rank.
+    padded: Vec<f32>,
+    /// What all ranks gave, rank by rank.
+    gathered: Vec<f32>,
+}
+
+impl Ranks {
+    /// Room for what `stages` gather in steps of `rows_max` rows; logits take theirs when asked for.
+    pub fn new(collective: Arc<dyn Collective>, stages: &[Stage], rows_max: usize) -> Self {
+        let width = stages.iter().map(|stage| match stage {
+            Stage::AllGather { out, .. } => out.width(),
+            _ => 0,
+        });
+        let gathered = vec![0.0; rows_max * width.max().unwrap_or(0)];
+        Self { collective, logits: Vec::new(), padded: Vec::new(), gathered }
+    }
+
+    /// Replaces `values` by the sum over all ranks.
+    ///
+    /// # Errors
+    /// If another rank has gone or made another call.
+    pub fn sum(&self, values: &mut [f32]) -> Result<(), CollectiveError> {
+        self.collective.all_reduce_sum(values)
+    }
+
+    /// Puts the rows of `width` floats that each rank has in `part` side by side in the rows of
+    /// `whole`, whose `whole_width` leaves out what the last rank has too many.
+    ///
+    /// # Errors
+    /// As [`Ranks::sum`].
+    pub fn gather(
+        &mut self,
+        part: &[f32],
+        width: usize,
+        whole: &mut [f32],
+        whole_width: usize,
+    ) -> Result<(), CollectiveError> {
+        gather(&*self.collective, &mut self.gathered, part, width, whole, whole_width)
+    }
+
+    /// Room for `floats` logits of this rank.
+    pub fn own_logits(&mut self, floats: usize) -> &mut [f32] {
+        if self.logits.len() < floats {
+            self.logits.resize(floats, 0.0);
+        }
+        &mut self.logits[..floats]
+    }
+
+    /// Puts the ranks' logits side by side in the rows of `whole`; this rank's are `own_width` wide
+    /// and lie in [`Ranks::own_logits`].
+    ///
+    /// # Errors
+    /// As [`Ranks::sum`].
+    pub fn gather_logits(
+        &mut self,
+        own_width: usize,
+        whole: &mut [f32],
+        vocabulary: usize,
+    ) -> Result<(), CollectiveError> {
+        let Self { collective, logits, padded, gathered } = self;
+        let (asked, width) = (whole.len() / vocabulary, vocabulary.div_ceil(collective.ranks()));
+        let own = &logits[..asked * own_width];
+        if own_width == width {
+            return gather(&**collective, gathered, own, width, whole, vocabulary);
+        }
+        padded.resize(asked * width, 0.0);
+        for (out, row) in padded.chunks_exact_mut(width).zip(own.chunks_exact(own_width)) {
+            out[..own_width].copy_from_slice(row);
+        }
+        gather(&**collective, gathered, padded, width, whole, vocabulary)
+    }
+}
+
+fn gather(
+    collective: &dyn Collective,
+    gathered: &mut Vec<f32>,
+    part: &[f32],
+    width: usize,
+    whole: &mut [f32],
+    whole_width: usize,
+) -> Result<(), CollectiveError> {
+    let floats = part.len() * collective.ranks();
+    if gathered.len() < floats {
+        gathered.resize(floats, 0.0);
+    }
+    let by_rank = &mut gathered[..floats];
+    collective.all_gather(part, by_rank)?;
+    for (rank, given) in by_rank.chunks_exact(part.len().max(1)).enumerate() {
+        let start = (rank * width).min(whole_width);
+        let columns = start..(start + width).min(whole_width);
+        let rows = given.chunks_exact(width).zip(whole.chunks_exact_mut(whole_width));
+        rows.for_each(|(from, to)| to[columns.clone()].copy_from_slice(&from[..columns.len()]));
+    }
+    Ok(())
+}

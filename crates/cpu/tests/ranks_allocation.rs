@@ -1,0 +1,85 @@
+//! A rank's step allocates nothing once steps of its kind have run: neither its stages nor what it
+//! says to the others.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
+
+use common::{Random, RandomWeights, Sequence, program, step};
+use lathe_cpu::{CpuBackend, CpuOptions};
+use lathe_program::shard::{RankWeights, ShardOptions, shard};
+use lathe_program::{Backend, ExecutorOptions, ThreadRank};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is the system allocator's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn steps_of_ranks_do_not_allocate() {
+    let program = program(3);
+    let ranks = shard(&program, &ShardOptions { alignment: 32, ..ShardOptions::new(2) });
+    let ranks = ranks.expect("it divides");
+    let source = RandomWeights(Arc::clone(&program));
+    let options = ExecutorOptions {
+        kv_blocks: 200,
+        kv_format: None,
+        rows_max: 100,
+        threads: Some(1),
+        exact: false,
+    };
+    let mut sequence = Sequence::new(&program, 600, 0, &mut Random(3));
+    let mut steps = Vec::new();
+    steps.extend((0..5).map(|_| step(&mut [(&mut sequence, 100)])));
+    steps.extend((0..50).map(|_| step(&mut [(&mut sequence, 1)])));
+    let (steps, barrier, options) = (&steps, &Barrier::new(2), &options);
+    let counted: Vec<usize> = std::thread::scope(|scope| {
+        let threads: Vec<_> = ThreadRank::group(2, 2)
+            .into_iter()
+            .zip(&ranks)
+            .map(|(end, rank)| {
+                let backend = CpuBackend::new(CpuOptions::default()).collective(Arc::new(end));
+                let weights = RankWeights { source: &source, rank };
+                let program = Arc::new(rank.program.clone());
+                let mut executor = backend.prepare(program, &weights, options).expect("prepares");
+                scope.spawn(move || {
+                    let mut run = || {
+                        for step in steps {
+                            executor.run(step).expect("it runs");
+                        }
+                        barrier.wait();
+                    };
+                    // Twice: there are two sets of slots, taken in turns.
+                    run();
+                    run();
+                    let before = ALLOCATIONS.load(Ordering::Relaxed);
+                    barrier.wait();
+                    run();
+                    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+                    barrier.wait();
+                    allocations
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().expect("it ends")).collect()
+    });
+    // Whatever either rank counted, it counted both.
+    assert_eq!(counted, [0, 0]);
+}

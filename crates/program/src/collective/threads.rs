@@ -1,0 +1,317 @@
+//! Ranks that are threads of one process.
+//!
+//! Each rank has a slot. A call copies what the rank gives into its own slot, meets the others at
+//! a spinning barrier, and reads their slots. There are two sets of slots that calls take in
+//! turns: a rank that is ahead writes the other set while slow ones still read this one, and
+//! cannot be two calls ahead, so one barrier a call is enough. Slots keep their memory, so a call
+//! allocates nothing once the largest has been made. Sums are added in rank order on every rank:
+//! one read of every slot costs less than the two further barriers of a divided sum as long as
+//! ranks are few.
+//!
+//! The barrier is one atomic word: how many have arrived, which call it is, and whether a rank has
+//! left. A rank that leaves sets its bit in that word, so a call is completed or failed for all
+//! who wait in it, never both.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use super::{Collective, CollectiveError, check_counts, same_length};
+
+/// Turns of the waiting loop before a rank that has a core to itself offers it to others.
+const SPINS: u32 = 1 << 12;
+const ARRIVED: u64 = 0xffff;
+const FAILED: u64 = 1 << 16;
+const CALL: u32 = 17;
+
+/// What a rank asked for; all must have asked for the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Call {
+    #[default]
+    None,
+    Reduce(usize),
+    Gather(usize),
+    Exchange,
+}
+
+/// What a rank gives to a call.
+#[derive(Debug, Default)]
+struct Slot {
+    call: Call,
+    values: Vec<f32>,
+    /// Floats for each rank, in an exchange.
+    counts: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// By turn, then by rank.
+    slots: [Vec<RwLock<Slot>>; 2],
+    /// Ranks that have arrived (16 bits), whether one has left (1), the number of the call.
+    barrier: AtomicU64,
+    /// The first rank that left.
+    gone: AtomicUsize,
+    /// More threads than cores: offer the core while waiting.
+    crowded: bool,
+}
+
+/// A rank that is a thread. When a rank is dropped, calls of the others that need it fail instead
+/// of waiting for ever.
+#[derive(Debug)]
+pub struct ThreadRank {
+    rank: usize,
+    ranks: usize,
+    shared: Arc<Shared>,
+}
+
+impl ThreadRank {
+    /// A group of `ranks` ends, by rank, whose ranks compute on `threads` threads in all. With
+    /// more threads than cores, waiting ranks give their core away at once.
+    ///
+    /// # Panics
+    /// If `ranks` is 0 or more than 65,535.
+    pub fn group(ranks: usize, threads: usize) -> Vec<ThreadRank> {
+        assert!((1..=ARRIVED as usize).contains(&ranks), "a group has 1 to 65,535 ranks");
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let slots = || (0..ranks).map(|_| RwLock::default()).collect();
+        let shared = Arc::new(Shared {
+            slots: [slots(), slots()],
+            barrier: AtomicU64::new(0),
+            gone: AtomicUsize::new(usize::MAX),
+            crowded: threads.max(ranks) > cores,
+        });
+        (0..ranks).map(|rank| ThreadRank { rank, ranks, shared: Arc::clone(&shared) }).collect()
+    }
+
+    /// Gives `values` to call `call`, and returns every rank's slot when all have given theirs.
+    fn meet(
+        &self,
+        call: Call,
+        values: &[f32],
+        counts: &[usize],
+    ) -> Result<&[RwLock<Slot>], CollectiveError> {
+        // Only the completion of a call that this rank is in changes the number.
+        let number = self.shared.barrier.load(Ordering::Acquire) >> CALL;
+        let slots = &self.shared.slots[(number & 1) as usize];
+        {
+            let mut slot = slots[self.rank].write().unwrap_or_else(PoisonError::into_inner);
+            slot.call = call;
+            slot.values.clear();
+            slot.values.extend_from_slice(values);
+            slot.counts.clear();
+            slot.counts.extend_from_slice(counts);
+        }
+        self.shared.arrive(self.ranks as u64)?;
+        match (0..self.ranks).find(|rank| read(&slots[*rank]).call != call) {
+            None => Ok(slots),
+            Some(rank) => {
+                let other = read(&slots[rank]).call;
+                let reason =
+                    format!("rank {} made {call:?}, rank {rank} made {other:?}", self.rank);
+                Err(CollectiveError::Mismatch(reason))
+            }
+        }
+    }
+}
+
+fn read(slot: &RwLock<Slot>) -> RwLockReadGuard<'_, Slot> {
+    slot.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// Waits until all `ranks` have arrived at this call.
+    fn arrive(&self, ranks: u64) -> Result<(), CollectiveError> {
+        let mut state = self.barrier.load(Ordering::Acquire);
+        loop {
+            if state & FAILED != 0 {
+                return Err(self.gone());
+            }
+            let last = (state & ARRIVED) + 1 == ranks;
+            let next = if last { ((state >> CALL) + 1) << CALL } else { state + 1 };
+            let swap = self.barrier.compare_exchange_weak(
+                state,
+                next,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            match swap {
+                Ok(_) if last => return Ok(()),
+                Ok(_) => return self.wait(state >> CALL),
+                Err(found) => state = found,
+            }
+        }
+    }
+
+    /// Waits until call `number` is completed or cannot be.
+    fn wait(&self, number: u64) -> Result<(), CollectiveError> {
+        let mut spins = 0;
+        loop {
+            let state = self.barrier.load(Ordering::Acquire);
+            // A call that was completed counts, though a rank may have left since.
+            if state >> CALL != number {
+                return Ok(());
+            }
+            if state & FAILED != 0 {
+                return Err(self.gone());
+            }
+            if self.crowded || spins > SPINS {
+                std::thread::yield_now();
+            } else {
+                spins += 1;
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    fn gone(&self) -> CollectiveError {
+        CollectiveError::Gone(self.gone.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for ThreadRank {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl Collective for ThreadRank {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), CollectiveError> {
+        let slots = self.meet(Call::Reduce(values.len()), values, &[])?;
+        values.copy_from_slice(&read(&slots[0]).values);
+        for slot in &slots[1..] {
+            values.iter_mut().zip(&read(slot).values).for_each(|(sum, x)| *sum += x);
+        }
+        Ok(())
+    }
+
+    fn all_gather(&self, part: &[f32], whole: &mut [f32]) -> Result<(), CollectiveError> {
+        same_length("floats to gather into", whole.len(), part.len() * self.ranks)?;
+        let slots = self.meet(Call::Gather(part.len()), part, &[])?;
+        for (slot, out) in slots.iter().zip(whole.chunks_exact_mut(part.len().max(1))) {
+            out.copy_from_slice(&read(slot).values);
+        }
+        Ok(())
+    }
+
+    fn all_to_all(
+        &self,
+        send: &[f32],
+        send_counts: &[usize],
+        receive: &mut [f32],
+        receive_counts: &[usize],
+    ) -> Result<(), CollectiveError> {
+        check_counts("sent", send, send_counts, self.ranks)?;
+        check_counts("received", receive, receive_counts, self.ranks)?;
+        let slots = self.meet(Call::Exchange, send, send_counts)?;
+        let mut rest = receive;
+        for (slot, expected) in slots.iter().zip(receive_counts) {
+            let slot = read(slot);
+            same_length("floats from a rank", slot.counts[self.rank], *expected)?;
+            let start: usize = slot.counts[..self.rank].iter().sum();
+            let (out, later) = rest.split_at_mut(*expected);
+            out.copy_from_slice(&slot.values[start..start + expected]);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn leave(&self) {
+        // The first one is the cause; the barrier's release publishes it.
+        let first = self.shared.gone.compare_exchange(
+            usize::MAX,
+            self.rank,
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        );
+        if first.is_ok() {
+            self.shared.barrier.fetch_or(FAILED, Ordering::AcqRel);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn on_threads<T: Send>(ranks: usize, run: impl Fn(ThreadRank) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let group = ThreadRank::group(ranks, ranks);
+            let threads: Vec<_> = group.into_iter().map(|rank| scope.spawn(|| run(rank))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn sums_are_in_rank_order_and_calls_do_not_mix() {
+        let results = on_threads(4, |rank| {
+            let mut last = Vec::new();
+            for call in 0..2000 {
+                // Numbers whose sum depends on the order: only rank order gives these bits.
+                let given = [1.0, 1e8, -1e8, 3.0][rank.rank()];
+                let mut values = vec![rank.rank() as f32 + call as f32, given];
+                rank.all_reduce_sum(&mut values).unwrap();
+                assert_eq!(values, [6.0 + 4.0 * call as f32, ((1.0 + 1e8) - 1e8) + 3.0]);
+                last = values;
+            }
+            last
+        });
+        assert!(results.iter().all(|result| *result == results[0]));
+    }
+
+    #[test]
+    fn gathers_and_exchanges() {
+        on_threads(3, |rank| {
+            let me = rank.rank() as f32;
+            let mut whole = vec![0.0; 6];
+            rank.all_gather(&[me, me + 10.0], &mut whole).unwrap();
+            assert_eq!(whole, [0.0, 10.0, 1.0, 11.0, 2.0, 12.0]);
+            // To rank 0 two floats, to rank 1 one, to rank 2 none.
+            let expected = [2, 1, 0][rank.rank()];
+            let mut received = vec![0.0; 3 * expected];
+            let send = [me, me + 10.0, me + 20.0];
+            rank.all_to_all(&send, &[2, 1, 0], &mut received, &[expected; 3]).unwrap();
+            let offset = [0.0, 20.0, 0.0][rank.rank()];
+            let from = |from: f32| (0..expected).map(move |i| from + offset + 10.0 * i as f32);
+            assert_eq!(
+                received,
+                [0.0, 1.0, 2.0].map(from).into_iter().flatten().collect::<Vec<_>>()
+            );
+        });
+    }
+
+    #[test]
+    fn a_rank_that_is_gone_is_an_error() {
+        let results = on_threads(3, |rank| {
+            let mut values = [1.0];
+            // What the leaving rank joined still counts for all.
+            rank.all_reduce_sum(&mut values)?;
+            assert_eq!(values, [3.0]);
+            if rank.rank() == 1 { Ok(()) } else { rank.all_reduce_sum(&mut values) }
+        });
+        assert_eq!(results[0], Err(CollectiveError::Gone(1)));
+        assert_eq!(results[2], Err(CollectiveError::Gone(1)));
+    }
+
+    #[test]
+    fn different_calls_are_an_error_on_all() {
+        let lengths = on_threads(2, |rank| rank.all_reduce_sum(&mut vec![1.0; 1 + rank.rank()]));
+        assert!(lengths.iter().all(Result::is_err), "{lengths:?}");
+        let kinds = on_threads(2, |rank| match rank.rank() {
+            0 => rank.all_reduce_sum(&mut [1.0]),
+            _ => rank.all_gather(&[1.0], &mut [0.0; 2]),
+        });
+        assert!(kinds.iter().all(Result::is_err), "{kinds:?}");
+        let counts = on_threads(2, |rank| {
+            let (sent, expected) = (1 + rank.rank(), 2);
+            rank.all_to_all(&vec![1.0; 2 * sent], &[sent; 2], &mut [0.0; 4], &[expected; 2])
+        });
+        assert!(counts.iter().all(Result::is_err), "{counts:?}");
+    }
+}
