@@ -56,7 +56,9 @@ impl Backend for CpuBackend {
         let rows_max = options.rows_max.max(1);
         let weights = Weights::load(&program, weights, isa, options.exact)?;
         let buffers = Buffers::new(&program, rows_max)?;
-        let stages = Planner::new(&program, &weights, &buffers, options.exact).stages()?;
+        let kv_format = options.kv_format.unwrap_or(default_format(options.exact));
+        let planner = Planner::new(&program, &weights, &buffers, options.exact, kv_format);
+        let stages = planner.stages()?;
         let gang = Gang::new(threads);
         let state = state(&program, &stages, gang, isa, rows_max, options)?;
         let latents = stages.iter().map(|stage| match stage {

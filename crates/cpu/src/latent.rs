@@ -6,13 +6,14 @@
 //! Prefill uses the same form as decoding: the expanded form would need fewer operations there,
 //! but round differently, and text must not depend on how a prompt was cut into steps.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
+use lathe_program::kv_codec::hadamard;
 use lathe_program::{BackendError, LatentSpec};
 
 use crate::attend::AttendShape;
 use crate::cache::code::{Code, F16, F32};
+use crate::cache::store::Plain;
 use crate::gang::{Gang, share};
 use crate::lanes::Width;
 use crate::lanes::product::Product;
@@ -65,15 +66,19 @@ pub struct LatentStage {
 
 impl LatentStage {
     /// Lays the matrices out; `key_up` is `[heads * nope_dim, rank]` and `value_up`
-    /// `[heads * value_dim, rank]`.
+    /// `[heads * value_dim, rank]`. Where the cache's latents are `rotated` (int4), both are too,
+    /// once and for all: `K c = (K H)(H c)`.
     pub fn new(
         spec: &LatentSpec,
         layer: usize,
         (query, out): (Rows, Rows),
-        key_up: Vec<f32>,
-        value_up: &[f32],
-        exact: bool,
+        (mut key_up, mut value_up): (Vec<f32>, Vec<f32>),
+        (exact, rotated): (bool, bool),
     ) -> Self {
+        if rotated {
+            key_up.chunks_exact_mut(spec.rank).for_each(hadamard);
+            value_up.chunks_exact_mut(spec.rank).for_each(hadamard);
+        }
         let (heads, rank, value_dim) = (spec.heads, spec.rank, spec.value_dim);
         let mut turned = vec![0.0; value_up.len()];
         for head in 0..heads {
@@ -244,12 +249,11 @@ impl HeadProduct {
         }
     }
 
-    fn product<B: Code>(&self, matrix: *const u8) -> Product<B> {
+    fn product<C: Code>(&self, matrix: *const u8) -> Product<Plain<C>> {
         Product {
             a: self.from.row(self.rows.start).wrapping_add(self.from_column),
             a_stride: self.from.width(),
-            b: matrix,
-            b_stride: self.columns,
+            b: Plain::new(matrix, self.columns),
             c: self.to.row(self.rows.start).wrapping_add(self.to_column),
             c_stride: self.to.width(),
             rows: self.rows.len(),
@@ -257,7 +261,6 @@ impl HeadProduct {
             depth: self.depth,
             accumulate: false,
             ahead: None,
-            code: PhantomData,
         }
     }
 }

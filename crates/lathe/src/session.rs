@@ -121,7 +121,7 @@ pub fn prepare_program(
     let rows_max = need.rows(program);
     let options = ExecutorOptions {
         kv_blocks: kv_blocks(&program.kv, need, rows_max),
-        kv_format: None,
+        kv_format: global.kv_format,
         rows_max,
         threads: global.threads.map(|threads| threads.get()),
         exact: global.exact,
@@ -140,7 +140,7 @@ pub fn check_memory(
     need: Need,
 ) -> Result<(), Error> {
     let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
-    let kv_bytes = blocks.saturating_mul(program.kv.page_bytes(kv_format_least(global)) as u64);
+    let kv_bytes = blocks.saturating_mul(program.kv.page_bytes(kv_format(global)) as u64);
     let Some(available) = memory::available_bytes() else { return Ok(()) };
     if weight_bytes.saturating_add(kv_bytes) <= available {
         return Ok(());
@@ -164,9 +164,10 @@ impl Need {
     }
 }
 
-/// The smallest format that a backend would choose for its cache by itself.
-fn kv_format_least(global: &Global) -> KvFormat {
-    if global.exact || global.device == Device::Reference { KvFormat::F32 } else { KvFormat::F16 }
+/// The format of the cache: what was asked for, or what the backend chooses by itself.
+pub fn kv_format(global: &Global) -> KvFormat {
+    let wide = global.exact || global.device == Device::Reference;
+    global.kv_format.unwrap_or(if wide { KvFormat::F32 } else { KvFormat::F16 })
 }
 
 /// Pages that `need.sequences` sequences of `need.context` tokens hold at most, in any order of
@@ -187,10 +188,25 @@ fn kv_blocks(layout: &KvLayout, need: Need, rows_max: usize) -> usize {
 pub fn context_that_fits(model: &Model, global: &Global) -> Result<usize, Error> {
     let limit = model.spec.context_max;
     let program = lower(&model.spec, &LowerOptions::new(limit)).bad_input()?;
-    let bytes = program.kv.bytes_per_token(kv_format_least(global)).max(1);
     let Some(available) = memory::available_bytes() else { return Ok(limit) };
-    let tokens = (available as f64 * KV_MEMORY_SHARE / bytes as f64) as usize;
-    Ok(limit.min(tokens.max(1)))
+    let bytes = (available as f64 * KV_MEMORY_SHARE) as u64;
+    let format = kv_format(global);
+    let fits = |tokens: usize| program.kv.bytes_for(tokens, format) as u64 <= bytes;
+    Ok(largest(limit, fits).unwrap_or(1))
+}
+
+/// The largest of `1..=limit` that fits, if 1 does; fitting gets harder as the number grows.
+pub fn largest(limit: usize, fits: impl Fn(usize) -> bool) -> Option<usize> {
+    let (mut good, mut bad) = (0, limit + 1);
+    while bad - good > 1 {
+        let middle = good + (bad - good) / 2;
+        if fits(middle) {
+            good = middle;
+        } else {
+            bad = middle;
+        }
+    }
+    (good > 0).then_some(good)
 }
 
 impl Session {

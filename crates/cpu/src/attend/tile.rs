@@ -1,16 +1,17 @@
 //! One worker's piece of attention: some rows over the tiles of some segments.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
-use lathe_program::{BlockTable, KvLayerShape};
+use lathe_program::kv_codec::hadamard;
+use lathe_program::{BlockTable, KvFormat, KvLayerShape};
 
 use super::plan::{Task, seen_by_all};
 use super::softmax::{Clear, Finish, Merge, Soften, State, Store};
 use super::{AttendJob, AttendShape, SEGMENT};
-use crate::cache::code::{Code, F32};
-use crate::cache::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs, with_code};
-use crate::lanes::product::Product;
+use crate::cache::code::F32;
+use crate::cache::store::{KvStore, Plain};
+use crate::cache::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs, with_store};
+use crate::lanes::product::{Matrix, Product};
 use crate::lanes::{LANES, Width, dispatch};
 use crate::memory::Memory;
 
@@ -173,9 +174,10 @@ impl Piece<'_> {
         (first + vector / group, self.head * group + vector % group)
     }
 
-    /// Copies the queries side by side, the scale multiplied in.
+    /// Copies the queries side by side, the scale multiplied in, and rotated as the cache's keys.
     unsafe fn stage_query(&self) {
         let dim = self.job.shape.key_dim;
+        let rotated = self.rotated();
         for vector in 0..self.vectors() {
             let (row, head) = self.row_and_head(vector);
             // SAFETY: the row has `heads * key_dim` elements, and the scratch room for the vector.
@@ -185,7 +187,18 @@ impl Piece<'_> {
                 for (to, from) in to.iter_mut().zip(from) {
                     *to = from * self.job.shape.scale;
                 }
+                hadamard(&mut to[dim - rotated..]);
             }
+        }
+    }
+
+    /// Elements at a query's end that an int4 cache asks to be rotated: all, or the rotary part of
+    /// one that meets latents, whose rotation is in the matrices that they meet.
+    fn rotated(&self) -> usize {
+        match (self.job.cache.format(), self.job.layer.shape) {
+            (KvFormat::Int4, KvLayerShape::Heads { key_dim, .. }) => key_dim,
+            (KvFormat::Int4, KvLayerShape::Latent { rope_dim, .. }) => rope_dim,
+            _ => 0,
         }
     }
 
@@ -206,22 +219,23 @@ impl Piece<'_> {
         // the state a row of values for each; the tables hold the slots.
         unsafe {
             if self.reads_in_place() {
-                with_code!(job.cache.format(), C => {
-                    self.scores_in_place::<C>(width, slots.clone(), end);
+                with_store!(job.cache.format(), S => {
+                    self.scores_in_place::<S>(width, slots.clone(), end);
                     if scales.is_some() {
                         dispatch(width, LoadScales(self.load(slots.clone())));
                     }
                     dispatch(width, soften);
-                    self.sums_in_place::<C>(width, slots, end);
+                    self.sums_in_place::<S>(width, slots, end);
                 });
             } else {
                 dispatch(width, self.load(slots.clone()));
-                let keys = to.keys.add(columns.start).cast();
-                self.scores::<F32>(keys, TILE, columns).run(width);
+                let keys = Plain::<F32>::new(to.keys.add(columns.start).cast(), TILE);
+                self.scores(keys, columns).run(width);
                 dispatch(width, soften);
                 let first = slots.start - tile;
                 let values = to.values.add(first * to.value_stride).cast();
-                self.sums::<F32>(values, to.value_stride, first, slots.len()).run(width);
+                let values = Plain::<F32>::new(values, to.value_stride);
+                self.sums(values, first, slots.len()).run(width);
             }
         }
     }
@@ -244,39 +258,39 @@ impl Piece<'_> {
         heads && vectors && whole(self.job.cache.block_tokens()) && whole(self.job.shape.value_dim)
     }
 
-    unsafe fn scores_in_place<C: Code>(&self, width: Width, slots: Range<usize>, end: usize) {
+    unsafe fn scores_in_place<S: KvStore>(&self, width: Width, slots: Range<usize>, end: usize) {
         let tokens = self.job.cache.block_tokens();
         for mut run in runs(self.table(), tokens, slots) {
             // Pages, tiles and vectors begin at the same positions: go back to a vector's first.
             let before = run.slot % LANES;
             (run.slot, run.position, run.count) =
                 (run.slot - before, run.position - before, run.count + before);
-            let keys = self.job.cache.keys::<C>(self.job.layer, self.head, run);
+            let keys = self.job.cache.keys::<S>(self.job.layer, self.head, run);
             let next = self
                 .after_a_tile(run, end)
-                .map(|run| self.job.cache.keys::<C>(self.job.layer, self.head, run));
+                .map(|run| self.job.cache.keys::<S>(self.job.layer, self.head, run));
             let first = run.position % TILE;
             let columns = first..first + run.count.next_multiple_of(LANES);
             // SAFETY: whole vectors of slots are within the page, and columns within the tile.
             unsafe {
-                let ahead = next.map(|next| distance(keys.codes, next.codes));
-                Product { ahead, ..self.scores::<C>(keys.codes, tokens, columns) }.run(width);
+                let ahead = next.map(|next| distance(keys, next));
+                Product { ahead, ..self.scores(keys, columns) }.run(width);
             }
         }
     }
 
-    unsafe fn sums_in_place<C: Code>(&self, width: Width, slots: Range<usize>, end: usize) {
+    unsafe fn sums_in_place<S: KvStore>(&self, width: Width, slots: Range<usize>, end: usize) {
         let tokens = self.job.cache.block_tokens();
         for run in runs(self.table(), tokens, slots) {
             let next = self
                 .after_a_tile(run, end)
-                .map(|run| self.job.cache.values::<C>(self.job.layer, self.head, run));
-            let values = self.job.cache.values::<C>(self.job.layer, self.head, run);
-            let (dim, first) = (self.job.shape.value_dim, run.position % TILE);
+                .map(|run| self.job.cache.values::<S>(self.job.layer, self.head, run));
+            let values = self.job.cache.values::<S>(self.job.layer, self.head, run);
+            let first = run.position % TILE;
             // SAFETY: the run's slots are within the page.
             unsafe {
-                let ahead = next.map(|next| distance(values.codes, next.codes));
-                Product { ahead, ..self.sums::<C>(values.codes, dim, first, run.count) }.run(width);
+                let ahead = next.map(|next| distance(values, next));
+                Product { ahead, ..self.sums(values, first, run.count) }.run(width);
             }
         }
     }
@@ -291,12 +305,11 @@ impl Piece<'_> {
     }
 
     /// Scores of all vectors in some columns of the tile.
-    fn scores<C>(&self, keys: *const u8, stride: usize, columns: Range<usize>) -> Product<C> {
+    fn scores<M: Matrix>(&self, keys: M, columns: Range<usize>) -> Product<M> {
         Product {
             a: self.scratch.query,
             a_stride: self.job.shape.key_dim,
             b: keys,
-            b_stride: stride,
             c: self.scratch.scores.wrapping_add(columns.start),
             c_stride: TILE,
             rows: self.vectors(),
@@ -304,18 +317,16 @@ impl Piece<'_> {
             depth: self.job.shape.key_dim,
             accumulate: false,
             ahead: None,
-            code: PhantomData,
         }
     }
 
     /// Adds `count` positions' values from column `first` of the tile on, by their weights.
-    fn sums<C>(&self, values: *const u8, stride: usize, first: usize, count: usize) -> Product<C> {
+    fn sums<M: Matrix>(&self, values: M, first: usize, count: usize) -> Product<M> {
         let state = self.scratch.segment;
         Product {
             a: self.scratch.scores.wrapping_add(first),
             a_stride: TILE,
             b: values,
-            b_stride: stride,
             c: state.values,
             c_stride: state.stride,
             rows: self.vectors(),
@@ -323,12 +334,11 @@ impl Piece<'_> {
             depth: count,
             accumulate: true,
             ahead: None,
-            code: PhantomData,
         }
     }
 }
 
-/// Bytes from one address to another.
-fn distance(from: *const u8, to: *const u8) -> isize {
-    (to as isize).wrapping_sub(from as isize)
+/// Bytes from one matrix to another.
+fn distance<M: Matrix>(from: M, to: M) -> isize {
+    (to.line(0, 0) as isize).wrapping_sub(from.line(0, 0) as isize)
 }
