@@ -288,7 +288,7 @@ impl State {
             query: stage.query,
             sinks: stage.sinks.as_deref(),
             out: stage.out,
-            part: RowForm::All,
+            form: RowForm::All,
             expand: None,
         };
         // SAFETY: buffers hold the step's rows, and the tables every visible position
@@ -307,14 +307,14 @@ impl State {
             query,
             sinks: None,
             out,
-            part: RowForm::Absorbed,
+            form: RowForm::Absorbed,
             expand: None,
         };
         let expanded = AttendJob {
             shape: &stage.expanded_shape,
             query: stage.query,
             out: stage.out,
-            part: RowForm::Expanded,
+            form: RowForm::Expanded,
             expand: Some(stage),
             ..job
         };

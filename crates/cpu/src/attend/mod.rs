@@ -93,7 +93,7 @@ pub struct AttendJob<'a> {
     /// `[rows, kv_heads * group * value_dim]`.
     pub out: Rows,
     /// Which rows.
-    pub part: RowForm,
+    pub form: RowForm,
     /// Makes keys and values from the layer's latents, if the shape says so.
     pub expand: Option<&'a dyn Expand>,
 }
@@ -187,7 +187,7 @@ impl Attention {
     pub unsafe fn run(&mut self, gang: &Gang, job: &AttendJob<'_>) {
         let shape = job.shape;
         let capacity = self.partials.bytes() / size_of::<f32>() / shape.partial_stride();
-        self.plan.fill(job.step, job.part, shape, (gang.workers(), capacity));
+        self.plan.fill(job.step, job.form, shape, (gang.workers(), capacity));
         let plan = &self.plan;
         let next = AtomicUsize::new(0);
         let items = plan.tasks.len() * shape.kv_heads;

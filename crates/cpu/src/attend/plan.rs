@@ -146,12 +146,12 @@ impl Plan {
         }
     }
 
-    /// Cuts a part of `step` into pieces for some workers; at most `capacity` segments are stored
-    /// for a merge.
+    /// Cuts the rows of one form in `step` into pieces for some workers; at most `capacity`
+    /// segments are stored for a merge.
     pub fn fill(
         &mut self,
         step: &Step,
-        part: RowForm,
+        form: RowForm,
         shape: &AttendShape,
         (workers, capacity): (usize, usize),
     ) {
@@ -159,14 +159,14 @@ impl Plan {
         self.splits.clear();
         let rows_per_task = shape.rows_per_task();
         let pieces: usize =
-            step.sequences.iter().map(|s| part.rows(s).len().div_ceil(rows_per_task)).sum();
+            step.sequences.iter().map(|s| form.rows(s).len().div_ceil(rows_per_task)).sum();
         let wanted = ITEMS_PER_WORKER * workers;
         let items = pieces * shape.kv_heads;
         let parts =
             if workers == 1 || items >= wanted { 1 } else { (2 * wanted).div_ceil(items.max(1)) };
         let mut stored = 0;
         for (index, sequence) in step.sequences.iter().enumerate() {
-            let Range { start, end } = part.rows(sequence);
+            let Range { start, end } = form.rows(sequence);
             let rows = end - start;
             // The last rows see most: begin with them, so that no worker ends with a long piece.
             for piece in (0..rows.div_ceil(rows_per_task)).rev() {
@@ -184,8 +184,8 @@ impl Plan {
                 let vectors = rows * shape.group;
                 let place =
                     Stored { base: stored, first: segments.start, count: segments.len(), vectors };
-                for index in 0..parts {
-                    let cut = crate::gang::share(segments.len(), index, parts);
+                for part in 0..parts {
+                    let cut = crate::gang::share(segments.len(), part, parts);
                     let segments = segments.start + cut.start..segments.start + cut.end;
                     self.tasks.push(Task {
                         sequence: index,
