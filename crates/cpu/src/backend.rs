@@ -66,7 +66,9 @@ impl Backend for CpuBackend {
         let rows_max = options.rows_max.max(1);
         let weights = Weights::load(&program, weights, isa, options.exact)?;
         let buffers = Buffers::new(&program, rows_max)?;
-        let stages = Planner::new(&program, &weights, &buffers, options.exact).stages()?;
+        let kv_format = options.kv_format.unwrap_or(default_format(options.exact));
+        let planner = Planner::new(&program, &weights, &buffers, options.exact, kv_format);
+        let stages = planner.stages()?;
         let gang = Gang::one_of(self.collective.ranks(), threads);
         let ranks = Ranks::new(Arc::clone(&self.collective), &stages, rows_max);
         let state = state(&program, &stages, (gang, ranks), isa, rows_max, options)?;
@@ -104,10 +106,10 @@ fn state(
     let shapes: Vec<_> = program
         .ops
         .iter()
-        .filter_map(|op| match op {
-            Op::Attend { spec, .. } => Some(attend_shape(spec)),
-            Op::AttendLatent { spec, .. } => Some(LatentStage::shape(spec)),
-            _ => None,
+        .flat_map(|op| match op {
+            Op::Attend { spec, .. } => vec![attend_shape(spec)],
+            Op::AttendLatent { spec, .. } => LatentStage::shapes(spec).into(),
+            _ => Vec::new(),
         })
         .collect();
     let latents = program.ops.iter().filter_map(|op| match op {
@@ -156,6 +158,7 @@ fn state(
         captures: capture_widths.iter().map(|w| vec![0.0; w * rows_max]).collect(),
         capture_widths,
         sequence_of: Vec::with_capacity(rows_max),
+        absorbed: Vec::with_capacity(rows_max),
         pages: Vec::new(),
         profile: Profile::from_environment(),
     })

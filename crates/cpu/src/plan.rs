@@ -5,7 +5,7 @@
 //! made by the layer adding to the residual's buffer. Fused ops are neighbours, and a linear
 //! group reads all of its input before it writes, so the lifetimes of the unfused program hold.
 
-use lathe_program::{BackendError, BufferPlan, GateKind, Op, Program, Value, Weight};
+use lathe_program::{BackendError, BufferPlan, GateKind, KvFormat, Op, Program, Value, Weight};
 
 use crate::attend::{AttendShape, check_layer};
 use crate::experts::{ExpertsStage, RouteStage};
@@ -66,6 +66,7 @@ pub struct Planner<'a> {
     weights: &'a Weights,
     buffers: &'a Buffers,
     exact: bool,
+    kv_format: KvFormat,
     /// How many ops read each value.
     readers: Vec<u32>,
 }
@@ -85,12 +86,13 @@ impl<'a> Planner<'a> {
         weights: &'a Weights,
         buffers: &'a Buffers,
         exact: bool,
+        kv_format: KvFormat,
     ) -> Self {
         let mut readers = vec![0; program.values.len()];
         for value in program.ops.iter().flat_map(Op::inputs) {
             readers[value.0 as usize] += 1;
         }
-        Self { program, weights, buffers, exact, readers }
+        Self { program, weights, buffers, exact, kv_format, readers }
     }
 
     /// The stages, in order.
@@ -323,11 +325,13 @@ impl<'a> Planner<'a> {
         let Op::AttendLatent { query, layer, spec, out } = op else {
             unreachable!("called for latents")
         };
-        check_layer(&self.program.kv, layer.0, &LatentStage::shape(spec))?;
+        check_layer(&self.program.kv, layer.0, &LatentStage::shapes(spec)[0])?;
         let (key_up, value_up) =
             (self.weights.floats(spec.key_up), self.weights.floats(spec.value_up));
         let rows = (self.rows(*query), self.rows(*out));
-        Ok(LatentStage::new(spec, layer.0 as usize, rows, key_up, &value_up, self.exact))
+        let rotated = self.kv_format == KvFormat::Int4;
+        let up = (key_up, value_up);
+        Ok(LatentStage::new(spec, layer.0 as usize, rows, up, (self.exact, rotated)))
     }
 
     fn route(&self, op: &Op) -> Result<RouteStage, BackendError> {
@@ -381,5 +385,6 @@ pub fn attend_shape(spec: &lathe_program::AttendSpec) -> AttendShape {
         scale: spec.scale,
         window: spec.window,
         softcap: spec.softcap,
+        expanded_rank: None,
     }
 }

@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lathe_program::KvFormat;
 
 use crate::commands::RankArguments;
 use crate::parallel::ParallelArguments;
@@ -47,12 +48,25 @@ pub struct Global {
     /// What computes
     #[arg(long, global = true, value_enum, default_value = "auto", help_heading = "Everywhere")]
     pub device: Device,
-    /// No activation quantization, f32 accumulation, f32 cache
+    /// No activation quantization, f32 accumulation, f32 cache unless --kv-format says otherwise
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub exact: bool,
     /// Worker threads; every core that this process may use if not given
     #[arg(long, global = true, value_name = "N", help_heading = "Everywhere")]
     pub threads: Option<NonZeroUsize>,
+    /// How keys and values are kept: f32, f16, bf16, fp8, int8 or int4; the device's own choice
+    /// if not given (cpu f16, reference and --exact f32)
+    #[arg(long, global = true, value_name = "F", help_heading = "Everywhere",
+          value_parser = parse_kv_format)]
+    pub kv_format: Option<KvFormat>,
+}
+
+/// The format of that name, or which there are.
+fn parse_kv_format(name: &str) -> Result<KvFormat, String> {
+    KvFormat::parse(name).ok_or_else(|| {
+        let known = KvFormat::ALL.map(KvFormat::name).join(", ");
+        format!("found {name}, expected one of {known}")
+    })
 }
 
 /// What computes.
@@ -204,6 +218,9 @@ pub struct EvalArguments {
     /// A model with the same tokenizer to compare with, token by token
     #[arg(long, value_name = "MODEL")]
     pub base: Option<String>,
+    /// The base's --kv-format, if it is to be another: with MODEL as --base, what a cache costs
+    #[arg(long, value_name = "F", requires = "base", value_parser = parse_kv_format)]
+    pub base_kv_format: Option<KvFormat>,
     /// Tokens in a window; 2048 or what the model allows if not given
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,

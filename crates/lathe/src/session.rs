@@ -131,7 +131,7 @@ pub fn prepare_program(
     let rows_max = need.rows(program);
     let options = ExecutorOptions {
         kv_blocks: kv_blocks(&program.kv, need, rows_max),
-        kv_format: None,
+        kv_format: global.kv_format,
         rows_max,
         threads: parallel.threads(global),
         exact: global.exact,
@@ -154,7 +154,7 @@ pub fn check_memory(
 ) -> Result<(), Error> {
     parallel.check(program)?;
     let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
-    let page_bytes = parallel.kv_total(program, |kv| kv.page_bytes(kv_format_least(global)));
+    let page_bytes = parallel.kv_total(program, |kv| kv.page_bytes(kv_format(global)));
     let kv_bytes = blocks.saturating_mul(page_bytes as u64);
     let Some(available) = memory::available_bytes() else { return Ok(()) };
     if weight_bytes.saturating_add(kv_bytes) <= available {
@@ -179,9 +179,10 @@ impl Need {
     }
 }
 
-/// The smallest format that a backend would choose for its cache by itself.
-fn kv_format_least(global: &Global) -> KvFormat {
-    if global.exact || global.device == Device::Reference { KvFormat::F32 } else { KvFormat::F16 }
+/// The format of the cache: what was asked for, or what the backend chooses by itself.
+pub fn kv_format(global: &Global) -> KvFormat {
+    let wide = global.exact || global.device == Device::Reference;
+    global.kv_format.unwrap_or(if wide { KvFormat::F32 } else { KvFormat::F16 })
 }
 
 /// Pages that `need.sequences` sequences of `need.context` tokens hold at most, in any order of
@@ -206,10 +207,25 @@ pub fn context_that_fits(
 ) -> Result<usize, Error> {
     let limit = model.spec.context_max;
     let program = lower(&model.spec, &LowerOptions::new(limit)).bad_input()?;
-    let bytes = parallel.kv_total(&program, |kv| kv.bytes_per_token(kv_format_least(global)));
     let Some(available) = memory::available_bytes() else { return Ok(limit) };
-    let tokens = (available as f64 * KV_MEMORY_SHARE / bytes.max(1) as f64) as usize;
-    Ok(limit.min(tokens.max(1)))
+    let bytes = (available as f64 * KV_MEMORY_SHARE) as u64;
+    let format = kv_format(global);
+    let fits = |tokens: usize| parallel.kv_total(&program, |kv| kv.bytes_for(tokens, format)) as u64 <= bytes;
+    Ok(largest(limit, fits).unwrap_or(1))
+}
+
+/// The largest of `1..=limit` that fits, if 1 does; fitting gets harder as the number grows.
+pub fn largest(limit: usize, fits: impl Fn(usize) -> bool) -> Option<usize> {
+    let (mut good, mut bad) = (0, limit + 1);
+    while bad - good > 1 {
+        let middle = good + (bad - good) / 2;
+        if fits(middle) {
+            good = middle;
+        } else {
+            bad = middle;
+        }
+    }
+    (good > 0).then_some(good)
 }
 
 impl Session {

@@ -122,6 +122,7 @@ impl Tiny {
                 rows,
                 cached: cached as u32,
                 tables: tables.collect(),
+                expanded: 0,
                 ancestors: None,
             }],
             logits_rows: (0..rows).collect(),

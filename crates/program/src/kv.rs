@@ -243,15 +243,20 @@ impl KvLayout {
         (cached + rows).div_ceil(self.block_tokens).saturating_sub(first)
     }
 
-    /// Pages that a sequence of `tokens` holds in all groups while it decodes its last token.
-    pub fn pages_held(&self, tokens: usize) -> usize {
-        let groups = 0..self.groups.len();
-        groups.map(|group| self.blocks_held(group, tokens.saturating_sub(1), 1)).sum()
+    /// Pages that a sequence needs, alone and computed row by row, to reach `tokens` positions: of
+    /// a windowed group no more than the blocks that a window can touch, wherever it begins.
+    pub fn pages_for(&self, tokens: usize) -> usize {
+        let all = tokens.div_ceil(self.block_tokens);
+        let group = |group: &KvGroup| match group.window {
+            Some(window) => all.min((window.max(1) - 1).div_ceil(self.block_tokens) + 1),
+            None => all,
+        };
+        self.groups.iter().map(group).sum()
     }
 
-    /// Bytes of [`Self::pages_held`].
-    pub fn bytes_held(&self, tokens: usize, format: KvFormat) -> usize {
-        self.pages_held(tokens) * self.page_bytes(format)
+    /// Bytes of [`Self::pages_for`].
+    pub fn bytes_for(&self, tokens: usize, format: KvFormat) -> usize {
+        self.pages_for(tokens).saturating_mul(self.page_bytes(format))
     }
 
     fn group_bytes(&self, group: usize, format: KvFormat) -> usize {
@@ -323,8 +328,9 @@ mod tests {
         assert_eq!(layout.groups.len(), 6);
         assert!(layout.groups.iter().all(|group| group.layers.len() == 8));
         assert!((0..6).all(|group| layout.padding_bytes(group, KvFormat::Int8) == 0));
-        // 32k tokens: 5 windowed groups of 64 blocks, one full group of 2048.
-        assert_eq!(layout.pages_held(32768), 5 * 64 + 2048);
+        // 32k tokens: 5 windowed groups of the 65 blocks that 1024 positions can touch, one full
+        // group of 2048.
+        assert_eq!(layout.pages_for(32768), 5 * 65 + 2048);
         for (index, layer) in layout.layers.iter().enumerate() {
             let group = &layout.groups[layer.group as usize];
             assert_eq!(group.layers[layer.slot as usize] as usize, index);

@@ -25,7 +25,8 @@ const F8E4M3_MAX: f32 = 448.0;
 /// - fp8: `scale = max|x| / 448` in `f32`, codes round to nearest even.
 /// - int8: `scale = max|x| / 127` in `f32`, codes round half away from zero.
 /// - int4: for each 32 elements, after the rotation of keys, `zero = min(x)` and
-///   `scale = (max(x) - zero) / 15`, both rounded to `f16`; `code = round((x - zero) / scale)`.
+///   `scale = (max(x) - zero) / 15`, both rounded to `f16` and finite; the code is the nearest to
+///   `(x - zero) / scale`, halves away from zero.
 ///   An even element is the low half of its byte.
 ///
 /// # Panics
@@ -152,6 +153,41 @@ fn decode_scaled(bytes: &[u8], values: &mut [f32], value: impl Fn(u8) -> f32) {
     }
 }
 
+/// The scale and the zero of 32 elements, or fewer, in [`KvFormat::Int4`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Int4Range {
+    /// What a step of the code stands for.
+    pub scale: f16,
+    /// What code 0 stands for.
+    pub zero: f16,
+    inverse: f32,
+}
+
+/// The largest half: what is larger is stored as this and not as infinity.
+const F16_MAX: f32 = 65504.0;
+
+impl Int4Range {
+    /// The range of a group of elements.
+    #[inline(always)]
+    pub fn of(group: &[f32]) -> Self {
+        let (mut least, mut most) = (f32::INFINITY, f32::NEG_INFINITY);
+        for &x in group {
+            least = if x < least { x } else { least };
+            most = if x > most { x } else { most };
+        }
+        let zero = f16::from_f32(least.clamp(-F16_MAX, F16_MAX));
+        let scale = f16::from_f32(((most - zero.to_f32()) / 15.0).clamp(0.0, F16_MAX));
+        let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
+        Self { scale, zero, inverse }
+    }
+
+    /// The code of an element, 0 to 15.
+    #[inline(always)]
+    pub fn code(&self, value: f32) -> u8 {
+        ((value - self.zero.to_f32()) * self.inverse).round().clamp(0.0, 15.0) as u8
+    }
+}
+
 fn encode_int4(kind: KvVector, values: &[f32], bytes: &mut [u8]) {
     let mut rotated = values.to_vec();
     if kind == KvVector::Key {
@@ -161,15 +197,11 @@ fn encode_int4(kind: KvVector, values: &[f32], bytes: &mut [u8]) {
     let (scales, codes) = bytes.split_at_mut(4 * groups);
     codes.fill(0);
     for (g, group) in rotated.chunks(INT4_GROUP).enumerate() {
-        let least = group.iter().copied().fold(f32::INFINITY, f32::min);
-        let most = group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let zero = f16::from_f32(least);
-        let scale = f16::from_f32((most - zero.to_f32()).max(0.0) / 15.0);
-        scales[4 * g..4 * g + 2].copy_from_slice(&scale.to_le_bytes());
-        scales[4 * g + 2..4 * g + 4].copy_from_slice(&zero.to_le_bytes());
-        let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
+        let range = Int4Range::of(group);
+        scales[4 * g..4 * g + 2].copy_from_slice(&range.scale.to_le_bytes());
+        scales[4 * g + 2..4 * g + 4].copy_from_slice(&range.zero.to_le_bytes());
         for (i, value) in group.iter().enumerate() {
-            let code = ((value - zero.to_f32()) * inverse).round().clamp(0.0, 15.0) as u8;
+            let code = range.code(*value);
             let index = g * INT4_GROUP + i;
             codes[index / 2] |= code << (4 * (index % 2));
         }

@@ -25,7 +25,7 @@ mod validate;
 pub use backend::{Backend, BackendError, Executor, ExecutorOptions, StepOutput, WeightSource};
 pub use builder::{LinearSpec, ProgramBuilder};
 pub use collective::{Collective, CollectiveError, SingleRank, ThreadRank, check_program};
-pub use kv::{KvFormat, KvGroup, KvLayerDecl, KvLayerShape, KvLayout};
+pub use kv::{INT4_GROUP, KvFormat, KvGroup, KvLayerDecl, KvLayerShape, KvLayout};
 pub use observe::{ObservedExpert, ObservedInput, ObservedRouting, Observer};
 pub use op::*;
 pub use program::{BufferPlan, Lifetime, Program};

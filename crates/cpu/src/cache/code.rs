@@ -1,6 +1,8 @@
-//! How the cache stores a number: codes, scales, and what a vector of them takes.
+//! How the cache stores a number: plain codes, of whole bytes, and their scales.
 
 use lathe_program::{BackendError, KvFormat, KvLayout};
+
+use super::int4::ELEMENTS_MAX;
 
 use crate::lanes::Lanes;
 
@@ -194,46 +196,53 @@ fn encode_e4m3(x: f32) -> u8 {
     ((rounded >> 20) as u8 & 0x7f) | ((x.to_bits() >> 24) as u8 & 0x80)
 }
 
-/// Whether these kernels read and write `format`.
-pub fn check(format: KvFormat, _layout: &KvLayout) -> Result<(), BackendError> {
-    match format {
-        KvFormat::Int4 => Err(BackendError::Unsupported {
+/// Whether these kernels read and write `layout` in `format`.
+pub fn check(format: KvFormat, layout: &KvLayout) -> Result<(), BackendError> {
+    let vectors = layout.layers.iter().flat_map(|layer| layer.shape.vectors());
+    let longest = vectors.map(|(_, elements)| elements).max().unwrap_or(0);
+    if format == KvFormat::Int4 && longest > ELEMENTS_MAX {
+        return Err(BackendError::Unsupported {
             backend: "cpu",
-            feature: "the int4 KV cache".to_owned(),
-        }),
-        _ => Ok(()),
+            feature: format!(
+                "the int4 KV cache with vectors of {longest} elements (at most {ELEMENTS_MAX})"
+            ),
+        });
     }
+    Ok(())
 }
 
-/// Calls `$body` with `$code` naming the [`Code`] of a format that [`check`] has passed.
-macro_rules! with_code {
-    ($format:expr, $code:ident => $body:expr) => {
+/// Calls `$body` with `$store` naming the [`super::store::KvStore`] of a format.
+macro_rules! with_store {
+    ($format:expr, $store:ident => $body:expr) => {
         match $format {
             lathe_program::KvFormat::F32 => {
-                type $code = $crate::cache::code::F32;
+                type $store = $crate::cache::code::F32;
                 $body
             }
             lathe_program::KvFormat::F16 => {
-                type $code = $crate::cache::code::F16;
+                type $store = $crate::cache::code::F16;
                 $body
             }
             lathe_program::KvFormat::BF16 => {
-                type $code = $crate::cache::code::Bf16;
+                type $store = $crate::cache::code::Bf16;
                 $body
             }
             lathe_program::KvFormat::Int8 => {
-                type $code = $crate::cache::code::I8;
+                type $store = $crate::cache::code::I8;
                 $body
             }
             lathe_program::KvFormat::F8E4M3 => {
-                type $code = $crate::cache::code::E4m3;
+                type $store = $crate::cache::code::E4m3;
                 $body
             }
-            lathe_program::KvFormat::Int4 => unreachable!("refused when the cache was made"),
+            lathe_program::KvFormat::Int4 => {
+                type $store = $crate::cache::int4::Int4;
+                $body
+            }
         }
     };
 }
-pub(crate) use with_code;
+pub(crate) use with_store;
 
 #[cfg(test)]
 mod tests {

@@ -7,14 +7,17 @@
 //! `[block_tokens, rank + rope_dim]`. Attention's arithmetic is not here.
 
 pub mod code;
+pub mod int4;
 mod read;
+pub mod store;
 mod write;
 
 use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
 
 use crate::memory::{ALIGNMENT, Memory};
+use store::{KvStore, Plane};
 
-pub(crate) use code::with_code;
+pub(crate) use code::with_store;
 pub use read::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs};
 pub use write::Write;
 
@@ -32,7 +35,7 @@ pub struct LayerPlace {
 impl LayerPlace {
     /// Elements of a head's key and value, or of a latent and its rotary key.
     #[inline(always)]
-    fn dims(&self) -> (usize, usize) {
+    pub fn dims(&self) -> (usize, usize) {
         match self.shape {
             KvLayerShape::Heads { key_dim, value_dim, .. } => (key_dim, value_dim),
             KvLayerShape::Latent { rank, rope_dim } => (rank, rope_dim),
@@ -103,6 +106,32 @@ impl KvCache {
     /// Where `layer` lies.
     pub fn layer(&self, layer: usize) -> &LayerPlace {
         &self.layers[layer]
+    }
+
+    /// Keys and values of a head in a page, or latents and rotary keys, as a head of that shape:
+    /// codes of the first, codes of the second, scales of the first, scales of the second.
+    #[inline(always)]
+    pub fn planes<S: KvStore>(&self, layer: &LayerPlace, page: u32, head: usize) -> [Plane; 2] {
+        let (first, second) = layer.dims();
+        let tokens = self.block_tokens;
+        let mut at = self.region(layer, page).wrapping_add(
+            head * tokens
+                * (S::code_bytes(first)
+                    + S::code_bytes(second)
+                    + S::scale_bytes(first)
+                    + S::scale_bytes(second)),
+        );
+        let mut take = |bytes: usize| {
+            let here = at;
+            at = at.wrapping_add(tokens * bytes);
+            here
+        };
+        let codes = [take(S::code_bytes(first)), take(S::code_bytes(second))];
+        let scales = [take(S::scale_bytes(first)), take(S::scale_bytes(second))];
+        [
+            Plane { codes: codes[0], scales: scales[0], tokens, dims: first },
+            Plane { codes: codes[1], scales: scales[1], tokens, dims: second },
+        ]
     }
 
     /// The region of `layer` in `page`.

@@ -112,6 +112,30 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn splat_f16(from: *const u16) -> Self {
+        unsafe {
+            let wide = _mm256_cvtph_ps(_mm_set1_epi16(from.cast::<i16>().read_unaligned()));
+            Self(wide, wide)
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_half_bytes(from: *const u8, high: bool) -> Self {
+        unsafe {
+            let bits = _mm_cvtsi32_si128(if high { 4 } else { 0 });
+            let codes = _mm_srl_epi16(_mm_loadu_si128(from.cast()), bits);
+            let (low, high) = Self::widen(_mm_and_si128(codes, _mm_set1_epi8(15)), false);
+            Self(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u4(from: *const u8) -> Self {
+        unsafe {
+            let codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
+            let low = _mm256_and_si256(codes, _mm256_set1_epi32(15));
+            Self(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(codes)))
+        }
+    }
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
     }

@@ -70,6 +70,28 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn splat_f16(from: *const u16) -> Self {
+        unsafe { Self(_mm512_cvtph_ps(_mm256_set1_epi16(from.cast::<i16>().read_unaligned()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_half_bytes(from: *const u8, high: bool) -> Self {
+        unsafe {
+            let bits = _mm_cvtsi32_si128(if high { 4 } else { 0 });
+            let codes = _mm_srl_epi16(_mm_loadu_si128(from.cast()), bits);
+            let codes = _mm_and_si128(codes, _mm_set1_epi8(15));
+            Self(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u4(from: *const u8) -> Self {
+        unsafe {
+            let codes = _mm_loadl_epi64(from.cast());
+            let both = _mm_unpacklo_epi64(codes, _mm_srli_epi16::<4>(codes));
+            let codes = _mm_and_si128(both, _mm_set1_epi8(15));
+            Self(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)))
+        }
+    }
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         Self(unsafe { _mm512_add_ps(self.0, other.0) })
     }

@@ -80,6 +80,18 @@ pub trait Lanes: Copy {
     /// # Safety
     /// 16 bytes at `from` are readable.
     unsafe fn load_e4m3(from: *const u8) -> Self;
+    /// One IEEE half, widened, in all lanes.
+    /// # Safety
+    /// A half at `from` is readable.
+    unsafe fn splat_f16(from: *const u16) -> Self;
+    /// The low or high halves of sixteen bytes as numbers 0 to 15.
+    /// # Safety
+    /// 16 bytes at `from` are readable.
+    unsafe fn load_half_bytes(from: *const u8, high: bool) -> Self;
+    /// The low halves of eight bytes and then their high halves, as numbers 0 to 15.
+    /// # Safety
+    /// 8 bytes at `from` are readable.
+    unsafe fn load_u4(from: *const u8) -> Self;
     /// `self + other`.
     fn add(self, other: Self) -> Self;
     /// `self - other`.

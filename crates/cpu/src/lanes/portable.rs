@@ -67,6 +67,23 @@ impl Lanes for Portable {
         }))
     }
     #[inline(always)]
+    unsafe fn splat_f16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for a readable half.
+        Self::splat(half::f16::from_bits(unsafe { from.read_unaligned() }).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_half_bytes(from: *const u8, high: bool) -> Self {
+        // SAFETY: the caller vouches for 16 readable bytes.
+        let codes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        Self(codes.map(|c| f32::from(if high { c >> 4 } else { c & 15 })))
+    }
+    #[inline(always)]
+    unsafe fn load_u4(from: *const u8) -> Self {
+        // SAFETY: the caller vouches for 8 readable bytes.
+        let codes = unsafe { from.cast::<[u8; LANES / 2]>().read_unaligned() };
+        Self(std::array::from_fn(|i| f32::from(codes[i % 8] >> (i / 8 * 4) & 15)))
+    }
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         self.zip(other, |a, b| a + b)
     }

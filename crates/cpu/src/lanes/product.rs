@@ -3,22 +3,43 @@
 //! Every element of the result is one chain of fused multiply-adds over the depth, ascending, so
 //! it does not depend on how many rows or columns are computed together.
 
-use std::marker::PhantomData;
-
 use super::{Kernel, LANES, Lanes, Width, dispatch};
-use crate::cache::code::Code;
 
-/// `c[rows, columns] = a[rows, depth] * b[depth, columns]`, or added to what `c` holds. Strides in elements.
+/// What a product reads on its right: numbers that are decoded on the way, the same from
+/// [`Matrix::lanes`] and [`Matrix::one`].
+pub trait Matrix: Copy {
+    /// Rows that share what [`Matrix::group`] gives, from multiples of this number on.
+    const GROUP: usize;
+    /// Bytes of 16 columns' codes in a row.
+    const LANES_BYTES: usize;
+    /// What decodes the rows of a group, such as their scales.
+    type Group<L: Lanes>: Copy;
+
+    /// Reads what decodes 16 columns from `column` on in the group of `row`.
+    /// # Safety
+    /// The columns are within the matrix, and `row` too.
+    unsafe fn group<L: Lanes>(&self, row: usize, column: usize) -> Self::Group<L>;
+    /// Sixteen columns of a row of that group.
+    /// # Safety
+    /// As [`Matrix::group`].
+    unsafe fn lanes<L: Lanes>(&self, group: Self::Group<L>, row: usize, column: usize) -> L;
+    /// One number.
+    /// # Safety
+    /// It is within the matrix.
+    unsafe fn one(&self, row: usize, column: usize) -> f32;
+    /// Where the codes of a row lie from `column` on, a multiple of 16.
+    fn line(&self, row: usize, column: usize) -> *const u8;
+}
+
+/// `c[rows, columns] = a[rows, depth] * b[depth, columns]`, or added to what `c` holds.
 #[derive(Clone, Copy)]
 pub struct Product<B> {
     /// `[rows, depth]`.
     pub a: *const f32,
     /// Floats from a row of `a` to the next.
     pub a_stride: usize,
-    /// `[depth, columns]`, in codes of `B`, without scales.
-    pub b: *const u8,
-    /// Codes from a row of `b` to the next.
-    pub b_stride: usize,
+    /// `[depth, columns]`.
+    pub b: B,
     /// `[rows, columns]`.
     pub c: *mut f32,
     /// Floats from a row of `c` to the next.
@@ -34,11 +55,9 @@ pub struct Product<B> {
     /// Bytes from `b` to a matrix like it that is wanted next: its cache lines are asked for while
     /// `b`'s are read. Nothing depends on their being readable.
     pub ahead: Option<isize>,
-    /// What `b` holds.
-    pub code: PhantomData<B>,
 }
 
-impl<B: Code> Product<B> {
+impl<B: Matrix> Product<B> {
     /// Computes it.
     ///
     /// # Safety
@@ -77,7 +96,7 @@ impl<B: Code> Product<B> {
                     let c = self.c.add(row * self.c_stride + column);
                     let mut sum = if self.accumulate { *c } else { 0.0 };
                     for k in 0..self.depth {
-                        let b = B::one(self.b.add((k * self.b_stride + column) * B::BYTES));
+                        let b = self.b.one(k, column);
                         sum = (*self.a.add(row * self.a_stride + k)).mul_add(b, sum);
                     }
                     *c = sum;
@@ -115,7 +134,6 @@ impl<B: Code> Product<B> {
         // SAFETY: the caller keeps the block within the matrices.
         unsafe {
             let a = self.a.add(row * self.a_stride);
-            let b = self.b.add(column * B::BYTES);
             let c = self.c.add(row * self.c_stride + column);
             let mut sums = [[L::splat(0.0); V]; R];
             if self.accumulate {
@@ -127,21 +145,25 @@ impl<B: Code> Product<B> {
             }
             // Once for each strip: by the first block of rows.
             let ahead = if row == 0 { self.ahead } else { None };
-            for k in 0..self.depth {
-                let line = b.add(k * self.b_stride * B::BYTES);
-                if let Some(distance) = ahead {
-                    for at in (0..V * LANES * B::BYTES).step_by(64) {
-                        L::prefetch(line.wrapping_offset(distance).wrapping_add(at));
+            for first in (0..self.depth).step_by(B::GROUP) {
+                let group: [B::Group<L>; V] =
+                    std::array::from_fn(|v| self.b.group(first, column + v * LANES));
+                for k in first..self.depth.min(first.saturating_add(B::GROUP)) {
+                    if let Some(distance) = ahead {
+                        let line = self.b.line(k, column).wrapping_offset(distance);
+                        for at in (0..V * B::LANES_BYTES).step_by(64) {
+                            L::prefetch(line.wrapping_add(at));
+                        }
                     }
-                }
-                let mut right = [L::splat(0.0); V];
-                for v in 0..V {
-                    right[v] = B::lanes(line.add(v * LANES * B::BYTES));
-                }
-                for r in 0..R {
-                    let left = L::splat(*a.add(r * self.a_stride + k));
+                    let mut right = [L::splat(0.0); V];
                     for v in 0..V {
-                        sums[r][v] = left.fma(right[v], sums[r][v]);
+                        right[v] = self.b.lanes(group[v], k, column + v * LANES);
+                    }
+                    for r in 0..R {
+                        let left = L::splat(*a.add(r * self.a_stride + k));
+                        for v in 0..V {
+                            sums[r][v] = left.fma(right[v], sums[r][v]);
+                        }
                     }
                 }
             }
@@ -157,7 +179,7 @@ impl<B: Code> Product<B> {
 
 struct Run<B>(Product<B>);
 
-impl<B: Code> Kernel for Run<B> {
+impl<B: Matrix> Kernel for Run<B> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

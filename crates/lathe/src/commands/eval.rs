@@ -26,6 +26,9 @@ struct Report {
     mean_nll: f64,
     context: usize,
     stride: usize,
+    kv_format: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    base_kv_format: Option<&'static str>,
     #[serde(flatten)]
     comparison: Option<Comparison>,
 }
@@ -60,7 +63,9 @@ pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let need =
         Need { context: context.clamp(1, tokens.len().max(1)), sequences: 1, rows_max: ROWS_MAX };
     let mut session = opened.over(arguments.parallel).prepare(global, need)?;
-    let mut base = base.map(|base| base.prepare(global, need)).transpose()?;
+    let base_format = arguments.base_kv_format.or(global.kv_format);
+    let base_global = Global { kv_format: base_format, ..global.clone() };
+    let mut base = base.map(|base| base.prepare(&base_global, need)).transpose()?;
 
     let mut progress = progress();
     let (perplexity, comparison) = match &mut base {
@@ -80,7 +85,9 @@ pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
             (found.model, Some(comparison))
         }
     };
-    let report = report(perplexity, &tokens, &text, windows, comparison);
+    let name = |session: &Session| session.executor.kv_format().name();
+    let formats = (name(&session), base.as_ref().map(name));
+    let report = report(perplexity, &tokens, &text, windows, comparison, formats);
     if global.json { print_json(&report) } else { print(&describe(&report)) }
 }
 
@@ -123,6 +130,7 @@ fn report(
     text: &str,
     windows: Windows,
     comparison: Option<Comparison>,
+    (kv_format, base_kv_format): (&'static str, Option<&'static str>),
 ) -> Report {
     Report {
         perplexity: perplexity.perplexity(),
@@ -133,6 +141,8 @@ fn report(
         mean_nll: perplexity.nll / perplexity.tokens as f64,
         context: windows.context,
         stride: windows.stride,
+        kv_format,
+        base_kv_format,
         comparison,
     }
 }

@@ -12,7 +12,7 @@ use crate::commands::inspect_parallel::{self, Subject};
 use crate::memory;
 use crate::output::{bad_input, human_bytes, human_count, print, print_json};
 use crate::roofs::Roofs;
-use crate::session;
+use crate::session::{self, largest};
 use crate::shape::Shape;
 
 #[derive(Serialize)]
@@ -25,6 +25,7 @@ struct Report<'a> {
     weight_bytes: u64,
     kv_format: &'static str,
     kv_bytes_per_token: usize,
+    kv_formats: Vec<KvCost>,
     context: usize,
     batch: usize,
     prefill: Step,
@@ -49,6 +50,18 @@ struct Step {
     /// Which roof it meets first.
     bound: Option<Bound>,
     floor_ms: Option<f64>,
+}
+
+/// What the cache takes in one format, and what fits with it.
+#[derive(Serialize)]
+struct KvCost {
+    format: &'static str,
+    /// Of all layers, each position kept.
+    bytes_per_token: usize,
+    /// Of one sequence that reaches the context: windowed layers keep their windows alone.
+    bytes_at_context: usize,
+    longest_context: Option<usize>,
+    largest_batch: Option<usize>,
 }
 
 /// What fits.
@@ -76,7 +89,7 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
         None => memory::available_bytes(),
     };
     let program = session::program_for(spec, context)?;
-    let kv_format = if global.exact { KvFormat::F32 } else { KvFormat::F16 };
+    let kv_format = session::kv_format(global);
     let sizes = shape.sizes(&program)?;
     let parameters = ParameterCount::of(spec, &program);
     let measure = || Roofs::measure(global, &sizes);
@@ -87,6 +100,7 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
     let cost = |shape| count(&program, &shape, &|weight| sizes.of(weight), kv_format).total;
     let prefill = cost(prefill_shape(batch, context));
     let decode = cost(StepShape::decode(batch, context - 1));
+    let held = Held { program: &program, weight_bytes, memory, context_max: spec.context_max };
     let report = Report {
         model: shape.name(),
         spec,
@@ -96,12 +110,17 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
         weight_bytes,
         kv_format: kv_format.name(),
         kv_bytes_per_token: program.kv.bytes_per_token(kv_format),
+        kv_formats: KvFormat::ALL.map(|format| held.cost(format, batch, context)).into(),
         context,
         batch,
         prefill: Step::of(prefill, batch * context, roofs.as_ref()),
         decode: Step::of(decode, batch, roofs.as_ref()),
         machine: roofs,
-        memory: memory.map(|bytes| fit(&program, kv_format, weight_bytes, bytes, arguments, spec)),
+        memory: memory.map(|bytes| {
+            let KvCost { longest_context, largest_batch, .. } =
+                held.cost(kv_format, batch, context);
+            Fit { bytes, longest_context, largest_batch }
+        }),
         parallel,
     };
     if global.json { print_json(&report) } else { print(&describe(&report)) }
@@ -128,36 +147,34 @@ fn prefill_shape(batch: usize, context: usize) -> StepShape {
     StepShape { sequences, logits_rows: batch, ..StepShape::prefill(0, context) }
 }
 
-fn fit(
-    program: &Program,
-    format: KvFormat,
+/// Sequences at most: a step's rows are counted in 32 bits, and nobody batches more.
+const BATCH_MAX: usize = 1 << 20;
+
+/// What a memory of some size has to hold.
+struct Held<'a> {
+    program: &'a Program,
     weight_bytes: u64,
-    bytes: u64,
-    arguments: &InspectArguments,
-    spec: &DecoderSpec,
-) -> Fit {
-    let needed = |batch: usize, context: usize| {
-        let sequence = program.kv.bytes_held(context, format) as u64;
-        weight_bytes.saturating_add(sequence.saturating_mul(batch as u64))
-    };
-    let longest = largest(spec.context_max, |context| needed(arguments.batch, context) <= bytes);
-    let batch_max = 1 << 20;
-    let batch = largest(batch_max, |batch| needed(batch, arguments.context) <= bytes);
-    Fit { bytes, longest_context: longest, largest_batch: batch }
+    memory: Option<u64>,
+    context_max: usize,
 }
 
-/// The largest of `1..=limit` that fits, if 1 does; fitting gets harder as the number grows.
-fn largest(limit: usize, fits: impl Fn(usize) -> bool) -> Option<usize> {
-    let (mut good, mut bad) = (0, limit + 1);
-    while bad - good > 1 {
-        let middle = good + (bad - good) / 2;
-        if fits(middle) {
-            good = middle;
-        } else {
-            bad = middle;
+impl Held<'_> {
+    /// In whole pages, and for the worst place of a window in them: what the engine's pool must
+    /// have for such a sequence to run, row by row.
+    fn cost(&self, format: KvFormat, batch: usize, context: usize) -> KvCost {
+        let layout = &self.program.kv;
+        let fits = |batch: usize, context: usize| {
+            let cache = (layout.bytes_for(context, format) as u64).saturating_mul(batch as u64);
+            self.memory.is_some_and(|memory| self.weight_bytes.saturating_add(cache) <= memory)
+        };
+        KvCost {
+            format: format.name(),
+            bytes_per_token: layout.bytes_per_token(format),
+            bytes_at_context: layout.bytes_for(context, format),
+            longest_context: largest(self.context_max, |context| fits(batch, context)),
+            largest_batch: largest(BATCH_MAX, |batch| fits(batch, context)),
         }
     }
-    (good > 0).then_some(good)
 }
 
 fn describe(report: &Report) -> String {
@@ -209,8 +226,8 @@ fn describe(report: &Report) -> String {
         }
         text.push('\n');
     }
+    describe_formats(&mut text, report);
     if let Some(fit) = &report.memory {
-        let show = |count: Option<usize>| count.map_or("none".to_owned(), |n| n.to_string());
         text.push_str(&format!(
             "in {}     longest context {} at batch {}, largest batch {} at context {}\n",
             human_bytes(fit.bytes),
@@ -222,6 +239,29 @@ fn describe(report: &Report) -> String {
     }
     text.push_str(&report.parallel.as_ref().map_or(String::new(), inspect_parallel::describe));
     text
+}
+
+/// A line for each format of the cache.
+fn describe_formats(text: &mut String, report: &Report) {
+    text.push_str(&format!(
+        "cache       bytes a token   a sequence of {:<8} longest context   largest batch\n",
+        report.context
+    ));
+    for cost in &report.kv_formats {
+        text.push_str(&format!(
+            "  {:<9} {:>13}   {:>22} {:>15} {:>15}\n",
+            cost.format,
+            cost.bytes_per_token,
+            human_bytes(cost.bytes_at_context as u64),
+            show(cost.longest_context),
+            show(cost.largest_batch),
+        ));
+    }
+}
+
+/// What fits, or that nothing does.
+fn show(count: Option<usize>) -> String {
+    count.map_or("none".to_owned(), |n| n.to_string())
 }
 
 #[cfg(test)]
