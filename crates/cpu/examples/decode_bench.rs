@@ -176,6 +176,7 @@ fn step(cached: usize, rows: usize) -> Step {
             rows: rows as u32,
             cached: cached as u32,
             tables: vec![BlockTable { first: 0, blocks: (0..blocks).collect() }],
+            expanded: 0,
             ancestors: None,
         }],
         logits_rows: vec![rows as u32 - 1],

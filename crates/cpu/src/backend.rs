@@ -95,10 +95,10 @@ fn state(
     let shapes: Vec<_> = program
         .ops
         .iter()
-        .filter_map(|op| match op {
-            Op::Attend { spec, .. } => Some(attend_shape(spec)),
-            Op::AttendLatent { spec, .. } => Some(LatentStage::shape(spec)),
-            _ => None,
+        .flat_map(|op| match op {
+            Op::Attend { spec, .. } => vec![attend_shape(spec)],
+            Op::AttendLatent { spec, .. } => LatentStage::shapes(spec).into(),
+            _ => Vec::new(),
         })
         .collect();
     let latents = program.ops.iter().filter_map(|op| match op {
@@ -146,6 +146,7 @@ fn state(
         captures: capture_widths.iter().map(|w| vec![0.0; w * rows_max]).collect(),
         capture_widths,
         sequence_of: Vec::with_capacity(rows_max),
+        absorbed: Vec::with_capacity(rows_max),
         pages: Vec::new(),
         profile: Profile::from_environment(),
     })

@@ -10,7 +10,7 @@ use lathe_program::{
     BackendError, Executor, KvFormat, Program, RopeTable, Step, StepError, StepOutput,
 };
 
-use crate::attend::{AttendJob, Attention};
+use crate::attend::{AttendJob, Attention, RowForm};
 use crate::cache::{KvCache, Write};
 use crate::elementwise::{Activate, Add, Norm, Rotate, SigmoidGate, fill_angles};
 use crate::experts::{Choice, GroupScratch, RouteStage};
@@ -63,6 +63,8 @@ pub(crate) struct State {
     pub capture_widths: Vec<usize>,
     /// The sequence of each row.
     pub sequence_of: Vec<u32>,
+    /// Stretches of the step's rows whose latent attention is absorbed.
+    pub absorbed: Vec<Range<usize>>,
     /// Page numbers of a step, while it is checked.
     pub pages: Vec<u32>,
     pub profile: Profile,
@@ -139,6 +141,16 @@ impl State {
         for (index, sequence) in step.sequences.iter().enumerate() {
             let rows = self.sequence_of.len() + sequence.rows as usize;
             self.sequence_of.resize(rows, index as u32);
+        }
+        self.absorbed.clear();
+        for sequence in &step.sequences {
+            let first = sequence.first_row as usize;
+            let rows = RowForm::Absorbed.rows(sequence);
+            match self.absorbed.last_mut() {
+                Some(before) if before.end == first + rows.start => before.end = first + rows.end,
+                _ if rows.is_empty() => {}
+                _ => self.absorbed.push(first + rows.start..first + rows.end),
+            }
         }
         for (table, angles) in program.ropes.iter().zip(&self.angles) {
             let out = angles.rows();
@@ -276,6 +288,8 @@ impl State {
             query: stage.query,
             sinks: stage.sinks.as_deref(),
             out: stage.out,
+            form: RowForm::All,
+            expand: None,
         };
         // SAFETY: buffers hold the step's rows, and the tables every visible position
         // (`Step::validate`).
@@ -293,12 +307,30 @@ impl State {
             query,
             sinks: None,
             out,
+            form: RowForm::Absorbed,
+            expand: None,
         };
-        // SAFETY: as in `attend`; the scratch has room for `rows_max` rows.
+        let expanded = AttendJob {
+            shape: &stage.expanded_shape,
+            query: stage.query,
+            out: stage.out,
+            form: RowForm::Expanded,
+            expand: Some(stage),
+            ..job
+        };
+        let (all, ranges) = (step.rows(), &self.absorbed);
+        let absorbed: usize = ranges.iter().map(Range::len).sum();
+        // SAFETY: as in `attend`; the scratch has room for `rows_max` rows, and the forms write
+        // rows of their own.
         unsafe {
-            stage.absorb(place, step.rows(), &self.latent);
-            self.attention.run(&self.gang, &job);
-            stage.expand(place, step.rows(), &self.latent);
+            if absorbed > 0 {
+                ranges.iter().for_each(|rows| stage.absorb(place, rows.clone(), &self.latent));
+                self.attention.run(&self.gang, &job);
+                ranges.iter().for_each(|rows| stage.expand(place, rows.clone(), &self.latent));
+            }
+            if absorbed < all {
+                self.attention.run(&self.gang, &expanded);
+            }
         }
     }
 

@@ -1,19 +1,27 @@
-//! Multi-head latent attention in its absorbed form (DeepSeek-V2, section 2.1.2).
+//! Multi-head latent attention (DeepSeek-V2, section 2.1.2), in two forms.
 //!
-//! A head's score of a cached latent `c` is `q_nope . (key_up c) = (key_up^T q_nope) . c`, so the
-//! query is brought to the latent space once and every head attends over the same latents, which
-//! are keys and values of one key head; the weighted latent then goes through `value_up`.
-//! Prefill uses the same form as decoding: the expanded form would need fewer operations there,
-//! but round differently, and text must not depend on how a prompt was cut into steps.
+//! *Absorbed.* A head's score of a cached latent `c` is `q_nope . (key_up c) = (key_up^T q_nope) . c`,
+//! so the query is brought to the latent space once and every head attends over the same latents,
+//! which are keys and values of one key head; the weighted latent then goes through `value_up`.
+//!
+//! *Expanded.* Keys and values of a head are made from the latents, a tile of positions at a time
+//! and once for all rows of the step (up to 512), and the rows attend to those.
+//!
+//! The forms round differently, and text must not depend on how a prompt was cut into steps: which
+//! one a row gets is in the step ([`lathe_program::StepSequence::expanded`]), from the model and
+//! the request alone; `LatentSpec::expanded_rows` is the rule, in FLOPs. What is left of a prompt
+//! after its last whole block, all that is generated, and trees are absorbed.
 
 use std::ops::Range;
 
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use lathe_program::kv_codec::hadamard;
 use lathe_program::{BackendError, LatentSpec};
 
-use crate::attend::AttendShape;
+use crate::attend::{AttendShape, Expand};
 use crate::cache::code::{Code, F16, F32};
 use crate::cache::store::Plain;
+use crate::cache::{TILE, TileBuffers};
 use crate::gang::{Gang, share};
 use crate::lanes::Width;
 use crate::lanes::product::Product;
@@ -38,6 +46,23 @@ impl HeadMatrices {
         Self::Half(values.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect())
     }
 
+    /// A head's matrix of `elements` as floats, at `to` if they have to be made.
+    ///
+    /// # Safety
+    /// `to` has room for them, and nobody else touches it.
+    unsafe fn head(&self, head: usize, elements: usize, to: *mut f32) -> *const f32 {
+        match self {
+            Self::Full(all) => all[head * elements..][..elements].as_ptr(),
+            Self::Half(all) => {
+                let halves = &all[head * elements..][..elements];
+                // SAFETY: the caller gives room for `elements` floats.
+                let to = unsafe { std::slice::from_raw_parts_mut(to, elements) };
+                halves.reinterpret_cast::<half::f16>().convert_to_f32_slice(to);
+                to.as_ptr()
+            }
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Self::Full(v) => size_of_val(v.as_slice()),
@@ -51,6 +76,8 @@ impl HeadMatrices {
 pub struct LatentStage {
     /// The numbers of the attention over latents.
     pub shape: AttendShape,
+    /// The numbers of the attention over keys and values made from them.
+    pub expanded_shape: AttendShape,
     /// The layer of the cache.
     pub layer: usize,
     /// `[rows, heads * (nope_dim + rope_dim)]`.
@@ -89,15 +116,16 @@ impl LatentStage {
                 }
             }
         }
-        let shape = Self::shape(spec);
+        let [shape, expanded_shape] = Self::shapes(spec);
         let (key_up, value_up) =
             (HeadMatrices::new(key_up, exact), HeadMatrices::new(turned, exact));
-        Self { shape, layer, query, out, spec: spec.clone(), key_up, value_up }
+        Self { shape, expanded_shape, layer, query, out, spec: spec.clone(), key_up, value_up }
     }
 
-    /// The attention over latents as one over a single key head.
-    pub fn shape(spec: &LatentSpec) -> AttendShape {
-        AttendShape {
+    /// The attention over latents as one over a single key head, and that over the keys and values
+    /// that are made from them.
+    pub fn shapes(spec: &LatentSpec) -> [AttendShape; 2] {
+        let absorbed = AttendShape {
             kv_heads: 1,
             group: spec.heads,
             key_dim: spec.rank + spec.rope_dim,
@@ -105,7 +133,17 @@ impl LatentStage {
             scale: spec.scale,
             window: spec.window,
             softcap: spec.softcap,
-        }
+            expanded_rank: None,
+        };
+        let expanded = AttendShape {
+            kv_heads: spec.heads,
+            group: 1,
+            key_dim: spec.nope_dim + spec.rope_dim,
+            value_dim: spec.value_dim,
+            expanded_rank: Some(spec.rank),
+            ..absorbed
+        };
+        [absorbed, expanded]
     }
 
     /// Bytes of the matrices as laid out.
@@ -113,14 +151,14 @@ impl LatentStage {
         self.key_up.bytes() + self.value_up.bytes()
     }
 
-    /// Brings the queries of `rows` rows to the latent space.
+    /// Brings the queries of some rows to the latent space.
     ///
     /// # Safety
     /// The query and `scratch.query` are valid for these rows, and nobody else touches the latter.
     pub unsafe fn absorb(
         &self,
         (width, gang): (Width, &Gang),
-        rows: usize,
+        rows: Range<usize>,
         scratch: &LatentScratch,
     ) {
         let spec = &self.spec;
@@ -148,14 +186,14 @@ impl LatentStage {
         });
     }
 
-    /// Brings the weighted latents of `rows` rows to values.
+    /// Brings the weighted latents of some rows to values.
     ///
     /// # Safety
     /// As [`LatentStage::absorb`], for `scratch.latents` and the output.
     pub unsafe fn expand(
         &self,
         (width, gang): (Width, &Gang),
-        rows: usize,
+        rows: Range<usize>,
         scratch: &LatentScratch,
     ) {
         let spec = &self.spec;
@@ -183,14 +221,64 @@ impl LatentStage {
         (query, Rows::new(scratch.latents.pointer().cast(), spec.heads * spec.rank))
     }
 
-    fn each_head(&self, gang: &Gang, rows: usize, work: impl Fn(usize, Range<usize>) + Sync) {
-        let pieces = rows.div_ceil(ROWS);
+    fn each_head(
+        &self,
+        gang: &Gang,
+        rows: Range<usize>,
+        work: impl Fn(usize, Range<usize>) + Sync,
+    ) {
+        let pieces = rows.len().div_ceil(ROWS);
         gang.run(|worker, workers| {
             for item in share(self.spec.heads * pieces, worker, workers) {
-                let first = item % pieces * ROWS;
-                work(item / pieces, first..rows.min(first + ROWS));
+                let first = rows.start + item % pieces * ROWS;
+                work(item / pieces, first..rows.end.min(first + ROWS));
             }
         });
+    }
+}
+
+impl Expand for LatentStage {
+    unsafe fn tile(
+        &self,
+        width: Width,
+        head: usize,
+        filled: Range<usize>,
+        latents: TileBuffers,
+        to: TileBuffers,
+        matrix: *mut f32,
+    ) {
+        let LatentSpec { rank, rope_dim, nope_dim, value_dim, .. } = self.spec;
+        // SAFETY: the buffers are tiles of these shapes: latents `[rank + rope, TILE]` in columns
+        // and `[TILE, rank]` in rows, keys `[nope + rope, TILE]`, values `[TILE, value_dim]`.
+        unsafe {
+            let key_up = self.key_up.head(head, nope_dim * rank, matrix);
+            let keys = Product {
+                a: key_up,
+                a_stride: rank,
+                b: Plain::<F32>::new(latents.keys.cast(), TILE),
+                c: to.keys,
+                c_stride: TILE,
+                rows: nope_dim,
+                columns: TILE,
+                depth: rank,
+                accumulate: false,
+                ahead: None,
+            };
+            keys.run(width);
+            let ropes = latents.keys.add(rank * TILE);
+            let under = to.keys.add(nope_dim * TILE);
+            std::ptr::copy_nonoverlapping(ropes, under, rope_dim * TILE);
+            let values = HeadProduct {
+                from: Rows::new(latents.values, latents.value_stride),
+                from_column: 0,
+                to: Rows::new(to.values, to.value_stride),
+                to_column: 0,
+                rows: filled,
+                depth: rank,
+                columns: value_dim,
+            };
+            values.run(width, &self.value_up, head);
+        }
     }
 }
 

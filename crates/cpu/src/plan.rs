@@ -325,7 +325,7 @@ impl<'a> Planner<'a> {
         let Op::AttendLatent { query, layer, spec, out } = op else {
             unreachable!("called for latents")
         };
-        check_layer(&self.program.kv, layer.0, &LatentStage::shape(spec))?;
+        check_layer(&self.program.kv, layer.0, &LatentStage::shapes(spec)[0])?;
         let (key_up, value_up) =
             (self.weights.floats(spec.key_up), self.weights.floats(spec.value_up));
         let rows = (self.rows(*query), self.rows(*out));
@@ -385,5 +385,6 @@ pub fn attend_shape(spec: &lathe_program::AttendSpec) -> AttendShape {
         scale: spec.scale,
         window: spec.window,
         softcap: spec.softcap,
+        expanded_rank: None,
     }
 }

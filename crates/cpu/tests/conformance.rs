@@ -22,7 +22,9 @@ fn exact_agrees_with_the_reference() {
 #[test]
 fn every_cache_format_agrees_with_the_reference() {
     for kv_format in KvFormat::ALL {
-        run(&Settings { kv_format, threads: Some(2), seeds: 4, ..Settings::default() });
+        let settings = Settings { kv_format, threads: Some(2), seeds: 4, ..Settings::default() };
+        let report = run(&settings);
+        assert!(report.unsupported.is_empty(), "{kv_format:?}: {:?}", report.unsupported);
     }
 }
 
@@ -47,9 +49,13 @@ fn quantized_weights_agree_with_the_reference() {
 #[test]
 fn steps_do_not_change_results() {
     let backend = CpuBackend::new(CpuOptions::default());
-    for format in [Format::F32, Format::Ggml(GgmlType::Q8_0)] {
+    let (floats, blocks) = (Format::F32, Format::Ggml(GgmlType::Q8_0));
+    for (format, kv_format) in
+        [(floats, KvFormat::F32), (blocks, KvFormat::F32), (blocks, KvFormat::Int4)]
+    {
         for exact in [true, false] {
-            let settings = Settings { format, exact, threads: Some(2), ..Settings::default() };
+            let settings =
+                Settings { format, kv_format, exact, threads: Some(2), ..Settings::default() };
             batch_invariance(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
         }
     }

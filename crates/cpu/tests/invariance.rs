@@ -29,6 +29,7 @@ fn chunks_do_not_matter() {
         (false, Some(KvFormat::BF16)),
         (false, Some(KvFormat::Int8)),
         (false, Some(KvFormat::F8E4M3)),
+        (false, Some(KvFormat::Int4)),
     ] {
         let mut executor = executor(&program, 2, exact, kv);
         let alone = |executor: &mut dyn Executor| {

@@ -160,7 +160,8 @@ impl Engine {
         let id = RequestId(self.stats.requests);
         self.stats.requests += 1;
         self.stats.prompt_tokens += request.prompt.len() as u64;
-        self.scheduler.add(id, request.prompt.clone());
+        let expanded = self.executor.program().expanded_until(request.prompt.len());
+        self.scheduler.add(id, request.prompt.clone(), expanded);
         let output = Output {
             sampler: Sampler::new(request.sampling.clone(), &request.prompt),
             text: TextOutput::new(decoder, request.stop_strings.clone()),

@@ -57,16 +57,30 @@ pub struct Sequence {
     /// Positions that were in the cache when the sequence first ran.
     pub cached: Option<usize>,
     blocks: SequenceBlocks,
+    /// Positions below this one are computed by the expanded form of latent attention.
+    expanded: usize,
+    /// What the cache knows the tokens by: pages of one form are not those of the other.
+    keys: Vec<u32>,
 }
 
+/// Set in the key of a token whose row is expanded; no token id is as large.
+const EXPANDED: u32 = 1 << 31;
+
 impl Sequence {
+    /// A text of which the first `expanded` rows are expanded.
+    fn new(tokens: Vec<u32>, expanded: usize) -> Self {
+        let mut keys = tokens.clone();
+        keys[..expanded].iter_mut().for_each(|key| *key |= EXPANDED);
+        Sequence { tokens, keys, expanded, ..Sequence::default() }
+    }
+
     fn pending(&self) -> usize {
         self.tokens.len() - self.computed
     }
 
     /// Gives all blocks back and starts over.
     fn rewind(&mut self, cache: &mut KvCache) {
-        cache.release(&mut self.blocks, &self.tokens[..self.computed]);
+        cache.release(&mut self.blocks, &self.keys[..self.computed]);
         self.computed = 0;
     }
 }
@@ -154,10 +168,11 @@ impl Scheduler {
         self.counts
     }
 
-    /// Queues a sequence, which fits the pool alone at its greatest length.
-    pub fn add(&mut self, request: RequestId, tokens: Vec<u32>) {
+    /// Queues a sequence, which fits the pool alone at its greatest length; `expanded` is its
+    /// [`StepSequence::expanded`].
+    pub fn add(&mut self, request: RequestId, tokens: Vec<u32>, expanded: usize) {
         assert!(!tokens.is_empty());
-        let sequence = Sequence { tokens, ..Sequence::default() };
+        let sequence = Sequence::new(tokens, expanded);
         assert!(self.sequences.insert(request, sequence).is_none(), "{request:?} exists");
         self.waiting.insert(request);
     }
@@ -177,6 +192,7 @@ impl Scheduler {
         let sequence = self.sequences.get_mut(&request).expect("a sequence of the plan");
         assert_eq!(sequence.pending(), 0, "a token is chosen once all before it are computed");
         sequence.tokens.push(token);
+        sequence.keys.push(token);
         if !self.config.kv_cache {
             sequence.rewind(&mut self.cache);
         }
@@ -239,7 +255,7 @@ impl Scheduler {
                 return;
             }
             let sequence = self.sequences.get_mut(&request).expect("waiting");
-            let hit = self.cache.find(&sequence.tokens);
+            let hit = self.cache.find(&sequence.keys);
             let needed = self.cache.pages_for(sequence.tokens.len()).saturating_sub(hit.shared);
             if needed > self.cache.pool().available() && !self.running.is_empty() {
                 return;
@@ -258,7 +274,7 @@ impl Scheduler {
         for part in &plan.sequences {
             let sequence = self.sequences.get_mut(&part.request).expect("a sequence of the plan");
             sequence.computed += part.rows;
-            self.cache.commit(&mut sequence.blocks, &sequence.tokens[..sequence.computed]);
+            self.cache.commit(&mut sequence.blocks, &sequence.keys[..sequence.computed]);
             self.counts.rows += part.rows as u64;
         }
         self.counts.steps += u64::from(!plan.sequences.is_empty());
@@ -302,6 +318,7 @@ impl Plan {
             rows: rows as u32,
             cached: computed as u32,
             tables: sequence.blocks.tables.clone(),
+            expanded: sequence.expanded as u32,
             ancestors: None,
         });
         self.step.tokens.extend_from_slice(&sequence.tokens[computed..end]);

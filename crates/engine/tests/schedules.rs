@@ -127,14 +127,17 @@ fn grouped_attention_with_windows() {
 #[test]
 fn grouped_attention_with_a_quantized_cache() {
     for (seed, format) in [(2, KvFormat::Int8), (3, KvFormat::Int4), (4, KvFormat::F8E4M3)] {
-        schedules_agree(SmallDecoder::grouped(), format, seed);
+        let stats = schedules_agree(SmallDecoder::grouped(), format, seed);
+        assert!(stats.prefix_hit_tokens > 0, "{stats:?}");
     }
 }
 
 #[test]
 fn latent_attention() {
-    let stats = schedules_agree(SmallDecoder::latent(), KvFormat::F32, 5);
-    assert!(stats.prefix_hit_tokens > 0, "{stats:?}");
+    for (seed, format) in [(5, KvFormat::F32), (7, KvFormat::Int4)] {
+        let stats = schedules_agree(SmallDecoder::latent(), format, seed);
+        assert!(stats.prefix_hit_tokens > 0, "{stats:?}");
+    }
 }
 
 #[test]

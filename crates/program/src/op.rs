@@ -168,6 +168,27 @@ pub struct LatentSpec {
     pub value_up: Weight,
 }
 
+/// Blocks of expanded rows are multiples of this: of a tile of positions, and of KV blocks.
+const EXPANDED_ROWS_UNIT: usize = 64;
+
+impl LatentSpec {
+    /// Rows from which on the expanded form (keys and values made from the latents, once for all
+    /// rows) costs no more than the absorbed one, however many positions they see; `None` if it
+    /// never pays. FLOPs of a head for `r` rows that see `v` positions each:
+    ///
+    ///     absorbed   2 r v (2 rank + rope)           + 2 r rank (nope + value)
+    ///     expanded   2 r v (nope + rope + value)     + 2 v rank (nope + value)
+    ///
+    /// For `v = r` the last terms are equal; for large `v` the forms meet where
+    /// `r (2 rank - nope - value) = rank (nope + value)`. Both read the same bytes of cache and
+    /// matrices. The number depends on the model alone: see [`crate::Program::expanded_until`].
+    pub fn expanded_rows(&self) -> Option<usize> {
+        let made = self.nope_dim + self.value_dim;
+        let saved = (2 * self.rank).checked_sub(made).filter(|saved| *saved > 0)?;
+        Some((self.rank * made).div_ceil(saved).next_multiple_of(EXPANDED_ROWS_UNIT))
+    }
+}
+
 /// How logits of experts become scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -56,6 +56,18 @@ impl BufferPlan {
 }
 
 impl Program {
+    /// The [`crate::StepSequence::expanded`] of a request with `given` tokens (its prompt, or a
+    /// text to score): whole blocks of as many rows as make the expanded form of latent attention
+    /// pay. The two forms round differently, so the choice may depend on nothing that a schedule
+    /// can change: not on the rows of a chunk, but on the model and on what was asked.
+    pub fn expanded_until(&self, given: usize) -> usize {
+        let rows = self.ops.iter().filter_map(|op| match op {
+            Op::AttendLatent { spec, .. } => Some(spec.expanded_rows().unwrap_or(usize::MAX)),
+            _ => None,
+        });
+        rows.max().map_or(0, |rows| given / rows * rows)
+    }
+
     /// Elements in a row of `value`.
     pub fn value_width(&self, value: Value) -> usize {
         self.values[value.0 as usize].width

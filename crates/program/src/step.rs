@@ -27,6 +27,10 @@ pub struct StepSequence {
     pub cached: u32,
     /// One table a KV group, long enough for `cached + rows` positions.
     pub tables: Vec<BlockTable>,
+    /// Rows at positions below this one may be computed by the expanded form of latent attention,
+    /// all others by the absorbed one ([`Program::expanded_until`]). The same in every step of a
+    /// request, so that no schedule changes which form a row gets; at most `cached` for a tree.
+    pub expanded: u32,
     /// For a draft tree: row `i` is stored at slot `cached + i`, has the position given in
     /// [`Step::positions`], and sees the cache up to `cached` and those rows `j` of this
     /// sequence for which bit `j` of `ancestors[i]` is set (itself included); a window counts from
@@ -141,6 +145,9 @@ impl Step {
             }
             return Ok(());
         };
+        check(sequence.expanded <= sequence.cached, || {
+            format!("rows below {} are expanded, but those of a tree never", sequence.expanded)
+        })?;
         check(ancestors.len() == rows && rows <= TREE_ROWS_MAX, || {
             format!("{} masks for {rows} rows (at most {TREE_ROWS_MAX})", ancestors.len())
         })?;
@@ -191,6 +198,11 @@ impl Step {
 }
 
 impl StepSequence {
+    /// Rows at the sequence's beginning that are below [`StepSequence::expanded`].
+    pub fn rows_expanded(&self) -> usize {
+        self.expanded.saturating_sub(self.cached).min(self.rows) as usize
+    }
+
     /// One past the last cache slot that the step writes: `cached + rows`.
     pub fn slots_end(&self) -> usize {
         self.cached as usize + self.rows as usize

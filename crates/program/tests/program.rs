@@ -17,6 +17,7 @@ fn step_of(program: &Program, cached: u32, rows: u32) -> Step {
             rows,
             cached,
             tables: (0..groups).map(table).collect(),
+            expanded: 0,
             ancestors: None,
         }],
         logits_rows: vec![rows - 1],

@@ -74,7 +74,8 @@ fn step(program: &Program, rows: u32) -> Step {
     let table =
         |group| BlockTable { first: 0, blocks: (0..blocks).map(|b| b * groups + group).collect() };
     let tables = (0..groups).map(table).collect();
-    let sequence = StepSequence { first_row: 0, rows, cached: 0, tables, ancestors: None };
+    let sequence =
+        StepSequence { first_row: 0, rows, cached: 0, tables, expanded: 0, ancestors: None };
     Step {
         tokens: (0..rows).map(|i| i * 7 % 90).collect(),
         positions: (0..rows).collect(),

@@ -10,11 +10,12 @@ mod plan;
 mod softmax;
 mod tile;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use lathe_program::{BackendError, KvLayerShape, KvLayout, Step};
+use lathe_program::{BackendError, KvLayerShape, KvLayout, Step, StepSequence};
 
-use crate::cache::{KvCache, LayerPlace};
+use crate::cache::{KvCache, LayerPlace, TileBuffers};
 use crate::gang::{Gang, share};
 use crate::lanes::{LANES, Width, dispatch};
 use crate::memory::Memory;
@@ -29,6 +30,9 @@ pub const SEGMENT: usize = 512;
 
 /// Query vectors that share one pass over the keys: rows of a task times query heads of a key head.
 const VECTORS_MAX: usize = 64;
+
+/// The same where keys are made from latents.
+const VECTORS_EXPANDED: usize = 512;
 
 /// Floats set aside for segments that several workers compute for the same row.
 const PARTIAL_FLOATS_MAX: usize = 8 << 20;
@@ -50,11 +54,15 @@ pub struct AttendShape {
     pub window: Option<usize>,
     /// `softcap * tanh(score / softcap)`.
     pub softcap: Option<f32>,
+    /// Elements of the latents that keys and values are made from, tile by tile.
+    pub expanded_rank: Option<usize>,
 }
 
 impl AttendShape {
     fn rows_per_task(&self) -> usize {
-        (VECTORS_MAX / self.group).max(1)
+        // Expanding a tile is shared by the rows of a task.
+        let vectors = if self.expanded_rank.is_some() { VECTORS_EXPANDED } else { VECTORS_MAX };
+        (vectors / self.group).max(1)
     }
 
     /// Floats of a value row in scratch memory: whole vectors.
@@ -84,6 +92,52 @@ pub struct AttendJob<'a> {
     pub sinks: Option<&'a [f32]>,
     /// `[rows, kv_heads * group * value_dim]`.
     pub out: Rows,
+    /// Which rows.
+    pub form: RowForm,
+    /// Makes keys and values from the layer's latents, if the shape says so.
+    pub expand: Option<&'a dyn Expand>,
+}
+
+/// Which rows of a step an attention computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowForm {
+    /// All.
+    All,
+    /// Those whose latents are expanded.
+    Expanded,
+    /// The others.
+    Absorbed,
+}
+
+impl RowForm {
+    /// The rows, counted within the sequence.
+    pub fn rows(self, sequence: &StepSequence) -> Range<usize> {
+        let (expanded, all) = (sequence.rows_expanded(), sequence.rows as usize);
+        match self {
+            RowForm::All => 0..all,
+            RowForm::Expanded => 0..expanded,
+            RowForm::Absorbed => expanded..all,
+        }
+    }
+}
+
+/// Makes a head's keys and values of a tile from its latents.
+pub trait Expand: Sync {
+    /// `latents` is a tile of latents, its `keys` with the rotary keys under them; `to` gets the
+    /// head's keys, rotary part last, and the values of the tile's positions `filled`.
+    ///
+    /// # Safety
+    /// Both have room for a tile of their shapes, nobody else touches `to`, and `matrix` has room
+    /// for a head's matrix.
+    unsafe fn tile(
+        &self,
+        width: Width,
+        head: usize,
+        filled: Range<usize>,
+        latents: TileBuffers,
+        to: TileBuffers,
+        matrix: *mut f32,
+    );
 }
 
 /// Memory for attention, kept from step to step.
@@ -133,7 +187,7 @@ impl Attention {
     pub unsafe fn run(&mut self, gang: &Gang, job: &AttendJob<'_>) {
         let shape = job.shape;
         let capacity = self.partials.bytes() / size_of::<f32>() / shape.partial_stride();
-        self.plan.fill(job.step, shape, gang.workers(), capacity);
+        self.plan.fill(job.step, job.form, shape, (gang.workers(), capacity));
         let plan = &self.plan;
         let next = AtomicUsize::new(0);
         let items = plan.tasks.len() * shape.kv_heads;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use lathe_program::{Step, StepSequence};
 
-use super::{AttendShape, SEGMENT};
+use super::{AttendShape, RowForm, SEGMENT};
 
 /// Below this many pieces a worker, pieces are cut further, along the positions.
 pub const ITEMS_PER_WORKER: usize = 2;
@@ -146,24 +146,32 @@ impl Plan {
         }
     }
 
-    /// Cuts `step` into pieces; at most `capacity` segments are stored for a merge.
-    pub fn fill(&mut self, step: &Step, shape: &AttendShape, workers: usize, capacity: usize) {
+    /// Cuts the rows of one form in `step` into pieces for some workers; at most `capacity`
+    /// segments are stored for a merge.
+    pub fn fill(
+        &mut self,
+        step: &Step,
+        form: RowForm,
+        shape: &AttendShape,
+        (workers, capacity): (usize, usize),
+    ) {
         self.tasks.clear();
         self.splits.clear();
         let rows_per_task = shape.rows_per_task();
         let pieces: usize =
-            step.sequences.iter().map(|s| (s.rows as usize).div_ceil(rows_per_task)).sum();
+            step.sequences.iter().map(|s| form.rows(s).len().div_ceil(rows_per_task)).sum();
         let wanted = ITEMS_PER_WORKER * workers;
         let items = pieces * shape.kv_heads;
         let parts =
             if workers == 1 || items >= wanted { 1 } else { (2 * wanted).div_ceil(items.max(1)) };
         let mut stored = 0;
         for (index, sequence) in step.sequences.iter().enumerate() {
-            let rows = sequence.rows as usize;
+            let Range { start, end } = form.rows(sequence);
+            let rows = end - start;
             // The last rows see most: begin with them, so that no worker ends with a long piece.
             for piece in (0..rows.div_ceil(rows_per_task)).rev() {
-                let first = piece * rows_per_task;
-                let rows = rows_per_task.min(rows - first);
+                let first = start + piece * rows_per_task;
+                let rows = rows_per_task.min(end - first);
                 let slots = seen_by_all(step, sequence, first, rows, shape.window);
                 let segments = slots.start / SEGMENT..slots.end.div_ceil(SEGMENT);
                 let entries = segments.len() * rows * shape.group * shape.kv_heads;
@@ -177,8 +185,8 @@ impl Plan {
                 let place =
                     Stored { base: stored, first: segments.start, count: segments.len(), vectors };
                 for part in 0..parts {
-                    let part = crate::gang::share(segments.len(), part, parts);
-                    let segments = segments.start + part.start..segments.start + part.end;
+                    let cut = crate::gang::share(segments.len(), part, parts);
+                    let segments = segments.start + cut.start..segments.start + cut.end;
                     self.tasks.push(Task {
                         sequence: index,
                         first,

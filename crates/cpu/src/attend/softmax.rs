@@ -150,6 +150,8 @@ impl<F: Fn(usize) -> State> Kernel for Store<F> {
 pub struct Soften<'a> {
     pub job: &'a AttendJob<'a>,
     pub task: &'a Task,
+    /// Rows of the task that see something of the tile.
+    pub rows: Range<usize>,
     /// First position of the tile.
     pub tile: usize,
     /// Columns of the tile that were computed, whole vectors.
@@ -168,7 +170,7 @@ impl Kernel for Soften<'_> {
     fn run<L: Lanes>(self) {
         let (shape, task) = (self.job.shape, self.task);
         let sequence = &self.job.step.sequences[task.sequence];
-        for row in 0..task.rows {
+        for row in self.rows.clone() {
             let seen = visible(self.job.step, sequence, task.first + row, shape.window);
             for vector in row * shape.group..(row + 1) * shape.group {
                 let scores = self.scores.wrapping_add(vector * TILE);

@@ -27,6 +27,10 @@ pub struct ScratchSizes {
     scores: usize,
     sums: usize,
     rows: usize,
+    /// Of a tile of latents that keys and values are made from, and of a head's matrix.
+    latent_keys: usize,
+    latent_values: usize,
+    matrix: usize,
 }
 
 impl ScratchSizes {
@@ -41,6 +45,12 @@ impl ScratchSizes {
             sizes.scores = sizes.scores.max(vectors * TILE);
             sizes.sums = sizes.sums.max(vectors * shape.value_stride());
             sizes.rows = sizes.rows.max(vectors.next_multiple_of(LANES));
+            if let Some(rank) = shape.expanded_rank {
+                sizes.latent_keys = sizes.latent_keys.max((rank + shape.key_dim) * TILE);
+                let stride = rank.next_multiple_of(LANES);
+                sizes.latent_values = sizes.latent_values.max(stride * TILE);
+                sizes.matrix = sizes.matrix.max((rank * shape.key_dim).next_multiple_of(LANES));
+            }
         }
         sizes
     }
@@ -54,6 +64,9 @@ impl ScratchSizes {
             + self.scores
             + 2 * self.sums
             + 4 * self.rows
+            + self.latent_keys
+            + self.latent_values
+            + self.matrix
     }
 }
 
@@ -62,6 +75,8 @@ impl ScratchSizes {
 pub struct Scratch {
     query: *mut f32,
     tile: TileBuffers,
+    latents: TileBuffers,
+    matrix: *mut f32,
     scores: *mut f32,
     /// The state of the segment that is being walked.
     segment: State,
@@ -92,14 +107,20 @@ impl Scratch {
             key_scales: take(TILE),
             value_scales: take(TILE),
         };
-        let scores = take(sizes.scores);
+        let latents = TileBuffers {
+            keys: take(sizes.latent_keys),
+            values: take(sizes.latent_values),
+            value_stride: shape.expanded_rank.unwrap_or(0).next_multiple_of(LANES),
+            ..tile
+        };
+        let (matrix, scores) = (take(sizes.matrix), take(sizes.scores));
         let mut state = || State {
             largest: take(sizes.rows),
             sum: take(sizes.rows),
             values: take(sizes.sums),
             stride,
         };
-        Self { query, tile, scores, segment: state(), total: state() }
+        Self { query, tile, latents, matrix, scores, segment: state(), total: state() }
     }
 }
 
@@ -214,39 +235,83 @@ impl Piece<'_> {
             .scales_apart(job.layer)
             .then_some((to.key_scales.cast_const(), to.value_scales.cast_const()));
         let (scores, state) = (scratch.scores, scratch.segment);
-        let soften = Soften { job, task, tile, columns: columns.clone(), scores, state, scales };
+        let rows = self.rows_that_see(&slots);
+        if rows.is_empty() {
+            return;
+        }
+        let columns_seen = columns.clone();
+        let soften = Soften {
+            job,
+            task,
+            rows: rows.clone(),
+            tile,
+            columns: columns_seen,
+            scores,
+            state,
+            scales,
+        };
         // SAFETY: the buffers hold a tile of this shape, the scores a row of 64 for each vector,
         // the state a row of values for each; the tables hold the slots.
         unsafe {
             if self.reads_in_place() {
                 with_store!(job.cache.format(), S => {
-                    self.scores_in_place::<S>(width, slots.clone(), end);
+                    self.scores_in_place::<S>(width, slots.clone(), end, rows.clone());
                     if scales.is_some() {
-                        dispatch(width, LoadScales(self.load(slots.clone())));
+                        dispatch(width, LoadScales(self.load(slots.clone(), to)));
                     }
                     dispatch(width, soften);
-                    self.sums_in_place::<S>(width, slots, end);
+                    self.sums_in_place::<S>(width, slots, end, rows);
                 });
             } else {
-                dispatch(width, self.load(slots.clone()));
+                let filled = slots.start - tile..slots.end - tile;
+                self.fill_tile(width, filled, slots.clone());
                 let keys = Plain::<F32>::new(to.keys.add(columns.start).cast(), TILE);
-                self.scores(keys, columns).run(width);
+                self.scores(keys, columns, rows.clone()).run(width);
                 dispatch(width, soften);
                 let first = slots.start - tile;
                 let values = to.values.add(first * to.value_stride).cast();
                 let values = Plain::<F32>::new(values, to.value_stride);
-                self.sums(values, first, slots.len()).run(width);
+                self.sums(values, first, slots.len(), rows).run(width);
             }
         }
+    }
+
+    /// Decodes positions to the tile's floats, or makes them from latents.
+    unsafe fn fill_tile(&self, width: Width, filled: Range<usize>, slots: Range<usize>) {
+        let Scratch { tile, latents, matrix, .. } = self.scratch;
+        match self.job.expand {
+            None => dispatch(width, self.load(slots, tile)),
+            Some(expand) => {
+                dispatch(width, self.load(slots, latents));
+                // SAFETY: the scratch has room for tiles of this shape and for the matrix.
+                unsafe { expand.tile(width, self.head, filled, latents, tile, matrix) }
+            }
+        }
+    }
+
+    /// The rows of the task, counted within it, that can see one of `slots`; what the others would
+    /// add is nothing.
+    fn rows_that_see(&self, slots: &Range<usize>) -> Range<usize> {
+        let (task, job) = (self.task, self.job);
+        let sequence = &job.step.sequences[task.sequence];
+        if sequence.ancestors.is_some() {
+            return 0..task.rows;
+        }
+        // Row `i` is at position `at + i`, and sees from `window - 1` positions before it on.
+        let at = sequence.cached as usize + task.first;
+        let last = job.shape.window.map_or(usize::MAX, |window| slots.end - 1 + window);
+        slots.start.saturating_sub(at)..task.rows.min(last.saturating_sub(at))
     }
 
     fn table(&self) -> &BlockTable {
         &self.job.step.sequences[self.task.sequence].tables[self.job.layer.group]
     }
 
-    fn load(&self, positions: Range<usize>) -> LoadTile<'_> {
-        let (cache, layer, to) = (self.job.cache, self.job.layer, self.scratch.tile);
-        LoadTile { cache, layer, head: self.head, table: self.table(), positions, to }
+    fn load(&self, positions: Range<usize>, to: TileBuffers) -> LoadTile<'_> {
+        let (cache, layer) = (self.job.cache, self.job.layer);
+        // Latents have one head.
+        let head = if self.job.expand.is_some() { 0 } else { self.head };
+        LoadTile { cache, layer, head, table: self.table(), positions, to }
     }
 
     /// Whether the codes are multiplied where they lie: for few query vectors turning a tile into
@@ -258,7 +323,13 @@ impl Piece<'_> {
         heads && vectors && whole(self.job.cache.block_tokens()) && whole(self.job.shape.value_dim)
     }
 
-    unsafe fn scores_in_place<S: KvStore>(&self, width: Width, slots: Range<usize>, end: usize) {
+    unsafe fn scores_in_place<S: KvStore>(
+        &self,
+        width: Width,
+        slots: Range<usize>,
+        end: usize,
+        rows: Range<usize>,
+    ) {
         let tokens = self.job.cache.block_tokens();
         for mut run in runs(self.table(), tokens, slots) {
             // Pages, tiles and vectors begin at the same positions: go back to a vector's first.
@@ -274,12 +345,18 @@ impl Piece<'_> {
             // SAFETY: whole vectors of slots are within the page, and columns within the tile.
             unsafe {
                 let ahead = next.map(|next| distance(keys, next));
-                Product { ahead, ..self.scores(keys, columns) }.run(width);
+                Product { ahead, ..self.scores(keys, columns, rows.clone()) }.run(width);
             }
         }
     }
 
-    unsafe fn sums_in_place<S: KvStore>(&self, width: Width, slots: Range<usize>, end: usize) {
+    unsafe fn sums_in_place<S: KvStore>(
+        &self,
+        width: Width,
+        slots: Range<usize>,
+        end: usize,
+        rows: Range<usize>,
+    ) {
         let tokens = self.job.cache.block_tokens();
         for run in runs(self.table(), tokens, slots) {
             let next = self
@@ -290,7 +367,7 @@ impl Piece<'_> {
             // SAFETY: the run's slots are within the page.
             unsafe {
                 let ahead = next.map(|next| distance(values, next));
-                Product { ahead, ..self.sums(values, first, run.count) }.run(width);
+                Product { ahead, ..self.sums(values, first, run.count, rows.clone()) }.run(width);
             }
         }
     }
@@ -304,15 +381,17 @@ impl Piece<'_> {
         (next < end).then(|| runs(self.table(), tokens, next..next + 1).next()).flatten()
     }
 
-    /// Scores of all vectors in some columns of the tile.
-    fn scores<M: Matrix>(&self, keys: M, columns: Range<usize>) -> Product<M> {
+    /// Scores of some rows' vectors in some columns of the tile.
+    fn scores<M: Matrix>(&self, keys: M, columns: Range<usize>, rows: Range<usize>) -> Product<M> {
+        let shape = self.job.shape;
+        let first = rows.start * shape.group;
         Product {
-            a: self.scratch.query,
+            a: self.scratch.query.wrapping_add(first * shape.key_dim),
             a_stride: self.job.shape.key_dim,
             b: keys,
-            c: self.scratch.scores.wrapping_add(columns.start),
+            c: self.scratch.scores.wrapping_add(first * TILE + columns.start),
             c_stride: TILE,
-            rows: self.vectors(),
+            rows: rows.len() * shape.group,
             columns: columns.len(),
             depth: self.job.shape.key_dim,
             accumulate: false,
@@ -320,16 +399,23 @@ impl Piece<'_> {
         }
     }
 
-    /// Adds `count` positions' values from column `first` of the tile on, by their weights.
-    fn sums<M: Matrix>(&self, values: M, first: usize, count: usize) -> Product<M> {
-        let state = self.scratch.segment;
+    /// Adds `count` positions' values from column `first` of the tile on, by some rows' weights.
+    fn sums<M: Matrix>(
+        &self,
+        values: M,
+        first: usize,
+        count: usize,
+        rows: Range<usize>,
+    ) -> Product<M> {
+        let (state, group) = (self.scratch.segment, self.job.shape.group);
+        let vector = rows.start * group;
         Product {
-            a: self.scratch.scores.wrapping_add(first),
+            a: self.scratch.scores.wrapping_add(vector * TILE + first),
             a_stride: TILE,
             b: values,
-            c: state.values,
+            c: state.values.wrapping_add(vector * state.stride),
             c_stride: state.stride,
-            rows: self.vectors(),
+            rows: rows.len() * group,
             columns: state.stride,
             depth: count,
             accumulate: true,

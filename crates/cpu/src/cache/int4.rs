@@ -18,7 +18,7 @@ use half::f16;
 use lathe_program::INT4_GROUP;
 use lathe_program::kv_codec::{Int4Range, KvVector, hadamard};
 
-use super::store::{Plane, KvStore};
+use super::store::{KvStore, Plane};
 use crate::lanes::product::Matrix;
 use crate::lanes::{LANES, Lanes};
 

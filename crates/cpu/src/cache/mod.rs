@@ -15,7 +15,7 @@ mod write;
 use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
 
 use crate::memory::{ALIGNMENT, Memory};
-use store::{Plane, KvStore};
+use store::{KvStore, Plane};
 
 pub(crate) use code::with_store;
 pub use read::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs};

@@ -179,7 +179,12 @@ impl KvCache {
 
     /// Latents lie in rows; the tile wants them in columns too, and the rotary keys under them.
     #[inline(always)]
-    unsafe fn load_latent<L: Lanes, S: KvStore>(&self, layer: &LayerPlace, run: Run, to: TileBuffers) {
+    unsafe fn load_latent<L: Lanes, S: KvStore>(
+        &self,
+        layer: &LayerPlace,
+        run: Run,
+        to: TileBuffers,
+    ) {
         let (rank, rope_dim) = layer.dims();
         let column = run.position % TILE;
         let [latents, ropes] = self.planes::<S>(layer, run.page, 0);

@@ -41,7 +41,9 @@ impl Kernel for Write<'_> {
             let (page, slot) = sequence.tables[self.layer.group].locate(slot, tokens);
             // SAFETY: the page has room for each slot of the layer's shape, and the rows hold as
             // many elements as the layer stores.
-            unsafe { with_store!(self.cache.format, S => self.store::<L, S>(row, page as u32, slot)) };
+            unsafe {
+                with_store!(self.cache.format, S => self.store::<L, S>(row, page as u32, slot))
+            };
         }
     }
 }

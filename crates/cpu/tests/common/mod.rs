@@ -184,6 +184,7 @@ pub fn step(parts: &mut [(&mut Sequence, usize)]) -> Step {
             rows: *rows as u32,
             cached: cached as u32,
             tables: sequence.tables.clone(),
+            expanded: 0,
             ancestors: None,
         });
         sequence.cached += *rows;

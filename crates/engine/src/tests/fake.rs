@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use lathe_program::kv::KvLayerDecl;
 use lathe_program::{
-    BackendError, Executor, KvFormat, KvGroup, KvLayerShape, KvLayout, Program, Step, StepOutput,
-    StepSequence,
+    BackendError, Executor, KvFormat, KvGroup, KvLayer, KvLayerShape, KvLayout, LatentSpec, Op,
+    Program, Step, StepOutput, StepSequence, Value, Weight,
 };
 
 pub const VOCABULARY: usize = 61;
@@ -53,6 +53,27 @@ impl FakeExecutor {
             failing: 0,
             steps: 0,
         }
+    }
+
+    /// With a latent attention of rank 64 whose heads have 32 elements: the first whole 64s of a
+    /// prompt are expanded, and differ from what is absorbed.
+    pub fn latent(mut self) -> Self {
+        let spec = LatentSpec {
+            heads: 1,
+            rank: 64,
+            rope_dim: 32,
+            nope_dim: 32,
+            value_dim: 32,
+            scale: 1.0,
+            window: None,
+            softcap: None,
+            key_up: Weight(0),
+            value_up: Weight(0),
+        };
+        let (query, layer, out) = (Value(0), KvLayer(0), Value(0));
+        let program = Arc::get_mut(&mut self.program).expect("not shared yet");
+        program.ops.push(Op::AttendLatent { query, layer, spec, out });
+        self
     }
 
     pub fn hasty(mut self) -> Self {
@@ -146,7 +167,8 @@ impl Executor for FakeExecutor {
                 let position = step.positions[row as usize];
                 assert_eq!(position, sequence.cached + row - sequence.first_row);
                 let seen = self.seen(sequence, position as usize);
-                let own = own(seen, position, step.tokens[row as usize]);
+                let form = u32::from(position < sequence.expanded) << 31;
+                let own = own(seen, position, step.tokens[row as usize] | form);
                 for group in 0..sequence.tables.len() {
                     *self.entry(sequence, group, position as usize) = mix(own, group as u64);
                 }

@@ -88,6 +88,26 @@ fn a_prompt_seen_before_computes_its_last_token_only() {
     }
 }
 
+/// 41 tokens are 11 blocks and the pool has 8 pages: the first blocks are gone for certain, and
+/// nobody misses them.
+#[test]
+fn a_hit_needs_only_the_blocks_inside_the_window() {
+    let windows = [Some(6)];
+    let mut engine = engine(&windows, 8, true);
+    let text: Vec<u32> = (0..41).collect();
+    run(&mut engine, &text, 1);
+    let longer = [&text[..], &[5, 6]].concat();
+    let (tokens, cached) = run(&mut engine, &longer, 1);
+    assert_eq!(cached, 41);
+    assert_eq!(tokens.first().copied(), math::argmax(&naive_logits(&longer, &windows)));
+    // A full group beside it needs them all.
+    let windows = [None, Some(6)];
+    let mut engine = super::prefix::engine(&windows, 17, true);
+    run(&mut engine, &text, 1);
+    run(&mut engine, &[60; 20], 1);
+    assert!(run(&mut engine, &longer, 1).1 < 41);
+}
+
 #[test]
 fn evicted_texts_are_forgotten_from_their_ends() {
     let mut engine = engine(&[None], 20, true);

@@ -39,6 +39,7 @@ struct Report {
     peak_memory_bytes: Option<u64>,
     weight_bytes: usize,
     kv_bytes: usize,
+    kv_format: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     growth: Option<Growth>,
 }
@@ -131,6 +132,7 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         peak_memory_bytes,
         weight_bytes,
         kv_bytes,
+        kv_format: kv_format.name(),
         growth,
     };
     if let (Some(path), Some(growth)) = (&arguments.plot, &report.growth) {

@@ -13,11 +13,17 @@ use anyhow::Error;
 
 use crate::arguments::{Arguments, Command};
 use crate::catalogue::{self, Environment, Located};
+use crate::output::bad_input;
 use crate::progress::Reporter;
 
 /// Runs the command that the words ask for.
 pub fn dispatch(arguments: &Arguments) -> Result<(), Error> {
     let global = &arguments.global;
+    if global.kv_format.is_some()
+        && matches!(arguments.command, Command::Convert(_) | Command::Pull(_))
+    {
+        return Err(bad_input("--kv-format: this command runs no model and has no KV cache"));
+    }
     match &arguments.command {
         Command::Run(command) => run::run(global, command),
         Command::Chat(command) => chat::run(global, command),

@@ -77,6 +77,7 @@ pub fn run(
             rows: tokens.len() as u32,
             cached: cached as u32,
             tables: tables.collect(),
+            expanded: 0,
             ancestors: None,
         }],
         logits_rows: (wanted.start as u32..wanted.end as u32).collect(),

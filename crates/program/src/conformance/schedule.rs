@@ -18,6 +18,8 @@ struct Growing {
     tokens: Vec<u32>,
     done: usize,
     tables: Vec<BlockTable>,
+    /// The same in every schedule of these tokens: their first two thirds.
+    expanded: u32,
 }
 
 /// What one sequence does in a step.
@@ -43,7 +45,10 @@ impl<'a> Schedule<'a> {
         let mut free: Vec<u32> = (0..kv_blocks as u32).collect();
         random.shuffle(&mut free);
         let tables = vec![BlockTable::default(); program.kv.groups.len()];
-        let growing = |tokens| Growing { tokens, done: 0, tables: tables.clone() };
+        let growing = |tokens: Vec<u32>| {
+            let expanded = tokens.len() as u32 * 2 / 3;
+            Growing { tokens, done: 0, tables: tables.clone(), expanded }
+        };
         Self { program, free, sequences: sequences.into_iter().map(growing).collect() }
     }
 
@@ -90,6 +95,7 @@ impl<'a> Schedule<'a> {
                 rows: chunk.rows as u32,
                 cached: cached as u32,
                 tables: growing.tables.clone(),
+                expanded: growing.expanded,
                 ancestors,
             });
         }
