@@ -99,9 +99,8 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         growth = Some(Growth::of(&cached, &timings[0]));
     }
     let Prepared { engine, load_ms } = prepared;
-    let executor = engine.executor();
-    let (weight_bytes, kv_bytes) = (executor.weight_bytes(), executor.kv_bytes());
-    let kv_format = executor.kv_format();
+    let (weight_bytes, kv_bytes) = (engine.executor().weight_bytes(), engine.executor().kv_bytes());
+    let kv_format = engine.executor().kv_format();
     // Measuring the machine takes large buffers, which are not the model's.
     let peak_memory_bytes = memory::peak_bytes();
     drop(engine);

@@ -220,21 +220,7 @@ fn describe(report: &Report) -> String {
         }
         text.push('\n');
     }
-    text.push_str(&format!(
-        "cache       bytes a token   a sequence of {:<8} longest context   largest batch\n",
-        report.context
-    ));
-    let show = |count: Option<usize>| count.map_or("none".to_owned(), |n| n.to_string());
-    for cost in &report.kv_formats {
-        text.push_str(&format!(
-            "  {:<9} {:>13}   {:>22} {:>15} {:>15}\n",
-            cost.format,
-            cost.bytes_per_token,
-            human_bytes(cost.bytes_at_context as u64),
-            show(cost.longest_context),
-            show(cost.largest_batch),
-        ));
-    }
+    describe_formats(&mut text, report);
     if let Some(fit) = &report.memory {
         text.push_str(&format!(
             "in {}     longest context {} at batch {}, largest batch {} at context {}\n",
@@ -246,6 +232,29 @@ fn describe(report: &Report) -> String {
         ));
     }
     text
+}
+
+/// A line for each format of the cache.
+fn describe_formats(text: &mut String, report: &Report) {
+    text.push_str(&format!(
+        "cache       bytes a token   a sequence of {:<8} longest context   largest batch\n",
+        report.context
+    ));
+    for cost in &report.kv_formats {
+        text.push_str(&format!(
+            "  {:<9} {:>13}   {:>22} {:>15} {:>15}\n",
+            cost.format,
+            cost.bytes_per_token,
+            human_bytes(cost.bytes_at_context as u64),
+            show(cost.longest_context),
+            show(cost.largest_batch),
+        ));
+    }
+}
+
+/// What fits, or that nothing does.
+fn show(count: Option<usize>) -> String {
+    count.map_or("none".to_owned(), |n| n.to_string())
 }
 
 #[cfg(test)]
