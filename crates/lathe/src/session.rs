@@ -210,7 +210,9 @@ pub fn context_that_fits(
     let Some(available) = memory::available_bytes() else { return Ok(limit) };
     let bytes = (available as f64 * KV_MEMORY_SHARE) as u64;
     let format = kv_format(global);
-    let fits = |tokens: usize| parallel.kv_total(&program, |kv| kv.bytes_for(tokens, format)) as u64 <= bytes;
+    let fits = |tokens: usize| {
+        parallel.kv_total(&program, |kv| kv.bytes_for(tokens, format)) as u64 <= bytes
+    };
     Ok(largest(limit, fits).unwrap_or(1))
 }
 
