@@ -79,6 +79,7 @@ impl Backend for CpuBackend {
         let weight_bytes = weights.bytes() + latents.sum::<usize>();
         Ok(Box::new(CpuExecutor {
             program,
+            prefill_form: stages.iter().any(Stage::has_prefill_form),
             stages,
             weight_bytes,
             rows_max,
@@ -158,6 +159,7 @@ fn state(
         captures: capture_widths.iter().map(|w| vec![0.0; w * rows_max]).collect(),
         capture_widths,
         sequence_of: Vec::with_capacity(rows_max),
+        prefill: Vec::with_capacity(rows_max),
         absorbed: Vec::with_capacity(rows_max),
         pages: Vec::new(),
         profile: Profile::from_environment(),

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lathe_program::{
-    BackendError, Executor, KvFormat, Program, RopeTable, Step, StepError, StepOutput,
+    BackendError, Executor, KvFormat, Op, Program, RopeTable, Step, StepError, StepOutput,
 };
 
 use crate::attend::{AttendJob, Attention, RowForm};
@@ -28,6 +28,10 @@ use crate::stage::{
     Stage,
 };
 
+/// Whole blocks of as many rows of a prompt are in the prefill form: decoding weights for fewer does
+/// not pay, and pages of the cache do not straddle them.
+const PREFILL_ROWS: usize = 64;
+
 /// Floats below which a piece of elementwise work is not worth waking the gang.
 const ALONE_FLOATS: usize = 8192;
 
@@ -36,6 +40,8 @@ const ALONE_FLOATS: usize = 8192;
 pub struct CpuExecutor {
     pub(crate) program: Arc<Program>,
     pub(crate) stages: Vec<Stage>,
+    /// Whether products of prompts' rows differ from those of decoding rows.
+    pub(crate) prefill_form: bool,
     pub(crate) weight_bytes: usize,
     pub(crate) rows_max: usize,
     pub(crate) state: State,
@@ -65,6 +71,8 @@ pub(crate) struct State {
     pub capture_widths: Vec<usize>,
     /// The sequence of each row.
     pub sequence_of: Vec<u32>,
+    /// Whether each row is in the prefill form.
+    pub prefill: Vec<bool>,
     /// Stretches of the step's rows whose latent attention is absorbed.
     pub absorbed: Vec<Range<usize>>,
     /// Page numbers of a step, while it is checked.
@@ -103,6 +111,14 @@ impl Executor for CpuExecutor {
 
     fn kv_format(&self) -> KvFormat {
         self.state.cache.format()
+    }
+
+    fn expanded_until(&self, given: usize) -> usize {
+        let has_latents = self.program.ops.iter().any(|op| matches!(op, Op::AttendLatent { .. }));
+        match self.prefill_form && !has_latents {
+            true => given / PREFILL_ROWS * PREFILL_ROWS,
+            false => self.program.expanded_until(given),
+        }
     }
 
     fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
@@ -144,6 +160,12 @@ impl State {
             let rows = self.sequence_of.len() + sequence.rows as usize;
             self.sequence_of.resize(rows, index as u32);
         }
+        self.prefill.clear();
+        for sequence in &step.sequences {
+            let (rows, expanded) = (sequence.rows as usize, sequence.rows_expanded());
+            self.prefill.extend((0..rows).map(|row| row < expanded));
+        }
+        self.activations.set_forms(self.prefill.iter().copied());
         self.absorbed.clear();
         for sequence in &step.sequences {
             let first = sequence.first_row as usize;
@@ -233,7 +255,8 @@ impl State {
                 // SAFETY: see above.
                 unsafe {
                     let place = (width, &self.gang);
-                    experts.run(place, count, choice, &mut self.activations, &mut self.groups);
+                    let scratch = (&mut self.activations, &mut self.groups);
+                    experts.run(place, &self.prefill[..count], choice, scratch);
                 }
             }
             Stage::AllReduce { input, out } => {
@@ -370,6 +393,7 @@ impl State {
             return Ok(());
         }
         let columns = stage.matrix.columns();
+        self.activations.set_forms(asked.iter().map(|&row| self.prefill[row as usize]));
         self.activations.prepare_with(
             &self.gang,
             stage.operands,
@@ -395,6 +419,7 @@ impl State {
             false => &mut self.logits[..own],
         };
         matmul(&self.gang, &mut [Part::new(&stage.matrix, logits)], &self.activations);
+        self.activations.set_forms(self.prefill.iter().copied());
         if stage.scale != 1.0 || stage.softcap.is_some() {
             let all = Rows::new(logits.as_mut_ptr(), 1);
             let (scale, softcap, floats) = (stage.scale, stage.softcap, logits.len());

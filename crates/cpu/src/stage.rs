@@ -229,6 +229,18 @@ pub enum Stage {
 }
 
 impl Stage {
+    /// Whether it makes a difference to its products which rows are in the prefill form.
+    pub fn has_prefill_form(&self) -> bool {
+        match self {
+            Stage::Linear(linear) => linear.operands.has_prefill_form(),
+            Stage::Logits(logits) => logits.operands.has_prefill_form(),
+            Stage::Experts(experts) => {
+                experts.operands.has_prefill_form() || experts.down_operands.has_prefill_form()
+            }
+            _ => false,
+        }
+    }
+
     /// Names of the kinds, by [`Stage::kind`].
     pub const KINDS: [&str; 17] = [
         "embed",

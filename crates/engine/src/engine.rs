@@ -160,7 +160,7 @@ impl Engine {
         let id = RequestId(self.stats.requests);
         self.stats.requests += 1;
         self.stats.prompt_tokens += request.prompt.len() as u64;
-        let expanded = self.executor.program().expanded_until(request.prompt.len());
+        let expanded = self.executor.expanded_until(request.prompt.len());
         self.scheduler.add(id, request.prompt.clone(), expanded);
         let output = Output {
             sampler: Sampler::new(request.sampling.clone(), &request.prompt),

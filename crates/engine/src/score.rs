@@ -181,7 +181,7 @@ impl<'a> Feed<'a> {
                 rows: rows as u32,
                 cached: first as u32,
                 tables: self.blocks.tables.clone(),
-                expanded: executor.program().expanded_until(self.tokens.len()) as u32,
+                expanded: executor.expanded_until(self.tokens.len()) as u32,
                 ancestors: None,
             }],
             logits_rows: (0..logits_rows).collect(),

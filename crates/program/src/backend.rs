@@ -101,6 +101,11 @@ pub trait Executor: Send {
     fn program(&self) -> &Arc<Program>;
     /// How the cache stores numbers.
     fn kv_format(&self) -> KvFormat;
+    /// The [`crate::StepSequence::expanded`] of a request with `given` tokens. A function of the
+    /// program, the backend and that number alone, so that no schedule changes a row's arithmetic.
+    fn expanded_until(&self, given: usize) -> usize {
+        self.program().expanded_until(given)
+    }
     /// Runs one step: writes its rows into the cache and makes the logits asked for.
     fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError>;
     /// As [`Self::run`], and hands what goes into each op to `observer`, in the order of the

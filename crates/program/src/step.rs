@@ -27,9 +27,11 @@ pub struct StepSequence {
     pub cached: u32,
     /// One table a KV group, long enough for `cached + rows` positions.
     pub tables: Vec<BlockTable>,
-    /// Rows at positions below this one may be computed by the expanded form of latent attention,
-    /// all others by the absorbed one ([`Program::expanded_until`]). The same in every step of a
-    /// request, so that no schedule changes which form a row gets; at most `cached` for a tree.
+    /// Rows at positions below this one may be computed in the forms that pay for many rows: the
+    /// expanded form of latent attention, and products whose decoded weights many rows share. All
+    /// others are computed as decoding rows are ([`crate::Executor::expanded_until`]). The same in
+    /// every step of a request, so that no schedule changes which form a row gets; at most `cached`
+    /// for a tree.
     pub expanded: u32,
     /// For a draft tree: row `i` is stored at slot `cached + i`, has the position given in
     /// [`Step::positions`], and sees the cache up to `cached` and those rows `j` of this

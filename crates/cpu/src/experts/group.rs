@@ -98,28 +98,32 @@ impl GroupScratch {
 }
 
 impl ExpertsStage {
-    /// Runs every chosen expert on its rows.
+    /// Runs every chosen expert on its rows, of which `prefill` are in the prefill form.
     ///
     /// # Safety
     /// Input and output are valid for `rows` rows and overlap nothing that others touch.
     pub unsafe fn run(
         &self,
         (width, gang): (Width, &Gang),
-        rows: usize,
+        prefill: &[bool],
         choice: &Choice,
-        activations: &mut Activations,
-        scratch: &mut GroupScratch,
+        (activations, scratch): (&mut Activations, &mut GroupScratch),
     ) {
+        let rows = prefill.len();
         scratch.sort(choice, rows, &self.spec);
         // SAFETY: the caller vouches for the rows.
         unsafe { self.out.slices_mut(rows) }.fill(0.0);
         for expert in 0..self.spec.experts {
             let range = scratch.starts[expert] as usize..scratch.starts[expert + 1] as usize;
             if !range.is_empty() {
+                let pairs = scratch.pairs[range.clone()].iter();
+                let row_of = |pair: &u32| *pair as usize / choice.per_row;
+                activations.set_forms(pairs.map(|pair| prefill[row_of(pair)]));
                 // SAFETY: as above.
                 unsafe { self.run_one((width, gang), expert, range, choice, activations, scratch) };
             }
         }
+        activations.set_forms(prefill.iter().copied());
     }
 
     unsafe fn run_one(

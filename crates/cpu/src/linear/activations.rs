@@ -82,6 +82,11 @@ impl Operands {
         all
     }
 
+    /// Whether it makes a difference which rows are in the prefill form.
+    pub fn has_prefill_form(&self) -> bool {
+        self.tiles
+    }
+
     /// Whether activations prepared for `self` serve `operand`.
     fn serve(&self, operand: Operand) -> bool {
         match operand {

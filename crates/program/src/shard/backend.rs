@@ -119,6 +119,10 @@ impl Executor for ShardedExecutor {
         self.kv_format
     }
 
+    fn expanded_until(&self, given: usize) -> usize {
+        self.first.expanded_until(given)
+    }
+
     fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
         // A malformed step is refused before any rank runs, and harms none.
         step.validate(&self.program)?;
