@@ -6,7 +6,6 @@
 //! ```text
 //! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
 //! codes: segment = 32 positions, 32 high and 32 low bytes a row; with f32 scale, sum * scale, -zero * sum
-//! bf16 : segment = 32 positions, 64 bytes a row
 //! f32  : segment = 32 positions, 128 bytes a row
 //! ```
 //! A code has two signed bytes: the scale is `max|x| / 16256` over the segment, the code
@@ -36,7 +35,6 @@ const OFFSETS_MAX: usize = 5;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Operands {
     float: bool,
-    bf16: bool,
     int8: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
 }
@@ -48,7 +46,6 @@ impl Operands {
         for matrix in matrices {
             match matrix.operand {
                 Operand::F32 => all.float = true,
-                Operand::Bf16 => all.bf16 = true,
                 Operand::Int8(offset) => {
                     all.int8 = true;
                     let known = all.offsets.contains(&Some(offset));
@@ -65,7 +62,6 @@ impl Operands {
     fn serve(&self, operand: Operand) -> bool {
         match operand {
             Operand::F32 => self.float,
-            Operand::Bf16 => self.bf16,
             Operand::Int8(offset) => self.offsets.contains(&Some(offset)),
         }
     }
@@ -98,7 +94,6 @@ pub struct Activations {
     columns: usize,
     operands: Operands,
     float: Plane,
-    bf16: Plane,
     codes: Plane,
     scales: Plane,
     sums: Plane,
@@ -144,7 +139,6 @@ struct Writer {
     padded: usize,
     operands: Operands,
     float: *mut f32,
-    bf16: *mut u16,
     codes: *mut i8,
     scales: *mut f32,
     sums: *mut f32,
@@ -180,9 +174,6 @@ impl Activations {
         let (elements, segments) = (rows * padded, rows * padded / SEGMENT);
         if operands.float {
             self.float.reserve(elements * 4);
-        }
-        if operands.bf16 {
-            self.bf16.reserve(elements * 2);
         }
         if operands.int8 {
             self.codes.reserve(elements * 2);
@@ -240,7 +231,6 @@ impl Activations {
             padded: columns.next_multiple_of(PADDING),
             operands,
             float: self.float.pointer(),
-            bf16: self.bf16.pointer(),
             codes: self.codes.pointer(),
             scales: self.scales.pointer(),
             sums: self.sums.pointer(),
@@ -300,10 +290,6 @@ impl Activations {
                 Operand::F32 => {
                     view.x = self.float.pointer::<u8>().add(elements * 4 + first * 128);
                     view.after::<128>(segment, 1)
-                }
-                Operand::Bf16 => {
-                    view.x = self.bf16.pointer::<u8>().add(elements * 2 + first * 64);
-                    view.after::<64>(segment, 1)
                 }
                 Operand::Int8(offset) => {
                     let index = self.operands.offsets.iter().position(|o| *o == Some(offset));
@@ -392,10 +378,6 @@ impl Writer {
                 if self.operands.float {
                     self.float.add(at * SEGMENT).cast::<[f32; SEGMENT]>().write(values);
                 }
-                if self.operands.bf16 {
-                    let rounded = values.map(round_to_bf16);
-                    self.bf16.add(at * SEGMENT).cast::<[u16; SEGMENT]>().write(rounded);
-                }
                 if self.operands.int8 {
                     let pair = elements / SEGMENT * 2 + segment * 2 * stride + first;
                     self.write_codes(&values, at, [pair, pair + stride]);
@@ -472,13 +454,4 @@ fn split_codes(codes: &[i32; SEGMENT]) -> [[i8; SEGMENT]; 2] {
         (*high, *low) = (upper as i8, (code - (upper << 7)) as i8);
     }
     [high, low]
-}
-
-/// The nearest `bf16`, ties to even; a NaN stays one.
-#[inline(always)]
-fn round_to_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    let quiet = (bits >> 16) | 0x40;
-    if bits & 0x7fff_ffff > 0x7f80_0000 { quiet as u16 } else { rounded as u16 }
 }

@@ -101,20 +101,9 @@ target!(Avx2Target, Avx2<false>, 4, false, "avx2,fma,f16c");
 target!(AvxVnniTarget, Avx2<true>, 4, true, "avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
 target!(Avx512Target, Avx512, 16, true, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
-#[cfg(target_arch = "x86_64")]
-target!(
-    Avx512Bf16Target,
-    Avx512,
-    16,
-    true,
-    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16"
-);
-
 /// The kernels of a matrix.
 pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 if operand == Operand::Bf16 => floats(rows_of::<Avx512Bf16Target, Pairs>),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
         #[cfg(target_arch = "x86_64")]

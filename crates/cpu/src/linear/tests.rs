@@ -89,7 +89,6 @@ fn product(packed: &PackedMatrix, x: &[f32], threads: usize) -> Vec<f32> {
 fn rounded(operand: Operand, x: &[f32], columns: usize) -> Vec<f32> {
     match operand {
         Operand::F32 => x.to_vec(),
-        Operand::Bf16 => x.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect(),
         Operand::Int8(_) => {
             let segments = x.chunks(columns).flat_map(|row| row.chunks(SEGMENT));
             segments
