@@ -75,9 +75,10 @@ impl Backend for CpuBackend {
     }
 }
 
-/// The cache's format if the caller leaves the choice to the backend.
+/// The cache's format if the caller leaves the choice to the backend. Halves would move logits of
+/// tiny models ten times as far, which sends tokens to other experts.
 fn default_format(exact: bool) -> KvFormat {
-    if exact { KvFormat::F32 } else { KvFormat::F16 }
+    if exact { KvFormat::F32 } else { KvFormat::Int16 }
 }
 
 fn state(

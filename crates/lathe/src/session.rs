@@ -166,7 +166,7 @@ impl Need {
 
 /// The smallest format that a backend would choose for its cache by itself.
 fn kv_format_least(global: &Global) -> KvFormat {
-    if global.exact || global.device == Device::Reference { KvFormat::F32 } else { KvFormat::F16 }
+    if global.exact || global.device == Device::Reference { KvFormat::F32 } else { KvFormat::Int16 }
 }
 
 /// Pages that `need.sequences` sequences of `need.context` tokens hold at most, in any order of

@@ -82,7 +82,7 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
         None => memory::available_bytes(),
     };
     let program = session::program_for(spec, context)?;
-    let kv_format = if global.exact { KvFormat::F32 } else { KvFormat::F16 };
+    let kv_format = if global.exact { KvFormat::F32 } else { KvFormat::Int16 };
     let sizes = shape.sizes(&program)?;
     let parameters = ParameterCount::of(spec, &program);
     let measure = || Roofs::measure(global, &sizes);
