@@ -39,6 +39,22 @@ MLA = dict(num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_
 ROUTED = dict(moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, first_k_dense_replace=1)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 
+# What some types need beside SIZES to be tiny and whole.
+OWN_SIZES = {
+    "deepseek_v2": dict(MLA, **ROUTED),
+    "deepseek_v3": dict(MLA, **ROUTED, n_group=2, topk_group=1),
+    "minicpm3": MLA,
+    "dots1": ROUTED,
+    "glm4_moe": ROUTED,
+    "qwen2_moe": dict(moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, shared_expert_intermediate_size=40),
+    "qwen3_moe": dict(moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3),
+    "ernie4_5_moe": dict(moe_num_experts=8, moe_k=3, moe_intermediate_size=24),
+    "hunyuan_v1_dense": dict(head_dim=12),
+    "ministral": dict(head_dim=12),
+    # Of 64 experts the last chosen and the first refused are equal to the last bit of f32 for one of the tokens.
+    "olmoe": dict(num_experts=8, num_experts_per_tok=3),
+}
+
 # Known types with unusual fields, that their classes honour.
 VARIANTS = {
     "llama-head-dim": dict(model_type="llama", head_dim=20),
@@ -165,7 +181,8 @@ def verdict(binary, folder):
 
 def tiny_config(changes):
     changes = dict(changes)
-    config = AutoConfig.for_model(changes.pop("model_type"), **{**SIZES, **changes})
+    kind = changes.pop("model_type")
+    config = AutoConfig.for_model(kind, **{**SIZES, **OWN_SIZES.get(kind, {}), **changes})
     config._attn_implementation = "eager"
     return config
 

@@ -1,5 +1,6 @@
 //! Where tokens went: how often each expert of each layer was chosen, and how evenly.
 
+use lathe_program::cost::RoutingLoad;
 use lathe_program::{Executor, Op, Program, Routing};
 use serde::Serialize;
 
@@ -87,6 +88,21 @@ impl LayerLoad {
             ..self.clone()
         }
     }
+}
+
+/// The share of rows that each expert had, for the cost counter.
+pub fn shares(program: &Program, loads: &[LayerLoad]) -> RoutingLoad {
+    let mut shares = vec![Vec::new(); program.routings];
+    for load in loads {
+        let per_token = program.ops.iter().find_map(|op| match op {
+            Op::Route { spec, out, .. } if *out == load.routing => Some(spec.experts_per_token),
+            _ => None,
+        });
+        let rows = load.counts.iter().sum::<u64>() as f64 / per_token.unwrap_or(1) as f64;
+        let share = |count: &u64| *count as f64 / rows.max(1.0);
+        shares[load.routing.0 as usize] = load.counts.iter().map(share).collect();
+    }
+    if loads.is_empty() { RoutingLoad::Even } else { RoutingLoad::Shares(shares) }
 }
 
 /// A line a layer: how uneven, and the experts with the most rows.

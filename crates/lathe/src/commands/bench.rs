@@ -35,7 +35,8 @@ struct Report {
     decode_tokens_per_s: f64,
     /// Weights and cache that a step reads and writes; experts as they were really chosen.
     bytes_per_step: u64,
-    /// The same if every expert were as likely as any other.
+    /// What the counter expects if each sequence's tokens go to experts as often as all did, whatever
+    /// the other sequences' tokens do.
     bytes_per_step_expected: u64,
     achieved_gb_s: f64,
     measured_read_gb_s: f64,
@@ -186,7 +187,7 @@ impl Measured {
             let cost = count(program, &shape, &|weight| sizes.of(weight), self.kv_format);
             cost.total.memory_bytes()
         };
-        let expected = bytes(RoutingLoad::Even);
+        let expected = bytes(experts::shares(program, &experts));
         let loads = timings.into_iter().flat_map(|timing| timing.loads);
         let real: Vec<u64> = loads.map(|load| bytes(RoutingLoad::Counted(load))).collect();
         let bytes_per_step = match real.len() as u64 {
@@ -392,7 +393,7 @@ fn describe(report: &Report) -> String {
     }
     if !report.experts.is_empty() {
         let expected = human_bytes(report.bytes_per_step_expected);
-        text.push_str(&format!("even routing would read {expected} a step\n"));
+        text.push_str(&format!("independent sequences would read {expected} a step\n"));
         text.push_str(&experts::table(&report.experts));
     }
     if let Some(growth) = &report.growth {
