@@ -313,8 +313,8 @@ fn inspect_counts() {
         assert_fields(&report[step], &fields);
     }
     assert_eq!(report["parameters"], 15_730_944);
-    // Two of keys and values, 4 layers, 2 heads of 64, 2 bytes.
-    assert_eq!(report["kv_bytes_per_token"], 2 * 4 * 2 * 64 * 2);
+    // Two of keys and values, 4 layers, 2 heads of 64 codes of 2 bytes and a scale.
+    assert_eq!(report["kv_bytes_per_token"], 2 * 4 * 2 * (64 * 2 + 4));
     let flops = report["decode"]["flops"].as_u64().expect("a count");
     assert!(flops > 2 * 2 * 15_000_000 && flops < 4 * 2 * 15_000_000, "{flops}");
     let tight = run_json(home.lathe(&words).args(["--no-measure", "--memory", "12MB"]));
