@@ -89,9 +89,10 @@ impl Backend for CpuBackend {
     }
 }
 
-/// The cache's format if the caller leaves the choice to the backend.
+/// The cache's format if the caller leaves the choice to the backend. Halves would move logits of
+/// tiny models ten times as far, which sends tokens to other experts.
 fn default_format(exact: bool) -> KvFormat {
-    if exact { KvFormat::F32 } else { KvFormat::F16 }
+    if exact { KvFormat::F32 } else { KvFormat::Int16 }
 }
 
 fn state(
@@ -122,6 +123,8 @@ fn state(
     let (choices, router) = choices(program, rows_max);
     let mut groups = GroupScratch::default();
     let mut activations = Activations::new();
+    // A little error may send a token to another expert, which is a large one.
+    activations.set_tile_parts(if program.routings > 0 { 2 } else { 1 });
     for stage in stages {
         match stage {
             Stage::Linear(linear) => {

@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lathe_program::{
-    BackendError, Executor, KvFormat, Op, Program, RopeTable, Step, StepError, StepOutput,
+    BackendError, Executor, KvFormat, ObservedRouting, Op, Program, RopeTable, Routing, Step,
+    StepError, StepOutput,
 };
 
 use crate::attend::{AttendJob, Attention, RowForm};
@@ -140,6 +141,16 @@ impl Executor for CpuExecutor {
         Ok(StepOutput {
             logits: &self.state.logits[..step.logits_rows.len() * logits_width],
             captures: captures.map(|(all, width)| &all[..step.rows() * width]).collect(),
+        })
+    }
+
+    fn routing(&self, routing: Routing) -> Option<ObservedRouting<'_>> {
+        let choice = self.state.choices.get(routing.0 as usize)?;
+        let pairs = self.state.sequence_of.len() * choice.per_row;
+        (pairs > 0).then(|| ObservedRouting {
+            experts: &choice.experts[..pairs],
+            weights: &choice.weights[..pairs],
+            experts_per_token: choice.per_row,
         })
     }
 

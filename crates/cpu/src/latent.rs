@@ -28,6 +28,9 @@ use crate::lanes::product::Product;
 use crate::memory::Memory;
 use crate::rows::Rows;
 
+/// What a half may differ from a weight by, of the largest weight: halves of small floats of 16
+/// bits differ by less, halves of other numbers by more.
+const HALF_ERROR: f32 = 1.0 / 65536.0;
 /// Rows of one piece of work.
 const ROWS: usize = 32;
 
@@ -39,11 +42,15 @@ enum HeadMatrices {
 }
 
 impl HeadMatrices {
+    /// Halves where they hold what a checkpoint's floats of 16 bits hold; numbers under scales
+    /// have more bits.
     fn new(values: Vec<f32>, exact: bool) -> Self {
-        if exact {
-            return Self::Full(values);
-        }
-        Self::Half(values.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect())
+        let halves: Vec<u16> = values.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect();
+        let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let lossy = values.iter().zip(&halves).any(|(x, half)| {
+            (x - half::f16::from_bits(*half).to_f32()).abs() > largest * HALF_ERROR
+        });
+        if exact || lossy { Self::Full(values) } else { Self::Half(halves) }
     }
 
     /// A head's matrix of `elements` as floats, at `to` if they have to be made.

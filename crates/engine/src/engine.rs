@@ -331,6 +331,11 @@ impl Engine {
         &*self.executor
     }
 
+    /// Gives the executor back; requests that still run are lost.
+    pub fn into_executor(self) -> Box<dyn Executor> {
+        self.executor
+    }
+
     /// Panics unless scheduler, pool and tables agree. For tests.
     pub fn validate(&self) {
         self.scheduler.validate();

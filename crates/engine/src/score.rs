@@ -170,6 +170,18 @@ impl<'a> Feed<'a> {
         executor: &'e mut dyn Executor,
         rows: usize,
     ) -> Result<(usize, &'e [f32]), ScoreError> {
+        let (first, logits) = self.rehearse(executor, rows)?;
+        self.computed = first + rows;
+        self.cache.commit(&mut self.blocks, &self.tokens[..self.computed]);
+        Ok((first, logits))
+    }
+
+    /// As [`Feed::run`], but stays where it is: the same rows, or more or fewer, may run again.
+    pub fn rehearse<'e>(
+        &mut self,
+        executor: &'e mut dyn Executor,
+        rows: usize,
+    ) -> Result<(usize, &'e [f32]), ScoreError> {
         let (first, end) = (self.computed, self.computed + rows);
         self.cache.grow(&mut self.blocks, end);
         let logits_rows = if first < self.wanted { 0 } else { rows as u32 };
@@ -191,8 +203,6 @@ impl<'a> Feed<'a> {
         if logits.len() != expected {
             return Err(ScoreError::Logits { found: logits.len(), expected });
         }
-        self.computed = end;
-        self.cache.commit(&mut self.blocks, &self.tokens[..end]);
         Ok((first, logits))
     }
 }

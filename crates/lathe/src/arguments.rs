@@ -248,6 +248,10 @@ pub struct InspectArguments {
     /// The number format to assume if there are no weights
     #[arg(long, value_name = "F")]
     pub format: Option<String>,
+    /// Also run this text, or what this file holds (text, or a JSON array of token ids), and tell
+    /// how many of its tokens each expert of each layer had
+    #[arg(long, value_name = "TEXT_OR_FILE")]
+    pub experts: Option<String>,
     /// Do not measure this machine: no floor_ms, bound or intensity of the machine
     #[arg(long)]
     pub no_measure: bool,
@@ -271,9 +275,13 @@ pub struct BenchArguments {
     /// Tokens to decode
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub generate: usize,
-    /// Sequences at once
-    #[arg(long, value_name = "B", default_value_t = 1)]
-    pub batch: usize,
+    /// Sequences at once; of a list all are measured, and JSON has them under `batches`
+    #[arg(long, value_name = "B,..", default_value = "1", value_delimiter = ',')]
+    pub batch: Vec<usize>,
+    /// Also measure steps of one sequence that compute so many tokens at once, as the verification
+    /// of drafted tokens does
+    #[arg(long, value_name = "T,..", value_delimiter = ',')]
+    pub step_tokens: Vec<usize>,
     /// Times to measure; medians are reported
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub repeat: usize,

@@ -8,6 +8,7 @@ mod arguments;
 mod catalogue;
 mod commands;
 mod conversation;
+mod experts;
 mod generate;
 mod interrupt;
 mod measure;
@@ -21,6 +22,7 @@ mod roofs;
 mod sampling;
 mod session;
 mod shape;
+mod steps;
 mod usage;
 
 use std::process::ExitCode;

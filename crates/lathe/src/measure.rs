@@ -5,6 +5,7 @@ use std::time::Instant;
 use anyhow::{Error, bail};
 use lathe_engine::{Engine, Event, Request};
 
+use crate::experts::{ExpertTap, StepLoad};
 use crate::session::milliseconds;
 
 /// What to measure.
@@ -27,6 +28,8 @@ pub struct Timing {
     pub prefill_ms: f64,
     /// Each step after that in which every sequence got a token.
     pub steps_ms: Vec<f64>,
+    /// Rows of each expert in those steps, if there are experts.
+    pub loads: Vec<StepLoad>,
 }
 
 impl Workload {
@@ -50,8 +53,13 @@ impl Workload {
     }
 }
 
-/// Runs the workload once.
-pub fn run(engine: &mut Engine, workload: &Workload, round: u64) -> Result<Timing, Error> {
+/// Runs the workload once; `tap` reads the routers between the steps that are timed.
+pub fn run(
+    engine: &mut Engine,
+    workload: &Workload,
+    round: u64,
+    mut tap: Option<&mut ExpertTap>,
+) -> Result<Timing, Error> {
     let mut generated = vec![0_usize; workload.batch];
     let mut ids = Vec::new();
     let start = Instant::now();
@@ -81,6 +89,9 @@ pub fn run(engine: &mut Engine, workload: &Workload, round: u64) -> Result<Timin
         }
         if before && advanced == workload.batch {
             timing.steps_ms.push(step_ms);
+            if let Some(tap) = &mut tap {
+                timing.loads.extend(tap.read(engine.executor()));
+            }
         } else if !before && generated.iter().all(|&count| count > 0) {
             timing.prefill_ms = milliseconds(start);
         }

@@ -37,8 +37,8 @@ impl Roofs {
         let matmul = measure_matmul(threads, Isa::select(None)?);
         let (matmul_gflop_s, matmul_numbers) = match sizes.main_format() {
             _ if global.exact => (matmul.f32_gop_s, "f32"),
-            Format::Float(_) => (matmul.bf16_gop_s, "bf16"),
-            format if is_float_code(format) => (matmul.bf16_gop_s, "bf16"),
+            Format::Float(_) => (matmul.f32_gop_s, "f32"),
+            format if is_float_code(format) => (matmul.f32_gop_s, "f32"),
             _ => (matmul.int8_gop_s, "int8"),
         };
         let (read_gb_s, copy_gb_s) = (bandwidth.read_gb_s, bandwidth.copy_gb_s);

@@ -182,7 +182,7 @@ impl Need {
 /// The format of the cache: what was asked for, or what the backend chooses by itself.
 pub fn kv_format(global: &Global) -> KvFormat {
     let wide = global.exact || global.device == Device::Reference;
-    global.kv_format.unwrap_or(if wide { KvFormat::F32 } else { KvFormat::F16 })
+    global.kv_format.unwrap_or(if wide { KvFormat::F32 } else { KvFormat::Int16 })
 }
 
 /// Pages that `need.sequences` sequences of `need.context` tokens hold at most, in any order of

@@ -77,6 +77,14 @@ impl Shape {
         }
     }
 
+    /// The model itself, unless its weights are made up.
+    pub fn model(&self) -> Option<&Model> {
+        match &self.source {
+            Source::Model(model) => Some(model),
+            Source::Dummy { .. } => None,
+        }
+    }
+
     /// Its weights, for `program`.
     pub fn weights<'a>(
         &'a self,

@@ -313,8 +313,8 @@ fn inspect_counts() {
         assert_fields(&report[step], &fields);
     }
     assert_eq!(report["parameters"], 15_730_944);
-    // Two of keys and values, 4 layers, 2 heads of 64, 2 bytes.
-    assert_eq!(report["kv_bytes_per_token"], 2 * 4 * 2 * 64 * 2);
+    // Two of keys and values, 4 layers, 2 heads of 64 codes of 2 bytes and a scale.
+    assert_eq!(report["kv_bytes_per_token"], 2 * 4 * 2 * (64 * 2 + 4));
     let flops = report["decode"]["flops"].as_u64().expect("a count");
     assert!(flops > 2 * 2 * 15_000_000 && flops < 4 * 2 * 15_000_000, "{flops}");
     let tight = run_json(home.lathe(&words).args(["--no-measure", "--memory", "12MB"]));
@@ -437,4 +437,73 @@ fn converted_models_score_alike() {
         answer(&back)["prompt_tokens"],
         "the chat template travels"
     );
+}
+
+/// A tiny model with experts, and a file of token ids for it.
+fn mixture(home: &Home) -> (String, String) {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny/mixtral");
+    (model.to_owned(), home.file("ids.json", b"[5, 9, 33, 61, 7, 7, 12, 40]"))
+}
+
+#[test]
+fn inspect_tells_where_tokens_go() {
+    let home = Home::new();
+    let (model, ids) = mixture(&home);
+    let words = ["inspect", &model, "--context", "32", "--no-measure", "--experts", &ids];
+    let report = run_json(&mut home.lathe(&[&words[..], &["--json"]].concat()));
+    let layers = report["experts"].as_array().expect("layers");
+    assert_eq!(layers.len(), 4);
+    for (index, layer) in layers.iter().enumerate() {
+        assert_eq!(layer["layer"], index);
+        let counts: Vec<u64> = serde_json::from_value(layer["counts"].clone()).expect("counts");
+        // Eight tokens visit two of eight experts each.
+        assert_eq!((counts.len(), counts.iter().sum::<u64>()), (8, 16));
+        let most = *counts.iter().max().expect("counts") as f64;
+        assert_eq!(layer["imbalance"], most / 2.0);
+        let distinct = counts.iter().filter(|&&count| count > 0).count() as f64;
+        assert_eq!(layer["distinct_per_step"], distinct);
+    }
+    let (code, out, _) = run(&mut home.lathe(&words));
+    assert!(code == 0 && out.contains("distinct a step") && out.contains("%)"), "{out}");
+    // The reference chooses the same.
+    let reference = [&words[..], &["--json", "--device", "reference"]].concat();
+    assert_eq!(run_json(&mut home.lathe(&reference))["experts"], report["experts"]);
+    // A text needs a tokenizer, and a dense model has no experts.
+    let text = ["inspect", &model, "--context", "32", "--no-measure", "--experts", "hello"];
+    assert!(run_error(&mut home.lathe(&text), 2).contains("tokenizer"));
+    let dense = ["inspect", "tiny", "--no-measure", "--experts", "hello"];
+    assert!(run_error(&mut home.lathe(&dense), 2).contains("no experts"));
+}
+
+#[test]
+fn bench_of_several_batches_and_steps() {
+    let home = Home::new();
+    let (model, _) = mixture(&home);
+    let words = ["bench", &model, "--prompt", "8", "--generate", "6", "--repeat", "2", "--json"];
+    let more = ["--batch", "1,4", "--step-tokens", "2,8"];
+    let report = run_json(&mut home.lathe(&[&words[..], &more].concat()));
+    let batches = report["batches"].as_array().expect("batches");
+    assert_eq!((batches[0]["batch"].as_u64(), batches[1]["batch"].as_u64()), (Some(1), Some(4)));
+    assert_eq!(report["step_ms"], batches[0]["step_ms"]);
+    // One token visits two experts whatever they are: what is expected is what happens.
+    assert_eq!(report["bytes_per_step"], report["bytes_per_step_expected"]);
+    for (batch, rows) in [(&batches[0], 1), (&batches[1], 4)] {
+        let layers = batch["experts"].as_array().expect("layers");
+        for layer in layers {
+            let counts: Vec<u64> = serde_json::from_value(layer["counts"].clone()).expect("counts");
+            // Two runs of five timed steps, two experts a row.
+            assert_eq!(counts.iter().sum::<u64>(), 2 * 5 * 2 * rows);
+            let distinct = layer["distinct_per_step"].as_f64().expect("a number");
+            assert!(distinct >= 2.0 && distinct <= (2 * rows) as f64, "{distinct}");
+        }
+    }
+    let steps = report["steps"].as_array().expect("steps");
+    assert_eq!((steps[0]["tokens"].as_u64(), steps[1]["tokens"].as_u64()), (Some(2), Some(8)));
+    assert!(steps.iter().all(|step| step["step_ms"].as_f64() > Some(0.0)));
+    assert!(steps.iter().all(|step| step["relative_to_one"].as_f64() > Some(0.0)));
+    let alone = run_json(&mut home.lathe(&words));
+    assert!(alone.get("batches").is_none() && alone.get("steps").is_none(), "{alone}");
+    for wrong in [["--batch", "1,0"], ["--step-tokens", "0"], ["--step-tokens", "9999"]] {
+        run_error(&mut home.lathe(&[&words[..], &wrong].concat()), 2);
+    }
 }

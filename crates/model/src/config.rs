@@ -1,5 +1,8 @@
 //! Typed access to a `config.json`: absent, null, of the wrong type and out of range are told apart.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
+
 use serde_json::{Map, Value};
 
 use crate::spec::SpecError;
@@ -10,13 +13,35 @@ pub struct Config<'a> {
     fields: &'a Map<String, Value>,
     /// Goes before a field's name in errors: `text_config.`.
     path: &'a str,
+    /// Notes what is read.
+    seen: Option<&'a Seen>,
+}
+
+/// The fields that were read, of all objects of one file.
+#[derive(Debug, Default)]
+pub struct Seen(RefCell<HashSet<(usize, String)>>);
+
+impl Seen {
+    fn note(&self, fields: &Map<String, Value>, key: &str) {
+        self.0.borrow_mut().insert((address(fields), key.to_owned()));
+    }
+
+    /// Whether `key` of `fields` was read.
+    pub fn contains(&self, fields: &Map<String, Value>, key: &str) -> bool {
+        self.0.borrow().contains(&(address(fields), key.to_owned()))
+    }
+}
+
+/// Tells the objects of one file apart.
+fn address(fields: &Map<String, Value>) -> usize {
+    std::ptr::from_ref(fields) as usize
 }
 
 impl<'a> Config<'a> {
     /// The fields of `value`, which must be an object; `path` goes before names in errors.
     pub fn new(value: &'a Value, path: &'a str) -> Result<Self, SpecError> {
         match value {
-            Value::Object(fields) => Ok(Config { fields, path }),
+            Value::Object(fields) => Ok(Config { fields, path, seen: None }),
             other => Err(SpecError::value(
                 if path.is_empty() { "config.json" } else { path.trim_end_matches('.') },
                 shorten(other),
@@ -25,8 +50,27 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// The same, noting in `seen` what is read.
+    pub fn noting(self, seen: &'a Seen) -> Self {
+        Config { seen: Some(seen), ..self }
+    }
+
+    /// Notes fields that need not be read, because others say that they do not count.
+    pub fn idle(&self, keys: &[&str]) {
+        if let Some(seen) = self.seen {
+            keys.iter().for_each(|key| seen.note(self.fields, key));
+        }
+    }
+
+    /// Names of the fields that are not null.
+    pub fn given(&self) -> impl Iterator<Item = &'a str> {
+        let given = self.fields.iter().filter(|(_, value)| !value.is_null());
+        given.map(|(key, _)| key.as_str())
+    }
+
     /// The value of `key`, if it is there and not null.
     pub fn get(&self, key: &str) -> Option<&'a Value> {
+        self.idle(&[key]);
         self.fields.get(key).filter(|value| !value.is_null())
     }
 
@@ -39,7 +83,7 @@ impl<'a> Config<'a> {
     pub fn object(&self, key: &str) -> Result<Option<Config<'a>>, SpecError> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Object(fields)) => Ok(Some(Config { fields, path: self.path })),
+            Some(Value::Object(fields)) => Ok(Some(Config { fields, ..*self })),
             Some(other) => Err(self.wrong(key, other, "an object")),
         }
     }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use lathe_tensor::Tensor;
 
 use crate::kv::KvFormat;
-use crate::observe::Observer;
-use crate::op::Weight;
+use crate::observe::{ObservedRouting, Observer};
+use crate::op::{Routing, Weight};
 use crate::program::Program;
 use crate::step::Step;
 
@@ -122,6 +122,13 @@ pub trait Executor: Send {
     ) -> Result<StepOutput<'_>, BackendError> {
         let _ = (step, observer);
         Err(BackendError::Unsupported { backend: "chosen", feature: "observers".to_owned() })
+    }
+    /// What a router chose for the rows of the last step, for statistics: it is read where the
+    /// step left it, so that nobody pays who does not ask. `None` before the first step, and (the
+    /// default) where a backend does not keep it in this process's memory.
+    fn routing(&self, routing: Routing) -> Option<ObservedRouting<'_>> {
+        let _ = routing;
+        None
     }
     /// Bytes of weights as laid out.
     fn weight_bytes(&self) -> usize;

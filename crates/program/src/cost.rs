@@ -60,18 +60,21 @@ pub struct SequenceShape {
 }
 
 /// Which experts the step's rows visit.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub enum RoutingLoad {
     /// Every expert is as likely as any other, independently for each row: of `E` experts, `k` a
     /// row, `n` rows visit `E (1 - (1 - k / E)^n)` distinct ones on average.
     #[default]
     Even,
+    /// For each [`Routing`], the share of rows that visits each expert, independently for each row:
+    /// `n` rows visit the sum of `1 - (1 - share)^n` distinct ones. Trained routers are uneven.
+    Shares(Vec<Vec<f64>>),
     /// Rows of each expert, for each [`Routing`].
     Counted(Vec<Vec<u32>>),
 }
 
 /// The shape of a step: all that its cost depends on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StepShape {
     /// The sequences.
     pub sequences: Vec<SequenceShape>,
@@ -347,6 +350,13 @@ impl Counter<'_> {
             let distinct = counts.iter().filter(|count| **count > 0).count();
             return (visits as f64, distinct as f64);
         }
+        if let RoutingLoad::Shares(shares) = &self.shape.routing
+            && let Some(shares) = shares.get(routing.0 as usize).filter(|all| !all.is_empty())
+        {
+            let (shares, rows) = (shares.get(local).unwrap_or(&[]), self.rows() as f64);
+            let distinct = shares.iter().map(|share| 1.0 - (1.0 - share).powf(rows)).sum();
+            return (rows * shares.iter().sum::<f64>(), distinct);
+        }
         let is_router = |op: &Op| match op {
             Op::Route { spec, out, .. } if *out == routing => {
                 Some((spec.experts as f64, spec.experts_per_token as f64))
@@ -495,6 +505,15 @@ mod tests {
         let expected = 2.0 * 8.0 * (1.0 - 0.75f64.powi(16)) * per_expert as f64;
         let many = run(&StepShape::decode(16, 0)).weight_bytes as f64;
         assert!((many - expected).abs() < 2.0);
+        // All rows visit the first two, or half of them others.
+        let mut uneven = StepShape::decode(3, 0);
+        let of = |shares: [f64; 8]| RoutingLoad::Shares(vec![shares.to_vec(); 2]);
+        uneven.routing = of([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(run(&uneven).weight_bytes, 2 * 2 * per_expert);
+        assert_eq!(run(&uneven).flops, 3 * one.flops);
+        uneven.routing = of([1.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let expected = 2.0 * (1.0 + 2.0 * (1.0 - 0.125)) * per_expert as f64;
+        assert!((run(&uneven).weight_bytes as f64 - expected).abs() < 2.0);
         let mut counted = StepShape::decode(3, 0);
         let counts = vec![3, 0, 0, 0, 0, 2, 1, 0];
         counted.routing = RoutingLoad::Counted(vec![counts.clone(), counts]);

@@ -44,6 +44,8 @@ pub struct F32;
 pub struct F16;
 /// bfloat16.
 pub struct Bf16;
+/// Signed words, scaled.
+pub struct I16;
 /// Signed bytes, scaled.
 pub struct I8;
 /// fp8 e4m3, scaled.
@@ -137,6 +139,31 @@ impl Code for Bf16 {
     }
 }
 
+impl Code for I16 {
+    const BYTES: usize = 2;
+    const SCALED: bool = true;
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(from: *const u8) -> L {
+        // SAFETY: the caller vouches for 16 codes.
+        unsafe { L::load_i16(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8) -> f32 {
+        // SAFETY: the caller vouches for the code.
+        f32::from(unsafe { from.cast::<i16>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn put(x: f32, inverse_scale: f32, to: *mut u8) {
+        let code = (x * inverse_scale).round().clamp(-32767.0, 32767.0) as i16;
+        // SAFETY: the caller vouches for the code.
+        unsafe { to.cast::<i16>().write_unaligned(code) }
+    }
+    #[inline(always)]
+    fn scale(largest: f32) -> f32 {
+        largest / 32767.0
+    }
+}
+
 impl Code for I8 {
     const BYTES: usize = 1;
     const SCALED: bool = true;
@@ -225,6 +252,10 @@ macro_rules! with_store {
             }
             lathe_program::KvFormat::BF16 => {
                 type $store = $crate::cache::code::Bf16;
+                $body
+            }
+            lathe_program::KvFormat::Int16 => {
+                type $store = $crate::cache::code::I16;
                 $body
             }
             lathe_program::KvFormat::Int8 => {

@@ -104,6 +104,14 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> Self {
+        unsafe {
+            let low = _mm256_cvtepi16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepi16_epi32(_mm_loadu_si128(from.add(8).cast()));
+            Self(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_e4m3(from: *const u8) -> Self {
         unsafe {
             // Sign-extended: the top bit of the code is the float's sign.

@@ -59,6 +59,10 @@ impl Lanes for Avx512 {
         unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
     }
     #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> Self {
+        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast())))) }
+    }
+    #[inline(always)]
     unsafe fn load_e4m3(from: *const u8) -> Self {
         unsafe {
             // Sign and magnitude moved to a float's place, then rebiased by 2^(127 - 7).

@@ -76,6 +76,10 @@ pub trait Lanes: Copy {
     /// # Safety
     /// 16 bytes at `from` are readable.
     unsafe fn load_i8(from: *const i8) -> Self;
+    /// Sixteen signed words as numbers.
+    /// # Safety
+    /// 16 words at `from` are readable.
+    unsafe fn load_i16(from: *const i16) -> Self;
     /// Sixteen fp8 e4m3 codes as numbers; codes that mean NaN are never stored and read as 480.
     /// # Safety
     /// 16 bytes at `from` are readable.

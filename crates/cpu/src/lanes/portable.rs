@@ -56,6 +56,12 @@ impl Lanes for Portable {
         Self(codes.map(f32::from))
     }
     #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> Self {
+        // SAFETY: the caller vouches for 16 readable words.
+        let codes = unsafe { from.cast::<[i16; LANES]>().read_unaligned() };
+        Self(codes.map(f32::from))
+    }
+    #[inline(always)]
     unsafe fn load_e4m3(from: *const u8) -> Self {
         // SAFETY: the caller vouches for 16 readable bytes.
         let codes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };

@@ -6,7 +6,6 @@
 //! ```text
 //! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
 //! codes: segment = 32 positions, 32 high and 32 low bytes a row; with f32 scale, sum * scale, -zero * sum
-//! bf16 : segment = 32 positions, 64 bytes a row
 //! f32  : segment = 32 positions, 128 bytes a row
 //! ```
 //! A code has two signed bytes: the scale is `max|x| / 16256` over the segment, the code
@@ -33,9 +32,11 @@ const PADDING: usize = 256;
 /// Different zero points among the matrices of one group.
 const OFFSETS_MAX: usize = 5;
 
-/// Segments of a row between a block of `bf16` rows and the next: blocks a power of two apart would
+/// Segments of a row between a block of tiled rows and the next: blocks a power of two apart would
 /// all fall into a few sets of a cache.
-const BF16_GAP: usize = 16;
+const TILE_GAP: usize = 16;
+/// Parts of a row that tiles multiply at most.
+const TILE_PARTS_MAX: usize = 2;
 /// Panels whose sums AMX keeps in tiles while slices of k pass by.
 pub(super) const TILE_PANELS: usize = 16;
 
@@ -48,12 +49,11 @@ fn tile_sums(rows: usize) -> usize {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Operands {
     float: bool,
-    bf16: bool,
+    /// `f32` for rows in the prefill form too: some matrix has no tiles.
+    float_all: bool,
     int8: bool,
-    /// `bf16` for the rows in the prefill form, and codes for the others alone.
+    /// `bf16` for the rows in the prefill form, and what is above for the others alone.
     tiles: bool,
-    /// Room for sums in tiles.
-    tile_sums: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
 }
 
@@ -62,16 +62,12 @@ impl Operands {
     pub fn of<'a>(matrices: impl IntoIterator<Item = &'a PackedMatrix>) -> Operands {
         let mut all = Operands::default();
         for matrix in matrices {
+            let tiles = !matches!(matrix.kernels.tiles, Tiles::None);
+            all.tiles |= tiles;
             match matrix.operand {
-                Operand::F32 => all.float = true,
-                Operand::Bf16 => {
-                    all.bf16 = true;
-                    all.tile_sums |= matches!(matrix.kernels.tiles, Tiles::Packed);
-                }
+                Operand::F32 => (all.float, all.float_all) = (true, all.float_all || !tiles),
                 Operand::Int8(offset) => {
                     all.int8 = true;
-                    all.tiles |= matches!(matrix.kernels.tiles, Tiles::Expanded(_));
-                    all.tile_sums |= all.tiles;
                     let known = all.offsets.contains(&Some(offset));
                     if !known && let Some(free) = all.offsets.iter_mut().find(|o| o.is_none()) {
                         *free = Some(offset);
@@ -91,7 +87,6 @@ impl Operands {
     fn serve(&self, operand: Operand) -> bool {
         match operand {
             Operand::F32 => self.float,
-            Operand::Bf16 => self.bf16,
             Operand::Int8(offset) => self.offsets.contains(&Some(offset)),
         }
     }
@@ -118,14 +113,16 @@ impl Plane {
 
 /// Prepared input rows `[rows, columns]`. Keep one and prepare it again each time: its memory is
 /// reused and only grows.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Activations {
     rows: usize,
     columns: usize,
     operands: Operands,
     forms: Forms,
     float: Plane,
-    bf16: Plane,
+    /// What rows are rounded to, and what that left of them if tiles multiply both.
+    tiles: [Plane; TILE_PARTS_MAX],
+    tile_parts: usize,
     codes: Plane,
     scales: Plane,
     sums: Plane,
@@ -173,7 +170,7 @@ struct Writer<'a> {
     forms: &'a Forms,
     operands: Operands,
     float: *mut f32,
-    bf16: *mut u16,
+    tiles: [*mut u16; TILE_PARTS_MAX],
     codes: *mut i8,
     scales: *mut f32,
     sums: *mut f32,
@@ -184,15 +181,15 @@ struct Writer<'a> {
 // SAFETY: workers write disjoint rows through it (and disjoint scratch).
 unsafe impl Sync for Writer<'_> {}
 
-/// Which rows are in the prefill form, and where each row lies in the planes: rows of codes are
-/// numbered by themselves, and `bf16` rows in the prefill form come before the others.
+/// Which rows are in the prefill form, and where each row lies in the planes: rows of either form
+/// are numbered by themselves.
 #[derive(Debug, Default)]
 struct Forms {
     /// By row: its number among those of its form.
     place: Vec<u32>,
     /// By row.
     tiled: Vec<bool>,
-    /// Rows in the prefill form, then the others.
+    /// Rows in the decoding form, then the others.
     order: Vec<u32>,
     /// How many are in the prefill form; 0: every row is at its own number.
     tiled_count: usize,
@@ -211,7 +208,7 @@ impl Forms {
             *count += 1;
         }
         self.tiled_count = counts[1] as usize;
-        for form in [true, false] {
+        for form in [false, true] {
             let rows = tiled.clone().enumerate().filter(|(_, tiled)| *tiled == form);
             self.order.extend(rows.map(|(row, _)| row as u32));
         }
@@ -230,6 +227,26 @@ pub(crate) fn padded_rows(rows: usize) -> usize {
     }
 }
 
+impl Default for Activations {
+    fn default() -> Activations {
+        Activations {
+            rows: 0,
+            columns: 0,
+            operands: Operands::default(),
+            forms: Forms::default(),
+            float: Plane::default(),
+            tiles: Default::default(),
+            tile_parts: 1,
+            codes: Plane::default(),
+            scales: Plane::default(),
+            sums: Plane::default(),
+            offsets: Default::default(),
+            scratch: Plane::default(),
+            tile_sums: Plane::default(),
+        }
+    }
+}
+
 impl Activations {
     /// Nothing prepared yet.
     pub fn new() -> Activations {
@@ -244,10 +261,10 @@ impl Activations {
         if operands.float {
             self.float.reserve(elements * 4);
         }
-        if operands.bf16 || operands.tiles {
-            self.bf16.reserve(elements * 2 + rows / BLOCK * BF16_GAP * CODE_BYTES);
-        }
-        if operands.tile_sums {
+        if operands.tiles {
+            for plane in &mut self.tiles[..self.tile_parts] {
+                plane.reserve(elements * 2 + rows / BLOCK * TILE_GAP * CODE_BYTES);
+            }
             self.tile_sums.reserve(gang.workers() * tile_sums(rows) * 4);
         }
         if operands.int8 {
@@ -315,7 +332,7 @@ impl Activations {
             forms: &self.forms,
             operands,
             float: self.float.pointer(),
-            bf16: self.bf16.pointer(),
+            tiles: std::array::from_fn(|i| self.tiles[i].pointer()),
             codes: self.codes.pointer(),
             scales: self.scales.pointer(),
             sums: self.sums.pointer(),
@@ -340,30 +357,48 @@ impl Activations {
         self.forms.set(prefill);
     }
 
+    /// How many parts of a row in the prefill form are multiplied: 1, its nearest `bf16`, or 2, that
+    /// and the nearest `bf16` of what is left, which errs no more than `f32` would for most ends
+    /// and costs twice the products.
+    pub fn set_tile_parts(&mut self, parts: usize) {
+        assert!((1..=TILE_PARTS_MAX).contains(&parts), "{parts} parts of a row");
+        self.tile_parts = parts;
+    }
+
+    /// Parts of a row in the prefill form.
+    pub(crate) fn tile_parts(&self) -> usize {
+        self.tile_parts
+    }
+
     /// Rows in the prefill form, if that makes a difference.
     pub(crate) fn tiled_rows(&self) -> usize {
         if self.operands.tiles { self.forms.tiled_count } else { 0 }
     }
 
-    /// Rows that are prepared as `operand` for kernels other than tiles.
-    fn rows_as(&self, operand: Operand) -> usize {
-        match operand {
-            Operand::Int8(_) => self.rows - self.tiled_rows(),
-            Operand::F32 => self.rows,
-            Operand::Bf16 if self.operands.bf16 => self.rows,
-            Operand::Bf16 => self.tiled_rows(),
+    /// Rows that kernels other than tiles multiply by `matrix`.
+    pub(crate) fn rows_for(&self, matrix: &PackedMatrix) -> usize {
+        match matrix.kernels.tiles {
+            Tiles::None => self.rows,
+            _ => self.rows - self.tiled_rows(),
         }
     }
 
-    /// The row in slot `slot` of the plane of `operand`.
-    pub(crate) fn row_of(&self, operand: Operand, slot: usize) -> usize {
-        let tiled = self.tiled_rows();
+    /// Rows in the plane of `operand`.
+    fn plane_rows(&self, operand: Operand) -> usize {
         match operand {
-            _ if tiled == 0 => slot,
-            Operand::F32 => slot,
-            Operand::Bf16 => self.forms.order[slot] as usize,
-            Operand::Int8(_) => self.forms.order[tiled + slot] as usize,
+            Operand::F32 if self.operands.float_all => self.rows,
+            _ => self.rows - self.tiled_rows(),
         }
+    }
+
+    /// The row in slot `slot` of a plane.
+    pub(crate) fn row_of(&self, slot: usize) -> usize {
+        if self.tiled_rows() == 0 { slot } else { self.forms.order[slot] as usize }
+    }
+
+    /// The row in slot `slot` of the planes of tiles.
+    pub(crate) fn tiled_row_of(&self, slot: usize) -> usize {
+        self.forms.order[self.rows - self.tiled_rows() + slot] as usize
     }
 
     /// Where worker `worker` keeps sums in tiles.
@@ -371,14 +406,23 @@ impl Activations {
         self.tile_sums.pointer::<f32>().wrapping_add(worker * tile_sums(self.rows))
     }
 
-    /// Blocks of up to sixteen slots.
-    pub(crate) fn blocks(&self, operand: Operand) -> usize {
-        self.rows_as(operand).div_ceil(BLOCK)
+    /// Part `part` of segment `segment` of the tiles of block `block`, and the bytes to the next.
+    pub(crate) fn tile(&self, part: usize, block: usize, segment: usize) -> (*const u8, usize) {
+        let step = padded_rows((self.tiled_rows() - block * BLOCK).min(BLOCK)) * CODE_BYTES;
+        let padded = self.columns.next_multiple_of(PADDING);
+        let block_bytes = (BLOCK * padded / SEGMENT + TILE_GAP) * CODE_BYTES;
+        let plane = self.tiles[part].pointer::<u8>().cast_const();
+        (plane.wrapping_add(block * block_bytes + segment * step), step)
+    }
+
+    /// Blocks of up to sixteen slots that kernels other than tiles multiply by `matrix`.
+    pub(crate) fn blocks(&self, matrix: &PackedMatrix) -> usize {
+        self.rows_for(matrix).div_ceil(BLOCK)
     }
 
     /// Slots of block `block`.
-    pub(crate) fn block_rows(&self, operand: Operand, block: usize) -> usize {
-        (self.rows_as(operand) - block * BLOCK).min(BLOCK)
+    pub(crate) fn block_rows(&self, matrix: &PackedMatrix, block: usize) -> usize {
+        (self.rows_for(matrix) - block * BLOCK).min(BLOCK)
     }
 
     pub(crate) fn serves(&self, matrix: &PackedMatrix) -> bool {
@@ -393,8 +437,8 @@ impl Activations {
         first: usize,
         segment: usize,
     ) -> BlockView {
-        debug_assert!(block < self.blocks(operand));
-        let stride = padded_rows(self.block_rows(operand, block));
+        debug_assert!(block * BLOCK < self.plane_rows(operand));
+        let stride = padded_rows((self.plane_rows(operand) - block * BLOCK).min(BLOCK));
         let padded = self.columns.next_multiple_of(PADDING);
         let elements = block * BLOCK * padded;
         let segments = elements / SEGMENT + first;
@@ -412,11 +456,6 @@ impl Activations {
                 Operand::F32 => {
                     view.x = self.float.pointer::<u8>().add(elements * 4 + first * 128);
                     view.after::<128>(segment, 1)
-                }
-                Operand::Bf16 => {
-                    let gaps = block * BF16_GAP * CODE_BYTES;
-                    view.x = self.bf16.pointer::<u8>().add(elements * 2 + gaps + first * 64);
-                    view.after::<64>(segment, 1)
                 }
                 Operand::Int8(offset) => {
                     let index = self.operands.offsets.iter().position(|o| *o == Some(offset));
@@ -489,14 +528,11 @@ impl Writer<'_> {
         let split = if self.operands.tiles { forms.tiled_count } else { 0 };
         let (place, tiled) =
             if split == 0 { (row, false) } else { (forms.place[row] as usize, forms.tiled[row]) };
-        let coded = self.slot(place, self.rows - split);
-        let float = self.slot(row, self.rows);
-        let rounded = match (self.operands.bf16, tiled) {
-            (true, false) => Some(self.bf16_slot(split + place, self.rows)),
-            (true, true) => Some(self.bf16_slot(place, self.rows)),
-            (false, true) => Some(self.bf16_slot(place, split)),
-            (false, false) => None,
-        };
+        let exact = self.rows - split;
+        let float_rows = if self.operands.float_all { self.rows } else { exact };
+        let float = self.slot(if tiled { exact + place } else { place }, float_rows);
+        let coded = self.slot(place, exact);
+        let tile = self.tile_slot(place, split);
         let whole = x.len() / SEGMENT;
         for segment in 0..self.padded / SEGMENT {
             let values: [f32; SEGMENT] = if segment < whole {
@@ -507,14 +543,20 @@ impl Writer<'_> {
             };
             // SAFETY: as the caller promises; slots stay below `rows`, rounded up to blocks.
             unsafe {
-                if self.operands.float {
+                if self.operands.float && (!tiled || self.operands.float_all) {
                     let at = float.segment(segment);
                     self.float.add(at * SEGMENT).cast::<[f32; SEGMENT]>().write(values);
                 }
-                if let Some(slot) = rounded {
-                    let rounded = values.map(round_to_bf16);
-                    let at = slot.segment(segment);
-                    self.bf16.add(at * SEGMENT).cast::<[u16; SEGMENT]>().write(rounded);
+                if tiled {
+                    let mut left = values;
+                    for plane in self.tiles.iter().filter(|plane| !plane.is_null()) {
+                        let rounded = left.map(round_to_bf16);
+                        let at = tile.segment(segment) * SEGMENT;
+                        plane.add(at).cast::<[u16; SEGMENT]>().write(rounded);
+                        for (left, rounded) in left.iter_mut().zip(rounded) {
+                            *left -= f32::from_bits(u32::from(rounded) << 16);
+                        }
+                    }
                 }
                 if self.operands.int8 && !tiled {
                     let pair = coded.start * 2 + segment * 2 * coded.stride + coded.first;
@@ -524,11 +566,11 @@ impl Writer<'_> {
         }
     }
 
-    /// Slot `index` of the plane of `bf16`, whose blocks have gaps between them.
+    /// Slot `index` of the planes of tiles, whose blocks have gaps between them.
     #[inline(always)]
-    fn bf16_slot(&self, index: usize, rows: usize) -> Slot {
+    fn tile_slot(&self, index: usize, rows: usize) -> Slot {
         let slot = self.slot(index, rows);
-        Slot { start: slot.start + index / BLOCK * BF16_GAP, ..slot }
+        Slot { start: slot.start + index / BLOCK * TILE_GAP, ..slot }
     }
 
     /// Slot `index` of a plane that holds `rows` rows.

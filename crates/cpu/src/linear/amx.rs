@@ -1,10 +1,11 @@
 //! Products by AMX tiles: sixteen rows of `bf16` activations against sixteen outputs at a time.
 //!
 //! A packed panel of `bf16` weights is a run of tiles as it lies in memory (a segment is 16 pairs
-//! of positions x 16 lanes, 1 KB), so all of its rows, decoding included, are multiplied here. The
-//! codes of other formats are decoded once for a whole prefill chunk, rounded to `bf16`, and
-//! multiplied here for the rows that the step wants in the prefill form; their decoding rows stay
-//! with the exact integer kernels.
+//! of positions x 16 lanes, 1 KB); the codes of other formats are decoded once for a whole prefill
+//! chunk and rounded to `bf16`. Only rows in the prefill form come here: decoding rows stay with the
+//! kernels that round nothing, which memory holds back as much. A program with routers, where a
+//! little error may send a token to another expert, has its rows multiplied in two parts, the
+//! nearest `bf16` and what that leaves.
 //!
 //! Cost. `tdpbf16ps` takes 16 cycles for 16 x 16 x 32 products (measured on Sapphire Rapids, 3.0 GHz:
 //! 16.5), loads of two tiles 17 from the first-level cache, and they overlap; two blocks of rows
@@ -25,7 +26,7 @@ use super::Output;
 use super::activations::{Activations, BLOCK, TILE_PANELS};
 use super::dispatch::{ExpandFn, Tiles};
 use super::kernels::{BATCH, Scratch};
-use crate::pack::layout::{Operand, SEGMENT};
+use crate::pack::layout::SEGMENT;
 use crate::pack::{PANEL, PackedMatrix};
 
 /// Bytes of a tile: a segment of a panel, or of a block of rows.
@@ -79,8 +80,7 @@ fn permitted() -> bool {
     false
 }
 
-/// Multiplies the tiled rows of `blocks` by `panels`: every row if the weights are packed
-/// `bf16`, those in the prefill form otherwise. `sums` has a tile for each of the blocks, rounded up to
+/// Multiplies the rows in the prefill form, of `blocks` of their slots, by `panels`. `sums` has a tile for each of the blocks, rounded up to
 /// an even number, and of [`TILE_PANELS`] panels.
 ///
 /// # Safety
@@ -123,14 +123,6 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// How many slots hold rows that are multiplied here.
-    fn slots(&self) -> usize {
-        match self.matrix.kernels.tiles {
-            Tiles::Expanded(_) => self.activations.tiled_rows(),
-            _ => self.activations.rows(),
-        }
-    }
-
     /// The sums of a block (counted from the first of these) and a panel of those at once.
     fn tile(&self, block: usize, panel: usize) -> *mut f32 {
         let pairs = self.blocks.len().div_ceil(2);
@@ -144,12 +136,9 @@ impl Job<'_> {
     /// As [`multiply`], with tiles configured.
     unsafe fn panels(&self, panels: Range<usize>) {
         let total = self.matrix.segments();
-        // Packed weights for few rows are read once, in one run.
-        let packed = matches!(self.matrix.kernels.tiles, Tiles::Packed);
-        let slice = if packed && self.blocks.len() <= 2 { total.max(1) } else { SLICE_SEGMENTS };
         let mut expanded = MaybeUninit::<Expanded>::uninit();
-        for first in (0..total).step_by(slice) {
-            let segments = first..total.min(first + slice);
+        for first in (0..total).step_by(SLICE_SEGMENTS) {
+            let segments = first..total.min(first + SLICE_SEGMENTS);
             for panel in panels.clone().step_by(2) {
                 let pair = panel..panels.end.min(panel + 2);
                 // SAFETY: as the caller promises.
@@ -212,32 +201,32 @@ impl Job<'_> {
         panel: usize,
         segments: Range<usize>,
     ) {
-        let slots = self.slots();
+        let slots = self.activations.tiled_rows();
         let whole = |block: usize| block < self.blocks.end && (block + 1) * BLOCK <= slots;
-        for block in self.blocks.clone().step_by(2) {
-            let views = [block, block + 1].map(|block| {
-                let block = block.min(self.blocks.end - 1);
-                self.activations.view(Operand::Bf16, block, 0, segments.start)
-            });
-            let tiles = Tile {
-                rows: views.map(|view| view.x),
-                rows_step: views[0].stride * 64,
-                weights,
-                segments: segments.len(),
-                fresh: segments.start == 0,
-            };
-            let sums = self.tile(block - self.blocks.start, panel);
-            // SAFETY: as the caller promises.
-            unsafe {
-                if whole(block) && whole(block + 1) && panels == 2 {
-                    tiles.two_by_two(sums);
-                    continue;
-                }
-                tiles.one_block(sums, panels);
-                if block + 1 < self.blocks.end {
-                    let second =
-                        Tile { rows: [tiles.rows[1]; 2], rows_step: views[1].stride * 64, ..tiles };
-                    second.one_block(sums.add(2 * BLOCK * PANEL), panels);
+        for part in 0..self.activations.tile_parts() {
+            for block in self.blocks.clone().step_by(2) {
+                let last = self.blocks.end - 1;
+                let [first, second] = [block, last.min(block + 1)]
+                    .map(|block| self.activations.tile(part, block, segments.start));
+                let tiles = Tile {
+                    rows: [first.0, second.0],
+                    rows_step: first.1,
+                    weights,
+                    segments: segments.len(),
+                    fresh: segments.start == 0 && part == 0,
+                };
+                let sums = self.tile(block - self.blocks.start, panel);
+                // SAFETY: as the caller promises.
+                unsafe {
+                    if whole(block) && whole(block + 1) && panels == 2 {
+                        tiles.two_by_two(sums);
+                        continue;
+                    }
+                    tiles.one_block(sums, panels);
+                    if block < last {
+                        let second = Tile { rows: [second.0; 2], rows_step: second.1, ..tiles };
+                        second.one_block(sums.add(2 * SUMS), panels);
+                    }
                 }
             }
         }
@@ -248,9 +237,10 @@ impl Job<'_> {
     /// # Safety
     /// As [`multiply`].
     unsafe fn store(&self, panels: Range<usize>) {
-        let slots = self.blocks.start * BLOCK..(self.blocks.end * BLOCK).min(self.slots());
+        let slots =
+            self.blocks.start * BLOCK..(self.blocks.end * BLOCK).min(self.activations.tiled_rows());
         for slot in slots {
-            let row = self.activations.row_of(Operand::Bf16, slot);
+            let row = self.activations.tiled_row_of(slot);
             for panel in panels.clone() {
                 let from = panel * PANEL;
                 let width = (self.matrix.rows() - from).min(PANEL);

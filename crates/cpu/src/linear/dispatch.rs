@@ -40,10 +40,10 @@ pub(crate) struct Kernels {
 pub(crate) enum Tiles {
     /// Nothing.
     None,
-    /// Every row: packed panels are tiles.
+    /// Rows in the prefill form: packed panels are tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     Packed,
-    /// Rows in the prefill form: this decodes a batch to `f32`, which is rounded to `bf16`.
+    /// The same; this decodes a batch to `f32`, which is rounded to `bf16`.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     Expanded(ExpandFn),
 }
@@ -119,31 +119,22 @@ target!(Avx2Target, Avx2<false>, 4, false, "avx2,fma,f16c");
 target!(AvxVnniTarget, Avx2<true>, 4, true, "avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
 target!(Avx512Target, Avx512, 16, true, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
-#[cfg(target_arch = "x86_64")]
-target!(
-    Avx512Bf16Target,
-    Avx512,
-    16,
-    true,
-    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16"
-);
-
 /// The kernels of a matrix.
 pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => {
-            let tiles = match operand {
-                Operand::Bf16 => Tiles::Packed,
-                Operand::Int8(_) => kernels(Isa::Avx512, layout, Operand::F32)
+            let tiles = match (layout, operand) {
+                // `--exact`: nothing is rounded.
+                (Layout::Coded(..), Operand::F32) => Tiles::None,
+                (Layout::Coded(..), _) => kernels(Isa::Avx512, layout, Operand::F32)
                     .expand
                     .map_or(Tiles::None, Tiles::Expanded),
-                Operand::F32 => Tiles::None,
+                (Layout::Float(FloatType::BF16), _) => Tiles::Packed,
+                (Layout::Float(_), _) => Tiles::None,
             };
             Kernels { tiles, ..kernels(Isa::Avx512, layout, operand) }
         }
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 if operand == Operand::Bf16 => floats(rows_of::<Avx512Bf16Target, Pairs>),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
         #[cfg(target_arch = "x86_64")]

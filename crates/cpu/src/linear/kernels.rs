@@ -6,7 +6,6 @@
 //!                                                                       qx = 128 * high + low
 //!        acc = fma(min, dx * sum(qx), acc)                             formats with a min
 //! float: acc = fma(w, x, acc)                                          a position at a time
-//! bf16 : acc = the machine's dot of two bf16 pairs                     two positions at a time
 //! ```
 //! The integer dot is exact, so any ISA may compute it in any order. The number of rows (`R`)
 //! changes which accumulators exist, never what is added to one of them; nor does it matter
@@ -420,34 +419,6 @@ impl<W: Float> Kernel for Widened<W> {
                     p = p.add(W::PAIR_BYTES);
                 }
                 x = x.add(SEGMENT * args.rows.stride);
-            }
-            store_acc::<S, R>(args.acc, acc);
-        }
-    }
-}
-
-/// `bf16` weights times `bf16` activations, by the ISA's instruction.
-pub(crate) struct Pairs;
-
-impl Kernel for Pairs {
-    const TUNED: bool = true;
-
-    #[inline(always)]
-    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>) {
-        // SAFETY: as the caller promises.
-        unsafe {
-            let mut acc = load_acc::<S, R>(args.acc);
-            let mut x = args.rows.x.cast::<u32>();
-            let mut p = args.weights;
-            for _ in 0..args.segments {
-                for k in 0..SEGMENT / 2 {
-                    let w = S::load_b(p.add(64 * k));
-                    unroll!(r in R => {
-                        acc[r] = S::dot_bf16(acc[r], w, x.add(SEGMENT / 2 * r + k));
-                    });
-                }
-                p = p.add(SEGMENT / 2 * 64);
-                x = x.add(SEGMENT / 2 * args.rows.stride);
             }
             store_acc::<S, R>(args.acc, acc);
         }

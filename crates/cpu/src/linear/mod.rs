@@ -164,8 +164,7 @@ unsafe fn multiply(
     {
         let tiled = match matrix.kernels.tiles {
             Tiles::None => 0,
-            Tiles::Packed => activations.rows(),
-            Tiles::Expanded(_) => activations.tiled_rows(),
+            _ => activations.tiled_rows(),
         };
         let blocks = share(tiled.div_ceil(BLOCK), index, of);
         // SAFETY: as the caller promises; a matrix has tiles only where AMX is available.
@@ -173,11 +172,8 @@ unsafe fn multiply(
             let sums = activations.tile_sums(worker);
             amx::multiply(matrix, activations, panels.clone(), blocks, out, sums);
         }
-        if matches!(matrix.kernels.tiles, Tiles::Packed) {
-            return;
-        }
     }
-    let blocks = share(activations.blocks(matrix.operand), index, of);
+    let blocks = share(activations.blocks(matrix), index, of);
     // SAFETY: as the caller promises.
     unsafe { panels_by_blocks(matrix, activations, panels, blocks, out) };
 }
@@ -196,8 +192,7 @@ unsafe fn panels_by_blocks(
     let one_block = blocks.len() == 1;
     if let Some(direct) = matrix.kernels.direct
         && one_block
-        && padded_rows(activations.block_rows(matrix.operand, blocks.start))
-            <= matrix.kernels.direct_rows
+        && padded_rows(activations.block_rows(matrix, blocks.start)) <= matrix.kernels.direct_rows
     {
         // SAFETY: as the caller promises.
         return unsafe { panels_direct(matrix, activations, panels, blocks.start, out, direct) };
@@ -228,7 +223,7 @@ unsafe fn panels_direct(
     choose: DirectFn,
 ) {
     let mut product = [[0f32; BLOCK * PANEL]; PANELS_AT_ONCE];
-    let rows = padded_rows(activations.block_rows(matrix.operand, block));
+    let rows = padded_rows(activations.block_rows(matrix, block));
     let mut panel = panels.start;
     while panel < panels.end {
         let (kernel, at_once, count) = choose(rows, panels.end - panel);
@@ -364,7 +359,7 @@ impl Run<'_> {
         let none = std::ptr::null();
         let mut next = source.next;
         for (index, block) in self.blocks.clone().enumerate() {
-            let rows = self.activations.block_rows(self.matrix.operand, block);
+            let rows = self.activations.block_rows(self.matrix, block);
             let mut row = 0;
             while row < rows {
                 let (kernel, count) = choose(padded_rows(rows) - row);
@@ -406,9 +401,9 @@ unsafe fn store(
 ) {
     let from = panel * PANEL;
     let width = (matrix.rows() - from).min(PANEL);
-    for slot in 0..activations.block_rows(matrix.operand, block) {
+    for slot in 0..activations.block_rows(matrix, block) {
         let product = &product[slot * PANEL..][..width];
-        let row = activations.row_of(matrix.operand, block * BLOCK + slot);
+        let row = activations.row_of(block * BLOCK + slot);
         // SAFETY: row and panel lie within `out`, and this worker alone writes there.
         let out_row = unsafe {
             let start = out.pointer.add(row * matrix.rows() + from);

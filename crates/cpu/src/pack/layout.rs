@@ -201,8 +201,6 @@ pub(crate) struct Offset {
 pub(crate) enum Operand {
     /// `f32`, as they are.
     F32,
-    /// Rounded to `bf16`.
-    Bf16,
     /// `int8` with a scale per segment.
     Int8(Offset),
 }

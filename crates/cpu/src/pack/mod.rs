@@ -61,7 +61,7 @@ impl PackedMatrix {
             Format::Ggml(kind) => Layout::of_ggml(kind),
             Format::Scaled(format) => scaled::layout(&format, columns)?,
         };
-        let operand = operand(layout, isa, exact);
+        let operand = operand(layout, exact);
         let chunks = columns.div_ceil(layout.chunk_segments() * SEGMENT);
         let panel_bytes = chunks * layout.chunk_bytes();
         let bytes = rows.div_ceil(PANEL) * panel_bytes;
@@ -143,9 +143,11 @@ impl PackedMatrix {
     }
 }
 
-fn operand(layout: Layout, isa: Isa, exact: bool) -> Operand {
+/// Floats meet activations as they are: rounding those to `bf16`, for the sake of the machines'
+/// dots of `bf16`, moves logits of tiny models by 0.01 to 0.2, by 4 where it sends a token to
+/// another expert, and saves no byte of the weights that decoding is bound by.
+fn operand(layout: Layout, exact: bool) -> Operand {
     match layout {
-        Layout::Float(FloatType::BF16) if !exact && isa.has_bf16_dot() => Operand::Bf16,
         Layout::Coded(codes, scales) if !exact => {
             Operand::Int8(Offset { zero: codes.zero(), parts: scales.parts() })
         }

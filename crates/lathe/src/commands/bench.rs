@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use anyhow::Error;
 use lathe_engine::{Engine, EngineConfig};
-use lathe_program::Program;
-use lathe_program::cost::{StepShape, count};
+use lathe_program::cost::{RoutingLoad, StepShape, count};
+use lathe_program::{ExecutorOptions, KvFormat, Program};
 use serde::Serialize;
 
 use crate::arguments::{BenchArguments, Global};
+use crate::experts::{self, ExpertTap, LayerLoad};
 use crate::measure::{self, Timing, Workload, growth_exponent, median};
 use crate::memory;
 use crate::output::{bad_input, human_bytes, print, print_json};
@@ -17,7 +18,8 @@ use crate::parallel::ParallelArguments;
 use crate::plot::{Curve, draw};
 use crate::roofs::Roofs;
 use crate::session::{self, Need, ROWS_MAX, milliseconds};
-use crate::shape::Shape;
+use crate::shape::{Shape, Sizes};
+use crate::steps::{self, StepTime};
 
 #[derive(Serialize)]
 struct Report {
@@ -32,7 +34,11 @@ struct Report {
     prefill_tokens_per_s: f64,
     step_ms: f64,
     decode_tokens_per_s: f64,
+    /// Weights and cache that a step reads and writes; experts as they were really chosen.
     bytes_per_step: u64,
+    /// What the counter expects if each sequence's tokens go to experts as often as all did, whatever
+    /// the other sequences' tokens do.
+    bytes_per_step_expected: u64,
     achieved_gb_s: f64,
     measured_read_gb_s: f64,
     fraction_of_bandwidth: f64,
@@ -41,6 +47,9 @@ struct Report {
     weight_bytes: usize,
     kv_bytes: usize,
     kv_format: &'static str,
+    /// Of the decode steps that were timed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    experts: Vec<LayerLoad>,
     #[serde(skip_serializing_if = "Option::is_none")]
     growth: Option<Growth>,
 }
@@ -56,6 +65,25 @@ struct Place {
     /// Whether a rank has whole experts.
     expert_parallel: bool,
     ranks: usize,
+}
+
+/// The first batch's report, and what else was asked for.
+#[derive(Serialize)]
+struct Whole<'a> {
+    #[serde(flatten)]
+    first: &'a Report,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batches: Option<&'a [Report]>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    steps: Vec<StepTime>,
+}
+
+/// The runs of one batch.
+struct Run {
+    workload: Workload,
+    timings: Vec<Timing>,
+    experts: Vec<LayerLoad>,
+    growth: Option<Growth>,
 }
 
 /// A run with the cache next to one without.
@@ -80,6 +108,7 @@ struct Growth {
 /// An engine to measure, and what it took to get it.
 struct Prepared {
     engine: Engine,
+    options: ExecutorOptions,
     load_ms: f64,
 }
 
@@ -90,69 +119,147 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         true => Shape::dummy(&arguments.model, arguments.format.as_deref())?,
         false => Shape::open(&arguments.model)?,
     };
-    let context = arguments.prompt + arguments.generate;
+    let step_tokens = arguments.step_tokens.iter().copied().max().unwrap_or(0);
+    let context = arguments.prompt + arguments.generate.max(step_tokens);
     let program = session::program_for(shape.spec(), context)?;
-    let workload = Workload {
-        prompt: arguments.prompt,
-        generate: arguments.generate,
-        batch: arguments.batch,
-        vocabulary: program.vocabulary,
-    };
-    let need = Need { context, sequences: arguments.batch, rows_max: ROWS_MAX };
+    let sequences = arguments.batch.iter().copied().max().unwrap_or(1);
+    let need = Need { context, sequences, rows_max: ROWS_MAX };
     let sizes = shape.sizes(&program)?;
     session::check_memory(&program, sizes.total(&program), global, need, arguments.parallel)?;
     let place = (global, arguments.parallel);
     let prepare = |kv_cache| prepare(&shape, &program, place, need, kv_cache);
     let mut prepared = prepare(true)?;
-    let mut timings = measured(&mut prepared.engine, &workload, arguments.repeat)?;
-    let mut growth = None;
+    let mut runs = Vec::new();
+    for &batch in &arguments.batch {
+        runs.push(Run::measure(&mut prepared.engine, arguments, batch, arguments.repeat)?);
+    }
     if arguments.no_kv_cache {
-        let cached = timings.swap_remove(0);
+        let cached = runs.remove(0);
         drop(prepared);
         prepared = prepare(false)?;
-        timings = measured(&mut prepared.engine, &workload, 1)?;
-        growth = Some(Growth::of(&cached, &timings[0]));
+        let mut run = Run::measure(&mut prepared.engine, arguments, cached.workload.batch, 1)?;
+        run.growth = Some(Growth::of(&cached.timings[0], &run.timings[0]));
+        runs.push(run);
     }
-    let Prepared { engine, load_ms } = prepared;
-    let (weight_bytes, kv_bytes) = (engine.executor().weight_bytes(), engine.executor().kv_bytes());
-    let kv_format = engine.executor().kv_format();
-    // Measuring the machine takes large buffers, which are not the model's.
-    let peak_memory_bytes = memory::peak_bytes();
-    drop(engine);
-    let roofs = Roofs::measure(global, &sizes)?;
-    let middle = StepShape::decode(arguments.batch, arguments.prompt + arguments.generate / 2);
-    let cost = count(&program, &middle, &|weight| sizes.of(weight), kv_format).total;
-    let steps: Vec<f64> = timings.iter().flat_map(|t| t.steps_ms.iter().copied()).collect();
-    let prefills: Vec<f64> = timings.iter().map(|timing| timing.prefill_ms).collect();
-    let (prefill_ms, step_ms) = (median(&prefills), median(&steps));
-    let achieved_gb_s = cost.memory_bytes() as f64 / step_ms / 1e6;
-    let report = Report {
-        model: shape.name().to_owned(),
-        place: Place::of(global, &roofs, arguments.parallel)?,
-        format: sizes.formats(),
-        prompt: arguments.prompt,
-        generate: arguments.generate,
-        batch: arguments.batch,
-        prefill_ms,
-        prefill_tokens_per_s: (arguments.prompt * arguments.batch) as f64 / prefill_ms * 1000.0,
-        step_ms,
-        decode_tokens_per_s: arguments.batch as f64 / step_ms * 1000.0,
-        bytes_per_step: cost.memory_bytes(),
-        achieved_gb_s,
-        measured_read_gb_s: roofs.read_gb_s,
-        fraction_of_bandwidth: achieved_gb_s / roofs.read_gb_s,
-        load_ms,
-        peak_memory_bytes,
-        weight_bytes,
-        kv_bytes,
-        kv_format: kv_format.name(),
-        growth,
+    let Prepared { engine, options, load_ms } = prepared;
+    let mut executor = engine.into_executor();
+    let steps = match arguments.step_tokens.as_slice() {
+        [] => Vec::new(),
+        sizes => steps::measure(&mut *executor, &options, arguments.prompt, sizes)?,
     };
-    if let (Some(path), Some(growth)) = (&arguments.plot, &report.growth) {
-        draw(path, &title(&report), &growth.curves())?;
+    let measured = Measured {
+        device: session::backend(global.device)?.name(),
+        parallel: arguments.parallel,
+        weight_bytes: executor.weight_bytes(),
+        kv_bytes: executor.kv_bytes(),
+        kv_format: executor.kv_format(),
+        load_ms,
+        // Measuring the machine takes large buffers, which are not the model's.
+        peak_memory_bytes: memory::peak_bytes(),
+    };
+    drop(executor);
+    let roofs = Roofs::measure(global, &sizes)?;
+    let report = |run| measured.report(&shape, &program, &sizes, &roofs, run);
+    let reports: Vec<Report> = runs.into_iter().map(report).collect();
+    let first = &reports[0];
+    if let (Some(path), Some(growth)) = (&arguments.plot, &first.growth) {
+        draw(path, &title(first), &growth.curves())?;
         eprintln!("wrote {}", path.display());
     }
-    if global.json { print_json(&report) } else { print(&describe(&report)) }
+    let batches = (reports.len() > 1).then_some(reports.as_slice());
+    if global.json {
+        return print_json(&Whole { first, batches, steps });
+    }
+    let mut text: String = reports.iter().map(describe).collect();
+    steps.iter().for_each(|step| text.push_str(&describe_step(step)));
+    print(&text)
+}
+
+/// What all batches share.
+struct Measured {
+    device: &'static str,
+    parallel: ParallelArguments,
+    weight_bytes: usize,
+    kv_bytes: usize,
+    kv_format: KvFormat,
+    load_ms: f64,
+    peak_memory_bytes: Option<u64>,
+}
+
+impl Measured {
+    fn report(
+        &self,
+        shape: &Shape,
+        program: &Program,
+        sizes: &Sizes,
+        roofs: &Roofs,
+        run: Run,
+    ) -> Report {
+        let Run { workload, timings, experts, growth } = run;
+        let Workload { prompt, generate, batch, .. } = workload;
+        let steps: Vec<f64> = timings.iter().flat_map(|t| t.steps_ms.iter().copied()).collect();
+        let prefills: Vec<f64> = timings.iter().map(|timing| timing.prefill_ms).collect();
+        let (prefill_ms, step_ms) = (median(&prefills), median(&steps));
+        let bytes = |routing| {
+            let shape = StepShape { routing, ..StepShape::decode(batch, prompt + generate / 2) };
+            let cost = count(program, &shape, &|weight| sizes.of(weight), self.kv_format);
+            cost.total.memory_bytes()
+        };
+        let expected = bytes(experts::shares(program, &experts));
+        let loads = timings.into_iter().flat_map(|timing| timing.loads);
+        let real: Vec<u64> = loads.map(|load| bytes(RoutingLoad::Counted(load))).collect();
+        let bytes_per_step = match real.len() as u64 {
+            0 => expected,
+            steps => real.iter().sum::<u64>() / steps,
+        };
+        let achieved_gb_s = bytes_per_step as f64 / step_ms / 1e6;
+        Report {
+            model: shape.name().to_owned(),
+            place: Place::of(self.device, roofs, self.parallel),
+            format: sizes.formats(),
+            prompt,
+            generate,
+            batch,
+            prefill_ms,
+            prefill_tokens_per_s: (prompt * batch) as f64 / prefill_ms * 1000.0,
+            step_ms,
+            decode_tokens_per_s: batch as f64 / step_ms * 1000.0,
+            bytes_per_step,
+            bytes_per_step_expected: expected,
+            achieved_gb_s,
+            measured_read_gb_s: roofs.read_gb_s,
+            fraction_of_bandwidth: achieved_gb_s / roofs.read_gb_s,
+            load_ms: self.load_ms,
+            peak_memory_bytes: self.peak_memory_bytes,
+            weight_bytes: self.weight_bytes,
+            kv_bytes: self.kv_bytes,
+            kv_format: self.kv_format.name(),
+            experts,
+            growth,
+        }
+    }
+}
+
+impl Run {
+    /// `repeat` runs of `batch` sequences, after a short one that is not counted.
+    fn measure(
+        engine: &mut Engine,
+        arguments: &BenchArguments,
+        batch: usize,
+        repeat: usize,
+    ) -> Result<Self, Error> {
+        let program = Arc::clone(engine.executor().program());
+        let (prompt, generate) = (arguments.prompt, arguments.generate);
+        let workload = Workload { prompt, generate, batch, vocabulary: program.vocabulary };
+        let warm = Workload { prompt: prompt.min(16), generate: generate.min(4), ..workload };
+        measure::run(engine, &warm, u64::MAX, None)?;
+        let mut tap = ExpertTap::new(&program);
+        let rounds = 0..repeat as u64;
+        let timings = rounds.map(|round| measure::run(engine, &workload, round, tap.as_mut()));
+        let timings = timings.collect::<Result<Vec<_>, Error>>()?;
+        let experts = tap.map_or(Vec::new(), |tap| tap.loads());
+        Ok(Self { workload, timings, experts, growth: None })
+    }
 }
 
 /// An engine for one batch, and how long its model took to load.
@@ -175,44 +282,40 @@ fn prepare(
         ..EngineConfig::default()
     };
     let load_ms = milliseconds(start);
-    Ok(Prepared { engine: Engine::new(executor, config)?, load_ms })
+    Ok(Prepared { engine: Engine::new(executor, config)?, options, load_ms })
 }
 
 fn check(arguments: &BenchArguments) -> Result<(), Error> {
-    let counts = [
+    let mut counts = vec![
         ("--prompt", arguments.prompt, 1),
         ("--generate", arguments.generate, 2),
-        ("--batch", arguments.batch, 1),
         ("--repeat", arguments.repeat, 1),
     ];
+    counts.extend(arguments.batch.iter().map(|&batch| ("--batch", batch, 1)));
+    counts.extend(arguments.step_tokens.iter().map(|&tokens| ("--step-tokens", tokens, 1)));
     for (name, found, expected) in counts {
         if found < expected {
             return Err(bad_input(format!("{name} is {found}, expected at least {expected}")));
         }
     }
+    if let Some(tokens) = arguments.step_tokens.iter().find(|tokens| **tokens > ROWS_MAX) {
+        return Err(bad_input(format!("--step-tokens is {tokens}, expected at most {ROWS_MAX}")));
+    }
+    if arguments.no_kv_cache && arguments.batch.len() > 1 {
+        return Err(bad_input("--no-kv-cache compares one --batch, not a list"));
+    }
     Ok(())
 }
 
-/// Times of `repeat` runs, after a short one that is not counted.
-fn measured(engine: &mut Engine, workload: &Workload, repeat: usize) -> Result<Vec<Timing>, Error> {
-    let warm = Workload {
-        prompt: workload.prompt.min(16),
-        generate: workload.generate.min(4),
-        ..*workload
-    };
-    measure::run(engine, &warm, u64::MAX)?;
-    (0..repeat as u64).map(|round| measure::run(engine, workload, round)).collect()
-}
-
 impl Place {
-    fn of(global: &Global, roofs: &Roofs, parallel: ParallelArguments) -> Result<Self, Error> {
-        Ok(Self {
-            device: session::backend(global.device)?.name().to_owned(),
+    fn of(device: &str, roofs: &Roofs, parallel: ParallelArguments) -> Self {
+        Self {
+            device: device.to_owned(),
             threads: roofs.threads,
             tensor_parallel: parallel.ranks(),
             expert_parallel: parallel.expert_parallel,
             ranks: parallel.ranks(),
-        })
+        }
     }
 
     fn describe(&self) -> String {
@@ -293,6 +396,11 @@ fn title(report: &Report) -> String {
     format!("{}: time to generate, with and without a KV cache", report.model)
 }
 
+fn describe_step(step: &StepTime) -> String {
+    let StepTime { tokens, step_ms, relative_to_one } = step;
+    format!("step of {tokens:>3} tokens: {step_ms:.3} ms, {relative_to_one:.2} of a step of one\n")
+}
+
 fn describe(report: &Report) -> String {
     let mut text = format!(
         "{} {} on {}, batch {}\n\
@@ -319,6 +427,11 @@ fn describe(report: &Report) -> String {
     );
     if let Some(peak) = report.peak_memory_bytes {
         text.push_str(&format!("peak memory {}\n", human_bytes(peak)));
+    }
+    if !report.experts.is_empty() {
+        let expected = human_bytes(report.bytes_per_step_expected);
+        text.push_str(&format!("independent sequences would read {expected} a step\n"));
+        text.push_str(&experts::table(&report.experts));
     }
     if let Some(growth) = &report.growth {
         text.push_str(&growth.table());

@@ -1,18 +1,25 @@
 //! `lathe inspect`: what a model is, what it needs, and what a step of it must cost on this machine.
 
+use std::path::Path;
+
 use anyhow::Error;
-use lathe_model::DecoderSpec;
+use lathe_engine::score::Feed;
 use lathe_model::spec::ParameterCount;
+use lathe_model::{DecoderSpec, Model};
 use lathe_program::cost::{Bound, Cost, SequenceShape, StepShape, count};
 use lathe_program::{KvFormat, Program};
 use serde::Serialize;
 
+use super::score::read_text;
 use crate::arguments::{Global, InspectArguments};
 use crate::commands::inspect_parallel::{self, Subject};
+use crate::experts::{self, ExpertTap, LayerLoad};
 use crate::memory;
-use crate::output::{bad_input, human_bytes, human_count, print, print_json};
+use crate::output::{InputContext, bad_input, human_bytes, human_count, print, print_json};
+use crate::parallel::ParallelArguments;
+use crate::prompt::encode_text;
 use crate::roofs::Roofs;
-use crate::session::{self, largest};
+use crate::session::{self, Need, ROWS_MAX, largest};
 use crate::shape::Shape;
 
 #[derive(Serialize)]
@@ -34,6 +41,9 @@ struct Report<'a> {
     memory: Option<Fit>,
     #[serde(skip_serializing_if = "Option::is_none")]
     parallel: Option<inspect_parallel::Report>,
+    /// Where the tokens of `--experts` went.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    experts: Vec<LayerLoad>,
 }
 
 /// What one step costs, and how long it takes at least.
@@ -97,6 +107,10 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
     let weight_bytes = sizes.total(&program);
     let subject = Subject { program: &program, sizes: &sizes, kv_format, context };
     let parallel = arguments.ranks.report(&subject, roofs.as_ref())?;
+    let experts = match &arguments.experts {
+        Some(text) => expert_loads(global, &shape, text)?,
+        None => Vec::new(),
+    };
     let cost = |shape| count(&program, &shape, &|weight| sizes.of(weight), kv_format).total;
     let prefill = cost(prefill_shape(batch, context));
     let decode = cost(StepShape::decode(batch, context - 1));
@@ -122,8 +136,50 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
             Fit { bytes, longest_context, largest_batch }
         }),
         parallel,
+        experts,
     };
     if global.json { print_json(&report) } else { print(&describe(&report)) }
+}
+
+/// Runs `text`, or the file that it names, and counts which experts its tokens visit.
+fn expert_loads(global: &Global, shape: &Shape, text: &str) -> Result<Vec<LayerLoad>, Error> {
+    let model = shape.model().ok_or_else(|| {
+        bad_input("--experts runs the model: there are no weights, or --format asks for others")
+    })?;
+    let tokens = expert_tokens(model, text)?;
+    let need = Need { context: tokens.len(), sequences: 1, rows_max: ROWS_MAX };
+    let program = session::program_for(&model.spec, tokens.len())?;
+    let mut tap = ExpertTap::new(&program)
+        .ok_or_else(|| bad_input(format!("--experts: {} has no experts", model.name)))?;
+    let weights = model.weights(&program).bad_input()?;
+    let (mut executor, options) =
+        session::prepare_program(&program, &weights, global, need, ParallelArguments::default())?;
+    let feed = Feed::new(&*executor, &options, &tokens, tokens.len());
+    let mut feed = session::score_result(feed)?;
+    loop {
+        let rows = feed.rows();
+        if rows == 0 {
+            return Ok(tap.loads());
+        }
+        session::score_result(feed.run(&mut *executor, rows))?;
+        if tap.read(&*executor).is_none() {
+            return Err(bad_input("--experts: this device does not tell where tokens went"));
+        }
+    }
+}
+
+/// The token ids of a text, of a text file, or of a file with a JSON array of them.
+fn expert_tokens(model: &Model, text: &str) -> Result<Vec<u32>, Error> {
+    let path = Path::new(text);
+    let content = if path.is_file() { read_text(path)? } else { text.to_owned() };
+    let tokens = match serde_json::from_str(&content) {
+        Ok(ids) if path.is_file() => ids,
+        _ => encode_text(session::tokenizer_of(model)?, &content)?,
+    };
+    match tokens.is_empty() {
+        true => Err(bad_input("--experts: no tokens")),
+        false => Ok(tokens),
+    }
 }
 
 impl Step {
@@ -238,6 +294,9 @@ fn describe(report: &Report) -> String {
         ));
     }
     text.push_str(&report.parallel.as_ref().map_or(String::new(), inspect_parallel::describe));
+    if !report.experts.is_empty() {
+        text.push_str(&experts::table(&report.experts));
+    }
     text
 }
 

@@ -1,12 +1,12 @@
 //! The plain decoder that rows start from, and the fields that most configurations share.
 
-use lathe_program::Activation;
+use lathe_program::{Activation, RopeStyle};
 
 use super::rope;
 use crate::config::Config;
 use crate::spec::{
     AttentionSpec, BranchNorms, DecoderSpec, DenseSpec, FfnSpec, GqaSpec, LayerSpec, NormSpec,
-    Residual, SpecError,
+    QkNorm, QkOrder, QkScope, Residual, SpecError,
 };
 
 /// What a family assumes where its `config.json` is silent (transformers' class defaults), and
@@ -33,6 +33,13 @@ pub(super) struct Defaults {
     pub longrope: &'static [&'static str],
     /// The field that names the nonlinearity, and its default.
     pub activation: (&'static str, &'static str),
+    /// Whether feed-forward layers have a gate.
+    pub gated: bool,
+    /// The field that holds the norms' epsilon.
+    pub epsilon_field: &'static str,
+    /// Whether `alpha` beside the rope type `dynamic` stretches the base once and for all
+    /// (Hunyuan).
+    pub ntk_alpha: bool,
 }
 
 /// transformers' `LlamaConfig`.
@@ -49,6 +56,9 @@ pub(super) const LLAMA: Defaults = Defaults {
     original: None,
     longrope: &[],
     activation: ("hidden_act", "silu"),
+    gated: true,
+    epsilon_field: "rms_norm_eps",
+    ntk_alpha: false,
 };
 
 /// A decoder of equal layers: RMS norms before each branch, GQA with full attention over plain
@@ -111,7 +121,7 @@ pub(super) fn context(c: &Config, defaults: &Defaults) -> Result<usize, SpecErro
 }
 
 pub(super) fn norm(c: &Config, defaults: &Defaults) -> Result<NormSpec, SpecError> {
-    Ok(NormSpec::rms(c.number("rms_norm_eps")?.unwrap_or(defaults.epsilon)))
+    Ok(NormSpec::rms(c.number(defaults.epsilon_field)?.unwrap_or(defaults.epsilon)))
 }
 
 fn gqa(c: &Config, defaults: &Defaults) -> Result<GqaSpec, SpecError> {
@@ -141,10 +151,17 @@ fn gqa(c: &Config, defaults: &Defaults) -> Result<GqaSpec, SpecError> {
     })
 }
 
-/// The nonlinearity of a gated feed-forward layer.
+/// The nonlinearity of a feed-forward layer.
 pub(super) fn activation(c: &Config, defaults: &Defaults) -> Result<Activation, SpecError> {
     let (key, default) = defaults.activation;
-    gated_activation(key, c.text(key)?.unwrap_or(default))
+    let name = c.text(key)?.unwrap_or(default);
+    match (defaults.gated, name) {
+        (true, name) => gated_activation(key, name),
+        (false, "relu2") => Ok(Activation::ReluSquared),
+        (false, "gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+        (false, "silu" | "swish") => Ok(Activation::Silu),
+        (false, other) => Err(SpecError::feature(format!("{key} `{other}` without a gate"))),
+    }
 }
 
 /// The gated nonlinearity that transformers calls `name`; `key` is the field that names it.
@@ -166,6 +183,46 @@ pub(super) fn each_gqa(spec: &mut DecoderSpec, mut change: impl FnMut(usize, &mu
     }
 }
 
+/// Turns every norm of the residual stream into another, made from what stands there.
+pub(super) fn each_norm(spec: &mut DecoderSpec, change: impl Fn(NormSpec) -> NormSpec) {
+    spec.final_norm = change(spec.final_norm);
+    for layer in &mut spec.layers {
+        for norms in [&mut layer.attention_norms, &mut layer.ffn_norms] {
+            norms.before = norms.before.map(&change);
+            norms.after = norms.after.map(&change);
+        }
+    }
+}
+
+/// Norms on the branches' outputs and none before them.
+pub(super) fn norms_after(spec: &mut DecoderSpec) {
+    for layer in &mut spec.layers {
+        layer.attention_norms = BranchNorms { before: None, after: Some(spec.final_norm) };
+        layer.ffn_norms = layer.attention_norms;
+    }
+}
+
+/// Both branches read one norm of the stream and are added to it together.
+pub(super) fn parallel(spec: &mut DecoderSpec) {
+    for layer in &mut spec.layers {
+        layer.residual = Residual::Parallel;
+        layer.ffn_norms = BranchNorms { before: None, after: None };
+    }
+}
+
+/// Normalises queries and keys as the residual stream is normalised.
+pub(super) fn qk_norms(spec: &mut DecoderSpec, scope: QkScope, order: QkOrder) {
+    let qk_norm = QkNorm { scope, order, norm: spec.final_norm };
+    each_gqa(spec, |_, gqa| gqa.qk_norm = Some(qk_norm));
+}
+
+/// Rotations of neighbouring elements.
+pub(super) fn interleaved(spec: &mut DecoderSpec) {
+    each_gqa(spec, |_, gqa| {
+        gqa.rope.iter_mut().for_each(|rope| rope.style = RopeStyle::Interleaved);
+    });
+}
+
 /// `key`, one bias for query, key, value and output alike (`attention_bias`).
 pub(super) fn attention_bias(
     c: &Config,
@@ -179,13 +236,17 @@ pub(super) fn attention_bias(
 
 /// `mlp_bias` of dense feed-forward layers.
 pub(super) fn mlp_bias(c: &Config, spec: &mut DecoderSpec) -> Result<(), SpecError> {
-    let has = c.flag("mlp_bias")?.unwrap_or(false);
+    set_mlp_bias(spec, c.flag("mlp_bias")?.unwrap_or(false));
+    Ok(())
+}
+
+/// Biases of dense feed-forward layers.
+pub(super) fn set_mlp_bias(spec: &mut DecoderSpec, has: bool) {
     for layer in &mut spec.layers {
         if let FfnSpec::Dense(dense) = &mut layer.ffn {
             dense.bias = has;
         }
     }
-    Ok(())
 }
 
 /// Refuses `key` unless it is absent, null or `allowed`.

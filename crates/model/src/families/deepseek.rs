@@ -157,6 +157,28 @@ pub(super) fn glm4_moe(c: &Config) -> Result<DecoderSpec, SpecError> {
     Ok(spec)
 }
 
+const DOTS1: Defaults = Defaults { kv_heads: Some(32), ..LLAMA };
+
+/// The router of V3 after attention with norms of each head and windows on late layers.
+pub(super) fn dots1(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = base::decoder(c, &DOTS1)?;
+    base::attention_bias(c, &mut spec, false)?;
+    base::qk_norms(&mut spec, QkScope::PerHead, QkOrder::BeforeRope);
+    let window = base::nullable(c, "sliding_window", Some(4096))?;
+    let first = c.size("max_window_layers")?.unwrap_or(62);
+    let slides = |layer| window.is_some() && layer >= first;
+    let sliding = base::sliding_layers(c, spec.layers.len(), slides)?;
+    base::set_windows(&mut spec, &sliding, window)?;
+    let groups = groups(c, (1, 1), GroupScore::TopTwoSum)?;
+    let router = RouterSpec {
+        experts_per_token: c.need("num_experts_per_tok")?,
+        normalise: c.flag("norm_topk_prob")?.unwrap_or(false),
+        ..sigmoid_router(c, groups, 1.0)?
+    };
+    experts(c, &mut spec, router, (0, 0))?;
+    Ok(spec)
+}
+
 const MINICPM3: Defaults =
     Defaults { epsilon: 1e-5, tied: true, context: 32_768, vocabulary: Some(73_448), ..LLAMA };
 

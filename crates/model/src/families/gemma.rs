@@ -1,11 +1,11 @@
-//! Gemma 2 and 3: norms around each branch, weights counted from 1, scaled embeddings.
+//! Gemma: weights of norms counted from 1, scaled embeddings; 2 and 3 have norms around each branch, weights counted from 1, scaled embeddings.
 
-use lathe_program::NormKind;
+use lathe_program::{Activation, NormKind};
 
 use super::base::{self, Defaults, LLAMA};
 use super::rope;
 use crate::config::Config;
-use crate::spec::{BranchNorms, DecoderSpec, NormSpec, QkNorm, QkOrder, QkScope, SpecError};
+use crate::spec::{BranchNorms, DecoderSpec, FfnSpec, NormSpec, QkOrder, QkScope, SpecError};
 
 const GEMMA2: Defaults = Defaults {
     tied: true,
@@ -20,18 +20,50 @@ const GEMMA2: Defaults = Defaults {
 const GEMMA3: Defaults =
     Defaults { theta: 1e6, context: 131_072, vocabulary: Some(262_208), ..GEMMA2 };
 
-/// What both share.
-fn gemma(c: &Config, defaults: &Defaults) -> Result<DecoderSpec, SpecError> {
+const GEMMA: Defaults = Defaults {
+    tied: true,
+    context: 8192,
+    kv_heads: Some(16),
+    head_dim: Some(256),
+    activation: ("hidden_act", "gelu_pytorch_tanh"),
+    ..LLAMA
+};
+
+/// Gemma 1.
+pub(super) fn gemma1(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = counted_from_one(c, &GEMMA)?;
+    // The class means the approximation by tanh where a file says `gelu`, and knows no other field.
+    c.idle(&["hidden_activation"]);
+    if c.text("hidden_act")? == Some("gelu") {
+        for layer in &mut spec.layers {
+            if let FfnSpec::Dense(dense) = &mut layer.ffn {
+                dense.activation = Activation::GeGluTanh;
+            }
+        }
+    }
+    Ok(spec)
+}
+
+/// What all share.
+fn counted_from_one(c: &Config, defaults: &Defaults) -> Result<DecoderSpec, SpecError> {
     if c.flag("use_bidirectional_attention")?.unwrap_or(false) {
         return Err(SpecError::feature("bidirectional attention"));
     }
     let mut spec = base::decoder(c, defaults)?;
     base::attention_bias(c, &mut spec, false)?;
     spec.embedding_multiplier = (spec.width as f64).sqrt() as f32;
-    let norm = NormSpec { kind: NormKind::Rms { offset: 1.0 }, ..spec.final_norm };
-    spec.final_norm = norm;
+    base::each_norm(&mut spec, |norm| NormSpec { kind: NormKind::Rms { offset: 1.0 }, ..norm });
+    Ok(spec)
+}
+
+/// What 2 and 3 share.
+fn gemma(c: &Config, defaults: &Defaults) -> Result<DecoderSpec, SpecError> {
+    let mut spec = counted_from_one(c, defaults)?;
+    // Left over from Gemma 1; the class reads `hidden_activation`.
+    c.idle(&["hidden_act"]);
+    let norm = Some(spec.final_norm);
     for layer in &mut spec.layers {
-        layer.attention_norms = BranchNorms { before: Some(norm), after: Some(norm) };
+        layer.attention_norms = BranchNorms { before: norm, after: norm };
         layer.ffn_norms = layer.attention_norms;
     }
     let scale = c.number("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5) as f32;
@@ -68,9 +100,7 @@ pub(super) fn gemma3(c: &Config) -> Result<DecoderSpec, SpecError> {
     let sliding = base::sliding_layers(c, spec.layers.len(), slides)?;
     let window = base::nullable(c, "sliding_window", Some(4096))?;
     base::set_windows(&mut spec, &sliding, window)?;
-    let qk_norm =
-        QkNorm { scope: QkScope::PerHead, order: QkOrder::BeforeRope, norm: spec.final_norm };
-    base::each_gqa(&mut spec, |_, gqa| gqa.qk_norm = Some(qk_norm));
+    base::qk_norms(&mut spec, QkScope::PerHead, QkOrder::BeforeRope);
     rope::set_local(c, &mut spec, &sliding, ("rope_local_base_freq", 10_000.0), &GEMMA3)?;
     Ok(spec)
 }

@@ -1,13 +1,10 @@
-//! Llama and those that differ from it in a scale, a window, a norm or a router.
+//! Llama and those that differ from it in a window, a router or layers without positions.
 
 use lathe_program::RouterScore;
 
 use super::base::{self, Defaults, LLAMA};
-use super::rope;
 use crate::config::Config;
-use crate::spec::{
-    BranchNorms, DecoderSpec, FfnSpec, MoeSpec, QkNorm, QkOrder, QkScope, RouterSpec, SpecError,
-};
+use crate::spec::{DecoderSpec, FfnSpec, MoeSpec, RouterSpec, SpecError};
 
 pub(super) fn llama(c: &Config) -> Result<DecoderSpec, SpecError> {
     let mut spec = base::decoder(c, &LLAMA)?;
@@ -16,10 +13,10 @@ pub(super) fn llama(c: &Config) -> Result<DecoderSpec, SpecError> {
     Ok(spec)
 }
 
-const MISTRAL: Defaults = Defaults { context: 131_072, kv_heads: Some(8), ..LLAMA };
+pub(super) const MISTRAL: Defaults = Defaults { context: 131_072, kv_heads: Some(8), ..LLAMA };
 
 /// One window for all layers.
-fn one_window(
+pub(super) fn one_window(
     c: &Config,
     mut spec: DecoderSpec,
     default: Option<usize>,
@@ -29,6 +26,38 @@ fn one_window(
         return Err(SpecError::feature("layer_types of several kinds in this architecture"));
     }
     base::each_gqa(&mut spec, |_, gqa| gqa.window = window);
+    Ok(spec)
+}
+
+/// Windows on the layers that `layer_types` names, by default all.
+pub(super) fn ministral(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = base::decoder(c, &MISTRAL)?;
+    let window = base::nullable(c, "sliding_window", Some(4096))?;
+    let sliding = base::sliding_layers(c, spec.layers.len(), |_| window.is_some())?;
+    base::set_windows(&mut spec, &sliding, window)?;
+    Ok(spec)
+}
+
+const CWM: Defaults = Defaults {
+    theta: 1e6,
+    epsilon: 1e-5,
+    context: 131_072,
+    kv_heads: Some(8),
+    head_dim: Some(128),
+    ..LLAMA
+};
+
+pub(super) fn cwm(c: &Config) -> Result<DecoderSpec, SpecError> {
+    // The class has a scaling by default; published files have theirs.
+    if c.get("rope_parameters").or(c.get("rope_scaling")).is_none() {
+        return Err(SpecError::Missing("rope_parameters".to_owned()));
+    }
+    let mut spec = base::decoder(c, &CWM)?;
+    base::mlp_bias(c, &mut spec)?;
+    let window = base::nullable(c, "sliding_window", Some(8192))?.filter(|window| *window > 0);
+    let slides = |layer: usize| !layer.is_multiple_of(4);
+    let sliding = base::sliding_layers(c, spec.layers.len(), slides)?;
+    base::set_windows(&mut spec, &sliding, window)?;
     Ok(spec)
 }
 
@@ -61,18 +90,6 @@ pub(super) fn mixtral(c: &Config) -> Result<DecoderSpec, SpecError> {
     Ok(spec)
 }
 
-pub(super) fn granite(c: &Config) -> Result<DecoderSpec, SpecError> {
-    let mut spec = llama(c)?;
-    let number = |key: &str| Ok::<_, SpecError>(c.number(key)?.unwrap_or(1.0));
-    spec.embedding_multiplier = number("embedding_multiplier")? as f32;
-    spec.logits_scale = (1.0 / number("logits_scaling")?) as f32;
-    let residual = number("residual_multiplier")? as f32;
-    spec.layers.iter_mut().for_each(|layer| layer.residual_multiplier = residual);
-    let scale = number("attention_multiplier")? as f32;
-    base::each_gqa(&mut spec, |_, gqa| gqa.scale = scale);
-    Ok(spec)
-}
-
 const SMOLLM3: Defaults =
     Defaults { theta: 2e6, tied: true, context: 32_768, kv_heads: Some(4), ..LLAMA };
 
@@ -87,7 +104,10 @@ pub(super) fn smollm3(c: &Config) -> Result<DecoderSpec, SpecError> {
             let found = format!("{} numbers", turns.len());
             return Err(SpecError::value("no_rope_layers", found, expected));
         }
-        Some(turns) => turns.into_iter().map(|turns| turns != 0).collect(),
+        Some(turns) => {
+            c.idle(&["no_rope_layer_interval"]);
+            turns.into_iter().map(|turns| turns != 0).collect()
+        }
         None => {
             let interval = c.size("no_rope_layer_interval")?.unwrap_or(4).max(1);
             (1..=layers).map(|layer| layer % interval != 0).collect::<Vec<_>>()
@@ -112,38 +132,4 @@ const PHI3: Defaults = Defaults {
 
 pub(super) fn phi3(c: &Config) -> Result<DecoderSpec, SpecError> {
     one_window(c, base::decoder(c, &PHI3)?, None)
-}
-
-const OLMO2: Defaults = Defaults { epsilon: 1e-5, ..LLAMA };
-const OLMO3: Defaults = Defaults { theta: 500_000.0, ..OLMO2 };
-
-/// Norms on outputs alone, and on whole rows of queries and keys.
-fn olmo(c: &Config, defaults: &Defaults) -> Result<DecoderSpec, SpecError> {
-    base::refuse_unless(c, "clip_qkv", &[])?;
-    let mut spec = base::decoder(c, defaults)?;
-    base::attention_bias(c, &mut spec, false)?;
-    let norm = spec.final_norm;
-    let qk_norm = QkNorm { scope: QkScope::WholeRow, order: QkOrder::BeforeRope, norm };
-    base::each_gqa(&mut spec, |_, gqa| gqa.qk_norm = Some(qk_norm));
-    for layer in &mut spec.layers {
-        layer.attention_norms = BranchNorms { before: None, after: Some(norm) };
-        layer.ffn_norms = layer.attention_norms;
-    }
-    Ok(spec)
-}
-
-pub(super) fn olmo2(c: &Config) -> Result<DecoderSpec, SpecError> {
-    olmo(c, &OLMO2)
-}
-
-pub(super) fn olmo3(c: &Config) -> Result<DecoderSpec, SpecError> {
-    let mut spec = olmo(c, &OLMO3)?;
-    let slides = |layer: usize| !(layer + 1).is_multiple_of(4);
-    let sliding = base::sliding_layers(c, spec.layers.len(), slides)?;
-    let window = base::nullable(c, "sliding_window", Some(4096))?;
-    base::set_windows(&mut spec, &sliding, window)?;
-    // With the older fields the reference gives windows the default base and not the file's.
-    base::refuse_unless(c, "rope_theta", &["500000", "500000.0"])?;
-    rope::set_local(c, &mut spec, &sliding, ("rope_theta", OLMO3.theta), &OLMO3)?;
-    Ok(spec)
 }

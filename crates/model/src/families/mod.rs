@@ -5,11 +5,17 @@
 //! a plain Llama; whatever a row does not know, and that would change the computation, is refused.
 
 mod base;
+mod cohere;
 mod deepseek;
+mod dense;
+mod ernie;
+mod fields;
 mod gemma;
 mod gguf;
 mod gpt_oss;
+mod granite;
 mod llama;
+mod olmo;
 mod qwen;
 mod rope;
 mod rows;
@@ -17,7 +23,7 @@ mod rows;
 pub use gguf::GgufFamily;
 use serde_json::Value;
 
-use crate::config::Config;
+use crate::config::{Config, Seen};
 use crate::names::Rules;
 use crate::spec::{DecoderSpec, SpecError};
 
@@ -61,8 +67,10 @@ impl Family {
 
     /// The spec that a `config.json` of this family describes, within limits.
     pub fn spec(&self, config: &Value) -> Result<DecoderSpec, SpecError> {
-        let spec = (self.spec)(&Config::new(config, "")?)?;
+        let seen = Seen::default();
+        let spec = (self.spec)(&Config::new(config, "")?.noting(&seen))?;
         spec.validate()?;
+        fields::refuse_unread(config, &seen)?;
         Ok(spec)
     }
 }

@@ -5,7 +5,7 @@ use lathe_program::RouterScore;
 use super::base::{self, Defaults, LLAMA};
 use crate::config::Config;
 use crate::spec::{
-    DecoderSpec, FfnSpec, MoeSpec, QkNorm, QkOrder, QkScope, RouterSpec, SharedSpec, SpecError,
+    DecoderSpec, FfnSpec, MoeSpec, QkOrder, QkScope, RouterSpec, SharedSpec, SpecError,
 };
 
 const QWEN2: Defaults = Defaults { context: 32_768, kv_heads: Some(32), ..LLAMA };
@@ -30,9 +30,7 @@ fn late_windows(c: &Config, spec: &mut DecoderSpec) -> Result<(), SpecError> {
 }
 
 fn head_norms(spec: &mut DecoderSpec) {
-    let norm = spec.final_norm;
-    let qk_norm = QkNorm { scope: QkScope::PerHead, order: QkOrder::BeforeRope, norm };
-    base::each_gqa(spec, |_, gqa| gqa.qk_norm = Some(qk_norm));
+    base::qk_norms(spec, QkScope::PerHead, QkOrder::BeforeRope);
 }
 
 pub(super) fn qwen2(c: &Config) -> Result<DecoderSpec, SpecError> {
@@ -70,6 +68,8 @@ pub(super) fn qwen3_moe(c: &Config) -> Result<DecoderSpec, SpecError> {
     head_norms(&mut spec);
     let window = window(c)?;
     base::each_gqa(&mut spec, |_, gqa| gqa.window = window);
+    // The class has one window for all layers.
+    c.idle(&["max_window_layers"]);
     experts(c, &mut spec, &QWEN3_MOE, None)?;
     Ok(spec)
 }

@@ -7,9 +7,28 @@ use super::base::{self, Defaults};
 use crate::config::Config;
 use crate::spec::{DecoderSpec, RopeScaling, RopeSpec, SpecError, yarn_magnitude};
 
-/// Parameters that change the frequencies and that no kind here knows.
-const UNKNOWN: [&str; 6] =
-    ["mrope_section", "mrope_interleaved", "alpha", "short_mscale", "long_mscale", "sections"];
+/// Parameters that some kind here knows; another one would change the rotation.
+const KNOWN: [&str; 18] = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "short_factor",
+    "long_factor",
+    // Says how a checkpoint came about.
+    "finetuned",
+];
 
 /// The rotary embedding of heads of `head_dim` elements.
 pub(super) fn read(
@@ -30,6 +49,8 @@ fn read_from(
     defaults: &Defaults,
     head_dim: usize,
 ) -> Result<RopeSpec, SpecError> {
+    // What stands inside the object wins over what stands beside it, which then is not read.
+    c.idle(&["rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]);
     let number = |key: &str| parameters.map_or(Ok(None), |parameters| parameters.number(key));
     let base = match number("rope_theta")? {
         Some(base) => base,
@@ -42,12 +63,26 @@ fn read_from(
     let rotary = rotary(head_dim, partial, defaults)?;
     let mut rope = RopeSpec::plain(base, rotary);
     if let Some(parameters) = parameters {
-        if let Some(key) = UNKNOWN.iter().find(|key| parameters.get(key).is_some()) {
+        if let Some(alpha) = ntk_alpha(defaults, &parameters)? {
+            let dim = rotary as f64;
+            rope.theta *= alpha.powf(dim / (dim - 2.0));
+            return Ok(rope);
+        }
+        if let Some(key) = parameters.given().find(|key| !KNOWN.contains(key)) {
             return Err(SpecError::feature(format!("rope parameter `{key}`")));
         }
         rope.scaling = read_scaling(c, defaults, &parameters)?;
     }
     Ok(rope)
+}
+
+/// The `alpha` by which a base is stretched whatever the context's length, and which makes the
+/// other parameters idle.
+fn ntk_alpha(defaults: &Defaults, p: &Config) -> Result<Option<f64>, SpecError> {
+    let kind = p.text("rope_type")?.or(p.text("type")?);
+    let applies = defaults.ntk_alpha && kind == Some("dynamic");
+    // Zero is no alpha to the class.
+    Ok(p.number("alpha")?.filter(|alpha| applies && *alpha != 0.0))
 }
 
 /// Elements of a head that turn.
@@ -167,6 +202,7 @@ pub(super) fn set_local(
     theta: (&str, f64),
     defaults: &Defaults,
 ) -> Result<(), SpecError> {
+    c.idle(&[theta.0]);
     let parameters = match c.object("rope_parameters")? {
         Some(new) if by_kind(&new) => new.object("sliding_attention")?,
         Some(_) => return Err(SpecError::feature("rope_parameters without kinds of layers")),

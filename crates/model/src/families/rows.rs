@@ -1,7 +1,10 @@
 //! The rows: one a family.
 
-use super::{Family, deepseek, gemma, gpt_oss, llama, qwen};
-use crate::names::hugging_face::{COMMON, GPT_OSS, MIXTRAL, POST_NORMS, SANDWICH, SHARED_EXPERT};
+use super::{Family, cohere, deepseek, dense, ernie, gemma, gpt_oss, granite, llama, olmo, qwen};
+use crate::names::hugging_face::{
+    C_NAMES, COMMON, ERNIE_MOE, GLM4_NORMS, GPT_OSS, GRANITE_MOE, HEAD_LAYERNORMS, MIXTRAL,
+    POST_NORMS, SANDWICH, SHARED_EXPERT,
+};
 
 pub(super) static TABLE: &[Family] = &[
     Family {
@@ -25,7 +28,7 @@ pub(super) static TABLE: &[Family] = &[
     Family {
         model_types: &["granite"],
         architecture: "GraniteForCausalLM",
-        spec: llama::granite,
+        spec: granite::granite,
         rules: &[COMMON],
     },
     Family {
@@ -43,13 +46,13 @@ pub(super) static TABLE: &[Family] = &[
     Family {
         model_types: &["olmo2"],
         architecture: "Olmo2ForCausalLM",
-        spec: llama::olmo2,
+        spec: olmo::olmo2,
         rules: &[POST_NORMS, COMMON],
     },
     Family {
         model_types: &["olmo3"],
         architecture: "Olmo3ForCausalLM",
-        spec: llama::olmo3,
+        spec: olmo::olmo3,
         rules: &[POST_NORMS, COMMON],
     },
     Family {
@@ -122,6 +125,132 @@ pub(super) static TABLE: &[Family] = &[
         model_types: &["minicpm3"],
         architecture: "MiniCPM3ForCausalLM",
         spec: deepseek::minicpm3,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["ministral"],
+        architecture: "MinistralForCausalLM",
+        spec: llama::ministral,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["cwm"],
+        architecture: "CwmForCausalLM",
+        spec: llama::cwm,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["granitemoe"],
+        architecture: "GraniteMoeForCausalLM",
+        spec: granite::granitemoe,
+        rules: &[GRANITE_MOE, COMMON],
+    },
+    Family {
+        model_types: &["granitemoeshared"],
+        architecture: "GraniteMoeSharedForCausalLM",
+        spec: granite::granitemoeshared,
+        rules: &[GRANITE_MOE, COMMON],
+    },
+    Family {
+        model_types: &["olmo"],
+        architecture: "OlmoForCausalLM",
+        spec: olmo::olmo,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["olmoe"],
+        architecture: "OlmoeForCausalLM",
+        spec: olmo::olmoe,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["flex_olmo"],
+        architecture: "FlexOlmoForCausalLM",
+        spec: olmo::flex_olmo,
+        rules: &[POST_NORMS, COMMON],
+    },
+    Family {
+        model_types: &["gemma"],
+        architecture: "GemmaForCausalLM",
+        spec: gemma::gemma1,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["cohere"],
+        architecture: "CohereForCausalLM",
+        spec: cohere::cohere,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["cohere2"],
+        architecture: "Cohere2ForCausalLM",
+        spec: cohere::cohere2,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["glm"],
+        architecture: "GlmForCausalLM",
+        spec: dense::glm,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["glm4"],
+        architecture: "Glm4ForCausalLM",
+        spec: dense::glm4,
+        rules: &[GLM4_NORMS, COMMON],
+    },
+    Family {
+        model_types: &["seed_oss"],
+        architecture: "SeedOssForCausalLM",
+        spec: dense::seed_oss,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["arcee"],
+        architecture: "ArceeForCausalLM",
+        spec: dense::arcee,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["exaone4"],
+        architecture: "Exaone4ForCausalLM",
+        spec: dense::exaone4,
+        rules: &[POST_NORMS, COMMON],
+    },
+    Family {
+        model_types: &["hunyuan_v1_dense"],
+        architecture: "HunYuanDenseV1ForCausalLM",
+        spec: dense::hunyuan,
+        rules: &[HEAD_LAYERNORMS, COMMON],
+    },
+    Family {
+        model_types: &["starcoder2"],
+        architecture: "Starcoder2ForCausalLM",
+        spec: dense::starcoder2,
+        rules: &[C_NAMES, COMMON],
+    },
+    Family {
+        model_types: &["stablelm"],
+        architecture: "StableLmForCausalLM",
+        spec: dense::stablelm,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["ernie4_5"],
+        architecture: "Ernie4_5ForCausalLM",
+        spec: ernie::ernie4_5,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["ernie4_5_moe"],
+        architecture: "Ernie4_5_MoeForCausalLM",
+        spec: ernie::ernie4_5_moe,
+        rules: &[ERNIE_MOE, COMMON],
+    },
+    Family {
+        model_types: &["dots1"],
+        architecture: "Dots1ForCausalLM",
+        spec: deepseek::dots1,
         rules: &[COMMON],
     },
 ];

@@ -11,6 +11,7 @@ const KV_DOWN: &[&str] = &["attention.kv_down", "attention.rope_key"];
 const KV_DOWN_BIAS: &[&str] = &["attention.kv_down_bias", "attention.rope_key_bias"];
 const KV_UP: &[&str] = &["attention.key_up", "attention.value_up"];
 const GATE_UP: &[&str] = &["ffn.gate", "ffn.up"];
+const SHARED: &[&str] = &["ffn.shared.gate", "ffn.shared.up"];
 const EXPERTS: &[&str] = &["ffn.experts.gate", "ffn.experts.up"];
 
 const KV_A: &str = "self_attn.kv_a_proj_with_mqa.weight";
@@ -145,3 +146,38 @@ pub static GPT_OSS: Rules = &[
     rule("ffn.experts.up_bias", &[Alternate("mlp.experts.gate_up_proj_bias", EXPERT_BIASES)]),
     rule("ffn.experts.down_bias", &[Whole("mlp.experts.down_proj_bias")]),
 ];
+
+/// Experts as Granite keeps them, and the one that all tokens visit.
+pub static GRANITE_MOE: Rules = &[
+    rule("ffn.router", &[Whole("block_sparse_moe.router.layer.weight")]),
+    rule("ffn.experts.gate", &[Part("block_sparse_moe.input_linear.weight", EXPERTS)]),
+    rule("ffn.experts.up", &[Part("block_sparse_moe.input_linear.weight", EXPERTS)]),
+    rule("ffn.experts.down", &[Whole("block_sparse_moe.output_linear.weight")]),
+    rule("ffn.shared.gate", &[Part("shared_mlp.input_linear.weight", SHARED)]),
+    rule("ffn.shared.up", &[Part("shared_mlp.input_linear.weight", SHARED)]),
+    rule("ffn.shared.down", &[Whole("shared_mlp.output_linear.weight")]),
+];
+
+/// Norms on the branches' outputs beside those before them (GLM 4).
+pub static GLM4_NORMS: Rules = &[
+    rule("attention_post_norm", &[Whole("post_self_attn_layernorm.weight")]),
+    rule("ffn_post_norm", &[Whole("post_mlp_layernorm.weight")]),
+];
+
+/// Norms of heads under another name (Hunyuan).
+pub static HEAD_LAYERNORMS: Rules = &[
+    rule("attention.query_norm", &[Whole("self_attn.query_layernorm.weight")]),
+    rule("attention.key_norm", &[Whole("self_attn.key_layernorm.weight")]),
+];
+
+/// A feed-forward layer without a gate under GPT-2's names (StarCoder 2).
+pub static C_NAMES: Rules = &[
+    rule("ffn.up", &[Whole("mlp.c_fc.weight")]),
+    rule("ffn.up_bias", &[Whole("mlp.c_fc.bias")]),
+    rule("ffn.down", &[Whole("mlp.c_proj.weight")]),
+    rule("ffn.down_bias", &[Whole("mlp.c_proj.bias")]),
+];
+
+/// The correction of ERNIE's router.
+pub static ERNIE_MOE: Rules =
+    &[rule("ffn.router_correction", &[Whole("mlp.moe_statics.e_score_correction_bias")])];

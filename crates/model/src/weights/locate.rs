@@ -238,6 +238,13 @@ impl<'a> Locator<'a> {
         Err(WeightsError::Shape { tensor, found, expected })
     }
 
+    /// Whether a tensor lies in a layer of a Hugging Face checkpoint. llama.cpp's files have
+    /// tensors there that repeat metadata.
+    pub fn is_of_a_layer(&self, name: &str) -> bool {
+        let layers = format!("{}{}", self.root, self.layer);
+        matches!(self.checkpoint, Checkpoint::Safetensors { .. }) && name.starts_with(&layers)
+    }
+
     /// Whether a tensor that nothing uses is known not to matter.
     pub fn ignorable(&self, name: &str) -> bool {
         let beyond = |prefix: &str| {

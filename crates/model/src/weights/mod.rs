@@ -40,6 +40,12 @@ pub enum WeightsError {
         /// The shape that its weight needs.
         expected: Vec<usize>,
     },
+    /// Tensors of the decoder's layers that the model's description has no place for.
+    #[error("tensor {tensor} is not supported: no weight of this architecture uses it")]
+    Unused {
+        /// The first of their names in the file.
+        tensor: String,
+    },
     /// A tensor cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -66,7 +72,8 @@ impl<'a> ModelWeights<'a> {
     /// Finds every weight of `program`, lowered from `spec`, by the `rules` of its family.
     ///
     /// # Errors
-    /// If a weight is missing or a tensor's shape is not what the weight needs.
+    /// If a weight is missing, a tensor's shape is not what the weight needs, or a layer of a
+    /// Hugging Face checkpoint has a tensor that no weight uses: it would compute something else.
     pub fn new(
         checkpoint: &'a Checkpoint,
         spec: &'a DecoderSpec,
@@ -86,7 +93,10 @@ impl<'a> ModelWeights<'a> {
             .into_iter()
             .filter(|name| !used.contains(*name) && !locator.ignorable(name))
             .map(str::to_owned)
-            .collect();
+            .collect::<Vec<_>>();
+        if let Some(tensor) = unused.iter().find(|name| locator.is_of_a_layer(name)) {
+            return Err(WeightsError::Unused { tensor: tensor.clone() });
+        }
         Ok(ModelWeights { checkpoint, program, located, unused })
     }
 

@@ -374,6 +374,13 @@ impl Executor for ReferenceExecutor {
         self.run_all(step, Some(observer))
     }
 
+    fn routing(&self, routing: Routing) -> Option<ObservedRouting<'_>> {
+        let Choices { experts, weights, experts_per_token } =
+            self.run.routings.get(routing.0 as usize)?;
+        let experts_per_token = *experts_per_token;
+        Some(ObservedRouting { experts, weights, experts_per_token })
+    }
+
     fn weight_bytes(&self) -> usize {
         self.weights.bytes()
     }

@@ -120,7 +120,7 @@ impl Executor for ShardedExecutor {
     }
 
     fn expanded_until(&self, given: usize) -> usize {
-        self.first.expanded_until(given)
+        self.first.executor.expanded_until(given)
     }
 
     fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
