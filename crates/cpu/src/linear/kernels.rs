@@ -395,6 +395,45 @@ impl Float for Brain {
     }
 }
 
+/// As [`Direct`], for float weights.
+pub(crate) struct DirectFloats<W, const P: usize>(PhantomData<W>);
+
+impl<W: Float, const P: usize> Kernel for DirectFloats<W, P> {
+    const TUNED: bool = true;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let mut acc = [[S::splat(0.0); R]; P];
+            unroll!(p in P => {
+                acc[p] = load_acc::<S, R>(args.acc.add(p * PRODUCT));
+            });
+            let mut x = args.rows.x.cast::<f32>();
+            let mut panel = args.weights;
+            for _ in 0..args.segments {
+                for k in 0..SEGMENT / 2 {
+                    unroll!(p in P => {
+                        let packed = panel.add(p * args.panel_bytes);
+                        prefetch(packed.wrapping_add(AHEAD_BYTES), W::PAIR_BYTES);
+                        let (even, odd) = W::pair::<S>(packed);
+                        unroll!(r in R => {
+                            let x = x.add(SEGMENT * r + 2 * k);
+                            acc[p][r] = S::fma(even, S::splat(*x), acc[p][r]);
+                            acc[p][r] = S::fma(odd, S::splat(*x.add(1)), acc[p][r]);
+                        });
+                    });
+                    panel = panel.add(W::PAIR_BYTES);
+                }
+                x = x.add(SEGMENT * args.rows.stride);
+            }
+            unroll!(p in P => {
+                store_acc::<S, R>(args.acc.add(p * PRODUCT), acc[p]);
+            });
+        }
+    }
+}
+
 /// Float weights times `f32` activations.
 pub(crate) struct Widened<W>(PhantomData<W>);
 

@@ -22,7 +22,7 @@ use lathe_tensor::{FloatType, Format, GlobalScale, ScaleType, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
-use crate::linear::dispatch::{self, Kernels};
+use crate::linear::dispatch::{self, Kernels, Tiles};
 pub(crate) use ggml::table;
 use layout::{Constants, Layout, Offset, Operand, SEGMENT};
 use memory::{AlignedBytes, weight_memory};
@@ -62,6 +62,10 @@ impl PackedMatrix {
             Format::Scaled(format) => scaled::layout(&format, columns)?,
         };
         let operand = operand(layout, exact);
+        let mut kernels = dispatch::kernels(isa, layout, operand);
+        if exact {
+            kernels.tiles = Tiles::None;
+        }
         let chunks = columns.div_ceil(layout.chunk_segments() * SEGMENT);
         let panel_bytes = chunks * layout.chunk_bytes();
         let bytes = rows.div_ceil(PANEL) * panel_bytes;
@@ -81,7 +85,7 @@ impl PackedMatrix {
             columns,
             layout,
             operand,
-            kernels: dispatch::kernels(isa, layout, operand),
+            kernels,
             constants: constants(tensor, layout)?,
             chunks,
             memory,
