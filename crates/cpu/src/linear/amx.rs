@@ -33,7 +33,7 @@ use crate::pack::{PANEL, PackedMatrix};
 const TILE_BYTES: usize = 1024;
 /// Segments that are multiplied before the next panels come: activations of 512 rows and the
 /// weights of two panels stay in the second-level cache meanwhile.
-const SLICE_SEGMENTS: usize = 32;
+const SLICE_SEGMENTS: usize = 16;
 /// How far ahead packed weights are asked for.
 const AHEAD_BYTES: usize = 4096;
 
