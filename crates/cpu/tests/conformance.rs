@@ -10,7 +10,7 @@ fn run(settings: &Settings) -> Report {
 }
 
 fn run_with(isa: Option<Isa>, settings: &Settings) -> Report {
-    let backend = CpuBackend::new(CpuOptions { isa, ..CpuOptions::default() });
+    let backend = CpuBackend::new(CpuOptions { isa });
     let report =
         check(&backend, settings).unwrap_or_else(|failure| panic!("{settings:?}: {failure}"));
     println!("{settings:?}: {report:?}");
