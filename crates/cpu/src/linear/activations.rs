@@ -38,12 +38,28 @@ const OFFSETS_MAX: usize = 5;
 const TILE_GAP: usize = 16;
 /// Parts of a row that tiles multiply at most.
 const TILE_PARTS_MAX: usize = 2;
-/// Panels whose sums AMX keeps in tiles while slices of k pass by.
-pub(super) const TILE_PANELS: usize = 16;
+/// Segments of k that AMX multiplies while sums stay in registers, at most.
+pub(super) const TILE_SEGMENTS: usize = 64;
+/// Rows of a pass over so many segments: 1 MB of activations, half of a second-level cache.
+pub(super) const TILE_ROWS: usize = 256;
+/// Panels whose sums are kept in tiles while slices of k pass by.
+pub(super) const TILE_PANELS: usize = 32;
 
-/// Floats of the sums in tiles that a worker keeps for `rows` rows.
-fn tile_sums(rows: usize) -> usize {
-    rows.next_multiple_of(2 * BLOCK) * PANEL * TILE_PANELS
+/// A worker's memory for AMX.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TileScratch {
+    /// Sums as tiles.
+    pub(super) sums: *mut f32,
+    /// The weights of two panels as tiles, [`TILE_SEGMENTS`] each.
+    pub(super) weights: *mut u8,
+}
+
+/// Bytes of the weights of [`TileScratch`].
+const TILE_WEIGHTS_BYTES: usize = 2 * TILE_SEGMENTS * PANEL * SEGMENT * 2;
+
+/// Bytes of the sums of [`TileScratch`] for `rows` rows: [`TILE_PANELS`] of a pass that slices k.
+fn tile_sums_bytes(rows: usize) -> usize {
+    rows.next_multiple_of(2 * BLOCK).min(TILE_ROWS) * TILE_PANELS * PANEL * 4
 }
 
 /// Which forms of the input a set of matrices needs. Made once, when the matrices are packed.
@@ -129,7 +145,7 @@ pub struct Activations {
     sums: Plane,
     offsets: [Plane; OFFSETS_MAX],
     scratch: Plane,
-    tile_sums: Plane,
+    tile_scratch: Plane,
 }
 
 /// The planes of one block, from one of its rows on; segments are `stride` rows apart.
@@ -243,7 +259,7 @@ impl Default for Activations {
             sums: Plane::default(),
             offsets: Default::default(),
             scratch: Plane::default(),
-            tile_sums: Plane::default(),
+            tile_scratch: Plane::default(),
         }
     }
 }
@@ -266,7 +282,8 @@ impl Activations {
             for plane in &mut self.tiles[..self.tile_parts] {
                 plane.reserve(elements * 2 + rows / BLOCK * TILE_GAP * CODE_BYTES);
             }
-            self.tile_sums.reserve(gang.workers() * tile_sums(rows) * 4);
+            self.tile_scratch
+                .reserve(gang.workers() * (tile_sums_bytes(rows) + TILE_WEIGHTS_BYTES));
         }
         if operands.int8 {
             self.codes.reserve(elements * 2);
@@ -402,9 +419,13 @@ impl Activations {
         self.forms.order[self.rows - self.tiled_rows() + slot] as usize
     }
 
-    /// Where worker `worker` keeps sums in tiles.
-    pub(crate) fn tile_sums(&self, worker: usize) -> *mut f32 {
-        self.tile_sums.pointer::<f32>().wrapping_add(worker * tile_sums(self.rows))
+    /// The scratch of worker `worker`.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub(super) fn tile_scratch(&self, worker: usize) -> TileScratch {
+        let sums = tile_sums_bytes(self.rows);
+        let base = self.tile_scratch.pointer::<u8>();
+        let at = base.wrapping_add(worker * (sums + TILE_WEIGHTS_BYTES));
+        TileScratch { sums: at.cast(), weights: at.wrapping_add(sums) }
     }
 
     /// Part `part` of segment `segment` of the tiles of block `block`, and the bytes to the next.
@@ -551,12 +572,14 @@ impl Writer<'_> {
                 if tiled {
                     let mut left = values;
                     for plane in self.tiles.iter().filter(|plane| !plane.is_null()) {
-                        let rounded = left.map(round_to_bf16);
+                        // A loop: `map` over an array stays a call, without this one's features.
+                        let mut rounded = [0; SEGMENT];
+                        for (left, rounded) in left.iter_mut().zip(&mut rounded) {
+                            *rounded = round_to_bf16(*left);
+                            *left -= f32::from_bits(u32::from(*rounded) << 16);
+                        }
                         let at = tile.segment(segment) * SEGMENT;
                         plane.add(at).cast::<[u16; SEGMENT]>().write(rounded);
-                        for (left, rounded) in left.iter_mut().zip(rounded) {
-                            *left -= f32::from_bits(u32::from(rounded) << 16);
-                        }
                     }
                 }
                 if self.operands.int8 && !tiled {

@@ -1,7 +1,11 @@
 //! From a matrix's layout, operand and ISA to its kernels.
 
+use std::marker::PhantomData;
+
 use lathe_tensor::FloatType;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::prompt;
 use super::codes::*;
 use super::kernels::*;
 use crate::isa::Isa;
@@ -14,6 +18,8 @@ use crate::pack::layout::{Codes, Constants, Layout, Operand, Scales};
 pub(crate) type RunFn = unsafe fn(&Args<'_>);
 /// Unsafe as [`Expand::expand`].
 pub(crate) type ExpandFn = unsafe fn(*const u8, usize, &Constants, &mut Scratch);
+/// Writes segments (whole chunks) as AMX tiles of `bf16`. Unsafe as [`Expand::expand`].
+pub(crate) type ToTilesFn = unsafe fn(*const u8, usize, &Constants, *mut u8);
 /// The instance for the most rows up to those given, and how many it takes.
 pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
 
@@ -31,7 +37,7 @@ pub(crate) struct Kernels {
     pub(crate) expand: Option<ExpandFn>,
     /// For any number of rows.
     pub(crate) tile: ChooseFn,
-    /// What AMX tiles multiply.
+    /// What AMX tiles multiply of the rows in the prefill form.
     pub(crate) tiles: Tiles,
 }
 
@@ -43,9 +49,9 @@ pub(crate) enum Tiles {
     /// Rows in the prefill form: packed panels are tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     Packed,
-    /// The same; this decodes a batch to `f32`, which is rounded to `bf16`.
+    /// The same; this decodes segments to tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    Expanded(ExpandFn),
+    Expanded(ToTilesFn),
 }
 
 /// An ISA as something that kernels are compiled for.
@@ -124,16 +130,16 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => {
-            let tiles = match (layout, operand) {
+            let kernels = kernels(Isa::Avx512, layout, operand);
+            match (layout, operand) {
                 // `--exact`: nothing is rounded.
-                (Layout::Coded(..), Operand::F32) => Tiles::None,
-                (Layout::Coded(..), _) => kernels(Isa::Avx512, layout, Operand::F32)
-                    .expand
-                    .map_or(Tiles::None, Tiles::Expanded),
-                (Layout::Float(FloatType::BF16), _) => Tiles::Packed,
-                (Layout::Float(_), _) => Tiles::None,
-            };
-            Kernels { tiles, ..kernels(Isa::Avx512, layout, operand) }
+                (Layout::Coded(..), Operand::F32) => kernels,
+                (Layout::Coded(codes, scales), _) => {
+                    Kernels { tiles: with_coded(codes, scales, OnTiles), ..kernels }
+                }
+                (Layout::Float(FloatType::BF16), _) => Kernels { tiles: Tiles::Packed, ..kernels },
+                (Layout::Float(_), _) => kernels,
+            }
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
@@ -158,40 +164,68 @@ fn floats<T: Target, W: Float>() -> Kernels {
 }
 
 fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
-    let (codes, scales) = match layout {
-        Layout::Float(FloatType::F32) => return floats::<T, Single>(),
-        Layout::Float(FloatType::F16) => return floats::<T, HalfFloat>(),
-        Layout::Float(FloatType::BF16) => return floats::<T, Brain>(),
-        Layout::Coded(codes, scales) => (codes, scales),
-    };
+    match layout {
+        Layout::Float(FloatType::F32) => floats::<T, Single>(),
+        Layout::Float(FloatType::F16) => floats::<T, HalfFloat>(),
+        Layout::Float(FloatType::BF16) => floats::<T, Brain>(),
+        Layout::Coded(codes, scales) => {
+            with_coded(codes, scales, OnTarget::<T>(operand, PhantomData))
+        }
+    }
+}
+
+/// Something to make of a coded format.
+trait Visit {
+    type Output;
+    fn with<C: Coded>(self) -> Self::Output;
+}
+
+/// The kernels of a target.
+struct OnTarget<T>(Operand, PhantomData<T>);
+
+impl<T: Target> Visit for OnTarget<T> {
+    type Output = Kernels;
+    fn with<C: Coded>(self) -> Kernels {
+        coded::<T, C>(self.0)
+    }
+}
+
+/// The weights of AMX tiles.
+#[cfg(target_arch = "x86_64")]
+struct OnTiles;
+
+#[cfg(target_arch = "x86_64")]
+impl Visit for OnTiles {
+    type Output = Tiles;
+    fn with<C: Coded>(self) -> Tiles {
+        Tiles::Expanded(prompt::decoder::<C>())
+    }
+}
+
+/// The type that stands for a pair of codes and scales.
+fn with_coded<V: Visit>(codes: Codes, scales: Scales, visit: V) -> V::Output {
     let zeros = matches!(scales, Scales::Group { zeros: true, .. });
     match (codes, scales) {
-        (Codes::Signed4, Scales::Half) => coded::<T, Pair<Plain<4, 8>, Half<false>>>(operand),
-        (Codes::Unsigned4, Scales::HalfMin) => coded::<T, Pair<Plain<4, 0>, Half<true>>>(operand),
-        (Codes::Signed5, Scales::Half) => coded::<T, Pair<Plain<5, 16>, Half<false>>>(operand),
-        (Codes::Unsigned5, Scales::HalfMin) => coded::<T, Pair<Plain<5, 0>, Half<true>>>(operand),
-        (Codes::Signed8, Scales::Half) => coded::<T, Pair<Plain<8, 128>, Half<false>>>(operand),
-        (Codes::Unsigned4, Scales::SuperMin) => coded::<T, Pair<Plain<4, 0>, SuperMin>>(operand),
-        (Codes::Unsigned5, Scales::SuperMin) => coded::<T, Pair<Plain<5, 0>, SuperMin>>(operand),
-        (Codes::Signed6, Scales::SuperSigned) => {
-            coded::<T, Pair<Plain<6, 32>, SuperSigned>>(operand)
-        }
-        (Codes::Iq4, Scales::Half) => coded::<T, Pair<Table<8>, Half<false>>>(operand),
-        (Codes::Iq4, Scales::SuperSix) => coded::<T, Pair<Table<8>, SuperSix>>(operand),
-        (Codes::E2m1, Scales::E8m0) => coded::<T, Pair<Table<5>, E8m0>>(operand),
-        (Codes::E2m1, Scales::E4m3) => coded::<T, Pair<Table<5>, E4m3>>(operand),
+        (Codes::Signed4, Scales::Half) => visit.with::<Pair<Plain<4, 8>, Half<false>>>(),
+        (Codes::Unsigned4, Scales::HalfMin) => visit.with::<Pair<Plain<4, 0>, Half<true>>>(),
+        (Codes::Signed5, Scales::Half) => visit.with::<Pair<Plain<5, 16>, Half<false>>>(),
+        (Codes::Unsigned5, Scales::HalfMin) => visit.with::<Pair<Plain<5, 0>, Half<true>>>(),
+        (Codes::Signed8, Scales::Half) => visit.with::<Pair<Plain<8, 128>, Half<false>>>(),
+        (Codes::Unsigned4, Scales::SuperMin) => visit.with::<Pair<Plain<4, 0>, SuperMin>>(),
+        (Codes::Unsigned5, Scales::SuperMin) => visit.with::<Pair<Plain<5, 0>, SuperMin>>(),
+        (Codes::Signed6, Scales::SuperSigned) => visit.with::<Pair<Plain<6, 32>, SuperSigned>>(),
+        (Codes::Iq4, Scales::Half) => visit.with::<Pair<Table<8>, Half<false>>>(),
+        (Codes::Iq4, Scales::SuperSix) => visit.with::<Pair<Table<8>, SuperSix>>(),
+        (Codes::E2m1, Scales::E8m0) => visit.with::<Pair<Table<5>, E8m0>>(),
+        (Codes::E2m1, Scales::E4m3) => visit.with::<Pair<Table<5>, E4m3>>(),
         (Codes::Signed4, Scales::Group { .. }) if zeros => {
-            coded::<T, Pair<Plain<4, 8>, Group<true>>>(operand)
+            visit.with::<Pair<Plain<4, 8>, Group<true>>>()
         }
-        (Codes::Signed4, Scales::Group { .. }) => {
-            coded::<T, Pair<Plain<4, 8>, Group<false>>>(operand)
-        }
+        (Codes::Signed4, Scales::Group { .. }) => visit.with::<Pair<Plain<4, 8>, Group<false>>>(),
         (Codes::Signed8, Scales::Group { .. }) if zeros => {
-            coded::<T, Pair<Plain<8, 128>, Group<true>>>(operand)
+            visit.with::<Pair<Plain<8, 128>, Group<true>>>()
         }
-        (Codes::Signed8, Scales::Group { .. }) => {
-            coded::<T, Pair<Plain<8, 128>, Group<false>>>(operand)
-        }
+        (Codes::Signed8, Scales::Group { .. }) => visit.with::<Pair<Plain<8, 128>, Group<false>>>(),
         (codes, scales) => unreachable!("no layout has {codes:?} with {scales:?}"),
     }
 }

@@ -314,7 +314,7 @@ impl<C: Coded> Expand for ToFloats<C> {
 
 /// Asks for `len` bytes from `start` on, which need not be readable.
 #[inline(always)]
-fn prefetch(start: *const u8, len: usize) {
+pub(super) fn prefetch(start: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..len).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

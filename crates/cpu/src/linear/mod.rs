@@ -16,6 +16,8 @@ mod tests;
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
+#[cfg(target_arch = "x86_64")]
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use activations::{Activations, Operands};
 
@@ -68,9 +70,13 @@ pub fn matmul(gang: &Gang, parts: &mut [Part<'_>], activations: &Activations) {
     let panels: usize = parts.iter().map(|part| part.matrix.panels()).sum();
     let blocks = activations.rows().div_ceil(BLOCK);
     let by_rows = panels < 4 * gang.workers() && blocks >= gang.workers();
+    #[cfg(target_arch = "x86_64")]
+    let next = AtomicUsize::new(0);
     gang.run(|worker, workers| {
         // SAFETY: workers take disjoint panels, or disjoint blocks of rows.
         unsafe {
+            #[cfg(target_arch = "x86_64")]
+            job.prompt_units(worker, workers, &next);
             if by_rows {
                 job.work((0, 1), (worker, workers));
             } else {
@@ -91,39 +97,109 @@ struct Job<'a, 'b> {
 unsafe impl Sync for Job<'_, '_> {}
 
 impl Job<'_, '_> {
-    /// The share `(index, of)` of the panels, against a share of the blocks of rows.
+    fn matrix(&self, part: usize) -> &PackedMatrix {
+        // SAFETY: `part` is below `count`, and parts outlive the run.
+        unsafe { (*self.parts.add(part)).matrix }
+    }
+
+    fn output(&self, part: usize) -> Output<'_> {
+        // SAFETY: as in `matrix`; elements are only written through the pointer.
+        unsafe {
+            let part = self.parts.add(part);
+            Output {
+                pointer: (*part).out.as_mut_ptr(),
+                bias: (*part).bias,
+                accumulate: (*part).accumulate,
+            }
+        }
+    }
+
+    /// The part and panels of unit `unit`, if each part that `takes` part has its panels cut into units of
+    /// `panels`; `None` past the last.
+    #[cfg(target_arch = "x86_64")]
+    fn unit(
+        &self,
+        unit: usize,
+        panels: usize,
+        takes: impl Fn(&PackedMatrix) -> bool,
+    ) -> Option<(usize, Range<usize>)> {
+        let mut before = 0;
+        for part in (0..self.count).filter(|part| takes(self.matrix(*part))) {
+            let all = self.matrix(part).panels();
+            let first = unit.wrapping_sub(before).saturating_mul(panels);
+            if unit >= before && first < all {
+                return Some((part, first..all.min(first + panels)));
+            }
+            before += all.div_ceil(panels);
+        }
+        None
+    }
+
+    /// Multiplies rows in the prefill form, a few panels by a pass of rows after the other: whoever is free takes
+    /// the next, as cores that are shared with others run at very different speeds. All panels take a
+    /// pass of rows before the next pass, so that those rows stay in the cache.
+    ///
+    /// # Safety
+    /// Workers have numbers of their own below `workers`, and the same `next`.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn prompt_units(&self, worker: usize, workers: usize, next: &AtomicUsize) {
+        let blocks = self.activations.tiled_rows().div_ceil(BLOCK);
+        if blocks == 0 {
+            return;
+        }
+        let takes = |matrix: &PackedMatrix| !matches!(matrix.kernels.tiles, Tiles::None);
+        let tiled = (0..self.count).map(|part| self.matrix(part)).filter(|m| takes(m));
+        let panels = tiled.clone().map(PackedMatrix::panels).sum::<usize>() / (8 * workers);
+        let panels = panels.clamp(2, UNIT_PANELS) & !1;
+        let Some(segments) = tiled.clone().map(PackedMatrix::segments).max() else { return };
+        let pass = amx::prompt::pass_blocks(segments, self.activations.tile_parts(), blocks);
+        let units: usize = tiled.map(|matrix| matrix.panels().div_ceil(panels)).sum();
+        let scratch = self.activations.tile_scratch(worker);
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let first = index / units * pass;
+            let Some((part, panels)) = self.unit(index % units, panels, takes) else { break };
+            if first >= blocks {
+                break;
+            }
+            let (matrix, out) = (self.matrix(part), self.output(part));
+            let rows = first..blocks.min(first + pass);
+            // SAFETY: units are disjoint; a matrix has tiles only where AMX is available.
+            unsafe {
+                amx::prompt::multiply(matrix, self.activations, panels, rows, &out, scratch);
+            }
+        }
+    }
+
+    /// The share `(index, of)` of the panels, against a share of the blocks of rows: what no unit takes.
     ///
     /// # Safety
     /// Concurrent calls have disjoint shares of panels or of rows.
     unsafe fn work(&self, (index, of): (usize, usize), row_share: (usize, usize)) {
-        // SAFETY: `parts` outlives the run, and only `out`'s elements are written, through
-        // pointers, in disjoint places.
-        unsafe {
-            let matrix_of = |part: usize| (*self.parts.add(part)).matrix;
-            let total: usize = (0..self.count).map(|part| matrix_of(part).bytes()).sum();
-            let (from, to) = (total * index / of, total * (index + 1) / of);
-            let mut before = 0;
-            for part in 0..self.count {
-                let matrix = matrix_of(part);
-                let panel_bytes = matrix.panel_bytes().max(1);
-                let panel_at = |bytes: usize| {
-                    bytes.saturating_sub(before).div_ceil(panel_bytes).min(matrix.panels())
-                };
-                let panels =
-                    if of == 1 { 0..matrix.panels() } else { panel_at(from)..panel_at(to) };
-                before += matrix.bytes();
-                let part = self.parts.add(part);
-                let out = Output {
-                    pointer: (*part).out.as_mut_ptr(),
-                    bias: (*part).bias,
-                    accumulate: (*part).accumulate,
-                };
-                let worker = index.max(row_share.0);
-                multiply(matrix, self.activations, panels, row_share, &out, worker);
+        let total: usize = (0..self.count).map(|part| self.matrix(part).bytes()).sum();
+        let (from, to) = (total * index / of, total * (index + 1) / of);
+        let mut before = 0;
+        for part in 0..self.count {
+            let matrix = self.matrix(part);
+            let panel_bytes = matrix.panel_bytes().max(1);
+            let panel_at = |bytes: usize| {
+                bytes.saturating_sub(before).div_ceil(panel_bytes).min(matrix.panels())
+            };
+            let panels = if of == 1 { 0..matrix.panels() } else { panel_at(from)..panel_at(to) };
+            before += matrix.bytes();
+            let (index, of) = row_share;
+            let blocks = share(self.activations.blocks(matrix), index, of);
+            // SAFETY: only `out`'s elements are written, through pointers, in disjoint places.
+            unsafe {
+                panels_by_blocks(matrix, self.activations, panels, blocks, &self.output(part));
             }
         }
     }
 }
+
+/// Panels of a unit of rows in the prefill form, at most.
+#[cfg(target_arch = "x86_64")]
+const UNIT_PANELS: usize = 32;
 
 /// Where a part's product goes.
 struct Output<'a> {
@@ -144,38 +220,6 @@ impl Output<'_> {
             *value = if self.accumulate { *value + sum } else { sum };
         }
     }
-}
-
-/// Multiplies a share of the rows by `panels`, each row by the kernels of its form.
-///
-/// # Safety
-/// `out` is `[rows, out]`, and nobody else touches those elements.
-unsafe fn multiply(
-    matrix: &PackedMatrix,
-    activations: &Activations,
-    panels: Range<usize>,
-    (index, of): (usize, usize),
-    out: &Output<'_>,
-    worker: usize,
-) {
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = worker;
-    #[cfg(target_arch = "x86_64")]
-    {
-        let tiled = match matrix.kernels.tiles {
-            Tiles::None => 0,
-            _ => activations.tiled_rows(),
-        };
-        let blocks = share(tiled.div_ceil(BLOCK), index, of);
-        // SAFETY: as the caller promises; a matrix has tiles only where AMX is available.
-        unsafe {
-            let sums = activations.tile_sums(worker);
-            amx::multiply(matrix, activations, panels.clone(), blocks, out, sums);
-        }
-    }
-    let blocks = share(activations.blocks(matrix), index, of);
-    // SAFETY: as the caller promises.
-    unsafe { panels_by_blocks(matrix, activations, panels, blocks, out) };
 }
 
 /// Multiplies `blocks` of rows by `panels`, a cacheful of rows at a time.
