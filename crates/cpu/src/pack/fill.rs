@@ -10,8 +10,8 @@
 //! Measured there (source mapped from the page cache, pages of the target already touched; GB/s of
 //! the file's bytes, 2026-11-26): Q4_0 0.69 before, 3.9 to 5.3 now; Q4_K 0.70, 3.4 to 3.9; Q6_K
 //! 0.53, 2.8 to 3.0; `bf16` 2.1, 3.9 to 5.5; without prefetches Q4_0 2.0. In the cache: Q4_0 7.7,
-//! Q4_K 9.2, Q6_K 7.5, `bf16` 9.1. Stores past the cache gave `bf16` and Q6_K nothing and cost Q4_0,
-//! whose chunks are no whole lines, a factor of three.
+//! Q4_K 9.2, Q6_K 7.5, `bf16` 9.1. Stores past the cache gave `bf16` nothing, Q6_K a
+//! tenth, and cost Q4_0, whose chunks are no whole lines, a factor of three.
 
 use std::ops::Range;
 
