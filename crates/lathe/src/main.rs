@@ -22,16 +22,19 @@ mod roofs;
 mod sampling;
 mod session;
 mod shape;
+mod startup;
 mod steps;
 mod usage;
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use usage::Parsed;
 
 fn main() -> ExitCode {
+    let started = Instant::now();
     let outcome = match usage::parse(std::env::args_os()) {
-        Parsed::Command(arguments) => commands::dispatch(&arguments),
+        Parsed::Command(arguments) => commands::dispatch(&arguments, started),
         Parsed::Text(text) => output::print(&text),
         Parsed::Wrong(line) => Err(output::bad_input(line)),
     };

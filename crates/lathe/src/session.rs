@@ -23,6 +23,7 @@ use crate::commands::locate;
 use crate::memory;
 use crate::output::{InputContext, bad_input, human_bytes};
 use crate::parallel::ParallelArguments;
+use crate::startup::Startup;
 
 /// Rows of a step at most, unless a command has a reason for another number: enough for the
 /// matrix products to be compute-bound, few enough that activations stay small.
@@ -38,6 +39,8 @@ pub struct Opened {
     pub bytes: u64,
     /// When opening began.
     pub started: Instant,
+    /// What opening took.
+    pub startup: Startup,
     /// How it is to be divided.
     pub parallel: ParallelArguments,
 }
@@ -63,6 +66,8 @@ pub struct Session {
     pub options: ExecutorOptions,
     /// From the start of opening to ready.
     pub load_ms: f64,
+    /// What that time went to.
+    pub startup: Startup,
 }
 
 /// Opens the files that MODEL names.
@@ -75,7 +80,10 @@ pub fn open(name: &str) -> Result<Opened, Error> {
         model.name = located.name;
     }
     let parallel = ParallelArguments::default();
-    Ok(Opened { model, bytes: weight_file_bytes(&located.path), started, parallel })
+    let tokenizer_ms = model.tokenizer_time.as_secs_f64() * 1000.0;
+    let open_ms = milliseconds(started) - tokenizer_ms;
+    let startup = Startup { open_ms, tokenizer_ms, ..Startup::default() };
+    Ok(Opened { model, bytes: weight_file_bytes(&located.path), started, startup, parallel })
 }
 
 /// The backend that `--device` asks for.
@@ -100,13 +108,15 @@ impl Opened {
 
     /// Lays the weights out for the device and makes a cache as large as `need` says.
     pub fn prepare(self, global: &Global, need: Need) -> Result<Session, Error> {
-        let Opened { model, bytes, started, parallel } = self;
+        let Opened { model, bytes, started, mut startup, parallel } = self;
+        let prepared = Instant::now();
         let program = program_for(&model.spec, need.context)?;
         let weights = model.weights(&program).bad_input()?;
         check_memory(&program, bytes, global, need, parallel)?;
         let (executor, options) = prepare_program(&program, &weights, global, need, parallel)?;
+        startup.pack_ms = milliseconds(prepared);
         let load_ms = milliseconds(started);
-        Ok(Session { model, executor, options, load_ms })
+        Ok(Session { model, executor, options, load_ms, startup })
     }
 }
 

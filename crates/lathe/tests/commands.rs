@@ -150,6 +150,12 @@ fn run_as_json() {
         ("kv_bytes", 'i'),
     ];
     assert_fields(&report, &fields);
+    let startup = ["open_ms", "tokenizer_ms", "pack_ms", "first_token_ms", "total_ms"];
+    assert_fields(&report["startup"], &startup.map(|name| (name, 'n')));
+    let times = startup.map(|name| report["startup"][name].as_f64().expect("a time"));
+    assert!(times.iter().all(|time| *time > 0.0), "{times:?}");
+    // The steps follow one another within the whole.
+    assert!(times[..4].iter().sum::<f64>() <= times[4], "{times:?}");
     let generated = report["generated_tokens"].as_u64().expect("a count") as usize;
     assert_eq!(report["token_ids"].as_array().expect("ids").len(), generated);
     assert!(generated <= 12);

@@ -1,6 +1,7 @@
 //! `Model`: a Hugging Face directory or a GGUF file, opened: what it is, its weights, its text.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use lathe_program::Program;
 use lathe_tensor::gguf::{GgufError, GgufFile};
@@ -72,6 +73,8 @@ pub struct Model {
     /// Text to tokens and back; `None` if there is none, or none that can be read (see
     /// [`Self::text_problem`]).
     pub tokenizer: Option<Tokenizer>,
+    /// What building the tokenizer took.
+    pub tokenizer_time: Duration,
     /// Conversations to text, if the model has a template.
     pub chat_template: Option<ChatTemplate>,
     /// Why tokenizer or template are missing although files for them are there.
@@ -109,10 +112,12 @@ impl Model {
         let quantization = Quantization::from_hf_config(&config).map_err(at)?;
         let mut problem = None;
         let tokenizer_path = path.join("tokenizer.json");
+        let started = Instant::now();
         let tokenizer = match tokenizer_path.is_file() {
             true => keep(Tokenizer::from_file(&tokenizer_path), &mut problem),
             false => None,
         };
+        let tokenizer_time = started.elapsed();
         let chat_template = keep(ChatTemplate::from_directory(path), &mut problem).flatten();
         let generation_path = path.join("generation_config.json");
         let generation = read_json(&generation_path)
@@ -123,6 +128,7 @@ impl Model {
             spec,
             checkpoint: Checkpoint::open_safetensors(path, quantization)?,
             tokenizer,
+            tokenizer_time,
             chat_template,
             text_problem: problem,
             generation: generation.map_err(at)?,
@@ -139,10 +145,12 @@ impl Model {
         let spec = family.spec(&file).map_err(at)?;
         let mut problem = None;
         let has_tokens = file.metadata.get("tokenizer.ggml.model").is_some();
+        let started = Instant::now();
         let tokenizer = match has_tokens {
             true => keep(Tokenizer::from_gguf(&file), &mut problem),
             false => None,
         };
+        let tokenizer_time = started.elapsed();
         let template = file.metadata.optional::<&str>("tokenizer.chat_template").unwrap_or(None);
         let chat_template = template.and_then(|source| {
             let named = tokenizer.as_ref().map(Tokenizer::named_tokens).unwrap_or_default();
@@ -152,6 +160,7 @@ impl Model {
             spec,
             generation: GenerationDefaults::from_gguf(&file, tokenizer.as_ref()),
             tokenizer,
+            tokenizer_time,
             chat_template,
             text_problem: problem,
             name: name_of(path),

@@ -5,147 +5,211 @@ use lathe_tensor::GgmlType;
 use super::PANEL;
 use super::layout::{Codes, Layout};
 use super::place::{
-    Blocks, LOW4, ONES, Words, map, map2, place_bytes, place_codes, place_words, plane, words_at,
+    FIVE_BITS, FOUR_BITS, SIX_BITS, low_nibbles, place_bytes, place_halves, place_high_halves,
+    place_nibbles, place_pair_planes, place_plane,
 };
+use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
 
-/// A block of zeros, as long as any: what rows past the matrix's end are filled with.
-static NOTHING: [u8; 256] = [0; 256];
-
-/// Writes a panel from up to sixteen rows of blocks, `row_bytes` each.
+/// Writes a panel of `chunks` chunks, one block of each row a chunk, and asks for as many bytes
+/// from `next` on: the rows of the next panel. Sixteen streams that end after a row of a kilobyte
+/// or two are too much for the machine's own prefetching.
+///
+/// # Safety
+/// Rows have `chunks` blocks, `out` has room for as many chunks, the machine has `W`'s features (so
+/// below).
 #[inline(always)]
-pub(crate) fn place_panel(kind: GgmlType, rows: &[u8], row_bytes: usize, out: &mut [u8]) {
-    let block_bytes = kind.block_bytes();
-    for (index, chunk) in out.chunks_exact_mut(Layout::of_ggml(kind).chunk_bytes()).enumerate() {
-        let mut blocks: Blocks<'_> = [&NOTHING; PANEL];
-        for (block, row) in blocks.iter_mut().zip(rows.chunks_exact(row_bytes)) {
-            *block = &row[index * block_bytes..][..block_bytes];
-        }
-        place(kind, &blocks, chunk);
+pub(crate) unsafe fn place_panel<W: Words>(
+    kind: GgmlType,
+    rows: &Rows,
+    chunks: usize,
+    next: *const u8,
+    out: *mut u8,
+) {
+    let chunk_bytes = Layout::of_ggml(kind).chunk_bytes();
+    for chunk in 0..chunks {
+        let at = chunk * kind.block_bytes();
+        prefetch(next.wrapping_add(at * PANEL), kind.block_bytes() * PANEL);
+        // SAFETY: the caller's.
+        unsafe { place::<W>(kind, rows, at, out.add(chunk * chunk_bytes)) }
     }
 }
 
-/// Writes a chunk from one block of each row.
+/// Writes a chunk from the block at byte `at` of each row.
 #[inline(always)]
-fn place(kind: GgmlType, blocks: &Blocks<'_>, chunk: &mut [u8]) {
-    let layout = Layout::of_ggml(kind);
-    let Layout::Coded(codes, _) = layout else { return };
-    let (segments, tail) = chunk.split_at_mut(layout.chunk_segments() * layout.segment_bytes());
-    let segments = segments.chunks_exact_mut(layout.segment_bytes());
-    for (index, segment) in segments.enumerate() {
-        place_codes(codes, &segment_codes(kind, blocks, index), segment);
-    }
-    match kind {
-        GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 | GgmlType::IQ4_NL => {
-            place_bytes::<2>(blocks, 0, tail);
-        }
-        GgmlType::Q4_1 | GgmlType::Q5_1 => {
-            place_bytes::<2>(blocks, 0, tail);
-            place_bytes::<2>(blocks, 2, plane(tail, 2));
-        }
-        GgmlType::Q4_K | GgmlType::Q5_K => place_super_min(blocks, tail),
-        GgmlType::Q6_K => {
-            for i in 0..16 {
-                place_bytes::<1>(blocks, 192 + i, &mut plane(tail, i)[..PANEL]);
+unsafe fn place<W: Words>(kind: GgmlType, rows: &Rows, at: usize, out: *mut u8) {
+    // SAFETY: the caller's; the offsets are those of the block's fields and the chunk's planes.
+    unsafe {
+        match kind {
+            GgmlType::Q4_0 | GgmlType::IQ4_NL => {
+                place_nibbles(&two_halves(W::load4(rows, at + 2)), out);
+                place_halves(W::load4(rows, at)[0], out.add(FOUR_BITS));
             }
-            place_bytes::<2>(blocks, 208, plane(tail, 16));
-        }
-        GgmlType::IQ4_XS => {
-            place_bytes::<4>(blocks, 4, tail);
-            place_bytes::<2>(blocks, 2, plane(tail, 4));
-            place_bytes::<2>(blocks, 0, plane(tail, 6));
+            GgmlType::Q4_1 => {
+                place_nibbles(&two_halves(W::load4(rows, at + 4)), out);
+                let scales = W::load4(rows, at)[0];
+                place_halves(scales, out.add(FOUR_BITS));
+                place_high_halves(scales, out.add(FOUR_BITS + 32));
+            }
+            GgmlType::Q5_0 => {
+                place_nibbles(&two_halves(W::load4(rows, at + 6)), out);
+                let [first, second, ..] = W::load4(rows, at);
+                place_halves(first, out.add(FIVE_BITS));
+                let high = first.right(16).or(second.left(16));
+                place_fifth_bits(high, out.add(FOUR_BITS));
+            }
+            GgmlType::Q5_1 => {
+                place_nibbles(&two_halves(W::load4(rows, at + 8)), out);
+                let [scales, high, ..] = W::load4(rows, at);
+                place_fifth_bits(high, out.add(FOUR_BITS));
+                place_halves(scales, out.add(FIVE_BITS));
+                place_high_halves(scales, out.add(FIVE_BITS + 32));
+            }
+            GgmlType::Q8_0 => {
+                let (codes, flip) = (load8::<W>(rows, at + 2), W::splat(0x8080_8080));
+                for j in 0..8 {
+                    codes[j].xor(flip).store(out.add(64 * j));
+                }
+                place_halves(W::load4(rows, at)[0], out.add(512));
+            }
+            GgmlType::Q4_K => {
+                place_super_nibbles::<W>(rows, at + 16, FOUR_BITS, out);
+                place_super_min::<W>(rows, at, out.add(8 * FOUR_BITS));
+            }
+            GgmlType::Q5_K => {
+                place_super_nibbles::<W>(rows, at + 48, FIVE_BITS, out);
+                let high = load8::<W>(rows, at + 16);
+                for segment in 0..8 {
+                    place_plane(&high, segment as u32, out.add(segment * FIVE_BITS + FOUR_BITS));
+                }
+                place_super_min::<W>(rows, at, out.add(8 * FIVE_BITS));
+            }
+            GgmlType::Q6_K => place_q6_k::<W>(rows, at, out),
+            GgmlType::IQ4_XS => {
+                for segment in 0..8 {
+                    let codes = W::load4(rows, at + 8 + 16 * segment);
+                    place_nibbles(&two_halves(codes), out.add(segment * FOUR_BITS));
+                }
+                let [first, low, ..] = W::load4(rows, at);
+                let tail = out.add(8 * FOUR_BITS);
+                low.store(tail);
+                place_high_halves(first, tail.add(64));
+                place_halves(first, tail.add(96));
+            }
         }
     }
 }
 
-/// The unsigned codes of segment `index` of the blocks.
+/// 32 nibbles of sixteen bytes, the low ones first.
 #[inline(always)]
-fn segment_codes(kind: GgmlType, blocks: &Blocks<'_>, index: usize) -> [Words; 8] {
-    match kind {
-        GgmlType::Q4_0 | GgmlType::IQ4_NL => nibbles(blocks, 2),
-        GgmlType::Q4_1 => nibbles(blocks, 4),
-        GgmlType::Q5_0 => five_bits(blocks, 6, words_at(blocks, 2)),
-        GgmlType::Q5_1 => five_bits(blocks, 8, words_at(blocks, 4)),
-        GgmlType::Q8_0 => each(|j| map(words_at(blocks, 2 + 4 * j), |w| w ^ 0x8080_8080)),
-        GgmlType::Q4_K => super_nibbles(blocks, 16, index),
-        GgmlType::Q5_K => {
-            let low = super_nibbles(blocks, 48, index);
-            each(|j| {
-                let high = words_at(blocks, 16 + 4 * j);
-                map2(low[j], high, |low, high| low | ((high >> index) & ONES) << 4)
-            })
-        }
-        GgmlType::Q6_K => q6_k(blocks, index),
-        GgmlType::IQ4_XS => nibbles(blocks, 8 + 16 * index),
+unsafe fn two_halves<W: Words>([a, b, c, d]: [W; 4]) -> [W; 8] {
+    // SAFETY: the caller's.
+    unsafe {
+        let low = low_nibbles([a, b, c, d], 0);
+        let high = low_nibbles([a, b, c, d], 4);
+        [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
     }
 }
 
+/// Bit `k` of `high` is bit 4 of code `k`. The plane's byte `b` has bits `b`, `4 + b`, `8 + b`, ..:
+/// each fourth bit, brought together in three steps.
 #[inline(always)]
-fn each(f: impl Fn(usize) -> Words) -> [Words; 8] {
-    [f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)]
+unsafe fn place_fifth_bits<W: Words>(high: W, out: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut plane = W::splat(0);
+        for byte in 0..4 {
+            let bits = high.right(byte).and(W::splat(0x1111_1111));
+            let bits = bits.or(bits.right(3)).and(W::splat(0x0303_0303));
+            let bits = bits.or(bits.right(6)).and(W::splat(0x000f_000f));
+            let bits = bits.or(bits.right(12)).and(W::splat(0xff));
+            plane = plane.or(bits.left(8 * byte));
+        }
+        plane.store(out);
+    }
 }
 
-/// 32 nibbles of sixteen bytes at `at`, the low ones first.
+/// The nibbles of Q4_K or Q5_K: of each 32 bytes the low ones are a segment, the high ones the
+/// next. Segments lie `segment_bytes` apart.
 #[inline(always)]
-fn nibbles(blocks: &Blocks<'_>, at: usize) -> [Words; 8] {
-    each(|j| map(words_at(blocks, at + 4 * (j % 4)), |w| (w >> (4 * (j / 4))) & LOW4))
-}
-
-/// As [`nibbles`], bit 4 of code `k` being bit `k` of `high`.
-#[inline(always)]
-fn five_bits(blocks: &Blocks<'_>, at: usize, high: Words) -> [Words; 8] {
-    let low = nibbles(blocks, at);
-    // The product copies bits 0..4 of the factor to bits 0, 8, 16 and 24.
-    let spread = |bits: u32| (bits.wrapping_mul(0x0020_4081) & ONES) << 4;
-    each(|j| map2(low[j], high, |low, high| low | spread((high >> (4 * j)) & 15)))
-}
-
-/// Segment `index` of Q4_K or Q5_K: nibbles of 32 bytes, the low ones for even segments.
-#[inline(always)]
-fn super_nibbles(blocks: &Blocks<'_>, at: usize, index: usize) -> [Words; 8] {
-    let shift = 4 * (index % 2);
-    each(|j| map(words_at(blocks, at + index / 2 * 32 + 4 * j), |w| (w >> shift) & LOW4))
+unsafe fn place_super_nibbles<W: Words>(
+    rows: &Rows,
+    at: usize,
+    segment_bytes: usize,
+    out: *mut u8,
+) {
+    for pair in 0..4 {
+        // SAFETY: the caller's.
+        unsafe {
+            let codes = load8::<W>(rows, at + 32 * pair);
+            place_nibbles(&low_nibbles(codes, 0), out.add(2 * pair * segment_bytes));
+            place_nibbles(&low_nibbles(codes, 4), out.add((2 * pair + 1) * segment_bytes));
+        }
+    }
 }
 
 /// `struct { u8 ql[128]; u8 qh[64]; i8 scales[16]; f16 d; }`: in each half of 128 positions,
 /// segment `g` of four has its low bits in nibble `g / 2` of `ql[32 (g % 2)..]` and its high
 /// bits at bit `2g` of `qh`.
 #[inline(always)]
-fn q6_k(blocks: &Blocks<'_>, index: usize) -> [Words; 8] {
-    let (half, g) = (index / 4, index % 4);
-    let (low, high) = (half * 64 + g % 2 * 32, 128 + half * 32);
-    each(|j| {
-        let (low, high) = (words_at(blocks, low + 4 * j), words_at(blocks, high + 4 * j));
-        map2(low, high, |low, high| {
-            ((low >> (4 * (g / 2))) & LOW4) | ((high >> (2 * g)) & (3 * ONES)) << 4
-        })
-    })
+unsafe fn place_q6_k<W: Words>(rows: &Rows, at: usize, out: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        for half in 0..2 {
+            let out = out.add(4 * half * SIX_BITS);
+            for side in 0..2 {
+                let low = load8::<W>(rows, at + 64 * half + 32 * side);
+                place_nibbles(&low_nibbles(low, 0), out.add(side * SIX_BITS));
+                place_nibbles(&low_nibbles(low, 4), out.add((side + 2) * SIX_BITS));
+            }
+            let high = load8::<W>(rows, at + 128 + 32 * half);
+            for g in 0..4 {
+                place_pair_planes(&high, 2 * g as u32, out.add(g * SIX_BITS + FOUR_BITS));
+            }
+        }
+        let tail = out.add(8 * SIX_BITS);
+        let scales = W::load4(rows, at + 192);
+        for i in 0..4 {
+            place_bytes(scales[i], tail.add(64 * i));
+        }
+        // The block's last sixteen bytes: `d` is the high half of their last word.
+        place_high_halves(W::load4(rows, at + 194)[3], tail.add(256));
+    }
 }
 
 /// The twelve bytes of sub-scales and the two `f16` of Q4_K or Q5_K blocks. In the file, scales
 /// and mins 0..4 are the low six bits of bytes 0..4 and 4..8; scales and mins 4..8 have their low
 /// nibbles in bytes 8..12 and their two high bits atop bytes 0..4 and 4..8.
 #[inline(always)]
-fn place_super_min(blocks: &Blocks<'_>, tail: &mut [u8]) {
-    const SIX: u32 = 63 * ONES;
-    const TWO: u32 = 3 * ONES;
-    let [first, second, third] = [4, 8, 12].map(|at| words_at(blocks, at));
-    let scales = map(first, |w| pack_sixes(w & SIX));
-    let mins = map(second, |w| pack_sixes(w & SIX));
-    let high = |third: u32, top: u32| pack_sixes(third & LOW4 | ((top >> 6) & TWO) << 4);
-    let scales_high = map2(third, first, high);
-    let mins_high = map2(map(third, |w| w >> 4), second, high);
-    for (i, words) in [scales, scales_high, mins].into_iter().enumerate() {
-        let words = map2(words, mins_high, |w, mins| w | ((mins >> (8 * i)) & 0xff) << 24);
-        place_words(words, plane(tail, 4 * i));
+unsafe fn place_super_min<W: Words>(rows: &Rows, at: usize, tail: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        let (six, two, low4) = (W::splat(63 * ONES), W::splat(3 * ONES), W::splat(LOW4));
+        let [halves, first, second, third] = W::load4(rows, at);
+        let scales = pack_sixes(first.and(six));
+        let mins = pack_sixes(second.and(six));
+        let high = third.and(low4).or(first.right(6).and(two).left(4));
+        let scales_high = pack_sixes(high);
+        let high = third.right(4).and(low4).or(second.right(6).and(two).left(4));
+        let mins_high = pack_sixes(high);
+        let words = [scales, scales_high, mins];
+        for i in 0..3 {
+            let byte = mins_high.right(8 * i as u32).left(24);
+            words[i].or(byte).store(tail.add(64 * i));
+        }
+        place_halves(halves, tail.add(192));
+        place_high_halves(halves, tail.add(224));
     }
-    place_bytes::<2>(blocks, 0, plane(tail, 12));
-    place_bytes::<2>(blocks, 2, &mut plane(tail, 14)[..2 * PANEL]);
 }
 
 /// Four bytes of six bits each, without the gaps.
 #[inline(always)]
-fn pack_sixes(w: u32) -> u32 {
-    w & 63 | (w >> 2) & (63 << 6) | (w >> 4) & (63 << 12) | (w >> 6) & (63 << 18)
+unsafe fn pack_sixes<W: Words>(w: W) -> W {
+    // SAFETY: the caller's.
+    unsafe {
+        let (a, b) = (w.and(W::splat(63)), w.right(2).and(W::splat(63 << 6)));
+        let (c, d) = (w.right(4).and(W::splat(63 << 12)), w.right(6).and(W::splat(63 << 18)));
+        a.or(b).or(c.or(d))
+    }
 }
 
 /// The values of IQ4 codes.

@@ -8,17 +8,20 @@
 //!
 //! Packing moves bits and never rounds. It is words in, words out, in parallel over panels.
 
+mod fill;
+mod float;
 mod ggml;
 pub(crate) mod layout;
 pub(crate) mod memory;
 mod place;
 mod scaled;
+mod words;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use lathe_program::BackendError;
-use lathe_tensor::{FloatType, Format, GlobalScale, ScaleType, Tensor};
+use lathe_tensor::{Format, GlobalScale, ScaleType, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
@@ -29,6 +32,9 @@ use memory::{AlignedBytes, weight_memory};
 
 /// Output rows in a panel: the lanes of the widest vector.
 pub(crate) const PANEL: usize = 16;
+
+/// What a thread packs at a time: a huge page, which the system clears when it is first touched.
+const TASK_BYTES: usize = 2 << 20;
 
 /// A weight `[rows, columns]` laid out for one ISA's kernels. Cloning shares the memory.
 #[derive(Debug, Clone)]
@@ -76,9 +82,15 @@ impl PackedMatrix {
             let out = unsafe {
                 std::slice::from_raw_parts_mut(memory.as_ptr().add(offset).cast_mut(), bytes)
             };
-            out.par_chunks_mut(panel_bytes).enumerate().for_each(|(panel, out)| {
-                let first = panel * PANEL;
-                fill_panel(tensor, layout, first..rows.min(first + PANEL), &mut out[..filled]);
+            let task_panels = (TASK_BYTES / panel_bytes).max(1);
+            out.par_chunks_mut(task_panels * panel_bytes).enumerate().for_each(|(task, out)| {
+                let first = task * task_panels * PANEL;
+                fill::populate(tensor, first..rows.min(first + task_panels * PANEL));
+                for (panel, out) in out.chunks_mut(panel_bytes).enumerate() {
+                    let first = first + panel * PANEL;
+                    let rows = first..rows.min(first + PANEL);
+                    fill::fill_panel(tensor, layout, rows, &mut out[..filled]);
+                }
             });
         }
         Ok(PackedMatrix {
@@ -149,9 +161,6 @@ impl PackedMatrix {
     }
 }
 
-/// Floats meet activations as they are: rounding those to `bf16`, for the sake of the machines'
-/// dots of `bf16`, moves logits of tiny models by 0.01 to 0.2, by 4 where it sends a token to
-/// another expert, and saves no byte of the weights that decoding is bound by.
 /// From a panel of `bytes` to the next. Panels that are read side by side must not lie a multiple of
 /// 4 KiB apart: they would compete for one place in the first-level cache.
 fn panel_bytes(bytes: usize) -> usize {
@@ -159,6 +168,9 @@ fn panel_bytes(bytes: usize) -> usize {
     if bytes > 0 && bytes.is_multiple_of(4096) { bytes + GAP } else { bytes }
 }
 
+/// Floats meet activations as they are: rounding those to `bf16`, for the sake of the machines'
+/// dots of `bf16`, moves logits of tiny models by 0.01 to 0.2, by 4 where it sends a token to
+/// another expert, and saves no byte of the weights that decoding is bound by.
 fn operand(layout: Layout, exact: bool) -> Operand {
     match layout {
         Layout::Coded(codes, scales) if !exact => {
@@ -196,67 +208,4 @@ fn multiplier(tensor: &Tensor) -> Result<f32, BackendError> {
         return Err(BackendError::Unsupported { backend: "cpu", feature });
     }
     Ok(tensor.global.apply(0, 1.0))
-}
-
-/// Writes the panel `out` from up to sixteen rows of the tensor, with the widest vectors that the
-/// machine has (packing moves bits: every width gives the same).
-fn fill_panel(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
-        fn avx512(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
-            fill_panel_inline(tensor, layout, rows, out);
-        }
-        #[target_feature(enable = "avx2")]
-        fn avx2(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
-            fill_panel_inline(tensor, layout, rows, out);
-        }
-        if Isa::Avx512.is_available() && is_x86_feature_detected!("avx512dq") {
-            // SAFETY: detected.
-            return unsafe { avx512(tensor, layout, rows, out) };
-        }
-        if Isa::Avx2.is_available() {
-            // SAFETY: detected.
-            return unsafe { avx2(tensor, layout, rows, out) };
-        }
-    }
-    fill_panel_inline(tensor, layout, rows, out);
-}
-
-#[inline(always)]
-fn fill_panel_inline(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
-    let row_bytes = match tensor.format {
-        Format::Scaled(format) => {
-            return scaled::place_panel(tensor, &format, layout, rows, out);
-        }
-        _ => tensor.row_bytes(),
-    };
-    let bytes = &tensor.codes[rows.start * row_bytes..rows.end * row_bytes];
-    if let Format::Ggml(kind) = tensor.format {
-        return ggml::place_panel(kind, bytes, row_bytes, out);
-    }
-    match tensor.format {
-        Format::Float(FloatType::F16) => interleave::<2>(bytes, row_bytes, out),
-        _ => interleave::<4>(bytes, row_bytes, out),
-    }
-}
-
-/// Puts unit `i` of `UNIT` bytes of each row beside the others'; a last partial unit is padded
-/// with zeros.
-#[inline(always)]
-fn interleave<const UNIT: usize>(bytes: &[u8], row_bytes: usize, out: &mut [u8]) {
-    let rows = bytes.len() / row_bytes;
-    let whole = row_bytes / UNIT;
-    for (unit, vector) in out.chunks_exact_mut(UNIT * PANEL).enumerate() {
-        for lane in 0..rows {
-            let row = &bytes[lane * row_bytes..][..row_bytes];
-            let to = &mut vector[lane * UNIT..][..UNIT];
-            if unit < whole {
-                to.copy_from_slice(&row[unit * UNIT..][..UNIT]);
-            } else {
-                let rest = &row[(unit * UNIT).min(row_bytes)..];
-                to[..rest.len()].copy_from_slice(rest);
-            }
-        }
-    }
 }

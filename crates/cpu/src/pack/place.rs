@@ -1,100 +1,90 @@
-//! Puts the codes and scales of sixteen rows into a chunk (see [`super::layout`]).
-//!
-//! Codes travel as `Words`, four codes of each of sixteen rows, so that packing a segment is a few
-//! vector operations: loading a model is bound by reading the file and touching new pages.
+//! Puts the codes and scales of sixteen rows into a chunk (see [`super::layout`]): vectors of 64
+//! bytes from words of each row. Loading a model is bound by the memory that it reads and writes,
+//! not by this.
 
 use super::PANEL;
-use super::layout::Codes;
+use super::words::{LOW4, ONES, Words};
 
-/// One word of each row.
-pub(crate) type Words = [u32; PANEL];
-/// The bytes of each row's block.
-pub(crate) type Blocks<'a> = [&'a [u8]; PANEL];
+/// Bytes of a segment of sixteen rows in codes of so many bits.
+pub(crate) const FOUR_BITS: usize = 256;
+pub(crate) const FIVE_BITS: usize = 320;
+pub(crate) const SIX_BITS: usize = 384;
 
-/// One bit a byte.
-pub(crate) const ONES: u32 = 0x0101_0101;
-/// The low nibbles of four bytes.
-pub(crate) const LOW4: u32 = 0x0f0f_0f0f;
-
-/// The little-endian word at `at` of each block.
+/// The nibble at bit `shift` of each byte.
+///
+/// # Safety
+/// The machine has `W`'s features, and `out` room for what is written (so below).
 #[inline(always)]
-pub(crate) fn words_at(blocks: &Blocks<'_>, at: usize) -> Words {
-    let mut words = [0; PANEL];
-    for (word, block) in words.iter_mut().zip(blocks) {
-        *word = u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+pub(crate) unsafe fn low_nibbles<W: Words, const N: usize>(
+    mut words: [W; N],
+    shift: u32,
+) -> [W; N] {
+    for i in 0..N {
+        // SAFETY: the caller's.
+        words[i] = unsafe { words[i].right(shift).and(W::splat(LOW4)) };
     }
     words
 }
 
-/// `f` of each word.
+/// Places the low nibbles of a segment; words hold one code a byte, less than 16.
 #[inline(always)]
-pub(crate) fn map(mut words: Words, f: impl Fn(u32) -> u32) -> Words {
-    for word in &mut words {
-        *word = f(*word);
-    }
-    words
-}
-
-/// `f` of each pair of words.
-#[inline(always)]
-pub(crate) fn map2(mut words: Words, others: Words, f: impl Fn(u32, u32) -> u32) -> Words {
-    for (word, other) in words.iter_mut().zip(others) {
-        *word = f(*word, other);
-    }
-    words
-}
-
-#[inline(always)]
-fn put(vectors: &mut [u8], vector: usize, words: Words) {
-    let bytes: [u8; 64] = bytemuck::cast(words.map(u32::to_le));
-    vectors[vector * 64..vector * 64 + 64].copy_from_slice(&bytes);
-}
-
-/// Places the codes of one segment; words hold unsigned codes, one a byte.
-#[inline(always)]
-pub(crate) fn place_codes(codes: Codes, words: &[Words; 8], segment: &mut [u8]) {
-    if codes.bits() == 8 {
-        for (j, &words) in words.iter().enumerate() {
-            put(segment, j, words);
-        }
-        return;
-    }
+pub(crate) unsafe fn place_nibbles<W: Words>(codes: &[W; 8], segment: *mut u8) {
     for s in 0..4 {
-        put(segment, s, map2(words[2 * s], words[2 * s + 1], |a, b| (a & LOW4) | (b & LOW4) << 4));
+        // SAFETY: the caller's.
+        unsafe { codes[2 * s].or(codes[2 * s + 1].left(4)).store(segment.add(64 * s)) }
     }
-    if codes.bits() == 5 {
-        let mut plane = [0; PANEL];
-        for (j, &words) in words.iter().enumerate() {
-            plane = map2(plane, words, |plane, c| plane | ((c >> 4) & ONES) << j);
+}
+
+/// Places bit `bit` of each byte of eight words as bits 0..8 of the bytes of a plane.
+#[inline(always)]
+pub(crate) unsafe fn place_plane<W: Words>(words: &[W; 8], bit: u32, out: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut plane = W::splat(0);
+        for j in 0..8 {
+            plane = plane.or(words[j].right(bit).and(W::splat(ONES)).left(j as u32));
         }
-        put(segment, 4, plane);
+        plane.store(out);
     }
-    if codes.bits() == 6 {
-        for h in 0..2 {
-            let mut plane = [0; PANEL];
+}
+
+/// Places bits `bit` and `bit + 1` of each byte of eight words: two planes of four words.
+#[inline(always)]
+pub(crate) unsafe fn place_pair_planes<W: Words>(words: &[W; 8], bit: u32, out: *mut u8) {
+    for h in 0..2 {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut plane = W::splat(0);
             for i in 0..4 {
-                let shift = 2 * i;
-                plane = map2(plane, words[4 * h + i], |plane, c| {
-                    plane | ((c >> 4) & (3 * ONES)) << shift
-                });
+                let pair = words[4 * h + i].right(bit).and(W::splat(3 * ONES));
+                plane = plane.or(pair.left(2 * i as u32));
             }
-            put(segment, 4 + h, plane);
+            plane.store(out.add(64 * h));
         }
     }
 }
 
-/// Copies `N` bytes at `at` of each block to a plane of `N` bytes a lane.
+/// Places the low half of each word: two bytes a lane.
 #[inline(always)]
-pub(crate) fn place_bytes<const N: usize>(blocks: &Blocks<'_>, at: usize, plane: &mut [u8]) {
-    for (lane, block) in plane.chunks_exact_mut(N).zip(blocks) {
-        lane.copy_from_slice(&block[at..at + N]);
-    }
+pub(crate) unsafe fn place_halves<W: Words>(words: W, plane: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe { words.store_halves(plane) }
 }
 
-/// Writes words to a plane of four bytes a lane.
+/// Places the high half of each word.
 #[inline(always)]
-pub(crate) fn place_words(words: Words, plane: &mut [u8]) {
-    put(plane, 0, words);
+pub(crate) unsafe fn place_high_halves<W: Words>(words: W, plane: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe { words.right(16).store_halves(plane) }
+}
+
+/// Places the bytes of each word in four planes of a byte a lane.
+#[inline(always)]
+pub(crate) unsafe fn place_bytes<W: Words>(words: W, planes: *mut u8) {
+    for i in 0..4 {
+        // SAFETY: the caller's.
+        unsafe { words.right(8 * i as u32).store_bytes(planes.add(PANEL * i)) }
+    }
 }
 
 /// Puts `N` bytes in one lane of a plane of `N` bytes a lane.

@@ -6,11 +6,12 @@
 use std::ops::Range;
 
 use lathe_program::BackendError;
-use lathe_tensor::{Block, Element, ScaleType, ScaledFormat, Tensor, ZeroPoint};
+use lathe_tensor::{Block, Element, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint};
 
 use super::PANEL;
 use super::layout::{Codes, Layout, SEGMENT, Scales};
-use super::place::{place_codes, place_lane, plane};
+use super::place::{place_lane, place_nibbles, plane};
+use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
 
 /// Segments that share a stored scale, at most.
 const GROUP_SEGMENTS_MAX: usize = 8;
@@ -18,7 +19,7 @@ const GROUP_SEGMENTS_MAX: usize = 8;
 /// The layout of a format, or why there is none.
 pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<Layout, BackendError> {
     let refuse = |what: &str| {
-        let name = lathe_tensor::Format::Scaled(*format);
+        let name = Format::Scaled(*format);
         Err(BackendError::Unsupported { backend: "cpu", feature: format!("{what} ({name})") })
     };
     let codes = match format.element {
@@ -52,56 +53,95 @@ fn common(n: usize, most: usize) -> usize {
 }
 
 /// Writes a panel from rows `rows` (at most sixteen) of `tensor`.
-pub(crate) fn place_panel(
+///
+/// # Safety
+/// The machine has `W`'s features.
+#[inline(always)]
+pub(crate) unsafe fn place_panel<W: Words>(
     tensor: &Tensor,
-    format: &ScaledFormat,
     layout: Layout,
     rows: Range<usize>,
     out: &mut [u8],
 ) {
-    let Layout::Coded(codes, scales) = layout else { return };
+    let (Format::Scaled(format), Layout::Coded(codes, scales)) = (tensor.format, layout) else {
+        return;
+    };
     let Some(grid) = format.grid(&tensor.shape) else { return };
     let (bits, columns) = (format.element.bits(), tensor.columns());
     let row_bytes = (columns * bits).div_ceil(8);
-    let segment_bytes = layout.segment_bytes();
-    let chunk_len = layout.chunk_segments() * SEGMENT;
+    let zeros = vec![0; row_bytes];
+    let mut pointers = [zeros.as_ptr(); PANEL];
+    for (pointer, row) in pointers.iter_mut().zip(rows.clone()) {
+        *pointer = tensor.codes[row * row_bytes..][..row_bytes].as_ptr();
+    }
+    let next = tensor.codes[rows.end * row_bytes..].as_ptr();
+    let (whole, bytes) = (columns / SEGMENT, SEGMENT * bits / 8);
+    let (chunk_segments, segment_bytes) = (layout.chunk_segments(), layout.segment_bytes());
     for (index, chunk) in out.chunks_exact_mut(layout.chunk_bytes()).enumerate() {
-        let (segments, tail) = chunk.split_at_mut(layout.chunk_segments() * segment_bytes);
+        let (segments, tail) = chunk.split_at_mut(chunk_segments * segment_bytes);
         for (s, segment) in segments.chunks_exact_mut(segment_bytes).enumerate() {
-            let first = index * chunk_len + s * SEGMENT;
-            let mut words = [[0u32; PANEL]; 8];
-            for (lane, row) in rows.clone().enumerate() {
-                let source = &tensor.codes[row * row_bytes..][..row_bytes];
-                for (words, word) in words.iter_mut().zip(segment_words(source, codes, bits, first))
-                {
-                    words[lane] = word;
+            let number = index * chunk_segments + s;
+            let at = number * bytes;
+            prefetch(next.wrapping_add(at * PANEL), bytes * PANEL);
+            // SAFETY: whole segments lie within the rows, the others in a copy of what is left.
+            unsafe {
+                if number < whole {
+                    place_segment::<W>(codes, &pointers, at, segment.as_mut_ptr());
+                } else {
+                    let padded = padded(&pointers, row_bytes, at);
+                    let rows = std::array::from_fn(|lane| padded[lane].as_ptr());
+                    place_segment::<W>(codes, &rows, 0, segment.as_mut_ptr());
                 }
             }
-            place_codes(codes, &words, segment);
         }
         for (lane, row) in rows.clone().enumerate() {
             let block = |column: usize| grid.row_start(row) + column / grid.block_columns;
-            place_scales(tensor, scales, index * chunk_len, &block, lane, tail);
+            place_scales(tensor, scales, index * chunk_segments * SEGMENT, &block, lane, tail);
         }
     }
 }
 
-/// The unsigned codes (or table indexes) of positions `first..first + 32`; zero past the end.
-fn segment_words(source: &[u8], codes: Codes, bits: usize, first: usize) -> [u32; 8] {
-    let from = (first * bits / 8).min(source.len());
-    let rest = &source[from..];
-    let mut bytes = [0u8; SEGMENT];
-    let count = rest.len().min(SEGMENT * bits / 8);
-    bytes[..count].copy_from_slice(&rest[..count]);
-    let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
-    match codes {
-        Codes::Signed8 => std::array::from_fn(|j| word(4 * j) ^ 0x8080_8080),
-        // Nibbles lie low first along the row; bytes 2j and 2j + 1 hold codes 4j..4j + 4.
-        _ => std::array::from_fn(|j| {
-            let (a, b) = (u32::from(bytes[2 * j]), u32::from(bytes[2 * j + 1]));
-            let spread = a & 15 | (a >> 4) << 8 | (b & 15) << 16 | (b >> 4) << 24;
-            if codes == Codes::Signed4 { spread ^ 0x0808_0808 } else { spread }
-        }),
+/// What is left of each row from byte `at` on, and zeros.
+///
+/// # Safety
+/// Rows have `row_bytes` bytes.
+unsafe fn padded(rows: &Rows, row_bytes: usize, at: usize) -> [[u8; SEGMENT]; PANEL] {
+    let mut all = [[0; SEGMENT]; PANEL];
+    let count = row_bytes.saturating_sub(at).min(SEGMENT);
+    for (padded, row) in all.iter_mut().zip(rows) {
+        for (i, byte) in padded[..count].iter_mut().enumerate() {
+            // SAFETY: within the row.
+            *byte = unsafe { *row.add(at + i) };
+        }
+    }
+    all
+}
+
+/// Writes a segment from the 32 codes at byte `at` of each row.
+///
+/// # Safety
+/// Rows have them, `out` has room for a segment, the machine has `W`'s features.
+#[inline(always)]
+unsafe fn place_segment<W: Words>(codes: Codes, rows: &Rows, at: usize, out: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        if codes == Codes::Signed8 {
+            let words = load8::<W>(rows, at);
+            for j in 0..8 {
+                words[j].xor(W::splat(0x8080_8080)).store(out.add(64 * j));
+            }
+            return;
+        }
+        // Nibbles lie low first along the row: each half of a word has four codes.
+        let words = W::load4(rows, at);
+        let zero = W::splat(if codes == Codes::Signed4 { 8 * ONES } else { 0 });
+        let mut spread = [zero; 8];
+        for j in 0..8 {
+            let half = words[j / 2].right(16 * (j as u32 % 2)).and(W::splat(0xffff));
+            let bytes = half.or(half.left(8)).and(W::splat(0x00ff_00ff));
+            spread[j] = bytes.or(bytes.left(4)).and(W::splat(LOW4)).xor(zero);
+        }
+        place_nibbles(&spread, out);
     }
 }
 

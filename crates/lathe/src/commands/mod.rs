@@ -12,6 +12,8 @@ mod score;
 
 pub use inspect_parallel::RankArguments;
 
+use std::time::Instant;
+
 use anyhow::Error;
 
 use crate::arguments::{Arguments, Command};
@@ -19,8 +21,8 @@ use crate::catalogue::{self, Environment, Located};
 use crate::output::bad_input;
 use crate::progress::Reporter;
 
-/// Runs the command that the words ask for.
-pub fn dispatch(arguments: &Arguments) -> Result<(), Error> {
+/// Runs the command that the words ask for; the process began at `started`.
+pub fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
     let global = &arguments.global;
     if global.kv_format.is_some()
         && matches!(arguments.command, Command::Convert(_) | Command::Pull(_))
@@ -28,7 +30,7 @@ pub fn dispatch(arguments: &Arguments) -> Result<(), Error> {
         return Err(bad_input("--kv-format: this command runs no model and has no KV cache"));
     }
     match &arguments.command {
-        Command::Run(command) => run::run(global, command),
+        Command::Run(command) => run::run(global, command, started),
         Command::Chat(command) => chat::run(global, command),
         Command::Score(command) => score::run(global, command),
         Command::Eval(command) => eval::run(global, command),

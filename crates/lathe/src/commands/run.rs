@@ -1,6 +1,7 @@
 //! `lathe run`: one prompt, its answer as it comes, one line on what it took.
 
 use std::io::{IsTerminal, Read};
+use std::time::Instant;
 
 use anyhow::{Context, Error};
 use lathe_engine::{FinishReason, Request};
@@ -14,7 +15,8 @@ use crate::memory;
 use crate::output::{InputContext, Interrupted, bad_input, human_bytes, print, print_json};
 use crate::prompt::{encode_chat, encode_raw, parse_ids, question};
 use crate::sampling::sampling;
-use crate::session::{self, Need, ROWS_MAX};
+use crate::session::{self, Need, ROWS_MAX, milliseconds};
+use crate::startup::Startup;
 
 /// Tokens to generate if the caller does not say: long enough for an answer, and an end for models
 /// that never stop.
@@ -35,10 +37,11 @@ struct Report<'a> {
     seed: u64,
     kv_bytes: usize,
     peak_memory_bytes: Option<u64>,
+    startup: Startup,
 }
 
-/// Answers.
-pub fn run(global: &Global, arguments: &RunArguments) -> Result<(), Error> {
+/// Answers; the process began at `started`.
+pub fn run(global: &Global, arguments: &RunArguments, started: Instant) -> Result<(), Error> {
     refuse_drafting(arguments)?;
     let typed = read_prompt(arguments)?;
     let interrupts = Interrupts::install(Insist::Ends)?;
@@ -48,13 +51,15 @@ pub fn run(global: &Global, arguments: &RunArguments) -> Result<(), Error> {
     let seed = request.sampling.seed;
     let need = need(&opened.model, &request)?;
     let session = opened.over(arguments.parallel).prepare(global, need)?;
-    let load_ms = session.load_ms;
+    let (load_ms, mut startup) = (session.load_ms, session.startup);
     let (mut engine, model) = session.into_engine(!arguments.no_kv_cache, 1)?;
 
     let working = interrupts.begin();
     let decoder = model.tokenizer.as_ref().map(session::decoder);
+    let before_ms = milliseconds(started);
     let show = |text: &str| if global.json { Ok(()) } else { print(text) };
     let generation = generate(&mut engine, request, decoder, &working, show)?;
+    startup.first_token(before_ms, generation.ttft_ms);
     let kv_bytes = engine.executor().kv_bytes();
     if global.json {
         print_json(&Report {
@@ -71,6 +76,7 @@ pub fn run(global: &Global, arguments: &RunArguments) -> Result<(), Error> {
             seed,
             kv_bytes,
             peak_memory_bytes: memory::peak_bytes(),
+            startup,
         })?;
     } else {
         print_ids_without_text(&model, &generation)?;

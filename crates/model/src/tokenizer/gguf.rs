@@ -3,21 +3,20 @@
 //! Two kinds of vocabulary: `gpt2` is byte-level BPE with ranked merges and a splitting rule;
 //! `llama` is SentencePiece's BPE with scores. Others are refused by name.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use lathe_tensor::gguf::{FromMeta, GgufFile, MetaArray, Metadata};
-use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{Prepend, Replace, Sequence};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as Splits;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{
-    AddedToken, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior,
-};
+use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::model::SharedModel;
 use super::pieces::{Alphabet, Kind, Pieces, Spelling, byte_piece};
+use super::ranked::RankedMerges;
 use super::scored::ScoredMerges;
 use super::splitting::splitting;
 use super::{FrameTokens, Pipeline, Tokenizer, TokenizerError};
@@ -87,7 +86,10 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::from_gguf_vocabulary`]; or if a key has the wrong type.
     pub fn from_gguf(file: &GgufFile) -> Result<Self, TokenizerError> {
-        Self::from_gguf_vocabulary(GgufVocabulary::from_metadata(&file.metadata)?)
+        let metadata = &file.metadata;
+        // Merges are the larger part of a vocabulary: they are read where they lie.
+        let merges = strings(metadata, "merges")?.collect::<Vec<_>>();
+        Self::build(GgufVocabulary::without_merges(metadata)?, &merges)
     }
 
     /// Builds the tokenizer that a GGUF file describes.
@@ -96,19 +98,34 @@ impl Tokenizer {
     /// If the kind of vocabulary or the splitting rule is unknown, if the lists do not have one
     /// entry a token, or if tokens repeat or merges name none.
     pub fn from_gguf_vocabulary(mut vocabulary: GgufVocabulary) -> Result<Self, TokenizerError> {
+        let merges = std::mem::take(&mut vocabulary.merges);
+        Self::build(vocabulary, &merges)
+    }
+
+    fn build<S: AsRef<str> + Sync>(
+        mut vocabulary: GgufVocabulary,
+        merges: &[S],
+    ) -> Result<Self, TokenizerError> {
         vocabulary.check()?;
         let frame = vocabulary.frame();
         let end_tokens = vocabulary.end_tokens();
         let (add_beginning_default, added, pieces, pipeline) = match vocabulary.model.as_str() {
             "gpt2" => {
-                let (pipeline, add_beginning) = vocabulary.byte_level_pipeline()?;
                 let spelling = Spelling { alphabet: Alphabet::ByteLevel, leading_spaces: 0 };
-                (add_beginning, vocabulary.added(), vocabulary.pieces(&spelling), pipeline)
+                let added = vocabulary.added();
+                let tokens = Arc::new(std::mem::take(&mut vocabulary.tokens));
+                let (pieces, built) = rayon::join(
+                    || vocabulary.pieces(&tokens, &spelling),
+                    || vocabulary.byte_level_pipeline(Arc::clone(&tokens), merges),
+                );
+                let (pipeline, add_beginning) = built?;
+                (add_beginning, added, pieces, pipeline)
             }
             "llama" => {
                 let prefix = vocabulary.add_space_prefix.unwrap_or(true);
                 let spelling = Spelling::sentence_piece(usize::from(prefix));
-                let (added, pieces) = (vocabulary.added(), vocabulary.pieces(&spelling));
+                let added = vocabulary.added();
+                let pieces = vocabulary.pieces(&vocabulary.tokens, &spelling);
                 (true, added, pieces, vocabulary.scored_pipeline(prefix)?)
             }
             other => return Err(TokenizerError::UnknownGgufModel { found: other.into() }),
@@ -132,22 +149,18 @@ impl GgufVocabulary {
     /// # Errors
     /// If a key has the wrong type, or the kind of vocabulary or the tokens are missing.
     pub fn from_metadata(metadata: &Metadata) -> Result<Self, TokenizerError> {
+        let merges = strings(metadata, "merges")?.map(Cow::into_owned).collect();
+        Ok(Self { merges, ..Self::without_merges(metadata)? })
+    }
+
+    /// As [`Self::from_metadata`], but for the merges.
+    fn without_merges(metadata: &Metadata) -> Result<Self, TokenizerError> {
         fn read<'a, T: FromMeta<'a>>(
             metadata: &'a Metadata,
             key: &str,
         ) -> Result<Option<T>, TokenizerError> {
             Ok(metadata.optional(&format!("tokenizer.ggml.{key}"))?)
         }
-        let strings = |key: &'static str| -> Result<Vec<String>, TokenizerError> {
-            let array: Option<&MetaArray> = read(metadata, key)?;
-            let Some(array) = array else { return Ok(Vec::new()) };
-            let strings = array.byte_strings().ok_or_else(|| TokenizerError::GgufType {
-                key: format!("tokenizer.ggml.{key}"),
-                found: format!("array of {}", array.kind()),
-                expected: "an array of strings",
-            })?;
-            Ok(strings.map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect())
-        };
         let id = |key: &str| -> Result<Option<u32>, TokenizerError> {
             // Some writers store -1 for "none".
             let id: Option<i64> = read(metadata, key)?;
@@ -158,10 +171,10 @@ impl GgufVocabulary {
         Ok(Self {
             model: model.ok_or(TokenizerError::MissingGgufKey { key: "tokenizer.ggml.model" })?,
             pre: read(metadata, "pre")?,
-            tokens: strings("tokens")?,
+            tokens: strings(metadata, "tokens")?.map(Cow::into_owned).collect(),
             scores: scores(metadata)?,
             token_types: types.unwrap_or_default().iter().map(|kind| *kind as i32).collect(),
-            merges: strings("merges")?,
+            merges: Vec::new(),
             bos_token_id: id("bos_token_id")?,
             eos_token_id: id("eos_token_id")?,
             eot_token_id: id("eot_token_id")?,
@@ -216,10 +229,9 @@ impl GgufVocabulary {
             .flatten()
             .filter(|id| (*id as usize) < self.tokens.len())
             .collect();
-        let named = |name: &str| {
-            let control = |id: &usize| self.token_type(*id) == CONTROL;
-            self.tokens.iter().position(|token| token == name).filter(control)
-        };
+        let control = |id: &usize| self.token_type(*id) == CONTROL;
+        let controls: Vec<usize> = (0..self.tokens.len()).filter(control).collect();
+        let named = |name: &str| controls.iter().copied().find(|id| self.tokens[*id] == name);
         let harmony = named("<|return|>").is_some() && named("<|call|>").is_some();
         for name in END_NAMES.iter().filter(|name| !harmony || **name != "<|end|>") {
             ends.extend(named(name).map(|id| id as u32));
@@ -245,9 +257,9 @@ impl GgufVocabulary {
             .collect()
     }
 
-    fn pieces(&self, spelling: &Spelling) -> Pieces {
-        let mut pieces = Pieces::new(self.tokens.len(), spelling.leading_spaces);
-        for (id, token) in self.tokens.iter().enumerate() {
+    fn pieces(&self, tokens: &[String], spelling: &Spelling) -> Pieces {
+        let mut pieces = Pieces::new(tokens.len(), spelling.leading_spaces);
+        for (id, token) in tokens.iter().enumerate() {
             match self.token_type(id) {
                 UNKNOWN | CONTROL => {
                     pieces.push(Kind::Special, |bytes| bytes.extend_from_slice(token.as_bytes()));
@@ -261,32 +273,16 @@ impl GgufVocabulary {
         pieces
     }
 
-    /// Takes tokens and merges out of `self`.
-    fn byte_level_pipeline(&mut self) -> Result<(Pipeline, bool), TokenizerError> {
+    fn byte_level_pipeline<S: AsRef<str> + Sync>(
+        &self,
+        tokens: Arc<Vec<String>>,
+        merges: &[S],
+    ) -> Result<(Pipeline, bool), TokenizerError> {
         let name = self.pre.as_deref().unwrap_or("default");
         let rule = splitting(name)
             .ok_or_else(|| TokenizerError::UnknownSplitting { found: name.into() })?;
-        let merges = self.merges.iter().enumerate().map(|(index, merge)| {
-            // The first token is never empty, but it may be a space in odd vocabularies.
-            let space = merge.char_indices().skip(1).find(|(_, character)| *character == ' ');
-            match space {
-                Some((at, _)) => Ok((merge[..at].to_owned(), merge[at + 1..].to_owned())),
-                None => Err(TokenizerError::BadMerge { index, found: merge.clone() }),
-            }
-        });
-        let merges = merges.collect::<Result<Vec<_>, _>>()?;
-        let mut ids = Vocab::with_capacity(self.tokens.len());
-        for (id, token) in self.tokens.iter().enumerate() {
-            if ids.insert(token.clone(), id as u32).is_some() {
-                return Err(TokenizerError::DuplicateToken { token: token.clone(), id });
-            }
-        }
-        let model = BPE::builder()
-            .vocab_and_merges(ids, merges)
-            .ignore_merges(rule.ignore_merges)
-            .build()
-            .map_err(|error| TokenizerError::Vocabulary { reason: error.to_string() })?;
-        let model = SharedModel::Library(Arc::new(ModelWrapper::BPE(model)));
+        let model = RankedMerges::new(tokens, merges, rule.ignore_merges)?;
+        let model = SharedModel::Ranked(Arc::new(model));
         let mut pipeline = Pipeline::new(model);
         let mut steps: Vec<PreTokenizerWrapper> = Vec::new();
         for pattern in rule.patterns {
@@ -336,6 +332,28 @@ impl GgufVocabulary {
         pipeline.with_normalizer(Some(Sequence::new(steps)));
         Ok(pipeline)
     }
+}
+
+/// The strings of a key, none if it is absent. Bytes that are not UTF-8 become U+FFFD.
+fn strings<'a>(
+    metadata: &'a Metadata,
+    key: &str,
+) -> Result<impl Iterator<Item = Cow<'a, str>> + use<'a>, TokenizerError> {
+    let key = format!("tokenizer.ggml.{key}");
+    let array = metadata.optional::<&MetaArray>(&key)?;
+    let strings = array.map(|array| {
+        array.byte_strings().ok_or_else(|| TokenizerError::GgufType {
+            key,
+            found: format!("array of {}", array.kind()),
+            expected: "an array of strings",
+        })
+    });
+    // Valid UTF-8 is much faster to tell than to copy lossily.
+    let lossy = |bytes| match std::str::from_utf8(bytes) {
+        Ok(text) => Cow::Borrowed(text),
+        Err(_) => String::from_utf8_lossy(bytes),
+    };
+    Ok(strings.transpose()?.into_iter().flatten().map(lossy))
 }
 
 /// The scores, which are floats, or integers in files of some converters.

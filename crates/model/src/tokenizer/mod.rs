@@ -9,6 +9,7 @@ mod convert;
 mod gguf;
 mod model;
 mod pieces;
+mod ranked;
 mod scored;
 mod splitting;
 mod stream;

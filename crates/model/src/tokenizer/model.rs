@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokenizers::models::{ModelWrapper, TrainerWrapper, bpe::BpeTrainer};
 use tokenizers::{Model, Token};
 
+use super::ranked::RankedMerges;
 use super::scored::ScoredMerges;
 
 /// A sub-word model behind a reference count, so that pipelines can share it.
@@ -19,6 +20,8 @@ pub(super) enum SharedModel {
     Library(Arc<ModelWrapper>),
     /// SentencePiece's BPE: merges ordered by the score of the merged piece.
     Scored(Arc<ScoredMerges>),
+    /// Byte-level BPE: merges ordered by rank.
+    Ranked(Arc<RankedMerges>),
 }
 
 impl Model for SharedModel {
@@ -28,6 +31,7 @@ impl Model for SharedModel {
         match self {
             Self::Library(model) => model.tokenize(sequence),
             Self::Scored(model) => Ok(model.tokenize(sequence)),
+            Self::Ranked(model) => Ok(model.tokenize(sequence)),
         }
     }
 
@@ -35,6 +39,7 @@ impl Model for SharedModel {
         match self {
             Self::Library(model) => model.token_to_id(token),
             Self::Scored(model) => model.id(token),
+            Self::Ranked(model) => model.id(token),
         }
     }
 
@@ -42,6 +47,7 @@ impl Model for SharedModel {
         match self {
             Self::Library(model) => model.id_to_token(id),
             Self::Scored(model) => model.token(id).map(str::to_owned),
+            Self::Ranked(model) => model.token(id).map(str::to_owned),
         }
     }
 
@@ -49,6 +55,7 @@ impl Model for SharedModel {
         match self {
             Self::Library(model) => model.get_vocab(),
             Self::Scored(model) => model.vocabulary(),
+            Self::Ranked(model) => model.vocabulary(),
         }
     }
 
@@ -56,6 +63,7 @@ impl Model for SharedModel {
         match self {
             Self::Library(model) => model.get_vocab_size(),
             Self::Scored(model) => model.len(),
+            Self::Ranked(model) => model.len(),
         }
     }
 

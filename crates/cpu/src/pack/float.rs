@@ -1,0 +1,52 @@
+//! Panels of plain floats: the transposition alone.
+
+use lathe_tensor::FloatType;
+
+use super::PANEL;
+use super::words::{Rows, Words, prefetch};
+
+/// Bytes of a row that one step transposes.
+const STEP: usize = 16;
+
+/// Writes a panel from `row_bytes` bytes of each row: units of four bytes (an `f32`, a pair of
+/// `bf16`) or two (an `f16`), each beside the other rows'. What is behind the last row's end in
+/// `out` stays as it is, which is zero.
+///
+/// # Safety
+/// Rows have `row_bytes` bytes, `out` has room for sixteen times as many, rounded up to a unit; the
+/// machine has `W`'s features.
+#[inline(always)]
+pub(crate) unsafe fn place_panel<W: Words>(
+    kind: FloatType,
+    rows: &Rows,
+    row_bytes: usize,
+    next: *const u8,
+    out: *mut u8,
+) {
+    let halves = kind == FloatType::F16;
+    let whole = row_bytes / STEP * STEP;
+    for at in (0..whole).step_by(STEP) {
+        prefetch(next.wrapping_add(at * PANEL), STEP * PANEL);
+        // SAFETY: the caller's.
+        unsafe {
+            let words = W::load4(rows, at);
+            let out = out.add(at * PANEL);
+            for i in 0..4 {
+                if halves {
+                    words[i].store_halves(out.add(64 * i));
+                    words[i].right(16).store_halves(out.add(64 * i + 32));
+                } else {
+                    words[i].store(out.add(64 * i));
+                }
+            }
+        }
+    }
+    let unit = if halves { 2 } else { 4 };
+    for byte in whole..row_bytes {
+        let to = byte / unit * unit * PANEL + byte % unit;
+        for lane in 0..PANEL {
+            // SAFETY: the caller's.
+            unsafe { *out.add(to + lane * unit) = *rows[lane].add(byte) };
+        }
+    }
+}
