@@ -5,6 +5,8 @@ use lathe_tensor::FloatType;
 use super::codes::*;
 use super::kernels::*;
 use crate::isa::Isa;
+#[cfg(target_arch = "aarch64")]
+use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
@@ -84,7 +86,7 @@ impl Target for PortableTarget {
 }
 
 /// A target whose kernels are compiled with `$features`.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! target {
     ($name:ident, $simd:ty, $rows:literal, $any_width:literal, $features:literal) => {
         struct $name;
@@ -119,14 +121,19 @@ target!(Avx2Target, Avx2<false>, 4, false, "avx2,fma,f16c");
 target!(AvxVnniTarget, Avx2<true>, 4, true, "avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
 target!(Avx512Target, Avx512, 16, true, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
+#[cfg(target_arch = "aarch64")]
+target!(NeonTarget, Neon<false>, 4, false, "neon");
+#[cfg(target_arch = "aarch64")]
+target!(NeonDotTarget, Neon<true>, 4, false, "neon,dotprod");
+
 /// The kernels of a matrix.
 pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => {
             let tiles = match (layout, operand) {
-                // `--exact`: nothing is rounded.
-                (Layout::Coded(..), Operand::F32) => Tiles::None,
+                // `--exact`: nothing is rounded. (Of fp8 that is not the operand's to say.)
+                (Layout::Coded(codes, _), Operand::F32) if !codes.is_float() => Tiles::None,
                 (Layout::Coded(..), _) => kernels(Isa::Avx512, layout, Operand::F32)
                     .expand
                     .map_or(Tiles::None, Tiles::Expanded),
@@ -138,11 +145,17 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if matches!(operand, Operand::Int8(_)) && is_x86_feature_detected!("avxvnni") => {
+        Isa::AvxVnni if matches!(operand, Operand::Int8(_)) => {
             for_target::<AvxVnniTarget>(layout, operand)
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => for_target::<Avx2Target>(layout, operand),
+        Isa::Avx2 | Isa::AvxVnni => for_target::<Avx2Target>(layout, operand),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot if matches!(operand, Operand::Int8(_)) => {
+            for_target::<NeonDotTarget>(layout, operand)
+        }
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDot => for_target::<NeonTarget>(layout, operand),
         _ => for_target::<PortableTarget>(layout, operand),
     }
 }
@@ -154,6 +167,16 @@ fn floats<T: Target, W: Float>() -> Kernels {
         expand: None,
         tile: rows_of::<T, Widened<W>>,
         tiles: Tiles::None,
+    }
+}
+
+/// fp8 under the scales of [`Group`].
+fn scaled_floats<T: Target, W: Float>() -> Kernels {
+    Kernels {
+        direct: if T::DIRECT_ROWS > 0 { Some(direct_scaled_of::<T, W>) } else { None },
+        expand: Some(T::expand::<ToScaledFloats<W>>()),
+        tile: rows_of::<T, Widened<Single>>,
+        ..floats::<T, W>()
     }
 }
 
@@ -192,6 +215,8 @@ fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
         (Codes::Signed8, Scales::Group { .. }) => {
             coded::<T, Pair<Plain<8, 128>, Group<false>>>(operand)
         }
+        (Codes::F8E4m3, Scales::Group { .. }) => scaled_floats::<T, Float8E4m3>(),
+        (Codes::F8E5m2, Scales::Group { .. }) => scaled_floats::<T, Float8E5m2>(),
         (codes, scales) => unreachable!("no layout has {codes:?} with {scales:?}"),
     }
 }
@@ -248,6 +273,7 @@ macro_rules! choose_direct {
 
 choose_direct!(direct_rows_of, Coded, Direct);
 choose_direct!(direct_floats_of, Float, DirectFloats);
+choose_direct!(direct_scaled_of, Float, DirectScaled);
 
 /// The instance for the most rows that `left`, the registers and the kernel allow. Only default
 /// kernels are instantiated for many numbers of rows: each instance costs seconds of building.
