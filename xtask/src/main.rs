@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod licences;
+mod neon;
 mod tidy;
 
 use std::path::PathBuf;
@@ -26,6 +27,12 @@ enum Command {
     },
     /// Checks every dependency's licence against deny.toml
     Licences,
+    /// Builds the CPU backend's tests for 64-bit Arm and runs the kernels' under qemu-user
+    Neon {
+        /// Says what is missing on this machine and succeeds, where something is
+        #[arg(long)]
+        if_possible: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -34,6 +41,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Tidy { update } => tidy::run(&root, update),
         Command::Licences => licences::run(&root),
+        Command::Neon { if_possible } => neon::run(&root, if_possible),
     };
     match outcome {
         Ok(problems) if problems.is_empty() => ExitCode::SUCCESS,

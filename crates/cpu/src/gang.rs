@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::cores::bind_to;
+pub use crate::cores::{Cores, available_cores};
+
 /// How long a worker spins before it sleeps. Longer than the serial gaps of a step (some
 /// microseconds), shorter than what a person would notice on a process list.
 const SPIN: Duration = Duration::from_micros(150);
@@ -259,70 +262,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The cores that this process may use.
-#[derive(Debug, Clone)]
-pub struct Cores {
-    /// How many threads make sense: physical cores, less if a control group's quota says so.
-    pub count: usize,
-    /// One logical processor of each physical core that this process may run on; empty where the
-    /// system does not tell, or where a quota (shared with other processes) makes binding harmful.
-    pub ids: Vec<usize>,
-}
-
-/// Physical cores within this process's affinity mask and control-group quota.
-pub fn available_cores() -> Cores {
-    let limit = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let logical = affinity();
-    let mut ids: Vec<usize> = Vec::new();
-    let mut siblings_seen = Vec::new();
-    for &id in &logical {
-        let path = format!("/sys/devices/system/cpu/cpu{id}/topology/thread_siblings_list");
-        let siblings = std::fs::read_to_string(path).unwrap_or_else(|_| id.to_string());
-        if !siblings_seen.contains(&siblings) {
-            siblings_seen.push(siblings);
-            ids.push(id);
-        }
-    }
-    if ids.is_empty() {
-        return Cores { count: limit, ids };
-    }
-    let count = ids.len().min(limit);
-    if limit < logical.len() {
-        ids.clear();
-    }
-    Cores { count, ids }
-}
-
-#[cfg(target_os = "linux")]
-fn affinity() -> Vec<usize> {
-    // SAFETY: a zeroed cpu_set_t is an empty set, and the call writes at most its size.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        if libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) != 0 {
-            return Vec::new();
-        }
-        (0..libc::CPU_SETSIZE as usize).filter(|&id| libc::CPU_ISSET(id, &set)).collect()
-    }
-}
-
-#[cfg(target_os = "linux")]
-fn bind_to(core: usize) {
-    // SAFETY: the set is valid and `core` came from the system's own mask. A refusal is harmless.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(core, &mut set);
-        libc::sched_setaffinity(0, size_of_val(&set), &raw const set);
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn affinity() -> Vec<usize> {
-    Vec::new()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn bind_to(_core: usize) {}
-
 /// The part `index` of `0..total` when it is cut into `parts` nearly equal runs.
 pub fn share(total: usize, index: usize, parts: usize) -> std::ops::Range<usize> {
     total * index / parts..total * (index + 1) / parts
@@ -357,6 +296,24 @@ mod tests {
             });
         }
         assert_eq!(count.into_inner(), 10);
+    }
+
+    #[test]
+    fn idle_workers_sleep() {
+        // More workers than cores too: those give the core away, and must sleep all the same.
+        for workers in [2, 5, 40] {
+            let gang = Gang::new(workers);
+            for _ in 0..3 {
+                gang.run(|_, _| ());
+                // Without a limit: a worker that never sleeps hangs the test.
+                while gang.shared.sleeping.load(Ordering::SeqCst) < workers as u32 - 1 {
+                    std::thread::yield_now();
+                }
+                // The lock is free only when the last of them waits for the condition.
+                drop(lock(&gang.shared.sleep));
+                assert!(gang.threads.iter().all(|thread| !thread.is_finished()));
+            }
+        }
     }
 
     #[test]

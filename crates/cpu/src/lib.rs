@@ -10,6 +10,7 @@
 mod attend;
 mod backend;
 mod cache;
+mod cores;
 mod elementwise;
 mod executor;
 mod experts;

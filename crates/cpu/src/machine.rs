@@ -11,6 +11,8 @@ use std::time::Instant;
 use lathe_program::BackendError;
 
 use crate::gang::{Gang, share};
+#[cfg(target_arch = "aarch64")]
+use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
 use crate::isa::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
@@ -230,7 +232,13 @@ fn run_peak(isa: Isa, number: Number, steps: usize) {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Amx => peak_avx512(number, steps),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => peak_avx2(number, steps),
+            Isa::AvxVnni if matches!(number, Number::Int8) => peak_avx_vnni(number, steps),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::AvxVnni => peak_avx2(number, steps),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => peak::<Neon<false>>(number, steps),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => peak_neon_dot(number, steps),
             _ => peak::<Portable>(number, steps),
         }
     }
@@ -255,6 +263,20 @@ unsafe fn peak_avx512_bf16(steps: usize) {
 unsafe fn peak_avx2(number: Number, steps: usize) {
     // SAFETY: the features are enabled here.
     unsafe { peak::<Avx2<false>>(number, steps) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+unsafe fn peak_avx_vnni(number: Number, steps: usize) {
+    // SAFETY: the features are enabled here.
+    unsafe { peak::<Avx2<true>>(number, steps) }
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn peak_neon_dot(number: Number, steps: usize) {
+    // SAFETY: the features are enabled here.
+    unsafe { peak::<Neon<true>>(number, steps) }
 }
 
 /// `steps` times `CHAINS` independent multiply-adds.

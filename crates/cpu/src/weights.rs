@@ -1,7 +1,7 @@
 //! Asks the source for each weight and lays it out for the ops that read it.
 
 use lathe_program::{BackendError, ExpertsSpec, Op, Program, Weight, WeightSource};
-use lathe_tensor::{Element, Format, Tensor};
+use lathe_tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::isa::Isa;
@@ -164,7 +164,6 @@ fn load(
             reason: format!("expected shape {:?}, found {:?}", decl.shape, tensor.shape),
         });
     }
-    let tensor = with_kernels(tensor);
     let named = |error| match error {
         BackendError::Weight { reason, .. } => {
             BackendError::Weight { name: decl.name.clone(), reason }
@@ -188,20 +187,6 @@ fn load(
         loaded.table = Some(tensor);
     }
     Ok(loaded)
-}
-
-/// Numbers in eight and six bits under scales have no kernels yet: they become `f32`, which holds
-/// each product of number and scale without rounding, in four times the memory.
-fn with_kernels(tensor: Tensor) -> Tensor {
-    let float8 = |element| {
-        matches!(element, Element::F8E4M3 | Element::F8E5M2 | Element::F6E2M3 | Element::F6E3M2)
-    };
-    match tensor.format {
-        Format::Scaled(format) if float8(format.element) => {
-            Tensor::from_f32_vec(tensor.shape.clone(), tensor.to_f32())
-        }
-        _ => tensor,
-    }
 }
 
 fn pack_experts(

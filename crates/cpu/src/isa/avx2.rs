@@ -107,6 +107,17 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
+    unsafe fn load_e5m2(p: *const u8) -> Self::F {
+        // SAFETY: see above. The codes are the high bytes of `f16`.
+        unsafe {
+            let (codes, zero) = (_mm_loadu_si128(p.cast()), _mm_setzero_si128());
+            [
+                _mm256_cvtph_ps(_mm_unpacklo_epi8(zero, codes)),
+                _mm256_cvtph_ps(_mm_unpackhi_epi8(zero, codes)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> Self::I {
         // SAFETY: see above.
         unsafe {

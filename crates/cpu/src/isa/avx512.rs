@@ -83,6 +83,14 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_e5m2(p: *const u8) -> __m512 {
+        // SAFETY: see above. The codes are the high bytes of `f16`.
+        unsafe {
+            let wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast()));
+            _mm512_cvtph_ps(_mm256_slli_epi16::<8>(wide))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())) }

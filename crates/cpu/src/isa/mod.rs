@@ -12,17 +12,26 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 pub(crate) mod portable;
 
 use lathe_program::BackendError;
 
-/// An instruction set that kernels exist for, from the weakest to the strongest.
+/// An instruction set that kernels exist for; those of one architecture from the weakest to the
+/// strongest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Isa {
     /// Plain Rust; runs everywhere.
     Portable,
-    /// AVX2, FMA and F16C, with AVX-VNNI where present.
+    /// NEON, which every 64-bit Arm processor has.
+    Neon,
+    /// NEON with the dot product of signed bytes (Arm v8.2).
+    NeonDot,
+    /// AVX2, FMA and F16C.
     Avx2,
+    /// The same with AVX-VNNI.
+    AvxVnni,
     /// AVX-512 F, BW, VL and VNNI, with BF16 where present.
     Avx512,
     /// All of AVX-512 above, and AMX tiles of BF16 and INT8.
@@ -31,7 +40,8 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, weakest first.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx];
+    pub const ALL: [Isa; 7] =
+        [Isa::Portable, Isa::Neon, Isa::NeonDot, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Amx];
 
     /// The strongest that this machine has.
     pub fn detect() -> Isa {
@@ -42,12 +52,20 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             Isa::Portable => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => {
+                Isa::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod")
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 Isa::Avx2.is_available()
@@ -62,8 +80,11 @@ impl Isa {
                     && is_x86_feature_detected!("avx512bf16")
                     && crate::linear::amx::is_available()
             }
+            // Of another architecture.
             #[cfg(not(target_arch = "x86_64"))]
-            _ => false,
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 | Isa::Amx => false,
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDot => false,
         }
     }
 
@@ -79,7 +100,10 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Isa::Portable => "portable",
+            Isa::Neon => "neon",
+            Isa::NeonDot => "neon-dotprod",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avx-vnni",
             Isa::Avx512 => "avx512",
             Isa::Amx => "amx",
         }
@@ -124,6 +148,24 @@ fn unsupported(feature: String) -> BackendError {
     BackendError::Unsupported { backend: "cpu", feature }
 }
 
+/// Asks for the cache line at `at`, which need not be readable.
+#[inline(always)]
+pub(crate) fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is allowed.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above; `asm!` because the intrinsic is not stable.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = at;
+}
+
 /// Sixteen lanes of numbers and what kernels do with them.
 ///
 /// # Safety
@@ -157,6 +199,8 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load_u16(p: *const u16) -> Self::I;
     /// Sixteen fp8 e4m3 numbers (16 bytes, none a NaN), widened.
     unsafe fn load_e4m3(p: *const u8) -> Self::F;
+    /// Sixteen fp8 e5m2 numbers (16 bytes), widened.
+    unsafe fn load_e5m2(p: *const u8) -> Self::F;
     /// Sixteen `i8` (16 bytes), widened with sign.
     unsafe fn load_i8(p: *const i8) -> Self::I;
     unsafe fn shr<const N: u32>(x: Self::I) -> Self::I;

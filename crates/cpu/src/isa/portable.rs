@@ -72,6 +72,12 @@ impl Simd for Portable {
         let codes = unsafe { p.cast::<[u8; 16]>().read_unaligned() };
         codes.map(|code| element::to_f32(Element::F8E4M3, code))
     }
+    #[inline(never)]
+    unsafe fn load_e5m2(p: *const u8) -> Self::F {
+        // SAFETY: the caller gives 16 readable bytes.
+        let codes = unsafe { p.cast::<[u8; 16]>().read_unaligned() };
+        codes.map(|code| element::to_f32(Element::F8E5M2, code))
+    }
     #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> Self::I {
         // SAFETY: the caller gives 16 readable bytes.

@@ -1,7 +1,7 @@
 //! Sixteen `f32` lanes: the vector on which every float kernel of this crate is written once.
 //!
-//! The width is the same on every instruction set (one AVX-512 register, two of AVX2, an array
-//! elsewhere), so that layouts and the order of additions within a kernel are too. A kernel is a
+//! The width is the same on every instruction set (one AVX-512 register, two of AVX2, four of
+//! NEON, an array elsewhere), so that layouts and the order of additions within a kernel are too. A kernel is a
 //! struct that implements [`Kernel`]; [`dispatch`] compiles it once for each instruction set and
 //! picks the copy at run time. What the kernels compute is no concern of this module.
 
@@ -10,6 +10,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod math;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 pub mod product;
 
@@ -148,6 +150,8 @@ pub struct Width(Kind);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Portable,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
@@ -168,6 +172,10 @@ impl Width {
                 return Self(Kind::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if isa != Isa::Portable && Isa::Neon.is_available() {
+            return Self(Kind::Neon);
+        }
         let _ = isa;
         Self(Kind::Portable)
     }
@@ -176,6 +184,8 @@ impl Width {
     #[cfg(test)]
     pub fn available() -> Vec<Self> {
         let mut all = vec![Self(Kind::Portable)];
+        #[cfg(target_arch = "aarch64")]
+        all.extend(Isa::Neon.is_available().then_some(Self(Kind::Neon)));
         #[cfg(target_arch = "x86_64")]
         {
             let (avx2, avx512) = Self::detected();
@@ -209,6 +219,9 @@ pub fn dispatch<K: Kernel>(width: Width, kernel: K) -> K::Output {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => unsafe { run_avx2(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Kind::Neon => unsafe { run_neon(kernel) },
         Kind::Portable => kernel.run::<portable::Portable>(),
     }
 }
@@ -217,6 +230,12 @@ pub fn dispatch<K: Kernel>(width: Width, kernel: K) -> K::Output {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
 unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<avx512::Avx512>()
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn run_neon<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<neon::Neon>()
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -412,6 +412,22 @@ impl Tail for E4m3 {
     }
 }
 
+/// The scales at the start of a tail of `Scales::Group`.
+#[inline(always)]
+pub(crate) unsafe fn group_scale<S: Simd>(tail: *const u8, kind: ScaleType) -> S::F {
+    // SAFETY: the caller gives a tail with scales of this type.
+    unsafe {
+        match kind {
+            ScaleType::F32 => S::load(tail.cast()),
+            ScaleType::F16 => S::load_f16(tail.cast()),
+            ScaleType::BF16 => S::bits_to_f(S::shl::<16>(S::load_u16(tail.cast()))),
+            ScaleType::E8M0 | ScaleType::E4M3Global => {
+                S::bits_to_f(S::shl::<23>(S::and(S::load_i8(tail.cast()), 255)))
+            }
+        }
+    }
+}
+
 /// `Scales::Group`; with `ZEROS` its zero points become mins, `-zero * scale`.
 pub(crate) struct Group<const ZEROS: bool>;
 
@@ -431,13 +447,10 @@ impl<const ZEROS: bool> Tail for Group<ZEROS> {
     unsafe fn scales<S: Simd>(tail: *const u8, constants: &Constants, out: Decoded) {
         // SAFETY: the caller gives a tail of this layout and room for a vector a segment of each.
         unsafe {
-            let (scale, bytes) = match constants.scale {
-                ScaleType::F32 => (S::load(tail.cast()), 64),
-                ScaleType::F16 => (S::load_f16(tail.cast()), 32),
-                _ => (S::bits_to_f(S::shl::<16>(S::load_u16(tail.cast()))), 32),
-            };
+            let scale = group_scale::<S>(tail, constants.scale);
             let min = if ZEROS {
-                let zero = S::to_f(S::load_i8(tail.add(bytes).cast()));
+                let zeros = tail.add(PANEL * constants.scale.bytes());
+                let zero = S::to_f(S::load_i8(zeros.cast()));
                 S::mul(S::mul(zero, S::splat(-1.0)), scale)
             } else {
                 scale

@@ -9,6 +9,8 @@ use super::amx::prompt;
 use super::codes::*;
 use super::kernels::*;
 use crate::isa::Isa;
+#[cfg(target_arch = "aarch64")]
+use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
@@ -90,7 +92,7 @@ impl Target for PortableTarget {
 }
 
 /// A target whose kernels are compiled with `$features`.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! target {
     ($name:ident, $simd:ty, $rows:literal, $any_width:literal, $features:literal) => {
         struct $name;
@@ -125,30 +127,46 @@ target!(Avx2Target, Avx2<false>, 4, false, "avx2,fma,f16c");
 target!(AvxVnniTarget, Avx2<true>, 4, true, "avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
 target!(Avx512Target, Avx512, 16, true, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
+#[cfg(target_arch = "aarch64")]
+target!(NeonTarget, Neon<false>, 4, false, "neon");
+#[cfg(target_arch = "aarch64")]
+target!(NeonDotTarget, Neon<true>, 4, false, "neon,dotprod");
+
 /// The kernels of a matrix.
 pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => {
             let kernels = kernels(Isa::Avx512, layout, operand);
-            match (layout, operand) {
-                // `--exact`: nothing is rounded.
-                (Layout::Coded(..), Operand::F32) => kernels,
-                (Layout::Coded(codes, scales), _) => {
-                    Kernels { tiles: with_coded(codes, scales, OnTiles), ..kernels }
+            let tiles = match (layout, operand) {
+                (Layout::Coded(Codes::F8E4m3, _), _) => {
+                    Tiles::Expanded(prompt::to_tiles_of_floats::<Float8E4m3>)
                 }
-                (Layout::Float(FloatType::BF16), _) => Kernels { tiles: Tiles::Packed, ..kernels },
-                (Layout::Float(_), _) => kernels,
-            }
+                (Layout::Coded(Codes::F8E5m2, _), _) => {
+                    Tiles::Expanded(prompt::to_tiles_of_floats::<Float8E5m2>)
+                }
+                // `--exact`: nothing is rounded. (Of fp8 that is not the operand's to say.)
+                (Layout::Coded(..), Operand::F32) => Tiles::None,
+                (Layout::Coded(codes, scales), _) => with_coded(codes, scales, OnTiles),
+                (Layout::Float(FloatType::BF16), _) => Tiles::Packed,
+                (Layout::Float(_), _) => Tiles::None,
+            };
+            Kernels { tiles, ..kernels }
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if matches!(operand, Operand::Int8(_)) && is_x86_feature_detected!("avxvnni") => {
+        Isa::AvxVnni if matches!(operand, Operand::Int8(_)) => {
             for_target::<AvxVnniTarget>(layout, operand)
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => for_target::<Avx2Target>(layout, operand),
+        Isa::Avx2 | Isa::AvxVnni => for_target::<Avx2Target>(layout, operand),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot if matches!(operand, Operand::Int8(_)) => {
+            for_target::<NeonDotTarget>(layout, operand)
+        }
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDot => for_target::<NeonTarget>(layout, operand),
         _ => for_target::<PortableTarget>(layout, operand),
     }
 }
@@ -163,11 +181,23 @@ fn floats<T: Target, W: Float>() -> Kernels {
     }
 }
 
+/// fp8 under the scales of [`Group`].
+fn scaled_floats<T: Target, W: Float>() -> Kernels {
+    Kernels {
+        direct: if T::DIRECT_ROWS > 0 { Some(direct_scaled_of::<T, W>) } else { None },
+        expand: Some(T::expand::<ToScaledFloats<W>>()),
+        tile: rows_of::<T, Widened<Single>>,
+        ..floats::<T, W>()
+    }
+}
+
 fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
     match layout {
         Layout::Float(FloatType::F32) => floats::<T, Single>(),
         Layout::Float(FloatType::F16) => floats::<T, HalfFloat>(),
         Layout::Float(FloatType::BF16) => floats::<T, Brain>(),
+        Layout::Coded(Codes::F8E4m3, _) => scaled_floats::<T, Float8E4m3>(),
+        Layout::Coded(Codes::F8E5m2, _) => scaled_floats::<T, Float8E5m2>(),
         Layout::Coded(codes, scales) => {
             with_coded(codes, scales, OnTarget::<T>(operand, PhantomData))
         }
@@ -282,6 +312,7 @@ macro_rules! choose_direct {
 
 choose_direct!(direct_rows_of, Coded, Direct);
 choose_direct!(direct_floats_of, Float, DirectFloats);
+choose_direct!(direct_scaled_of, Float, DirectScaled);
 
 /// The instance for the most rows that `left`, the registers and the kernel allow. Only default
 /// kernels are instantiated for many numbers of rows: each instance costs seconds of building.

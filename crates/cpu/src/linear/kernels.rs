@@ -6,6 +6,7 @@
 //!                                                                       qx = 128 * high + low
 //!        acc = fma(min, dx * sum(qx), acc)                             formats with a min
 //! float: acc = fma(w, x, acc)                                          a position at a time
+//! fp8  : acc = fma(w * dw, x, acc)                                     a position at a time
 //! ```
 //! The integer dot is exact, so any ISA may compute it in any order. The number of rows (`R`)
 //! changes which accumulators exist, never what is added to one of them; nor does it matter
@@ -15,8 +16,8 @@
 use std::marker::PhantomData;
 
 use super::activations::{BLOCK, BlockView, CODE_BYTES};
-use super::codes::{Coded, Decoded, unroll};
-use crate::isa::Simd;
+use super::codes::{Coded, Decoded, Group, Tail, group_scale, unroll};
+use crate::isa::{self, Simd};
 use crate::pack::PANEL;
 use crate::pack::layout::{Constants, SEGMENT};
 
@@ -312,17 +313,44 @@ impl<C: Coded> Expand for ToFloats<C> {
     }
 }
 
+/// fp8 under the scales of [`Group`] to `f32` weights.
+pub(crate) struct ToScaledFloats<W>(PhantomData<W>);
+
+impl<W: Float> Expand for ToScaledFloats<W> {
+    #[inline(always)]
+    unsafe fn expand<S: Simd>(
+        panel: *const u8,
+        segments: usize,
+        constants: &Constants,
+        out: &mut Scratch,
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let mut panel = panel;
+            let mut to = out.weights.as_mut_ptr();
+            let pairs = constants.group_segments * SEGMENT / 2;
+            for _ in 0..segments / constants.group_segments {
+                let tail = panel.add(pairs * W::PAIR_BYTES);
+                let scale = group_scale::<S>(tail, constants.scale);
+                for _ in 0..pairs {
+                    let (even, odd) = W::pair::<S>(panel);
+                    S::store(to, S::mul(even, scale));
+                    S::store(to.add(PANEL), S::mul(odd, scale));
+                    panel = panel.add(W::PAIR_BYTES);
+                    to = to.add(2 * PANEL);
+                }
+                panel = panel.add(Group::<false>::tail_bytes(constants));
+            }
+        }
+    }
+}
+
 /// Asks for `len` bytes from `start` on, which need not be readable.
 #[inline(always)]
 pub(super) fn prefetch(start: *const u8, len: usize) {
-    #[cfg(target_arch = "x86_64")]
     for line in (0..len).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch of any address is allowed.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
+        isa::prefetch(start.wrapping_add(line));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (start, len);
 }
 
 /// Expanded codes times coded activations.
@@ -404,6 +432,30 @@ impl Float for Brain {
     }
 }
 
+/// fp8 e4m3 weights.
+pub(crate) struct Float8E4m3;
+
+impl Float for Float8E4m3 {
+    const PAIR_BYTES: usize = 32;
+    #[inline(always)]
+    unsafe fn pair<S: Simd>(p: *const u8) -> (S::F, S::F) {
+        // SAFETY: the caller gives 32 readable bytes.
+        unsafe { (S::load_e4m3(p), S::load_e4m3(p.add(16))) }
+    }
+}
+
+/// fp8 e5m2 weights.
+pub(crate) struct Float8E5m2;
+
+impl Float for Float8E5m2 {
+    const PAIR_BYTES: usize = 32;
+    #[inline(always)]
+    unsafe fn pair<S: Simd>(p: *const u8) -> (S::F, S::F) {
+        // SAFETY: the caller gives 32 readable bytes.
+        unsafe { (S::load_e5m2(p), S::load_e5m2(p.add(16))) }
+    }
+}
+
 /// As [`Direct`], for float weights.
 pub(crate) struct DirectFloats<W, const P: usize>(PhantomData<W>);
 
@@ -436,6 +488,59 @@ impl<W: Float, const P: usize> Kernel for DirectFloats<W, P> {
                     panel = panel.add(W::PAIR_BYTES);
                 }
                 x = x.add(SEGMENT * args.rows.stride);
+            }
+            unroll!(p in P => {
+                store_acc::<S, R>(args.acc.add(p * PRODUCT), acc[p]);
+            });
+        }
+    }
+}
+
+/// As [`DirectFloats`], for fp8 under the scales of [`Group`].
+pub(crate) struct DirectScaled<W, const P: usize>(PhantomData<W>);
+
+impl<W: Float, const P: usize> Kernel for DirectScaled<W, P> {
+    const TUNED: bool = true;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let constants = args.constants;
+            let in_chunk = constants.group_segments;
+            let mut acc = [[S::splat(0.0); R]; P];
+            unroll!(p in P => {
+                acc[p] = load_acc::<S, R>(args.acc.add(p * PRODUCT));
+            });
+            let mut x = args.rows.x.cast::<f32>();
+            let mut panel = args.weights;
+            for _ in 0..args.segments / in_chunk {
+                let mut scale = [S::splat(0.0); P];
+                unroll!(p in P => {
+                    let packed = panel.add(p * args.panel_bytes);
+                    let tail = packed.add(in_chunk * (SEGMENT / 2) * W::PAIR_BYTES);
+                    scale[p] = group_scale::<S>(tail, constants.scale);
+                });
+                for _ in 0..in_chunk {
+                    let ahead =
+                        ahead(panel.offset_from_unsigned(args.weights), P, args.panel_bytes);
+                    for k in 0..SEGMENT / 2 {
+                        unroll!(p in P => {
+                            let packed = panel.add(p * args.panel_bytes);
+                            prefetch(packed.wrapping_add(ahead), W::PAIR_BYTES);
+                            let (even, odd) = W::pair::<S>(packed);
+                            let (even, odd) = (S::mul(even, scale[p]), S::mul(odd, scale[p]));
+                            unroll!(r in R => {
+                                let x = x.add(SEGMENT * r + 2 * k);
+                                acc[p][r] = S::fma(even, S::splat(*x), acc[p][r]);
+                                acc[p][r] = S::fma(odd, S::splat(*x.add(1)), acc[p][r]);
+                            });
+                        });
+                        panel = panel.add(W::PAIR_BYTES);
+                    }
+                    x = x.add(SEGMENT * args.rows.stride);
+                }
+                panel = panel.add(Group::<false>::tail_bytes(constants));
             }
             unroll!(p in P => {
                 store_acc::<S, R>(args.acc.add(p * PRODUCT), acc[p]);

@@ -5,6 +5,8 @@
 //! operand, [`codes`] the decoders, [`dispatch`] the choice of kernel. One row, a small batch and a prefill chunk run the
 //! same kernels with more or fewer accumulators.
 
+// AMX alone has rows in tiles.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod activations;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -24,7 +26,9 @@ pub use activations::{Activations, Operands};
 use crate::gang::{Gang, share};
 use crate::pack::{PANEL, PackedMatrix};
 use activations::{BLOCK, padded_rows};
-use dispatch::{ChooseFn, DirectFn, ExpandFn, Tiles};
+#[cfg(target_arch = "x86_64")]
+use dispatch::Tiles;
+use dispatch::{ChooseFn, DirectFn, ExpandFn};
 use kernels::{Args, BATCH, Scratch};
 
 /// Elements of activations that stay in a core's second-level cache while panels pass by.

@@ -10,6 +10,7 @@
 //!   bit 4  : 1 vector;  lane word = OR over j of bit4(c[j]) << j                  (5-bit codes)
 //!   bits 45: 2 vectors; vector h, lane word = OR over i of bits45(c[4h+i]) << 2i   (6-bit codes)
 //!   bytes  : 8 vectors; vector j, lane word = c[j]                                (8-bit codes)
+//! fp8      : 32 x 16 lanes, codes of floats, each converted to f32 by itself
 //! ```
 //! A vector is 64 bytes, 16 lanes x 4 neighbours in k: the operand of an int8 dot or tile. Codes
 //! are unsigned (or indexes of a table of 16); the zero point is subtracted in the integer dot.
@@ -41,6 +42,10 @@ pub(crate) enum Codes {
     Iq4,
     /// Four bits that pick an fp4 e2m1 value, doubled so that it is an integer.
     E2m1,
+    /// fp8 e4m3, none a NaN. Narrower floats are written as the e4m3 of the same number.
+    F8E4m3,
+    /// fp8 e5m2.
+    F8E5m2,
 }
 
 impl Codes {
@@ -50,14 +55,19 @@ impl Codes {
             Codes::Signed4 | Codes::Unsigned4 | Codes::Iq4 | Codes::E2m1 => 4,
             Codes::Signed5 | Codes::Unsigned5 => 5,
             Codes::Signed6 => 6,
-            Codes::Signed8 => 8,
+            Codes::Signed8 | Codes::F8E4m3 | Codes::F8E5m2 => 8,
         }
+    }
+
+    /// Whether codes are floats, which only floats can be multiplied by.
+    pub(crate) fn is_float(self) -> bool {
+        matches!(self, Codes::F8E4m3 | Codes::F8E5m2)
     }
 
     /// What the unsigned codes that kernels multiply are shifted by.
     pub(crate) fn zero(self) -> i32 {
         match self {
-            Codes::Unsigned4 | Codes::Unsigned5 => 0,
+            Codes::Unsigned4 | Codes::Unsigned5 | Codes::F8E4m3 | Codes::F8E5m2 => 0,
             Codes::Signed4 => 8,
             Codes::E2m1 => 12,
             Codes::Signed5 => 16,
@@ -91,7 +101,7 @@ pub(crate) enum Scales {
     Group {
         /// Segments that share a scale.
         segments: usize,
-        /// F32, F16 or BF16.
+        /// F32, F16 or BF16; under fp8 codes also E8M0.
         kind: ScaleType,
         /// Whether an `i8` zero point follows each scale.
         zeros: bool,

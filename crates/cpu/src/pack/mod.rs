@@ -62,11 +62,7 @@ impl PackedMatrix {
     /// or [`BackendError::Weight`] if the tensor's bytes do not fit its shape.
     pub fn pack(tensor: &Tensor, isa: Isa, exact: bool) -> Result<PackedMatrix, BackendError> {
         let (rows, columns) = (tensor.rows(), tensor.columns());
-        let layout = match tensor.format {
-            Format::Float(kind) => Layout::Float(kind),
-            Format::Ggml(kind) => Layout::of_ggml(kind),
-            Format::Scaled(format) => scaled::layout(&format, columns)?,
-        };
+        let layout = layout_of(tensor.format, columns)?;
         let operand = operand(layout, exact);
         let mut kernels = dispatch::kernels(isa, layout, operand);
         if exact {
@@ -161,6 +157,15 @@ impl PackedMatrix {
     }
 }
 
+/// The layout of a format's panels, for rows of `columns`.
+pub(crate) fn layout_of(format: Format, columns: usize) -> Result<Layout, BackendError> {
+    match format {
+        Format::Float(kind) => Ok(Layout::Float(kind)),
+        Format::Ggml(kind) => Ok(Layout::of_ggml(kind)),
+        Format::Scaled(format) => scaled::layout(&format, columns),
+    }
+}
+
 /// From a panel of `bytes` to the next. Panels that are read side by side must not lie a multiple of
 /// 4 KiB apart: they would compete for one place in the first-level cache.
 fn panel_bytes(bytes: usize) -> usize {
@@ -173,7 +178,7 @@ fn panel_bytes(bytes: usize) -> usize {
 /// another expert, and saves no byte of the weights that decoding is bound by.
 fn operand(layout: Layout, exact: bool) -> Operand {
     match layout {
-        Layout::Coded(codes, scales) if !exact => {
+        Layout::Coded(codes, scales) if !exact && !codes.is_float() => {
             Operand::Int8(Offset { zero: codes.zero(), parts: scales.parts() })
         }
         _ => Operand::F32,

@@ -28,13 +28,13 @@ use super::super::Output;
 use super::super::activations::{
     Activations, BLOCK, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, TileScratch,
 };
-use super::super::codes::{Coded, Decoded, unroll};
+use super::super::codes::{Coded, Decoded, Group, Tail, group_scale, unroll};
 use super::super::dispatch::{Tiles, ToTilesFn};
-use super::super::kernels::prefetch;
+use super::super::kernels::{Float, prefetch};
 use super::{TILE_BYTES, WHOLE, release};
 use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
-use crate::pack::layout::Constants;
+use crate::pack::layout::{Constants, SEGMENT};
 use crate::pack::{PANEL, PackedMatrix};
 
 /// Floats of a tile of sums.
@@ -384,9 +384,7 @@ pub(in super::super) unsafe fn to_tiles<C: Coded>(
         let chunk_bytes = in_chunk * C::SEGMENT_BYTES + C::tail_bytes(constants);
         let (mut packed, mut tiles) = (packed, tiles);
         let (mut scales, mut mins) = ([0f32; 16 * PANEL], [0f32; 8 * PANEL]);
-        // The first number's sixteen lanes and the second's, side by side, then lane by lane.
-        let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
-        let order = _mm512_loadu_si512(order.as_ptr().cast());
+        let order = lane_by_lane();
         for _ in 0..segments / in_chunk {
             prefetch(packed.wrapping_add(AHEAD_BYTES), chunk_bytes);
             let tail = packed.add(in_chunk * C::SEGMENT_BYTES);
@@ -411,6 +409,56 @@ pub(in super::super) unsafe fn to_tiles<C: Coded>(
             packed = packed.add(C::tail_bytes(constants));
         }
     }
+}
+
+/// [`to_tiles`] of fp8 under the scales of [`Group`].
+///
+/// # Safety
+/// As [`to_tiles`].
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+pub(in super::super) unsafe fn to_tiles_of_floats<W: Float>(
+    packed: *const u8,
+    segments: usize,
+    constants: &Constants,
+    tiles: *mut u8,
+) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let pairs = constants.group_segments * SEGMENT / 2;
+        let (mut packed, mut tiles) = (packed, tiles);
+        let order = lane_by_lane();
+        for _ in 0..segments / constants.group_segments {
+            let tail = packed.add(pairs * W::PAIR_BYTES);
+            let scale = group_scale::<Avx512>(tail, constants.scale);
+            for _ in 0..pairs {
+                let (even, odd) = W::pair::<Avx512>(packed);
+                let pair = bf16_pairs(_mm512_mul_ps(even, scale), _mm512_mul_ps(odd, scale), order);
+                _mm512_storeu_si512(tiles.cast(), pair);
+                packed = packed.add(W::PAIR_BYTES);
+                tiles = tiles.add(64);
+            }
+            packed = packed.add(Group::<false>::tail_bytes(constants));
+        }
+    }
+}
+
+/// The order that puts the first numbers' sixteen lanes and the second's, side by side, lane by lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn lane_by_lane() -> __m512i {
+    let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * PANEL) as u16);
+    // SAFETY: both are 64 bytes of plain data.
+    unsafe { std::mem::transmute(order) }
+}
+
+/// Two numbers of each lane, rounded and side by side.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn bf16_pairs(first: __m512, second: __m512, order: __m512i) -> __m512i {
+    let both = _mm512_cvtne2ps_pbh(second, first);
+    // SAFETY: both are 64 bytes of plain data.
+    let both = unsafe { std::mem::transmute::<__m512bh, __m512i>(both) };
+    _mm512_permutexvar_epi16(order, both)
 }
 
 /// `(code - zero) * scale + min` of four positions as two vectors of `bf16` pairs.
@@ -438,12 +486,7 @@ fn four_pairs<C: Coded>(
         value(_mm512_and_si512(_mm512_srli_epi32::<16>(codes), byte)),
         value(_mm512_srli_epi32::<24>(codes)),
     ];
-    let pair = |first: __m512, second: __m512| {
-        let both = _mm512_cvtne2ps_pbh(second, first);
-        // SAFETY: both are 64 bytes of plain data.
-        let both = unsafe { std::mem::transmute::<__m512bh, __m512i>(both) };
-        _mm512_permutexvar_epi16(order, both)
-    };
+    let pair = |first, second| bf16_pairs(first, second, order);
     [pair(numbers[0], numbers[1]), pair(numbers[2], numbers[3])]
 }
 
