@@ -25,7 +25,7 @@ How to get the peers, from public packages only:
   llama.cpp   pip download --no-binary :all: --no-deps llama-cpp-python; the sources are in its vendor/llama.cpp, the commit in its CHANGELOG.md.
               Build it with clang >= 16 (built by gcc 12 its AMX prefill crashes, llama.cpp's issue 20824):
               cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_COMPILER=clang-19 -DCMAKE_CXX_COMPILER=clang++-19 -DGGML_NATIVE=OFF
-                    -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF
+                    -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_COMMIT=...
               ninja llama-bench llama-batched-bench llama-completion (and the targets ggml-cpu-VARIANT); DIR is the build's bin/
   OpenVINO    python -m venv V; V/bin/pip install openvino-genai openvino-tokenizers; PYTHON is V/bin/python
 Models: SmolLM2's GGUF, and make_random_gguf.py's.
@@ -58,7 +58,8 @@ def run(args, command, env=None):
     command = [*shlex.split(args.wrap), *map(str, command)]
     start = time.perf_counter()
     try:
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=args.timeout)
+        # What a random model says need not be UTF-8.
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, **(env or {})}, timeout=args.timeout)
     except OSError as error:
         sys.exit(f"{shlex.join(command)}: {error}")
     except subprocess.TimeoutExpired:
@@ -105,7 +106,7 @@ def llama_cpp(args, sizes, model):
     [prefill] = rows
     [decode] = [r for r in rows_at_depth if r["n_gen"] > 0]
     return {
-        "version": f"llama.cpp {prefill['build_commit']} ({prefill['build_number']})",
+        "version": f"llama.cpp {prefill['build_commit']}",
         "prefill": prefill["n_prompt"] / median_ms(prefill) * 1e3,
         "decode": decode["n_gen"] / median_ms(decode) * 1e3,
         "batch8": eight["speed_tg"],
