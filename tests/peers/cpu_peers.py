@@ -32,6 +32,7 @@ Models: SmolLM2's GGUF, and make_random_gguf.py's.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -73,13 +74,15 @@ def lathe(args, sizes, model):
     env = {"LATHE_ISA": args.isa} if args.isa else {}
     common = [model, "--json", "--threads", args.threads]
     version, _ = run(args, [args.lathe, "--version"])
+    binary = hashlib.sha256(pathlib.Path(args.lathe).read_bytes()).hexdigest()
     bench = [args.lathe, "bench", *common, "--repeat", 2]
     steps = ",".join(map(str, STEPS))
     one = json.loads(run(args, [*bench, "--prompt", sizes.prompt, "--generate", sizes.generate, "--step-tokens", steps], env)[0])
     eight = json.loads(run(args, [*bench, "--prompt", sizes.prompt8, "--generate", sizes.generate8, "--batch", 8], env)[0])
     _, seconds = run(args, [args.lathe, "run", *common, "--prompt-ids", "5,6,7", "--max-tokens", 1, "--temperature", 0], env)
     return {
-        "version": version.strip() + (f" ({args.isa})" if args.isa else ""),
+        # The version alone does not tell one build from the next.
+        "version": f"{version.strip()} (binary {binary[:12]}{f', {args.isa}' if args.isa else ''})",
         "prefill": one["prefill_tokens_per_s"],
         "decode": one["decode_tokens_per_s"],
         "batch8": eight["decode_tokens_per_s"],
