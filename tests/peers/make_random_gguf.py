@@ -1,148 +1,187 @@
 """A GGUF with random weights of a public Llama shape, for speed comparisons on equal bytes.
 
-usage: make_random_gguf.py CONFIG_DIR OUT.gguf [--format BF16|Q4_0|Q8_0|Q4_K] [--merges N]
-Every peer of the GGUF world reads it. The blocks of the quantized formats are random codes under scales that
-give the numbers the spread of the bf16 file's; as `llama-quantize` does, Q4_0 and Q4_K have the embedding in Q6_K.
-The vocabulary is invented: the file is for timing, its text means nothing. It is `t0`, `t1`, ..., or with
-`--merges N` byte-level BPE of N merges, which takes a reader as long to build as a real one (Llama 3 has 280147).
+usage: make_random_gguf.py CONFIG_DIR OUT.gguf [bf16|f16|q8_0|q4_0|q4_1|q4_k_m]
+
+The numbers are drawn in the format itself, block by block, so nothing is quantized: a 1B in Q4_0 takes seconds. Which tensor has
+which format is what `llama-quantize` chooses (for Q4_0, Q4_1 and Q4_K_M a tied embedding or the head is Q6_K, or Q8_0
+where rows are not a multiple of 256, and Q4_K_M has Q6_K for half of the values and down projections). The same arguments give the same bytes, whatever the number of cores.
+The vocabulary is invented: the 256 bytes, all pairs of them, and triples; its text means nothing.
 Needs: gguf, numpy.
 """
 
-import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
+import sys
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+FILE_TYPES = {
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
+}
+# Recipes that give all matrices one format.
+WHOLE = {"bf16": Type.BF16, "f16": Type.F16, "q8_0": Type.Q8_0}
+# Standard deviation of the codes that `blocks` draws, by which its scales are divided.
+CODE_DEVIATIONS = {Type.Q8_0: 73.9, Type.Q4_0: 4.61, Type.Q4_1: 4.61, Type.Q4_K: 48 * 4.61, Type.Q6_K: 96 * 18.5}
 
 
-def bf16(rng, rows, columns, scale):
-    """Random normal numbers as bf16 bit patterns, `[rows, columns]` u16."""
-    base = (rng.standard_normal((min(rows, 1024), columns), dtype=np.float32) * scale).view(np.uint32)
-    block = (base >> 16).astype(np.uint16)
+def floats(rng, kind, rows, columns, deviation):
+    """Random normal numbers in bf16 (or those in f16), `[rows, 2 * columns]` bytes."""
+    base = (rng.standard_normal((min(rows, 1024), columns), dtype=np.float32) * np.float32(deviation)).view(np.uint32) & 0xFFFF0000
+    block = (base >> 16).astype(np.uint16) if kind == Type.BF16 else base.view(np.float32).astype(np.float16).view(np.uint16)
     repeats = -(-rows // block.shape[0])
     # Each repeat is rolled by another amount so that no two rows of the matrix are equal.
-    return np.concatenate([np.roll(block, 17 * i + 1, axis=1) for i in range(repeats)])[:rows]
+    return np.concatenate([np.roll(block, 17 * i + 1, axis=1) for i in range(repeats)])[:rows].view(np.uint8)
 
 
-def blocks(rng, kind, rows, columns, scale):
-    """Random blocks of a quantized type, `[rows, bytes of a row]` u8, of numbers with the deviation `scale`."""
-    length, size = gguf.GGML_QUANT_SIZES[kind]
-    data = rng.integers(0, 256, (rows, columns // length, size), dtype=np.uint8)
+def blocks(rng, kind, rows, columns, deviation):
+    """Random blocks of a quantized format: codes uniform, scales such that the weights deviate as asked, `[rows, bytes]`."""
+    block_columns, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if columns % block_columns:
+        sys.exit(f"rows of {columns} are not whole blocks of {kind.name}, which have {block_columns}")
+    count = rows * columns // block_columns
+    words = rng.integers(0, 1 << 64, -(-count * block_bytes // 8), dtype=np.uint64)
+    out = words.view(np.uint8)[: count * block_bytes].reshape(count, block_bytes)
+    scale = np.frombuffer(np.float16(deviation / CODE_DEVIATIONS[kind]).tobytes(), np.uint8)
+    if kind == Type.Q8_0:  # scale, 32 codes
+        out[:, 0:2] = scale
+    elif kind == Type.Q4_0:  # scale, 32 codes less 8
+        out[:, 0:2] = scale
+    elif kind == Type.Q4_1:  # scale, minimum, 32 codes
+        out[:, 0:2] = scale
+        out[:, 2:4] = np.frombuffer(np.float16(-7.5 * deviation / CODE_DEVIATIONS[kind]).tobytes(), np.uint8)
+    elif kind == Type.Q6_K:  # 128 + 64 bytes of codes less 32, 16 scales, a scale of those
+        out[:, 192:208] = (out[:, 192:208] & 63) + 64
+        out[:, 208:210] = scale
+    elif kind == Type.Q4_K:  # scales of the scales and of the minima, 8 of each in 6 bits (32 to 63), 256 codes
+        out[:, 0:2] = scale
+        out[:, 2:4] = np.frombuffer(np.float16(7.5 * deviation / CODE_DEVIATIONS[kind]).tobytes(), np.uint8)
+        # Bytes 0 to 3 and 4 to 7 are the first four scales and minima with the high bits of the last four above them,
+        # and bytes 8 to 11 the low halves of those. A minimum of the same code as its scale puts zero amid the codes.
+        first = (out[:, 4:8] & 31) | 32
+        high = out[:, 8:12] & 0x40 | 0x80
+        low = out[:, 12:16] & 15
+        out[:, 4:8] = out[:, 8:12] = first | high
+        out[:, 12:16] = low | low << 4
+    return out.reshape(rows, -1)
 
-    def half(at, value):
-        data[:, :, at : at + 2] = np.array([value], np.float16).view(np.uint8)
 
-    # Deviations of uniform codes: 16 levels 4.6, 64 levels 18.5, 256 levels 74; sub-scales of six bits have the mean 31.5.
-    types = gguf.GGMLQuantizationType
-    if kind == types.Q4_0:
-        half(0, scale / 4.6)
-    elif kind == types.Q8_0:
-        half(0, scale / 74)
-    elif kind == types.Q4_K:
-        half(0, scale / 250)
-        half(2, scale / 250 * 7.5)
-    elif kind == types.Q6_K:
-        half(208, scale / 74 / 18.5)
-    return data.reshape(rows, -1)
+def more_bits(layer, layers):
+    """Whether llama.cpp's Q4_K_M gives the layer's values and down projection Q6_K (`use_more_bits`)."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def byte_level(merges, tokens):
-    """`tokens` tokens and `merges` merges of byte-level BPE: every token after the bytes is a pair of earlier ones."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = [chr(c) for c in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
-    rng = np.random.default_rng(1)
-    names, pairs = list(alphabet), []
-    seen, merged = set(names), set()
-    while len(names) < tokens:
-        a, b = (names[int(i)] for i in rng.integers(0, min(len(names), 4000), 2))
-        if a + b not in seen and len(a + b) <= 16:
-            seen.add(a + b)
-            names.append(a + b)
-            merged.add((a, b))
-            pairs.append(f"{a} {b}")
-    # The other ways to come by a token, as Llama 3 lists them.
-    for name in names:
-        for at in range(1, len(name)):
-            pair = (name[:at], name[at:])
-            if len(pairs) < merges and pair not in merged and pair[0] in seen and pair[1] in seen:
-                merged.add(pair)
-                pairs.append(" ".join(pair))
-    return names, pairs[:merges]
+def types(recipe, tied):
+    """The format of a matrix by its name, layer and columns."""
+    def choose(name, layer, layers, columns):
+        if recipe in WHOLE:
+            return WHOLE[recipe]
+        if name == ("token_embd" if tied else "output"):
+            return Type.Q6_K if columns % 256 == 0 else Type.Q8_0
+        if recipe in ("q4_0", "q4_1"):
+            return Type[recipe.upper()]
+        return Type.Q6_K if name in ("attn_v", "ffn_down") and more_bits(layer, layers) else Type.Q4_K
+
+    return choose
+
+
+def vocabulary(size, specials):
+    """Tokens, their types and merges: byte-level BPE in which each token but the bytes is one merge; `specials` at the end."""
+    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b if b in keep else 256 + sum(c not in keep for c in range(b))) for b in range(256)]
+    pairs = [(a, b) for a in letters for b in letters]
+    merges = (pairs + [(a + b, c) for a, b in pairs for c in letters[:8]])[: size - specials - 256]
+    tokens = letters + [a + b for a, b in merges]
+    kinds = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * specials
+    tokens += [f"<|special_{i}|>" for i in range(specials)]
+    assert len(tokens) == size, (len(tokens), size)
+    return tokens, kinds, [f"{a} {b}" for a, b in merges]
+
+
+def matrices(config, recipe):
+    """Name, format, rows and columns of each matrix, in the order of the file."""
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
+    queries, keys = (config[k] * head_dim for k in ("num_attention_heads", "num_key_value_heads"))
+    tied = config.get("tie_word_embeddings", False)
+    choose = types(recipe, tied)
+    yield "token_embd.weight", choose("token_embd", 0, layers, hidden), config["vocab_size"], hidden
+    if not tied:
+        yield "output.weight", choose("output", 0, layers, hidden), config["vocab_size"], hidden
+    for i in range(layers):
+        for name, rows, columns in [
+            ("attn_q", queries, hidden), ("attn_k", keys, hidden), ("attn_v", keys, hidden), ("attn_output", hidden, queries),
+            ("ffn_gate", inner, hidden), ("ffn_up", inner, hidden), ("ffn_down", hidden, inner),
+        ]:
+            yield f"blk.{i}.{name}.weight", choose(name, i, layers, columns), rows, columns
+
+
+def draw(seed, kind, rows, columns):
+    rng = np.random.default_rng(seed)
+    make = floats if kind in (Type.BF16, Type.F16) else blocks
+    return make(rng, kind, rows, columns, columns**-0.5)
+
+
+def describe(writer, config, recipe):
+    """What the file says of the model and its tokenizer."""
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    writer.add_name("random")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(config["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(FILE_TYPES[recipe])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    specials = 256
+    tokens, kinds, merges = vocabulary(config["vocab_size"], specials)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(config["vocab_size"] - specials)
+    writer.add_eos_token_id(config["vocab_size"] - specials + 1)
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("config")
-    parser.add_argument("out")
-    parser.add_argument("--format", default="BF16", choices=["BF16", "Q4_0", "Q8_0", "Q4_K"])
-    parser.add_argument("--merges", type=int, default=0)
-    arguments = parser.parse_args()
-    config = json.loads((pathlib.Path(arguments.config) / "config.json").read_text())
-    kind = gguf.GGMLQuantizationType[arguments.format]
-    out = arguments.out
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = config.get("head_dim", hidden // heads)
-    layers, vocabulary = config["num_hidden_layers"], config["vocab_size"]
-    rng = np.random.default_rng(0)
-
-    w = gguf.GGUFWriter(out, "llama")
-    w.add_name("random")
-    w.add_context_length(config["max_position_embeddings"])
-    w.add_embedding_length(hidden)
-    w.add_block_count(layers)
-    w.add_feed_forward_length(inner)
-    w.add_head_count(heads)
-    w.add_head_count_kv(kv_heads)
-    w.add_key_length(head_dim)
-    w.add_value_length(head_dim)
-    w.add_rope_dimension_count(head_dim)
-    w.add_rope_freq_base(config["rope_theta"])
-    w.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    w.add_vocab_size(vocabulary)
-    files = {"BF16": "MOSTLY_BF16", "Q4_0": "MOSTLY_Q4_0", "Q8_0": "MOSTLY_Q8_0", "Q4_K": "MOSTLY_Q4_K_M"}
-    w.add_file_type(gguf.LlamaFileType[files[arguments.format]])
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("default")
-    names, merges = [f"t{i}" for i in range(vocabulary)], ["t 0"]
-    if arguments.merges:
-        names, merges = byte_level(arguments.merges, vocabulary)
-    w.add_token_list(names)
-    w.add_token_types([gguf.TokenType.NORMAL] * vocabulary)
-    w.add_token_merges(merges)
-    w.add_bos_token_id(0)
-    w.add_eos_token_id(1)
-
-    def matrix(name, rows, columns, kind=kind):
-        if kind == gguf.GGMLQuantizationType.BF16:
-            data = bf16(rng, rows, columns, columns**-0.5).view(np.uint8)
-        else:
-            data = blocks(rng, kind, rows, columns, columns**-0.5)
-        w.add_tensor(name, data, raw_dtype=kind)
-
-    def ones(name):
-        w.add_tensor(name, np.ones(hidden, dtype=np.float32))
-
-    embedding = gguf.GGMLQuantizationType.Q6_K if kind.name in ("Q4_0", "Q4_K") else kind
-    matrix("token_embd.weight", vocabulary, hidden, embedding)
-    if not config.get("tie_word_embeddings"):
-        matrix("output.weight", vocabulary, hidden)
-    ones("output_norm.weight")
-    for i in range(layers):
-        ones(f"blk.{i}.attn_norm.weight")
-        ones(f"blk.{i}.ffn_norm.weight")
-        matrix(f"blk.{i}.attn_q.weight", heads * head_dim, hidden)
-        matrix(f"blk.{i}.attn_k.weight", kv_heads * head_dim, hidden)
-        matrix(f"blk.{i}.attn_v.weight", kv_heads * head_dim, hidden)
-        matrix(f"blk.{i}.attn_output.weight", hidden, heads * head_dim)
-        matrix(f"blk.{i}.ffn_gate.weight", inner, hidden)
-        matrix(f"blk.{i}.ffn_up.weight", inner, hidden)
-        matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file(progress=False)
-    w.close()
+    if len(sys.argv) not in (3, 4) or (sys.argv[3:] or ["bf16"])[0] not in FILE_TYPES:
+        sys.exit(__doc__)
+    config = json.loads((pathlib.Path(sys.argv[1]) / "config.json").read_text())
+    out, recipe = pathlib.Path(sys.argv[2]), (sys.argv[3:] or ["bf16"])[0]
+    partial = out.with_name(out.name + ".part")
+    writer = gguf.GGUFWriter(partial, "llama")
+    describe(writer, config, recipe)
+    ones = np.ones(config["hidden_size"], dtype=np.float32)
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        drawn = [(name, kind, pool.submit(draw, seed, kind, rows, columns))
+                 for seed, (name, kind, rows, columns) in enumerate(matrices(config, recipe))]
+        for name, kind, data in drawn:
+            writer.add_tensor(name, data.result(), raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", ones)
+    for i in range(config["num_hidden_layers"]):
+        writer.add_tensor(f"blk.{i}.attn_norm.weight", ones)
+        writer.add_tensor(f"blk.{i}.ffn_norm.weight", ones)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file(progress=False)
+    writer.close()
+    os.replace(partial, out)
 
 
 if __name__ == "__main__":
