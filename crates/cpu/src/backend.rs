@@ -121,29 +121,7 @@ fn state(
     let angles =
         program.ropes.iter().map(|r| Angles::new(r, rows_max)).collect::<Result<_, _>>()?;
     let (choices, router) = choices(program, rows_max);
-    let mut groups = GroupScratch::default();
-    let mut activations = Activations::new();
-    // A little error may send a token to another expert, which is a large one.
-    activations.set_tile_parts(if program.routings > 0 { 2 } else { 1 });
-    for stage in stages {
-        match stage {
-            Stage::Linear(linear) => {
-                activations.reserve(&gang, linear.operands, rows_max, linear.columns);
-            }
-            Stage::Logits(logits) => {
-                activations.reserve(&gang, logits.operands, rows_max, logits.matrix.columns());
-            }
-            Stage::Route(route) => {
-                activations.reserve(&gang, route.operands, rows_max, route.input.width());
-            }
-            Stage::Experts(experts) => {
-                groups.reserve(experts, rows_max, choices[experts.routing].per_row);
-                activations.reserve(&gang, experts.operands, rows_max, experts.input.width());
-                activations.reserve(&gang, experts.down_operands, rows_max, experts.spec.hidden);
-            }
-            _ => {}
-        }
-    }
+    let (activations, groups) = scratch(program, stages, &gang, &choices, rows_max);
     let capture_widths = program.capture_widths();
     Ok(State {
         width,
@@ -167,6 +145,35 @@ fn state(
         pages: Vec::new(),
         profile: Profile::from_environment(),
     })
+}
+
+/// Room for the inputs of products, and for grouping rows by expert.
+fn scratch(
+    program: &Program,
+    stages: &[Stage],
+    gang: &Gang,
+    choices: &[Choice],
+    rows_max: usize,
+) -> (Activations, GroupScratch) {
+    let mut groups = GroupScratch::default();
+    let mut activations = Activations::new();
+    // A little error may send a token to another expert, which is a large one.
+    activations.set_tile_parts(if program.routings > 0 { 2 } else { 1 });
+    let mut reserve = |operands, columns| activations.reserve(gang, operands, rows_max, columns);
+    for stage in stages {
+        match stage {
+            Stage::Linear(linear) => reserve(linear.operands, linear.columns),
+            Stage::Logits(logits) => reserve(logits.operands, logits.matrix.columns()),
+            Stage::Route(route) => reserve(route.operands, route.input.width()),
+            Stage::Experts(experts) => {
+                groups.reserve(experts, rows_max, choices[experts.routing].per_row);
+                reserve(experts.operands, experts.input.width());
+                reserve(experts.down_operands, experts.spec.hidden);
+            }
+            _ => {}
+        }
+    }
+    (activations, groups)
 }
 
 fn makes_logits(stage: &Stage) -> bool {

@@ -263,12 +263,11 @@ impl State {
             Stage::Route(route) => self.route(route, count),
             Stage::Experts(experts) => {
                 let choice = &self.choices[experts.routing];
+                let scratch = (&mut self.activations, &mut self.groups);
                 // SAFETY: see above.
                 unsafe {
-                    let place = (width, &self.gang);
-                    let scratch = (&mut self.activations, &mut self.groups);
-                    experts.run(place, &self.prefill[..count], choice, scratch);
-                }
+                    experts.run((width, &self.gang), &self.prefill[..count], choice, scratch)
+                };
             }
             Stage::AllReduce { input, out } => {
                 copy(*input, 0, *out, count);

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use support::{lathe, run_error, run_json};
 
-const FORMATS: [&str; 6] = ["f32", "f16", "bf16", "fp8", "int8", "int4"];
+const FORMATS: [&str; 7] = ["f32", "f16", "bf16", "int16", "fp8", "int8", "int4"];
 
 fn command(home: &tempfile::TempDir, words: &[&str]) -> Command {
     let mut command = lathe(home.path());
@@ -57,7 +57,8 @@ fn every_format_runs_on_both_devices() {
             continue;
         }
         assert_eq!(bytes[0], 2 * bytes[1], "f16 is half of f32: {bytes:?}");
-        assert!(bytes[1] == bytes[2] && bytes[2] > bytes[4] && bytes[4] > bytes[5], "{bytes:?}");
+        assert!(bytes[1] == bytes[2] && bytes[2] < bytes[3] && bytes[3] < bytes[0], "{bytes:?}");
+        assert!(bytes[2] > bytes[5] && bytes[5] > bytes[6], "{bytes:?}");
     }
 }
 
@@ -72,7 +73,7 @@ fn inspect_tells_what_each_format_takes() {
     let names: Vec<&str> = all.iter().filter_map(|cost| cost["format"].as_str()).collect();
     assert_eq!(names, FORMATS);
     let number = |cost: &Value, field: &str| cost[field].as_u64().expect("a number");
-    let spec = &all[4];
+    let spec = &all[5];
     assert_eq!(report["kv_bytes_per_token"], spec["bytes_per_token"]);
     assert_eq!(report["memory"]["largest_batch"], spec["largest_batch"]);
     for cost in all {

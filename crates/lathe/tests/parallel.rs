@@ -182,8 +182,8 @@ fn check(name: &str, ranks: usize) {
     }
     for format in formats() {
         // What is rounded on the way (activations, the cache) may go the other way once sums are
-        // added in another order: to 8 bits of bf16 activations where the machine has them.
-        for (exact, tolerance) in [(true, 1e-4), (false, 2e-2)] {
+        // added in another order.
+        for (exact, tolerance) in [(true, 1e-4), (false, 2e-3)] {
             for experts in &splits {
                 let options = ShardOptions { experts: *experts, ..ShardOptions::new(ranks) };
                 let what = format!("{name} over {ranks}, {experts:?}, {format}, exact {exact}");

@@ -176,8 +176,10 @@ impl LatentSpec {
     /// rows) costs no more than the absorbed one, however many positions they see; `None` if it
     /// never pays. FLOPs of a head for `r` rows that see `v` positions each:
     ///
-    ///     absorbed   2 r v (2 rank + rope)           + 2 r rank (nope + value)
-    ///     expanded   2 r v (nope + rope + value)     + 2 v rank (nope + value)
+    /// ```text
+    /// absorbed   2 r v (2 rank + rope)           + 2 r rank (nope + value)
+    /// expanded   2 r v (nope + rope + value)     + 2 v rank (nope + value)
+    /// ```
     ///
     /// For `v = r` the last terms are equal; for large `v` the forms meet where
     /// `r (2 rank - nope - value) = rank (nope + value)`. Both read the same bytes of cache and

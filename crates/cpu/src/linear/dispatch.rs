@@ -147,15 +147,21 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     }
 }
 
-fn floats(tile: ChooseFn) -> Kernels {
-    Kernels { direct: None, direct_rows: 0, expand: None, tile, tiles: Tiles::None }
+fn floats<T: Target, W: Float>() -> Kernels {
+    Kernels {
+        direct: if T::DIRECT_ROWS > 0 { Some(direct_floats_of::<T, W>) } else { None },
+        direct_rows: T::DIRECT_ROWS,
+        expand: None,
+        tile: rows_of::<T, Widened<W>>,
+        tiles: Tiles::None,
+    }
 }
 
 fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
     let (codes, scales) = match layout {
-        Layout::Float(FloatType::F32) => return floats(rows_of::<T, Widened<Single>>),
-        Layout::Float(FloatType::F16) => return floats(rows_of::<T, Widened<HalfFloat>>),
-        Layout::Float(FloatType::BF16) => return floats(rows_of::<T, Widened<Brain>>),
+        Layout::Float(FloatType::F32) => return floats::<T, Single>(),
+        Layout::Float(FloatType::F16) => return floats::<T, HalfFloat>(),
+        Layout::Float(FloatType::BF16) => return floats::<T, Brain>(),
         Layout::Coded(codes, scales) => (codes, scales),
     };
     let zeros = matches!(scales, Scales::Group { zeros: true, .. });
@@ -225,15 +231,23 @@ fn tile<T: Target>(bits: u32, parts: usize, min: bool) -> ChooseFn {
     }
 }
 
-fn direct_rows_of<T: Target, C: Coded>(rows: usize, panels: usize) -> (RunFn, usize, usize) {
-    match (rows, panels) {
-        (4.., _) if T::DIRECT_ROWS >= 4 => (T::run::<Direct<C, 1>, 4>(), 4, 1),
-        (2.., 2..) => (T::run::<Direct<C, 2>, 2>(), 2, 2),
-        (2.., _) => (T::run::<Direct<C, 1>, 2>(), 2, 1),
-        (_, 4..) => (T::run::<Direct<C, 4>, 1>(), 1, 4),
-        _ => (T::run::<Direct<C, 1>, 1>(), 1, 1),
-    }
+/// The instance of a kernel whose type depends on how many panels it takes.
+macro_rules! choose_direct {
+    ($name:ident, $bound:ident, $kernel:ident) => {
+        fn $name<T: Target, C: $bound>(rows: usize, panels: usize) -> (RunFn, usize, usize) {
+            match (rows, panels) {
+                (4.., _) if T::DIRECT_ROWS >= 4 => (T::run::<$kernel<C, 1>, 4>(), 4, 1),
+                (2.., 2..) => (T::run::<$kernel<C, 2>, 2>(), 2, 2),
+                (2.., _) => (T::run::<$kernel<C, 1>, 2>(), 2, 1),
+                (_, 4..) => (T::run::<$kernel<C, 4>, 1>(), 1, 4),
+                _ => (T::run::<$kernel<C, 1>, 1>(), 1, 1),
+            }
+        }
+    };
 }
+
+choose_direct!(direct_rows_of, Coded, Direct);
+choose_direct!(direct_floats_of, Float, DirectFloats);
 
 /// The instance for the most rows that `left`, the registers and the kernel allow. Only default
 /// kernels are instantiated for many numbers of rows: each instance costs seconds of building.

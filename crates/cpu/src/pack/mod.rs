@@ -22,7 +22,7 @@ use lathe_tensor::{FloatType, Format, GlobalScale, ScaleType, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
-use crate::linear::dispatch::{self, Kernels};
+use crate::linear::dispatch::{self, Kernels, Tiles};
 pub(crate) use ggml::table;
 use layout::{Constants, Layout, Offset, Operand, SEGMENT};
 use memory::{AlignedBytes, weight_memory};
@@ -62,8 +62,13 @@ impl PackedMatrix {
             Format::Scaled(format) => scaled::layout(&format, columns)?,
         };
         let operand = operand(layout, exact);
+        let mut kernels = dispatch::kernels(isa, layout, operand);
+        if exact {
+            kernels.tiles = Tiles::None;
+        }
         let chunks = columns.div_ceil(layout.chunk_segments() * SEGMENT);
-        let panel_bytes = chunks * layout.chunk_bytes();
+        let filled = chunks * layout.chunk_bytes();
+        let panel_bytes = panel_bytes(filled);
         let bytes = rows.div_ceil(PANEL) * panel_bytes;
         let (memory, offset) = weight_memory(bytes)?;
         if bytes > 0 {
@@ -73,7 +78,7 @@ impl PackedMatrix {
             };
             out.par_chunks_mut(panel_bytes).enumerate().for_each(|(panel, out)| {
                 let first = panel * PANEL;
-                fill_panel(tensor, layout, first..rows.min(first + PANEL), out);
+                fill_panel(tensor, layout, first..rows.min(first + PANEL), &mut out[..filled]);
             });
         }
         Ok(PackedMatrix {
@@ -81,7 +86,7 @@ impl PackedMatrix {
             columns,
             layout,
             operand,
-            kernels: dispatch::kernels(isa, layout, operand),
+            kernels,
             constants: constants(tensor, layout)?,
             chunks,
             memory,
@@ -99,7 +104,7 @@ impl PackedMatrix {
         self.columns
     }
 
-    /// Bytes that one pass over the matrix reads.
+    /// Bytes that the matrix takes.
     pub fn bytes(&self) -> usize {
         self.panels() * self.panel_bytes()
     }
@@ -119,8 +124,9 @@ impl PackedMatrix {
         self.rows.div_ceil(PANEL)
     }
 
+    /// From a panel to the next.
     pub(crate) fn panel_bytes(&self) -> usize {
-        self.chunks * self.layout.chunk_bytes()
+        panel_bytes(self.chunks * self.layout.chunk_bytes())
     }
 
     /// Segments of 32 positions along a row, padding included.
@@ -146,6 +152,13 @@ impl PackedMatrix {
 /// Floats meet activations as they are: rounding those to `bf16`, for the sake of the machines'
 /// dots of `bf16`, moves logits of tiny models by 0.01 to 0.2, by 4 where it sends a token to
 /// another expert, and saves no byte of the weights that decoding is bound by.
+/// From a panel of `bytes` to the next. Panels that are read side by side must not lie a multiple of
+/// 4 KiB apart: they would compete for one place in the first-level cache.
+fn panel_bytes(bytes: usize) -> usize {
+    const GAP: usize = 192;
+    if bytes > 0 && bytes.is_multiple_of(4096) { bytes + GAP } else { bytes }
+}
+
 fn operand(layout: Layout, exact: bool) -> Operand {
     match layout {
         Layout::Coded(codes, scales) if !exact => {
