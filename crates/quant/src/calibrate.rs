@@ -94,7 +94,13 @@ pub fn run(
 
 /// One sequence, with `stride` pages of the pool for each group. Windows keep all their pages: more
 /// memory than serving takes, for the same numbers.
-fn step_of(program: &Program, tokens: &[u32], cached: usize, expanded: usize, stride: u32) -> Step {
+pub(crate) fn step_of(
+    program: &Program,
+    tokens: &[u32],
+    cached: usize,
+    expanded: usize,
+    stride: u32,
+) -> Step {
     let (rows, end) = (tokens.len(), cached + tokens.len());
     let pages = end.div_ceil(program.kv.block_tokens) as u32;
     let tables = (0..program.kv.groups.len() as u32)

@@ -375,3 +375,6 @@ impl Replacement for Job<'_> {
         Ok(Tensor::new(shape, format, Bytes::new(codec::quantize(format, &values)))?)
     }
 }
+
+#[cfg(test)]
+mod tests;

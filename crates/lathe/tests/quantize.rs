@@ -1,0 +1,84 @@
+//! `lathe quantize`: what it writes opens in the other commands, and what cannot be is refused
+//! with the tensor's name before anything is written.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use support::{lathe, run_error, run_json};
+
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny/llama");
+
+fn command(home: &Path, words: &[&str]) -> Command {
+    let mut command = lathe(home);
+    command.args(words).stdin(Stdio::null());
+    command
+}
+
+#[test]
+fn what_is_written_opens_and_is_near_the_model() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let tokens = path("tokens.json");
+    let ids: Vec<String> = (0..200).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let scored = path("scored.json");
+    std::fs::write(&scored, format!("[{}]", ids[..60].join(","))).expect("writes");
+    let score = |model: &str| {
+        let words = ["score", model, "--tokens", &scored, "--json", "--exact"];
+        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+    };
+    let expected = score(MODEL);
+    for method in ["rtn", "clip", "gptq", "awq", "awq+gptq"] {
+        let out = path(method);
+        let words = ["quantize", MODEL, &out, "--format", "w8a16", "--method"];
+        let words = [&words[..], &[method, "--calibration", &tokens, "--json"]].concat();
+        let report = run_json(&mut command(home.path(), &words));
+        assert_eq!(report["format"], "int8-channel-bf16");
+        assert_eq!(report["calibration_tokens"], 200);
+        let found = score(&out);
+        assert!((found - expected).abs() < 0.02, "{method}: {found} {expected}");
+        let folder = Path::new(&out);
+        let recipe = folder.join("recipe.toml");
+        assert!(folder.join("provenance.json").is_file() && recipe.is_file());
+        let config = std::fs::read_to_string(folder.join("config.json")).expect("reads");
+        assert!(config.contains("pack-quantized") && !config.contains("provenance"));
+        // The recorded recipe is a recipe, and gives the same files.
+        let again = path(&format!("{method}-again"));
+        let recipe = recipe.display().to_string();
+        let words = ["quantize", MODEL, &again, "--recipe", &recipe, "--calibration", &tokens];
+        run_json(&mut command(home.path(), &[&words[..], &["--json"]].concat()));
+        let weights = |folder: &str| {
+            std::fs::read(Path::new(folder).join("model.safetensors")).expect("reads")
+        };
+        assert!(weights(&out) == weights(&again), "{method}: another result from its recipe");
+    }
+}
+
+#[test]
+fn what_cannot_be_is_refused_and_leaves_nothing() {
+    let home = tempfile::tempdir().expect("a folder");
+    let out = home.path().join("out").display().to_string();
+    let gguf = home.path().join("out.gguf").display().to_string();
+    let recipe = home.path().join("bad.toml");
+    std::fs::write(&recipe, "format = \"w8a16\"\nfromat = 3\n").expect("writes");
+    let recipe = recipe.display().to_string();
+    let cases: [(&[&str], [&str; 2]); 8] = [
+        (&[&out, "--format", "w4a16"], ["layers.0.attention.query", "128"]),
+        (&[&out, "--format", "w4a16", "--group", "32"], ["layers.0.ffn.down", "48"]),
+        (&[&out, "--format", "q8_0"], ["q8_0", ".gguf"]),
+        (&[&gguf, "--format", "w8a16"], ["int8-channel-bf16", "GGUF"]),
+        (&[&out, "--format", "nvfp4"], ["cannot be written", "int4"]),
+        (&[&out, "--format", "w8a16", "--method", "gptq"], ["--calibration", ""]),
+        (&[&out, "--format", "w8a16", "--method", "magic"], ["magic", "gptq"]),
+        (&[&out, "--recipe", &recipe], ["bad.toml", "fromat"]),
+    ];
+    for (words, expected) in cases {
+        let words = [&["quantize", MODEL], words].concat();
+        let reason = run_error(&mut command(home.path(), &words), 2);
+        assert!(expected.iter().all(|it| reason.contains(it)), "{words:?}: {reason}");
+    }
+    assert!(!Path::new(&out).exists() && !Path::new(&gguf).exists());
+    assert!(!home.path().join("out.partial").exists());
+}
