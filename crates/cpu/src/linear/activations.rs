@@ -7,6 +7,7 @@
 //! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
 //! codes: segment = 32 positions, 32 high and 32 low bytes a row; with f32 scale, sum * scale, -zero * sum
 //! f32  : segment = 32 positions, 128 bytes a row
+//! tiles: segment = 32 positions, 64 bytes of bf16 a row; prefill rows alone, and 1 KB between blocks
 //! ```
 //! A code has two signed bytes: the scale is `max|x| / 16256` over the segment, the code
 //! `round(x * 16256 / max|x|)`, ties to even, is `128 * high + low` with `high` in -127..=127 and
