@@ -56,6 +56,28 @@ fn what_is_written_opens_and_is_near_the_model() {
     }
 }
 
+/// Groups of 16 have no kernels on the CPU: who says that the reference is to run them gets them.
+#[test]
+fn groups_that_only_the_reference_runs_are_written_for_it() {
+    let home = tempfile::tempdir().expect("a folder");
+    let out = home.path().join("out").display().to_string();
+    let words = ["quantize", MODEL, &out, "--format", "w4a16", "--group", "16"];
+    let report = run_json(&mut command(
+        home.path(),
+        &[&words[..], &["--device", "reference", "--json"]].concat(),
+    ));
+    assert_eq!(report["format"], "int4-g16-bf16");
+    let tokens = home.path().join("tokens.json");
+    std::fs::write(&tokens, "[1, 5, 9, 33, 2]").expect("writes");
+    let tokens = tokens.display().to_string();
+    let words = ["score", &out, "--tokens", &tokens, "--json"];
+    let found =
+        run_json(&mut command(home.path(), &[&words[..], &["--device", "reference"]].concat()));
+    assert!(found["mean_nll"].as_f64().is_some_and(f64::is_finite), "{found}");
+    let reason = run_error(&mut command(home.path(), &words), 1);
+    assert!(reason.contains("groups of this size"), "{reason}");
+}
+
 #[test]
 fn what_cannot_be_is_refused_and_leaves_nothing() {
     let home = tempfile::tempdir().expect("a folder");
@@ -64,9 +86,13 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     let recipe = home.path().join("bad.toml");
     std::fs::write(&recipe, "format = \"w8a16\"\nfromat = 3\n").expect("writes");
     let recipe = recipe.display().to_string();
-    let cases: [(&[&str], [&str; 2]); 8] = [
+    let cases: [(&[&str], [&str; 2]); 9] = [
         (&[&out, "--format", "w4a16"], ["layers.0.attention.query", "128"]),
         (&[&out, "--format", "w4a16", "--group", "32"], ["layers.0.ffn.down", "48"]),
+        (
+            &[&out, "--format", "w4a16", "--group", "16"],
+            ["groups of this size", "--device reference"],
+        ),
         (&[&out, "--format", "q8_0"], ["q8_0", ".gguf"]),
         (&[&gguf, "--format", "w8a16"], ["int8-channel-bf16", "GGUF"]),
         (&[&out, "--format", "nvfp4"], ["cannot be written", "int4"]),

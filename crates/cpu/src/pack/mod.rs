@@ -47,6 +47,15 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
+    /// Whether there are kernels for rows of `columns` numbers in `format`: what [`Self::pack`] asks
+    /// of a tensor, for those who have none yet.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`], which names what has no kernel.
+    pub fn check(format: Format, columns: usize) -> Result<(), BackendError> {
+        layout_of(format, columns).map(drop)
+    }
+
     /// Lays `tensor` out as a matrix of `[product of the leading dimensions, last dimension]`, in
     /// parallel on rayon's pool. `exact` chooses kernels that neither round activations nor
     /// accumulate in anything but `f32`.
@@ -56,11 +65,7 @@ impl PackedMatrix {
     /// or [`BackendError::Weight`] if the tensor's bytes do not fit its shape.
     pub fn pack(tensor: &Tensor, isa: Isa, exact: bool) -> Result<PackedMatrix, BackendError> {
         let (rows, columns) = (tensor.rows(), tensor.columns());
-        let layout = match tensor.format {
-            Format::Float(kind) => Layout::Float(kind),
-            Format::Ggml(kind) => Layout::of_ggml(kind),
-            Format::Scaled(format) => scaled::layout(&format, columns)?,
-        };
+        let layout = layout_of(tensor.format, columns)?;
         let operand = operand(layout, exact);
         let mut kernels = dispatch::kernels(isa, layout, operand);
         if exact {
@@ -183,6 +188,14 @@ fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError>
         _ => {}
     }
     Ok(constants)
+}
+
+fn layout_of(format: Format, columns: usize) -> Result<Layout, BackendError> {
+    match format {
+        Format::Float(kind) => Ok(Layout::Float(kind)),
+        Format::Ggml(kind) => Ok(Layout::of_ggml(kind)),
+        Format::Scaled(format) => scaled::layout(&format, columns),
+    }
 }
 
 /// What every scale of the tensor is multiplied by.

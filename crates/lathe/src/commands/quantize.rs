@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error};
 use clap::Args;
+use lathe_cpu::pack::PackedMatrix;
 use lathe_model::export::{ExportError, GgufOptions, PackedLayout, to_gguf_replacing, to_packed};
 use lathe_model::weights::ModelWeights;
 use lathe_program::{BackendError, ExecutorOptions, Program};
@@ -93,6 +94,7 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         false => Some(PackedLayout::new(model, &weights).bad_input()?),
     };
     check_targets(&program, &recipe, layout.as_ref())?;
+    check_device(global.device, &program, &recipe)?;
     let calibration = calibration(global, arguments, &opened, &program, &weights, &recipe)?;
 
     let mut meter = Meter::new("quantizing");
@@ -167,6 +169,22 @@ fn check_targets(
             program.weight(*weight).name
         ))),
     }
+}
+
+/// Refuses what the device could not run afterwards; the reference runs every format.
+fn check_device(device: Device, program: &Program, recipe: &Recipe) -> Result<(), Error> {
+    if device == Device::Reference {
+        return Ok(());
+    }
+    for weight in job::targets(program, recipe).bad_input()?.keys() {
+        let decl = program.weight(*weight);
+        let columns = decl.shape.last().copied().unwrap_or(1);
+        PackedMatrix::check(recipe.format, columns).bad_input_in(format!(
+            "tensor {} could only be run, and quantized, with --device reference",
+            decl.name
+        ))?;
+    }
+    Ok(())
 }
 
 /// Runs the calibration text, if the recipe needs it.
