@@ -56,6 +56,28 @@ fn what_is_written_opens_and_is_near_the_model() {
     }
 }
 
+/// A rotation makes embedding and head two matrices, which were one here: other readers are told.
+#[test]
+fn a_rotated_model_with_a_tied_head_is_the_same_model() {
+    let home = tempfile::tempdir().expect("a folder");
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny/llama-tied");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (out, tokens, recipe) = (path("out"), path("tokens.json"), path("recipe.toml"));
+    std::fs::write(&tokens, "[1, 5, 9, 33, 2, 40, 17, 3, 3, 8]").expect("writes");
+    let text = "format = \"int8-channel-f32\"\n[[technique]]\nuse = \"rotate\"\n[[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    run_json(&mut command(home.path(), &["quantize", model, &out, "--recipe", &recipe, "--json"]));
+    let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
+    let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    assert_eq!(config["tie_word_embeddings"], false);
+    let score = |model: &str| {
+        let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
+        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+    };
+    let (found, expected) = (score(&out), score(model));
+    assert!((found - expected).abs() < 0.02, "{found} {expected}");
+}
+
 /// Groups of 16 have no kernels on the CPU: who says that the reference is to run them gets them.
 #[test]
 fn groups_that_only_the_reference_runs_are_written_for_it() {

@@ -1,108 +1,135 @@
-//! Calibration: runs the served program on some text and keeps [`Statistics`] of what its linear
-//! layers read.
+//! Calibration: runs the served program, one layer at a time, and keeps [`Statistics`] of what its
+//! linear layers read.
 //!
-//! Memory is one triangle of `width^2 / 2` numbers a linear group, however much text there is. The
-//! whole program is watched at once; layer by layer is for models whose triangles do not fit.
+//! A layer is a [`Section`] whose table is the stream that the layers before it made, so that memory
+//! is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's size, and any
+//! backend will do. Each window of the text begins with an empty cache.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use lathe_program::{
-    BlockTable, Executor, ExecutorOptions, ObservedInput, Observer, Op, Program, Step, StepSequence,
+    Backend, BackendError, BlockTable, Executor, ExecutorOptions, KvFormat, Program, Step,
+    StepSequence, Value, Weight, WeightSource,
 };
+use lathe_tensor::Tensor;
 
 use crate::error::QuantError;
+use crate::section::Section;
 use crate::statistics::Statistics;
 
-/// What calibration saw, by the index of the linear op.
-#[derive(Debug, Clone, Default)]
-pub struct Calibration {
-    statistics: BTreeMap<usize, Statistics>,
-    /// Tokens that ran.
-    pub tokens: usize,
+/// What calibration runs, and where.
+#[derive(Clone, Copy)]
+pub struct Calibration<'a> {
+    /// Runs the layers.
+    pub backend: &'a dyn Backend,
+    /// The text.
+    pub tokens: &'a [u32],
+    /// Tokens that see one another.
+    pub window: usize,
+    /// Worker threads of the backend; `None` means every core.
+    pub threads: Option<usize>,
+    /// As in [`ExecutorOptions::exact`].
+    pub exact: bool,
+    /// The cache's format; `f32` if the caller does not say.
+    pub kv_format: Option<KvFormat>,
 }
 
-impl Calibration {
-    /// Of the inputs of op `index`.
-    pub fn of(&self, index: usize) -> Option<&Statistics> {
-        self.statistics.get(&index)
+/// The stream between two layers: `[tokens, width]`.
+pub(crate) struct Stream {
+    pub width: usize,
+    pub values: Vec<f32>,
+}
+
+impl Stream {
+    fn table(&self) -> Tensor {
+        Tensor::from_f32(&[self.values.len() / self.width.max(1), self.width], &self.values)
     }
 }
 
-/// Adds up the inputs of linear ops.
-struct Collector<'a> {
-    statistics: &'a mut BTreeMap<usize, Statistics>,
+/// The weights of a section: the table of inputs, and what the job makes of the others.
+struct SectionWeights(Vec<Tensor>);
+
+impl WeightSource for SectionWeights {
+    fn tensor(&self, weight: Weight) -> Result<Tensor, BackendError> {
+        Ok(self.0[weight.0 as usize].clone())
+    }
 }
 
-impl Observer for Collector<'_> {
-    fn op(&mut self, index: usize, _: &Op, inputs: &[ObservedInput<'_>]) {
-        if let (Some(statistics), [input]) = (self.statistics.get_mut(&index), inputs) {
-            statistics.add(input.data);
+impl Calibration<'_> {
+    /// Refuses tokens that `program` does not know.
+    ///
+    /// # Errors
+    /// If there are none, or one is outside the vocabulary.
+    pub(crate) fn check(&self, program: &Program) -> Result<(), QuantError> {
+        if self.tokens.is_empty() {
+            return Err(QuantError::Calibration("there are no tokens".to_owned()));
+        }
+        match self.tokens.iter().find(|token| **token as usize >= program.vocabulary) {
+            None => Ok(()),
+            Some(token) => Err(QuantError::Calibration(format!(
+                "token {token}, the vocabulary has {}",
+                program.vocabulary
+            ))),
         }
     }
-}
 
-/// Pages of the cache that [`run`] needs for windows of `window` tokens.
-pub fn pages(program: &Program, window: usize) -> usize {
-    program.kv.groups.len() * window.div_ceil(program.kv.block_tokens)
-}
-
-/// Runs `tokens` in windows of `window`, each from an empty cache, and watches the linear ops for
-/// which `wanted` says so. `progress` hears how many tokens are done.
-///
-/// # Errors
-/// If a token is not of the vocabulary, there are none, or the executor fails (or cannot be
-/// watched).
-pub fn run(
-    executor: &mut dyn Executor,
-    options: &ExecutorOptions,
-    tokens: &[u32],
-    window: usize,
-    wanted: impl Fn(usize) -> bool,
-    progress: &mut dyn FnMut(usize),
-) -> Result<Calibration, QuantError> {
-    let program = executor.program().clone();
-    if tokens.is_empty() {
-        return Err(QuantError::Calibration("there are no tokens".to_owned()));
-    }
-    if let Some(token) = tokens.iter().find(|token| **token as usize >= program.vocabulary) {
-        return Err(QuantError::Calibration(format!(
-            "token {token}, the vocabulary has {}",
-            program.vocabulary
-        )));
-    }
-    let mut calibration = Calibration::default();
-    for (index, op) in program.ops.iter().enumerate() {
-        if let (Op::Linear { input, .. }, true) = (op, wanted(index)) {
-            let width = program.value_width(*input);
-            calibration.statistics.insert(index, Statistics::new(width));
-        }
-    }
-    for text in tokens.chunks(window.max(1)) {
-        for (chunk, rows) in text.chunks(options.rows_max.max(1)).enumerate() {
-            let cached = chunk * options.rows_max.max(1);
+    /// Runs `section` on all windows and hands `seen` what each tap and router of it made, window
+    /// after window. `weight` has the weights, `stream` what the section reads (nothing, if it
+    /// begins with the tokens themselves).
+    ///
+    /// # Errors
+    /// If a weight cannot be had or the backend fails.
+    pub(crate) fn run(
+        &self,
+        section: &Section,
+        stream: Option<&Stream>,
+        weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
+        seen: &mut dyn FnMut(&mut dyn Executor, &[&[f32]]) -> Result<(), QuantError>,
+    ) -> Result<(), QuantError> {
+        let program = Arc::new(section.program.clone());
+        let one = |origin: &Option<Weight>| match (origin, stream) {
+            (Some(origin), _) => weight(*origin),
+            (None, Some(stream)) => Ok(stream.table()),
+            (None, None) => unreachable!("a section with a table has inputs"),
+        };
+        let weights = SectionWeights(section.weights.iter().map(one).collect::<Result<_, _>>()?);
+        let window = self.window.clamp(1, program.context_max);
+        let stride = window.div_ceil(program.kv.block_tokens);
+        let options = ExecutorOptions {
+            kv_blocks: (program.kv.groups.len() * stride).max(1),
+            kv_format: Some(self.kv_format.unwrap_or(KvFormat::F32)),
+            rows_max: window,
+            threads: self.threads,
+            exact: self.exact,
+        };
+        let mut executor = self.backend.prepare(Arc::clone(&program), &weights, &options)?;
+        drop(weights);
+        for (index, text) in self.tokens.chunks(window).enumerate() {
+            let first = (index * window) as u32;
+            let rows: Vec<u32> = match stream {
+                Some(_) => (first..first + text.len() as u32).collect(),
+                None => text.to_vec(),
+            };
             let expanded = executor.expanded_until(text.len());
-            let stride = window.div_ceil(program.kv.block_tokens);
-            let step = step_of(&program, rows, cached, expanded, stride as u32);
-            let mut collector = Collector { statistics: &mut calibration.statistics };
-            executor.run_observed(&step, &mut collector)?;
-            calibration.tokens += rows.len();
-            progress(calibration.tokens);
+            let step = step_of(&program, &rows, expanded, stride as u32);
+            let taps: Vec<Vec<f32>> =
+                executor.run(&step)?.captures.iter().map(|tap| tap.to_vec()).collect();
+            let width = |tap: usize| program.capture_widths()[tap];
+            let rows = rows.len();
+            let taps: Vec<&[f32]> =
+                taps.iter().enumerate().map(|(tap, it)| &it[..rows * width(tap)]).collect();
+            seen(&mut *executor, &taps)?;
         }
+        Ok(())
     }
-    Ok(calibration)
 }
 
-/// One sequence, with `stride` pages of the pool for each group. Windows keep all their pages: more
-/// memory than serving takes, for the same numbers.
-pub(crate) fn step_of(
-    program: &Program,
-    tokens: &[u32],
-    cached: usize,
-    expanded: usize,
-    stride: u32,
-) -> Step {
-    let (rows, end) = (tokens.len(), cached + tokens.len());
-    let pages = end.div_ceil(program.kv.block_tokens) as u32;
+/// One sequence from an empty cache, with `stride` pages of the pool for each group. Windows keep
+/// all their pages: more memory than serving takes, for the same numbers.
+pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride: u32) -> Step {
+    let rows = tokens.len();
+    let pages = rows.div_ceil(program.kv.block_tokens) as u32;
     let tables = (0..program.kv.groups.len() as u32)
         .map(|group| BlockTable {
             first: 0,
@@ -112,15 +139,36 @@ pub(crate) fn step_of(
     let sequence = StepSequence {
         first_row: 0,
         rows: rows as u32,
-        cached: cached as u32,
+        cached: 0,
         tables,
         expanded: expanded as u32,
         ancestors: None,
     };
     Step {
         tokens: tokens.to_vec(),
-        positions: (cached as u32..end as u32).collect(),
+        positions: (0..rows as u32).collect(),
         sequences: vec![sequence],
         logits_rows: Vec::new(),
+    }
+}
+
+/// What was seen of the values that the linear ops of one layer read.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Observed(BTreeMap<Value, Statistics>);
+
+impl Observed {
+    /// Nothing yet, of `values` with their widths.
+    pub fn new(values: impl Iterator<Item = (Value, usize)>) -> Self {
+        Self(values.map(|(value, width)| (value, Statistics::new(width))).collect())
+    }
+
+    pub fn add(&mut self, value: Value, rows: &[f32]) {
+        if let Some(statistics) = self.0.get_mut(&value) {
+            statistics.add(rows);
+        }
+    }
+
+    pub fn of(&self, value: Value) -> Option<&Statistics> {
+        self.0.get(&value)
     }
 }

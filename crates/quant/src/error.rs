@@ -40,6 +40,14 @@ pub enum QuantError {
         /// Canonical name of the tensor.
         tensor: String,
     },
+    /// A layer cannot be run by itself.
+    #[error("a layer reads both {first} and {second} of what is before it, expected one value")]
+    Section {
+        /// A value that it reads.
+        first: String,
+        /// Another one.
+        second: String,
+    },
     /// The calibration tokens cannot be used.
     #[error("calibration: {0}")]
     Calibration(String),

@@ -1,20 +1,28 @@
 //! A job: a recipe applied to a model. It plans what becomes of every weight, checks that it can
-//! be, chooses the scales of channels, and then makes quantized weights one at a time.
+//! be, and makes quantized weights: layer by layer behind a calibration that runs through what is
+//! quantized already, or one at a time when the writer asks, if nothing has to be calibrated.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use lathe_model::export::{Replacement, ReplacementError};
+use lathe_model::lower::{LowerOptions, lower};
+use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
-use lathe_program::{Op, Program, Weight, WeightRole};
+use lathe_program::{Op, Program, Value, Weight, WeightRole};
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 use serde::Serialize;
 
-use crate::calibrate::Calibration;
+use crate::calibrate::{Calibration, Observed, Stream};
 use crate::error::QuantError;
 use crate::fold::{Fold, fold_of};
 use crate::matrix::{Group, Matrix, Outcome, Report, check_shape};
-use crate::recipe::{Recipe, TechniqueStep, matches};
-use crate::technique::Stage;
+use crate::recipe::{Prefix, Recipe, TechniqueStep, matches};
+use crate::rotate::turned;
+use crate::rotate::turns::Turns;
+use crate::section::{Layers, Section};
+use crate::statistics::Statistics;
+use crate::technique::{Apply, Stage};
 
 /// What became of one weight.
 #[derive(Debug, Clone, Serialize)]
@@ -57,7 +65,10 @@ pub struct Job<'a> {
     program: &'a Program,
     weights: &'a ModelWeights<'a>,
     recipe: &'a Recipe,
-    calibration: Option<&'a Calibration>,
+    /// Of the layer at hand.
+    seen: Observed,
+    /// What is quantized already.
+    finished: BTreeMap<Weight, Tensor>,
     /// The op of each matrix that is quantized.
     targets: BTreeMap<Weight, usize>,
     /// Scales of the input channels of an op.
@@ -66,6 +77,10 @@ pub struct Job<'a> {
     rows: BTreeMap<Weight, Vec<f32>>,
     /// Norms that took scales.
     norms: BTreeMap<Weight, Tensor>,
+    /// What rotations make of weights before anything else.
+    turns: Turns,
+    /// The floats in which the file has the weights that rotations change.
+    turned: BTreeMap<Weight, Format>,
     progress: Box<dyn FnMut(Progress) + 'a>,
     done: usize,
     /// What became of each weight, in the order in which they were written.
@@ -126,46 +141,57 @@ pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, us
 
 impl<'a> Job<'a> {
     /// Plans `recipe` for the model whose weights are `weights`, and checks that every tensor that
-    /// it names can be what it says. Nothing is computed yet; `progress` hears of each matrix.
+    /// it names can be what it says. Nothing is computed yet; `calibrated` says whether
+    /// [`Self::calibrate`] will be called, `progress` hears of each matrix.
     ///
     /// # Errors
-    /// If a tensor does not fit the format, a technique lacks what it requires, or a group that is
-    /// named for scaling has nothing to take the scales.
+    /// If a tensor does not fit the format, or a technique lacks what it requires.
     pub fn new(
         weights: &'a ModelWeights<'a>,
         recipe: &'a Recipe,
-        calibration: Option<&'a Calibration>,
+        calibrated: bool,
         progress: impl FnMut(Progress) + 'a,
     ) -> Result<Self, QuantError> {
         let program = weights.program();
         let targets = targets(program, recipe)?;
+        let turns = turns_of(program, recipe)?;
+        let mut turned = BTreeMap::new();
+        for weight in turns.weights() {
+            turned.insert(weight, Format::Float(float_of(weights.load(weight)?.format)));
+        }
         let job = Job {
             program,
             weights,
             recipe,
-            calibration,
+            seen: Observed::default(),
+            finished: BTreeMap::new(),
             targets,
             columns: BTreeMap::new(),
             rows: BTreeMap::new(),
             norms: BTreeMap::new(),
+            turns,
+            turned,
             progress: Box::new(progress),
             done: 0,
             reports: Vec::new(),
             prepared: Vec::new(),
         };
-        job.check()?;
+        job.check(calibrated)?;
         Ok(job)
     }
 
-    fn check(&self) -> Result<(), QuantError> {
-        for (weight, op) in &self.targets {
+    fn check(&self, calibrated: bool) -> Result<(), QuantError> {
+        for weight in self.targets.keys() {
             let decl = self.program.weight(*weight);
-            let step = self.recipe.rounding_of(&decl.name)?;
+            let rounding = self.recipe.rounding_of(&decl.name)?;
             let (rows, columns) = (decl.shape[0], decl.shape[1]);
             let matrix = Matrix { name: &decl.name, rows, columns, values: &[] };
             check_shape(&matrix, self.recipe.format)?;
-            let seen = self.calibration.and_then(|it| it.of(*op)).is_some_and(|it| it.rows() > 0);
-            if step.technique.calibrated && !seen {
+            let prepares = |step: &&TechniqueStep| {
+                step.technique.stage == Stage::Prepare && step.applies_to(&decl.name)
+            };
+            let steps = self.recipe.steps.iter().filter(prepares).chain([rounding]);
+            for step in steps.filter(|step| step.needs_calibration() && !calibrated) {
                 let (technique, tensor) = (step.technique.name, decl.name.clone());
                 return Err(QuantError::Unobserved { technique, tensor });
             }
@@ -173,17 +199,118 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Chooses the scales of channels, for the steps that do so. Consumers come before what makes
-    /// their inputs, so that a matrix's rows are final when its own columns are scaled.
+    /// Quantizes layer after layer: the text runs through a layer, the recipe is applied to what was
+    /// seen of its inputs, and what the quantized layer makes of the text is the next one's input
+    /// ([`Prefix::Quantized`]), so that a layer can make up for those before it.
     ///
     /// # Errors
-    /// If a weight cannot be read or a technique refuses.
-    pub fn prepare(&mut self) -> Result<(), QuantError> {
-        let ops: BTreeSet<usize> = self.targets.values().copied().collect();
-        for step in self.recipe.steps.iter().filter(|it| it.technique.stage == Stage::Prepare) {
+    /// If the text cannot be used, a layer cannot be run by itself, or a technique refuses.
+    pub fn calibrate(
+        &mut self,
+        spec: &DecoderSpec,
+        calibration: &Calibration<'_>,
+    ) -> Result<(), QuantError> {
+        calibration.check(self.program)?;
+        let options = LowerOptions {
+            block_tokens: self.program.kv.block_tokens,
+            context_max: self.program.context_max,
+            captures: (0..=spec.layers.len()).collect(),
+        };
+        let layers = Layers::new(self.program, &lower(spec, &options)?);
+        let tokens = calibration.tokens.len();
+        let section = Section::new(self.program, layers.before, tokens, &[layers.stream])?;
+        let mut stream = self.stream_of(&section, calibration, None)?;
+        for (ops, out) in layers.layers {
+            stream = self.calibrate_layer(calibration, ops, out, &stream)?;
+        }
+        match self.targets.keys().find(|weight| !self.finished.contains_key(weight)) {
+            None => Ok(()),
+            Some(weight) => Err(QuantError::Calibration(format!(
+                "tensor {} is in no layer",
+                self.name(*weight)
+            ))),
+        }
+    }
+
+    /// Quantizes the layer whose ops are `range`; the stream after it.
+    fn calibrate_layer(
+        &mut self,
+        calibration: &Calibration<'_>,
+        range: Range<usize>,
+        out: Value,
+        stream: &Stream,
+    ) -> Result<Stream, QuantError> {
+        let ops: BTreeSet<usize> =
+            self.targets.values().copied().filter(|op| range.contains(op)).collect();
+        let tokens = calibration.tokens.len();
+        let plain = Section::new(self.program, range.clone(), tokens, &[out])?;
+        if ops.is_empty() {
+            return self.stream_of(&plain, calibration, Some(stream));
+        }
+        let inputs: BTreeSet<Value> =
+            ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
+        let mut taps: Vec<Value> = inputs.iter().copied().collect();
+        taps.push(out);
+        let section = Section::new(self.program, range, tokens, &taps)?;
+        let width = |value: &Value| (*value, self.program.value_width(*value));
+        let mut seen = Observed::new(inputs.iter().map(width));
+        let mut after = Vec::with_capacity(stream.values.len());
+        let mut weight = |weight| self.current(weight);
+        calibration.run(&section, Some(stream), &mut weight, &mut |_, rows| {
+            taps.iter().zip(rows).for_each(|(value, rows)| seen.add(*value, rows));
+            after.extend_from_slice(rows[taps.len() - 1]);
+            Ok(())
+        })?;
+        self.seen = seen;
+        self.apply_steps(&ops)?;
+        self.seen = Observed::default();
+        match self.recipe.prefix {
+            Prefix::Float => Ok(Stream { width: self.program.value_width(out), values: after }),
+            Prefix::Quantized => self.stream_of(&plain, calibration, Some(stream)),
+        }
+    }
+
+    /// What a section with one tap makes of `stream`.
+    fn stream_of(
+        &self,
+        section: &Section,
+        calibration: &Calibration<'_>,
+        stream: Option<&Stream>,
+    ) -> Result<Stream, QuantError> {
+        let width = section.program.capture_widths()[0];
+        let mut values = Vec::with_capacity(calibration.tokens.len() * width);
+        let mut weight = |weight| self.current(weight);
+        calibration.run(section, stream, &mut weight, &mut |_, rows| {
+            values.extend_from_slice(rows[0]);
+            Ok(())
+        })?;
+        Ok(Stream { width, values })
+    }
+
+    /// A weight as far as it has become: quantized, scaled, or what it was.
+    fn current(&self, weight: Weight) -> Result<Tensor, QuantError> {
+        if let Some(tensor) = self.finished.get(&weight).or_else(|| self.norms.get(&weight)) {
+            return Ok(tensor.clone());
+        }
+        let columns = self.targets.get(&weight).is_some_and(|op| self.columns.contains_key(op));
+        if !columns && !self.rows.contains_key(&weight) && !self.turned.contains_key(&weight) {
+            return Ok(self.weights.load(weight)?);
+        }
+        let (shape, values) = self.load(weight)?;
+        Ok(Tensor::from_f32_vec(shape, values))
+    }
+
+    /// The recipe on the linear `ops` of a layer. Consumers come before what makes their inputs, so
+    /// that a matrix's rows are final when its own columns are scaled.
+    fn apply_steps(&mut self, ops: &BTreeSet<usize>) -> Result<(), QuantError> {
+        let recipe = self.recipe;
+        for step in recipe.steps.iter().filter(|it| it.technique.stage == Stage::Prepare) {
             for op in ops.iter().rev() {
                 self.prepare_group(step, *op)?;
             }
+        }
+        for op in ops {
+            self.round_group(*op)?;
         }
         Ok(())
     }
@@ -225,7 +352,7 @@ impl<'a> Job<'a> {
             values,
         });
         let group = Group { matrices: matrices.collect(), statistics: statistics.as_ref() };
-        let outcome = (step.technique.apply)(&group, self.recipe.format, &step.parameters)?;
+        let outcome = (step.technique.group())(&group, self.recipe.format, &step.parameters)?;
         if let Outcome::Scaled(scales) = outcome {
             let scales = self.put(fold, scales)?;
             let least = scales.iter().copied().fold(f32::INFINITY, f32::min);
@@ -254,16 +381,15 @@ impl<'a> Job<'a> {
                 Ok(scales)
             }
             Fold::Norm { weight, bias, offset } => {
-                let tensor = match self.norms.get(&weight) {
-                    Some(tensor) => tensor.clone(),
-                    None => self.weights.load(weight)?,
+                let (shape, old) = match self.norms.get(&weight) {
+                    Some(tensor) => (tensor.shape.clone(), tensor.to_f32()),
+                    None => self.turned(weight)?,
                 };
-                let old = tensor.to_f32();
                 let wanted: Vec<f32> =
                     old.iter().zip(&scales).map(|(w, s)| (offset + w) / s - offset).collect();
-                let float = Format::Float(float_of(tensor.format));
+                let float = Format::Float(float_of(self.weights.load(weight)?.format));
                 let codes = Bytes::new(codec::quantize(float, &wanted));
-                let new = Tensor::new(tensor.shape.clone(), float, codes)
+                let new = Tensor::new(shape, float, codes)
                     .map_err(|source| QuantError::Format { tensor: self.name(weight), source })?;
                 let came =
                     old.iter().zip(new.to_f32()).map(|(old, new)| (offset + old) / (offset + new));
@@ -285,8 +411,8 @@ impl<'a> Job<'a> {
     }
 
     /// What calibration saw of an op's input, as its scaled channels would have been.
-    fn statistics(&self, op: usize) -> Option<crate::Statistics> {
-        let statistics = self.calibration?.of(op)?;
+    fn statistics(&self, op: usize) -> Option<Statistics> {
+        let statistics = self.seen.of(self.program.ops[op].inputs().next()?)?;
         Some(match self.columns.get(&op) {
             Some(scales) => statistics.divided_by(scales),
             None => statistics.clone(),
@@ -295,13 +421,12 @@ impl<'a> Job<'a> {
 
     /// A weight with the scales of its rows and columns in it.
     fn load(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
-        let tensor = self.weights.load(weight)?;
-        let mut values = tensor.to_f32();
+        let (shape, mut values) = self.turned(weight)?;
         let columns = self.targets.get(&weight).and_then(|op| self.columns.get(op));
         let rows = self.rows.get(&weight);
-        let width = match tensor.shape.len() {
-            1 => 1,
-            _ => tensor.columns().max(1),
+        let width = match shape.as_slice() {
+            [] | [_] => 1,
+            [.., columns] => (*columns).max(1),
         };
         for (index, row) in values.chunks_mut(width).enumerate() {
             if let Some(scales) = rows {
@@ -311,32 +436,82 @@ impl<'a> Job<'a> {
                 row.iter_mut().zip(scales).for_each(|(value, scale)| *value *= scale);
             }
         }
+        Ok((shape, values))
+    }
+
+    /// A weight as rotations leave it.
+    fn turned(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
+        let tensor = self.weights.load(weight)?;
+        let values = tensor.to_f32();
+        let norm = |norm| Ok(self.weights.load(norm)?.to_f32());
+        let turns = self.turns.of(weight);
+        let values = match turns.is_empty() {
+            true => values,
+            false => turned::<QuantError>(&tensor.shape, &values, turns, norm)?,
+        };
         Ok((tensor.shape, values))
     }
 
-    /// Quantizes one matrix.
-    fn quantize(&mut self, weight: Weight) -> Result<Tensor, QuantError> {
-        let name = self.name(weight);
-        let step = self.recipe.rounding_of(&name)?;
-        let (shape, values) = self.load(weight)?;
-        let statistics = self.statistics(self.targets[&weight]);
-        let matrix = Matrix { name: &name, rows: shape[0], columns: shape[1], values: &values };
-        let group = Group { matrices: vec![matrix], statistics: statistics.as_ref() };
-        let outcome = (step.technique.apply)(&group, self.recipe.format, &step.parameters)?;
-        let Outcome::Quantized(mut list) = outcome else {
+    /// Quantizes the matrices of one linear op: those that the same step rounds, together.
+    fn round_group(&mut self, op: usize) -> Result<(), QuantError> {
+        let Op::Linear { parts, .. } = &self.program.ops[op] else { return Ok(()) };
+        let ours = |weight: &Weight| {
+            self.targets.get(weight) == Some(&op) && !self.finished.contains_key(weight)
+        };
+        let mut left: Vec<Weight> = parts.iter().map(|part| part.weight).filter(ours).collect();
+        let statistics = self.statistics(op);
+        while let Some(first) = left.first() {
+            let step = self.recipe.rounding_of(&self.name(*first))?;
+            let (together, others): (Vec<Weight>, Vec<Weight>) =
+                left.iter().partition(|it| step.applies_to(&self.name(**it)));
+            self.round(step, &together, statistics.as_ref())?;
+            left = others;
+        }
+        Ok(())
+    }
+
+    fn round(
+        &mut self,
+        step: &TechniqueStep,
+        weights: &[Weight],
+        statistics: Option<&Statistics>,
+    ) -> Result<(), QuantError> {
+        let names: Vec<String> = weights.iter().map(|weight| self.name(*weight)).collect();
+        let values = weights.iter().map(|it| self.load(*it)).collect::<Result<Vec<_>, _>>()?;
+        let matrices = names.iter().zip(&values).map(|(name, (shape, values))| Matrix {
+            name,
+            rows: shape[0],
+            columns: shape[1],
+            values,
+        });
+        let group = Group { matrices: matrices.collect(), statistics };
+        let outcome = (step.technique.group())(&group, self.recipe.format, &step.parameters)?;
+        let Outcome::Quantized(list) = outcome else {
             let message = format!("{} rounds nothing", step.technique.name);
             return Err(QuantError::Recipe(message));
         };
-        let quantized = list.pop().expect("one of one matrix");
-        self.done += values.len();
+        self.done += values.iter().map(|(_, values)| values.len()).sum::<usize>();
         let elements =
             |weight: &Weight| self.program.weight(*weight).shape.iter().product::<usize>();
         let total = self.targets.keys().map(elements).sum();
         (self.progress)(Progress { done: self.done, total });
-        let (technique, report) = (step.technique.name, quantized.report);
-        self.reports.push(WeightReport { tensor: name, technique, report });
-        Ok(quantized.tensor)
+        for ((weight, tensor), quantized) in weights.iter().zip(names).zip(list) {
+            let (technique, report) = (step.technique.name, quantized.report);
+            self.reports.push(WeightReport { tensor, technique, report });
+            self.finished.insert(*weight, quantized.tensor);
+        }
+        Ok(())
     }
+}
+
+/// What the recipe's rotations make of the program's weights.
+fn turns_of(program: &Program, recipe: &Recipe) -> Result<Turns, QuantError> {
+    for step in &recipe.steps {
+        if let Apply::Program(apply) = step.technique.apply {
+            return apply(program, &step.parameters);
+        }
+    }
+    Ok(Turns::default())
 }
 
 fn float_of(format: Format) -> lathe_tensor::FloatType {
@@ -359,13 +534,19 @@ impl Replacement for Job<'_> {
             // A GGUF writer would round what is kept to the format of all others.
             Format::Ggml(_) if kept => Some(Format::F16),
             // Biases and matrices whose rows were scaled.
-            _ => self.rows.contains_key(&weight).then_some(Format::F32),
+            _ if self.rows.contains_key(&weight) => Some(Format::F32),
+            _ => self.turned.get(&weight).copied(),
         }
     }
 
     fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
         if self.targets.contains_key(&weight) {
-            return Ok(self.quantize(weight)?);
+            if !self.finished.contains_key(&weight) {
+                let step = self.recipe.rounding_of(&self.name(weight))?;
+                self.round(step, &[weight], None)?;
+            }
+            // The writer asks once: what it has is not kept.
+            return Ok(self.finished.remove(&weight).expect("it was just rounded"));
         }
         if let Some(norm) = self.norms.get(&weight) {
             return Ok(norm.clone());

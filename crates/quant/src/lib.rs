@@ -1,10 +1,10 @@
 //! Quantization: techniques, what they need to know of a model's inputs, recipes, and the job that
 //! turns a model into a smaller one.
 //!
-//! The way in: [`recipe::Recipe`] says what is to be done, [`calibrate`] watches an executor and
-//! keeps [`Statistics`], [`job::Job`] hands out quantized weights one at a time. A technique is one
+//! The way in: [`recipe::Recipe`] says what is to be done, [`calibrate`] runs the model's
+//! layers and keeps [`Statistics`], [`job::Job`] makes quantized weights. A technique is one
 //! file under [`technique`], with one signature and one row in its registry. This crate knows no
-//! backend: an executor comes in as a trait object.
+//! backend: it comes in as a trait object.
 #![forbid(unsafe_code)]
 
 pub mod calibrate;
@@ -15,6 +15,8 @@ mod linalg;
 mod matrix;
 mod parameters;
 pub mod recipe;
+pub mod rotate;
+mod section;
 mod statistics;
 pub mod technique;
 

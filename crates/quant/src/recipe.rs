@@ -4,6 +4,7 @@
 //! format = "int4-g64-bf16"        # or a preset: w4a16, w8a16, mxfp4, q4_k, ...
 //! tensors = ["layers.*"]          # canonical names, * stands for anything; all linear layers if absent
 //! keep = ["layers.0.*"]           # of those, what stays as it is
+//! prefix = "quantized"            # what calibration runs through before a layer; or "float"
 //!
 //! [[technique]]
 //! use = "awq"
@@ -47,6 +48,16 @@ pub struct TechniqueStep {
     pub tensors: Option<Vec<String>>,
 }
 
+/// What the text of a calibration has run through when it comes to a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Prefix {
+    /// The layers as they are quantized: a layer sees, and makes up for, the errors before it.
+    #[default]
+    Quantized,
+    /// The layers as they were.
+    Float,
+}
+
 /// What is to be done to a model.
 #[derive(Debug, Clone)]
 pub struct Recipe {
@@ -56,6 +67,8 @@ pub struct Recipe {
     pub tensors: Option<Vec<String>>,
     /// Patterns of tensors that are not, whatever else says so.
     pub keep: Vec<String>,
+    /// What calibration runs through.
+    pub prefix: Prefix,
     /// In order; those that round come last.
     pub steps: Vec<TechniqueStep>,
 }
@@ -105,13 +118,14 @@ impl Recipe {
             let parameters = Parameters::defaults(technique.parameters);
             steps.push(TechniqueStep { technique, parameters, tensors: None });
         }
-        if steps.iter().all(|step| step.technique.stage == Stage::Prepare) {
+        if steps.iter().all(|step| step.technique.stage != Stage::Round) {
             let technique = technique::find("clip")?;
             let mut parameters = Parameters::defaults(technique.parameters);
             parameters.set(technique.parameters, "error", &toml::Value::String("output".into()))?;
             steps.push(TechniqueStep { technique, parameters, tensors: None });
         }
-        let recipe = Recipe { format, tensors: None, keep: Vec::new(), steps };
+        let recipe =
+            Recipe { format, tensors: None, keep: Vec::new(), prefix: Prefix::default(), steps };
         recipe.check()?;
         Ok(recipe)
     }
@@ -125,11 +139,13 @@ impl Recipe {
         let table: toml::Table =
             text.parse().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
         let (mut format, mut tensors, mut keep, mut steps) = (None, None, Vec::new(), Vec::new());
+        let mut prefix = Prefix::default();
         for (key, value) in &table {
             match key.as_str() {
                 "format" => format = Some(format_named(&text_of(key, value)?, group)?),
                 "tensors" => tensors = Some(patterns(key, value)?),
                 "keep" => keep = patterns(key, value)?,
+                "prefix" => prefix = prefix_of(value)?,
                 "technique" => {
                     let list = value.as_array().ok_or_else(|| {
                         wrong("`technique` is no list, expected [[technique]] tables".to_owned())
@@ -138,25 +154,20 @@ impl Recipe {
                 }
                 other => {
                     return Err(wrong(format!(
-                        "unknown key `{other}`, expected format, tensors, keep or technique"
+                        "unknown key `{other}`, expected format, tensors, keep, prefix or technique"
                     )));
                 }
             }
         }
         let format = format.ok_or_else(|| wrong("it has no `format`".to_owned()))?;
-        let recipe = Recipe { format, tensors, keep, steps };
+        let recipe = Recipe { format, tensors, keep, prefix, steps };
         recipe.check()?;
         Ok(recipe)
     }
 
     /// Whether some technique needs to have seen a tensor's inputs.
     pub fn needs_calibration(&self) -> bool {
-        self.steps.iter().any(|step| {
-            let by_inputs = |it: &&crate::parameters::Parameter| it.name == "error";
-            let measured = step.technique.parameters.iter().find(by_inputs);
-            step.technique.calibrated
-                || measured.is_some_and(|it| step.parameters.choice(it.name) != "weight")
-        })
+        self.steps.iter().any(TechniqueStep::needs_calibration)
     }
 
     /// The step that chooses the codes of tensor `name`.
@@ -186,6 +197,17 @@ impl Recipe {
             let technique = step.technique;
             match technique.stage {
                 Stage::Round => rounded = true,
+                Stage::Rotate if index > 0 => {
+                    let name = technique.name;
+                    return Err(wrong(format!(
+                        "{name} comes after another technique, expected first"
+                    )));
+                }
+                Stage::Rotate if step.tensors.is_some() => {
+                    let name = technique.name;
+                    return Err(wrong(format!("{name} is for the whole model, found `tensors`")));
+                }
+                Stage::Rotate => {}
                 Stage::Prepare if rounded => {
                     let name = technique.name;
                     return Err(wrong(format!(
@@ -221,6 +243,9 @@ impl Recipe {
         if !self.keep.is_empty() {
             text.push_str(&format!("keep = {}\n", strings(&self.keep)));
         }
+        if self.needs_calibration() {
+            text.push_str(&format!("prefix = \"{}\"\n", self.prefix.name()));
+        }
         for step in &self.steps {
             text.push_str(&format!("\n[[technique]]\nuse = \"{}\"\n", step.technique.name));
             if let Some(tensors) = &step.tensors {
@@ -235,10 +260,33 @@ impl Recipe {
 }
 
 impl TechniqueStep {
+    /// Whether it needs to have seen the inputs of its tensors.
+    pub fn needs_calibration(&self) -> bool {
+        let by_inputs = |it: &&crate::parameters::Parameter| it.name == "error";
+        let measured = self.technique.parameters.iter().find(by_inputs);
+        self.technique.calibrated
+            || measured.is_some_and(|it| self.parameters.choice(it.name) != "weight")
+    }
+
     /// Whether the step is for tensor `name`.
     pub fn applies_to(&self, name: &str) -> bool {
         self.tensors.as_ref().is_none_or(|list| list.iter().any(|it| matches(it, name)))
     }
+}
+
+impl Prefix {
+    fn name(self) -> &'static str {
+        match self {
+            Prefix::Quantized => "quantized",
+            Prefix::Float => "float",
+        }
+    }
+}
+
+fn prefix_of(value: &toml::Value) -> Result<Prefix, QuantError> {
+    let all = [Prefix::Quantized, Prefix::Float];
+    let found = all.into_iter().find(|it| value.as_str() == Some(it.name()));
+    found.ok_or_else(|| wrong(format!("`prefix` is {value}, expected \"quantized\" or \"float\"")))
 }
 
 fn text_of(key: &str, value: &toml::Value) -> Result<String, QuantError> {
@@ -350,6 +398,7 @@ mod tests {
             ("format = \"q4_0\"\n[[technique]]\nuse = \"clip\"\nerror = \"x\"", "one of weight"),
             ("format = \"q4_0\"\n[[technique]]\nsteps = 3", "a table with `use`"),
             ("format = \"q4_0\"\ntensors = []\n", "`tensors` is []"),
+            ("format = \"q4_0\"\nprefix = \"both\"\n", "`prefix` is \"both\""),
             ("format = \"q4_0\"\ntechnique = 3\n", "`technique` is no list"),
             (
                 "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"gptq\"",
@@ -358,6 +407,14 @@ mod tests {
             (
                 "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"awq\"",
                 "awq comes after",
+            ),
+            (
+                "format = \"q4_0\"\n[[technique]]\nuse = \"awq\"\n[[technique]]\nuse = \"rotate\"",
+                "rotate comes after",
+            ),
+            (
+                "format = \"q4_0\"\n[[technique]]\nuse = \"rotate\"\ntensors = [\"*\"]",
+                "for the whole model",
             ),
             ("format = ", "recipe: "),
         ];

@@ -4,10 +4,13 @@
 //! squared output error of a changed weight depends on, `|D X^T|^2 = tr(D H D^T)`, so that no
 //! sample of activations has to be kept for it.
 
+use ndarray::{Array2, ArrayView2, Axis, Slice};
 use rayon::prelude::*;
 
 /// Rows that are multiplied in `f32` before they are added to the sums in `f64`.
 const CHUNK_ROWS: usize = 256;
+/// Channels of a tile of products, one thread's work.
+const TILE: usize = 96;
 /// Output channels that share what is read of `H`.
 const ROWS_TOGETHER: usize = 8;
 
@@ -20,6 +23,8 @@ pub struct Statistics {
     products: Vec<f64>,
     /// Sum of `|x|`.
     magnitudes: Vec<f64>,
+    /// The largest `|x|`.
+    largest: Vec<f32>,
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -44,7 +49,7 @@ impl Statistics {
     /// Of inputs of `width` channels, none seen yet.
     pub fn new(width: usize) -> Self {
         let (products, magnitudes) = (vec![0.0; start_of(width)], vec![0.0; width]);
-        Statistics { width, rows: 0, products, magnitudes }
+        Statistics { width, rows: 0, products, magnitudes, largest: vec![0.0; width] }
     }
 
     /// Channels.
@@ -71,27 +76,28 @@ impl Statistics {
     fn add_chunk(&mut self, data: &[f32]) {
         let (width, rows) = (self.width, data.len() / self.width);
         self.rows += rows as u64;
-        let mut channels = vec![0f32; data.len()];
-        channels.par_chunks_mut(rows).enumerate().for_each(|(channel, out)| {
-            out.iter_mut().enumerate().for_each(|(row, out)| *out = data[row * width + channel]);
-        });
-        let channel = |index: usize| &channels[index * rows..][..rows];
-        for (index, sum) in self.magnitudes.iter_mut().enumerate() {
-            *sum += channel(index).iter().map(|x| f64::from(x.abs())).sum::<f64>();
+        for row in data.chunks_exact(width) {
+            self.magnitudes.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.abs()));
+            self.largest.iter_mut().zip(row).for_each(|(most, x)| *most = most.max(x.abs()));
         }
-        let mut parts = Vec::with_capacity(width);
-        let mut rest = self.products.as_mut_slice();
-        for index in 0..width {
-            let (row, after) = rest.split_at_mut(index + 1);
-            parts.push(row);
-            rest = after;
-        }
-        parts.into_par_iter().enumerate().for_each(|(index, row)| {
-            let own = channel(index);
-            for (other, sum) in row.iter_mut().enumerate() {
-                *sum += f64::from(dot(own, channel(other)));
+        let all = ArrayView2::from_shape((rows, width), data).expect("whole rows");
+        let tiles: Vec<(usize, usize)> = (0..width)
+            .step_by(TILE)
+            .flat_map(|row| (0..=row).step_by(TILE).map(move |column| (row, column)))
+            .collect();
+        let columns =
+            |start: usize| all.slice_axis(Axis(1), Slice::from(start..width.min(start + TILE)));
+        let products: Vec<Array2<f32>> = tiles
+            .par_iter()
+            .map(|(row, column)| columns(*row).t().dot(&columns(*column)))
+            .collect();
+        for ((row, column), product) in tiles.into_iter().zip(products) {
+            for (i, line) in product.outer_iter().enumerate() {
+                let below = (row + i + 1).saturating_sub(column).min(line.len());
+                let sums = &mut self.products[start_of(row + i) + column..][..below];
+                sums.iter_mut().zip(line).for_each(|(sum, x)| *sum += f64::from(*x));
             }
-        });
+        }
     }
 
     /// Adds what other statistics of the same channels saw.
@@ -103,6 +109,7 @@ impl Statistics {
         self.rows += other.rows;
         self.products.iter_mut().zip(&other.products).for_each(|(a, b)| *a += b);
         self.magnitudes.iter_mut().zip(&other.magnitudes).for_each(|(a, b)| *a += b);
+        self.largest.iter_mut().zip(&other.largest).for_each(|(a, b)| *a = a.max(*b));
     }
 
     /// The mean of `x x^T`, `[width, width]`, both triangles.
@@ -132,6 +139,11 @@ impl Statistics {
         self.magnitudes.iter().map(|sum| sum / rows).collect()
     }
 
+    /// The largest magnitude of each channel.
+    pub fn largest(&self) -> &[f32] {
+        &self.largest
+    }
+
     /// What would have been seen if each channel were divided by its scale.
     ///
     /// # Panics
@@ -141,6 +153,7 @@ impl Statistics {
         let mut scaled = self.clone();
         for i in 0..self.width {
             scaled.magnitudes[i] /= f64::from(scales[i]);
+            scaled.largest[i] /= scales[i];
             for j in 0..=i {
                 scaled.products[start_of(i) + j] /= f64::from(scales[i]) * f64::from(scales[j]);
             }

@@ -2,16 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error};
 use clap::Args;
 use lathe_cpu::pack::PackedMatrix;
 use lathe_model::export::{ExportError, GgufOptions, PackedLayout, to_gguf_replacing, to_packed};
-use lathe_model::weights::ModelWeights;
-use lathe_program::{BackendError, ExecutorOptions, Program};
-use lathe_quant::calibrate::{self, Calibration};
+use lathe_program::{BackendError, Program};
+use lathe_quant::calibrate::Calibration;
 use lathe_quant::job::{self, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::{Recipe, format_named};
 use lathe_quant::{QuantError, technique};
@@ -95,14 +93,24 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     };
     check_targets(&program, &recipe, layout.as_ref())?;
     check_device(global.device, &program, &recipe)?;
-    let calibration = calibration(global, arguments, &opened, &program, &weights, &recipe)?;
+    let tokens = calibration_tokens(arguments, &opened, &recipe)?;
 
-    let mut meter = Meter::new("quantizing");
+    let mut meter = Meter::new();
     let progress = |now: job::Progress| meter.tell(now.done, now.total);
-    let job = Job::new(&weights, &recipe, calibration.as_ref(), progress);
-    let mut job = quantized(job)?;
+    let mut job = quantized(Job::new(&weights, &recipe, tokens.is_some(), progress))?;
     eprintln!("quantizing to {}", recipe.format);
-    quantized(job.prepare())?;
+    if let Some(tokens) = &tokens {
+        let backend = session::backend(global.device)?;
+        let calibration = Calibration {
+            backend: &*backend,
+            tokens,
+            window: WINDOW,
+            threads: global.threads.map(usize::from),
+            exact: global.exact,
+            kv_format: global.kv_format,
+        };
+        quantized(job.calibrate(&model.spec, &calibration))?;
+    }
     match &layout {
         Some(layout) => write_folder(layout, out, &mut job, &recipe)?,
         None => exported(to_gguf_replacing(model, out, &gguf_options(&recipe), &mut job))?,
@@ -113,8 +121,8 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         layout: if to_file { "gguf" } else { "compressed-tensors" },
         format: recipe.format.to_string(),
         bytes: bytes_under(out),
-        calibration_tokens: calibration.as_ref().map_or(0, |it| it.tokens),
-        calibration: arguments.calibration.as_deref().filter(|_| calibration.is_some()),
+        calibration_tokens: tokens.as_ref().map_or(0, Vec::len),
+        calibration: arguments.calibration.as_deref().filter(|_| tokens.is_some()),
         quantize_ms: milliseconds(opened.started),
         lathe: env!("CARGO_PKG_VERSION"),
         recipe: recipe.to_toml(),
@@ -187,15 +195,12 @@ fn check_device(device: Device, program: &Program, recipe: &Recipe) -> Result<()
     Ok(())
 }
 
-/// Runs the calibration text, if the recipe needs it.
-fn calibration(
-    global: &Global,
+/// The text that layers are to see, if the recipe needs one.
+fn calibration_tokens(
     arguments: &QuantizeArguments,
     opened: &Opened,
-    program: &Arc<Program>,
-    weights: &ModelWeights<'_>,
     recipe: &Recipe,
-) -> Result<Option<Calibration>, Error> {
+) -> Result<Option<Vec<u32>>, Error> {
     let path = match &arguments.calibration {
         Some(path) => path,
         None if recipe.needs_calibration() => {
@@ -209,26 +214,7 @@ fn calibration(
         false => encode_text(opened.tokenizer()?, &text)?,
     };
     tokens.truncate(arguments.calibration_tokens);
-    let window = WINDOW.min(program.context_max);
-    // The reference is the backend that can be watched.
-    let device = match global.device {
-        Device::Auto => Device::Reference,
-        other => other,
-    };
-    let options = ExecutorOptions {
-        kv_blocks: calibrate::pages(program, window),
-        kv_format: global.kv_format,
-        rows_max: window,
-        threads: global.threads.map(usize::from),
-        exact: global.exact,
-    };
-    let mut executor = session::backend(device)?.prepare(Arc::clone(program), weights, &options)?;
-    let targets = job::targets(program, recipe).bad_input()?;
-    let mut meter = Meter::new("calibrating");
-    let mut progress = |done: usize| meter.tell(done, tokens.len());
-    let wanted = |op: usize| targets.values().any(|target| *target == op);
-    let found = calibrate::run(&mut *executor, &options, &tokens, window, wanted, &mut progress);
-    quantized(found).map(Some)
+    Ok(Some(tokens))
 }
 
 /// Embedding and head stay in 8 bits: they are rounded without a technique.
@@ -302,7 +288,7 @@ fn describe(report: &Provenance<'_>) -> String {
 fn quantized<T>(result: Result<T, QuantError>) -> Result<T, Error> {
     match result {
         Err(error @ QuantError::Backend(BackendError::Unsupported { .. })) => {
-            Err(error).bad_input_in("calibration needs --device reference or auto")
+            Err(error).bad_input_in("calibration")
         }
         Err(error @ QuantError::Backend(_)) => Err(error.into()),
         other => other.bad_input(),
@@ -319,15 +305,14 @@ fn exported(result: Result<(), ExportError>) -> Result<(), Error> {
 
 /// Says on stderr how far it is and how long the rest may take.
 struct Meter {
-    what: &'static str,
     start: Instant,
     told: Instant,
 }
 
 impl Meter {
-    fn new(what: &'static str) -> Self {
+    fn new() -> Self {
         let now = Instant::now();
-        Meter { what, start: now, told: now }
+        Meter { start: now, told: now }
     }
 
     fn tell(&mut self, done: usize, total: usize) {
@@ -338,6 +323,6 @@ impl Meter {
         let share = done as f64 / total.max(1) as f64;
         let spent = self.start.elapsed().as_secs_f64();
         let left = spent / share.max(1e-9) - spent;
-        eprintln!("{}: {:.0} %, {spent:.0} s, about {left:.0} s left", self.what, share * 100.0);
+        eprintln!("{:.0} %, {spent:.0} s, about {left:.0} s left", share * 100.0);
     }
 }

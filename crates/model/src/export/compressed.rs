@@ -30,7 +30,12 @@ pub struct PackedLayout<'a> {
     tensors: Vec<Option<String>>,
     /// By weight: all that it is made of.
     sources: Vec<Vec<String>>,
+    /// Embedding and head of a model that ties them, and the one tensor that both are.
+    tied: Option<(Weight, Weight, String)>,
 }
+
+/// The head's own tensor, once it is not the embedding any more.
+const HEAD: &str = "lm_head.weight";
 
 impl<'a> PackedLayout<'a> {
     /// The layout of `model`, whose weights are `weights`.
@@ -58,9 +63,29 @@ impl<'a> PackedLayout<'a> {
             let same = model.checkpoint.shape(name).ok()? == program.weights[index].shape;
             (users[name.as_str()] == 1 && same).then(|| name.clone())
         };
+        let tied = program.weight_named("embedding").zip(program.weight_named("head"));
+        let tied = tied.and_then(|(embedding, head)| {
+            let (one, other) = (weights.tensors_of(embedding), weights.tensors_of(head));
+            let [name] = one else { return None };
+            (one == other && users[name.as_str()] == 2).then(|| (embedding, head, name.clone()))
+        });
         let all = 0..program.weights.len();
         let sources = all.clone().map(|index| weights.tensors_of(Weight(index as u32)).to_vec());
-        Ok(PackedLayout { model, sources: sources.collect(), tensors: all.map(whole).collect() })
+        let tensors = all.map(whole).collect();
+        Ok(PackedLayout { model, sources: sources.collect(), tensors, tied })
+    }
+
+    /// The names under which the weights are written if `replacement` has its way. An embedding and
+    /// a head that were one tensor and are both replaced become two.
+    fn names(&self, replacement: &dyn Replacement) -> (Vec<Option<&str>>, bool) {
+        let mut names: Vec<Option<&str>> = self.tensors.iter().map(Option::as_deref).collect();
+        let Some((embedding, head, name)) = &self.tied else { return (names, false) };
+        let untied = [embedding, head].iter().all(|it| replacement.format(**it).is_some());
+        if untied {
+            names[embedding.0 as usize] = Some(name);
+            names[head.0 as usize] = Some(HEAD);
+        }
+        (names, untied)
     }
 
     /// Whether `weight` is one tensor of the file that nothing else uses, so that it can be
@@ -95,7 +120,8 @@ pub fn to_packed(
     let mut replaced: BTreeMap<&str, (Weight, Format)> = BTreeMap::new();
     let mut ignored = Vec::new();
     let mut packed_format = None;
-    for (index, tensor) in layout.tensors.iter().enumerate() {
+    let (names, untied) = layout.names(replacement);
+    for (index, tensor) in names.iter().enumerate() {
         let weight = Weight(index as u32);
         let decl = program.weight(weight);
         let Some(format) = replacement.format(weight) else {
@@ -105,7 +131,7 @@ pub fn to_packed(
             continue;
         };
         let refuse = |feature: String| ExportError::Feature { feature, target: TARGET };
-        let name = tensor.as_deref().ok_or_else(|| {
+        let name = tensor.ok_or_else(|| {
             refuse(format!("weight {}, which is no tensor of its own in the file,", decl.name))
         })?;
         if let Format::Scaled(scaled) = format {
@@ -120,8 +146,11 @@ pub fn to_packed(
         feature: "a model without a quantized matrix".to_owned(),
         target: TARGET,
     })?;
-    write_tensors(model, directory, &replaced, replacement)?;
-    if model.spec.tied_head {
+    if untied {
+        ignored.push(module_of(HEAD));
+    }
+    write_tensors(layout, directory, &replaced, replacement)?;
+    if model.spec.tied_head && !untied {
         // A module of its own to other readers, although its weight is the embedding's.
         ignored.retain(|name| !name.ends_with("embed_tokens"));
         ignored.push("lm_head".to_owned());
@@ -132,6 +161,9 @@ pub fn to_packed(
     let mut config = read_json(&path).map_err(io(&path))?.unwrap_or_else(|| json!({}));
     if let Some(config) = config.as_object_mut() {
         config.insert("quantization_config".to_owned(), quantization_config(&format, &ignored));
+        if untied {
+            config.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
+        }
     }
     write_json(directory, "config.json", &config)?;
     copy_texts(&model.checkpoint.path(), directory)
@@ -143,16 +175,22 @@ fn module_of(tensor: &str) -> String {
 }
 
 fn write_tensors(
-    model: &Model,
+    layout: &PackedLayout<'_>,
     directory: &Path,
     replaced: &BTreeMap<&str, (Weight, Format)>,
     replacement: &mut dyn Replacement,
 ) -> Result<(), ExportError> {
-    let checkpoint = &model.checkpoint;
+    let checkpoint = &layout.model.checkpoint;
     let mut declarations = Vec::new();
     let mut parts = Vec::new();
-    for name in checkpoint.whole_names() {
-        let tensor = checkpoint.tensor(&name)?;
+    let mut names = checkpoint.whole_names();
+    // A head that was the embedding until now has that one's shape.
+    let untied = replaced.contains_key(HEAD) && !names.iter().any(|name| name == HEAD);
+    let embedding = layout.tied.as_ref().filter(|_| untied).map(|(_, _, name)| name.clone());
+    names.extend(embedding.is_some().then(|| HEAD.to_owned()));
+    for name in names {
+        let stored = embedding.as_ref().filter(|_| name == HEAD).unwrap_or(&name);
+        let tensor = checkpoint.tensor(stored)?;
         let own = Format::Float(float_of(tensor.format));
         let part = match replaced.get(name.as_str()) {
             Some((_, Format::Scaled(format))) => Part::Packed(*format),

@@ -25,25 +25,20 @@ fn open(name: &str) -> (Model, Arc<Program>) {
     (model, program)
 }
 
-fn executor(
-    program: &Arc<Program>,
-    weights: &dyn WeightSource,
-    rows_max: usize,
-) -> (Box<dyn Executor>, ExecutorOptions) {
+fn executor(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Executor> {
     let options = ExecutorOptions {
-        kv_blocks: calibrate::pages(program, 24),
+        kv_blocks: program.kv.groups.len() * 2,
         kv_format: Some(KvFormat::F32),
-        rows_max,
+        rows_max: 24,
         threads: None,
         exact: true,
     };
-    let executor = ReferenceBackend::new().prepare(Arc::clone(program), weights, &options);
-    (executor.expect("prepares"), options)
+    ReferenceBackend::new().prepare(Arc::clone(program), weights, &options).expect("prepares")
 }
 
-fn calibrated(program: &Arc<Program>, weights: &dyn WeightSource, rows_max: usize) -> Calibration {
-    let (mut executor, options) = executor(program, weights, rows_max);
-    calibrate::run(&mut *executor, &options, &TOKENS, 12, |_| true, &mut |_| ()).expect("runs")
+/// The text in two windows on the reference.
+fn calibration<'a>(backend: &'a ReferenceBackend, tokens: &'a [u32]) -> Calibration<'a> {
+    Calibration { backend, tokens, window: 12, threads: None, exact: true, kv_format: None }
 }
 
 /// What a job made of all weights before anything is rounded.
@@ -81,8 +76,8 @@ impl Observer for LastHidden {
 }
 
 fn last_hidden(program: &Arc<Program>, weights: &dyn WeightSource) -> Vec<f32> {
-    let (mut executor, _) = executor(program, weights, 24);
-    let step = calibrate::step_of(program, &TOKENS, 0, executor.expanded_until(24), 2);
+    let mut executor = executor(program, weights);
+    let step = calibrate::step_of(program, &TOKENS, executor.expanded_until(24), 2);
     let mut seen = LastHidden::default();
     executor.run_observed(&step, &mut seen).expect("runs");
     seen.0
@@ -101,10 +96,10 @@ fn folded_scales_change_no_output() {
     ] {
         let (model, program) = open(name);
         let weights = model.weights(&program).unwrap();
-        let calibration = calibrated(&program, &weights, 24);
         let recipe = Recipe::simple(Format::parse(format).unwrap(), "awq+rtn").unwrap();
-        let mut job = Job::new(&weights, &recipe, Some(&calibration), |_| ()).expect(name);
-        job.prepare().expect(name);
+        let mut job = Job::new(&weights, &recipe, true, |_| ()).expect(name);
+        let backend = ReferenceBackend::new();
+        job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).expect(name);
         let scaled = job.prepared.iter().filter(|it| it.scales.is_some_and(|[a, b]| a < b));
         let layers = model.spec.layers.len();
         let scaled = scaled.count();
@@ -118,42 +113,176 @@ fn folded_scales_change_no_output() {
     }
 }
 
+/// What the whole program's linear ops read, as an observer of the reference sees it.
+#[derive(Default)]
+struct Inputs(BTreeMap<Value, Vec<f32>>);
+
+impl Observer for Inputs {
+    fn op(&mut self, _: usize, op: &Op, inputs: &[ObservedInput<'_>]) {
+        if let (Op::Linear { .. }, [input]) = (op, inputs) {
+            self.0.insert(input.value, input.data.to_vec());
+        }
+    }
+}
+
+/// Layers one by one, each fed from a table, are the whole model: every kind of layer, and of
+/// attention, and routers.
 #[test]
-fn calibration_is_the_same_however_steps_are_cut() {
+fn sections_are_the_program_in_pieces() {
+    for name in ["llama", "gemma3", "cohere", "gpt-oss", "deepseek-v3", "qwen3-moe", "olmo2"] {
+        let (model, program) = open(name);
+        let weights = model.weights(&program).unwrap();
+        let mut executor = executor(&program, &weights);
+        let step = calibrate::step_of(&program, &TOKENS, executor.expanded_until(24), 2);
+        let mut whole = Inputs::default();
+        executor.run_observed(&step, &mut whole).expect("runs");
+
+        let options = LowerOptions {
+            captures: (0..=model.spec.layers.len()).collect(),
+            ..LowerOptions::new(64)
+        };
+        let layers = Layers::new(&program, &lower(&model.spec, &options).unwrap());
+        let backend = ReferenceBackend::new();
+        let calibration = Calibration { window: 24, ..calibration(&backend, &TOKENS) };
+        let mut weight = |weight| Ok(weights.load(weight)?);
+        let mut sections = vec![(layers.before, layers.stream)];
+        sections.extend(layers.layers);
+        let (mut stream, mut compared): (Option<Stream>, BTreeSet<Value>) = Default::default();
+        for (range, out) in sections {
+            let read = program.ops[range.clone()].iter().filter_map(|op| match op {
+                Op::Linear { input, .. } => Some(*input),
+                _ => None,
+            });
+            let mut taps: Vec<Value> = read.collect();
+            taps.sort_unstable();
+            taps.dedup();
+            taps.push(out);
+            let section = Section::new(&program, range, 24, &taps).expect(name);
+            section.program.validate().expect(name);
+            let mut made = Vec::new();
+            calibration
+                .run(&section, stream.as_ref(), &mut weight, &mut |_, rows| {
+                    made = rows.iter().map(|rows| rows.to_vec()).collect();
+                    Ok(())
+                })
+                .expect(name);
+            for (value, found) in taps.iter().zip(&made) {
+                let Some(expected) = whole.0.get(value) else { continue };
+                let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * most;
+                assert!(found.iter().zip(expected).all(near), "{name}: {value:?}");
+                compared.insert(*value);
+            }
+            let values = made.pop().expect("the stream");
+            stream = Some(Stream { width: program.value_width(out), values });
+        }
+        assert_eq!(compared.len(), whole.0.len(), "{name}: every input of every linear op");
+    }
+}
+
+/// The logits of the last row.
+fn logits(program: &Arc<Program>, weights: &dyn WeightSource) -> Vec<f32> {
+    let mut executor = executor(program, weights);
+    let mut step = calibrate::step_of(program, &TOKENS, executor.expanded_until(24), 2);
+    step.logits_rows = vec![23];
+    executor.run(&step).expect("runs").logits.to_vec()
+}
+
+/// Every tiny family: a rotation changes no logit, or is refused for a reason that is known.
+#[test]
+fn rotations_change_no_logits() {
+    // Layer norms subtract a mean; norms after a branch weigh what is added to the stream.
+    let layer_norms = ["cohere", "cohere2", "olmo", "stablelm", "starcoder2"];
+    let post_norms = ["exaone4", "flex-olmo", "gemma2", "gemma3", "glm4", "olmo2", "olmo3"];
+    let mut refused = [&layer_norms[..], &post_norms].concat();
+    refused.sort_unstable();
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny"));
+    let (mut turned, mut named) = (0, Vec::new());
+    let mut folders: Vec<_> =
+        std::fs::read_dir(root).unwrap().map(|it| it.unwrap().path()).collect();
+    folders.sort();
+    for folder in folders {
+        let name = folder.file_name().unwrap().to_str().unwrap();
+        let (model, program) = open(name);
+        let weights = model.weights(&program).unwrap();
+        let expected = logits(&program, &weights);
+        let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for kind in ["random_hadamard", "hadamard", "random"] {
+            let text = format!(
+                "format = \"int8-channel-f32\"\n[[technique]]\nuse = \"rotate\"\n\
+                 kind = \"{kind}\"\n[[technique]]\nuse = \"rtn\""
+            );
+            let recipe = Recipe::parse(&text, None).unwrap();
+            let job = match Job::new(&weights, &recipe, false, |_| ()) {
+                Ok(job) => job,
+                Err(error) => {
+                    assert!(error.to_string().starts_with("rotate of tensor"), "{name}: {error}");
+                    named.push(name.to_owned());
+                    break;
+                }
+            };
+            let found = logits(&program, &Prepared::of(&job));
+            for (found, expected) in found.iter().zip(&expected) {
+                assert!(
+                    (found - expected).abs() < 1e-5 * most,
+                    "{name} {kind}: {found} {expected}"
+                );
+            }
+            turned += 1;
+        }
+    }
+    assert_eq!(named, refused);
+    assert!(turned >= 3 * 30, "{turned}");
+}
+
+#[test]
+fn tokens_that_cannot_be_used_are_named() {
     let (model, program) = open("llama");
     let weights = model.weights(&program).unwrap();
-    let (whole, cut) = (calibrated(&program, &weights, 24), calibrated(&program, &weights, 5));
-    assert_eq!((whole.tokens, cut.tokens), (24, 24));
-    let mut seen = 0;
-    for (index, op) in program.ops.iter().enumerate() {
-        let (Op::Linear { input, .. }, Some(whole), Some(cut)) =
-            (op, whole.of(index), cut.of(index))
-        else {
-            continue;
-        };
-        assert_eq!((whole.rows(), whole.width()), (24, program.value_width(*input)));
-        let close = |(a, b): (f64, f64)| (a - b).abs() < 1e-4 * (1.0 + a.abs());
-        assert!(whole.hessian().into_iter().zip(cut.hessian()).all(close));
-        seen += 1;
-    }
-    assert_eq!(seen, 4 * model.spec.layers.len());
-    let (mut executor, options) = executor(&program, &weights, 24);
+    let recipe = Recipe::simple(Format::parse("int4-g16-f32").unwrap(), "gptq").unwrap();
+    let backend = ReferenceBackend::new();
     for (tokens, expected) in [(&[][..], "no tokens"), (&[1, 1 << 30][..], "token 1073741824")] {
-        let found = calibrate::run(&mut *executor, &options, tokens, 12, |_| true, &mut |_| ());
-        let error = found.unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}");
+        let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+        let error = job.calibrate(&model.spec, &calibration(&backend, tokens)).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
     }
+}
+
+/// A later layer sees what the quantized ones before it make, unless the recipe says otherwise.
+#[test]
+fn the_prefix_is_what_the_recipe_says() {
+    let (model, program) = open("llama");
+    let weights = model.weights(&program).unwrap();
+    let last = model.spec.layers.len() - 1;
+    let quantized = |prefix: &str, first: bool| -> Tensor {
+        let tensors = if first { "layers.*".to_owned() } else { format!("layers.{last}.*") };
+        let text = format!(
+            "format = \"int4-g16-f32\"\ntensors = [\"{tensors}\"]\nprefix = \"{prefix}\"\n\
+             [[technique]]\nuse = \"gptq\""
+        );
+        let recipe = Recipe::parse(&text, None).unwrap();
+        let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+        let backend = ReferenceBackend::new();
+        job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).unwrap();
+        let weight = program.weight_named(&format!("layers.{last}.ffn.down")).unwrap();
+        Replacement::tensor(&mut job, weight).unwrap()
+    };
+    let same = |a: &Tensor, b: &Tensor| a.to_f32() == b.to_f32();
+    assert!(same(&quantized("float", true), &quantized("float", false)));
+    assert!(same(&quantized("quantized", false), &quantized("float", false)));
+    assert!(!same(&quantized("quantized", true), &quantized("float", true)));
 }
 
 #[test]
 fn what_cannot_be_quantized_is_named() {
     let (model, program) = open("llama");
     let weights = model.weights(&program).unwrap();
-    let calibration = calibrated(&program, &weights, 24);
-    let refused = |text: &str, calibration: Option<&Calibration>| {
+    let backend = ReferenceBackend::new();
+    let refused = |text: &str, calibrated: bool| {
         let recipe = Recipe::parse(text, None).unwrap();
-        let job = Job::new(&weights, &recipe, calibration, |_| ());
-        let outcome = job.and_then(|mut job| job.prepare());
+        let job = Job::new(&weights, &recipe, calibrated, |_| ());
+        let outcome =
+            job.and_then(|mut job| job.calibrate(&model.spec, &calibration(&backend, &TOKENS)));
         outcome.unwrap_err().to_string()
     };
     let rtn = "[[technique]]\nuse = \"rtn\"";
@@ -165,19 +294,17 @@ fn what_cannot_be_quantized_is_named() {
         ("format = \"q4_0\"\ntensors = [\"embedding\"]", ["embedding", "cannot be quantized"]),
         ("format = \"q4_0\"\nkeep = [\"*\"]", ["quantizes no tensor", ""]),
     ] {
-        let error = refused(&format!("{head}\n{rtn}"), None);
+        let error = refused(&format!("{head}\n{rtn}"), false);
         assert!(expected.iter().all(|it| error.contains(it)), "{head}: {error}");
     }
     let gptq = "format = \"int4-g16-bf16\"\n[[technique]]\nuse = \"gptq\"";
-    let error = refused(gptq, None);
+    let error = refused(gptq, false);
     assert!(error.contains("layers.0.attention.query needs calibration"), "{error}");
-    let error = refused(gptq, Some(&Calibration::default()));
-    assert!(error.contains("needs calibration"), "{error}");
     let awq = "format = \"int4-g16-bf16\"\n[[technique]]\nuse = \"awq\"\n\
                tensors = [\"*.attention.output\"]";
-    let error = refused(&format!("{awq}\n{rtn}"), Some(&calibration));
+    let error = refused(&format!("{awq}\n{rtn}"), true);
     assert!(error.contains("attention.output") && error.contains("attend"), "{error}");
     let half = "format = \"int4-g16-bf16\"\n[[technique]]\nuse = \"rtn\"\ntensors = [\"*.down\"]";
-    let error = refused(half, None);
+    let error = refused(half, false);
     assert!(error.contains("no technique rounds tensor layers.0.attention"), "{error}");
 }

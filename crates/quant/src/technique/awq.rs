@@ -7,7 +7,7 @@
 use lathe_tensor::codec::scaled::{E8m0Rounding, quantize};
 use lathe_tensor::{Format, Tensor};
 
-use super::{Stage, Technique};
+use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, check_shape};
 use crate::parameters::{Kind, Parameter, Parameters};
@@ -36,7 +36,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
             meaning: "output channels of a matrix that the search looks at, at most",
         },
     ],
-    apply,
+    apply: Apply::Group(apply),
 };
 
 fn apply(

@@ -8,7 +8,7 @@ use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, assemble};
 use rayon::prelude::*;
 
-use super::{Stage, Technique};
+use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
@@ -40,7 +40,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
             meaning: "how much of the range may be cut off at most",
         },
     ],
-    apply,
+    apply: Apply::Group(apply),
 };
 
 /// How errors of one block are weighed.
@@ -100,13 +100,17 @@ fn squares_of(statistics: &Statistics, block_columns: usize) -> Vec<Vec<f32>> {
     (0..n).step_by(block_columns).map(square).collect()
 }
 
-/// The best scale of each block, row after row.
+/// Ratios from 1 down to `1 - shrink` in `steps` steps.
+pub(super) fn shrinking(steps: usize, shrink: f64) -> Vec<f32> {
+    (0..=steps).map(|step| (1.0 - shrink * step as f64 / steps as f64) as f32).collect()
+}
+
+/// The best scale of each block, row after row, among those of the block's range times `ratios`.
 pub(super) fn search(
     scales: &Scales,
     matrix: &Matrix<'_>,
     measure: &Measure,
-    steps: usize,
-    shrink: f64,
+    ratios: &[f32],
 ) -> Vec<BlockScale> {
     let one_row = |values: &[f32]| -> Vec<BlockScale> {
         let parts = values.chunks(scales.block_columns).enumerate();
@@ -116,8 +120,7 @@ pub(super) fn search(
             let (shrunken, difference) =
                 (&mut shrunken[..values.len()], &mut difference[..values.len()]);
             let mut best = (scales.fit(values), f64::INFINITY);
-            for step in 0..=steps {
-                let ratio = (1.0 - shrink * step as f64 / steps as f64) as f32;
+            for ratio in ratios {
                 shrunken.iter_mut().zip(values).for_each(|(out, v)| *out = v * ratio);
                 let candidate = scales.fit(shrunken);
                 for (out, value) in difference.iter_mut().zip(values) {
@@ -149,24 +152,33 @@ fn apply(
             tensor: matrix.name.to_owned(),
         })?;
         let (steps, shrink) = (parameters.whole("steps"), parameters.number("shrink"));
-        let blocks = search(&scales, matrix, &measure, steps, shrink);
-        let codes: Vec<u8> = (matrix.values.par_chunks(matrix.columns.max(1)))
-            .zip(blocks.par_chunks(scales.blocks.max(1)))
-            .flat_map_iter(|(values, blocks)| {
-                let of =
-                    |(i, v): (usize, &f32)| scales.nearest(*v, blocks[i / scales.block_columns]).0;
-                values.iter().enumerate().map(of).collect::<Vec<u8>>()
-            })
-            .collect();
-        let shape = [matrix.rows, matrix.columns];
-        let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
-        let tensor = assemble(&shape, &scales.format, &codes, &blocks, scales.global.clone());
-        let tensor = tensor.map_err(at)?;
-        let report = Report::new(matrix, &tensor, group.statistics);
-        Ok(Quantized { tensor, report })
+        let blocks = search(&scales, matrix, &measure, &shrinking(steps, shrink));
+        under(&scales, matrix, &blocks, group.statistics)
     };
     let list = group.matrices.iter().map(one).collect::<Result<_, QuantError>>()?;
     Ok(Outcome::Quantized(list))
+}
+
+/// Every number to the nearest code under scales that are chosen.
+pub(super) fn under(
+    scales: &Scales,
+    matrix: &Matrix<'_>,
+    blocks: &[BlockScale],
+    statistics: Option<&Statistics>,
+) -> Result<Quantized, QuantError> {
+    let codes: Vec<u8> = (matrix.values.par_chunks(matrix.columns.max(1)))
+        .zip(blocks.par_chunks(scales.blocks.max(1)))
+        .flat_map_iter(|(values, blocks)| {
+            let of = |(i, v): (usize, &f32)| scales.nearest(*v, blocks[i / scales.block_columns]).0;
+            values.iter().enumerate().map(of).collect::<Vec<u8>>()
+        })
+        .collect();
+    let shape = [matrix.rows, matrix.columns];
+    let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
+    let tensor = assemble(&shape, &scales.format, &codes, blocks, scales.global.clone());
+    let tensor = tensor.map_err(at)?;
+    let report = Report::new(matrix, &tensor, statistics);
+    Ok(Quantized { tensor, report })
 }
 
 #[cfg(test)]

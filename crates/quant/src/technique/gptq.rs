@@ -4,13 +4,18 @@
 //! With the upper Cholesky factor `U` of `H^-1`, a column's error over `U[i][i]` goes to column `j` as
 //! `-U[i][j]`. Rows of the weight do not meet, so that threads take some rows each; the rest of a
 //! row is brought up to date once a block of columns, which keeps what is read of `U` in the cache.
+//!
+//! Scales come from clip's search by the error of outputs, unless a recipe says otherwise: under the
+//! range of a block as it was, numbers that took over errors saturate, and KL to the base becomes
+//! worse than that of rounding to nearest (docs/quantization.md). Damping is five times the paper's
+//! for the same reason: what the text of the calibration does not show is left alone.
 
 use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, assemble};
 use rayon::prelude::*;
 
 use super::clip::{self, Measure};
-use super::{Stage, Technique};
+use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::linalg::upper_factor_of_inverse;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
@@ -43,16 +48,16 @@ pub(super) static TECHNIQUE: Technique = Technique {
         },
         Parameter {
             name: "damping",
-            kind: Kind::Number { default: 0.01, least: 0.0, most: 10.0 },
+            kind: Kind::Number { default: 0.05, least: 0.0, most: 10.0 },
             meaning: "part of the mean of H's diagonal that is added to it; raised if that is too little",
         },
         Parameter {
             name: "scales",
-            kind: Kind::Choice(&["range", "weight", "channel", "output"]),
-            meaning: "how scales are chosen: the block's range, or clip's search by that error",
+            kind: Kind::Choice(&["output", "range", "weight", "channel"]),
+            meaning: "how scales are chosen: clip's search by that error, or the block's range",
         },
     ],
-    apply,
+    apply: Apply::Group(apply),
 };
 
 fn apply(
@@ -179,7 +184,7 @@ fn round_all(
         error => {
             let measure = Measure::new(error, Some(statistics), scales.block_columns);
             let measure = measure.unwrap_or(Measure::Weight);
-            clip::search(scales, matrix, &measure, 20, 0.5)
+            clip::search(scales, matrix, &measure, &clip::shrinking(20, 0.5))
         }
     };
     let mut codes = vec![0u8; matrix.values.len()];
@@ -333,8 +338,12 @@ mod tests {
         let format = "int4-g32-f32";
         let expected = naive(&case, format);
         for block_size in [1, 20, 96, 128] {
-            let settings =
-                [flag("act_order", false), ("block_size", toml::Value::Integer(block_size))];
+            let settings = [
+                flag("act_order", false),
+                ("scales", toml::Value::String("range".to_owned())),
+                ("damping", toml::Value::Float(0.01)),
+                ("block_size", toml::Value::Integer(block_size)),
+            ];
             let outcome = apply(
                 &case.group(),
                 Format::parse(format).unwrap(),

@@ -3,7 +3,7 @@
 
 use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};
 
-use super::{Stage, Technique};
+use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, check_shape};
 use crate::parameters::Parameters;
@@ -18,7 +18,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     conflicts: &["rtn", "clip", "gptq"],
     calibrated: true,
     parameters: &[],
-    apply,
+    apply: Apply::Group(apply),
 };
 
 fn apply(group: &Group<'_>, format: Format, _: &Parameters) -> Result<Outcome, QuantError> {

@@ -2,25 +2,44 @@
 
 mod awq;
 mod clip;
+mod four_over_six;
 mod gptq;
 mod imatrix;
+mod rotate;
 mod rtn;
+mod smooth;
 
 use std::fmt::Write as _;
 
+use lathe_program::Program;
 use lathe_tensor::Format;
 
 use crate::error::QuantError;
 use crate::matrix::{Group, Outcome};
 use crate::parameters::{Kind, Parameter, Parameters};
+use crate::rotate::turns::Turns;
 
 /// What every technique is: the matrices that share an input with what calibration saw of it, the
 /// format to reach, parameters; quantized matrices or scales of channels come back.
-pub type Apply = fn(&Group<'_>, Format, &Parameters) -> Result<Outcome, QuantError>;
+pub type ApplyToGroup = fn(&Group<'_>, Format, &Parameters) -> Result<Outcome, QuantError>;
+
+/// The same for techniques that change weights of the whole program, whatever their inputs are.
+pub type ApplyToProgram = fn(&Program, &Parameters) -> Result<Turns, QuantError>;
+
+/// What a technique works on.
+#[derive(Debug, Clone, Copy)]
+pub enum Apply {
+    /// Matrices that share an input.
+    Group(ApplyToGroup),
+    /// All weights at once.
+    Program(ApplyToProgram),
+}
 
 /// What a technique does to a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
+    /// Changes weights of the whole model in ways that cancel, before anything else.
+    Rotate,
     /// Changes weights and what feeds them, so that less is lost by rounding.
     Prepare,
     /// Chooses codes: each tensor has one such technique.
@@ -49,8 +68,29 @@ pub struct Technique {
 }
 
 /// Every technique, simplest first.
-pub static TECHNIQUES: [&Technique; 5] =
-    [&rtn::TECHNIQUE, &clip::TECHNIQUE, &imatrix::TECHNIQUE, &gptq::TECHNIQUE, &awq::TECHNIQUE];
+pub static TECHNIQUES: [&Technique; 8] = [
+    &rtn::TECHNIQUE,
+    &clip::TECHNIQUE,
+    &four_over_six::TECHNIQUE,
+    &imatrix::TECHNIQUE,
+    &gptq::TECHNIQUE,
+    &awq::TECHNIQUE,
+    &smooth::TECHNIQUE,
+    &rotate::TECHNIQUE,
+];
+
+impl Technique {
+    /// What it does to a group.
+    ///
+    /// # Panics
+    /// If it works on whole programs.
+    pub fn group(&self) -> ApplyToGroup {
+        match self.apply {
+            Apply::Group(apply) => apply,
+            Apply::Program(_) => panic!("{} works on whole programs", self.name),
+        }
+    }
+}
 
 /// The technique called `name`.
 ///
@@ -71,10 +111,10 @@ pub fn find(name: &str) -> Result<&'static Technique, QuantError> {
 pub fn help() -> String {
     let mut text = String::from("Techniques (--method A+B, or `use` in a recipe):\n");
     for technique in TECHNIQUES {
-        let _ = writeln!(text, "  {:<8} {}", technique.name, technique.effect);
-        let _ = writeln!(text, "           requires {}", technique.requires);
+        let _ = writeln!(text, "  {:<13} {}", technique.name, technique.effect);
+        let _ = writeln!(text, "                requires {}", technique.requires);
         if !technique.conflicts.is_empty() {
-            let _ = writeln!(text, "           not with {}", technique.conflicts.join(", "));
+            let _ = writeln!(text, "                not with {}", technique.conflicts.join(", "));
         }
         for parameter in technique.parameters {
             let default = match parameter.kind {
@@ -83,8 +123,11 @@ pub fn help() -> String {
                 Kind::Flag { default } => default.to_string(),
                 Kind::Choice(words) => words.join("|"),
             };
-            let _ =
-                writeln!(text, "           {} = {default}: {}", parameter.name, parameter.meaning);
+            let _ = writeln!(
+                text,
+                "                {} = {default}: {}",
+                parameter.name, parameter.meaning
+            );
         }
     }
     text
@@ -163,7 +206,7 @@ pub(crate) mod tests {
         let technique = find(name).unwrap();
         let format = Format::parse(format).unwrap();
         let settings = parameters(technique, settings);
-        match (technique.apply)(&case.group(), format, &settings).unwrap() {
+        match (technique.group())(&case.group(), format, &settings).unwrap() {
             Outcome::Quantized(list) => list[0].report.output_error.unwrap(),
             Outcome::Scaled(_) => panic!("{name} rounds nothing"),
         }

@@ -3,7 +3,7 @@
 use lathe_tensor::codec::scaled::{self, E8m0Rounding};
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 
-use super::{Stage, Technique};
+use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, check_shape};
 use crate::parameters::{Kind, Parameter, Parameters};
@@ -20,7 +20,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
         kind: Kind::Choice(&["even", "floor", "ceil", "mse"]),
         meaning: "how MX formats choose the power of two of a block",
     }],
-    apply,
+    apply: Apply::Group(apply),
 };
 
 fn apply(
