@@ -190,8 +190,8 @@ impl<'a> Job<'a> {
             let prepares = |step: &&TechniqueStep| {
                 step.technique.stage == Stage::Prepare && step.applies_to(&decl.name)
             };
-            let steps = self.recipe.steps.iter().filter(prepares).chain([rounding]);
-            for step in steps.filter(|step| step.needs_calibration() && !calibrated) {
+            let mut steps = self.recipe.steps.iter().filter(prepares).chain([rounding]);
+            if let Some(step) = steps.find(|step| step.needs_calibration() && !calibrated) {
                 let (technique, tensor) = (step.technique.name, decl.name.clone());
                 return Err(QuantError::Unobserved { technique, tensor });
             }
@@ -256,10 +256,9 @@ impl<'a> Job<'a> {
         let mut seen = Observed::new(inputs.iter().map(width));
         let mut after = Vec::with_capacity(stream.values.len());
         let mut weight = |weight| self.current(weight);
-        calibration.run(&section, Some(stream), &mut weight, &mut |_, rows| {
+        calibration.run(&section, Some(stream), &mut weight, &mut |rows| {
             taps.iter().zip(rows).for_each(|(value, rows)| seen.add(*value, rows));
             after.extend_from_slice(rows[taps.len() - 1]);
-            Ok(())
         })?;
         self.seen = seen;
         self.apply_steps(&ops)?;
@@ -280,9 +279,8 @@ impl<'a> Job<'a> {
         let width = section.program.capture_widths()[0];
         let mut values = Vec::with_capacity(calibration.tokens.len() * width);
         let mut weight = |weight| self.current(weight);
-        calibration.run(section, stream, &mut weight, &mut |_, rows| {
+        calibration.run(section, stream, &mut weight, &mut |rows| {
             values.extend_from_slice(rows[0]);
-            Ok(())
         })?;
         Ok(Stream { width, values })
     }

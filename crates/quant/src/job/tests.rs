@@ -161,9 +161,8 @@ fn sections_are_the_program_in_pieces() {
             section.program.validate().expect(name);
             let mut made = Vec::new();
             calibration
-                .run(&section, stream.as_ref(), &mut weight, &mut |_, rows| {
+                .run(&section, stream.as_ref(), &mut weight, &mut |rows| {
                     made = rows.iter().map(|rows| rows.to_vec()).collect();
-                    Ok(())
                 })
                 .expect(name);
             for (value, found) in taps.iter().zip(&made) {
