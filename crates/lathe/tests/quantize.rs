@@ -78,6 +78,43 @@ fn a_rotated_model_with_a_tied_head_is_the_same_model() {
     assert!((found - expected).abs() < 0.02, "{found} {expected}");
 }
 
+/// Experts that are tensors of their own are quantized where a recipe names them.
+#[test]
+fn experts_are_quantized_where_a_recipe_says_so() {
+    let home = tempfile::tempdir().expect("a folder");
+    let tiny =
+        |name: &str| format!("{}/../../tests/fixtures/tiny/{name}", env!("CARGO_MANIFEST_DIR"));
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (tokens, recipe) = (path("tokens.json"), path("recipe.toml"));
+    let ids: Vec<String> = (0..100).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let text = "format = \"w8a16\"\ntensors = [\"*\"]\n[[technique]]\nuse = \"gptq\"";
+    std::fs::write(&recipe, text).expect("writes");
+    for name in ["mixtral", "deepseek-v3"] {
+        let (model, out) = (tiny(name), path(name));
+        let words = ["quantize", &model, &out, "--recipe", &recipe, "--calibration", &tokens];
+        let report = run_json(&mut command(home.path(), &[&words[..], &["--json"]].concat()));
+        let chosen = report["expert_tokens"][0]["tokens"].as_array().expect("experts");
+        assert!(chosen.iter().filter_map(serde_json::Value::as_u64).sum::<u64>() >= 100);
+        let tensors = report["tensors"].as_array().expect("tensors");
+        let expert = |it: &&serde_json::Value| {
+            it["tensor"].as_str().is_some_and(|it| it.contains("ffn.experts.down["))
+        };
+        assert!(tensors.iter().any(|it| expert(&it)));
+        let score = |model: &str| {
+            let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
+            run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+        };
+        let (found, expected) = (score(&out), score(&model));
+        assert!((found - expected).abs() < 0.02, "{name}: {found} {expected}");
+    }
+    // One tensor that holds all experts cannot be replaced by packed ones.
+    let (model, out) = (tiny("gpt-oss"), path("gpt-oss"));
+    let words = ["quantize", &model, &out, "--recipe", &recipe, "--calibration", &tokens];
+    let reason = run_error(&mut command(home.path(), &words), 2);
+    assert!(reason.contains("ffn.experts") && reason.contains("pack-quantized"), "{reason}");
+}
+
 /// Groups of 16 have no kernels on the CPU: who says that the reference is to run them gets them.
 #[test]
 fn groups_that_only_the_reference_runs_are_written_for_it() {

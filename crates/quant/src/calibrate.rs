@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lathe_program::{
-    Backend, BackendError, BlockTable, ExecutorOptions, KvFormat, Program, Step, StepSequence,
-    Value, Weight, WeightSource,
+    Backend, BackendError, BlockTable, ExecutorOptions, KvFormat, Program, Routing, Step,
+    StepSequence, Value, Weight, WeightSource,
 };
 use lathe_tensor::Tensor;
 
@@ -74,7 +74,8 @@ impl Calibration<'_> {
         }
     }
 
-    /// Runs `section` on all windows and hands `seen` what each tap of it made, window
+    /// Runs `section` on all windows and hands `seen` what each tap of it made
+    /// and each router chose, window
     /// after window. `weight` has the weights, `stream` what the section reads (nothing, if it
     /// begins with the tokens themselves).
     ///
@@ -85,7 +86,7 @@ impl Calibration<'_> {
         section: &Section,
         stream: Option<&Stream>,
         weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
-        seen: &mut dyn FnMut(&[&[f32]]),
+        seen: &mut dyn FnMut(&[&[f32]], &[Vec<u32>]),
     ) -> Result<(), QuantError> {
         let program = Arc::new(section.program.clone());
         let one = |origin: &Option<Weight>| match (origin, stream) {
@@ -119,7 +120,12 @@ impl Calibration<'_> {
             let rows = rows.len();
             let taps: Vec<&[f32]> =
                 taps.iter().enumerate().map(|(tap, it)| &it[..rows * width(tap)]).collect();
-            seen(&taps);
+            let chosen = |index| {
+                let routing = executor.routing(Routing(index as u32));
+                routing.map_or(Vec::new(), |it| it.experts.to_vec())
+            };
+            let routings: Vec<Vec<u32>> = (0..program.routings).map(chosen).collect();
+            seen(&taps, &routings);
         }
         Ok(())
     }

@@ -2,6 +2,8 @@
 //! be, and makes quantized weights: layer by layer behind a calibration that runs through what is
 //! quantized already, or one at a time when the writer asks, if nothing has to be calibrated.
 
+mod experts;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -23,8 +25,10 @@ use crate::rotate::turns::Turns;
 use crate::section::{Layers, Section};
 use crate::statistics::Statistics;
 use crate::technique::{Apply, Stage};
+pub use experts::CoverageReport;
+use experts::{Coverage, ExpertInputs};
 
-/// What became of one weight.
+/// What became of one matrix.
 #[derive(Debug, Clone, Serialize)]
 pub struct WeightReport {
     /// Canonical name.
@@ -87,6 +91,8 @@ pub struct Job<'a> {
     pub reports: Vec<WeightReport>,
     /// What became of each group that was to be prepared.
     pub prepared: Vec<PreparedReport>,
+    /// How many tokens of the calibration each expert was chosen for.
+    pub coverage: Vec<CoverageReport>,
 }
 
 /// The matrices that a recipe quantizes, with the op that reads each.
@@ -96,10 +102,16 @@ pub struct Job<'a> {
 pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, usize>, QuantError> {
     let mut readers: BTreeMap<Weight, usize> = BTreeMap::new();
     for (index, op) in program.ops.iter().enumerate() {
-        if let Op::Linear { parts, .. } = op {
-            for part in parts {
-                readers.entry(part.weight).or_insert(index);
+        match op {
+            Op::Linear { parts, .. } => {
+                for part in parts {
+                    readers.entry(part.weight).or_insert(index);
+                }
             }
+            Op::Experts { spec, .. } => {
+                readers.extend([spec.gate, spec.up, spec.down].map(|weight| (weight, index)));
+            }
+            _ => {}
         }
     }
     let lists = [recipe.tensors.as_ref(), Some(&recipe.keep)];
@@ -122,11 +134,13 @@ pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, us
         // Vectors that a pattern for a whole layer sweeps along stay what they are.
         let exact = recipe.tensors.iter().flatten().any(|it| *it == decl.name);
         match readers.get(&weight) {
-            Some(op) if linear => drop(found.insert(weight, *op)),
-            _ if exact || decl.role == WeightRole::Experts => {
+            Some(op) if linear || decl.role == WeightRole::Experts => {
+                found.insert(weight, *op);
+            }
+            _ if exact => {
                 let role = format!("{:?}", decl.role).to_lowercase();
                 return Err(QuantError::Recipe(format!(
-                    "tensor {} ({role}) cannot be quantized here, expected linear layers",
+                    "tensor {} ({role}) cannot be quantized here, expected linear layers or experts",
                     decl.name
                 )));
             }
@@ -175,6 +189,7 @@ impl<'a> Job<'a> {
             done: 0,
             reports: Vec::new(),
             prepared: Vec::new(),
+            coverage: Vec::new(),
         };
         job.check(calibrated)?;
         Ok(job)
@@ -184,7 +199,7 @@ impl<'a> Job<'a> {
         for weight in self.targets.keys() {
             let decl = self.program.weight(*weight);
             let rounding = self.recipe.rounding_of(&decl.name)?;
-            let (rows, columns) = (decl.shape[0], decl.shape[1]);
+            let [.., rows, columns] = decl.shape[..] else { continue };
             let matrix = Matrix { name: &decl.name, rows, columns, values: &[] };
             check_shape(&matrix, self.recipe.format)?;
             let prepares = |step: &&TechniqueStep| {
@@ -251,17 +266,28 @@ impl<'a> Job<'a> {
             ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
         let mut taps: Vec<Value> = inputs.iter().copied().collect();
         taps.push(out);
+        let routers = range.clone();
         let section = Section::new(self.program, range, tokens, &taps)?;
         let width = |value: &Value| (*value, self.program.value_width(*value));
         let mut seen = Observed::new(inputs.iter().map(width));
         let mut after = Vec::with_capacity(stream.values.len());
         let mut weight = |weight| self.current(weight);
-        calibration.run(&section, Some(stream), &mut weight, &mut |rows| {
-            taps.iter().zip(rows).for_each(|(value, rows)| seen.add(*value, rows));
+        let mut experts = ExpertInputs::new(self.program, &ops);
+        let mut coverage = Coverage::new(self.program, routers);
+        calibration.run(&section, Some(stream), &mut weight, &mut |rows, routings| {
+            for (value, rows) in taps.iter().zip(rows) {
+                seen.add(*value, rows);
+                experts.add(*value, rows);
+            }
+            coverage.add(routings);
             after.extend_from_slice(rows[taps.len() - 1]);
         })?;
+        self.coverage.extend(coverage.finish());
         self.seen = seen;
         self.apply_steps(&ops)?;
+        for op in &ops {
+            self.round_experts(*op, calibration, &experts)?;
+        }
         self.seen = Observed::default();
         match self.recipe.prefix {
             Prefix::Float => Ok(Stream { width: self.program.value_width(out), values: after }),
@@ -279,7 +305,7 @@ impl<'a> Job<'a> {
         let width = section.program.capture_widths()[0];
         let mut values = Vec::with_capacity(calibration.tokens.len() * width);
         let mut weight = |weight| self.current(weight);
-        calibration.run(section, stream, &mut weight, &mut |rows| {
+        calibration.run(section, stream, &mut weight, &mut |rows, _| {
             values.extend_from_slice(rows[0]);
         })?;
         Ok(Stream { width, values })
@@ -488,17 +514,24 @@ impl<'a> Job<'a> {
             let message = format!("{} rounds nothing", step.technique.name);
             return Err(QuantError::Recipe(message));
         };
-        self.done += values.iter().map(|(_, values)| values.len()).sum::<usize>();
-        let elements =
-            |weight: &Weight| self.program.weight(*weight).shape.iter().product::<usize>();
-        let total = self.targets.keys().map(elements).sum();
-        (self.progress)(Progress { done: self.done, total });
+        self.tell(values.iter().map(|(_, values)| values.len()).sum());
         for ((weight, tensor), quantized) in weights.iter().zip(names).zip(list) {
             let (technique, report) = (step.technique.name, quantized.report);
             self.reports.push(WeightReport { tensor, technique, report });
             self.finished.insert(*weight, quantized.tensor);
         }
         Ok(())
+    }
+}
+
+impl Job<'_> {
+    /// `elements` more are done.
+    fn tell(&mut self, elements: usize) {
+        self.done += elements;
+        let elements =
+            |weight: &Weight| self.program.weight(*weight).shape.iter().product::<usize>();
+        let total = self.targets.keys().map(elements).sum();
+        (self.progress)(Progress { done: self.done, total });
     }
 }
 
@@ -541,7 +574,10 @@ impl Replacement for Job<'_> {
         if self.targets.contains_key(&weight) {
             if !self.finished.contains_key(&weight) {
                 let step = self.recipe.rounding_of(&self.name(weight))?;
-                self.round(step, &[weight], None)?;
+                match self.program.weight(weight).role {
+                    WeightRole::Experts => self.round_stack(step, weight, &mut |_| Ok(None))?,
+                    _ => self.round(step, &[weight], None)?,
+                }
             }
             // The writer asks once: what it has is not kept.
             return Ok(self.finished.remove(&weight).expect("it was just rounded"));

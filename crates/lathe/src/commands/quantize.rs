@@ -10,7 +10,7 @@ use lathe_cpu::pack::PackedMatrix;
 use lathe_model::export::{ExportError, GgufOptions, PackedLayout, to_gguf_replacing, to_packed};
 use lathe_program::{BackendError, Program};
 use lathe_quant::calibrate::Calibration;
-use lathe_quant::job::{self, Job, PreparedReport, WeightReport};
+use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::{Recipe, format_named};
 use lathe_quant::{QuantError, technique};
 use lathe_tensor::packed::can_pack;
@@ -71,6 +71,8 @@ struct Provenance<'a> {
     lathe: &'static str,
     recipe: String,
     prepared: Vec<PreparedReport>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    expert_tokens: Vec<CoverageReport>,
     tensors: Vec<WeightReport>,
 }
 
@@ -127,6 +129,7 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         lathe: env!("CARGO_PKG_VERSION"),
         recipe: recipe.to_toml(),
         prepared: std::mem::take(&mut job.prepared),
+        expert_tokens: std::mem::take(&mut job.coverage),
         tensors: std::mem::take(&mut job.reports),
     };
     record(&report, out, to_file)?;
@@ -279,6 +282,11 @@ fn describe(report: &Provenance<'_>) -> String {
     }
     if let Some(error) = mean(|it| it.report.output_error) {
         text.push_str(&format!(", outputs off by {:.3} %", error * 100.0));
+    }
+    let unseen = |it: &CoverageReport| it.tokens.iter().filter(|tokens| **tokens == 0).count();
+    let unseen: usize = report.expert_tokens.iter().map(unseen).sum();
+    if unseen > 0 {
+        text.push_str(&format!(", {unseen} experts that no router chose"));
     }
     text + "\n"
 }

@@ -10,7 +10,7 @@ use lathe_tensor::{Block, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint};
 use serde_json::{Value, json};
 
 use super::hugging_face::{copy_texts, write_json};
-use super::{ExportError, Replacement, bytes_in, float_of, io};
+use super::{ExportError, Replacement, ReplacementError, bytes_in, float_of, io};
 use crate::checkpoint::Checkpoint;
 use crate::generation::read_json;
 use crate::lower::{LowerOptions, lower};
@@ -30,6 +30,8 @@ pub struct PackedLayout<'a> {
     tensors: Vec<Option<String>>,
     /// By weight: all that it is made of.
     sources: Vec<Vec<String>>,
+    /// By weight: whether it is a stack whose matrices are a whole tensor each.
+    stacks: Vec<bool>,
     /// Embedding and head of a model that ties them, and the one tensor that both are.
     tied: Option<(Weight, Weight, String)>,
 }
@@ -71,8 +73,22 @@ impl<'a> PackedLayout<'a> {
         });
         let all = 0..program.weights.len();
         let sources = all.clone().map(|index| weights.tensors_of(Weight(index as u32)).to_vec());
+        let stack = |index: usize| {
+            let names = weights.tensors_of(Weight(index as u32));
+            let [experts, matrix @ ..] = program.weights[index].shape.as_slice() else {
+                return false;
+            };
+            let one = |name: &String| {
+                let same = model.checkpoint.shape(name).is_ok_and(|shape| shape == matrix);
+                users[name.as_str()] == 1 && same
+            };
+            program.weights[index].role == WeightRole::Experts
+                && names.len() == *experts
+                && names.iter().all(one)
+        };
+        let stacks = all.clone().map(stack).collect();
         let tensors = all.map(whole).collect();
-        Ok(PackedLayout { model, sources: sources.collect(), tensors, tied })
+        Ok(PackedLayout { model, sources: sources.collect(), stacks, tensors, tied })
     }
 
     /// The names under which the weights are written if `replacement` has its way. An embedding and
@@ -88,10 +104,54 @@ impl<'a> PackedLayout<'a> {
         (names, untied)
     }
 
-    /// Whether `weight` is one tensor of the file that nothing else uses, so that it can be
-    /// replaced.
+    /// Whether `weight` is one tensor of the file that nothing else uses, or a stack of such, so that
+    /// it can be replaced.
     pub fn can_replace(&self, weight: Weight) -> bool {
-        self.tensors[weight.0 as usize].is_some()
+        self.tensors[weight.0 as usize].is_some() || self.stacks[weight.0 as usize]
+    }
+}
+
+/// What takes the place of a tensor.
+#[derive(Debug, Clone, Copy)]
+struct Replaced {
+    weight: Weight,
+    /// Which matrix of the weight, if that is a stack.
+    matrix: Option<usize>,
+    format: Format,
+}
+
+/// Weights that come whole and are written matrix by matrix: each is kept until its last one.
+#[derive(Default)]
+struct Stacks(BTreeMap<Weight, (Tensor, usize)>);
+
+impl Stacks {
+    /// What replaces a tensor.
+    fn tensor(
+        &mut self,
+        replaced: &Replaced,
+        replacement: &mut dyn Replacement,
+    ) -> Result<Tensor, ReplacementError> {
+        let Replaced { weight, matrix, format } = *replaced;
+        let mut make = || {
+            let tensor = replacement.tensor(weight)?;
+            let found = tensor.format;
+            match found == format {
+                true => Ok(tensor),
+                false => Err(format!("{found} {:?} instead of {format}", tensor.shape).into()),
+            }
+        };
+        let Some(matrix) = matrix else { return make() };
+        let (stack, written) = match self.0.entry(weight) {
+            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::btree_map::Entry::Vacant(entry) => entry.insert((make()?, 0)),
+        };
+        let (matrices, rows) = (stack.shape[0], stack.shape[1]);
+        let part = stack.slice_rows(matrix * rows..(matrix + 1) * rows)?;
+        *written += 1;
+        if *written == matrices {
+            self.0.remove(&weight);
+        }
+        Ok(part)
     }
 }
 
@@ -117,7 +177,7 @@ pub fn to_packed(
     let model = layout.model;
     let program = lower(&model.spec, &LowerOptions::new(model.spec.context_max))?;
     std::fs::create_dir_all(directory).map_err(io(directory))?;
-    let mut replaced: BTreeMap<&str, (Weight, Format)> = BTreeMap::new();
+    let mut replaced: BTreeMap<&str, Replaced> = BTreeMap::new();
     let mut ignored = Vec::new();
     let mut packed_format = None;
     let (names, untied) = layout.names(replacement);
@@ -131,16 +191,27 @@ pub fn to_packed(
             continue;
         };
         let refuse = |feature: String| ExportError::Feature { feature, target: TARGET };
-        let name = tensor.ok_or_else(|| {
-            refuse(format!("weight {}, which is no tensor of its own in the file,", decl.name))
-        })?;
+        let names: Vec<&str> = match tensor {
+            Some(name) => vec![*name],
+            None if layout.stacks[index] => {
+                layout.sources[index].iter().map(String::as_str).collect()
+            }
+            None => {
+                let what =
+                    format!("weight {}, which is no tensor of its own in the file,", decl.name);
+                return Err(refuse(what));
+            }
+        };
         if let Format::Scaled(scaled) = format {
             let one = *packed_format.get_or_insert(scaled);
             if one != scaled || !can_pack(&scaled) {
                 return Err(refuse(format!("weight {} in {format}", decl.name)));
             }
         }
-        replaced.insert(name, (weight, format));
+        for (part, name) in names.into_iter().enumerate() {
+            let matrix = layout.stacks[index].then_some(part);
+            replaced.insert(name, Replaced { weight, matrix, format });
+        }
     }
     let format = packed_format.ok_or_else(|| ExportError::Feature {
         feature: "a model without a quantized matrix".to_owned(),
@@ -177,7 +248,7 @@ fn module_of(tensor: &str) -> String {
 fn write_tensors(
     layout: &PackedLayout<'_>,
     directory: &Path,
-    replaced: &BTreeMap<&str, (Weight, Format)>,
+    replaced: &BTreeMap<&str, Replaced>,
     replacement: &mut dyn Replacement,
 ) -> Result<(), ExportError> {
     let checkpoint = &layout.model.checkpoint;
@@ -192,9 +263,9 @@ fn write_tensors(
         let stored = embedding.as_ref().filter(|_| name == HEAD).unwrap_or(&name);
         let tensor = checkpoint.tensor(stored)?;
         let own = Format::Float(float_of(tensor.format));
-        let part = match replaced.get(name.as_str()) {
-            Some((_, Format::Scaled(format))) => Part::Packed(*format),
-            Some((_, format)) => Part::Float(*format),
+        let part = match replaced.get(name.as_str()).map(|it| it.format) {
+            Some(Format::Scaled(format)) => Part::Packed(format),
+            Some(format) => Part::Float(format),
             None => Part::Float(own),
         };
         declare(&name, &tensor.shape, &part, &mut declarations);
@@ -202,17 +273,13 @@ fn write_tensors(
     }
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut writer = Writer::create_sharded(directory, &declarations, &metadata, SHARD_BYTES_MAX)?;
+    let mut stacks = Stacks::default();
     for (name, part) in &parts {
         let tensor = match replaced.get(name.as_str()) {
             None => checkpoint.tensor(name)?,
-            Some((weight, format)) => {
+            Some(replaced) => {
                 let at = |source| ExportError::Replacement { name: name.clone(), source };
-                let tensor = replacement.tensor(*weight).map_err(at)?;
-                let promised = format!("{} {:?} instead of {format}", tensor.format, tensor.shape);
-                if tensor.format != *format {
-                    return Err(at(promised.into()));
-                }
-                tensor
+                stacks.tensor(replaced, replacement).map_err(at)?
             }
         };
         match part {

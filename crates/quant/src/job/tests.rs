@@ -161,7 +161,7 @@ fn sections_are_the_program_in_pieces() {
             section.program.validate().expect(name);
             let mut made = Vec::new();
             calibration
-                .run(&section, stream.as_ref(), &mut weight, &mut |rows| {
+                .run(&section, stream.as_ref(), &mut weight, &mut |rows, _| {
                     made = rows.iter().map(|rows| rows.to_vec()).collect();
                 })
                 .expect(name);
@@ -291,6 +291,7 @@ fn what_cannot_be_quantized_is_named() {
         ("format = \"q4_0\"", ["layers.0.ffn.down", "48"]),
         ("format = \"q4_0\"\ntensors = [\"layers.9.*\"]", ["no tensor is called", "layers.9.*"]),
         ("format = \"q4_0\"\ntensors = [\"embedding\"]", ["embedding", "cannot be quantized"]),
+        ("format = \"q4_0\"\ntensors = [\"final_norm\"]", ["final_norm", "cannot be quantized"]),
         ("format = \"q4_0\"\nkeep = [\"*\"]", ["quantizes no tensor", ""]),
     ] {
         let error = refused(&format!("{head}\n{rtn}"), false);
@@ -306,4 +307,65 @@ fn what_cannot_be_quantized_is_named() {
     let half = "format = \"int4-g16-bf16\"\n[[technique]]\nuse = \"rtn\"\ntensors = [\"*.down\"]";
     let error = refused(half, false);
     assert!(error.contains("no technique rounds tensor layers.0.attention"), "{error}");
+}
+
+/// Every expert sees every token, through its own matrices: computed here by hand.
+#[test]
+fn experts_are_calibrated_by_all_tokens() {
+    let (model, program) = open("mixtral");
+    let weights = model.weights(&program).unwrap();
+    let text = "format = \"int4-g16-f32\"\ntensors = [\"layers.0.ffn.experts.*\"]\n\
+                [[technique]]\nuse = \"gptq\"";
+    let recipe = Recipe::parse(text, None).unwrap();
+    let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+    let backend = ReferenceBackend::new();
+    let calibration = calibration(&backend, &TOKENS);
+    job.calibrate(&model.spec, &calibration).unwrap();
+
+    let found = |index: usize| match &program.ops[index] {
+        Op::Experts { input, spec, .. } => Some((*input, spec.clone())),
+        _ => None,
+    };
+    let (input, spec) = (0..program.ops.len()).find_map(found).unwrap();
+    let end = program.ops.iter().position(|op| op.inputs().any(|it| it == input)).unwrap();
+    let section = Section::new(&program, 0..end, 24, &[input]).unwrap();
+    let (mut x, mut load) = (Vec::new(), |weight| Ok(weights.load(weight)?));
+    calibration
+        .run(&section, None, &mut load, &mut |rows, _| x.extend_from_slice(rows[0]))
+        .unwrap();
+    let width = program.value_width(input);
+    let values = |weight: Weight| weights.load(weight).unwrap().to_f32();
+    let (gate, up, down) = (values(spec.gate), values(spec.up), values(spec.down));
+    let made = Replacement::tensor(&mut job, spec.down).unwrap();
+    assert_eq!(made.shape, [spec.experts, width, spec.hidden]);
+    let technique = crate::technique::find("gptq").unwrap();
+    for expert in 0..spec.experts {
+        let part =
+            |all: &[f32]| all[expert * spec.hidden * width..][..spec.hidden * width].to_vec();
+        let (gate, up, down) = (part(&gate), part(&up), part(&down));
+        let mut hidden = Vec::new();
+        for row in x.chunks(width) {
+            for (gate, up) in gate.chunks(width).zip(up.chunks(width)) {
+                let dot = |w: &[f32]| w.iter().zip(row).map(|(w, x)| w * x).sum::<f32>();
+                let gate = dot(gate);
+                hidden.push(gate / (1.0 + (-gate).exp()) * dot(up));
+            }
+        }
+        let mut statistics = Statistics::new(spec.hidden);
+        statistics.add(&hidden);
+        let matrix = Matrix { name: "down", rows: width, columns: spec.hidden, values: &down };
+        let group = Group { matrices: vec![matrix], statistics: Some(&statistics) };
+        let parameters = &recipe.steps[0].parameters;
+        let Ok(Outcome::Quantized(list)) = (technique.group())(&group, recipe.format, parameters)
+        else {
+            panic!("it rounds")
+        };
+        let found = made.slice_rows(expert * width..(expert + 1) * width).unwrap().to_f32();
+        let expected = list[0].tensor.to_f32();
+        let same = found.iter().zip(&expected).filter(|(a, b)| (*a - *b).abs() < 1e-5).count();
+        assert!(same * 100 >= 98 * found.len(), "{expert}: {same} of {}", found.len());
+    }
+    // Each token was sent to two experts.
+    assert_eq!(job.coverage[0].router, "layers.0.ffn.router");
+    assert_eq!(job.coverage[0].tokens.iter().sum::<u64>(), 48);
 }
