@@ -176,7 +176,8 @@ fn check_targets(
     match targets.keys().find(cannot) {
         None => Ok(()),
         Some(weight) => Err(bad_input(format!(
-            "tensor {} is part of a larger tensor of the file, which pack-quantized cannot replace",
+            "tensor {} is part of a larger tensor of the file, which pack-quantized cannot replace; \
+             a recipe can `keep` it",
             program.weight(*weight).name
         ))),
     }
