@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lathe_program::KvFormat;
 
-use crate::commands::RankArguments;
+use crate::commands::{QuantizeArguments, RankArguments};
 use crate::parallel::ParallelArguments;
 
 const EXAMPLES: &str = "\
@@ -20,6 +20,7 @@ Examples:
   lathe inspect smollm2-135m --context 4096 --batch 8
   lathe bench smollm2-135m --prompt 512 --generate 128 --json
   lathe convert ./my-model my-model.gguf --to gguf --format q4_0
+  lathe quantize smollm2-135m ./small --format w4a16 --group 64 --method awq --calibration text.txt
 
 MODEL is a folder in Hugging Face layout, a .gguf file, a catalogue name (smollm2-135m, tiny) or a
 Hub id (organisation/name, organisation/name:QUANTIZATION). Fetched models go to the cache that
@@ -98,6 +99,8 @@ pub enum Command {
     Bench(BenchArguments),
     /// Write a model in another file layout or number format
     Convert(ConvertArguments),
+    /// Write a model in fewer bits, with the technique that loses least
+    Quantize(QuantizeArguments),
     /// Fetch a model into the cache
     Pull(PullArguments),
 }

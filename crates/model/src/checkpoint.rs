@@ -3,6 +3,8 @@
 //! Numbers that a file keeps in several tensors (codes and scales) come as one [`Tensor`] here;
 //! what the tensors are for is the business of [`crate::weights`].
 
+mod packed;
+
 use std::path::{Path, PathBuf};
 
 use lathe_tensor::gguf::{GgufError, GgufFile};
@@ -13,6 +15,7 @@ use lathe_tensor::{
 };
 use serde_json::Value;
 
+pub use self::packed::PackedScheme;
 use crate::config::Config;
 use crate::spec::SpecError;
 
@@ -60,6 +63,8 @@ pub enum Quantization {
     },
     /// Experts in MXFP4, in `*_blocks` and `*_scales` (gpt-oss).
     Mxfp4Experts,
+    /// Integers in words, in `*_packed`, `*_scale` and `*_shape` (compressed-tensors).
+    Packed(PackedScheme),
 }
 
 impl Quantization {
@@ -73,6 +78,7 @@ impl Quantization {
         };
         let method = c.text("quant_method")?.unwrap_or("(none given)");
         match method {
+            "compressed-tensors" => Ok(Quantization::Packed(PackedScheme::from_hf_config(&c)?)),
             "mxfp4" => Ok(Quantization::Mxfp4Experts),
             "fp8" => {
                 if let Some(element) = c.text("fmt")?.filter(|element| *element != "e4m3") {
@@ -137,6 +143,9 @@ impl Checkpoint {
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         match self {
+            Checkpoint::Safetensors { files, quantization: Quantization::Packed(_) } => {
+                files.contains(name) || packed::is_packed(files, name)
+            }
             Checkpoint::Safetensors { files, .. } => files.contains(name),
             Checkpoint::Gguf(file) => file.info(name).is_some(),
         }
@@ -147,13 +156,23 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::tensor`].
     pub fn shape(&self, name: &str) -> Result<Vec<usize>, CheckpointError> {
-        Ok(self.tensor(name)?.shape)
+        match self {
+            // Codes are only unpacked when they are asked for.
+            Checkpoint::Safetensors { files, quantization: Quantization::Packed(_) }
+                if packed::is_packed(files, name) =>
+            {
+                Ok(packed::shape_of(files, name)?.to_vec())
+            }
+            _ => Ok(self.tensor(name)?.shape),
+        }
     }
 
     /// Names of the tensors that [`Self::tensor`] reads for `name`: itself, and its scales.
     pub fn parts_of(&self, name: &str) -> Vec<String> {
         let mut names = vec![name.to_owned()];
-        if let Checkpoint::Safetensors { files, .. } = self {
+        if let Checkpoint::Safetensors { files, quantization: Quantization::Packed(_) } = self {
+            names.extend(packed::parts_of(files, name));
+        } else if let Checkpoint::Safetensors { files, .. } = self {
             names.extend(scales_of(name).into_iter().filter(|scales| files.contains(scales)));
         }
         names
@@ -173,8 +192,27 @@ impl Checkpoint {
             Quantization::Fp8Tiles { tile } if files.raw(name)?.dtype == Dtype::F8_E4M3 => {
                 fp8_tiles(files, name, tile)
             }
+            Quantization::Packed(scheme) if packed::is_packed(files, name) => {
+                packed::read(files, name, scheme)
+            }
             _ => Ok(files.tensor(name)?),
         }
+    }
+
+    /// Names under which [`Self::tensor`] gives every tensor: those of the files, but one for the
+    /// codes and scales of what is quantized.
+    pub fn whole_names(&self) -> Vec<String> {
+        let Checkpoint::Safetensors { files, quantization } = self else {
+            return self.names().into_iter().map(str::to_owned).collect();
+        };
+        let whole = |name: &str| match quantization {
+            Quantization::Packed(_) => packed::whole_name(files, name),
+            _ => {
+                let scales = name.strip_suffix("_scale_inv").is_some_and(|it| files.contains(it));
+                (!scales).then(|| name.to_owned())
+            }
+        };
+        files.names().filter_map(whole).collect()
     }
 }
 

@@ -13,6 +13,7 @@ pub mod gguf;
 pub mod hadamard;
 #[allow(unsafe_code)]
 mod mapping;
+pub mod packed;
 mod partial;
 pub mod safetensors;
 pub mod tensor;

@@ -7,7 +7,18 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("lathe-cpu", &["lathe-program", "lathe-tensor"]),
     ("lathe-model", &["lathe-program", "lathe-tensor"]),
     ("lathe-engine", &["lathe-model", "lathe-program", "lathe-tensor"]),
-    ("lathe", &["lathe-engine", "lathe-model", "lathe-cpu", "lathe-program", "lathe-tensor"]),
+    ("lathe-quant", &["lathe-model", "lathe-program", "lathe-tensor"]),
+    (
+        "lathe",
+        &[
+            "lathe-engine",
+            "lathe-quant",
+            "lathe-model",
+            "lathe-cpu",
+            "lathe-program",
+            "lathe-tensor",
+        ],
+    ),
     (
         "lathe-tests",
         &["lathe", "lathe-engine", "lathe-model", "lathe-cpu", "lathe-program", "lathe-tensor"],

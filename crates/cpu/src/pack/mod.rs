@@ -53,6 +53,15 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
+    /// Whether there are kernels for rows of `columns` numbers in `format`: what [`Self::pack`] asks
+    /// of a tensor, for those who have none yet.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`], which names what has no kernel.
+    pub fn check(format: Format, columns: usize) -> Result<(), BackendError> {
+        layout_of(format, columns).map(drop)
+    }
+
     /// Lays `tensor` out as a matrix of `[product of the leading dimensions, last dimension]`, in
     /// parallel on rayon's pool. `exact` chooses kernels that neither round activations nor
     /// accumulate in anything but `f32`.
@@ -200,6 +209,14 @@ fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError>
         _ => {}
     }
     Ok(constants)
+}
+
+fn layout_of(format: Format, columns: usize) -> Result<Layout, BackendError> {
+    match format {
+        Format::Float(kind) => Ok(Layout::Float(kind)),
+        Format::Ggml(kind) => Ok(Layout::of_ggml(kind)),
+        Format::Scaled(format) => scaled::layout(&format, columns),
+    }
 }
 
 /// What every scale of the tensor is multiplied by.

@@ -7,10 +7,12 @@ mod eval;
 mod inspect;
 mod inspect_parallel;
 mod pull;
+mod quantize;
 mod run;
 mod score;
 
 pub use inspect_parallel::RankArguments;
+pub use quantize::QuantizeArguments;
 
 use std::time::Instant;
 
@@ -37,6 +39,7 @@ pub fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
         Command::Inspect(command) => inspect::run(global, command),
         Command::Bench(command) => bench::run(global, command),
         Command::Convert(command) => convert::run(global, command),
+        Command::Quantize(command) => quantize::run(global, command),
         Command::Pull(command) => pull::run(global, command),
     }
 }

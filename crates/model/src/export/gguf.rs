@@ -7,7 +7,7 @@ use lathe_tensor::gguf::{MetaValue, Metadata, TensorDeclaration, Writer};
 use lathe_tensor::{Format, GgmlType, Tensor};
 
 use super::plain_llama::PlainLlama;
-use super::{ExportError, bytes_in, tokenizer};
+use super::{ExportError, Nothing, Replacement, bytes_in, tokenizer};
 use crate::checkpoint::Checkpoint;
 use crate::lower::{LowerOptions, lower};
 use crate::model::Model;
@@ -29,6 +29,19 @@ pub struct GgufOptions {
 /// # Errors
 /// If the model has what a GGUF Llama cannot say (the error names it), or a file fails.
 pub fn to_gguf(model: &Model, path: &Path, options: &GgufOptions) -> Result<(), ExportError> {
+    to_gguf_replacing(model, path, options, &mut Nothing)
+}
+
+/// As [`to_gguf`], with some weights taken from `replacement`.
+///
+/// # Errors
+/// As [`to_gguf`]; also if a replacement cannot be made.
+pub fn to_gguf_replacing(
+    model: &Model,
+    path: &Path,
+    options: &GgufOptions,
+    replacement: &mut dyn Replacement,
+) -> Result<(), ExportError> {
     let llama = PlainLlama::of(&model.spec, TARGET)?;
     let program = lower(&model.spec, &LowerOptions::new(model.spec.context_max))?;
     let weights = model.weights(&program)?;
@@ -43,7 +56,7 @@ pub fn to_gguf(model: &Model, path: &Path, options: &GgufOptions) -> Result<(), 
         }
     }
     let divisors = frequency_divisors(llama.rope)?;
-    let plan = plan(&program, &model.spec.tied_head, options)?;
+    let plan = plan(&program, &model.spec.tied_head, options, replacement)?;
     let mut declarations: Vec<TensorDeclaration> =
         plan.iter().map(|(_, declaration)| declaration.clone()).collect();
     if let Some(divisors) = &divisors {
@@ -55,7 +68,13 @@ pub fn to_gguf(model: &Model, path: &Path, options: &GgufOptions) -> Result<(), 
     }
     let mut writer = Writer::create(path, &metadata, &declarations)?;
     for (weight, declaration) in &plan {
-        let tensor = weights.load(*weight)?;
+        let tensor = match replacement.format(*weight) {
+            None => weights.load(*weight)?,
+            Some(_) => replacement.tensor(*weight).map_err(|source| ExportError::Replacement {
+                name: program.weight(*weight).name.clone(),
+                source,
+            })?,
+        };
         let tensor = permuted(tensor, &declaration.name, llama.attention.head_dim)?;
         writer.write(&declaration.name, &bytes_in(&tensor, declaration.format))?;
     }
@@ -71,6 +90,7 @@ fn plan(
     program: &Program,
     tied_head: &bool,
     options: &GgufOptions,
+    replacement: &dyn Replacement,
 ) -> Result<Vec<(Weight, TensorDeclaration)>, ExportError> {
     let mut plan = Vec::new();
     for (index, decl) in program.weights.iter().enumerate() {
@@ -80,8 +100,10 @@ fn plan(
         let name = file_name(&decl.name, decl.layer);
         let feature = || ExportError::Feature { feature: decl.name.clone(), target: TARGET };
         let name = name.ok_or_else(feature)?;
+        let replaced = replacement.format(Weight(index as u32));
         let wanted = match decl.role {
             WeightRole::Vector => Format::F32,
+            _ if replaced.is_some() => replaced.unwrap_or(options.format),
             WeightRole::Embedding => options.embedding.unwrap_or(options.format),
             _ => options.format,
         };

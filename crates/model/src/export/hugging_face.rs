@@ -69,7 +69,7 @@ const TEXTS: [&str; 6] = [
     "chat_template.json",
 ];
 
-fn copy_texts(from: &Path, to: &Path) -> Result<(), ExportError> {
+pub(super) fn copy_texts(from: &Path, to: &Path) -> Result<(), ExportError> {
     for name in TEXTS {
         let (from, to) = (from.join(name), to.join(name));
         if from.is_file() {
@@ -79,7 +79,7 @@ fn copy_texts(from: &Path, to: &Path) -> Result<(), ExportError> {
     Ok(())
 }
 
-fn write_json(directory: &Path, name: &str, value: &Value) -> Result<(), ExportError> {
+pub(super) fn write_json(directory: &Path, name: &str, value: &Value) -> Result<(), ExportError> {
     let path = directory.join(name);
     let text = serde_json::to_string_pretty(value).unwrap_or_default() + "\n";
     std::fs::write(&path, text).map_err(io(&path))
@@ -97,15 +97,12 @@ fn rewrite(
         let feature = "MXFP4 experts".to_owned();
         return Err(ExportError::Feature { feature, target: TARGET });
     }
-    let scales = |name: &&str| {
-        name.strip_suffix("_scale_inv").is_some_and(|codes| checkpoint.contains(codes))
-    };
-    let names: Vec<&str> = checkpoint.names().into_iter().filter(|name| !scales(name)).collect();
+    let names = checkpoint.whole_names();
     let mut declarations = Vec::with_capacity(names.len());
     for name in &names {
         let tensor = checkpoint.tensor(name)?;
         let float = options.float.unwrap_or(float_of(tensor.format));
-        let (name, dtype, shape) = ((*name).to_owned(), Dtype::from(float), tensor.shape);
+        let (name, dtype, shape) = (name.clone(), Dtype::from(float), tensor.shape);
         declarations.push((float, TensorDeclaration { name, dtype, shape }));
     }
     let list: Vec<_> = declarations.iter().map(|(_, declaration)| declaration.clone()).collect();
@@ -128,7 +125,7 @@ fn rewrite(
     write_json(directory, "config.json", &config)
 }
 
-fn torch_name(float: FloatType) -> &'static str {
+pub(super) fn torch_name(float: FloatType) -> &'static str {
     match float {
         FloatType::F32 => "float32",
         FloatType::F16 => "float16",

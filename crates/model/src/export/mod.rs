@@ -3,16 +3,19 @@
 //! Whole files of another family are refused by what they have that the target cannot say; a
 //! weight is read, converted and written before the next, so that memory stays small.
 
+mod compressed;
 mod gguf;
 mod hugging_face;
 mod plain_llama;
 mod tokenizer;
 
+use lathe_program::Weight;
 use lathe_tensor::gguf::GgufError;
 use lathe_tensor::safetensors::SafetensorsError;
 use lathe_tensor::{Bytes, FloatType, Format, Tensor, TensorError, codec};
 
-pub use gguf::{GgufOptions, to_gguf};
+pub use compressed::{PackedLayout, to_packed};
+pub use gguf::{GgufOptions, to_gguf, to_gguf_replacing};
 pub use hugging_face::{HuggingFaceOptions, to_hugging_face};
 
 use crate::checkpoint::CheckpointError;
@@ -20,6 +23,35 @@ use crate::model::ModelError;
 use crate::spec::SpecError;
 use crate::tokenizer::TokenizerError;
 use crate::weights::WeightsError;
+
+/// Weights that take the place of a model's own while it is written. A weight is asked for once,
+/// and is not kept: memory holds one at a time.
+pub trait Replacement {
+    /// The format in which `weight` will come; `None` if it stays what it is.
+    fn format(&self, weight: Weight) -> Option<Format>;
+
+    /// The weight, in the program's shape and in the format that was promised.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError>;
+}
+
+/// Why a weight could not be made; the maker's own error.
+pub type ReplacementError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Replaces nothing.
+struct Nothing;
+
+impl Replacement for Nothing {
+    fn format(&self, _: Weight) -> Option<Format> {
+        None
+    }
+
+    fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
+        Err(format!("weight {} is not replaced", weight.0).into())
+    }
+}
 
 /// Why a model could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +63,14 @@ pub enum ExportError {
         feature: String,
         /// Which layout.
         target: &'static str,
+    },
+    /// A weight that was to be written could not be made.
+    #[error("weight {name}: {source}")]
+    Replacement {
+        /// Its canonical name.
+        name: String,
+        /// Why.
+        source: ReplacementError,
     },
     /// A file cannot be read or written.
     #[error("{}: {source}", .path.display())]

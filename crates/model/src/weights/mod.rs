@@ -106,6 +106,11 @@ impl<'a> ModelWeights<'a> {
         &self.unused
     }
 
+    /// The program whose weights they are.
+    pub fn program(&self) -> &Program {
+        self.program
+    }
+
     /// Names of the tensors that `weight` is made of.
     pub fn tensors_of(&self, weight: Weight) -> &[String] {
         &self.located[weight.0 as usize].tensors

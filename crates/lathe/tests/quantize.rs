@@ -1,0 +1,172 @@
+//! `lathe quantize`: what it writes opens in the other commands, and what cannot be is refused
+//! with the tensor's name before anything is written.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use support::{lathe, run_error, run_json};
+
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny/llama");
+
+fn command(home: &Path, words: &[&str]) -> Command {
+    let mut command = lathe(home);
+    command.args(words).stdin(Stdio::null());
+    command
+}
+
+#[test]
+fn what_is_written_opens_and_is_near_the_model() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let tokens = path("tokens.json");
+    let ids: Vec<String> = (0..200).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let scored = path("scored.json");
+    std::fs::write(&scored, format!("[{}]", ids[..60].join(","))).expect("writes");
+    let score = |model: &str| {
+        let words = ["score", model, "--tokens", &scored, "--json", "--exact"];
+        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+    };
+    let expected = score(MODEL);
+    for method in ["rtn", "clip", "gptq", "awq", "awq+gptq"] {
+        let out = path(method);
+        let words = ["quantize", MODEL, &out, "--format", "w8a16", "--method"];
+        let words = [&words[..], &[method, "--calibration", &tokens, "--json"]].concat();
+        let report = run_json(&mut command(home.path(), &words));
+        assert_eq!(report["format"], "int8-channel-bf16");
+        assert_eq!(report["calibration_tokens"], 200);
+        let found = score(&out);
+        assert!((found - expected).abs() < 0.02, "{method}: {found} {expected}");
+        let folder = Path::new(&out);
+        let recipe = folder.join("recipe.toml");
+        assert!(folder.join("provenance.json").is_file() && recipe.is_file());
+        let config = std::fs::read_to_string(folder.join("config.json")).expect("reads");
+        assert!(config.contains("pack-quantized") && !config.contains("provenance"));
+        // The recorded recipe is a recipe, and gives the same files.
+        let again = path(&format!("{method}-again"));
+        let recipe = recipe.display().to_string();
+        let words = ["quantize", MODEL, &again, "--recipe", &recipe, "--calibration", &tokens];
+        run_json(&mut command(home.path(), &[&words[..], &["--json"]].concat()));
+        let weights = |folder: &str| {
+            std::fs::read(Path::new(folder).join("model.safetensors")).expect("reads")
+        };
+        assert!(weights(&out) == weights(&again), "{method}: another result from its recipe");
+    }
+}
+
+/// A rotation makes embedding and head two matrices, which were one here: other readers are told.
+#[test]
+fn a_rotated_model_with_a_tied_head_is_the_same_model() {
+    let home = tempfile::tempdir().expect("a folder");
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny/llama-tied");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (out, tokens, recipe) = (path("out"), path("tokens.json"), path("recipe.toml"));
+    std::fs::write(&tokens, "[1, 5, 9, 33, 2, 40, 17, 3, 3, 8]").expect("writes");
+    let text = "format = \"int8-channel-f32\"\n[[technique]]\nuse = \"rotate\"\n[[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    run_json(&mut command(home.path(), &["quantize", model, &out, "--recipe", &recipe, "--json"]));
+    let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
+    let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    assert_eq!(config["tie_word_embeddings"], false);
+    let score = |model: &str| {
+        let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
+        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+    };
+    let (found, expected) = (score(&out), score(model));
+    assert!((found - expected).abs() < 0.02, "{found} {expected}");
+}
+
+/// Experts that are tensors of their own are quantized where a recipe names them.
+#[test]
+fn experts_are_quantized_where_a_recipe_says_so() {
+    let home = tempfile::tempdir().expect("a folder");
+    let tiny =
+        |name: &str| format!("{}/../../tests/fixtures/tiny/{name}", env!("CARGO_MANIFEST_DIR"));
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (tokens, recipe) = (path("tokens.json"), path("recipe.toml"));
+    let ids: Vec<String> = (0..100).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let scored = path("scored.json");
+    std::fs::write(&scored, format!("[{}]", ids[..60].join(","))).expect("writes");
+    let text = "format = \"w8a16\"\ntensors = [\"*.ffn.*\"]\n[[technique]]\nuse = \"gptq\"";
+    std::fs::write(&recipe, text).expect("writes");
+    for name in ["mixtral", "deepseek-v3"] {
+        let (model, out) = (tiny(name), path(name));
+        let words = ["quantize", &model, &out, "--recipe", &recipe, "--calibration", &tokens];
+        let report = run_json(&mut command(home.path(), &[&words[..], &["--json"]].concat()));
+        let chosen = report["expert_tokens"][0]["tokens"].as_array().expect("experts");
+        assert!(chosen.iter().filter_map(serde_json::Value::as_u64).sum::<u64>() >= 100);
+        let tensors = report["tensors"].as_array().expect("tensors");
+        let expert = |it: &&serde_json::Value| {
+            it["tensor"].as_str().is_some_and(|it| it.contains("ffn.experts.down["))
+        };
+        assert!(tensors.iter().any(|it| expert(&it)));
+        let score = |model: &str| {
+            let words = ["score", model, "--tokens", &scored, "--json", "--exact"];
+            run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+        };
+        let (found, expected) = (score(&out), score(&model));
+        // A token that goes to another expert for a last bit makes more of a difference than codes.
+        assert!((found - expected).abs() < 0.1, "{name}: {found} {expected}");
+    }
+    // One tensor that holds all experts cannot be replaced by packed ones.
+    let (model, out) = (tiny("gpt-oss"), path("gpt-oss"));
+    let words = ["quantize", &model, &out, "--recipe", &recipe, "--calibration", &tokens];
+    let reason = run_error(&mut command(home.path(), &words), 2);
+    assert!(reason.contains("ffn.experts") && reason.contains("pack-quantized"), "{reason}");
+}
+
+/// Groups of 16 have no kernels on the CPU: who says that the reference is to run them gets them.
+#[test]
+fn groups_that_only_the_reference_runs_are_written_for_it() {
+    let home = tempfile::tempdir().expect("a folder");
+    let out = home.path().join("out").display().to_string();
+    let words = ["quantize", MODEL, &out, "--format", "w4a16", "--group", "16"];
+    let report = run_json(&mut command(
+        home.path(),
+        &[&words[..], &["--device", "reference", "--json"]].concat(),
+    ));
+    assert_eq!(report["format"], "int4-g16-bf16");
+    let tokens = home.path().join("tokens.json");
+    std::fs::write(&tokens, "[1, 5, 9, 33, 2]").expect("writes");
+    let tokens = tokens.display().to_string();
+    let words = ["score", &out, "--tokens", &tokens, "--json"];
+    let found =
+        run_json(&mut command(home.path(), &[&words[..], &["--device", "reference"]].concat()));
+    assert!(found["mean_nll"].as_f64().is_some_and(f64::is_finite), "{found}");
+    let reason = run_error(&mut command(home.path(), &words), 1);
+    assert!(reason.contains("groups of this size"), "{reason}");
+}
+
+#[test]
+fn what_cannot_be_is_refused_and_leaves_nothing() {
+    let home = tempfile::tempdir().expect("a folder");
+    let out = home.path().join("out").display().to_string();
+    let gguf = home.path().join("out.gguf").display().to_string();
+    let recipe = home.path().join("bad.toml");
+    std::fs::write(&recipe, "format = \"w8a16\"\nfromat = 3\n").expect("writes");
+    let recipe = recipe.display().to_string();
+    let cases: [(&[&str], [&str; 2]); 9] = [
+        (&[&out, "--format", "w4a16"], ["layers.0.attention.query", "128"]),
+        (&[&out, "--format", "w4a16", "--group", "32"], ["layers.0.ffn.down", "48"]),
+        (
+            &[&out, "--format", "w4a16", "--group", "16"],
+            ["groups of this size", "--device reference"],
+        ),
+        (&[&out, "--format", "q8_0"], ["q8_0", ".gguf"]),
+        (&[&gguf, "--format", "w8a16"], ["int8-channel-bf16", "GGUF"]),
+        (&[&out, "--format", "nvfp4"], ["cannot be written", "int4"]),
+        (&[&out, "--format", "w8a16", "--method", "gptq"], ["--calibration", ""]),
+        (&[&out, "--format", "w8a16", "--method", "magic"], ["magic", "gptq"]),
+        (&[&out, "--recipe", &recipe], ["bad.toml", "fromat"]),
+    ];
+    for (words, expected) in cases {
+        let words = [&["quantize", MODEL], words].concat();
+        let reason = run_error(&mut command(home.path(), &words), 2);
+        assert!(expected.iter().all(|it| reason.contains(it)), "{words:?}: {reason}");
+    }
+    assert!(!Path::new(&out).exists() && !Path::new(&gguf).exists());
+    assert!(!home.path().join("out.partial").exists());
+}

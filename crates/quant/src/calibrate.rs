@@ -1,0 +1,180 @@
+//! Calibration: runs the served program, one layer at a time, and keeps [`Statistics`] of what its
+//! linear layers read.
+//!
+//! A layer is a [`Section`] whose table is the stream that the layers before it made, so that memory
+//! is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's size, and any
+//! backend will do. Each window of the text begins with an empty cache.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use lathe_program::{
+    Backend, BackendError, BlockTable, ExecutorOptions, KvFormat, Program, Routing, Step,
+    StepSequence, Value, Weight, WeightSource,
+};
+use lathe_tensor::Tensor;
+
+use crate::error::QuantError;
+use crate::section::Section;
+use crate::statistics::Statistics;
+
+/// What calibration runs, and where.
+#[derive(Clone, Copy)]
+pub struct Calibration<'a> {
+    /// Runs the layers.
+    pub backend: &'a dyn Backend,
+    /// The text.
+    pub tokens: &'a [u32],
+    /// Tokens that see one another.
+    pub window: usize,
+    /// Worker threads of the backend; `None` means every core.
+    pub threads: Option<usize>,
+    /// As in [`ExecutorOptions::exact`].
+    pub exact: bool,
+    /// The cache's format; `f32` if the caller does not say.
+    pub kv_format: Option<KvFormat>,
+}
+
+/// The stream between two layers: `[tokens, width]`.
+pub(crate) struct Stream {
+    pub width: usize,
+    pub values: Vec<f32>,
+}
+
+impl Stream {
+    fn table(&self) -> Tensor {
+        Tensor::from_f32(&[self.values.len() / self.width.max(1), self.width], &self.values)
+    }
+}
+
+/// The weights of a section: the table of inputs, and what the job makes of the others.
+struct SectionWeights(Vec<Tensor>);
+
+impl WeightSource for SectionWeights {
+    fn tensor(&self, weight: Weight) -> Result<Tensor, BackendError> {
+        Ok(self.0[weight.0 as usize].clone())
+    }
+}
+
+impl Calibration<'_> {
+    /// Refuses tokens that `program` does not know.
+    ///
+    /// # Errors
+    /// If there are none, or one is outside the vocabulary.
+    pub(crate) fn check(&self, program: &Program) -> Result<(), QuantError> {
+        if self.tokens.is_empty() {
+            return Err(QuantError::Calibration("there are no tokens".to_owned()));
+        }
+        match self.tokens.iter().find(|token| **token as usize >= program.vocabulary) {
+            None => Ok(()),
+            Some(token) => Err(QuantError::Calibration(format!(
+                "token {token}, the vocabulary has {}",
+                program.vocabulary
+            ))),
+        }
+    }
+
+    /// Runs `section` on all windows and hands `seen` what each tap of it made
+    /// and each router chose, window
+    /// after window. `weight` has the weights, `stream` what the section reads (nothing, if it
+    /// begins with the tokens themselves).
+    ///
+    /// # Errors
+    /// If a weight cannot be had or the backend fails.
+    pub(crate) fn run(
+        &self,
+        section: &Section,
+        stream: Option<&Stream>,
+        weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
+        seen: &mut dyn FnMut(&[&[f32]], &[Vec<u32>]),
+    ) -> Result<(), QuantError> {
+        let program = Arc::new(section.program.clone());
+        let one = |origin: &Option<Weight>| match (origin, stream) {
+            (Some(origin), _) => weight(*origin),
+            (None, Some(stream)) => Ok(stream.table()),
+            (None, None) => unreachable!("a section with a table has inputs"),
+        };
+        let weights = SectionWeights(section.weights.iter().map(one).collect::<Result<_, _>>()?);
+        let window = self.window.clamp(1, program.context_max);
+        let stride = window.div_ceil(program.kv.block_tokens);
+        let options = ExecutorOptions {
+            kv_blocks: (program.kv.groups.len() * stride).max(1),
+            kv_format: Some(self.kv_format.unwrap_or(KvFormat::F32)),
+            rows_max: window,
+            threads: self.threads,
+            exact: self.exact,
+        };
+        let mut executor = self.backend.prepare(Arc::clone(&program), &weights, &options)?;
+        drop(weights);
+        for (index, text) in self.tokens.chunks(window).enumerate() {
+            let first = (index * window) as u32;
+            let rows: Vec<u32> = match stream {
+                Some(_) => (first..first + text.len() as u32).collect(),
+                None => text.to_vec(),
+            };
+            let expanded = executor.expanded_until(text.len());
+            let step = step_of(&program, &rows, expanded, stride as u32);
+            let taps: Vec<Vec<f32>> =
+                executor.run(&step)?.captures.iter().map(|tap| tap.to_vec()).collect();
+            let width = |tap: usize| program.capture_widths()[tap];
+            let rows = rows.len();
+            let taps: Vec<&[f32]> =
+                taps.iter().enumerate().map(|(tap, it)| &it[..rows * width(tap)]).collect();
+            let chosen = |index| {
+                let routing = executor.routing(Routing(index as u32));
+                routing.map_or(Vec::new(), |it| it.experts.to_vec())
+            };
+            let routings: Vec<Vec<u32>> = (0..program.routings).map(chosen).collect();
+            seen(&taps, &routings);
+        }
+        Ok(())
+    }
+}
+
+/// One sequence from an empty cache, with `stride` pages of the pool for each group. Windows keep
+/// all their pages: more memory than serving takes, for the same numbers.
+pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride: u32) -> Step {
+    let rows = tokens.len();
+    let pages = rows.div_ceil(program.kv.block_tokens) as u32;
+    let tables = (0..program.kv.groups.len() as u32)
+        .map(|group| BlockTable {
+            first: 0,
+            blocks: (0..pages).map(|p| group * stride + p).collect(),
+        })
+        .collect();
+    let sequence = StepSequence {
+        first_row: 0,
+        rows: rows as u32,
+        cached: 0,
+        tables,
+        expanded: expanded as u32,
+        ancestors: None,
+    };
+    Step {
+        tokens: tokens.to_vec(),
+        positions: (0..rows as u32).collect(),
+        sequences: vec![sequence],
+        logits_rows: Vec::new(),
+    }
+}
+
+/// What was seen of the values that the linear ops of one layer read.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Observed(BTreeMap<Value, Statistics>);
+
+impl Observed {
+    /// Nothing yet, of `values` with their widths.
+    pub fn new(values: impl Iterator<Item = (Value, usize)>) -> Self {
+        Self(values.map(|(value, width)| (value, Statistics::new(width))).collect())
+    }
+
+    pub fn add(&mut self, value: Value, rows: &[f32]) {
+        if let Some(statistics) = self.0.get_mut(&value) {
+            statistics.add(rows);
+        }
+    }
+
+    pub fn of(&self, value: Value) -> Option<&Statistics> {
+        self.0.get(&value)
+    }
+}

@@ -1,0 +1,69 @@
+//! Why something could not be quantized.
+
+use lathe_model::export::ExportError;
+use lathe_model::weights::WeightsError;
+use lathe_model::{ModelError, SpecError};
+use lathe_program::BackendError;
+use lathe_tensor::TensorError;
+
+/// Why something could not be quantized.
+#[derive(Debug, thiserror::Error)]
+pub enum QuantError {
+    /// A recipe says something that it cannot.
+    #[error("recipe: {0}")]
+    Recipe(String),
+    /// A tensor cannot be stored in the format that was asked for.
+    #[error("tensor {tensor}: {source}")]
+    Format {
+        /// Canonical name.
+        tensor: String,
+        /// What does not fit.
+        source: TensorError,
+    },
+    /// A technique cannot do what was asked of it.
+    #[error("{technique} of tensor {tensor}: {reason}")]
+    Technique {
+        /// Its name.
+        technique: &'static str,
+        /// Canonical name of the tensor.
+        tensor: String,
+        /// What was found and what was expected.
+        reason: String,
+    },
+    /// A technique needs statistics of a tensor's inputs, and there are none.
+    #[error(
+        "{technique} of tensor {tensor} needs calibration, and none of its inputs was observed"
+    )]
+    Unobserved {
+        /// The technique.
+        technique: &'static str,
+        /// Canonical name of the tensor.
+        tensor: String,
+    },
+    /// A layer cannot be run by itself.
+    #[error("a layer reads both {first} and {second} of what is before it, expected one value")]
+    Section {
+        /// A value that it reads.
+        first: String,
+        /// Another one.
+        second: String,
+    },
+    /// The calibration tokens cannot be used.
+    #[error("calibration: {0}")]
+    Calibration(String),
+    /// The model's description is not consistent.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The model's weights are not what its description says.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A weight cannot be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The calibrating executor failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The result cannot be written.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+}

@@ -1,0 +1,69 @@
+//! Where the scales of a linear group's input can go: into the norm that makes it, or into the rows
+//! of the matrix behind a gated activation. What is between must let a scale of a channel through.
+
+use lathe_program::{Activation, NormKind, Op, Program, Value, Weight};
+
+/// What takes the scales of a linear op's input channels.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Fold {
+    /// A norm: `offset + weight` and `bias` are divided.
+    Norm { weight: Weight, bias: Option<Weight>, offset: f32 },
+    /// Rows of a matrix and its bias are divided.
+    Rows { weight: Weight, bias: Option<Weight> },
+}
+
+/// What can take the scales of the input of linear op `index`, or why nothing can.
+pub(crate) fn fold_of(program: &Program, index: usize) -> Result<Fold, String> {
+    let Op::Linear { input, parts } = &program.ops[index] else {
+        return Err("it is no linear layer".to_owned());
+    };
+    let once = |weight: &Weight| {
+        let users = program.ops.iter().filter(|op| op.weights().contains(weight)).count();
+        users == 1
+    };
+    if !parts.iter().all(|part| once(&part.weight)) {
+        return Err("another op reads its matrix".to_owned());
+    }
+    only_reader(program, *input, index)?;
+    match maker(program, *input) {
+        Some((_, Op::Norm { weight: Some(weight), bias, kind, groups: 1, .. })) => {
+            let offset = match kind {
+                NormKind::Rms { offset } => *offset,
+                NormKind::Layer => 0.0,
+            };
+            if !once(weight) || !bias.iter().all(once) {
+                return Err("another op reads the weight of the norm before it".to_owned());
+            }
+            Ok(Fold::Norm { weight: *weight, bias: *bias, offset })
+        }
+        Some((at, Op::Activate { up: Some(up), kind, .. })) => {
+            // The activation is linear in `up`, for these kinds.
+            let linear =
+                matches!(kind, Activation::SwiGlu | Activation::GeGluTanh | Activation::GeGluErf);
+            if !linear {
+                return Err("the activation before it is not linear in its second input".to_owned());
+            }
+            only_reader(program, *up, at)?;
+            let Some((_, Op::Linear { parts, .. })) = maker(program, *up) else {
+                return Err("no linear layer makes the second input of its activation".to_owned());
+            };
+            let part = parts.iter().find(|part| part.out == *up).expect("the maker's part");
+            if !once(&part.weight) || !part.bias.iter().all(once) {
+                return Err("another op reads the matrix before its activation".to_owned());
+            }
+            Ok(Fold::Rows { weight: part.weight, bias: part.bias })
+        }
+        Some((_, op)) => Err(format!("its input comes from {}, which takes no scales", op.kind())),
+        None => Err("nothing makes its input".to_owned()),
+    }
+}
+
+fn maker(program: &Program, value: Value) -> Option<(usize, &Op)> {
+    program.ops.iter().enumerate().find(|(_, op)| op.outputs().any(|out| out == value))
+}
+
+fn only_reader(program: &Program, value: Value, reader: usize) -> Result<(), String> {
+    let reads = |op: &Op| op.inputs().any(|input| input == value);
+    let other = program.ops.iter().enumerate().find(|(at, op)| *at != reader && reads(op));
+    other.map_or(Ok(()), |(_, op)| Err(format!("{} reads the same input", op.kind())))
+}

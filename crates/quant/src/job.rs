@@ -1,0 +1,595 @@
+//! A job: a recipe applied to a model. It plans what becomes of every weight, checks that it can
+//! be, and makes quantized weights: layer by layer behind a calibration that runs through what is
+//! quantized already, or one at a time when the writer asks, if nothing has to be calibrated.
+
+mod experts;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use lathe_model::export::{Replacement, ReplacementError};
+use lathe_model::lower::{LowerOptions, lower};
+use lathe_model::spec::DecoderSpec;
+use lathe_model::weights::ModelWeights;
+use lathe_program::{Op, Program, Value, Weight, WeightRole};
+use lathe_tensor::{Bytes, Format, Tensor, codec};
+use serde::Serialize;
+
+use crate::calibrate::{Calibration, Observed, Stream};
+use crate::error::QuantError;
+use crate::fold::{Fold, fold_of};
+use crate::matrix::{Group, Matrix, Outcome, Report, check_shape};
+use crate::recipe::{Prefix, Recipe, TechniqueStep, matches};
+use crate::rotate::turned;
+use crate::rotate::turns::Turns;
+use crate::section::{Layers, Section};
+use crate::statistics::Statistics;
+use crate::technique::{Apply, Stage};
+pub use experts::CoverageReport;
+use experts::{Coverage, ExpertInputs};
+
+/// What became of one matrix.
+#[derive(Debug, Clone, Serialize)]
+pub struct WeightReport {
+    /// Canonical name.
+    pub tensor: String,
+    /// The technique that chose its codes.
+    pub technique: &'static str,
+    /// What it cost.
+    #[serde(flatten)]
+    pub report: Report,
+}
+
+/// What became of the scales of one group's channels.
+#[derive(Debug, Clone, Serialize)]
+pub struct PreparedReport {
+    /// Canonical names of the group's matrices.
+    pub tensors: Vec<String>,
+    /// The technique.
+    pub technique: &'static str,
+    /// Why nothing was scaled, if so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
+    /// The least and the largest scale.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scales: Option<[f32; 2]>,
+}
+
+/// How far a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Elements of matrices that are done.
+    pub done: usize,
+    /// Elements of all matrices that are to be quantized.
+    pub total: usize,
+}
+
+/// A recipe applied to a model.
+pub struct Job<'a> {
+    program: &'a Program,
+    weights: &'a ModelWeights<'a>,
+    recipe: &'a Recipe,
+    /// Of the layer at hand.
+    seen: Observed,
+    /// What is quantized already.
+    finished: BTreeMap<Weight, Tensor>,
+    /// The op of each matrix that is quantized.
+    targets: BTreeMap<Weight, usize>,
+    /// Scales of the input channels of an op.
+    columns: BTreeMap<usize, Vec<f32>>,
+    /// What rows of a matrix, or elements of a vector, are divided by.
+    rows: BTreeMap<Weight, Vec<f32>>,
+    /// Norms that took scales.
+    norms: BTreeMap<Weight, Tensor>,
+    /// What rotations make of weights before anything else.
+    turns: Turns,
+    /// The floats in which the file has the weights that rotations change.
+    turned: BTreeMap<Weight, Format>,
+    progress: Box<dyn FnMut(Progress) + 'a>,
+    done: usize,
+    /// What became of each weight, in the order in which they were written.
+    pub reports: Vec<WeightReport>,
+    /// What became of each group that was to be prepared.
+    pub prepared: Vec<PreparedReport>,
+    /// How many tokens of the calibration each expert was chosen for.
+    pub coverage: Vec<CoverageReport>,
+}
+
+/// The matrices that a recipe quantizes, with the op that reads each.
+///
+/// # Errors
+/// If a pattern names nothing, or names what cannot be quantized.
+pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, usize>, QuantError> {
+    let mut readers: BTreeMap<Weight, usize> = BTreeMap::new();
+    for (index, op) in program.ops.iter().enumerate() {
+        match op {
+            Op::Linear { parts, .. } => {
+                for part in parts {
+                    readers.entry(part.weight).or_insert(index);
+                }
+            }
+            Op::Experts { spec, .. } => {
+                readers.extend([spec.gate, spec.up, spec.down].map(|weight| (weight, index)));
+            }
+            _ => {}
+        }
+    }
+    let lists = [recipe.tensors.as_ref(), Some(&recipe.keep)];
+    let of_steps = recipe.steps.iter().filter_map(|step| step.tensors.as_ref());
+    for pattern in lists.into_iter().flatten().chain(of_steps).flatten() {
+        if !program.weights.iter().any(|decl| matches(pattern, &decl.name)) {
+            return Err(QuantError::Recipe(format!("no tensor is called `{pattern}`")));
+        }
+    }
+    let mut found = BTreeMap::new();
+    for (index, decl) in program.weights.iter().enumerate() {
+        let weight = Weight(index as u32);
+        let named =
+            recipe.tensors.as_ref().map(|list| list.iter().any(|it| matches(it, &decl.name)));
+        let kept = recipe.keep.iter().any(|it| matches(it, &decl.name));
+        let linear = decl.role == WeightRole::Linear && readers.contains_key(&weight);
+        if kept || !named.unwrap_or(linear) {
+            continue;
+        }
+        // Vectors that a pattern for a whole layer sweeps along stay what they are.
+        let exact = recipe.tensors.iter().flatten().any(|it| *it == decl.name);
+        match readers.get(&weight) {
+            Some(op) if linear || decl.role == WeightRole::Experts => {
+                found.insert(weight, *op);
+            }
+            _ if exact => {
+                let role = format!("{:?}", decl.role).to_lowercase();
+                return Err(QuantError::Recipe(format!(
+                    "tensor {} ({role}) cannot be quantized here, expected linear layers or experts",
+                    decl.name
+                )));
+            }
+            _ => {}
+        }
+    }
+    if found.is_empty() {
+        return Err(QuantError::Recipe("it quantizes no tensor of this model".to_owned()));
+    }
+    Ok(found)
+}
+
+impl<'a> Job<'a> {
+    /// Plans `recipe` for the model whose weights are `weights`, and checks that every tensor that
+    /// it names can be what it says. Nothing is computed yet; `calibrated` says whether
+    /// [`Self::calibrate`] will be called, `progress` hears of each matrix.
+    ///
+    /// # Errors
+    /// If a tensor does not fit the format, or a technique lacks what it requires.
+    pub fn new(
+        weights: &'a ModelWeights<'a>,
+        recipe: &'a Recipe,
+        calibrated: bool,
+        progress: impl FnMut(Progress) + 'a,
+    ) -> Result<Self, QuantError> {
+        let program = weights.program();
+        let targets = targets(program, recipe)?;
+        let turns = turns_of(program, recipe)?;
+        let mut turned = BTreeMap::new();
+        for weight in turns.weights() {
+            turned.insert(weight, Format::Float(float_of(weights.load(weight)?.format)));
+        }
+        let job = Job {
+            program,
+            weights,
+            recipe,
+            seen: Observed::default(),
+            finished: BTreeMap::new(),
+            targets,
+            columns: BTreeMap::new(),
+            rows: BTreeMap::new(),
+            norms: BTreeMap::new(),
+            turns,
+            turned,
+            progress: Box::new(progress),
+            done: 0,
+            reports: Vec::new(),
+            prepared: Vec::new(),
+            coverage: Vec::new(),
+        };
+        job.check(calibrated)?;
+        Ok(job)
+    }
+
+    fn check(&self, calibrated: bool) -> Result<(), QuantError> {
+        for weight in self.targets.keys() {
+            let decl = self.program.weight(*weight);
+            let rounding = self.recipe.rounding_of(&decl.name)?;
+            let [.., rows, columns] = decl.shape[..] else { continue };
+            let matrix = Matrix { name: &decl.name, rows, columns, values: &[] };
+            check_shape(&matrix, self.recipe.format)?;
+            let prepares = |step: &&TechniqueStep| {
+                step.technique.stage == Stage::Prepare && step.applies_to(&decl.name)
+            };
+            let mut steps = self.recipe.steps.iter().filter(prepares).chain([rounding]);
+            if let Some(step) = steps.find(|step| step.needs_calibration() && !calibrated) {
+                let (technique, tensor) = (step.technique.name, decl.name.clone());
+                return Err(QuantError::Unobserved { technique, tensor });
+            }
+        }
+        Ok(())
+    }
+
+    /// Quantizes layer after layer: the text runs through a layer, the recipe is applied to what was
+    /// seen of its inputs, and what the quantized layer makes of the text is the next one's input
+    /// ([`Prefix::Quantized`]), so that a layer can make up for those before it.
+    ///
+    /// # Errors
+    /// If the text cannot be used, a layer cannot be run by itself, or a technique refuses.
+    pub fn calibrate(
+        &mut self,
+        spec: &DecoderSpec,
+        calibration: &Calibration<'_>,
+    ) -> Result<(), QuantError> {
+        calibration.check(self.program)?;
+        let options = LowerOptions {
+            block_tokens: self.program.kv.block_tokens,
+            context_max: self.program.context_max,
+            captures: (0..=spec.layers.len()).collect(),
+        };
+        let layers = Layers::new(self.program, &lower(spec, &options)?);
+        let tokens = calibration.tokens.len();
+        let section = Section::new(self.program, layers.before, tokens, &[layers.stream])?;
+        let mut stream = self.stream_of(&section, calibration, None)?;
+        for (ops, out) in layers.layers {
+            stream = self.calibrate_layer(calibration, ops, out, &stream)?;
+        }
+        match self.targets.keys().find(|weight| !self.finished.contains_key(weight)) {
+            None => Ok(()),
+            Some(weight) => Err(QuantError::Calibration(format!(
+                "tensor {} is in no layer",
+                self.name(*weight)
+            ))),
+        }
+    }
+
+    /// Quantizes the layer whose ops are `range`; the stream after it.
+    fn calibrate_layer(
+        &mut self,
+        calibration: &Calibration<'_>,
+        range: Range<usize>,
+        out: Value,
+        stream: &Stream,
+    ) -> Result<Stream, QuantError> {
+        let ops: BTreeSet<usize> =
+            self.targets.values().copied().filter(|op| range.contains(op)).collect();
+        let tokens = calibration.tokens.len();
+        let plain = Section::new(self.program, range.clone(), tokens, &[out])?;
+        if ops.is_empty() {
+            return self.stream_of(&plain, calibration, Some(stream));
+        }
+        let inputs: BTreeSet<Value> =
+            ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
+        let mut taps: Vec<Value> = inputs.iter().copied().collect();
+        taps.push(out);
+        let routers = range.clone();
+        let section = Section::new(self.program, range, tokens, &taps)?;
+        let width = |value: &Value| (*value, self.program.value_width(*value));
+        let mut seen = Observed::new(inputs.iter().map(width));
+        let mut after = Vec::with_capacity(stream.values.len());
+        let mut weight = |weight| self.current(weight);
+        let mut experts = ExpertInputs::new(self.program, &ops);
+        let mut coverage = Coverage::new(self.program, routers);
+        calibration.run(&section, Some(stream), &mut weight, &mut |rows, routings| {
+            for (value, rows) in taps.iter().zip(rows) {
+                seen.add(*value, rows);
+                experts.add(*value, rows);
+            }
+            coverage.add(routings);
+            after.extend_from_slice(rows[taps.len() - 1]);
+        })?;
+        self.coverage.extend(coverage.finish());
+        self.seen = seen;
+        self.apply_steps(&ops)?;
+        for op in &ops {
+            self.round_experts(*op, calibration, &experts)?;
+        }
+        self.seen = Observed::default();
+        match self.recipe.prefix {
+            Prefix::Float => Ok(Stream { width: self.program.value_width(out), values: after }),
+            Prefix::Quantized => self.stream_of(&plain, calibration, Some(stream)),
+        }
+    }
+
+    /// What a section with one tap makes of `stream`.
+    fn stream_of(
+        &self,
+        section: &Section,
+        calibration: &Calibration<'_>,
+        stream: Option<&Stream>,
+    ) -> Result<Stream, QuantError> {
+        let width = section.program.capture_widths()[0];
+        let mut values = Vec::with_capacity(calibration.tokens.len() * width);
+        let mut weight = |weight| self.current(weight);
+        calibration.run(section, stream, &mut weight, &mut |rows, _| {
+            values.extend_from_slice(rows[0]);
+        })?;
+        Ok(Stream { width, values })
+    }
+
+    /// A weight as far as it has become: quantized, scaled, or what it was.
+    fn current(&self, weight: Weight) -> Result<Tensor, QuantError> {
+        if let Some(tensor) = self.finished.get(&weight).or_else(|| self.norms.get(&weight)) {
+            return Ok(tensor.clone());
+        }
+        let columns = self.targets.get(&weight).is_some_and(|op| self.columns.contains_key(op));
+        if !columns && !self.rows.contains_key(&weight) && !self.turned.contains_key(&weight) {
+            return Ok(self.weights.load(weight)?);
+        }
+        let (shape, values) = self.load(weight)?;
+        Ok(Tensor::from_f32_vec(shape, values))
+    }
+
+    /// The recipe on the linear `ops` of a layer. Consumers come before what makes their inputs, so
+    /// that a matrix's rows are final when its own columns are scaled.
+    fn apply_steps(&mut self, ops: &BTreeSet<usize>) -> Result<(), QuantError> {
+        let recipe = self.recipe;
+        for step in recipe.steps.iter().filter(|it| it.technique.stage == Stage::Prepare) {
+            for op in ops.iter().rev() {
+                self.prepare_group(step, *op)?;
+            }
+        }
+        for op in ops {
+            self.round_group(*op)?;
+        }
+        Ok(())
+    }
+
+    fn prepare_group(&mut self, step: &TechniqueStep, op: usize) -> Result<(), QuantError> {
+        let technique = step.technique.name;
+        let Op::Linear { parts, .. } = &self.program.ops[op] else { return Ok(()) };
+        let names: Vec<String> =
+            parts.iter().map(|part| self.program.weight(part.weight).name.clone()).collect();
+        if !names.iter().all(|name| step.applies_to(name)) {
+            return Ok(());
+        }
+        let mut report = PreparedReport { tensors: names, technique, skipped: None, scales: None };
+        let all = parts.iter().all(|part| self.targets.contains_key(&part.weight));
+        let fold = match fold_of(self.program, op) {
+            _ if !all => Err("not all of its matrices are quantized".to_owned()),
+            fold => fold,
+        };
+        let fold = match fold {
+            Ok(fold) => fold,
+            // A recipe that names the tensor means it; one that says nothing takes what there is.
+            Err(reason) if step.tensors.is_some() => {
+                let tensor = report.tensors.join(", ");
+                return Err(QuantError::Technique { technique, tensor, reason });
+            }
+            Err(reason) => {
+                report.skipped = Some(reason);
+                self.prepared.push(report);
+                return Ok(());
+            }
+        };
+        let values =
+            parts.iter().map(|part| self.load(part.weight)).collect::<Result<Vec<_>, _>>()?;
+        let statistics = self.statistics(op);
+        let matrices = report.tensors.iter().zip(&values).map(|(name, (shape, values))| Matrix {
+            name,
+            rows: shape[0],
+            columns: shape[1],
+            values,
+        });
+        let group = Group { matrices: matrices.collect(), statistics: statistics.as_ref() };
+        let outcome = (step.technique.group())(&group, self.recipe.format, &step.parameters)?;
+        if let Outcome::Scaled(scales) = outcome {
+            let scales = self.put(fold, scales)?;
+            let least = scales.iter().copied().fold(f32::INFINITY, f32::min);
+            report.scales = Some([least, scales.iter().copied().fold(0.0, f32::max)]);
+            match self.columns.get_mut(&op) {
+                None => drop(self.columns.insert(op, scales)),
+                Some(before) => before.iter_mut().zip(scales).for_each(|(a, b)| *a *= b),
+            }
+        }
+        self.prepared.push(report);
+        Ok(())
+    }
+
+    /// Divides what feeds a group by `scales`; what they came to be, for a norm in the bits of its
+    /// file cannot be divided by any number.
+    fn put(&mut self, fold: Fold, scales: Vec<f32>) -> Result<Vec<f32>, QuantError> {
+        let divide = |rows: &mut BTreeMap<Weight, Vec<f32>>, weight, scales: &[f32]| {
+            let all = rows.entry(weight).or_insert_with(|| vec![1.0; scales.len()]);
+            all.iter_mut().zip(scales).for_each(|(all, scale)| *all *= scale);
+        };
+        match fold {
+            Fold::Rows { weight, bias } => {
+                for weight in [Some(weight), bias].into_iter().flatten() {
+                    divide(&mut self.rows, weight, &scales);
+                }
+                Ok(scales)
+            }
+            Fold::Norm { weight, bias, offset } => {
+                let (shape, old) = match self.norms.get(&weight) {
+                    Some(tensor) => (tensor.shape.clone(), tensor.to_f32()),
+                    None => self.turned(weight)?,
+                };
+                let wanted: Vec<f32> =
+                    old.iter().zip(&scales).map(|(w, s)| (offset + w) / s - offset).collect();
+                let float = Format::Float(float_of(self.weights.load(weight)?.format));
+                let codes = Bytes::new(codec::quantize(float, &wanted));
+                let new = Tensor::new(shape, float, codes)
+                    .map_err(|source| QuantError::Format { tensor: self.name(weight), source })?;
+                let came =
+                    old.iter().zip(new.to_f32()).map(|(old, new)| (offset + old) / (offset + new));
+                let scales: Vec<f32> = came
+                    .zip(scales)
+                    .map(|(came, asked)| if came.is_finite() && came > 0.0 { came } else { asked })
+                    .collect();
+                self.norms.insert(weight, new);
+                if let Some(bias) = bias {
+                    divide(&mut self.rows, bias, &scales);
+                }
+                Ok(scales)
+            }
+        }
+    }
+
+    fn name(&self, weight: Weight) -> String {
+        self.program.weight(weight).name.clone()
+    }
+
+    /// What calibration saw of an op's input, as its scaled channels would have been.
+    fn statistics(&self, op: usize) -> Option<Statistics> {
+        let statistics = self.seen.of(self.program.ops[op].inputs().next()?)?;
+        Some(match self.columns.get(&op) {
+            Some(scales) => statistics.divided_by(scales),
+            None => statistics.clone(),
+        })
+    }
+
+    /// A weight with the scales of its rows and columns in it.
+    fn load(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
+        let (shape, mut values) = self.turned(weight)?;
+        let columns = self.targets.get(&weight).and_then(|op| self.columns.get(op));
+        let rows = self.rows.get(&weight);
+        let width = match shape.as_slice() {
+            [] | [_] => 1,
+            [.., columns] => (*columns).max(1),
+        };
+        for (index, row) in values.chunks_mut(width).enumerate() {
+            if let Some(scales) = rows {
+                row.iter_mut().for_each(|value| *value /= scales[index]);
+            }
+            if let Some(scales) = columns {
+                row.iter_mut().zip(scales).for_each(|(value, scale)| *value *= scale);
+            }
+        }
+        Ok((shape, values))
+    }
+
+    /// A weight as rotations leave it.
+    fn turned(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
+        let tensor = self.weights.load(weight)?;
+        let values = tensor.to_f32();
+        let norm = |norm| Ok(self.weights.load(norm)?.to_f32());
+        let turns = self.turns.of(weight);
+        let values = match turns.is_empty() {
+            true => values,
+            false => turned::<QuantError>(&tensor.shape, &values, turns, norm)?,
+        };
+        Ok((tensor.shape, values))
+    }
+
+    /// Quantizes the matrices of one linear op: those that the same step rounds, together.
+    fn round_group(&mut self, op: usize) -> Result<(), QuantError> {
+        let Op::Linear { parts, .. } = &self.program.ops[op] else { return Ok(()) };
+        let ours = |weight: &Weight| {
+            self.targets.get(weight) == Some(&op) && !self.finished.contains_key(weight)
+        };
+        let mut left: Vec<Weight> = parts.iter().map(|part| part.weight).filter(ours).collect();
+        let statistics = self.statistics(op);
+        while let Some(first) = left.first() {
+            let step = self.recipe.rounding_of(&self.name(*first))?;
+            let (together, others): (Vec<Weight>, Vec<Weight>) =
+                left.iter().partition(|it| step.applies_to(&self.name(**it)));
+            self.round(step, &together, statistics.as_ref())?;
+            left = others;
+        }
+        Ok(())
+    }
+
+    fn round(
+        &mut self,
+        step: &TechniqueStep,
+        weights: &[Weight],
+        statistics: Option<&Statistics>,
+    ) -> Result<(), QuantError> {
+        let names: Vec<String> = weights.iter().map(|weight| self.name(*weight)).collect();
+        let values = weights.iter().map(|it| self.load(*it)).collect::<Result<Vec<_>, _>>()?;
+        let matrices = names.iter().zip(&values).map(|(name, (shape, values))| Matrix {
+            name,
+            rows: shape[0],
+            columns: shape[1],
+            values,
+        });
+        let group = Group { matrices: matrices.collect(), statistics };
+        let outcome = (step.technique.group())(&group, self.recipe.format, &step.parameters)?;
+        let Outcome::Quantized(list) = outcome else {
+            let message = format!("{} rounds nothing", step.technique.name);
+            return Err(QuantError::Recipe(message));
+        };
+        self.tell(values.iter().map(|(_, values)| values.len()).sum());
+        for ((weight, tensor), quantized) in weights.iter().zip(names).zip(list) {
+            let (technique, report) = (step.technique.name, quantized.report);
+            self.reports.push(WeightReport { tensor, technique, report });
+            self.finished.insert(*weight, quantized.tensor);
+        }
+        Ok(())
+    }
+}
+
+impl Job<'_> {
+    /// `elements` more are done.
+    fn tell(&mut self, elements: usize) {
+        self.done += elements;
+        let elements =
+            |weight: &Weight| self.program.weight(*weight).shape.iter().product::<usize>();
+        let total = self.targets.keys().map(elements).sum();
+        (self.progress)(Progress { done: self.done, total });
+    }
+}
+
+/// What the recipe's rotations make of the program's weights.
+fn turns_of(program: &Program, recipe: &Recipe) -> Result<Turns, QuantError> {
+    for step in &recipe.steps {
+        if let Apply::Program(apply) = step.technique.apply {
+            return apply(program, &step.parameters);
+        }
+    }
+    Ok(Turns::default())
+}
+
+fn float_of(format: Format) -> lathe_tensor::FloatType {
+    match format {
+        Format::Float(float) => float,
+        _ => lathe_tensor::FloatType::BF16,
+    }
+}
+
+impl Replacement for Job<'_> {
+    fn format(&self, weight: Weight) -> Option<Format> {
+        if self.targets.contains_key(&weight) {
+            return Some(self.recipe.format);
+        }
+        if let Some(norm) = self.norms.get(&weight) {
+            return Some(norm.format);
+        }
+        let kept = self.program.weight(weight).role == WeightRole::Linear;
+        match self.recipe.format {
+            // A GGUF writer would round what is kept to the format of all others.
+            Format::Ggml(_) if kept => Some(Format::F16),
+            // Biases and matrices whose rows were scaled.
+            _ if self.rows.contains_key(&weight) => Some(Format::F32),
+            _ => self.turned.get(&weight).copied(),
+        }
+    }
+
+    fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
+        if self.targets.contains_key(&weight) {
+            if !self.finished.contains_key(&weight) {
+                let step = self.recipe.rounding_of(&self.name(weight))?;
+                match self.program.weight(weight).role {
+                    WeightRole::Experts => self.round_stack(step, weight, &mut |_| Ok(None))?,
+                    _ => self.round(step, &[weight], None)?,
+                }
+            }
+            // The writer asks once: what it has is not kept.
+            return Ok(self.finished.remove(&weight).expect("it was just rounded"));
+        }
+        if let Some(norm) = self.norms.get(&weight) {
+            return Ok(norm.clone());
+        }
+        let format = Replacement::format(self, weight).unwrap_or(Format::F32);
+        let (shape, values) = self.load(weight)?;
+        Ok(Tensor::new(shape, format, Bytes::new(codec::quantize(format, &values)))?)
+    }
+}
+
+#[cfg(test)]
+mod tests;

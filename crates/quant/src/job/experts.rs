@@ -1,0 +1,254 @@
+//! Experts: stacks of matrices, each quantized by itself.
+//!
+//! Calibration shows every token to every expert, whatever the router chose (as llm-compressor's
+//! `calibrate_all_experts` does), so that a rare expert has seen as much as any. What the router would
+//! have chosen is counted beside. An expert's hidden values are made by a program of its two
+//! matrices and their activation, on the calibration's own backend.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use lathe_program::{
+    ExpertsSpec, LinearSpec, Op, Program, ProgramBuilder, Value, Weight, WeightRole,
+};
+use lathe_tensor::{Bytes, GlobalScale, Tensor, TensorError};
+use serde::Serialize;
+
+use super::{Job, WeightReport};
+use crate::calibrate::{Calibration, Stream};
+use crate::error::QuantError;
+use crate::matrix::{Group, Matrix, Outcome};
+use crate::recipe::TechniqueStep;
+use crate::section::Section;
+use crate::statistics::Statistics;
+
+/// How many tokens of the calibration a router chose each expert for.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CoverageReport {
+    /// Canonical name of the router.
+    pub router: String,
+    /// By expert.
+    pub tokens: Vec<u64>,
+}
+
+/// Counts choices.
+pub(super) struct Coverage(Vec<CoverageReport>);
+
+impl Coverage {
+    /// Of the routers among ops `range`.
+    pub fn new(program: &Program, range: Range<usize>) -> Self {
+        let one = |op: &Op| match op {
+            Op::Route { spec, .. } => Some(CoverageReport {
+                router: program.weight(spec.weight).name.clone(),
+                tokens: vec![0; spec.experts],
+            }),
+            _ => None,
+        };
+        Coverage(program.ops[range].iter().filter_map(one).collect())
+    }
+
+    /// What each router chose for some rows.
+    pub fn add(&mut self, routings: &[Vec<u32>]) {
+        for (report, chosen) in self.0.iter_mut().zip(routings) {
+            chosen.iter().for_each(|expert| report.tokens[*expert as usize] += 1);
+        }
+    }
+
+    pub fn finish(self) -> Vec<CoverageReport> {
+        self.0
+    }
+}
+
+/// The inputs of experts that are quantized, all tokens.
+pub(super) struct ExpertInputs(BTreeMap<Value, Vec<f32>>);
+
+impl ExpertInputs {
+    /// None yet, of the experts among `ops`.
+    pub fn new(program: &Program, ops: &BTreeSet<usize>) -> Self {
+        let one = |op: &usize| match &program.ops[*op] {
+            Op::Experts { input, .. } => Some((*input, Vec::new())),
+            _ => None,
+        };
+        ExpertInputs(ops.iter().filter_map(one).collect())
+    }
+
+    pub fn add(&mut self, value: Value, rows: &[f32]) {
+        if let Some(all) = self.0.get_mut(&value) {
+            all.extend_from_slice(rows);
+        }
+    }
+}
+
+type StatisticsOf<'a> = dyn FnMut(usize) -> Result<Option<Statistics>, QuantError> + 'a;
+
+impl Job<'_> {
+    /// Quantizes the experts of op `op`, if it has some that are to be.
+    pub(super) fn round_experts(
+        &mut self,
+        op: usize,
+        calibration: &Calibration<'_>,
+        inputs: &ExpertInputs,
+    ) -> Result<(), QuantError> {
+        let Op::Experts { input, spec, .. } = &self.program.ops[op] else { return Ok(()) };
+        let seen = self.statistics(op);
+        let hidden = self.hidden_program(spec, *input, calibration.tokens.len());
+        for weight in [spec.down, spec.gate, spec.up] {
+            if !self.targets.contains_key(&weight) || self.finished.contains_key(&weight) {
+                continue;
+            }
+            let step = self.recipe.rounding_of(&self.name(weight))?;
+            if spec.weigh_input && step.needs_calibration() {
+                return Err(QuantError::Technique {
+                    technique: step.technique.name,
+                    tensor: self.name(weight),
+                    reason: "its input depends on the router's weights".to_owned(),
+                });
+            }
+            if weight != spec.down {
+                self.round_together(step, weight, seen.as_ref())?;
+                continue;
+            }
+            // Gate and up are what they were until down has seen what they make.
+            let weights = [Some(spec.gate), Some(spec.up), spec.gate_bias, spec.up_bias];
+            let loaded = weights.iter().flatten().map(|weight| Ok(self.load(*weight)?.1));
+            let loaded = loaded.collect::<Result<Vec<Vec<f32>>, QuantError>>()?;
+            let width = self.program.value_width(*input);
+            let stream = Stream { width, values: inputs.0[input].clone() };
+            let experts = spec.experts;
+            let mut statistics = |expert: usize| {
+                let mut part = |weight: Weight| {
+                    let shape = &hidden.program.weights[1 + weight.0 as usize].shape;
+                    let len = loaded[weight.0 as usize].len() / experts;
+                    let values = &loaded[weight.0 as usize][expert * len..][..len];
+                    Ok(Tensor::from_f32(shape, values))
+                };
+                let mut seen = Statistics::new(hidden.program.capture_widths()[0]);
+                let mut add = |rows: &[&[f32]], _: &[Vec<u32>]| seen.add(rows[0]);
+                calibration.run(&hidden, Some(&stream), &mut part, &mut add)?;
+                Ok(Some(seen))
+            };
+            self.round_stack(step, weight, &mut statistics)?;
+        }
+        Ok(())
+    }
+
+    /// What one expert makes of a table of inputs: weights 0 to 3 are gate, up and their biases.
+    fn hidden_program(&self, spec: &ExpertsSpec, input: Value, rows: usize) -> Section {
+        let (width, hidden) = (self.program.value_width(input), spec.hidden);
+        let context = self.program.context_max;
+        let mut b = ProgramBuilder::new(rows, context, self.program.kv.block_tokens);
+        let table = b.weight("inputs", &[rows, width], WeightRole::Embedding, None);
+        let mut matrix = |name: &str| b.weight(name, &[hidden, width], WeightRole::Linear, None);
+        let (gate, up) = (matrix("gate"), matrix("up"));
+        let mut bias = |name: &str, there: Option<Weight>| {
+            there.map(|_| b.weight(name, &[hidden], WeightRole::Vector, None))
+        };
+        let gate_bias = bias("gate_bias", spec.gate_bias);
+        let up_bias = bias("up_bias", spec.up_bias);
+        let x = b.embed(table, 1.0, "inputs");
+        let parts = vec![
+            LinearSpec::new(gate, "gate").bias(gate_bias),
+            LinearSpec::new(up, "up").bias(up_bias),
+        ];
+        let made = b.linear(x, parts);
+        let out = b.activate(made[0], Some(made[1]), spec.activation, "hidden");
+        b.capture(out, 0);
+        let program = b.finish();
+        let others = (0..program.weights.len() as u32 - 1).map(|index| Some(Weight(index)));
+        Section { weights: [None].into_iter().chain(others).collect(), program }
+    }
+
+    /// Quantizes a stack whose matrices read the same input.
+    fn round_together(
+        &mut self,
+        step: &TechniqueStep,
+        weight: Weight,
+        statistics: Option<&Statistics>,
+    ) -> Result<(), QuantError> {
+        let (shape, values) = self.load(weight)?;
+        let names = self.names_of_matrices(weight, shape[0]);
+        let matrices = names
+            .iter()
+            .zip(values.chunks(shape[1] * shape[2]))
+            .map(|(name, values)| Matrix { name, rows: shape[1], columns: shape[2], values });
+        let group = Group { matrices: matrices.collect(), statistics };
+        self.finish_stack(step, weight, vec![group])
+    }
+
+    /// Quantizes a stack matrix by matrix, each with what `statistics` says of its input.
+    pub(super) fn round_stack(
+        &mut self,
+        step: &TechniqueStep,
+        weight: Weight,
+        statistics: &mut StatisticsOf<'_>,
+    ) -> Result<(), QuantError> {
+        let (shape, values) = self.load(weight)?;
+        let names = self.names_of_matrices(weight, shape[0]);
+        let seen = match step.needs_calibration() {
+            true => (0..shape[0]).map(statistics).collect::<Result<Vec<_>, _>>()?,
+            false => vec![None; shape[0]],
+        };
+        let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).zip(&seen);
+        let groups = matrices.map(|((name, values), statistics)| Group {
+            matrices: vec![Matrix { name, rows: shape[1], columns: shape[2], values }],
+            statistics: statistics.as_ref(),
+        });
+        self.finish_stack(step, weight, groups.collect())
+    }
+
+    fn names_of_matrices(&self, weight: Weight, experts: usize) -> Vec<String> {
+        let name = self.name(weight);
+        (0..experts).map(|expert| format!("{name}[{expert}]")).collect()
+    }
+
+    fn finish_stack(
+        &mut self,
+        step: &TechniqueStep,
+        weight: Weight,
+        groups: Vec<Group<'_>>,
+    ) -> Result<(), QuantError> {
+        let mut tensors = Vec::new();
+        for group in &groups {
+            let outcome = (step.technique.group())(group, self.recipe.format, &step.parameters)?;
+            let Outcome::Quantized(list) = outcome else {
+                let message = format!("{} rounds nothing", step.technique.name);
+                return Err(QuantError::Recipe(message));
+            };
+            for (matrix, quantized) in group.matrices.iter().zip(list) {
+                let (tensor, technique) = (matrix.name.to_owned(), step.technique.name);
+                self.reports.push(WeightReport { tensor, technique, report: quantized.report });
+                tensors.push(quantized.tensor);
+                self.tell(matrix.values.len());
+            }
+        }
+        let at = |source| QuantError::Format { tensor: self.name(weight), source };
+        let stack = stacked(&tensors).map_err(at)?;
+        self.finished.insert(weight, stack);
+        Ok(())
+    }
+}
+
+/// Matrices of one shape and format as a stack.
+fn stacked(matrices: &[Tensor]) -> Result<Tensor, TensorError> {
+    let first = &matrices[0];
+    let join = |plane: fn(&Tensor) -> &[u8]| {
+        Bytes::new(matrices.iter().flat_map(plane).copied().collect::<Vec<u8>>())
+    };
+    let globals: Vec<f32> = matrices
+        .iter()
+        .flat_map(|matrix| match &matrix.global {
+            GlobalScale::Multiply(all) => all.as_slice(),
+            GlobalScale::One | GlobalScale::Divide(_) => &[],
+        })
+        .copied()
+        .collect();
+    let global = if globals.is_empty() { GlobalScale::One } else { GlobalScale::Multiply(globals) };
+    Tensor::new_scaled(
+        [&[matrices.len()], first.shape.as_slice()].concat(),
+        first.format,
+        join(|matrix| &matrix.codes),
+        join(|matrix| &matrix.scales),
+        join(|matrix| &matrix.zeros),
+        global,
+    )
+}

@@ -1,0 +1,26 @@
+//! Quantization: techniques, what they need to know of a model's inputs, recipes, and the job that
+//! turns a model into a smaller one.
+//!
+//! The way in: [`recipe::Recipe`] says what is to be done, [`calibrate`] runs the model's
+//! layers and keeps [`Statistics`], [`job::Job`] makes quantized weights. A technique is one
+//! file under [`technique`], with one signature and one row in its registry. This crate knows no
+//! backend: it comes in as a trait object.
+#![forbid(unsafe_code)]
+
+pub mod calibrate;
+mod error;
+mod fold;
+pub mod job;
+mod linalg;
+mod matrix;
+mod parameters;
+pub mod recipe;
+pub mod rotate;
+mod section;
+mod statistics;
+pub mod technique;
+
+pub use error::QuantError;
+pub use matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
+pub use parameters::{Kind, Parameter, Parameters};
+pub use statistics::Statistics;

@@ -1,0 +1,181 @@
+//! What techniques work on and what they return.
+
+use lathe_tensor::codec::element;
+use lathe_tensor::codec::scaled::{BlockScale, E8m0Rounding, encode, fit, round};
+use lathe_tensor::{Block, Format, GlobalScale, ScaleType, ScaledFormat, Tensor};
+use serde::Serialize;
+
+use crate::error::QuantError;
+use crate::statistics::{Statistics, output_error};
+
+/// One `[rows, columns]` weight.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix<'a> {
+    /// Canonical name.
+    pub name: &'a str,
+    /// Output channels.
+    pub rows: usize,
+    /// Input channels.
+    pub columns: usize,
+    /// Row-major.
+    pub values: &'a [f32],
+}
+
+/// Matrices that read the same input.
+#[derive(Debug, Clone)]
+pub struct Group<'a> {
+    /// The matrices.
+    pub matrices: Vec<Matrix<'a>>,
+    /// What calibration saw of the input, if it ran.
+    pub statistics: Option<&'a Statistics>,
+}
+
+/// A quantized matrix and what it cost.
+#[derive(Debug, Clone)]
+pub struct Quantized {
+    /// `[rows, columns]` in the format that was asked for.
+    pub tensor: Tensor,
+    /// What it cost.
+    pub report: Report,
+}
+
+/// How far a quantized matrix is from what it was.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// Signal over quantization noise of the weights, in decibels; 200 if there is no noise.
+    pub sqnr_db: f64,
+    /// Mean squared error of the outputs over their mean square, on the calibration inputs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_error: Option<f64>,
+    /// What the technique has to say beside.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// What a technique makes of a group.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    /// The matrices, in the group's order.
+    Quantized(Vec<Quantized>),
+    /// One positive number an input channel: columns are to be multiplied by it, and the input
+    /// divided, before anything is rounded.
+    Scaled(Vec<f32>),
+}
+
+/// The ratio in decibels at which noise counts as none.
+const NO_NOISE_DB: f64 = 200.0;
+
+impl Report {
+    /// Compares `tensor` with what it was made of.
+    pub fn new(matrix: &Matrix<'_>, tensor: &Tensor, statistics: Option<&Statistics>) -> Self {
+        let found = tensor.to_f32();
+        let square = |sum: f64, x: f32| sum + f64::from(x) * f64::from(x);
+        let signal = matrix.values.iter().copied().fold(0.0, square);
+        let difference: Vec<f32> = found.iter().zip(matrix.values).map(|(a, b)| a - b).collect();
+        let noise = difference.iter().copied().fold(0.0, square);
+        let sqnr_db = match noise > 0.0 {
+            true => (10.0 * (signal / noise).log10()).min(NO_NOISE_DB),
+            false => NO_NOISE_DB,
+        };
+        let output_error = statistics.map(|statistics| {
+            let triangle = statistics.triangle();
+            let error = output_error(&difference, &triangle, matrix.columns);
+            let whole = output_error(matrix.values, &triangle, matrix.columns);
+            if whole > 0.0 { error / whole } else { 0.0 }
+        });
+        Report { sqnr_db, output_error, notes: Vec::new() }
+    }
+}
+
+/// Scales of one matrix while a technique chooses codes: integers and small floats, a scale for
+/// each run of neighbours in a row.
+#[derive(Debug, Clone)]
+pub struct Scales {
+    /// The format.
+    pub format: ScaledFormat,
+    /// The format's global scale.
+    pub global: GlobalScale,
+    /// Columns of a block.
+    pub block_columns: usize,
+    /// Blocks of a row.
+    pub blocks: usize,
+}
+
+impl Scales {
+    /// For `matrix` in `format`.
+    ///
+    /// # Errors
+    /// If a row is no whole number of groups, or if `technique` cannot choose the codes of the
+    /// format: GGUF's blocks, plain floats, and scales that several rows share.
+    pub fn new(
+        technique: &'static str,
+        matrix: &Matrix<'_>,
+        format: Format,
+    ) -> Result<Self, QuantError> {
+        check_shape(matrix, format)?;
+        let refuse = |reason: String| QuantError::Technique {
+            technique,
+            tensor: matrix.name.to_owned(),
+            reason,
+        };
+        let expected = "expected integers or small floats with a scale a group or a row";
+        let Format::Scaled(scaled) = format else {
+            return Err(refuse(format!("found {format}, {expected}")));
+        };
+        let block_columns = match scaled.block {
+            Block::Group(size) => size as usize,
+            Block::Channel => matrix.columns.max(1),
+            Block::Tensor | Block::Tile(..) => {
+                return Err(refuse(format!("found {format}, {expected}")));
+            }
+        };
+        let blocks = matrix.columns.div_ceil(block_columns);
+        Ok(Scales {
+            format: scaled,
+            global: global_of(&scaled, matrix.values),
+            block_columns,
+            blocks,
+        })
+    }
+
+    /// What a stored scale is multiplied by.
+    pub fn unit(&self) -> f32 {
+        self.global.apply(0, 1.0)
+    }
+
+    /// The scale of a block whose largest number meets the end of the codes' range.
+    pub fn fit(&self, values: &[f32]) -> BlockScale {
+        fit(&self.format, values, self.unit(), E8m0Rounding::Even)
+    }
+
+    /// The code nearest to `value`, and what it stands for.
+    pub fn nearest(&self, value: f32, block: BlockScale) -> (u8, f32) {
+        let step = self.global.apply(0, round(self.format.scale, block.scale));
+        let code = encode(self.format.element, value, step, block.zero);
+        let plain = element::to_f32(self.format.element, code);
+        (code, (plain - f32::from(block.zero)) * step)
+    }
+}
+
+/// Refuses a matrix whose rows are no whole number of the format's blocks.
+///
+/// # Errors
+/// [`QuantError::Format`], which names the tensor, its width and the block.
+pub fn check_shape(matrix: &Matrix<'_>, format: Format) -> Result<(), QuantError> {
+    let shape = [matrix.rows, matrix.columns];
+    format
+        .bytes_for(&shape)
+        .map(drop)
+        .map_err(|source| QuantError::Format { tensor: matrix.name.to_owned(), source })
+}
+
+/// NVFP4's second scale: the largest number gets the largest block scale.
+fn global_of(format: &ScaledFormat, values: &[f32]) -> GlobalScale {
+    if format.scale != ScaleType::E4M3Global {
+        return GlobalScale::One;
+    }
+    let largest = values.iter().fold(0f32, |most, v| most.max(v.abs()));
+    let scale = largest / (448.0 * element::max(format.element));
+    let usable = scale >= f32::MIN_POSITIVE && scale.is_finite();
+    GlobalScale::Multiply(vec![if usable { scale } else { 1.0 }])
+}

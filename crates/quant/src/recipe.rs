@@ -1,0 +1,452 @@
+//! Recipes: what is to be done to which tensors, in TOML.
+//!
+//! ```toml
+//! format = "int4-g64-bf16"        # or a preset: w4a16, w8a16, mxfp4, q4_k, ...
+//! tensors = ["layers.*"]          # canonical names, * stands for anything; all linear layers if absent
+//! keep = ["layers.0.*"]           # of those, what stays as it is
+//! prefix = "quantized"            # what calibration runs through before a layer; or "float"
+//!
+//! [[technique]]
+//! use = "awq"
+//!
+//! [[technique]]
+//! use = "gptq"
+//! tensors = ["*.ffn.*"]           # of those that are quantized; all if absent
+//! act_order = true
+//! ```
+
+use lathe_tensor::{Block, Format, ScaledFormat};
+
+use crate::error::QuantError;
+use crate::parameters::Parameters;
+use crate::technique::{self, Stage, Technique};
+
+/// Names for formats that people ask for, with what they mean.
+pub static PRESETS: [(&str, &str); 12] = [
+    ("w4a16", "int4-g128-bf16"),
+    ("w8a16", "int8-channel-bf16"),
+    ("mxfp4", "f4e2m1-g32-e8m0"),
+    ("nvfp4", "f4e2m1-g16-e4m3global"),
+    ("q4_0", "q4_0"),
+    ("q5_0", "q5_0"),
+    ("q8_0", "q8_0"),
+    ("q4_k", "q4_k"),
+    ("q5_k", "q5_k"),
+    ("q6_k", "q6_k"),
+    ("iq4_nl", "iq4_nl"),
+    ("iq4_xs", "iq4_xs"),
+];
+
+/// One step of a recipe.
+#[derive(Debug, Clone)]
+pub struct TechniqueStep {
+    /// The technique.
+    pub technique: &'static Technique,
+    /// Its parameters.
+    pub parameters: Parameters,
+    /// Patterns of canonical names; `None` for all that are quantized.
+    pub tensors: Option<Vec<String>>,
+}
+
+/// What the text of a calibration has run through when it comes to a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Prefix {
+    /// The layers as they are quantized: a layer sees, and makes up for, the errors before it.
+    #[default]
+    Quantized,
+    /// The layers as they were.
+    Float,
+}
+
+/// What is to be done to a model.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// The format to reach.
+    pub format: Format,
+    /// Patterns of the tensors that are quantized; `None` for all linear layers.
+    pub tensors: Option<Vec<String>>,
+    /// Patterns of tensors that are not, whatever else says so.
+    pub keep: Vec<String>,
+    /// What calibration runs through.
+    pub prefix: Prefix,
+    /// In order; those that round come last.
+    pub steps: Vec<TechniqueStep>,
+}
+
+fn wrong(message: String) -> QuantError {
+    QuantError::Recipe(message)
+}
+
+/// The format that a preset or a format's own name means, with another group if one is given.
+///
+/// # Errors
+/// If there is no such format, or it has no groups of a free size.
+pub fn format_named(name: &str, group: Option<u32>) -> Result<Format, QuantError> {
+    let lower = name.to_lowercase();
+    let preset = PRESETS.iter().find(|(preset, _)| *preset == lower);
+    let format =
+        Format::parse(preset.map_or(lower.as_str(), |(_, format)| format)).map_err(|_| {
+            let presets: Vec<&str> = PRESETS.iter().map(|(preset, _)| *preset).collect();
+            let presets = presets.join(", ");
+            wrong(format!(
+                "unknown format `{name}`, expected a name like int4-g64-bf16 or one of {presets}"
+            ))
+        })?;
+    match (format, group) {
+        (format, None) => Ok(format),
+        (Format::Scaled(scaled), Some(size @ 1..))
+            if matches!(scaled.element, lathe_tensor::Element::Int(_)) =>
+        {
+            Ok(Format::Scaled(ScaledFormat { block: Block::Group(size), ..scaled }))
+        }
+        (format, Some(group)) => {
+            Err(wrong(format!("groups of {group}: {format} has no groups of a free size")))
+        }
+    }
+}
+
+impl Recipe {
+    /// A recipe of a format and technique names joined by `+`, all with their defaults. What only
+    /// prepares is followed by `clip`, which chooses codes by the error of outputs.
+    ///
+    /// # Errors
+    /// If a technique does not exist, or two do not go together.
+    pub fn simple(format: Format, methods: &str) -> Result<Recipe, QuantError> {
+        let mut steps = Vec::new();
+        for name in methods.split('+') {
+            let technique = technique::find(name.trim())?;
+            let parameters = Parameters::defaults(technique.parameters);
+            steps.push(TechniqueStep { technique, parameters, tensors: None });
+        }
+        if steps.iter().all(|step| step.technique.stage != Stage::Round) {
+            let technique = technique::find("clip")?;
+            let mut parameters = Parameters::defaults(technique.parameters);
+            parameters.set(technique.parameters, "error", &toml::Value::String("output".into()))?;
+            steps.push(TechniqueStep { technique, parameters, tensors: None });
+        }
+        let recipe =
+            Recipe { format, tensors: None, keep: Vec::new(), prefix: Prefix::default(), steps };
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// Reads a recipe.
+    ///
+    /// # Errors
+    /// If it is no TOML, has a key that it cannot have, or lacks one that it must have; the error
+    /// names it.
+    pub fn parse(text: &str, group: Option<u32>) -> Result<Recipe, QuantError> {
+        let table: toml::Table =
+            text.parse().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
+        let (mut format, mut tensors, mut keep, mut steps) = (None, None, Vec::new(), Vec::new());
+        let mut prefix = Prefix::default();
+        for (key, value) in &table {
+            match key.as_str() {
+                "format" => format = Some(format_named(&text_of(key, value)?, group)?),
+                "tensors" => tensors = Some(patterns(key, value)?),
+                "keep" => keep = patterns(key, value)?,
+                "prefix" => prefix = prefix_of(value)?,
+                "technique" => {
+                    let list = value.as_array().ok_or_else(|| {
+                        wrong("`technique` is no list, expected [[technique]] tables".to_owned())
+                    })?;
+                    steps = list.iter().map(step).collect::<Result<_, _>>()?;
+                }
+                other => {
+                    return Err(wrong(format!(
+                        "unknown key `{other}`, expected format, tensors, keep, prefix or technique"
+                    )));
+                }
+            }
+        }
+        let format = format.ok_or_else(|| wrong("it has no `format`".to_owned()))?;
+        let recipe = Recipe { format, tensors, keep, prefix, steps };
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// Whether some technique needs to have seen a tensor's inputs.
+    pub fn needs_calibration(&self) -> bool {
+        self.steps.iter().any(TechniqueStep::needs_calibration)
+    }
+
+    /// The step that chooses the codes of tensor `name`.
+    ///
+    /// # Errors
+    /// If there is none or more than one.
+    pub fn rounding_of(&self, name: &str) -> Result<&TechniqueStep, QuantError> {
+        let rounds =
+            |step: &&TechniqueStep| step.technique.stage == Stage::Round && step.applies_to(name);
+        let mut found = self.steps.iter().filter(rounds);
+        match (found.next(), found.next()) {
+            (Some(step), None) => Ok(step),
+            (None, _) => Err(wrong(format!("no technique rounds tensor {name}"))),
+            (Some(a), Some(b)) => Err(wrong(format!(
+                "{} and {} both round tensor {name}, expected one technique",
+                a.technique.name, b.technique.name
+            ))),
+        }
+    }
+
+    fn check(&self) -> Result<(), QuantError> {
+        if self.steps.is_empty() {
+            return Err(wrong("it has no [[technique]]".to_owned()));
+        }
+        let mut rounded = false;
+        for (index, step) in self.steps.iter().enumerate() {
+            let technique = step.technique;
+            match technique.stage {
+                Stage::Round => rounded = true,
+                Stage::Rotate if index > 0 => {
+                    let name = technique.name;
+                    return Err(wrong(format!(
+                        "{name} comes after another technique, expected first"
+                    )));
+                }
+                Stage::Rotate if step.tensors.is_some() => {
+                    let name = technique.name;
+                    return Err(wrong(format!("{name} is for the whole model, found `tensors`")));
+                }
+                Stage::Rotate => {}
+                Stage::Prepare if rounded => {
+                    let name = technique.name;
+                    return Err(wrong(format!(
+                        "{name} comes after a technique that rounds, expected before"
+                    )));
+                }
+                Stage::Prepare => {}
+            }
+            for other in &self.steps[..index] {
+                let same = technique.name == other.technique.name;
+                let conflicts = technique.conflicts.contains(&other.technique.name);
+                // Techniques for tensors of their own may be anything; overlaps are found later.
+                if (same || conflicts) && (step.tensors.is_none() || other.tensors.is_none()) {
+                    return Err(wrong(format!(
+                        "{} does not go with {} on the same tensors",
+                        technique.name, other.technique.name
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The recipe as TOML, with every parameter: reading it gives the same recipe.
+    pub fn to_toml(&self) -> String {
+        let strings = |list: &[String]| {
+            toml::Value::Array(list.iter().cloned().map(toml::Value::String).collect())
+        };
+        let mut text = format!("format = \"{}\"\n", self.format);
+        if let Some(tensors) = &self.tensors {
+            text.push_str(&format!("tensors = {}\n", strings(tensors)));
+        }
+        if !self.keep.is_empty() {
+            text.push_str(&format!("keep = {}\n", strings(&self.keep)));
+        }
+        if self.needs_calibration() {
+            text.push_str(&format!("prefix = \"{}\"\n", self.prefix.name()));
+        }
+        for step in &self.steps {
+            text.push_str(&format!("\n[[technique]]\nuse = \"{}\"\n", step.technique.name));
+            if let Some(tensors) = &step.tensors {
+                text.push_str(&format!("tensors = {}\n", strings(tensors)));
+            }
+            for (name, value) in step.parameters.values() {
+                text.push_str(&format!("{name} = {value}\n"));
+            }
+        }
+        text
+    }
+}
+
+impl TechniqueStep {
+    /// Whether it needs to have seen the inputs of its tensors.
+    pub fn needs_calibration(&self) -> bool {
+        let by_inputs = |it: &&crate::parameters::Parameter| it.name == "error";
+        let measured = self.technique.parameters.iter().find(by_inputs);
+        self.technique.calibrated
+            || measured.is_some_and(|it| self.parameters.choice(it.name) != "weight")
+    }
+
+    /// Whether the step is for tensor `name`.
+    pub fn applies_to(&self, name: &str) -> bool {
+        self.tensors.as_ref().is_none_or(|list| list.iter().any(|it| matches(it, name)))
+    }
+}
+
+impl Prefix {
+    fn name(self) -> &'static str {
+        match self {
+            Prefix::Quantized => "quantized",
+            Prefix::Float => "float",
+        }
+    }
+}
+
+fn prefix_of(value: &toml::Value) -> Result<Prefix, QuantError> {
+    let all = [Prefix::Quantized, Prefix::Float];
+    let found = all.into_iter().find(|it| value.as_str() == Some(it.name()));
+    found.ok_or_else(|| wrong(format!("`prefix` is {value}, expected \"quantized\" or \"float\"")))
+}
+
+fn text_of(key: &str, value: &toml::Value) -> Result<String, QuantError> {
+    let text = value.as_str().map(str::to_owned);
+    text.ok_or_else(|| wrong(format!("`{key}` is {value}, expected a string")))
+}
+
+fn patterns(key: &str, value: &toml::Value) -> Result<Vec<String>, QuantError> {
+    let list = value.as_array().filter(|list| !list.is_empty());
+    let texts = list.map(|list| list.iter().map(|it| it.as_str().map(str::to_owned)).collect());
+    let texts: Option<Option<Vec<String>>> = texts;
+    let refuse = || wrong(format!("`{key}` is {value}, expected a list of names or patterns"));
+    texts.flatten().ok_or_else(refuse)
+}
+
+fn step(value: &toml::Value) -> Result<TechniqueStep, QuantError> {
+    let expected = || wrong(format!("a technique is {value}, expected a table with `use`"));
+    let table = value.as_table().ok_or_else(expected)?;
+    let name = table.get("use").ok_or_else(expected)?;
+    let technique = technique::find(&text_of("use", name)?)?;
+    let mut parameters = Parameters::defaults(technique.parameters);
+    let mut tensors = None;
+    for (key, value) in table {
+        match key.as_str() {
+            "use" => {}
+            "tensors" => tensors = Some(patterns(key, value)?),
+            other => {
+                parameters.set(technique.parameters, other, value).map_err(|error| match error {
+                    QuantError::Recipe(text) => {
+                        wrong(format!("technique {}: {text}", technique.name))
+                    }
+                    other => other,
+                })?
+            }
+        }
+    }
+    Ok(TechniqueStep { technique, parameters, tensors })
+}
+
+/// Whether `name` is what `pattern` says, in which `*` stands for any text.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once('*') else { return pattern == name };
+    let Some(mut name) = name.strip_prefix(start) else { return false };
+    let mut parts: Vec<&str> = rest.split('*').collect();
+    let end = parts.pop().unwrap_or("");
+    for part in parts {
+        match name.find(part) {
+            Some(at) => name = &name[at + part.len()..],
+            None => return false,
+        }
+    }
+    name.ends_with(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        format = "w4a16"
+        keep = ["layers.0.*"]
+        [[technique]]
+        use = "awq"
+        tensors = ["*.ffn.down", "*.ffn.gate"]
+        steps = 10
+        [[technique]]
+        use = "gptq"
+        damping = 0.05
+        act_order = false
+    "#;
+
+    #[test]
+    fn a_recipe_is_read_and_written() {
+        let recipe = Recipe::parse(GOOD, Some(64)).unwrap();
+        assert_eq!(recipe.format.to_string(), "int4-g64-bf16");
+        assert_eq!(recipe.steps[0].parameters.whole("steps"), 10);
+        assert_eq!(recipe.steps[1].parameters.number("damping"), 0.05);
+        assert!(recipe.steps[0].applies_to("layers.3.ffn.down"));
+        assert!(!recipe.steps[0].applies_to("layers.3.ffn.up"));
+        assert!(recipe.needs_calibration());
+        assert_eq!(recipe.rounding_of("layers.3.ffn.up").unwrap().technique.name, "gptq");
+        let again = Recipe::parse(&recipe.to_toml(), None).unwrap();
+        assert_eq!(again.to_toml(), recipe.to_toml());
+        let plain = Recipe::simple(recipe.format, "rtn").unwrap();
+        assert!(!plain.needs_calibration());
+        let awq = Recipe::simple(recipe.format, "awq").unwrap();
+        assert_eq!(awq.steps[1].technique.name, "clip");
+        assert_eq!(Recipe::parse(&awq.to_toml(), None).unwrap().to_toml(), awq.to_toml());
+    }
+
+    #[test]
+    fn bad_recipes_say_what_is_bad() {
+        let cases = [
+            ("format = 4", "`format` is 4"),
+            ("format = \"w9\"", "unknown format `w9`"),
+            ("[[technique]]\nuse = \"rtn\"", "no `format`"),
+            ("format = \"q4_0\"", "no [[technique]]"),
+            ("format = \"q4_0\"\nfromat = 1", "unknown key `fromat`"),
+            ("format = \"q4_0\"\n[[technique]]\nuse = \"gtpq\"", "unknown technique `gtpq`"),
+            (
+                "format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndampnig = 1",
+                "unknown key `dampnig`",
+            ),
+            (
+                "format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndamping = \"a\"",
+                "`damping` is \"a\"",
+            ),
+            ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\nblock_size = 0", "from 1 to"),
+            ("format = \"q4_0\"\n[[technique]]\nuse = \"clip\"\nerror = \"x\"", "one of weight"),
+            ("format = \"q4_0\"\n[[technique]]\nsteps = 3", "a table with `use`"),
+            ("format = \"q4_0\"\ntensors = []\n", "`tensors` is []"),
+            ("format = \"q4_0\"\nprefix = \"both\"\n", "`prefix` is \"both\""),
+            ("format = \"q4_0\"\ntechnique = 3\n", "`technique` is no list"),
+            (
+                "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"gptq\"",
+                "gptq does not go with rtn",
+            ),
+            (
+                "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"awq\"",
+                "awq comes after",
+            ),
+            (
+                "format = \"q4_0\"\n[[technique]]\nuse = \"awq\"\n[[technique]]\nuse = \"rotate\"",
+                "rotate comes after",
+            ),
+            (
+                "format = \"q4_0\"\n[[technique]]\nuse = \"rotate\"\ntensors = [\"*\"]",
+                "for the whole model",
+            ),
+            ("format = ", "recipe: "),
+        ];
+        for (text, expected) in cases {
+            let error = Recipe::parse(text, None).unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        let error = format_named("q4_0", Some(64)).unwrap_err().to_string();
+        assert!(error.contains("groups of 64"), "{error}");
+    }
+
+    #[test]
+    fn presets_are_formats() {
+        for (preset, format) in PRESETS {
+            assert_eq!(format_named(preset, None).unwrap().to_string(), format);
+        }
+        assert_eq!(format_named("W8A16", Some(32)).unwrap().to_string(), "int8-g32-bf16");
+    }
+
+    #[test]
+    fn stars_stand_for_anything() {
+        for (pattern, name, expected) in [
+            ("a.b", "a.b", true),
+            ("a.b", "a.bc", false),
+            ("*", "anything", true),
+            ("layers.*.down", "layers.12.ffn.down", true),
+            ("layers.*.down", "layers.12.ffn.downs", false),
+            ("*.ffn.*", "layers.1.ffn.up", true),
+            ("a*a", "a", false),
+            ("*b*b*", "abcb", true),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+}

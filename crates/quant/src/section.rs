@@ -1,0 +1,269 @@
+//! A run of a program's ops as a program of its own: one layer, fed from a table.
+//!
+//! What the layer reads of those before it is one value, the residual stream. In the section it is
+//! an embedding whose table holds that value for every row, so that "token" `i` is row `i` and
+//! any backend runs a layer alone, with the executor and the kernels that serve.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use lathe_program::{
+    KvLayer, KvLayout, Op, Program, Routing, Value, ValueDecl, Weight, WeightDecl, WeightRole,
+};
+
+use crate::error::QuantError;
+
+/// Some ops of a program, in numbers of their own.
+#[derive(Debug, Clone)]
+pub struct Section {
+    /// The ops, with a capture for each value that was asked for, in that order.
+    pub program: Program,
+    /// By weight of the section: the whole program's weight; `None` for the table of inputs.
+    pub weights: Vec<Option<Weight>>,
+}
+
+impl Section {
+    /// Ops `range` of `program` for a table of `rows` rows; `taps` are handed out.
+    ///
+    /// # Errors
+    /// If the ops read more than one value that is made outside of them.
+    pub fn new(
+        program: &Program,
+        range: Range<usize>,
+        rows: usize,
+        taps: &[Value],
+    ) -> Result<Self, QuantError> {
+        let ops = &program.ops[range];
+        let made: Vec<Value> = ops.iter().flat_map(|op| op.outputs().collect::<Vec<_>>()).collect();
+        let read = ops.iter().flat_map(Op::inputs).chain(taps.iter().copied());
+        let mut outside: Vec<Value> = read.filter(|value| !made.contains(value)).collect();
+        outside.sort_unstable();
+        outside.dedup();
+        if let [first, second, ..] = outside[..] {
+            let name = |value: Value| program.values[value.0 as usize].name.clone();
+            return Err(QuantError::Section { first: name(first), second: name(second) });
+        }
+        let input = outside.first().copied();
+        let mut numbers = Numbers::new(program);
+        let mut section = Vec::new();
+        if let Some(input) = input {
+            let width = program.value_width(input);
+            let table = numbers.table(rows, width);
+            let out = numbers.value(input);
+            section.push(Op::Embed { table, first_token: 0, multiplier: 1.0, out });
+        }
+        for op in ops {
+            let mut op = op.clone();
+            numbers.renumber(&mut op);
+            section.push(op);
+        }
+        for (tap, value) in taps.iter().enumerate() {
+            section.push(Op::Capture { input: numbers.value(*value), tap: tap as u32 });
+        }
+        let vocabulary = if input.is_some() { rows } else { program.vocabulary };
+        Ok(Section {
+            program: Program {
+                ops: section,
+                values: numbers.values,
+                weights: numbers.weights,
+                ropes: program.ropes.clone(),
+                kv: KvLayout::new(&numbers.kv_layers, program.kv.block_tokens),
+                routings: numbers.routing_of.len(),
+                vocabulary,
+                context_max: program.context_max,
+            },
+            weights: numbers.origins,
+        })
+    }
+}
+
+/// The numbers that things have in a section, given as they are met.
+struct Numbers<'a> {
+    whole: &'a Program,
+    values: Vec<ValueDecl>,
+    weights: Vec<WeightDecl>,
+    origins: Vec<Option<Weight>>,
+    kv_layers: Vec<(lathe_program::KvLayerShape, Option<usize>)>,
+    value_of: BTreeMap<Value, Value>,
+    weight_of: BTreeMap<Weight, Weight>,
+    layer_of: BTreeMap<KvLayer, KvLayer>,
+    routing_of: BTreeMap<Routing, Routing>,
+}
+
+impl<'a> Numbers<'a> {
+    fn new(whole: &'a Program) -> Self {
+        Numbers {
+            whole,
+            values: Vec::new(),
+            weights: Vec::new(),
+            origins: Vec::new(),
+            kv_layers: Vec::new(),
+            value_of: BTreeMap::new(),
+            weight_of: BTreeMap::new(),
+            layer_of: BTreeMap::new(),
+            routing_of: BTreeMap::new(),
+        }
+    }
+
+    fn table(&mut self, rows: usize, width: usize) -> Weight {
+        let role = WeightRole::Embedding;
+        let shape = vec![rows, width];
+        self.weights.push(WeightDecl { name: "inputs".to_owned(), shape, role, layer: None });
+        self.origins.push(None);
+        Weight(self.weights.len() as u32 - 1)
+    }
+
+    fn value(&mut self, old: Value) -> Value {
+        let Self { whole, values, value_of, .. } = self;
+        *value_of.entry(old).or_insert_with(|| {
+            values.push(whole.values[old.0 as usize].clone());
+            Value(values.len() as u32 - 1)
+        })
+    }
+
+    fn weight(&mut self, old: Weight) -> Weight {
+        let Self { whole, weights, origins, weight_of, .. } = self;
+        *weight_of.entry(old).or_insert_with(|| {
+            weights.push(whole.weight(old).clone());
+            origins.push(Some(old));
+            Weight(weights.len() as u32 - 1)
+        })
+    }
+
+    fn layer(&mut self, old: KvLayer) -> KvLayer {
+        let Self { whole, kv_layers, layer_of, .. } = self;
+        *layer_of.entry(old).or_insert_with(|| {
+            kv_layers.push((whole.kv.layer(old).shape, whole.kv.group_of(old).window));
+            KvLayer(kv_layers.len() as u32 - 1)
+        })
+    }
+
+    fn routing(&mut self, old: Routing) -> Routing {
+        let next = Routing(self.routing_of.len() as u32);
+        *self.routing_of.entry(old).or_insert(next)
+    }
+
+    fn renumber(&mut self, op: &mut Op) {
+        match op {
+            Op::Embed { table, out, .. } => {
+                self.put_weight(table);
+                self.put(out);
+            }
+            Op::Norm { input, weight, bias, out, .. } => {
+                self.put_all([input, out]);
+                weight.iter_mut().chain(bias).for_each(|it| self.put_weight(it));
+            }
+            Op::Linear { input, parts } => {
+                self.put(input);
+                for part in parts {
+                    self.put(&mut part.out);
+                    self.put_weight(&mut part.weight);
+                    part.bias.iter_mut().for_each(|it| self.put_weight(it));
+                }
+            }
+            Op::Rope { input, out, .. }
+            | Op::AllReduce { input, out }
+            | Op::AllGather { input, out }
+            | Op::Slice { input, out, .. } => self.put_all([input, out]),
+            Op::WriteKv { key: first, value: second, layer }
+            | Op::WriteLatent { latent: first, rope_key: second, layer } => {
+                self.put_all([first, second]);
+                *layer = self.layer(*layer);
+            }
+            Op::Attend { query, layer, spec, out } => {
+                self.put_all([query, out]);
+                *layer = self.layer(*layer);
+                spec.sinks.iter_mut().for_each(|it| self.put_weight(it));
+            }
+            Op::AttendLatent { query, layer, spec, out } => {
+                self.put_all([query, out]);
+                *layer = self.layer(*layer);
+                self.put_weight(&mut spec.key_up);
+                self.put_weight(&mut spec.value_up);
+            }
+            Op::Activate { gate, up, out, .. } => {
+                self.put_all([gate, out]);
+                up.iter_mut().for_each(|it| self.put(it));
+            }
+            Op::Add { left, right, out, .. } => self.put_all([left, right, out]),
+            Op::Gate { input, gate, out, .. } => self.put_all([input, gate, out]),
+            Op::Route { .. } | Op::Experts { .. } => self.renumber_experts(op),
+            Op::Logits { input, head, .. } => {
+                self.put(input);
+                self.put_weight(head);
+            }
+            Op::Capture { input, .. } => self.put(input),
+        }
+    }
+
+    fn renumber_experts(&mut self, op: &mut Op) {
+        match op {
+            Op::Route { input, spec, out } => {
+                self.put(input);
+                *out = self.routing(*out);
+                self.put_weight(&mut spec.weight);
+                let vectors = spec.bias.iter_mut().chain(&mut spec.correction);
+                vectors.for_each(|it| self.put_weight(it));
+            }
+            Op::Experts { input, routing, spec, out } => {
+                self.put_all([input, out]);
+                *routing = self.routing(*routing);
+                for matrix in [&mut spec.gate, &mut spec.up, &mut spec.down] {
+                    self.put_weight(matrix);
+                }
+                for bias in [&mut spec.gate_bias, &mut spec.up_bias, &mut spec.down_bias] {
+                    bias.iter_mut().for_each(|it| self.put_weight(it));
+                }
+            }
+            _ => unreachable!("called for routers and experts"),
+        }
+    }
+
+    fn put(&mut self, value: &mut Value) {
+        *value = self.value(*value);
+    }
+
+    fn put_all<const N: usize>(&mut self, values: [&mut Value; N]) {
+        values.into_iter().for_each(|value| self.put(value));
+    }
+
+    fn put_weight(&mut self, weight: &mut Weight) {
+        *weight = self.weight(*weight);
+    }
+}
+
+/// The ops of each layer, and the stream that comes out of it; before them, what makes the stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layers {
+    /// The ops before the first layer.
+    pub before: Range<usize>,
+    /// What they make.
+    pub stream: Value,
+    /// The ops of each layer with the value that it makes.
+    pub layers: Vec<(Range<usize>, Value)>,
+}
+
+impl Layers {
+    /// The layers of `program`, read off `tapped`: the same program lowered with a tap of the
+    /// stream before the first layer and after each one.
+    ///
+    /// # Panics
+    /// If the two are not the same but for the taps.
+    pub fn new(program: &Program, tapped: &Program) -> Self {
+        let mut boundaries = Vec::new();
+        let mut index = 0;
+        for op in &tapped.ops {
+            match op {
+                Op::Capture { input, .. } => boundaries.push((index, *input)),
+                op => {
+                    assert_eq!(*op, program.ops[index], "the same program but for its taps");
+                    index += 1;
+                }
+            }
+        }
+        assert!(!boundaries.is_empty(), "a tap before the first layer");
+        let (first, stream) = boundaries[0];
+        let layer = |pair: &[(usize, Value)]| (pair[0].0..pair[1].0, pair[1].1);
+        Layers { before: 0..first, stream, layers: boundaries.windows(2).map(layer).collect() }
+    }
+}

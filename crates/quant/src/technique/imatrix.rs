@@ -1,0 +1,75 @@
+//! Importance-weighted GGUF quants: the search for a block's scales weighs each column's error by
+//! the mean square of its input (llama.cpp's importance matrix).
+
+use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};
+
+use super::{Apply, Stage, Technique};
+use crate::error::QuantError;
+use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, check_shape};
+use crate::parameters::Parameters;
+
+const NAME: &str = "imatrix";
+
+pub(super) static TECHNIQUE: Technique = Technique {
+    name: NAME,
+    stage: Stage::Round,
+    effect: "weighs the error of each column by the mean square of its input (llama.cpp's imatrix)",
+    requires: "calibration; a format of GGUF that searches for scales: q4_k, q5_k, q6_k, iq4_nl, iq4_xs",
+    conflicts: &["rtn", "clip", "gptq"],
+    calibrated: true,
+    parameters: &[],
+    apply: Apply::Group(apply),
+};
+
+fn apply(group: &Group<'_>, format: Format, _: &Parameters) -> Result<Outcome, QuantError> {
+    let one = |matrix: &Matrix<'_>| {
+        let refuse = |reason: String| QuantError::Technique {
+            technique: NAME,
+            tensor: matrix.name.to_owned(),
+            reason,
+        };
+        let searched = matches!(
+            format,
+            Format::Ggml(
+                GgmlType::Q4_K
+                    | GgmlType::Q5_K
+                    | GgmlType::Q6_K
+                    | GgmlType::IQ4_NL
+                    | GgmlType::IQ4_XS
+            )
+        );
+        if !searched {
+            let reason = format!("found {format}, expected q4_k, q5_k, q6_k, iq4_nl or iq4_xs");
+            return Err(refuse(reason));
+        }
+        check_shape(matrix, format)?;
+        let statistics = group.statistics.ok_or_else(|| QuantError::Unobserved {
+            technique: NAME,
+            tensor: matrix.name.to_owned(),
+        })?;
+        let importance = statistics.squares();
+        let codes = codec::quantize_weighted(format, matrix.values, Some(&importance));
+        let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
+        let shape = vec![matrix.rows, matrix.columns];
+        let tensor = Tensor::new(shape, format, Bytes::new(codes)).map_err(at)?;
+        let report = Report::new(matrix, &tensor, Some(statistics));
+        Ok(Quantized { tensor, report })
+    };
+    let list = group.matrices.iter().map(one).collect::<Result<_, QuantError>>()?;
+    Ok(Outcome::Quantized(list))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{case, error_of};
+
+    #[test]
+    fn importance_lowers_the_error_of_the_outputs() {
+        let case = case(32, 512, 9);
+        for format in ["q4_k", "iq4_xs"] {
+            let (with, without) =
+                (error_of("imatrix", &case, format, &[]), error_of("rtn", &case, format, &[]));
+            assert!(with < 0.95 * without, "{format}: {with} against {without}");
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! The registry of techniques: one file each, one signature, one row here.
+
+mod awq;
+mod clip;
+mod four_over_six;
+mod gptq;
+mod imatrix;
+mod rotate;
+mod rtn;
+mod smooth;
+
+use std::fmt::Write as _;
+
+use lathe_program::Program;
+use lathe_tensor::Format;
+
+use crate::error::QuantError;
+use crate::matrix::{Group, Outcome};
+use crate::parameters::{Kind, Parameter, Parameters};
+use crate::rotate::turns::Turns;
+
+/// What every technique is: the matrices that share an input with what calibration saw of it, the
+/// format to reach, parameters; quantized matrices or scales of channels come back.
+pub type ApplyToGroup = fn(&Group<'_>, Format, &Parameters) -> Result<Outcome, QuantError>;
+
+/// The same for techniques that change weights of the whole program, whatever their inputs are.
+pub type ApplyToProgram = fn(&Program, &Parameters) -> Result<Turns, QuantError>;
+
+/// What a technique works on.
+#[derive(Debug, Clone, Copy)]
+pub enum Apply {
+    /// Matrices that share an input.
+    Group(ApplyToGroup),
+    /// All weights at once.
+    Program(ApplyToProgram),
+}
+
+/// What a technique does to a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Changes weights of the whole model in ways that cancel, before anything else.
+    Rotate,
+    /// Changes weights and what feeds them, so that less is lost by rounding.
+    Prepare,
+    /// Chooses codes: each tensor has one such technique.
+    Round,
+}
+
+/// One technique.
+#[derive(Debug, Clone, Copy)]
+pub struct Technique {
+    /// Its name in recipes and after `--method`.
+    pub name: &'static str,
+    /// When it runs.
+    pub stage: Stage,
+    /// What it does, and where it is from.
+    pub effect: &'static str,
+    /// What it cannot do without.
+    pub requires: &'static str,
+    /// What it does not go with on one tensor.
+    pub conflicts: &'static [&'static str],
+    /// Whether it must have seen the inputs of a tensor.
+    pub calibrated: bool,
+    /// What a recipe may set.
+    pub parameters: &'static [Parameter],
+    /// Does it.
+    pub apply: Apply,
+}
+
+/// Every technique, simplest first.
+pub static TECHNIQUES: [&Technique; 8] = [
+    &rtn::TECHNIQUE,
+    &clip::TECHNIQUE,
+    &four_over_six::TECHNIQUE,
+    &imatrix::TECHNIQUE,
+    &gptq::TECHNIQUE,
+    &awq::TECHNIQUE,
+    &smooth::TECHNIQUE,
+    &rotate::TECHNIQUE,
+];
+
+impl Technique {
+    /// What it does to a group.
+    ///
+    /// # Panics
+    /// If it works on whole programs.
+    pub fn group(&self) -> ApplyToGroup {
+        match self.apply {
+            Apply::Group(apply) => apply,
+            Apply::Program(_) => panic!("{} works on whole programs", self.name),
+        }
+    }
+}
+
+/// The technique called `name`.
+///
+/// # Errors
+/// If there is none, with the names that there are.
+pub fn find(name: &str) -> Result<&'static Technique, QuantError> {
+    let found = TECHNIQUES.iter().copied().find(|technique| technique.name == name);
+    found.ok_or_else(|| {
+        let known: Vec<&str> = TECHNIQUES.iter().map(|technique| technique.name).collect();
+        QuantError::Recipe(format!(
+            "unknown technique `{name}`, expected one of {}",
+            known.join(", ")
+        ))
+    })
+}
+
+/// The registry as text, for `--help`.
+pub fn help() -> String {
+    let mut text = String::from("Techniques (--method A+B, or `use` in a recipe):\n");
+    for technique in TECHNIQUES {
+        let _ = writeln!(text, "  {:<13} {}", technique.name, technique.effect);
+        let _ = writeln!(text, "                requires {}", technique.requires);
+        if !technique.conflicts.is_empty() {
+            let _ = writeln!(text, "                not with {}", technique.conflicts.join(", "));
+        }
+        for parameter in technique.parameters {
+            let default = match parameter.kind {
+                Kind::Whole { default, .. } => default.to_string(),
+                Kind::Number { default, .. } => default.to_string(),
+                Kind::Flag { default } => default.to_string(),
+                Kind::Choice(words) => words.join("|"),
+            };
+            let _ = writeln!(
+                text,
+                "                {} = {default}: {}",
+                parameter.name, parameter.meaning
+            );
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+    use crate::matrix::Matrix;
+    use crate::statistics::Statistics;
+
+    /// A random matrix and correlated inputs of channels of very different sizes, as a decoder has.
+    pub struct Case {
+        pub rows: usize,
+        pub columns: usize,
+        pub values: Vec<f32>,
+        pub statistics: Statistics,
+    }
+
+    pub fn normal(random: &mut ChaCha8Rng) -> f32 {
+        (0..12).map(|_| random.random::<f32>()).sum::<f32>() - 6.0
+    }
+
+    pub fn case(rows: usize, columns: usize, seed: u64) -> Case {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let values = (0..rows * columns).map(|_| 0.05 * normal(&mut random)).collect();
+        let factors = 24;
+        let mixing: Vec<f32> = (0..factors * columns).map(|_| normal(&mut random)).collect();
+        let sizes: Vec<f32> = (0..columns)
+            .map(|i| if i % 17 == 3 { 12.0 } else { 0.3 + random.random::<f32>() })
+            .collect();
+        let mut statistics = Statistics::new(columns);
+        let mut inputs = Vec::new();
+        for _ in 0..600 {
+            let hidden: Vec<f32> = (0..factors).map(|_| normal(&mut random)).collect();
+            for column in 0..columns {
+                let shared: f32 =
+                    (0..factors).map(|f| hidden[f] * mixing[f * columns + column]).sum();
+                inputs.push(sizes[column] * (0.3 * shared + normal(&mut random)));
+            }
+        }
+        statistics.add(&inputs);
+        Case { rows, columns, values, statistics }
+    }
+
+    impl Case {
+        pub fn group(&self) -> Group<'_> {
+            let matrix = Matrix {
+                name: "layers.0.ffn.gate",
+                rows: self.rows,
+                columns: self.columns,
+                values: &self.values,
+            };
+            Group { matrices: vec![matrix], statistics: Some(&self.statistics) }
+        }
+    }
+
+    pub fn parameters(technique: &Technique, settings: &[(&str, toml::Value)]) -> Parameters {
+        let mut parameters = Parameters::defaults(technique.parameters);
+        for (key, value) in settings {
+            parameters.set(technique.parameters, key, value).unwrap();
+        }
+        parameters
+    }
+
+    /// Output error of a rounding technique.
+    pub fn error_of(
+        name: &str,
+        case: &Case,
+        format: &str,
+        settings: &[(&str, toml::Value)],
+    ) -> f64 {
+        let technique = find(name).unwrap();
+        let format = Format::parse(format).unwrap();
+        let settings = parameters(technique, settings);
+        match (technique.group())(&case.group(), format, &settings).unwrap() {
+            Outcome::Quantized(list) => list[0].report.output_error.unwrap(),
+            Outcome::Scaled(_) => panic!("{name} rounds nothing"),
+        }
+    }
+
+    #[test]
+    fn help_tells_of_every_technique_and_parameter() {
+        let text = help();
+        for technique in TECHNIQUES {
+            assert!(text.contains(technique.effect) && text.contains(technique.requires));
+            assert!(technique.parameters.iter().all(|it| text.contains(it.meaning)));
+            assert!(technique.conflicts.iter().all(|other| find(other).is_ok()));
+        }
+        assert!(find("magic").unwrap_err().to_string().contains("rtn, clip"));
+    }
+}

@@ -1,0 +1,66 @@
+//! Rotations (QuaRot, arXiv 2404.00456): the stream and the heads' values are turned by orthogonal
+//! matrices that cancel, so that outliers of a channel are spread over all; folded into weights.
+//!
+//! Blocks as long as a format's scales turn within a scale, as MR-GPTQ (arXiv 2509.23202) has it
+//! for MX formats, where a rotation of the whole stream does harm.
+
+use lathe_program::Program;
+
+use super::{Apply, Stage, Technique};
+use crate::error::QuantError;
+use crate::parameters::{Kind, Parameter, Parameters};
+use crate::rotate::orthogonal;
+use crate::rotate::turns::{Choice, Turns, turns};
+
+pub(super) static TECHNIQUE: Technique = Technique {
+    name: "rotate",
+    stage: Stage::Rotate,
+    effect: "turns the stream and the heads' values by orthogonal matrices that cancel",
+    requires: "RMS norms without a norm after a branch; embedding and head become matrices of their own",
+    conflicts: &[],
+    calibrated: false,
+    parameters: &[
+        Parameter {
+            name: "kind",
+            kind: Kind::Choice(&["random_hadamard", "hadamard", "random"]),
+            meaning: "which orthogonal matrices",
+        },
+        Parameter {
+            name: "block",
+            kind: Kind::Whole { default: 0, least: 0, most: 1 << 20 },
+            meaning: "elements of the stream that are turned together; 0 for all",
+        },
+        Parameter {
+            name: "stream",
+            kind: Kind::Flag { default: true },
+            meaning: "turn the stream (R1)",
+        },
+        Parameter {
+            name: "values",
+            kind: Kind::Flag { default: true },
+            meaning: "turn the values of each head (R2), where nothing stands in the way",
+        },
+        Parameter {
+            name: "seed",
+            kind: Kind::Whole { default: 1, least: 0, most: u32::MAX as u64 },
+            meaning: "of the random kinds",
+        },
+    ],
+    apply: Apply::Program(apply),
+};
+
+fn apply(program: &Program, parameters: &Parameters) -> Result<Turns, QuantError> {
+    let kind = match parameters.choice("kind") {
+        "hadamard" => orthogonal::Kind::Hadamard,
+        "random" => orthogonal::Kind::Random,
+        _ => orthogonal::Kind::RandomHadamard,
+    };
+    let choice = Choice {
+        kind,
+        block: parameters.whole("block"),
+        stream: parameters.flag("stream"),
+        values: parameters.flag("values"),
+        seed: parameters.whole("seed") as u64,
+    };
+    turns(program, &choice)
+}

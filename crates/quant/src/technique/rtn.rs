@@ -1,0 +1,95 @@
+//! Round-to-nearest: every number to the nearest code under a scale that lets nothing saturate.
+
+use lathe_tensor::codec::scaled::{self, E8m0Rounding};
+use lathe_tensor::{Bytes, Format, Tensor, codec};
+
+use super::{Apply, Stage, Technique};
+use crate::error::QuantError;
+use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, check_shape};
+use crate::parameters::{Kind, Parameter, Parameters};
+
+pub(super) static TECHNIQUE: Technique = Technique {
+    name: "rtn",
+    stage: Stage::Round,
+    effect: "rounds each number to the nearest code; nothing saturates",
+    requires: "nothing",
+    conflicts: &["clip", "gptq", "imatrix"],
+    calibrated: false,
+    parameters: &[Parameter {
+        name: "power_of_two",
+        kind: Kind::Choice(&["even", "floor", "ceil", "mse"]),
+        meaning: "how MX formats choose the power of two of a block",
+    }],
+    apply: Apply::Group(apply),
+};
+
+fn apply(
+    group: &Group<'_>,
+    format: Format,
+    parameters: &Parameters,
+) -> Result<Outcome, QuantError> {
+    let rounding = match parameters.choice("power_of_two") {
+        "floor" => E8m0Rounding::Floor,
+        "ceil" => E8m0Rounding::Ceil,
+        "mse" => E8m0Rounding::Mse,
+        _ => E8m0Rounding::Even,
+    };
+    let one = |matrix: &Matrix<'_>| {
+        check_shape(matrix, format)?;
+        let shape = [matrix.rows, matrix.columns];
+        let tensor = match &format {
+            Format::Scaled(format) => scaled::quantize(&shape, format, matrix.values, rounding),
+            plain => {
+                let codes = codec::quantize(*plain, matrix.values);
+                Tensor::new(shape.to_vec(), *plain, Bytes::new(codes))
+            }
+        };
+        let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
+        let tensor = tensor.map_err(at)?;
+        let report = Report::new(matrix, &tensor, group.statistics);
+        Ok(Quantized { tensor, report })
+    };
+    let list = group.matrices.iter().map(one).collect::<Result<_, QuantError>>()?;
+    Ok(Outcome::Quantized(list))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{case, parameters};
+    use super::*;
+
+    #[test]
+    fn every_number_gets_the_nearest_code() {
+        let case = case(24, 64, 5);
+        let format = Format::parse("int4-g32-f32").unwrap();
+        let outcome = apply(&case.group(), format, &parameters(&TECHNIQUE, &[])).unwrap();
+        let Outcome::Quantized(list) = outcome else { panic!("it rounds") };
+        let found = list[0].tensor.to_f32();
+        for (block, (values, found)) in case.values.chunks(32).zip(found.chunks(32)).enumerate() {
+            // compressed-tensors: the range is 15 / 2 codes on either side.
+            let largest = values.iter().fold(0f64, |m, v| m.max(f64::from(v.abs())));
+            let step = largest / 7.5;
+            for (value, found) in values.iter().zip(found) {
+                let code = (f64::from(*value) / step).round_ties_even().clamp(-8.0, 7.0);
+                let expected = code * step;
+                assert!(
+                    (expected - f64::from(*found)).abs() <= 1e-5 * step + 1e-9
+                        || (f64::from(*value) / step).fract().abs() - 0.5 < 1e-4,
+                    "{block}: {value} {found} {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_width_that_does_not_fit_is_named() {
+        let case = case(4, 48, 1);
+        for (format, block) in [("int4-g32-bf16", "32"), ("q4_k", "256")] {
+            let format = Format::parse(format).unwrap();
+            let error = apply(&case.group(), format, &parameters(&TECHNIQUE, &[])).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains("layers.0.ffn.gate") && text.contains("48"), "{text}");
+            assert!(text.contains(block), "{text}");
+        }
+    }
+}
