@@ -56,6 +56,9 @@ impl WeightSource for SectionWeights {
     }
 }
 
+/// Takes what each tap of a section made, and what each router chose.
+pub(crate) type Seen<'a> = dyn FnMut(&[&[f32]], &[Vec<u32>]) + 'a;
+
 impl Calibration<'_> {
     /// Refuses tokens that `program` does not know.
     ///
@@ -86,7 +89,7 @@ impl Calibration<'_> {
         section: &Section,
         stream: Option<&Stream>,
         weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
-        seen: &mut dyn FnMut(&[&[f32]], &[Vec<u32>]),
+        seen: &mut Seen<'_>,
     ) -> Result<(), QuantError> {
         let program = Arc::new(section.program.clone());
         let one = |origin: &Option<Weight>| match (origin, stream) {

@@ -211,14 +211,6 @@ fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError>
     Ok(constants)
 }
 
-fn layout_of(format: Format, columns: usize) -> Result<Layout, BackendError> {
-    match format {
-        Format::Float(kind) => Ok(Layout::Float(kind)),
-        Format::Ggml(kind) => Ok(Layout::of_ggml(kind)),
-        Format::Scaled(format) => scaled::layout(&format, columns),
-    }
-}
-
 /// What every scale of the tensor is multiplied by.
 fn multiplier(tensor: &Tensor) -> Result<f32, BackendError> {
     let globals = match &tensor.global {
