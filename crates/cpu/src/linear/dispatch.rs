@@ -100,7 +100,7 @@ macro_rules! target {
         impl Target for $name {
             const ROWS_MAX: usize = $rows;
             const ANY_WIDTH: bool = $any_width;
-            const DIRECT_ROWS: usize = if $rows > 4 { 4 } else { 2 };
+            const DIRECT_ROWS: usize = if $rows > 4 { 16 } else { 2 };
             fn run<K: Kernel, const R: usize>() -> RunFn {
                 #[target_feature(enable = $features)]
                 unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
@@ -300,6 +300,7 @@ macro_rules! choose_direct {
     ($name:ident, $bound:ident, $kernel:ident) => {
         fn $name<T: Target, C: $bound>(rows: usize, panels: usize) -> (RunFn, usize, usize) {
             match (rows, panels) {
+                (8.., _) if T::DIRECT_ROWS >= 8 => (T::run::<$kernel<C, 1>, 8>(), 8, 1),
                 (4.., _) if T::DIRECT_ROWS >= 4 => (T::run::<$kernel<C, 1>, 4>(), 4, 1),
                 (2.., 2..) => (T::run::<$kernel<C, 2>, 2>(), 2, 2),
                 (2.., _) => (T::run::<$kernel<C, 1>, 2>(), 2, 1),

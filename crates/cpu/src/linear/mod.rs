@@ -274,13 +274,17 @@ unsafe fn panels_direct(
     let rows = padded_rows(activations.block_rows(matrix, block));
     let mut panel = panels.start;
     while panel < panels.end {
-        let (kernel, at_once, count) = choose(rows, panels.end - panel);
-        for row in (0..rows).step_by(at_once) {
+        let (_, _, count) = choose(rows, panels.end - panel);
+        let mut row = 0;
+        while row < rows {
+            // Fewer rows than the first take as few panels: what is left of six or twelve.
+            let (kernel, at_once, _) =
+                choose(rows - row, if row == 0 { panels.end - panel } else { 1 });
             for product in &mut product[..count] {
                 product[row * PANEL..(row + at_once) * PANEL].fill(0.0);
             }
             // SAFETY: as the caller promises; `product` has the rows of `count` panels. Padded rows
-            // are whole numbers of what a kernel takes.
+            // are sums of what kernels take.
             unsafe {
                 kernel(&Args {
                     weights: matrix.panel(panel),
@@ -294,6 +298,7 @@ unsafe fn panels_direct(
                     constants: &matrix.constants,
                 });
             }
+            row += at_once;
         }
         for (index, product) in product[..count].iter().enumerate() {
             // SAFETY: as the caller promises.
