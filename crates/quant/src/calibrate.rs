@@ -47,6 +47,15 @@ impl Stream {
     }
 }
 
+/// What a section made of one window.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Seen<'a> {
+    /// By tap: `[rows, width]`.
+    pub taps: &'a [&'a [f32]],
+    /// By router: `[rows, experts_per_token]`.
+    pub routings: &'a [Vec<u32>],
+}
+
 /// The weights of a section: the table of inputs, and what the job makes of the others.
 struct SectionWeights(Vec<Tensor>);
 
@@ -55,9 +64,6 @@ impl WeightSource for SectionWeights {
         Ok(self.0[weight.0 as usize].clone())
     }
 }
-
-/// Takes what each tap of a section made, and what each router chose.
-pub(crate) type Seen<'a> = dyn FnMut(&[&[f32]], &[Vec<u32>]) + 'a;
 
 impl Calibration<'_> {
     /// Refuses tokens that `program` does not know.
@@ -89,7 +95,7 @@ impl Calibration<'_> {
         section: &Section,
         stream: Option<&Stream>,
         weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
-        seen: &mut Seen<'_>,
+        seen: &mut dyn FnMut(Seen<'_>),
     ) -> Result<(), QuantError> {
         let program = Arc::new(section.program.clone());
         let one = |origin: &Option<Weight>| match (origin, stream) {
@@ -128,7 +134,7 @@ impl Calibration<'_> {
                 routing.map_or(Vec::new(), |it| it.experts.to_vec())
             };
             let routings: Vec<Vec<u32>> = (0..program.routings).map(chosen).collect();
-            seen(&taps, &routings);
+            seen(Seen { taps: &taps, routings: &routings });
         }
         Ok(())
     }

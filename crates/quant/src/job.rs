@@ -274,13 +274,13 @@ impl<'a> Job<'a> {
         let mut weight = |weight| self.current(weight);
         let mut experts = ExpertInputs::new(self.program, &ops);
         let mut coverage = Coverage::new(self.program, routers);
-        calibration.run(&section, Some(stream), &mut weight, &mut |rows, routings| {
-            for (value, rows) in taps.iter().zip(rows) {
+        calibration.run(&section, Some(stream), &mut weight, &mut |window| {
+            for (value, rows) in taps.iter().zip(window.taps) {
                 seen.add(*value, rows);
                 experts.add(*value, rows);
             }
-            coverage.add(routings);
-            after.extend_from_slice(rows[taps.len() - 1]);
+            coverage.add(window.routings);
+            after.extend_from_slice(window.taps[taps.len() - 1]);
         })?;
         self.coverage.extend(coverage.finish());
         self.seen = seen;
@@ -305,8 +305,8 @@ impl<'a> Job<'a> {
         let width = section.program.capture_widths()[0];
         let mut values = Vec::with_capacity(calibration.tokens.len() * width);
         let mut weight = |weight| self.current(weight);
-        calibration.run(section, stream, &mut weight, &mut |rows, _| {
-            values.extend_from_slice(rows[0]);
+        calibration.run(section, stream, &mut weight, &mut |window| {
+            values.extend_from_slice(window.taps[0]);
         })?;
         Ok(Stream { width, values })
     }

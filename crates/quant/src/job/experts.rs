@@ -15,7 +15,7 @@ use lathe_tensor::{Bytes, GlobalScale, Tensor, TensorError};
 use serde::Serialize;
 
 use super::{Job, WeightReport};
-use crate::calibrate::{Calibration, Stream};
+use crate::calibrate::{Calibration, Seen, Stream};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome};
 use crate::recipe::TechniqueStep;
@@ -123,7 +123,7 @@ impl Job<'_> {
                     Ok(Tensor::from_f32(shape, values))
                 };
                 let mut seen = Statistics::new(hidden.program.capture_widths()[0]);
-                let mut add = |rows: &[&[f32]], _: &[Vec<u32>]| seen.add(rows[0]);
+                let mut add = |window: Seen<'_>| seen.add(window.taps[0]);
                 calibration.run(&hidden, Some(&stream), &mut part, &mut add)?;
                 Ok(Some(seen))
             };

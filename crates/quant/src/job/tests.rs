@@ -161,8 +161,8 @@ fn sections_are_the_program_in_pieces() {
             section.program.validate().expect(name);
             let mut made = Vec::new();
             calibration
-                .run(&section, stream.as_ref(), &mut weight, &mut |rows, _| {
-                    made = rows.iter().map(|rows| rows.to_vec()).collect();
+                .run(&section, stream.as_ref(), &mut weight, &mut |window| {
+                    made = window.taps.iter().map(|rows| rows.to_vec()).collect();
                 })
                 .expect(name);
             for (value, found) in taps.iter().zip(&made) {
@@ -331,7 +331,7 @@ fn experts_are_calibrated_by_all_tokens() {
     let section = Section::new(&program, 0..end, 24, &[input]).unwrap();
     let (mut x, mut load) = (Vec::new(), |weight| Ok(weights.load(weight)?));
     calibration
-        .run(&section, None, &mut load, &mut |rows, _| x.extend_from_slice(rows[0]))
+        .run(&section, None, &mut load, &mut |window| x.extend_from_slice(window.taps[0]))
         .unwrap();
     let width = program.value_width(input);
     let values = |weight: Weight| weights.load(weight).unwrap().to_f32();
