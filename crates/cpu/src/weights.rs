@@ -1,7 +1,7 @@
 //! Asks the source for each weight and lays it out for the ops that read it.
 
 use lathe_program::{BackendError, ExpertsSpec, Op, Program, Weight, WeightSource};
-use lathe_tensor::Tensor;
+use lathe_tensor::{Element, Format, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
@@ -164,6 +164,7 @@ fn load(
             reason: format!("expected shape {:?}, found {:?}", decl.shape, tensor.shape),
         });
     }
+    let tensor = with_kernels(tensor);
     let named = |error| match error {
         BackendError::Weight { reason, .. } => {
             BackendError::Weight { name: decl.name.clone(), reason }
@@ -187,6 +188,22 @@ fn load(
         loaded.table = Some(tensor);
     }
     Ok(loaded)
+}
+
+/// Floats of eight and six bits whose scales no kernel takes (tiles of less than 32 columns; published
+/// checkpoints have 128) become `f32`, which holds each product of number and scale without
+/// rounding, in four times the memory.
+fn with_kernels(tensor: Tensor) -> Tensor {
+    let float8 = |element| {
+        matches!(element, Element::F8E4M3 | Element::F8E5M2 | Element::F6E2M3 | Element::F6E3M2)
+    };
+    let refused = || PackedMatrix::check(tensor.format, tensor.columns()).is_err();
+    match tensor.format {
+        Format::Scaled(format) if float8(format.element) && refused() => {
+            Tensor::from_f32_vec(tensor.shape.clone(), tensor.to_f32())
+        }
+        _ => tensor,
+    }
 }
 
 fn pack_experts(
