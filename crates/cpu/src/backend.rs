@@ -123,11 +123,8 @@ fn state(
     let (choices, router) = choices(program, rows_max);
     let (activations, groups) = scratch(program, stages, &gang, &choices, rows_max);
     let capture_widths = program.capture_widths();
-    let tiled_attention = program.routings == 0 && stages.iter().any(Stage::has_prefill_form);
     Ok(State {
         width,
-        // With routers, as in [`Activations::set_tile_parts`], a little error may be a large one.
-        tiled_attention,
         cache: KvCache::new(&program.kv, format, options.kv_blocks)?,
         attention: Attention::new(width, &shapes, gang.workers(), rows_max, program.context_max)?,
         latent: LatentScratch::new(latents, rows_max)?,

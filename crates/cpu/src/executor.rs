@@ -72,8 +72,6 @@ pub(crate) struct State {
     pub capture_widths: Vec<usize>,
     /// The sequence of each row.
     pub sequence_of: Vec<u32>,
-    /// Whether AMX multiplies in the attention of rows in the prefill form.
-    pub tiled_attention: bool,
     /// Whether each row is in the prefill form.
     pub prefill: Vec<bool>,
     /// Stretches of the step's rows whose latent attention is absorbed.
@@ -338,24 +336,10 @@ impl State {
             out: stage.out,
             form: RowForm::All,
             expand: None,
-            tiles: false,
         };
-        let tiled = self.prefill.iter().filter(|prefill| **prefill).count();
-        let tiled = if self.tiled_attention && stage.shape.fits_tiles() { tiled } else { 0 };
         // SAFETY: buffers hold the step's rows, and the tables every visible position
-        // (`Step::validate`); the forms write rows of their own.
-        unsafe {
-            if tiled == 0 {
-                self.attention.run(&self.gang, &job);
-                return;
-            }
-            let tiles = AttendJob { form: RowForm::Expanded, tiles: true, ..job };
-            self.attention.run(&self.gang, &tiles);
-            if tiled < step.rows() {
-                let others = AttendJob { form: RowForm::Absorbed, ..tiles };
-                self.attention.run(&self.gang, &AttendJob { tiles: false, ..others });
-            }
-        }
+        // (`Step::validate`).
+        unsafe { self.attention.run(&self.gang, &job) };
     }
 
     fn attend_latent(&mut self, stage: &LatentStage, step: &Step) {
@@ -371,7 +355,6 @@ impl State {
             out,
             form: RowForm::Absorbed,
             expand: None,
-            tiles: false,
         };
         let expanded = AttendJob {
             shape: &stage.expanded_shape,

@@ -9,8 +9,6 @@
 mod plan;
 mod softmax;
 mod tile;
-#[cfg(target_arch = "x86_64")]
-pub(crate) mod tiles;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -61,14 +59,6 @@ pub struct AttendShape {
 }
 
 impl AttendShape {
-    /// Whether AMX can multiply keys and values of these sizes.
-    pub fn fits_tiles(&self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self.key_dim.max(self.value_stride()) <= tiles::DIM_MAX;
-        #[cfg(not(target_arch = "x86_64"))]
-        false
-    }
-
     fn rows_per_task(&self) -> usize {
         // Expanding a tile is shared by the rows of a task.
         let vectors = if self.expanded_rank.is_some() { VECTORS_EXPANDED } else { VECTORS_MAX };
@@ -106,8 +96,6 @@ pub struct AttendJob<'a> {
     pub form: RowForm,
     /// Makes keys and values from the layer's latents, if the shape says so.
     pub expand: Option<&'a dyn Expand>,
-    /// Whether AMX multiplies, in `bf16`; only where it is available and [`AttendShape::fits_tiles`].
-    pub tiles: bool,
 }
 
 /// Which rows of a step an attention computes.

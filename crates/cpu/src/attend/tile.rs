@@ -7,8 +7,6 @@ use lathe_program::{BlockTable, KvFormat, KvLayerShape};
 
 use super::plan::{Task, seen_by_all};
 use super::softmax::{Clear, Finish, Merge, Soften, State, Store};
-#[cfg(target_arch = "x86_64")]
-use super::tiles::{self, TileProduct};
 use super::{AttendJob, AttendShape, SEGMENT};
 use crate::cache::code::F32;
 use crate::cache::store::{KvStore, Plain};
@@ -154,10 +152,6 @@ impl Piece<'_> {
         let vectors = self.vectors();
         // SAFETY: as the caller promises.
         unsafe {
-            #[cfg(target_arch = "x86_64")]
-            if job.tiles {
-                tiles::begin();
-            }
             self.stage_query();
             dispatch(width, Clear { state: total, vectors });
             for segment in task.segments.clone() {
@@ -185,10 +179,6 @@ impl Piece<'_> {
                     let (row, head) = self.row_and_head(vector);
                     dispatch(width, Finish { job, row, head, state: total.vector(vector) });
                 }
-            }
-            #[cfg(target_arch = "x86_64")]
-            if job.tiles {
-                tiles::end();
             }
         }
     }
@@ -272,12 +262,6 @@ impl Piece<'_> {
                     dispatch(width, soften);
                     self.sums_in_place::<S>(width, slots, end, rows);
                 });
-            } else if job.tiles {
-                let filled = slots.start - tile..slots.end - tile;
-                self.fill_tile(width, filled.clone(), slots.clone());
-                self.scores_in_tiles(columns, rows.clone());
-                dispatch(width, soften);
-                self.sums_in_tiles(&filled, rows);
             } else {
                 let filled = slots.start - tile..slots.end - tile;
                 self.fill_tile(width, filled, slots.clone());
@@ -336,11 +320,7 @@ impl Piece<'_> {
         let heads = matches!(self.job.layer.shape, KvLayerShape::Heads { .. });
         let whole = |n: usize| n.is_multiple_of(LANES);
         let vectors = self.vectors() <= IN_PLACE_VECTORS_MAX;
-        !self.job.tiles
-            && heads
-            && vectors
-            && whole(self.job.cache.block_tokens())
-            && whole(self.job.shape.value_dim)
+        heads && vectors && whole(self.job.cache.block_tokens()) && whole(self.job.shape.value_dim)
     }
 
     unsafe fn scores_in_place<S: KvStore>(
@@ -399,51 +379,6 @@ impl Piece<'_> {
         let next = run.position + TILE;
         let tokens = self.job.cache.block_tokens();
         (next < end).then(|| runs(self.table(), tokens, next..next + 1).next()).flatten()
-    }
-
-    /// As [`Piece::scores`], by AMX.
-    unsafe fn scores_in_tiles(&self, columns: Range<usize>, rows: Range<usize>) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let (shape, scratch) = (self.job.shape, &self.scratch);
-            let first = rows.start * shape.group;
-            let product = TileProduct {
-                a: (scratch.query.wrapping_add(first * shape.key_dim), shape.key_dim),
-                b: (scratch.tile.keys.wrapping_add(columns.start), TILE),
-                c: (scratch.scores.wrapping_add(first * TILE + columns.start), TILE),
-                rows: rows.len() * shape.group,
-                columns: columns.len(),
-                depth: &(0..shape.key_dim),
-                accumulate: false,
-            };
-            // SAFETY: the scratch has room for these shapes; tiles are only asked for where they are.
-            unsafe { product.run() }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("tiles for {} rows and {columns:?}", rows.len());
-    }
-
-    /// As [`Piece::sums`] of the positions `filled` of the tile, by AMX.
-    unsafe fn sums_in_tiles(&self, filled: &Range<usize>, rows: Range<usize>) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let (state, group) = (self.scratch.segment, self.job.shape.group);
-            let vector = rows.start * group;
-            let tile = &self.scratch.tile;
-            let product = TileProduct {
-                a: (self.scratch.scores.wrapping_add(vector * TILE), TILE),
-                b: (tile.values, tile.value_stride),
-                c: (state.values.wrapping_add(vector * state.stride), state.stride),
-                rows: rows.len() * group,
-                columns: state.stride,
-                depth: filled,
-                accumulate: true,
-            };
-            // SAFETY: as in `scores_in_tiles`.
-            unsafe { product.run() }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("tiles for {} rows and {filled:?}", rows.len());
     }
 
     /// Scores of some rows' vectors in some columns of the tile.

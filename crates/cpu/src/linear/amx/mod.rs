@@ -19,7 +19,7 @@ const TILE_BYTES: usize = 1024;
 
 /// The operand of `ldtilecfg`.
 #[repr(C, align(64))]
-pub(crate) struct TileConfig {
+struct TileConfig {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -43,7 +43,7 @@ impl TileConfig {
     ///
     /// # Safety
     /// AMX is available, and [`release`] follows on this thread.
-    pub(crate) unsafe fn load(&self) {
+    unsafe fn load(&self) {
         // SAFETY: the configuration is valid and belongs to this thread until it is released.
         unsafe { asm!("ldtilecfg [{}]", in(reg) self, options(nostack, readonly)) }
     }
@@ -53,13 +53,13 @@ impl TileConfig {
 ///
 /// # Safety
 /// AMX is available.
-pub(crate) unsafe fn release() {
+unsafe fn release() {
     // SAFETY: as the caller promises.
     unsafe { asm!("tilerelease", options(nomem, nostack)) }
 }
 
 /// Eight tiles of 16 rows of 64 bytes.
-pub(crate) static WHOLE: TileConfig = TileConfig::new([(16, 64); 8]);
+static WHOLE: TileConfig = TileConfig::new([(16, 64); 8]);
 
 /// Whether this processor has AMX with `bf16` and `int8`, and the system lets this process use it
 /// (Linux hands the tile registers out on request, once a process).

@@ -161,10 +161,10 @@ impl Job<'_> {
         let (panels, panel) = (pair.len(), pair.start - first_panel);
         let slots = self.activations.tiled_rows();
         let whole = |block: usize| block < self.blocks.end && (block + 1) * BLOCK <= slots;
-        for part in 0..parts {
-            let ends = segments.end == self.matrix.segments() && part + 1 == parts;
-            for block in self.blocks.clone().step_by(2) {
-                let last = self.blocks.end - 1;
+        for block in self.blocks.clone().step_by(2) {
+            let last = self.blocks.end - 1;
+            let sums = self.tile(block - self.blocks.start, panel);
+            for part in 0..parts {
                 let [first, second] = [block, last.min(block + 1)]
                     .map(|block| self.activations.tile(part, block, segments.start));
                 let tiles = Tile {
@@ -174,7 +174,6 @@ impl Job<'_> {
                     segments: segments.len(),
                     fresh: segments.start == 0 && part == 0,
                 };
-                let sums = self.tile(block - self.blocks.start, panel);
                 // SAFETY: as the caller promises.
                 unsafe {
                     if whole(block) && whole(block + 1) && panels == 2 {
@@ -186,11 +185,13 @@ impl Job<'_> {
                             second.one_block(sums.add(2 * SUMS), panels);
                         }
                     }
-                    // At once: the lines of `out` arrive while the next blocks are multiplied.
-                    if ends {
-                        self.store(block..(block + 2).min(self.blocks.end), pair.clone(), sums);
-                    }
                 }
+            }
+            // At once: the lines of `out` arrive while the next blocks are multiplied.
+            if segments.end == self.matrix.segments() {
+                let blocks = block..(block + 2).min(self.blocks.end);
+                // SAFETY: as the caller promises.
+                unsafe { self.store(blocks, pair.clone(), sums) };
             }
         }
     }
