@@ -2,7 +2,7 @@
 
 use lathe_tensor::codec::element;
 use lathe_tensor::codec::scaled::{BlockScale, E8m0Rounding, encode, fit, round};
-use lathe_tensor::{Block, Format, GlobalScale, ScaleType, ScaledFormat, Tensor};
+use lathe_tensor::{Block, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, TensorError};
 use serde::Serialize;
 
 use crate::error::QuantError;
@@ -30,6 +30,33 @@ pub struct Group<'a> {
     pub statistics: Option<&'a Statistics>,
 }
 
+impl<'a> Group<'a> {
+    /// What calibration saw of the input, which `technique` cannot do without.
+    ///
+    /// # Errors
+    /// [`QuantError::Unobserved`], which names `tensor`, if it saw nothing.
+    pub fn observed(
+        &self,
+        technique: &'static str,
+        tensor: &str,
+    ) -> Result<&'a Statistics, QuantError> {
+        let seen = self.statistics.filter(|it| it.rows() > 0);
+        seen.ok_or_else(|| QuantError::Unobserved { technique, tensor: tensor.to_owned() })
+    }
+
+    /// Quantizes each matrix by itself.
+    ///
+    /// # Errors
+    /// What `one` fails with.
+    pub fn each(
+        &self,
+        one: impl Fn(&Matrix<'_>) -> Result<Quantized, QuantError>,
+    ) -> Result<Outcome, QuantError> {
+        let list = self.matrices.iter().map(one).collect::<Result<_, _>>()?;
+        Ok(Outcome::Quantized(list))
+    }
+}
+
 /// A quantized matrix and what it cost.
 #[derive(Debug, Clone)]
 pub struct Quantized {
@@ -37,6 +64,23 @@ pub struct Quantized {
     pub tensor: Tensor,
     /// What it cost.
     pub report: Report,
+}
+
+impl Quantized {
+    /// `tensor`, made of `matrix`, with what it cost.
+    ///
+    /// # Errors
+    /// [`QuantError::Format`], which names the tensor, if there is none.
+    pub fn new(
+        matrix: &Matrix<'_>,
+        tensor: Result<Tensor, TensorError>,
+        statistics: Option<&Statistics>,
+    ) -> Result<Self, QuantError> {
+        let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
+        let tensor = tensor.map_err(at)?;
+        let report = Report::new(matrix, &tensor, statistics);
+        Ok(Quantized { tensor, report })
+    }
 }
 
 /// How far a quantized matrix is from what it was.

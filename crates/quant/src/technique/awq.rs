@@ -45,8 +45,7 @@ fn apply(
     parameters: &Parameters,
 ) -> Result<Outcome, QuantError> {
     let Some(first) = group.matrices.first() else { return Ok(Outcome::Scaled(Vec::new())) };
-    let unobserved = || QuantError::Unobserved { technique: NAME, tensor: first.name.to_owned() };
-    let statistics = group.statistics.filter(|it| it.rows() > 0).ok_or_else(unobserved)?;
+    let statistics = group.observed(NAME, first.name)?;
     for matrix in &group.matrices {
         check_shape(matrix, format)?;
     }

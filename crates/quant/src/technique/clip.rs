@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
-use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
+use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
 use crate::statistics::Statistics;
 
@@ -61,6 +61,21 @@ impl Measure {
             "output" => statistics.map(|it| Measure::Output(squares_of(it, block_columns))),
             _ => Some(Measure::Weight),
         }
+    }
+
+    /// The measure called `error` for `matrix`, which `technique` rounds under `scales`.
+    ///
+    /// # Errors
+    /// [`QuantError::Unobserved`] if it asks for statistics and there are none.
+    pub fn of_inputs(
+        technique: &'static str,
+        error: &str,
+        statistics: Option<&Statistics>,
+        matrix: &Matrix<'_>,
+        scales: &Scales,
+    ) -> Result<Self, QuantError> {
+        Measure::new(error, statistics, scales.block_columns)
+            .ok_or_else(|| QuantError::Unobserved { technique, tensor: matrix.name.to_owned() })
     }
 
     /// The error of `difference` in block `block`, whose first column is `start`.
@@ -143,20 +158,14 @@ fn apply(
     format: Format,
     parameters: &Parameters,
 ) -> Result<Outcome, QuantError> {
-    let one = |matrix: &Matrix<'_>| {
+    group.each(|matrix| {
         let scales = Scales::new(NAME, matrix, format)?;
         let error = parameters.choice("error");
-        let measure = Measure::new(error, group.statistics, scales.block_columns);
-        let measure = measure.ok_or_else(|| QuantError::Unobserved {
-            technique: NAME,
-            tensor: matrix.name.to_owned(),
-        })?;
+        let measure = Measure::of_inputs(NAME, error, group.statistics, matrix, &scales)?;
         let (steps, shrink) = (parameters.whole("steps"), parameters.number("shrink"));
         let blocks = search(&scales, matrix, &measure, &shrinking(steps, shrink));
         under(&scales, matrix, &blocks, group.statistics)
-    };
-    let list = group.matrices.iter().map(one).collect::<Result<_, QuantError>>()?;
-    Ok(Outcome::Quantized(list))
+    })
 }
 
 /// Every number to the nearest code under scales that are chosen.
@@ -174,11 +183,8 @@ pub(super) fn under(
         })
         .collect();
     let shape = [matrix.rows, matrix.columns];
-    let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
     let tensor = assemble(&shape, &scales.format, &codes, blocks, scales.global.clone());
-    let tensor = tensor.map_err(at)?;
-    let report = Report::new(matrix, &tensor, statistics);
-    Ok(Quantized { tensor, report })
+    Quantized::new(matrix, tensor, statistics)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use lathe_tensor::{Element, Format, ScaleType};
 use super::clip::{Measure, search, under};
 use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
-use crate::matrix::{Group, Matrix, Outcome, Scales};
+use crate::matrix::{Group, Outcome, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
 
 const NAME: &str = "four_over_six";
@@ -33,7 +33,7 @@ fn apply(
     format: Format,
     parameters: &Parameters,
 ) -> Result<Outcome, QuantError> {
-    let one = |matrix: &Matrix<'_>| {
+    group.each(|matrix| {
         let scales = Scales::new(NAME, matrix, format)?;
         let scaled = &scales.format;
         if scaled.element != Element::F4E2M1 || scaled.scale != ScaleType::E4M3Global {
@@ -44,16 +44,10 @@ fn apply(
             });
         }
         let error = parameters.choice("error");
-        let measure = Measure::new(error, group.statistics, scales.block_columns);
-        let measure = measure.ok_or_else(|| QuantError::Unobserved {
-            technique: NAME,
-            tensor: matrix.name.to_owned(),
-        })?;
+        let measure = Measure::of_inputs(NAME, error, group.statistics, matrix, &scales)?;
         let blocks = search(&scales, matrix, &measure, &RATIOS);
         under(&scales, matrix, &blocks, group.statistics)
-    };
-    let list = group.matrices.iter().map(one).collect::<Result<_, QuantError>>()?;
-    Ok(Outcome::Quantized(list))
+    })
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use super::clip::{self, Measure};
 use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::linalg::upper_factor_of_inverse;
-use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
+use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
 use crate::statistics::Statistics;
 
@@ -68,8 +68,7 @@ fn apply(
     let Some(first) = group.matrices.first() else { return Ok(Outcome::Quantized(Vec::new())) };
     let all = group.matrices.iter().map(|matrix| Scales::new(NAME, matrix, format));
     let all = all.collect::<Result<Vec<_>, _>>()?;
-    let unobserved = || QuantError::Unobserved { technique: NAME, tensor: first.name.to_owned() };
-    let statistics = group.statistics.filter(|it| it.rows() > 0).ok_or_else(unobserved)?;
+    let statistics = group.observed(NAME, first.name)?;
     let factor = Factor::new(statistics, parameters).ok_or_else(|| QuantError::Technique {
         technique: NAME,
         tensor: first.name.to_owned(),
@@ -78,12 +77,10 @@ fn apply(
     let one = |(matrix, scales): (&Matrix<'_>, &Scales)| {
         let (codes, blocks) = round_all(matrix, scales, &factor, statistics, parameters);
         let shape = [matrix.rows, matrix.columns];
-        let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
         let tensor = assemble(&shape, &scales.format, &codes, &blocks, scales.global.clone());
-        let tensor = tensor.map_err(at)?;
-        let mut report = Report::new(matrix, &tensor, Some(statistics));
-        report.notes.extend(factor.note.clone());
-        Ok(Quantized { tensor, report })
+        let mut quantized = Quantized::new(matrix, tensor, Some(statistics))?;
+        quantized.report.notes.extend(factor.note.clone());
+        Ok(quantized)
     };
     let list = group.matrices.iter().zip(&all).map(one).collect::<Result<_, QuantError>>()?;
     Ok(Outcome::Quantized(list))

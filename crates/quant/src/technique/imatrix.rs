@@ -5,7 +5,7 @@ use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};
 
 use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
-use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, check_shape};
+use crate::matrix::{Group, Outcome, Quantized, check_shape};
 use crate::parameters::Parameters;
 
 const NAME: &str = "imatrix";
@@ -22,7 +22,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
 };
 
 fn apply(group: &Group<'_>, format: Format, _: &Parameters) -> Result<Outcome, QuantError> {
-    let one = |matrix: &Matrix<'_>| {
+    group.each(|matrix| {
         let refuse = |reason: String| QuantError::Technique {
             technique: NAME,
             tensor: matrix.name.to_owned(),
@@ -49,14 +49,9 @@ fn apply(group: &Group<'_>, format: Format, _: &Parameters) -> Result<Outcome, Q
         })?;
         let importance = statistics.squares();
         let codes = codec::quantize_weighted(format, matrix.values, Some(&importance));
-        let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
         let shape = vec![matrix.rows, matrix.columns];
-        let tensor = Tensor::new(shape, format, Bytes::new(codes)).map_err(at)?;
-        let report = Report::new(matrix, &tensor, Some(statistics));
-        Ok(Quantized { tensor, report })
-    };
-    let list = group.matrices.iter().map(one).collect::<Result<_, QuantError>>()?;
-    Ok(Outcome::Quantized(list))
+        Quantized::new(matrix, Tensor::new(shape, format, Bytes::new(codes)), Some(statistics))
+    })
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use lathe_tensor::{Bytes, Format, Tensor, codec};
 
 use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
-use crate::matrix::{Group, Matrix, Outcome, Quantized, Report, check_shape};
+use crate::matrix::{Group, Outcome, Quantized, check_shape};
 use crate::parameters::{Kind, Parameter, Parameters};
 
 pub(super) static TECHNIQUE: Technique = Technique {
@@ -34,7 +34,7 @@ fn apply(
         "mse" => E8m0Rounding::Mse,
         _ => E8m0Rounding::Even,
     };
-    let one = |matrix: &Matrix<'_>| {
+    group.each(|matrix| {
         check_shape(matrix, format)?;
         let shape = [matrix.rows, matrix.columns];
         let tensor = match &format {
@@ -44,13 +44,8 @@ fn apply(
                 Tensor::new(shape.to_vec(), *plain, Bytes::new(codes))
             }
         };
-        let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
-        let tensor = tensor.map_err(at)?;
-        let report = Report::new(matrix, &tensor, group.statistics);
-        Ok(Quantized { tensor, report })
-    };
-    let list = group.matrices.iter().map(one).collect::<Result<_, QuantError>>()?;
-    Ok(Outcome::Quantized(list))
+        Quantized::new(matrix, tensor, group.statistics)
+    })
 }
 
 #[cfg(test)]

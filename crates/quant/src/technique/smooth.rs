@@ -27,8 +27,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
 
 fn apply(group: &Group<'_>, _: Format, parameters: &Parameters) -> Result<Outcome, QuantError> {
     let Some(first) = group.matrices.first() else { return Ok(Outcome::Scaled(Vec::new())) };
-    let unobserved = || QuantError::Unobserved { technique: NAME, tensor: first.name.to_owned() };
-    let statistics = group.statistics.filter(|it| it.rows() > 0).ok_or_else(unobserved)?;
+    let statistics = group.observed(NAME, first.name)?;
     let alpha = parameters.number("alpha");
     let mut weights = vec![0f32; first.columns];
     for row in group.matrices.iter().flat_map(|matrix| matrix.values.chunks(first.columns)) {
