@@ -31,7 +31,7 @@ pub(crate) type DirectFn = fn(usize, usize) -> (RunFn, usize, usize);
 /// The kernels of one matrix.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kernels {
-    /// Straight from the packed panel, for so few rows that memory is the limit.
+    /// Straight from the packed panel, for one block of few rows.
     pub(crate) direct: Option<DirectFn>,
     /// Most rows that `direct` takes.
     pub(crate) direct_rows: usize,
@@ -62,8 +62,8 @@ trait Target {
     const ROWS_MAX: usize;
     /// Whether its integer dot takes codes of any width alike.
     const ANY_WIDTH: bool;
-    /// Most rows for which direct kernels are compiled: where the arithmetic of so many rows no
-    /// longer hides behind the loads, sharing decoded codes wins.
+    /// Most rows of a block that direct kernels multiply, up to eight at a time: with few registers, or where
+    /// decoding costs more than what it shares, decoding once for all rows wins from there on.
     const DIRECT_ROWS: usize;
     fn run<K: Kernel, const R: usize>() -> RunFn;
     fn expand<E: Expand>() -> ExpandFn;
@@ -228,7 +228,7 @@ struct OnTiles;
 impl Visit for OnTiles {
     type Output = Tiles;
     fn with<C: Coded>(self) -> Tiles {
-        Tiles::Expanded(prompt::decoder::<C>())
+        Tiles::Expanded(prompt::to_tiles::<C>)
     }
 }
 

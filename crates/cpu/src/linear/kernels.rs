@@ -10,7 +10,7 @@
 //! ```
 //! The integer dot is exact, so any ISA may compute it in any order. The number of rows (`R`)
 //! changes which accumulators exist, never what is added to one of them; nor does it matter
-//! whether codes come straight from the panel ([`Direct`]: one or two rows, bound by memory) or
+//! whether codes come straight from the panel ([`Direct`]: up to eight rows of one block) or
 //! from a scratch where [`Expand`] put eight segments for all rows to share ([`Tile`]).
 
 use std::marker::PhantomData;

@@ -3,7 +3,8 @@
 //! [`matmul`] divides the panels of all parts of a linear group among the workers by bytes, so
 //! that each streams one run of memory; [`kernels`] has the arithmetic, [`activations`] the
 //! operand, [`codes`] the decoders, [`dispatch`] the choice of kernel. One row, a small batch and a prefill chunk run the
-//! same kernels with more or fewer accumulators.
+//! same kernels with more or fewer accumulators, but for rows in the prefill form where the machine has AMX: those are
+//! tiles, in units that whoever is free takes.
 
 // AMX alone has rows in tiles.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]

@@ -29,9 +29,9 @@ use super::super::activations::{
     Activations, BLOCK, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, TileScratch,
 };
 use super::super::codes::{Coded, Decoded, Group, Tail, group_scale, unroll};
-use super::super::dispatch::{Tiles, ToTilesFn};
+use super::super::dispatch::Tiles;
 use super::super::kernels::{Float, prefetch};
-use super::{TILE_BYTES, WHOLE, release};
+use super::{TILE_BYTES, configure, release};
 use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
 use crate::pack::layout::{Constants, SEGMENT};
@@ -75,7 +75,7 @@ pub(in super::super) unsafe fn multiply(
     let at_once = if slice < matrix.segments() { TILE_PANELS } else { 2 };
     // SAFETY: as the caller promises.
     unsafe {
-        WHOLE.load();
+        configure();
         let job = Job { matrix, activations, blocks, out, scratch, slice };
         for first in panels.clone().step_by(at_once) {
             job.panels(first..panels.end.min(first + at_once));
@@ -98,14 +98,13 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// The sums of a pair of blocks (counted from the first of these) and a pair of panels of those at once.
-    fn tile(&self, block: usize, panel: usize) -> *mut f32 {
+    fn sums(&self, block: usize, panel: usize) -> *mut f32 {
         if self.slice >= self.matrix.segments() {
             // Written to `out` at once.
             return self.scratch.sums;
         }
         let pairs = self.blocks.len().div_ceil(2);
-        let tile = ((panel / 2 * pairs + block / 2) * 2 + block % 2) * 2 + panel % 2;
-        self.scratch.sums.wrapping_add(tile * SUMS)
+        self.scratch.sums.wrapping_add((panel / 2 * pairs + block / 2) * 4 * SUMS)
     }
 
     /// Multiplies the blocks by `panels`, a slice of k after the other.
@@ -163,7 +162,7 @@ impl Job<'_> {
         let whole = |block: usize| block < self.blocks.end && (block + 1) * BLOCK <= slots;
         for block in self.blocks.clone().step_by(2) {
             let last = self.blocks.end - 1;
-            let sums = self.tile(block - self.blocks.start, panel);
+            let sums = self.sums(block - self.blocks.start, panel);
             for part in 0..parts {
                 let [first, second] = [block, last.min(block + 1)]
                     .map(|block| self.activations.tile(part, block, segments.start));
@@ -244,10 +243,10 @@ struct Tile {
     fresh: bool,
 }
 
-/// `tdpbf16ps` of some tiles for all segments: `$loads` of each, then everything is moved on. Sums are
+/// `$line`s for each segment, after which everything is moved on. Sums are
 /// tiles 0 to 3, rows 4 and 5, weights 6 and 7.
 macro_rules! run {
-    ($tile:expr, $sums:expr, $($line:literal),+ $(,)?) => {
+    ($tile:expr, $($line:literal),+ $(,)?) => {
         asm!(
             "2:",
             $($line,)+
@@ -281,7 +280,6 @@ impl Tile {
             if panels == 2 {
                 run!(
                     self,
-                    sums,
                     "tileloadd tmm4, [{a0} + {line} * 1]",
                     "tileloadd tmm6, [{b0} + {line} * 1]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
@@ -291,17 +289,12 @@ impl Tile {
             } else {
                 run!(
                     self,
-                    sums,
                     "tileloadd tmm4, [{a0} + {line} * 1]",
                     "tileloadd tmm6, [{b0} + {line} * 1]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
                 );
             }
-            asm!(
-                "tilestored [{c} + {line} * 1], tmm0",
-                "tilestored [{c} + {line} * 1 + 1024], tmm1",
-                c = in(reg) sums, line = in(reg) 64usize, options(nostack)
-            );
+            self.end(sums, 2);
         }
     }
 
@@ -337,6 +330,28 @@ impl Tile {
         }
     }
 
+    /// Stores what [`Tile::begin`] loads.
+    ///
+    /// # Safety
+    /// As [`Tile::begin`].
+    unsafe fn end(&self, sums: *mut f32, tiles: usize) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!(
+                "tilestored [{c} + {line} * 1], tmm0",
+                "tilestored [{c} + {line} * 1 + 1024], tmm1",
+                c = in(reg) sums, line = in(reg) 64usize, options(nostack)
+            );
+            if tiles == 4 {
+                asm!(
+                    "tilestored [{c} + {line} * 1 + 2048], tmm2",
+                    "tilestored [{c} + {line} * 1 + 3072], tmm3",
+                    c = in(reg) sums, line = in(reg) 64usize, options(nostack)
+                );
+            }
+        }
+    }
+
     /// Two blocks and two panels.
     ///
     /// # Safety
@@ -347,7 +362,6 @@ impl Tile {
             self.begin(sums, 4);
             run!(
                 self,
-                sums,
                 "tileloadd tmm4, [{a0} + {line} * 1]",
                 "tileloadd tmm6, [{b0} + {line} * 1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
@@ -357,13 +371,7 @@ impl Tile {
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
             );
-            asm!(
-                "tilestored [{c} + {line} * 1], tmm0",
-                "tilestored [{c} + {line} * 1 + 1024], tmm1",
-                "tilestored [{c} + {line} * 1 + 2048], tmm2",
-                "tilestored [{c} + {line} * 1 + 3072], tmm3",
-                c = in(reg) sums, line = in(reg) 64usize, options(nostack)
-            );
+            self.end(sums, 4);
         }
     }
 }
@@ -489,9 +497,4 @@ fn four_pairs<C: Coded>(
     ];
     let pair = |first, second| bf16_pairs(first, second, order);
     [pair(numbers[0], numbers[1]), pair(numbers[2], numbers[3])]
-}
-
-/// The decoder of a format, as [`Tiles::Expanded`] takes it.
-pub(in super::super) fn decoder<C: Coded>() -> ToTilesFn {
-    to_tiles::<C>
 }
