@@ -180,7 +180,7 @@ fn round_all(
         }
         error => {
             let measure = Measure::new(error, Some(statistics), scales.block_columns);
-            let measure = measure.unwrap_or(Measure::Weight);
+            let measure = measure.expect("every measure has its statistics");
             clip::search(scales, matrix, &measure, &clip::shrinking(20, 0.5))
         }
     };
