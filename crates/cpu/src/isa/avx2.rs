@@ -1,12 +1,13 @@
 //! [`Simd`] on AVX2, FMA and F16C (Haswell, Zen and later): two registers a vector.
 //!
-//! Without AVX-VNNI an integer dot of narrow codes is `maddubs` (unsigned x signed bytes to pairs in
-//! `i16`), the pairs being added in `i16` as long as the width of the codes rules out saturation
-//! (`2 * (2^bits - 1) * 127 * terms < 2^15`), then `madd` to `i32`; that of wide codes is `madd` alone.
+//! Without AVX-VNNI, codes and activations meet as `i16`, by `madd`. `maddubs` takes twice as many bytes, but
+//! an activation has two, and its sums have to be kept from saturating: on Zen 1, where one port multiplies,
+//! blocks of rows ran at 0.64 of that port's limit with it.
 
 use std::arch::x86_64::*;
 
 use super::Simd;
+use crate::linear::codes::unroll;
 use crate::pack::layout::SEGMENT;
 
 /// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
@@ -24,6 +25,8 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = [__m256; 2];
     type I = [__m256i; 2];
     type B = [__m256i; 2];
+
+    const WORDS: bool = !VNNI;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
@@ -200,19 +203,68 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
     #[inline(always)]
     unsafe fn dot<const N: usize>(
-        bits: u32,
+        _bits: u32,
         start: i32,
         codes: &[Self::B; N],
         x: *const i8,
     ) -> Self::I {
         // SAFETY: see above.
         unsafe {
-            // Beyond five bits, widening the bytes costs less than keeping pairs from saturating.
-            match bits {
-                _ if VNNI => dot_vnni(start, codes, x),
-                4 | 5 => dot_bytes(bits, start, codes, x),
-                _ => dot_words(start, codes, x),
+            if VNNI {
+                dot_vnni(start, codes, x)
+            } else {
+                let [sum] = dots_split::<N, 1>(&start, codes, x, 0);
+                sum
             }
+        }
+    }
+    #[inline(always)]
+    unsafe fn dots<const N: usize, const R: usize>(
+        start: *const i32,
+        codes: &[Self::B; N],
+        x: *const i8,
+        stride: usize,
+    ) -> [Self::I; R] {
+        // SAFETY: see above.
+        unsafe { dots_split(start, codes, x, stride) }
+    }
+    #[inline(always)]
+    unsafe fn store_words(p: *mut u8, codes: Self::B) {
+        // SAFETY: see above.
+        unsafe {
+            for half in 0..2 {
+                let [even, odd] = split(codes[half]);
+                _mm256_storeu_si256(p.add(32 * half).cast(), even);
+                _mm256_storeu_si256(p.add(64 + 32 * half).cast(), odd);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_words<const R: usize>(
+        pairs: usize,
+        start: *const i32,
+        codes: *const u8,
+        x: *const u8,
+        stride: usize,
+    ) -> [Self::I; R] {
+        // SAFETY: see above.
+        unsafe {
+            let mut sums = [[_mm256_setzero_si256(); 2]; R];
+            unroll!(r in R => {
+                sums[r] = [_mm256_set1_epi32(start.add(r).read_unaligned()); 2];
+            });
+            for pair in 0..pairs {
+                let code = Self::load_b(codes.add(64 * pair));
+                unroll!(r in R => {
+                    let word = x.add(stride * r + 4 * pair).cast::<i32>().read_unaligned();
+                    let factor = _mm256_set1_epi32(word);
+                    for half in 0..2 {
+                        let product = _mm256_madd_epi16(code[half], factor);
+                        sums[r][half] = _mm256_add_epi32(sums[r][half], product);
+                    }
+                });
+            }
+            sums
         }
     }
     #[inline(always)]
@@ -225,10 +277,10 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
                     _mm256_dpbusd_avx_epi32(acc[1], codes[1], x[1]),
                 ];
             }
-            // As in the dot of four-bit codes, whose `madd` is one in eight.
+            // `x` is the sum itself: products that do not depend on it would be taken out of the loop.
             [
-                _mm256_add_epi16(acc[0], _mm256_maddubs_epi16(codes[0], x[0])),
-                _mm256_add_epi16(acc[1], _mm256_maddubs_epi16(codes[1], x[1])),
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(codes[0], acc[0])),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(codes[1], acc[1])),
             ]
         }
     }
@@ -265,81 +317,40 @@ unsafe fn dot_vnni<const N: usize>(
     }
 }
 
-/// [`Simd::dot`] of codes of four or five bits: high and low bytes side by side, so that a code
-/// is decoded, used four times and forgotten, and everything stays in sixteen registers.
+/// [`Simd::dots`] of words: even and odd bytes of a code's word apart, one multiplication for two
+/// products, and no saturation.
 #[inline(always)]
-unsafe fn dot_bytes<const N: usize>(
-    bits: u32,
-    start: i32,
+unsafe fn dots_split<const N: usize, const R: usize>(
+    start: *const i32,
     codes: &[[__m256i; 2]; N],
     x: *const i8,
-) -> [__m256i; 2] {
-    // SAFETY: the caller gives `4 * N` bytes at `x` and `SEGMENT` further, and promises AVX2.
+    stride: usize,
+) -> [[__m256i; 2]; R] {
+    // SAFETY: the caller gives `4 * N` words a row, and promises AVX2.
     unsafe {
-        let (high_words, low_words) = (x.cast::<i32>(), x.add(SEGMENT).cast::<i32>());
-        // Terms whose sum still fits an i16.
-        let terms = if bits == 4 { 8 } else { 4 };
-        let (mut high, mut low) = ([_mm256_setzero_si256(); 2], [_mm256_set1_epi32(start); 2]);
-        for first in (0..N).step_by(terms) {
-            let (mut highs, mut lows) = ([_mm256_setzero_si256(); 2], [_mm256_setzero_si256(); 2]);
-            for j in first..N.min(first + terms) {
-                let high_factor = _mm256_set1_epi32(high_words.add(j).read_unaligned());
-                let low_factor = _mm256_set1_epi32(low_words.add(j).read_unaligned());
-                for half in 0..2 {
-                    let code = codes[j][half];
-                    let product = _mm256_maddubs_epi16(code, high_factor);
-                    highs[half] = _mm256_add_epi16(highs[half], product);
-                    let product = _mm256_maddubs_epi16(code, low_factor);
-                    lows[half] = _mm256_add_epi16(lows[half], product);
+        let mut sums = [[_mm256_setzero_si256(); 2]; R];
+        unroll!(r in R => {
+            sums[r] = [_mm256_set1_epi32(start.add(r).read_unaligned()); 2];
+        });
+        for j in 0..N {
+            let (low, high) = (split(codes[j][0]), split(codes[j][1]));
+            unroll!(r in R => {
+                let x = x.add(stride * r + 8 * j).cast::<i32>();
+                for word in 0..2 {
+                    let factor = _mm256_set1_epi32(x.add(word).read_unaligned());
+                    for (sum, codes) in sums[r].iter_mut().zip([low, high]) {
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(codes[word], factor));
+                    }
                 }
-            }
-            let ones = _mm256_set1_epi16(1);
-            for half in 0..2 {
-                high[half] = _mm256_add_epi32(high[half], _mm256_madd_epi16(highs[half], ones));
-                low[half] = _mm256_add_epi32(low[half], _mm256_madd_epi16(lows[half], ones));
-            }
+            });
         }
-        for half in 0..2 {
-            low[half] = _mm256_add_epi32(low[half], _mm256_slli_epi32::<7>(high[half]));
-        }
-        low
+        sums
     }
 }
 
-/// [`Simd::dot`] of codes of any width, as `i16`: even and odd bytes of a word apart, against the
-/// whole activation `128 * high + low`. One multiplication for two, and no saturation.
+/// Bytes 0 and 2, and 1 and 3, of each lane as words.
 #[inline(always)]
-unsafe fn dot_words<const N: usize>(
-    start: i32,
-    codes: &[[__m256i; 2]; N],
-    x: *const i8,
-) -> [__m256i; 2] {
-    // SAFETY: the caller gives `4 * N` bytes at `x` and `SEGMENT` further, `N` is 4 or 8, and
-    // promises AVX2.
-    unsafe {
-        let mut words = std::mem::MaybeUninit::<[i32; SEGMENT / 2]>::uninit();
-        let words = words.as_mut_ptr().cast::<i32>();
-        // Of four neighbours, those that meet even bytes come first.
-        let order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-        let order = _mm256_broadcastsi128_si256(order);
-        for at in (0..4 * N).step_by(16) {
-            let high = _mm256_cvtepi8_epi16(_mm_loadu_si128(x.add(at).cast()));
-            let low = _mm256_cvtepi8_epi16(_mm_loadu_si128(x.add(SEGMENT + at).cast()));
-            let whole = _mm256_add_epi16(_mm256_slli_epi16::<7>(high), low);
-            _mm256_storeu_si256(words.add(at / 2).cast(), _mm256_shuffle_epi8(whole, order));
-        }
-        let mut sum = [_mm256_set1_epi32(start); 2];
-        for j in 0..N {
-            let even = _mm256_set1_epi32(words.add(2 * j).read());
-            let odd = _mm256_set1_epi32(words.add(2 * j + 1).read());
-            for half in 0..2 {
-                let code = codes[j][half];
-                let low_byte = _mm256_and_si256(code, _mm256_set1_epi16(255));
-                let high_byte = _mm256_srli_epi16::<8>(code);
-                sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(low_byte, even));
-                sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(high_byte, odd));
-            }
-        }
-        sum
-    }
+unsafe fn split(codes: __m256i) -> [__m256i; 2] {
+    // SAFETY: the caller promises AVX2.
+    unsafe { [_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srli_epi16::<8>(codes)] }
 }

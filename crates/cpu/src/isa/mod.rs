@@ -173,6 +173,9 @@ pub(crate) fn prefetch(at: *const u8) {
 /// must be readable (or writable) for the whole vector: 64 bytes unless the method says less. No
 /// alignment is required.
 pub(crate) trait Simd: Copy + 'static {
+    /// Whether integer dots multiply `i16`: activations are then words `128 * high + low`, of four neighbours
+    /// along k those at 0, 2, 1, 3, and expanded codes are words in the same order ([`Simd::store_words`]).
+    const WORDS: bool = false;
     /// Sixteen `f32`.
     type F: Copy;
     /// Sixteen `i32` (or `u32`).
@@ -226,13 +229,38 @@ pub(crate) trait Simd: Copy + 'static {
     ) -> Self::B;
     /// `start + sum over j and b of codes[j][lane, b] * (128 * high[4 j + b] + low[4 j + b])`,
     /// exact: `codes` are unsigned with `bits` bits, `high` is at `x` and `low` `SEGMENT` bytes
-    /// further, `4 * N` signed bytes each, none of them -128.
+    /// further, `4 * N` signed bytes each, none of them -128; where [`Simd::WORDS`], `4 * N` words at `x`.
     unsafe fn dot<const N: usize>(
         bits: u32,
         start: i32,
         codes: &[Self::B; N],
         x: *const i8,
     ) -> Self::I;
+
+    /// [`Simd::dot`] for the words of `R` rows, `stride` bytes apart, each from its own `start` on. Only where
+    /// [`Simd::WORDS`].
+    unsafe fn dots<const N: usize, const R: usize>(
+        _start: *const i32,
+        _codes: &[Self::B; N],
+        _x: *const i8,
+        _stride: usize,
+    ) -> [Self::I; R] {
+        unreachable!("codes of this instruction set are bytes")
+    }
+    /// Codes as words for [`Simd::dot_words`], 128 bytes. Only where [`Simd::WORDS`].
+    unsafe fn store_words(_p: *mut u8, _codes: Self::B) {
+        unreachable!("codes of this instruction set are bytes")
+    }
+    /// [`Simd::dots`] with `2 * pairs` expanded codes a lane. Only where [`Simd::WORDS`].
+    unsafe fn dot_words<const R: usize>(
+        _pairs: usize,
+        _start: *const i32,
+        _codes: *const u8,
+        _x: *const u8,
+        _stride: usize,
+    ) -> [Self::I; R] {
+        unreachable!("codes of this instruction set are bytes")
+    }
 
     /// One instruction of [`Simd::dot`] (or what stands for it), to measure its rate.
     unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I;

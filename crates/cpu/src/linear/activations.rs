@@ -5,7 +5,7 @@
 //! so that sixteen rows of a segment are the operand of an AMX tile:
 //! ```text
 //! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
-//! codes: segment = 32 positions, 32 high and 32 low bytes a row; with f32 scale, sum * scale, -zero * sum
+//! codes: segment = 32 positions, 32 high and 32 low bytes a row (AVX2: 32 words); with f32 scale, sum * scale, -zero * sum
 //! f32  : segment = 32 positions, 128 bytes a row
 //! tiles: segment = 32 positions, 64 bytes of bf16 a row; prefill rows alone, and 1 KB between blocks
 //! ```
@@ -26,7 +26,7 @@ use crate::pack::{PANEL, PackedMatrix};
 
 /// Rows in a block: the rows of an AMX tile, and what AVX-512's registers hold.
 pub(crate) const BLOCK: usize = 16;
-/// Bytes of a row's segment of codes: the high ones, then the low ones.
+/// Bytes of a row's segment of codes: the high ones, then the low ones; or words.
 pub(crate) const CODE_BYTES: usize = 2 * SEGMENT;
 /// Every row is padded with zeros to a multiple of this: the longest chunk of a format.
 const PADDING: usize = 256;
@@ -69,6 +69,8 @@ pub struct Operands {
     /// `f32` for rows in the prefill form too: some matrix has no tiles.
     float_all: bool,
     int8: bool,
+    /// Codes are words, not two bytes apart.
+    words: bool,
     /// `bf16` for the rows in the prefill form, and what is above for the others alone.
     tiles: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
@@ -85,6 +87,8 @@ impl Operands {
                 Operand::F32 => (all.float, all.float_all) = (true, all.float_all || !tiles),
                 Operand::Int8(offset) => {
                     all.int8 = true;
+                    // All matrices of a program have kernels for one ISA.
+                    all.words = matrix.kernels.words;
                     let known = all.offsets.contains(&Some(offset));
                     if !known && let Some(free) = all.offsets.iter_mut().find(|o| o.is_none()) {
                         *free = Some(offset);
@@ -614,7 +618,6 @@ impl Writer<'_> {
     #[inline(always)]
     unsafe fn write_codes(&self, values: &[f32; SEGMENT], at: usize, pair: [usize; 2]) {
         let (codes, scale) = quantize_segment(values);
-        let [high, low] = split_codes(&codes);
         let mut halves = [0i32; 2];
         for (half, codes) in halves.iter_mut().zip(codes.chunks_exact(SEGMENT / 2)) {
             *half = codes.iter().sum();
@@ -622,7 +625,12 @@ impl Writer<'_> {
         let sum = halves[0] + halves[1];
         // SAFETY: as `write_row`.
         unsafe {
-            self.codes.add(at * CODE_BYTES).cast::<[[i8; SEGMENT]; 2]>().write([high, low]);
+            let to = self.codes.add(at * CODE_BYTES);
+            if self.operands.words {
+                to.cast::<[i16; SEGMENT]>().write_unaligned(words_of(&codes));
+            } else {
+                to.cast::<[[i8; SEGMENT]; 2]>().write(split_codes(&codes));
+            }
             self.scales.add(at).write(scale);
             self.sums.add(at).write(scale * sum as f32);
             for (plane, offset) in self.offsets.iter().zip(self.operands.offsets) {
@@ -686,6 +694,18 @@ pub(crate) fn quantize_segment(x: &[f32; SEGMENT]) -> ([i32; SEGMENT], f32) {
 
 /// The largest code, `128 * 127`.
 const CODE_MAX: f32 = 16256.0;
+
+/// Words, of four neighbours those at 0, 2, 1, 3.
+#[inline(always)]
+fn words_of(codes: &[i32; SEGMENT]) -> [i16; SEGMENT] {
+    let mut words = [0; SEGMENT];
+    for (words, codes) in words.chunks_exact_mut(4).zip(codes.chunks_exact(4)) {
+        for (word, at) in words.iter_mut().zip([0, 2, 1, 3]) {
+            *word = codes[at] as i16;
+        }
+    }
+    words
+}
 
 /// High and low bytes: `code = 128 * high + low`.
 #[inline(always)]

@@ -8,10 +8,10 @@ use lathe_tensor::FloatType;
 use super::amx::prompt;
 use super::codes::*;
 use super::kernels::*;
-use crate::isa::Isa;
 #[cfg(target_arch = "aarch64")]
 use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
+use crate::isa::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::pack::layout::{Codes, Constants, Layout, Operand, Scales};
@@ -41,6 +41,8 @@ pub(crate) struct Kernels {
     pub(crate) tile: ChooseFn,
     /// What AMX tiles multiply of the rows in the prefill form.
     pub(crate) tiles: Tiles,
+    /// Whether coded activations are words ([`crate::isa::Simd::WORDS`]).
+    pub(crate) words: bool,
 }
 
 /// What AMX tiles multiply, and how they get the weights.
@@ -65,6 +67,8 @@ trait Target {
     /// Most rows of a block that direct kernels multiply, up to eight at a time: with few registers, or where
     /// decoding costs more than what it shares, decoding once for all rows wins from there on.
     const DIRECT_ROWS: usize;
+    /// [`crate::isa::Simd::WORDS`] of its vectors.
+    const WORDS: bool;
     fn run<K: Kernel, const R: usize>() -> RunFn;
     fn expand<E: Expand>() -> ExpandFn;
 }
@@ -75,6 +79,7 @@ impl Target for PortableTarget {
     const ROWS_MAX: usize = 4;
     const ANY_WIDTH: bool = true;
     const DIRECT_ROWS: usize = 0;
+    const WORDS: bool = Portable::WORDS;
     fn run<K: Kernel, const R: usize>() -> RunFn {
         unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
             // SAFETY: as `Kernel::run`; plain Rust runs everywhere.
@@ -100,7 +105,8 @@ macro_rules! target {
         impl Target for $name {
             const ROWS_MAX: usize = $rows;
             const ANY_WIDTH: bool = $any_width;
-            const DIRECT_ROWS: usize = if $rows > 4 { 16 } else { 2 };
+            const DIRECT_ROWS: usize = if $rows > 4 { 16 } else { 4 };
+            const WORDS: bool = <$simd>::WORDS;
             fn run<K: Kernel, const R: usize>() -> RunFn {
                 #[target_feature(enable = $features)]
                 unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
@@ -122,7 +128,7 @@ macro_rules! target {
 }
 
 #[cfg(target_arch = "x86_64")]
-target!(Avx2Target, Avx2<false>, 4, false, "avx2,fma,f16c");
+target!(Avx2Target, Avx2<false>, 4, true, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 target!(AvxVnniTarget, Avx2<true>, 4, true, "avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
@@ -178,6 +184,7 @@ fn floats<T: Target, W: Float>() -> Kernels {
         expand: None,
         tile: rows_of::<T, Widened<W>>,
         tiles: Tiles::None,
+        words: T::WORDS,
     }
 }
 
@@ -268,6 +275,7 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
             expand: Some(T::expand::<ToCodes<C>>()),
             tile: tile::<T>(if T::ANY_WIDTH { 8 } else { C::BITS }, C::PARTS, C::MIN),
             tiles: Tiles::None,
+            words: T::WORDS,
         },
         _ => Kernels {
             direct: None,
@@ -275,6 +283,7 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
             expand: Some(T::expand::<ToFloats<C>>()),
             tile: rows_of::<T, Widened<Single>>,
             tiles: Tiles::None,
+            words: T::WORDS,
         },
     }
 }

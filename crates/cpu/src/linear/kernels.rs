@@ -57,6 +57,46 @@ pub(crate) trait Kernel: 'static {
     unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>);
 }
 
+/// [`add_segment`] of codes that were expanded to words.
+#[inline(always)]
+unsafe fn add_words<S: Simd, const R: usize, const PARTS: usize, const MIN: bool>(
+    codes: *const u8,
+    scales: *const f32,
+    mins: *const f32,
+    rows: &BlockView,
+    acc: &mut [S::F; R],
+) {
+    // SAFETY: the caller gives `R` rows and the segment's codes, scales and mins.
+    unsafe {
+        unroll!(part in PARTS => {
+            let codes = codes.add(part * SEGMENT * 2 * PANEL / PARTS);
+            let x = rows.x.add(part * CODE_BYTES / PARTS);
+            let start = rows.offsets.add(part * rows.stride);
+            let dots = S::dot_words::<R>(SEGMENT / 2 / PARTS, start, codes, x, CODE_BYTES);
+            add_scaled::<S, R>(S::load(scales.add(part * PANEL)), &dots, rows, acc);
+        });
+        if MIN {
+            add_min::<S, R>(mins, rows, acc);
+        }
+    }
+}
+
+/// A segment's min times the sum of its activations.
+#[inline(always)]
+unsafe fn add_min<S: Simd, const R: usize>(
+    mins: *const f32,
+    rows: &BlockView,
+    acc: &mut [S::F; R],
+) {
+    // SAFETY: the caller gives `R` rows and the segment's mins.
+    unsafe {
+        let min = S::load(mins);
+        unroll!(r in R => {
+            acc[r] = S::fma(min, S::splat(*rows.sums.add(r)), acc[r]);
+        });
+    }
+}
+
 /// Integer dots of one segment, added to the accumulators of `R` rows.
 #[inline(always)]
 unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bool>(
@@ -69,33 +109,65 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
 ) {
     // SAFETY: the caller gives `R` rows and the segment's vectors of scales and mins.
     unsafe {
-        let scale = S::load(scales);
         if PARTS == 1 {
+            add_dots::<S, 8, R>(bits, codes, scales, rows, acc);
+        } else {
+            let low = [codes[0], codes[1], codes[2], codes[3]];
+            let high = [codes[4], codes[5], codes[6], codes[7]];
+            let second = BlockView {
+                x: rows.x.add(if S::WORDS { SEGMENT } else { SEGMENT / 2 }),
+                offsets: rows.offsets.add(rows.stride),
+                ..*rows
+            };
+            add_dots::<S, 4, R>(bits, &low, scales, rows, acc);
+            add_dots::<S, 4, R>(bits, &high, scales.add(PANEL), &second, acc);
+        }
+        if MIN {
+            add_min::<S, R>(mins, rows, acc);
+        }
+    }
+}
+
+/// The dots of what shares a scale, for `R` rows.
+#[inline(always)]
+unsafe fn add_dots<S: Simd, const N: usize, const R: usize>(
+    bits: u32,
+    codes: &[S::B; N],
+    scales: *const f32,
+    rows: &BlockView,
+    acc: &mut [S::F; R],
+) {
+    // SAFETY: the caller gives `R` rows and a vector of scales.
+    unsafe {
+        let scale = S::load(scales);
+        if S::WORDS {
+            let dots = S::dots::<N, R>(rows.offsets, codes, rows.x.cast(), CODE_BYTES);
+            add_scaled::<S, R>(scale, &dots, rows, acc);
+        } else {
             unroll!(r in R => {
                 let x = rows.x.add(CODE_BYTES * r).cast();
-                let dot = S::dot::<8>(bits, *rows.offsets.add(r), codes, x);
+                let dot = S::dot::<N>(bits, *rows.offsets.add(r), codes, x);
                 let factor = S::mul(scale, S::splat(*rows.scales.add(r)));
                 acc[r] = S::fma(factor, S::to_f(dot), acc[r]);
             });
-        } else {
-            let second = S::load(scales.add(PANEL));
-            let low = [codes[0], codes[1], codes[2], codes[3]];
-            let high = [codes[4], codes[5], codes[6], codes[7]];
-            unroll!(r in R => {
-                let dx = S::splat(*rows.scales.add(r));
-                let x = rows.x.add(CODE_BYTES * r).cast::<i8>();
-                let dot = S::dot::<4>(bits, *rows.offsets.add(r), &low, x);
-                acc[r] = S::fma(S::mul(scale, dx), S::to_f(dot), acc[r]);
-                let dot = S::dot::<4>(bits, *rows.offsets.add(rows.stride + r), &high, x.add(16));
-                acc[r] = S::fma(S::mul(second, dx), S::to_f(dot), acc[r]);
-            });
         }
-        if MIN {
-            let min = S::load(mins);
-            unroll!(r in R => {
-                acc[r] = S::fma(min, S::splat(*rows.sums.add(r)), acc[r]);
-            });
-        }
+    }
+}
+
+/// Dots times both scales.
+#[inline(always)]
+unsafe fn add_scaled<S: Simd, const R: usize>(
+    scale: S::F,
+    dots: &[S::I; R],
+    rows: &BlockView,
+    acc: &mut [S::F; R],
+) {
+    // SAFETY: the caller gives `R` rows.
+    unsafe {
+        unroll!(r in R => {
+            let factor = S::mul(scale, S::splat(*rows.scales.add(r)));
+            acc[r] = S::fma(factor, S::to_f(dots[r]), acc[r]);
+        });
     }
 }
 
@@ -211,7 +283,7 @@ unsafe fn add_segment_of<S: Simd, C: Coded, const R: usize, const PARTS: usize>(
 /// Where a batch of segments is expanded to.
 #[repr(C, align(64))]
 pub(crate) struct Scratch {
-    /// Codes `[segments][8][64]`, or `f32` numbers `[segments][32][16]`.
+    /// Codes `[segments][8][64]`, the same as words ([`Simd::WORDS`]), or `f32` numbers `[segments][32][16]`.
     pub(crate) weights: [f32; BATCH * SEGMENT * PANEL],
     /// `[segments][parts][16]`.
     pub(crate) scales: [f32; BATCH * 2 * PANEL],
@@ -231,7 +303,12 @@ pub(crate) trait Expand: 'static {
     );
 }
 
-/// To unsigned bytes and scales.
+/// Bytes of a segment of expanded codes.
+const fn expanded_bytes<S: Simd>() -> usize {
+    SEGMENT * PANEL * if S::WORDS { 2 } else { 1 }
+}
+
+/// To unsigned bytes or words, and scales.
 pub(crate) struct ToCodes<C>(PhantomData<C>);
 
 impl<C: Coded> Expand for ToCodes<C> {
@@ -253,10 +330,14 @@ impl<C: Coded> Expand for ToCodes<C> {
                 for _ in 0..in_chunk {
                     let vectors = C::codes::<S>(panel);
                     unroll!(j in 8 => {
-                        S::store_b(codes.add(64 * j), vectors[j]);
+                        if S::WORDS {
+                            S::store_words(codes.add(128 * j), vectors[j]);
+                        } else {
+                            S::store_b(codes.add(64 * j), vectors[j]);
+                        }
                     });
                     panel = panel.add(C::SEGMENT_BYTES);
-                    codes = codes.add(SEGMENT * PANEL);
+                    codes = codes.add(expanded_bytes::<S>());
                 }
                 C::scales::<S>(panel, constants, decoded);
                 panel = panel.add(C::tail_bytes(constants));
@@ -370,14 +451,18 @@ impl<const BITS: u32, const PARTS: usize, const MIN: bool> Kernel for Tile<BITS,
                 if !args.next.is_null() {
                     prefetch(args.next.wrapping_add(segment * next_bytes), next_bytes);
                 }
-                let p = args.weights.add(segment * SEGMENT * PANEL);
-                let mut codes = [S::load_b(p); 8];
-                unroll!(j in 8 => {
-                    codes[j] = S::load_b(p.add(64 * j));
-                });
+                let p = args.weights.add(segment * expanded_bytes::<S>());
                 let scales = args.scales.add(segment * PARTS * PANEL);
                 let mins = args.mins.add(segment * PANEL);
-                add_segment::<S, R, PARTS, MIN>(BITS, &codes, scales, mins, &rows, &mut acc);
+                if S::WORDS {
+                    add_words::<S, R, PARTS, MIN>(p, scales, mins, &rows, &mut acc);
+                } else {
+                    let mut codes = [S::load_b(p); 8];
+                    unroll!(j in 8 => {
+                        codes[j] = S::load_b(p.add(64 * j));
+                    });
+                    add_segment::<S, R, PARTS, MIN>(BITS, &codes, scales, mins, &rows, &mut acc);
+                }
                 rows = rows.after::<CODE_BYTES>(1, PARTS);
             }
             store_acc::<S, R>(args.acc, acc);
