@@ -73,16 +73,19 @@ pub struct Operands {
     words: bool,
     /// `bf16` for the rows in the prefill form, and what is above for the others alone.
     tiles: bool,
+    /// Tiles multiply rows of either form: the weights of every matrix are tiles as they lie in memory.
+    tiles_always: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
 }
 
 impl Operands {
     /// What `matrices` need.
     pub fn of<'a>(matrices: impl IntoIterator<Item = &'a PackedMatrix>) -> Operands {
-        let mut all = Operands::default();
+        let mut all = Operands { tiles_always: true, ..Operands::default() };
         for matrix in matrices {
             let tiles = !matches!(matrix.kernels.tiles, Tiles::None);
             all.tiles |= tiles;
+            all.tiles_always &= matches!(matrix.kernels.tiles, Tiles::Packed);
             match matrix.operand {
                 Operand::F32 => (all.float, all.float_all) = (true, all.float_all || !tiles),
                 Operand::Int8(offset) => {
@@ -96,18 +99,26 @@ impl Operands {
                 }
             }
         }
+        all.tiles_always &= all.tiles;
+        all.float &= !all.tiles_always;
         all
+    }
+
+    /// Whether tiles multiply every row.
+    #[cfg(test)]
+    pub(crate) fn tiles_always(&self) -> bool {
+        self.tiles_always
     }
 
     /// Whether it makes a difference which rows are in the prefill form.
     pub fn has_prefill_form(&self) -> bool {
-        self.tiles
+        self.tiles && !self.tiles_always
     }
 
     /// Whether activations prepared for `self` serve `operand`.
     fn serve(&self, operand: Operand) -> bool {
         match operand {
-            Operand::F32 => self.float,
+            Operand::F32 => self.float || self.tiles_always,
             Operand::Int8(offset) => self.offsets.contains(&Some(offset)),
         }
     }
@@ -217,6 +228,16 @@ struct Forms {
 }
 
 impl Forms {
+    /// Of `rows`, those that tiles multiply.
+    #[inline(always)]
+    fn tiled_rows(&self, operands: Operands, rows: usize) -> usize {
+        match operands {
+            Operands { tiles_always: true, .. } => rows,
+            Operands { tiles: true, .. } => self.tiled_count,
+            _ => 0,
+        }
+    }
+
     fn set(&mut self, tiled: impl Iterator<Item = bool> + Clone) {
         self.place.clear();
         self.tiled.clear();
@@ -374,7 +395,8 @@ impl Activations {
     }
 
     /// Says which of the rows that are prepared from now on are in the prefill form, which AMX
-    /// multiplies as `bf16`; none until the first call. Without AMX the form makes no difference.
+    /// multiplies as `bf16`; none until the first call. Without AMX the form makes no difference, nor
+    /// where tiles multiply every row.
     pub fn set_forms(&mut self, prefill: impl Iterator<Item = bool> + Clone) {
         self.forms.set(prefill);
     }
@@ -392,9 +414,9 @@ impl Activations {
         self.tile_parts
     }
 
-    /// Rows in the prefill form, if that makes a difference.
+    /// Rows that tiles multiply.
     pub(crate) fn tiled_rows(&self) -> usize {
-        if self.operands.tiles { self.forms.tiled_count } else { 0 }
+        self.forms.tiled_rows(self.operands, self.rows)
     }
 
     /// Rows that kernels other than tiles multiply by `matrix`.
@@ -420,6 +442,9 @@ impl Activations {
 
     /// The row in slot `slot` of the planes of tiles.
     pub(crate) fn tiled_row_of(&self, slot: usize) -> usize {
+        if self.operands.tiles_always {
+            return slot;
+        }
         self.forms.order[self.rows - self.tiled_rows() + slot] as usize
     }
 
@@ -551,9 +576,12 @@ impl Writer<'_> {
     #[inline(always)]
     unsafe fn write_row_inline(&self, row: usize, x: &[f32]) {
         let forms = self.forms;
-        let split = if self.operands.tiles { forms.tiled_count } else { 0 };
-        let (place, tiled) =
-            if split == 0 { (row, false) } else { (forms.place[row] as usize, forms.tiled[row]) };
+        let split = forms.tiled_rows(self.operands, self.rows);
+        let (place, tiled) = if self.operands.tiles_always || split == 0 {
+            (row, split > 0)
+        } else {
+            (forms.place[row] as usize, forms.tiled[row])
+        };
         let exact = self.rows - split;
         let float_rows = if self.operands.float_all { self.rows } else { exact };
         let float = self.slot(if tiled { exact + place } else { place }, float_rows);
