@@ -35,6 +35,8 @@ pub(crate) struct Kernels {
     pub(crate) direct: Option<DirectFn>,
     /// Most rows that `direct` takes.
     pub(crate) direct_rows: usize,
+    /// Straight from the packed panel, for one block of rows; absent if codes must be decoded.
+    pub(crate) plain: Option<ChooseFn>,
     /// Decodes a batch for `tile`; absent if `tile` reads the packed panel.
     pub(crate) expand: Option<ExpandFn>,
     /// For any number of rows.
@@ -181,8 +183,9 @@ fn floats<T: Target, W: Float>() -> Kernels {
     Kernels {
         direct: if T::DIRECT_ROWS > 0 { Some(direct_floats_of::<T, W>) } else { None },
         direct_rows: T::DIRECT_ROWS,
-        expand: None,
-        tile: rows_of::<T, Widened<W>>,
+        plain: Some(rows_of::<T, Widened<W>>),
+        expand: Some(T::expand::<ToWide<W>>()),
+        tile: rows_of::<T, Widened<Single>>,
         tiles: Tiles::None,
         words: T::WORDS,
     }
@@ -192,6 +195,7 @@ fn floats<T: Target, W: Float>() -> Kernels {
 fn scaled_floats<T: Target, W: Float>() -> Kernels {
     Kernels {
         direct: if T::DIRECT_ROWS > 0 { Some(direct_scaled_of::<T, W>) } else { None },
+        plain: None,
         expand: Some(T::expand::<ToScaledFloats<W>>()),
         tile: rows_of::<T, Widened<Single>>,
         ..floats::<T, W>()
@@ -200,7 +204,7 @@ fn scaled_floats<T: Target, W: Float>() -> Kernels {
 
 fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
     match layout {
-        Layout::Float(FloatType::F32) => floats::<T, Single>(),
+        Layout::Float(FloatType::F32) => Kernels { expand: None, ..floats::<T, Single>() },
         Layout::Float(FloatType::F16) => floats::<T, HalfFloat>(),
         Layout::Float(FloatType::BF16) => floats::<T, Brain>(),
         Layout::Coded(Codes::F8E4m3, _) => scaled_floats::<T, Float8E4m3>(),
@@ -272,6 +276,7 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
         Operand::Int8(_) => Kernels {
             direct: if T::DIRECT_ROWS > 0 { Some(direct_rows_of::<T, C>) } else { None },
             direct_rows: T::DIRECT_ROWS,
+            plain: None,
             expand: Some(T::expand::<ToCodes<C>>()),
             tile: tile::<T>(if T::ANY_WIDTH { 8 } else { C::BITS }, C::PARTS, C::MIN),
             tiles: Tiles::None,
@@ -280,6 +285,7 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
         _ => Kernels {
             direct: None,
             direct_rows: 0,
+            plain: None,
             expand: Some(T::expand::<ToFloats<C>>()),
             tile: rows_of::<T, Widened<Single>>,
             tiles: Tiles::None,
@@ -328,7 +334,7 @@ choose_direct!(direct_scaled_of, Float, DirectScaled);
 /// kernels are instantiated for many numbers of rows: each instance costs seconds of building.
 fn rows_of<T: Target, K: Kernel>(left: usize) -> (RunFn, usize) {
     match left.min(T::ROWS_MAX) {
-        16.. if T::ROWS_MAX >= 16 && K::TUNED => (T::run::<K, 16>(), 16),
+        16.. if T::ROWS_MAX >= 16 => (T::run::<K, 16>(), 16),
         12.. if T::ROWS_MAX >= 16 && K::TUNED => (T::run::<K, 12>(), 12),
         8.. if T::ROWS_MAX >= 8 => (T::run::<K, 8>(), 8),
         6.. if T::ROWS_MAX >= 8 && K::TUNED => (T::run::<K, 6>(), 6),

@@ -394,6 +394,24 @@ impl<C: Coded> Expand for ToFloats<C> {
     }
 }
 
+/// Floats of 16 bits to `f32` weights.
+pub(crate) struct ToWide<W>(PhantomData<W>);
+
+impl<W: Float> Expand for ToWide<W> {
+    #[inline(always)]
+    unsafe fn expand<S: Simd>(panel: *const u8, segments: usize, _: &Constants, out: &mut Scratch) {
+        let to = out.weights.as_mut_ptr();
+        for pair in 0..segments * SEGMENT / 2 {
+            // SAFETY: as the caller promises.
+            unsafe {
+                let (even, odd) = W::pair::<S>(panel.add(pair * W::PAIR_BYTES));
+                S::store(to.add(2 * pair * PANEL), even);
+                S::store(to.add((2 * pair + 1) * PANEL), odd);
+            }
+        }
+    }
+}
+
 /// fp8 under the scales of [`Group`] to `f32` weights.
 pub(crate) struct ToScaledFloats<W>(PhantomData<W>);
 

@@ -327,9 +327,9 @@ unsafe fn panel_by_blocks(
     unsafe {
         product.write_bytes(0, blocks.len());
         let run = Run { matrix, activations, panel, blocks: blocks.clone(), product };
-        match matrix.kernels.expand {
-            Some(expand) => run.expanded(expand),
-            None => run.plain(),
+        match (matrix.kernels.plain, matrix.kernels.expand) {
+            (plain, Some(expand)) if plain.is_none() || blocks.len() > 1 => run.expanded(expand),
+            (plain, _) => run.plain(plain.unwrap_or(matrix.kernels.tile)),
         }
         for (index, block) in blocks.enumerate() {
             store(matrix, activations, &*product.add(index), block, panel, out);
@@ -394,14 +394,14 @@ impl Run<'_> {
     ///
     /// # Safety
     /// As [`panel_by_blocks`].
-    unsafe fn plain(&self) {
+    unsafe fn plain(&self, choose: ChooseFn) {
         let total = self.matrix.segments();
         let batch = if self.blocks.len() == 1 { total.max(1) } else { BATCH };
         for first in (0..total).step_by(batch) {
             let some = first..total.min(first + batch);
             let packed = self.matrix.segment(self.panel, first);
             // SAFETY: as the caller promises.
-            unsafe { self.segments(Source::packed(packed), some, self.matrix.kernels.tile) };
+            unsafe { self.segments(Source::packed(packed), some, choose) };
         }
     }
 
