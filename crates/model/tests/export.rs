@@ -296,6 +296,20 @@ fn experts_of_one_tensor_become_blocks() {
 }
 
 #[test]
+fn experts_of_one_tensor_without_blocks_are_refused() {
+    let original = tiny("granitemoe");
+    let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+    let weights = original.weights(&program).unwrap();
+    let layout = PackedLayout::new(&original, &weights).unwrap();
+    let format = Format::Scaled(scaled("f8e4m3-channel-bf16"));
+    for name in ["layers.0.ffn.experts.gate", "layers.0.ffn.experts.down"] {
+        let weight = program.weight_named(name).expect(name);
+        let error = layout.check(&program, weight, format).expect_err(name).to_string();
+        assert!(error.contains(name) && error.contains("a larger tensor"), "{error}");
+    }
+}
+
+#[test]
 fn formats_that_a_folder_cannot_hold_are_refused() {
     let original = tiny("llama");
     let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();

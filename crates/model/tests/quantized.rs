@@ -193,7 +193,10 @@ fn files_that_are_not_what_they_say_are_refused() {
     let weights = |q: &mut Value, key: &str, value: Value| {
         q["config_groups"]["group_0"]["weights"][key] = value;
     };
-    let cases: [(&str, Change<'_>, &str); 7] = [
+    let cases: [(&str, Change<'_>, &str); 9] = [
+        // An order that is not there.
+        ("ct-int4-asym", &|q| weights(q, "actorder", "group".into()), "weight_g_idx"),
+        ("ct-actorder", &|q| weights(q, "group_size", 16.into()), "down_proj"),
         // A group of another size.
         (
             "gptq-4bit",

@@ -3,6 +3,8 @@
 //! `dynamic` or static `input_activations` are accepted: see [`super::Quantization`]. Transforms are
 //! accepted where they were fused into weights, and refused where a step would have to compute them.
 
+use std::collections::{BTreeMap, HashMap};
+
 use fancy_regex::Regex;
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
 use lathe_tensor::{
@@ -10,6 +12,7 @@ use lathe_tensor::{
 };
 use serde_json::Value;
 
+use super::integers::in_order;
 use super::naming::Naming;
 use super::planes::{self, Beside, expect, float_scale, scalar, shape_of_bytes};
 use super::{CheckpointError, packed, unlike};
@@ -98,24 +101,18 @@ pub struct Scheme {
     pub block: Block,
     /// Whether codes are shifted.
     pub zero: ZeroPoint,
+    /// Whether columns have groups in the order of their activations, which `weight_g_idx` gives.
+    pub ordered: bool,
 }
 
-/// The modules that a group is for.
-#[derive(Debug, Clone)]
-enum Target {
-    /// One, by its name.
-    Module(String),
-    /// Those whose names begin with what a pattern (`re:`) says.
-    Pattern(String, Regex),
-    /// All of a class.
-    Class(String),
-}
-
-/// A `quantization_config` whose method is `compressed-tensors`.
+/// A `quantization_config` whose method is `compressed-tensors`: the schemes of modules, which that
+/// library looks for by name, then by pattern, then by class.
 #[derive(Debug, Clone)]
 pub struct CompressedTensors {
-    /// Names before patterns before classes, as that library matches them.
-    targets: Vec<(Target, Scheme)>,
+    modules: HashMap<String, Scheme>,
+    /// In the order of their texts, as that library tries them.
+    patterns: BTreeMap<String, (Regex, Scheme)>,
+    classes: Vec<(String, Scheme)>,
 }
 
 fn refuse<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
@@ -142,30 +139,60 @@ impl CompressedTensors {
         let Some(groups) = c.object("config_groups")? else {
             return Err(SpecError::Missing("quantization_config.config_groups".to_owned()));
         };
-        let mut targets = Vec::new();
+        let (modules, patterns, classes) = Default::default();
+        let mut all = CompressedTensors { modules, patterns, classes };
         for name in groups.given() {
             let Some(group) = groups.object(name)? else { continue };
             let scheme = Scheme::of_group(&group, top)?;
             for target in group.texts("targets")?.unwrap_or_default() {
-                targets.push((Target::of(target)?, scheme));
+                all.add(target, scheme)?;
             }
         }
-        if targets.is_empty() {
-            return refuse("config without groups that have targets");
+        match all.modules.is_empty() && all.patterns.is_empty() && all.classes.is_empty() {
+            true => refuse("config without groups that have targets"),
+            false => Ok(all),
         }
-        targets.sort_by(|(a, _), (b, _)| a.rank().cmp(&b.rank()));
-        Ok(CompressedTensors { targets })
+    }
+
+    fn add(&mut self, target: &str, scheme: Scheme) -> Result<(), SpecError> {
+        if let Some(pattern) = target.strip_prefix("re:") {
+            // Python's `re.match`: from the start of the name, to any point of it.
+            return match Regex::new(&format!("^(?:{pattern})")) {
+                Ok(regex) => {
+                    self.patterns.insert(pattern.to_owned(), (regex, scheme));
+                    Ok(())
+                }
+                Err(error) => refuse(format!("target `{target}`: {error}")),
+            };
+        }
+        if target.starts_with(char::is_uppercase) && !target.contains('.') {
+            self.classes.push((target.to_owned(), scheme));
+        } else {
+            self.modules.insert(target.to_owned(), scheme);
+        }
+        Ok(())
     }
 
     /// The scheme of the module that owns weight `name`.
     fn scheme(&self, name: &str) -> Result<Scheme, SpecError> {
         let module = name.strip_suffix(".weight").unwrap_or(name);
-        for (target, scheme) in &self.targets {
-            if target.is_for(module)? {
-                return Ok(*scheme);
+        if let Some(scheme) = self.modules.get(module) {
+            return Ok(*scheme);
+        }
+        for (pattern, (regex, scheme)) in &self.patterns {
+            match regex.is_match(module) {
+                Ok(true) => return Ok(*scheme),
+                Ok(false) => {}
+                Err(error) => return refuse(format!("target `re:{pattern}`: {error}")),
             }
         }
-        refuse(format!("config without a group for module {module}, which is quantized"))
+        let class = if module.ends_with("embed_tokens") { "Embedding" } else { "Linear" };
+        match self.classes.iter().find(|(name, _)| name == class) {
+            Some((_, scheme)) => Ok(*scheme),
+            None => {
+                refuse(format!("config without a group for module {module}, which is quantized"))
+            }
+        }
     }
 
     /// Whether `name` is stored as codes and scales.
@@ -198,9 +225,14 @@ impl CompressedTensors {
             return Ok(files.tensor(name)?);
         }
         let scheme = self.scheme(name)?;
-        match scheme.encoding {
-            Encoding::PackQuantized => packed::read(files, name, scheme),
-            _ => scheme.read_planes(files, name),
+        let tensor = match scheme.encoding {
+            Encoding::PackQuantized => packed::read(files, name, scheme)?,
+            _ => scheme.read_planes(files, name)?,
+        };
+        let order = NAMING.part(name, "weight_g_idx");
+        match scheme.ordered || files.contains(&order) {
+            true => in_order(files, name, &order, tensor),
+            false => Ok(tensor),
         }
     }
 }
@@ -223,43 +255,6 @@ fn check_transforms(c: &Config<'_>) -> Result<(), SpecError> {
         }
     }
     Ok(())
-}
-
-impl Target {
-    fn of(text: &str) -> Result<Target, SpecError> {
-        match text.strip_prefix("re:") {
-            // Python's `re.match`: from the start of the name, to any point of it.
-            Some(pattern) => match Regex::new(&format!("^(?:{pattern})")) {
-                Ok(regex) => Ok(Target::Pattern(pattern.to_owned(), regex)),
-                Err(error) => refuse(format!("target `{text}`: {error}")),
-            },
-            None if text.contains('.') || !text.starts_with(char::is_uppercase) => {
-                Ok(Target::Module(text.to_owned()))
-            }
-            None => Ok(Target::Class(text.to_owned())),
-        }
-    }
-
-    /// The order in which targets are tried.
-    fn rank(&self) -> (u8, &str) {
-        match self {
-            Target::Module(name) => (0, name),
-            Target::Pattern(pattern, _) => (1, pattern),
-            Target::Class(name) => (2, name),
-        }
-    }
-
-    fn is_for(&self, module: &str) -> Result<bool, SpecError> {
-        match self {
-            Target::Module(name) => Ok(name == module),
-            Target::Pattern(pattern, regex) => match regex.is_match(module) {
-                Ok(found) => Ok(found),
-                Err(error) => refuse(format!("target `re:{pattern}`: {error}")),
-            },
-            Target::Class(class) if class == "Embedding" => Ok(module.ends_with("embed_tokens")),
-            Target::Class(class) => Ok(class == "Linear"),
-        }
-    }
 }
 
 impl Scheme {
@@ -306,7 +301,14 @@ impl Scheme {
         if !symmetric && !matches!(element, Element::Int(_)) {
             return refuse(format!("{name} weights with zero points"));
         }
-        Ok(Scheme { encoding, element, block, zero })
+        let ordered = match weights.get("actorder") {
+            None | Some(Value::Bool(false)) => false,
+            Some(Value::String(order)) if matches!(order.as_str(), "weight" | "static") => false,
+            Some(Value::Bool(true)) => true,
+            Some(Value::String(order)) if matches!(order.as_str(), "group" | "dynamic") => true,
+            Some(other) => return refuse(format!("actorder {other}")),
+        };
+        Ok(Scheme { encoding, element, block, zero, ordered })
     }
 
     /// Codes that lie as a tensor has them.

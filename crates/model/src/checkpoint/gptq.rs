@@ -29,6 +29,8 @@ pub struct GptqScheme {
     pub group: Option<u32>,
     /// What has to be added to words of zero points.
     pub zero_offset: u32,
+    /// Whether inputs have groups in the order of their activations, which `g_idx` gives.
+    pub ordered: bool,
 }
 
 impl GptqScheme {
@@ -56,7 +58,8 @@ impl GptqScheme {
             return refuse("formats of single modules (`dynamic`)".to_owned());
         }
         let group = group_of(c.get("group_size"))?;
-        Ok(GptqScheme { bits, group, zero_offset })
+        let ordered = c.flag("desc_act")?.unwrap_or(false);
+        Ok(GptqScheme { bits, group, zero_offset, ordered })
     }
 }
 
@@ -133,8 +136,8 @@ pub(super) fn tensor(
         group: scheme.group.map(|size| size as usize),
     };
     let tensor = integers.tensor()?;
-    match files.contains(&part(ORDER)) {
-        false => Ok(tensor),
+    match scheme.ordered || files.contains(&part(ORDER)) {
         true => in_order(files, name, &part(ORDER), tensor),
+        false => Ok(tensor),
     }
 }

@@ -5,7 +5,6 @@ use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
 use lathe_tensor::{Bytes, ScaledFormat, Tensor, ZeroPoint};
 
 use super::compressed::{NAMING, Scheme};
-use super::integers::in_order;
 use super::planes::{expect, float_scale};
 use super::{CheckpointError, at, unlike};
 
@@ -32,11 +31,7 @@ pub(super) fn read(
     let Scheme { element, block, zero, .. } = scheme;
     let format = ScaledFormat { element, block, scale, zero };
     let planes = PackedPlanes { codes: codes.bytes.clone(), scales: scales.bytes.clone(), zeros };
-    let tensor = unpack(shape, &format, &planes).map_err(at(name))?;
-    match files.contains(&part("weight_g_idx")) {
-        false => Ok(tensor),
-        true => in_order(files, name, &part("weight_g_idx"), tensor),
-    }
+    unpack(shape, &format, &planes).map_err(at(name))
 }
 
 /// `[rows, columns]` of the weight, which its packed codes alone do not tell.

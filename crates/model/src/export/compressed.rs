@@ -141,9 +141,9 @@ impl<'a> PackedLayout<'a> {
                 }
             };
         }
-        let alone = self.tensors[index].is_some() || self.stacks[index];
-        let matrix = self.sources[index].iter().all(|name| name.ends_with(".weight"));
-        if !alone || !matrix {
+        let matrix = self.tensors[index].is_some() && program.weight(weight).shape.len() == 2;
+        let module = self.sources[index].iter().all(|name| name.ends_with(".weight"));
+        if !(matrix || self.stacks[index]) || !module {
             return refuse("as a part of a larger tensor of the file".to_owned());
         }
         self.part(name, format).map(drop)

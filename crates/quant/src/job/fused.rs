@@ -38,3 +38,52 @@ impl Job<'_> {
         Ok(largest)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use lathe_model::Model;
+    use lathe_model::export::Replacement;
+    use lathe_model::lower::{LowerOptions, lower};
+    use lathe_tensor::GlobalScale;
+
+    use super::*;
+    use crate::recipe::Recipe;
+
+    #[test]
+    fn matrices_that_are_run_as_one_share_a_global_scale() {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny"));
+        let model = Model::open(&root.join("mixtral")).unwrap();
+        let program = lower(&model.spec, &LowerOptions::new(64)).unwrap();
+        let weights = model.weights(&program).unwrap();
+        let text = "format = \"nvfp4\"\ntensors = [\"layers.1.*\"]\n[[technique]]\nuse = \"rtn\"";
+        let recipe = Recipe::parse(text, None).unwrap();
+        let mut job = Job::new(&weights, &recipe, false, |_| ()).unwrap();
+        let mut made = |name: &str| {
+            let weight = program.weight_named(&format!("layers.1.{name}")).unwrap();
+            let plain = weights.load(weight).unwrap().to_f32();
+            let tensor = Replacement::tensor(&mut job, weight).unwrap();
+            let GlobalScale::Divide(divisors) = tensor.global else { panic!("{name}") };
+            let parts = plain.chunks(plain.len() / divisors.len());
+            let largest = parts.map(|part| part.iter().fold(0f32, |m, v| m.max(v.abs())));
+            (divisors.clone(), largest.collect::<Vec<f32>>())
+        };
+        for names in [
+            &["attention.query", "attention.key", "attention.value"][..],
+            &["attention.output"],
+            &["ffn.experts.gate", "ffn.experts.up"],
+            &["ffn.experts.down"],
+        ] {
+            let all: Vec<_> = names.iter().map(|name| made(name)).collect();
+            let matrices = all[0].0.len();
+            assert_eq!(matrices, if names[0].contains("experts") { 8 } else { 1 });
+            for matrix in 0..matrices {
+                let largest = all.iter().map(|(_, largest)| largest[matrix]).fold(0.0, f32::max);
+                for (divisors, _) in &all {
+                    assert_eq!(divisors[matrix], 448.0 * 6.0 / largest, "{names:?}");
+                }
+            }
+        }
+    }
+}
