@@ -1,12 +1,13 @@
 """Do compressed-tensors and transformers read what `lathe quantize` writes as Lathe does?
 
-usage: packed_files.py LATHE MODEL [GPT_OSS]        (needs torch, safetensors, compressed-tensors, transformers)
+usage: packed_files.py LATHE MODEL [GPT_OSS DEEPSEEK]        (needs torch, safetensors, compressed-tensors, transformers)
 
 Quantizes MODEL (a Hugging Face directory of plain floats) in every format that a folder holds, parses each config with
 compressed-tensors' own classes (whose groups forbid unknown keys) and decompresses every matrix with its compressor. `lathe convert`
 writes Lathe's own dequantization of the same files. With scales and products in float32 both must be equal bit for bit, and in
 bf16, the type in which that library multiplies, equal after Lathe's exact products are rounded once. GPT_OSS, a model of that family
-with its experts in bf16, gets MXFP4 experts, which transformers' own conversion must dequantize to the same numbers.
+with its experts in bf16, gets MXFP4 experts, which transformers' own conversion must dequantize to the same numbers, and its own loading run to the same log-probabilities. Experts
+of DEEPSEEK, a tensor each, are quantized in compressed-tensors' formats with all else.
 """
 
 import json
@@ -68,10 +69,15 @@ def check_fused(packed):
                 assert all(torch.equal(value, packed[key.replace(first, other)]) for other in others), key
 
 
-def compressed(lathe, model, words):
+def compressed(lathe, model, words, recipe=None):
     with tempfile.TemporaryDirectory() as folder:
         small, plain = pathlib.Path(folder, "small"), pathlib.Path(folder, "plain")
-        run(lathe, "quantize", model, small, "--format", *words.split())
+        if recipe:
+            path = pathlib.Path(folder, "recipe.toml")
+            path.write_text(f'format = "{words}"\n{recipe}\n[[technique]]\nuse = "rtn"\n')
+            run(lathe, "quantize", model, small, "--recipe", path)
+        else:
+            run(lathe, "quantize", model, small, "--format", *words.split())
         run(lathe, "convert", small, plain, "--to", "safetensors", "--format", "f32")
         config = json.loads((small / "config.json").read_text())["quantization_config"]
         config = QuantizationConfig.model_validate(config)
@@ -141,11 +147,15 @@ def logits(lathe, folder):
     print(f"mxfp4 experts (gpt-oss): log-probabilities of transformers differ by {off:.1e} at most")
 
 
-def main(lathe, model, experts=None):
+def main(lathe, model, one_tensor=None, own_tensors=None):
     for words in FORMATS:
         compressed(lathe, model, words)
-    if experts:
-        gpt_oss(lathe, experts)
+    if one_tensor:
+        gpt_oss(lathe, one_tensor)
+    if own_tensors:
+        # Projections to and from the latent hold two weights each.
+        for words in ("int4-g32-bf16", "fp8_block", "mxfp4", "nvfp4"):
+            compressed(lathe, own_tensors, words, 'tensors = ["*"]\nkeep = ["*.kv_down", "*.rope_key", "*.key_up", "*.value_up"]')
 
 
 if __name__ == "__main__":
