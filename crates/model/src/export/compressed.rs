@@ -251,7 +251,7 @@ impl<'a> Plan<'a> {
                 layout.check(program, weight, format)?;
             }
             if let (Some(place), Format::Scaled(_)) = (layout.blocks[index], format) {
-                let parts = plan.blocks.entry(sources.last().unwrap_or_default()).or_default();
+                let parts = plan.blocks.entry(&layout.sources[index][0]).or_default();
                 parts.resize(place.step, weight);
                 parts[place.first] = weight;
                 continue;
