@@ -111,11 +111,55 @@ fn experts_are_quantized_where_a_recipe_says_so() {
         // A token that goes to another expert for a last bit makes more of a difference than codes.
         assert!((found - expected).abs() < 0.1, "{name}: {found} {expected}");
     }
-    // One tensor that holds all experts cannot be replaced by packed ones.
+    // One tensor that holds all experts is replaced as that family does it, or not at all.
     let (model, out) = (tiny("gpt-oss"), path("gpt-oss"));
     let words = ["quantize", &model, &out, "--recipe", &recipe, "--calibration", &tokens];
     let reason = run_error(&mut command(home.path(), &words), 2);
-    assert!(reason.contains("ffn.experts") && reason.contains("pack-quantized"), "{reason}");
+    assert!(reason.contains("ffn.experts") && reason.contains("only mxfp4"), "{reason}");
+    let text = "format = \"mxfp4\"\ntensors = [\"*.experts.*\"]\n[[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    let words = ["quantize", &model, &out, "--recipe", &recipe, "--json"];
+    run_json(&mut command(home.path(), &words));
+    let found =
+        run_json(&mut command(home.path(), &["score", &out, "--tokens", &scored, "--json"]));
+    assert!(found["mean_nll"].as_f64().is_some_and(f64::is_finite), "{found}");
+}
+
+/// Every format that a folder holds runs on the CPU as the floats that it stands for do.
+#[test]
+fn formats_of_folders_run() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (tokens, recipe) = (path("tokens.json"), path("recipe.toml"));
+    std::fs::write(&tokens, "[1, 5, 9, 33, 2, 40, 17, 3, 3, 8, 50, 21, 12, 4]").expect("writes");
+    let score = |model: &str| {
+        let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
+        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+    };
+    for (format, encoding, options) in [
+        ("fp8", "float-quantized", &[][..]),
+        ("fp8_tensor", "float-quantized", &[]),
+        ("fp8_block", "float-quantized", &[]),
+        ("mxfp8", "mxfp8-quantized", &[]),
+        ("mxfp6", "mxfp6-pack-quantized", &[]),
+        ("mxfp4", "mxfp4-pack-quantized", &[]),
+        ("nvfp4", "nvfp4-pack-quantized", &[]),
+        ("int8", "int-quantized", &["--w8a8"]),
+    ] {
+        let (out, plain) = (path(format), path(&format!("{format}-plain")));
+        // Rows of `down` are no whole number of groups of 32 here.
+        let keep = if format.starts_with("mx") { "keep = [\"*.ffn.down\"]" } else { "" };
+        let text = format!("format = \"{format}\"\n{keep}\n[[technique]]\nuse = \"rtn\"");
+        std::fs::write(&recipe, text).expect("writes");
+        let words = [&["quantize", MODEL, &out, "--recipe", &recipe, "--json"], options].concat();
+        run_json(&mut command(home.path(), &words));
+        let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
+        assert!(config.contains(encoding), "{format}: {config}");
+        let words = ["convert", &out, &plain, "--to", "safetensors", "--format", "f32", "--json"];
+        run_json(&mut command(home.path(), &words));
+        let (found, expected) = (score(&out), score(&plain));
+        assert!((found - expected).abs() < 1e-4, "{format}: {found} {expected}");
+    }
 }
 
 /// Groups of 16 have no kernels on the CPU: who says that the reference is to run them gets them.
@@ -148,7 +192,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     let recipe = home.path().join("bad.toml");
     std::fs::write(&recipe, "format = \"w8a16\"\nfromat = 3\n").expect("writes");
     let recipe = recipe.display().to_string();
-    let cases: [(&[&str], [&str; 2]); 9] = [
+    let cases: [(&[&str], [&str; 2]); 10] = [
         (&[&out, "--format", "w4a16"], ["layers.0.attention.query", "128"]),
         (&[&out, "--format", "w4a16", "--group", "32"], ["layers.0.ffn.down", "48"]),
         (
@@ -157,7 +201,8 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         ),
         (&[&out, "--format", "q8_0"], ["q8_0", ".gguf"]),
         (&[&gguf, "--format", "w8a16"], ["int8-channel-bf16", "GGUF"]),
-        (&[&out, "--format", "nvfp4"], ["cannot be written", "int4"]),
+        (&[&out, "--format", "f8e5m2-channel-bf16"], ["cannot be written", "attention.query"]),
+        (&[&out, "--format", "bf16"], ["bf16", "lathe convert"]),
         (&[&out, "--format", "w8a16", "--method", "gptq"], ["--calibration", ""]),
         (&[&out, "--format", "w8a16", "--method", "magic"], ["magic", "gptq"]),
         (&[&out, "--recipe", &recipe], ["bad.toml", "fromat"]),

@@ -109,7 +109,10 @@ impl Model {
         let at = |source| ModelError::Spec { path: path.join("config.json"), source };
         let family = Family::of_config(&config).map_err(at)?;
         let spec = family.spec(&config).map_err(at)?;
-        let quantization = Quantization::from_hf_config(&config).map_err(at)?;
+        let beside = path.join("hf_quant_config.json");
+        let beside =
+            read_json(&beside).map_err(|source| ModelError::Read { path: beside, source })?;
+        let quantization = Quantization::of_folder(&config, beside.as_ref()).map_err(at)?;
         let mut problem = None;
         let tokenizer_path = path.join("tokenizer.json");
         let started = Instant::now();

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use lathe_model::Model;
 use lathe_model::checkpoint::Quantization;
 use lathe_model::export::{
-    GgufOptions, HuggingFaceOptions, PackedLayout, Replacement, ReplacementError, to_gguf,
-    to_hugging_face, to_packed,
+    GgufOptions, HuggingFaceOptions, Integers, PackedLayout, Replacement, ReplacementError,
+    to_gguf, to_hugging_face, to_packed,
 };
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::weights::ModelWeights;
-use lathe_program::{Weight, WeightRole};
+use lathe_program::{Weight, WeightDecl, WeightRole};
 use lathe_tensor::codec::scaled::{self, E8m0Rounding};
 use lathe_tensor::{Format, GgmlType, ScaledFormat, Tensor};
 use support::{prepare, run, shared};
@@ -130,54 +130,197 @@ fn a_trained_model_keeps_its_text() {
     assert_eq!(render(&back), render(&original));
 }
 
-/// Rounds every linear layer to nearest.
-struct RoundAll<'a> {
+/// Rounds weights to nearest: each in the format that a function of its name, role and shape gives.
+struct Rounded<'a> {
     weights: &'a ModelWeights<'a>,
-    format: ScaledFormat,
+    format: &'a dyn Fn(&WeightDecl) -> Option<ScaledFormat>,
 }
 
-impl Replacement for RoundAll<'_> {
+impl Replacement for Rounded<'_> {
     fn format(&self, weight: Weight) -> Option<Format> {
-        let role = self.weights.program().weight(weight).role;
-        (role == WeightRole::Linear).then_some(Format::Scaled(self.format))
+        (self.format)(self.weights.program().weight(weight)).map(Format::Scaled)
     }
 
     fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
         let tensor = self.weights.load(weight)?;
-        let values = tensor.to_f32();
-        Ok(scaled::quantize(&tensor.shape, &self.format, &values, E8m0Rounding::Floor)?)
+        let format = (self.format)(self.weights.program().weight(weight)).expect("replaced");
+        Ok(scaled::quantize(&tensor.shape, &format, &tensor.to_f32(), E8m0Rounding::Floor)?)
+    }
+}
+
+fn scaled(name: &str) -> ScaledFormat {
+    let Ok(Format::Scaled(format)) = Format::parse(name) else { panic!("{name}") };
+    format
+}
+
+/// Writes `original` with the weights of `format` to a folder, reads it back and compares every
+/// weight; the folder's configuration.
+fn written_and_read(
+    original: &Model,
+    integers: Integers,
+    format: &dyn Fn(&WeightDecl) -> Option<ScaledFormat>,
+) -> serde_json::Value {
+    let folder = tempfile::tempdir().unwrap();
+    let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+    let weights = original.weights(&program).unwrap();
+    let mut rounded = Rounded { weights: &weights, format };
+    let layout = PackedLayout::new(original, &weights).unwrap().with_integers(integers);
+    to_packed(&layout, folder.path(), &mut rounded).expect("writes");
+    let packed = Model::open(folder.path()).expect("opens");
+    assert_eq!(packed.spec, original.spec);
+    let back = packed.weights(&program).expect("has all weights");
+    assert_eq!(back.unused(), &[] as &[String]);
+    for index in 0..program.weights.len() {
+        let (weight, name) = (Weight(index as u32), &program.weights[index].name);
+        let expected = match rounded.format(weight) {
+            Some(_) => rounded.tensor(weight).unwrap(),
+            None => weights.load(weight).unwrap(),
+        };
+        let found = back.load(weight).unwrap();
+        assert_eq!(found.format, expected.format, "{name}");
+        assert_eq!(found.to_f32(), expected.to_f32(), "{name} in {}", found.format);
+    }
+    let text = std::fs::read_to_string(folder.path().join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    if config["quantization_config"]["quant_method"] != "mxfp4" {
+        // Floats again: codes and scales become one tensor.
+        let plain = folder.path().join("plain");
+        to_hugging_face(&packed, &plain, &HuggingFaceOptions::default()).unwrap();
+        assert_eq!(Model::open(&plain).unwrap().spec, original.spec);
+    }
+    config["quantization_config"].clone()
+}
+
+/// Linear layers whose rows are whole blocks of `format`.
+fn linear(format: ScaledFormat) -> impl Fn(&WeightDecl) -> Option<ScaledFormat> {
+    move |decl| {
+        let fits = Format::Scaled(format).bytes_for(&decl.shape).is_ok();
+        (decl.role == WeightRole::Linear && fits).then_some(format)
     }
 }
 
 #[test]
-fn packed_integers_come_back_bit_for_bit() {
+fn every_format_comes_back_bit_for_bit() {
+    let original = tiny("llama");
+    let words = Integers::Words;
+    for (name, integers, encoding) in [
+        ("int4-g16-bf16", words, "pack-quantized"),
+        ("int4-channel-f32-asym", words, "pack-quantized"),
+        ("int8-g16-f16-asym", words, "pack-quantized"),
+        ("int8-channel-bf16", words, "pack-quantized"),
+        ("int8-channel-bf16", Integers::Bytes, "int-quantized"),
+        ("int8-g16-f32-asym", Integers::Bytes, "int-quantized"),
+        ("int8-tensor-f32", words, "int-quantized"),
+        ("f8e4m3-tensor-bf16", words, "float-quantized"),
+        ("f8e4m3-channel-f16", words, "float-quantized"),
+        ("f8e4m3-g16-f32", words, "float-quantized"),
+        ("f8e4m3-tile16x32-bf16", words, "float-quantized"),
+        ("mxfp8", words, "mxfp8-quantized"),
+        ("mxfp6", words, "mxfp6-pack-quantized"),
+        ("mxfp4", words, "mxfp4-pack-quantized"),
+        ("nvfp4", words, "nvfp4-pack-quantized"),
+    ] {
+        let config = written_and_read(&original, integers, &linear(scaled(name)));
+        assert_eq!(config["format"], encoding, "{name}");
+        let asks = !config["config_groups"]["group_0"]["input_activations"].is_null();
+        assert_eq!(asks, encoding == "int-quantized", "{name}");
+    }
+}
+
+#[test]
+fn each_weight_has_a_format_of_its_own() {
+    let mixed = |decl: &WeightDecl| match decl.role {
+        WeightRole::Linear if decl.name.ends_with("attention.value") => Some(scaled("nvfp4")),
+        WeightRole::Linear if decl.name.ends_with("attention.output") => None,
+        WeightRole::Linear if decl.name.contains("attention") => Some(scaled("int4-g16-bf16")),
+        WeightRole::Linear => Some(scaled("f8e4m3-channel-bf16")),
+        _ => None,
+    };
+    let config = written_and_read(&tiny("llama"), Integers::Words, &mixed);
+    assert_eq!(config["format"], "mixed-precision");
+    let groups = config["config_groups"].as_object().unwrap();
+    assert_eq!(groups.len(), 3);
+    for group in groups.values() {
+        let name = group["format"].as_str().unwrap();
+        let targets = group["targets"].as_array().unwrap();
+        // Three matrices of each layer's FFN, two and one of its attention.
+        assert_eq!(targets[0] == "Linear", name == "float-quantized", "{targets:?}");
+        assert_eq!(
+            targets.len(),
+            match name {
+                "float-quantized" => 1,
+                "pack-quantized" => 8,
+                _ => 4,
+            }
+        );
+    }
+    let ignored = config["ignore"].as_array().unwrap();
+    assert!(ignored.contains(&"model.layers.2.self_attn.o_proj".into()), "{ignored:?}");
+}
+
+#[test]
+fn experts_of_their_own_tensors_come_back() {
+    for name in ["nvfp4", "f8e4m3-tile16x16-f32", "int4-g16-bf16-asym"] {
+        let experts = |decl: &WeightDecl| {
+            matches!(decl.role, WeightRole::Experts | WeightRole::Linear).then(|| scaled(name))
+        };
+        written_and_read(&tiny("mixtral"), Integers::Words, &experts);
+    }
+}
+
+#[test]
+fn experts_of_one_tensor_become_blocks() {
+    let original = tiny("gpt-oss");
+    let experts = |decl: &WeightDecl| (decl.role == WeightRole::Experts).then(|| scaled("mxfp4"));
+    let config = written_and_read(&original, Integers::Words, &experts);
+    assert_eq!(config["quant_method"], "mxfp4");
+
+    let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+    let weights = original.weights(&program).unwrap();
+    let layout = PackedLayout::new(&original, &weights).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let refusal = |format: &dyn Fn(&WeightDecl) -> Option<ScaledFormat>| {
+        let mut rounded = Rounded { weights: &weights, format };
+        to_packed(&layout, folder.path(), &mut rounded).expect_err("refuses").to_string()
+    };
+    let error = refusal(&|decl| (decl.role == WeightRole::Experts).then(|| scaled("nvfp4")));
+    assert!(error.contains("only mxfp4"), "{error}");
+    let error = refusal(&|decl| decl.name.ends_with("experts.gate").then(|| scaled("mxfp4")));
+    assert!(error.contains("without those of the same tensor"), "{error}");
+    let error = refusal(&|decl| match decl.role {
+        WeightRole::Experts => Some(scaled("mxfp4")),
+        WeightRole::Linear => Some(scaled("f8e4m3-channel-bf16")),
+        _ => None,
+    });
+    assert!(error.contains("and other quantized matrices"), "{error}");
+}
+
+#[test]
+fn experts_of_one_tensor_without_blocks_are_refused() {
+    let original = tiny("granitemoe");
+    let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+    let weights = original.weights(&program).unwrap();
+    let layout = PackedLayout::new(&original, &weights).unwrap();
+    let format = Format::Scaled(scaled("f8e4m3-channel-bf16"));
+    for name in ["layers.0.ffn.experts.gate", "layers.0.ffn.experts.down"] {
+        let weight = program.weight_named(name).expect(name);
+        let error = layout.check(&program, weight, format).expect_err(name).to_string();
+        assert!(error.contains(name) && error.contains("a larger tensor"), "{error}");
+    }
+}
+
+#[test]
+fn formats_that_a_folder_cannot_hold_are_refused() {
     let original = tiny("llama");
     let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
     let weights = original.weights(&program).unwrap();
-    for name in ["int4-g16-bf16", "int4-channel-f32-asym", "int8-g16-f16-asym", "int8-channel-bf16"]
-    {
-        let folder = tempfile::tempdir().unwrap();
-        let Ok(Format::Scaled(format)) = Format::parse(name) else { panic!("{name}") };
-        let mut rounded = RoundAll { weights: &weights, format };
-        let layout = PackedLayout::new(&original, &weights).unwrap();
-        to_packed(&layout, folder.path(), &mut rounded).expect(name);
-        let packed = Model::open(folder.path()).expect(name);
-        assert_eq!(packed.spec, original.spec);
-        let back = packed.weights(&program).expect(name);
-        for index in 0..program.weights.len() {
-            let weight = Weight(index as u32);
-            let expected = match rounded.format(weight) {
-                Some(_) => rounded.tensor(weight).unwrap(),
-                None => weights.load(weight).unwrap(),
-            };
-            let found = back.load(weight).unwrap();
-            assert_eq!(found.format, expected.format, "{name}: {}", program.weights[index].name);
-            assert_eq!(found.to_f32(), expected.to_f32(), "{name}");
-        }
-        // Floats again: codes and scales become one tensor.
-        let plain = folder.path().join("plain");
-        to_hugging_face(&packed, &plain, &HuggingFaceOptions::default()).expect(name);
-        assert_eq!(Model::open(&plain).expect(name).spec, original.spec);
+    let layout = PackedLayout::new(&original, &weights).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["f8e5m2-channel-bf16", "mxfp6_e3m2", "int3-g16-bf16", "f4e2m1-g16-bf16"] {
+        let format = linear(scaled(name));
+        let mut rounded = Rounded { weights: &weights, format: &format };
+        let error = to_packed(&layout, folder.path(), &mut rounded).expect_err(name).to_string();
+        assert!(error.contains("cannot be written to a quantized folder"), "{name}: {error}");
     }
 }
 
@@ -191,20 +334,19 @@ fn what_packed_files_cannot_be_is_refused() {
         change(&mut config["quantization_config"]);
         Quantization::from_hf_config(&config).map_err(|error| error.to_string())
     };
-    assert!(matches!(config(&|_| ()), Ok(Quantization::Packed(_))));
+    assert!(matches!(config(&|_| ()), Ok(Quantization::CompressedTensors(_))));
     let group = |q: &mut serde_json::Value, key: &str, value: serde_json::Value| {
         q["config_groups"]["group_0"]["weights"][key] = value;
     };
     type Change<'a> = &'a dyn Fn(&mut serde_json::Value);
-    let refused: [(Change<'_>, &str); 6] = [
-        (&|q| q["format"] = "float-quantized".into(), "format `float-quantized`"),
+    let refused: [(Change<'_>, &str); 5] = [
+        (&|q| q["format"] = "float-quantized".into(), "float-quantized weights of type `int`"),
         (&|q| q["kv_cache_scheme"] = serde_json::json!({"num_bits": 8}), "kv_cache_scheme"),
         (&|q| group(q, "num_bits", 3.into()), "3 bits"),
-        (&|q| group(q, "actorder", "group".into()), "actorder"),
         (&|q| group(q, "strategy", "block".into()), "block"),
         (
-            &|q| q["config_groups"]["group_0"]["input_activations"] = serde_json::json!({}),
-            "input_activations",
+            &|q| q["config_groups"]["group_0"]["output_activations"] = serde_json::json!({}),
+            "output_activations",
         ),
     ];
     for (change, expected) in refused {

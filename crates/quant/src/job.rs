@@ -3,6 +3,7 @@
 //! quantized already, or one at a time when the writer asks, if nothing has to be calibrated.
 
 mod experts;
+mod fused;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -85,6 +86,8 @@ pub struct Job<'a> {
     turns: Turns,
     /// The floats in which the file has the weights that rotations change.
     turned: BTreeMap<Weight, Format>,
+    /// Largest magnitudes of matrices that engines run as one, by the first of them.
+    fused: BTreeMap<Weight, Vec<f32>>,
     progress: Box<dyn FnMut(Progress) + 'a>,
     done: usize,
     /// What became of each weight, in the order in which they were written.
@@ -185,6 +188,7 @@ impl<'a> Job<'a> {
             norms: BTreeMap::new(),
             turns,
             turned,
+            fused: BTreeMap::new(),
             progress: Box::new(progress),
             done: 0,
             reports: Vec::new(),
@@ -200,7 +204,8 @@ impl<'a> Job<'a> {
             let decl = self.program.weight(*weight);
             let rounding = self.recipe.rounding_of(&decl.name)?;
             let [.., rows, columns] = decl.shape[..] else { continue };
-            let matrix = Matrix { name: &decl.name, rows, columns, values: &[] };
+            let name = &decl.name;
+            let matrix = Matrix { name, rows, columns, values: &[], fused_largest: None };
             check_shape(&matrix, self.recipe.format)?;
             let prepares = |step: &&TechniqueStep| {
                 step.technique.stage == Stage::Prepare && step.applies_to(&decl.name)
@@ -374,6 +379,7 @@ impl<'a> Job<'a> {
             rows: shape[0],
             columns: shape[1],
             values,
+            fused_largest: None,
         });
         let group = Group { matrices: matrices.collect(), statistics: statistics.as_ref() };
         let outcome = (step.technique.group())(&group, self.recipe.format, &step.parameters)?;
@@ -502,11 +508,15 @@ impl<'a> Job<'a> {
     ) -> Result<(), QuantError> {
         let names: Vec<String> = weights.iter().map(|weight| self.name(*weight)).collect();
         let values = weights.iter().map(|it| self.load(*it)).collect::<Result<Vec<_>, _>>()?;
-        let matrices = names.iter().zip(&values).map(|(name, (shape, values))| Matrix {
+        let fused = weights.iter().map(|weight| self.fused_largest(*weight));
+        let fused = fused.collect::<Result<Vec<_>, _>>()?;
+        let matrices = names.iter().zip(&values).zip(&fused);
+        let matrices = matrices.map(|((name, (shape, values)), fused)| Matrix {
             name,
             rows: shape[0],
             columns: shape[1],
             values,
+            fused_largest: fused.first().copied(),
         });
         let group = Group { matrices: matrices.collect(), statistics };
         let outcome = (step.technique.group())(&group, self.recipe.format, &step.parameters)?;

@@ -1,8 +1,8 @@
 //! What techniques work on and what they return.
 
 use lathe_tensor::codec::element;
-use lathe_tensor::codec::scaled::{BlockScale, E8m0Rounding, encode, fit, round};
-use lathe_tensor::{Block, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, TensorError};
+use lathe_tensor::codec::scaled::{self, BlockScale, E8m0Rounding, encode, fit, round};
+use lathe_tensor::{Block, Format, GlobalScale, ScaledFormat, Tensor, TensorError};
 use serde::Serialize;
 
 use crate::error::QuantError;
@@ -19,6 +19,17 @@ pub struct Matrix<'a> {
     pub columns: usize,
     /// Row-major.
     pub values: &'a [f32],
+    /// The largest magnitude of all matrices that engines run as one (query, key and value, gate and
+    /// up): they share NVFP4's global scale. `None` if this one is alone.
+    pub fused_largest: Option<f32>,
+}
+
+impl Matrix<'_> {
+    /// The second scale that `format` has for this matrix.
+    pub fn global_scale(&self, format: &ScaledFormat) -> GlobalScale {
+        let own = || self.values.iter().fold(0f32, |most, v| most.max(v.abs()));
+        scaled::global_scale(format, std::iter::once(self.fused_largest.unwrap_or_else(own)))
+    }
 }
 
 /// Matrices that read the same input.
@@ -174,12 +185,7 @@ impl Scales {
             }
         };
         let blocks = matrix.columns.div_ceil(block_columns);
-        Ok(Scales {
-            format: scaled,
-            global: global_of(&scaled, matrix.values),
-            block_columns,
-            blocks,
-        })
+        Ok(Scales { format: scaled, global: matrix.global_scale(&scaled), block_columns, blocks })
     }
 
     /// What a stored scale is multiplied by.
@@ -211,15 +217,4 @@ pub fn check_shape(matrix: &Matrix<'_>, format: Format) -> Result<(), QuantError
         .bytes_for(&shape)
         .map(drop)
         .map_err(|source| QuantError::Format { tensor: matrix.name.to_owned(), source })
-}
-
-/// NVFP4's second scale: the largest number gets the largest block scale.
-fn global_of(format: &ScaledFormat, values: &[f32]) -> GlobalScale {
-    if format.scale != ScaleType::E4M3Global {
-        return GlobalScale::One;
-    }
-    let largest = values.iter().fold(0f32, |most, v| most.max(v.abs()));
-    let scale = largest / (448.0 * element::max(format.element));
-    let usable = scale >= f32::MIN_POSITIVE && scale.is_finite();
-    GlobalScale::Multiply(vec![if usable { scale } else { 1.0 }])
 }

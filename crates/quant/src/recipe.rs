@@ -22,9 +22,16 @@ use crate::parameters::Parameters;
 use crate::technique::{self, Stage, Technique};
 
 /// Names for formats that people ask for, with what they mean.
-pub static PRESETS: [(&str, &str); 12] = [
+pub static PRESETS: [(&str, &str); 19] = [
     ("w4a16", "int4-g128-bf16"),
     ("w8a16", "int8-channel-bf16"),
+    ("int8", "int8-channel-bf16"),
+    ("fp8", "f8e4m3-channel-bf16"),
+    ("fp8_tensor", "f8e4m3-tensor-bf16"),
+    ("fp8_channel", "f8e4m3-channel-bf16"),
+    ("fp8_block", "f8e4m3-tile128x128-bf16"),
+    ("mxfp8", "f8e4m3-g32-e8m0"),
+    ("mxfp6", "f6e2m3-g32-e8m0"),
     ("mxfp4", "f4e2m1-g32-e8m0"),
     ("nvfp4", "f4e2m1-g16-e4m3global"),
     ("q4_0", "q4_0"),

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error};
 use clap::Args;
 use lathe_cpu::pack::PackedMatrix;
-use lathe_model::export::{ExportError, GgufOptions, PackedLayout, to_gguf_replacing, to_packed};
+use lathe_model::export::{
+    ExportError, GgufOptions, Integers, PackedLayout, to_gguf_replacing, to_packed,
+};
 use lathe_program::{BackendError, Program};
 use lathe_quant::calibrate::Calibration;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::{Recipe, format_named};
 use lathe_quant::{QuantError, technique};
-use lathe_tensor::packed::can_pack;
 use lathe_tensor::{Format, GgmlType};
 use serde::Serialize;
 
@@ -33,13 +34,14 @@ const CALIBRATION_TOKENS: usize = 16 * 1024;
 pub struct QuantizeArguments {
     /// Folder of plain floats, .gguf file, catalogue name or Hub id
     pub model: String,
-    /// A folder (compressed-tensors pack-quantized) or a .gguf file; must not exist
+    /// A folder (compressed-tensors; MXFP4 experts as gpt-oss has them) or a .gguf file; must not exist
     pub out: PathBuf,
     /// A TOML file that lists techniques, their parameters and the tensors that they are for
     #[arg(long, value_name = "FILE", required_unless_present = "format",
           conflicts_with_all = ["format", "method"])]
     pub recipe: Option<PathBuf>,
-    /// w4a16, w8a16, q4_0, q8_0, q4_k, ... or a format's own name such as int4-g64-bf16-asym
+    /// w4a16, w8a16, fp8, fp8_block, mxfp4, nvfp4, q4_0, q4_k, ... or a format's own name such as
+    /// int4-g64-bf16-asym
     #[arg(long, value_name = "F")]
     pub format: Option<String>,
     /// Techniques joined by +: rtn, clip, gptq, awq, awq+gptq, imatrix
@@ -54,6 +56,10 @@ pub struct QuantizeArguments {
     /// Weights that share a scale, in place of the format's own number
     #[arg(long, value_name = "N")]
     pub group: Option<u32>,
+    /// Write 8-bit integers one a byte (int-quantized), as engines read them that also round
+    /// activations to 8 bits; the configuration asks for a scale a token
+    #[arg(long)]
+    pub w8a8: bool,
 }
 
 /// What is printed, and recorded beside the weights.
@@ -91,7 +97,10 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     let weights = model.weights(&program).bad_input()?;
     let layout = match to_file {
         true => None,
-        false => Some(PackedLayout::new(model, &weights).bad_input()?),
+        false => {
+            let integers = if arguments.w8a8 { Integers::Bytes } else { Integers::Words };
+            Some(PackedLayout::new(model, &weights).bad_input()?.with_integers(integers))
+        }
     };
     check_targets(&program, &recipe, layout.as_ref())?;
     check_device(global.device, &program, &recipe)?;
@@ -145,21 +154,20 @@ fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
     Recipe::simple(format, &arguments.method).bad_input()
 }
 
-/// Which files can hold which formats.
+/// Which files can hold which formats; a folder's layout says the rest ([`check_targets`]).
 fn check_layout(recipe: &Recipe, to_file: bool, out: &Path) -> Result<(), Error> {
     let (format, out) = (recipe.format, out.display());
     match (format, to_file) {
-        (Format::Ggml(_), true) => Ok(()),
-        (Format::Scaled(scaled), false) if can_pack(&scaled) => Ok(()),
+        (Format::Ggml(_), true) | (Format::Scaled(_), false) => Ok(()),
         (Format::Ggml(_), false) => {
             Err(bad_input(format!("{out}: {format} is a format of GGUF, expected a name in .gguf")))
         }
         (_, true) => Err(bad_input(format!(
             "{out}: {format} is none of GGUF's formats, expected one such as q4_0 or q4_k"
         ))),
-        _ => Err(bad_input(format!(
-            "{format} cannot be written yet, expected int4 or int8 with a scale a group or a row, \
-             or a format of GGUF"
+        (Format::Float(_), false) => Err(bad_input(format!(
+            "{format} quantizes nothing, expected integers or small floats with scales; `lathe \
+             convert` writes plain floats"
         ))),
     }
 }
@@ -171,16 +179,13 @@ fn check_targets(
     layout: Option<&PackedLayout<'_>>,
 ) -> Result<(), Error> {
     let targets = job::targets(program, recipe).bad_input()?;
-    let cannot =
-        |weight: &&lathe_program::Weight| layout.is_some_and(|it| !it.can_replace(**weight));
-    match targets.keys().find(cannot) {
-        None => Ok(()),
-        Some(weight) => Err(bad_input(format!(
-            "tensor {} is part of a larger tensor of the file, which pack-quantized cannot replace; \
-             a recipe can `keep` it",
-            program.weight(*weight).name
-        ))),
+    let Some(layout) = layout else { return Ok(()) };
+    for weight in targets.keys() {
+        layout
+            .check(program, *weight, recipe.format)
+            .bad_input_in("a recipe can `keep` a tensor as it is")?;
     }
+    Ok(())
 }
 
 /// Refuses what the device could not run afterwards; the reference runs every format.

@@ -2,6 +2,7 @@
 //! the logits of Hugging Face transformers in `f32`, and texts that no schedule changes.
 
 mod logits;
+mod quantized;
 mod schedules;
 
 use std::path::PathBuf;

@@ -1,28 +1,29 @@
-//! A Hugging Face directory whose matrices are compressed-tensors' `pack-quantized`.
+//! A Hugging Face directory whose matrices are quantized: compressed-tensors, with a format for each
+//! weight, or gpt-oss's blocks where all experts of a layer are one tensor.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use lathe_program::{Weight, WeightRole};
-use lathe_tensor::packed::{can_pack, pack, words};
-use lathe_tensor::safetensors::{Dtype, TensorDeclaration, Writer};
-use lathe_tensor::{Block, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint};
+use lathe_program::{Program, Weight, WeightRole};
+use lathe_tensor::safetensors::Writer;
+use lathe_tensor::{Format, ScaledFormat, Tensor};
 use serde_json::{Value, json};
 
+use super::encode::{Integers, Part, declare, encoding_of, interleave, write};
 use super::hugging_face::{copy_texts, write_json};
-use super::{ExportError, Replacement, ReplacementError, bytes_in, float_of, io};
-use crate::checkpoint::Checkpoint;
+use super::quantization_config::{Groups, compressed_tensors, mxfp4_experts};
+use super::{ExportError, Replacement, ReplacementError, float_of, io};
+use crate::checkpoint::{Checkpoint, Quantization};
 use crate::generation::read_json;
 use crate::lower::{LowerOptions, lower};
 use crate::model::Model;
-use crate::weights::ModelWeights;
+use crate::weights::{Interleaved, ModelWeights};
 
-const TARGET: &str = "compressed-tensors pack-quantized";
+pub(super) const TARGET: &str = "a quantized folder";
 /// Bytes of a file's tensors at most.
 const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 
-/// Where the weights of a program lie in a Hugging Face checkpoint, as far as `pack-quantized`
-/// can replace them.
+/// Where the weights of a program lie in a Hugging Face checkpoint, as far as they can be replaced.
 #[derive(Debug)]
 pub struct PackedLayout<'a> {
     model: &'a Model,
@@ -32,8 +33,11 @@ pub struct PackedLayout<'a> {
     sources: Vec<Vec<String>>,
     /// By weight: whether it is a stack whose matrices are a whole tensor each.
     stacks: Vec<bool>,
+    /// By weight: its place among the rows of gpt-oss's blocks.
+    blocks: Vec<Option<Interleaved>>,
     /// Embedding and head of a model that ties them, and the one tensor that both are.
     tied: Option<(Weight, Weight, String)>,
+    integers: Integers,
 }
 
 /// The head's own tensor, once it is not the embedding any more.
@@ -50,7 +54,7 @@ impl<'a> PackedLayout<'a> {
         let Checkpoint::Safetensors { quantization, .. } = &model.checkpoint else {
             return Err(refuse("a GGUF file"));
         };
-        if *quantization != crate::checkpoint::Quantization::None {
+        if !matches!(quantization, Quantization::None) {
             return Err(refuse("a checkpoint that is quantized already"));
         }
         let program = weights.program();
@@ -63,7 +67,9 @@ impl<'a> PackedLayout<'a> {
         let whole = |index: usize| {
             let [name] = weights.tensors_of(Weight(index as u32)) else { return None };
             let same = model.checkpoint.shape(name).ok()? == program.weights[index].shape;
-            (users[name.as_str()] == 1 && same).then(|| name.clone())
+            let alone =
+                users[name.as_str()] == 1 && weights.in_blocks(Weight(index as u32)).is_none();
+            (alone && same).then(|| name.clone())
         };
         let tied = program.weight_named("embedding").zip(program.weight_named("head"));
         let tied = tied.and_then(|(embedding, head)| {
@@ -87,8 +93,15 @@ impl<'a> PackedLayout<'a> {
                 && names.iter().all(one)
         };
         let stacks = all.clone().map(stack).collect();
+        let blocks = all.clone().map(|index| weights.in_blocks(Weight(index as u32))).collect();
         let tensors = all.map(whole).collect();
-        Ok(PackedLayout { model, sources: sources.collect(), stacks, tensors, tied })
+        let (sources, integers) = (sources.collect(), Integers::default());
+        Ok(PackedLayout { model, tensors, sources, stacks, blocks, tied, integers })
+    }
+
+    /// The same, with integers of eight bits as `integers` says.
+    pub fn with_integers(self, integers: Integers) -> Self {
+        PackedLayout { integers, ..self }
     }
 
     /// The names under which the weights are written if `replacement` has its way. An embedding and
@@ -104,10 +117,48 @@ impl<'a> PackedLayout<'a> {
         (names, untied)
     }
 
-    /// Whether `weight` is one tensor of the file that nothing else uses, or a stack of such, so that
-    /// it can be replaced.
-    pub fn can_replace(&self, weight: Weight) -> bool {
-        self.tensors[weight.0 as usize].is_some() || self.stacks[weight.0 as usize]
+    /// Whether `weight` can be replaced by a tensor in `format`.
+    ///
+    /// # Errors
+    /// [`ExportError::Feature`], which says why not: it is a part of a larger tensor of the file, or
+    /// its layout has no such format.
+    pub fn check(
+        &self,
+        program: &Program,
+        weight: Weight,
+        format: Format,
+    ) -> Result<(), ExportError> {
+        let (index, name) = (weight.0 as usize, &program.weight(weight).name);
+        let refuse = |what: String| {
+            Err(ExportError::Feature { feature: format!("weight {name} {what}"), target: TARGET })
+        };
+        let Format::Scaled(scaled) = format else { return Ok(()) };
+        if self.blocks[index].is_some() {
+            return match scaled == ScaledFormat::MXFP4 {
+                true => Ok(()),
+                false => {
+                    refuse(format!("in {format}, in one tensor with other experts: only mxfp4"))
+                }
+            };
+        }
+        let matrix = self.tensors[index].is_some() && program.weight(weight).shape.len() == 2;
+        let module = self.sources[index].iter().all(|name| name.ends_with(".weight"));
+        if !(matrix || self.stacks[index]) || !module {
+            return refuse("as a part of a larger tensor of the file".to_owned());
+        }
+        self.part(name, format).map(drop)
+    }
+
+    /// What weight `name` becomes in `format`.
+    fn part(&self, name: &str, format: Format) -> Result<Part, ExportError> {
+        let Format::Scaled(scaled) = format else { return Ok(Part::Float(format)) };
+        match encoding_of(&scaled, self.integers) {
+            Some(encoding) => Ok(Part::Coded(scaled, encoding)),
+            None => {
+                let feature = format!("weight {name} in {format}");
+                Err(ExportError::Feature { feature, target: TARGET })
+            }
+        }
     }
 }
 
@@ -117,7 +168,21 @@ struct Replaced {
     weight: Weight,
     /// Which matrix of the weight, if that is a stack.
     matrix: Option<usize>,
+    part: Part,
+}
+
+/// A weight in the format that was promised.
+fn made(
+    replacement: &mut dyn Replacement,
+    weight: Weight,
     format: Format,
+) -> Result<Tensor, ReplacementError> {
+    let tensor = replacement.tensor(weight)?;
+    let found = tensor.format;
+    match found == format {
+        true => Ok(tensor),
+        false => Err(format!("{found} {:?} instead of {format}", tensor.shape).into()),
+    }
 }
 
 /// Weights that come whole and are written matrix by matrix: each is kept until its last one.
@@ -131,15 +196,8 @@ impl Stacks {
         replaced: &Replaced,
         replacement: &mut dyn Replacement,
     ) -> Result<Tensor, ReplacementError> {
-        let Replaced { weight, matrix, format } = *replaced;
-        let mut make = || {
-            let tensor = replacement.tensor(weight)?;
-            let found = tensor.format;
-            match found == format {
-                true => Ok(tensor),
-                false => Err(format!("{found} {:?} instead of {format}", tensor.shape).into()),
-            }
-        };
+        let Replaced { weight, matrix, part } = *replaced;
+        let mut make = || made(replacement, weight, part.format());
         let Some(matrix) = matrix else { return make() };
         let (stack, written) = match self.0.entry(weight) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
@@ -155,20 +213,111 @@ impl Stacks {
     }
 }
 
-/// What becomes of one tensor of the model's files.
-enum Part {
-    /// It stays, or is replaced by floats.
-    Float(Format),
-    /// It becomes words and scales.
-    Packed(ScaledFormat),
+/// What is to be written.
+struct Plan<'a> {
+    /// By tensor of the file.
+    replaced: BTreeMap<&'a str, Replaced>,
+    /// Stacks of experts that share a tensor of the file, in the order of their rows.
+    blocks: BTreeMap<&'a str, Vec<Weight>>,
+    /// Modules by their formats.
+    groups: Groups,
+    /// Modules of matrices that stay what they are.
+    ignored: Vec<String>,
+    /// Whether embedding and head become two tensors.
+    untied: bool,
+}
+
+impl<'a> Plan<'a> {
+    fn new(
+        layout: &'a PackedLayout<'_>,
+        program: &Program,
+        replacement: &dyn Replacement,
+    ) -> Result<Self, ExportError> {
+        let (names, untied) = layout.names(replacement);
+        let (replaced, blocks, groups) = Default::default();
+        let mut plan = Plan { replaced, blocks, groups, ignored: Vec::new(), untied };
+        for (index, tensor) in names.iter().enumerate() {
+            let weight = Weight(index as u32);
+            let decl = program.weight(weight);
+            let sources = layout.sources[index].iter().map(String::as_str);
+            let Some(format) = replacement.format(weight) else {
+                if !matches!(decl.role, WeightRole::Vector | WeightRole::Embedding) {
+                    plan.ignored.extend(sources.map(module_of));
+                }
+                continue;
+            };
+            let own = tensor.is_some() && layout.tensors[index].is_none();
+            if !own {
+                layout.check(program, weight, format)?;
+            }
+            if let (Some(place), Format::Scaled(_)) = (layout.blocks[index], format) {
+                let parts = plan.blocks.entry(&layout.sources[index][0]).or_default();
+                parts.resize(place.step, weight);
+                parts[place.first] = weight;
+                continue;
+            }
+            let names: Vec<&str> = match tensor {
+                Some(name) => vec![*name],
+                None if layout.stacks[index] => sources.collect(),
+                None => {
+                    let feature =
+                        format!("weight {}, which is no tensor of its own in the file,", decl.name);
+                    return Err(ExportError::Feature { feature, target: TARGET });
+                }
+            };
+            let part = layout.part(&decl.name, format)?;
+            if let Part::Coded(scaled, encoding) = part {
+                let modules = plan.groups.entry((scaled, encoding)).or_default();
+                modules.extend(names.iter().map(|name| module_of(name)));
+            }
+            for (matrix, name) in names.into_iter().enumerate() {
+                let matrix = layout.stacks[index].then_some(matrix);
+                plan.replaced.insert(name, Replaced { weight, matrix, part });
+            }
+        }
+        plan.check(program)?;
+        Ok(plan)
+    }
+
+    fn check(&self, program: &Program) -> Result<(), ExportError> {
+        let refuse = |feature: String| Err(ExportError::Feature { feature, target: TARGET });
+        match (self.groups.is_empty(), self.blocks.is_empty()) {
+            (true, true) => return refuse("a model without a quantized matrix".to_owned()),
+            (false, false) => {
+                let what = "a model with experts in gpt-oss's blocks and other quantized matrices";
+                return refuse(what.to_owned());
+            }
+            _ => {}
+        }
+        for parts in self.blocks.values() {
+            // A part that is not replaced has another one's number.
+            let mut all = parts.clone();
+            all.sort_unstable();
+            all.dedup();
+            if all.len() < parts.len() {
+                let name = &program.weight(parts[0]).name;
+                return refuse(format!("weight {name} without those of the same tensor"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What becomes of tensor `name` of `format` in the model's own files.
+    fn part(&self, name: &str, format: Format) -> Part {
+        match self.replaced.get(name) {
+            _ if self.blocks.contains_key(name) => Part::Blocks,
+            Some(replaced) => replaced.part,
+            None => Part::Float(Format::Float(float_of(format))),
+        }
+    }
 }
 
 /// Writes `model` to `directory` with the weights of `replacement` in place of its own: matrices
-/// packed, vectors as floats. All packed weights are of one format.
+/// quantized, each in its own format, vectors as floats.
 ///
 /// # Errors
-/// If a replaced weight is no tensor of its own in the model's files, a format is none that
-/// `pack-quantized` has, or a file fails.
+/// If a replaced weight is no tensor of its own in the model's files, the folder cannot hold a
+/// format, or a file fails.
 pub fn to_packed(
     layout: &PackedLayout<'_>,
     directory: &Path,
@@ -177,51 +326,13 @@ pub fn to_packed(
     let model = layout.model;
     let program = lower(&model.spec, &LowerOptions::new(model.spec.context_max))?;
     std::fs::create_dir_all(directory).map_err(io(directory))?;
-    let mut replaced: BTreeMap<&str, Replaced> = BTreeMap::new();
-    let mut ignored = Vec::new();
-    let mut packed_format = None;
-    let (names, untied) = layout.names(replacement);
-    for (index, tensor) in names.iter().enumerate() {
-        let weight = Weight(index as u32);
-        let decl = program.weight(weight);
-        let Some(format) = replacement.format(weight) else {
-            if !matches!(decl.role, WeightRole::Vector | WeightRole::Embedding) {
-                ignored.extend(layout.sources[index].iter().map(|name| module_of(name)));
-            }
-            continue;
-        };
-        let refuse = |feature: String| ExportError::Feature { feature, target: TARGET };
-        let names: Vec<&str> = match tensor {
-            Some(name) => vec![*name],
-            None if layout.stacks[index] => {
-                layout.sources[index].iter().map(String::as_str).collect()
-            }
-            None => {
-                let what =
-                    format!("weight {}, which is no tensor of its own in the file,", decl.name);
-                return Err(refuse(what));
-            }
-        };
-        if let Format::Scaled(scaled) = format {
-            let one = *packed_format.get_or_insert(scaled);
-            if one != scaled || !can_pack(&scaled) {
-                return Err(refuse(format!("weight {} in {format}", decl.name)));
-            }
-        }
-        for (part, name) in names.into_iter().enumerate() {
-            let matrix = layout.stacks[index].then_some(part);
-            replaced.insert(name, Replaced { weight, matrix, format });
-        }
-    }
-    let format = packed_format.ok_or_else(|| ExportError::Feature {
-        feature: "a model without a quantized matrix".to_owned(),
-        target: TARGET,
-    })?;
-    if untied {
+    let mut plan = Plan::new(layout, &program, replacement)?;
+    write_tensors(layout, directory, &plan, replacement)?;
+    let mut ignored = std::mem::take(&mut plan.ignored);
+    if plan.untied {
         ignored.push(module_of(HEAD));
     }
-    write_tensors(layout, directory, &replaced, replacement)?;
-    if model.spec.tied_head && !untied {
+    if model.spec.tied_head && !plan.untied {
         // A module of its own to other readers, although its weight is the embedding's.
         ignored.retain(|name| !name.ends_with("embed_tokens"));
         ignored.push("lm_head".to_owned());
@@ -231,8 +342,12 @@ pub fn to_packed(
     let path = model.checkpoint.path().join("config.json");
     let mut config = read_json(&path).map_err(io(&path))?.unwrap_or_else(|| json!({}));
     if let Some(config) = config.as_object_mut() {
-        config.insert("quantization_config".to_owned(), quantization_config(&format, &ignored));
-        if untied {
+        let quantization = match plan.blocks.is_empty() {
+            true => compressed_tensors(&plan.groups, &ignored),
+            false => mxfp4_experts(),
+        };
+        config.insert("quantization_config".to_owned(), quantization);
+        if plan.untied {
             config.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
         }
     }
@@ -248,7 +363,7 @@ fn module_of(tensor: &str) -> String {
 fn write_tensors(
     layout: &PackedLayout<'_>,
     directory: &Path,
-    replaced: &BTreeMap<&str, Replaced>,
+    plan: &Plan<'_>,
     replacement: &mut dyn Replacement,
 ) -> Result<(), ExportError> {
     let checkpoint = &layout.model.checkpoint;
@@ -256,112 +371,38 @@ fn write_tensors(
     let mut parts = Vec::new();
     let mut names = checkpoint.whole_names();
     // A head that was the embedding until now has that one's shape.
-    let untied = replaced.contains_key(HEAD) && !names.iter().any(|name| name == HEAD);
+    let untied = plan.replaced.contains_key(HEAD) && !names.iter().any(|name| name == HEAD);
     let embedding = layout.tied.as_ref().filter(|_| untied).map(|(_, _, name)| name.clone());
     names.extend(embedding.is_some().then(|| HEAD.to_owned()));
     for name in names {
         let stored = embedding.as_ref().filter(|_| name == HEAD).unwrap_or(&name);
         let tensor = checkpoint.tensor(stored)?;
-        let own = Format::Float(float_of(tensor.format));
-        let part = match replaced.get(name.as_str()).map(|it| it.format) {
-            Some(Format::Scaled(format)) => Part::Packed(format),
-            Some(format) => Part::Float(format),
-            None => Part::Float(own),
-        };
-        declare(&name, &tensor.shape, &part, &mut declarations);
+        let part = plan.part(&name, tensor.format);
+        let mut shape = tensor.shape;
+        if matches!(part, Part::Blocks) {
+            // They lie transposed.
+            shape.swap(1, 2);
+        }
+        declare(&name, &shape, &part, &mut declarations);
         parts.push((name, part));
     }
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut writer = Writer::create_sharded(directory, &declarations, &metadata, SHARD_BYTES_MAX)?;
     let mut stacks = Stacks::default();
     for (name, part) in &parts {
-        let tensor = match replaced.get(name.as_str()) {
-            None => checkpoint.tensor(name)?,
-            Some(replaced) => {
-                let at = |source| ExportError::Replacement { name: name.clone(), source };
-                stacks.tensor(replaced, replacement).map_err(at)?
+        let at = |source| ExportError::Replacement { name: name.clone(), source };
+        let tensor = match (plan.replaced.get(name.as_str()), plan.blocks.get(name.as_str())) {
+            (None, None) => checkpoint.tensor(name)?,
+            (_, Some(weights)) => {
+                let format = Format::Scaled(ScaledFormat::MXFP4);
+                let make = |weight: &Weight| made(replacement, *weight, format);
+                let list = weights.iter().map(make).collect::<Result<Vec<_>, _>>().map_err(at)?;
+                interleave(&list)?
             }
+            (Some(replaced), None) => stacks.tensor(replaced, replacement).map_err(at)?,
         };
-        match part {
-            Part::Float(format) => writer.write(name, &bytes_in(&tensor, *format))?,
-            Part::Packed(_) => write_packed(&mut writer, name, &tensor)?,
-        }
+        write(&mut writer, name, part, &tensor)?;
     }
     writer.finish()?;
     Ok(())
-}
-
-fn declare(name: &str, shape: &[usize], part: &Part, declarations: &mut Vec<TensorDeclaration>) {
-    let mut add = |suffix: &str, dtype: Dtype, shape: Vec<usize>| {
-        declarations.push(TensorDeclaration { name: format!("{name}{suffix}"), dtype, shape });
-    };
-    match part {
-        Part::Float(format) => {
-            let float = float_of(*format);
-            add("", Dtype::from(float), shape.to_vec());
-        }
-        Part::Packed(format) => {
-            let (rows, columns, bits) = (shape[0], shape[1], format.element.bits());
-            let groups = match format.block {
-                Block::Group(size) => columns.div_ceil(size as usize),
-                _ => 1,
-            };
-            let scale = match format.scale {
-                ScaleType::F32 => Dtype::F32,
-                ScaleType::F16 => Dtype::F16,
-                _ => Dtype::BF16,
-            };
-            add("_packed", Dtype::I32, vec![rows, words(columns, bits)]);
-            add("_scale", scale, vec![rows, groups]);
-            add("_shape", Dtype::I64, vec![2]);
-            if format.zero == ZeroPoint::Int {
-                add("_zero_point", Dtype::I32, vec![words(rows, bits), groups]);
-            }
-        }
-    }
-}
-
-fn write_packed(writer: &mut Writer, name: &str, tensor: &Tensor) -> Result<(), ExportError> {
-    let at = |source| ExportError::Tensor { name: name.to_owned(), source };
-    let planes = pack(tensor).map_err(at)?;
-    writer.write(&format!("{name}_packed"), &planes.codes)?;
-    writer.write(&format!("{name}_scale"), &planes.scales)?;
-    let shape: Vec<u8> =
-        tensor.shape.iter().flat_map(|size| (*size as i64).to_le_bytes()).collect();
-    writer.write(&format!("{name}_shape"), &shape)?;
-    if !planes.zeros.is_empty() {
-        writer.write(&format!("{name}_zero_point"), &planes.zeros)?;
-    }
-    Ok(())
-}
-
-/// The object that compressed-tensors reads; it refuses keys that it does not know.
-fn quantization_config(format: &ScaledFormat, ignored: &[String]) -> Value {
-    let (strategy, group_size) = match format.block {
-        Block::Group(size) => ("group", json!(size)),
-        _ => ("channel", Value::Null),
-    };
-    json!({
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": null,
-        "kv_cache_scheme": null,
-        "ignore": ignored,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": format.element.bits(),
-                    "type": "int",
-                    "symmetric": format.zero == ZeroPoint::None,
-                    "strategy": strategy,
-                    "group_size": group_size,
-                    "dynamic": false,
-                },
-                "input_activations": null,
-                "output_activations": null,
-            }
-        }
-    })
 }

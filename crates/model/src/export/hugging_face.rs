@@ -46,7 +46,7 @@ pub fn to_hugging_face(
     std::fs::create_dir_all(directory).map_err(io(directory))?;
     match &model.checkpoint {
         Checkpoint::Safetensors { files, quantization } => {
-            rewrite(model, *quantization, directory, options)?;
+            rewrite(model, quantization, directory, options)?;
             copy_texts(files.path(), directory)
         }
         Checkpoint::Gguf(file) => {
@@ -88,12 +88,12 @@ pub(super) fn write_json(directory: &Path, name: &str, value: &Value) -> Result<
 /// A Hugging Face checkpoint with the same names and other number formats.
 fn rewrite(
     model: &Model,
-    quantization: Quantization,
+    quantization: &Quantization,
     directory: &Path,
     options: &HuggingFaceOptions,
 ) -> Result<(), ExportError> {
     let checkpoint = &model.checkpoint;
-    if quantization == Quantization::Mxfp4Experts {
+    if matches!(quantization, Quantization::Mxfp4Experts) {
         let feature = "MXFP4 experts".to_owned();
         return Err(ExportError::Feature { feature, target: TARGET });
     }

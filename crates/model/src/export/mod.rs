@@ -4,9 +4,11 @@
 //! weight is read, converted and written before the next, so that memory stays small.
 
 mod compressed;
+mod encode;
 mod gguf;
 mod hugging_face;
 mod plain_llama;
+mod quantization_config;
 mod tokenizer;
 
 use lathe_program::Weight;
@@ -15,6 +17,7 @@ use lathe_tensor::safetensors::SafetensorsError;
 use lathe_tensor::{Bytes, FloatType, Format, Tensor, TensorError, codec};
 
 pub use compressed::{PackedLayout, to_packed};
+pub use encode::Integers;
 pub use gguf::{GgufOptions, to_gguf, to_gguf_replacing};
 pub use hugging_face::{HuggingFaceOptions, to_hugging_face};
 

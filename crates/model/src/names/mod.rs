@@ -33,6 +33,23 @@ pub enum Source {
     TransposedHeads(&'static str),
 }
 
+impl Source {
+    /// The tensor's name, if it is one.
+    pub fn name(&self) -> Option<&'static str> {
+        match self {
+            Source::EachExpert(_) => None,
+            Source::Whole(name)
+            | Source::Part(name, _)
+            | Source::PartOfEachHead(name, _)
+            | Source::Alternate(name, _)
+            | Source::Transposed(name)
+            | Source::AlternateTransposed(name, _)
+            | Source::Unpermuted(name)
+            | Source::TransposedHeads(name) => Some(name),
+        }
+    }
+}
+
 /// Where one weight may be: the first source whose tensors are in the file is taken.
 #[derive(Debug, Clone, Copy)]
 pub struct Rule {

@@ -15,9 +15,29 @@ pub(super) struct Located {
     /// One, or one an expert.
     pub tensors: Vec<String>,
     layout: Layout,
+    /// Whether the same weight could lie in `*_blocks` and `*_scales` beside (gpt-oss).
+    blocks: bool,
+}
+
+/// Where the rows of a stack of matrices lie among those of a larger one: row `i` at
+/// `first + i * step`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interleaved {
+    /// The place of the first row.
+    pub first: usize,
+    /// Matrices that take turns.
+    pub step: usize,
 }
 
 impl Located {
+    /// The place of the weight's rows in `*_blocks`, if it could lie there.
+    pub fn in_blocks(&self) -> Option<Interleaved> {
+        match self.layout {
+            Layout::Transposed { first, step } if self.blocks => Some(Interleaved { first, step }),
+            _ => None,
+        }
+    }
+
     /// The weight, in `shape`.
     pub fn load(&self, checkpoint: &Checkpoint, shape: &[usize]) -> Result<Tensor, WeightsError> {
         let parts = self.tensors.iter().map(|name| checkpoint.tensor(name));
@@ -79,7 +99,12 @@ impl<'a> Locator<'a> {
             let tensors = self.tensors(source, decl.layer, decl.shape[0]);
             if self.checkpoint.contains(&tensors[0]) {
                 let layout = self.layout(source, name, weight, &tensors)?;
-                return Ok(Located { tensors, layout });
+                let blocks = source.name().is_some_and(|plain| {
+                    let blocks = format!("{plain}_blocks");
+                    let all = sources_of(self.rules, name).iter();
+                    all.filter_map(Source::name).any(|other| other == blocks)
+                });
+                return Ok(Located { tensors, layout, blocks });
             }
             tried.push(tensors[0].clone());
         }
@@ -90,7 +115,7 @@ impl<'a> Locator<'a> {
         match HEADS.into_iter().find(|name| self.checkpoint.contains(name)) {
             Some(name) => {
                 self.check(name, shape)?;
-                Ok(Located { tensors: vec![name.to_owned()], layout: Layout::Whole })
+                Ok(Located { tensors: vec![name.to_owned()], layout: Layout::Whole, blocks: false })
             }
             None => Err(WeightsError::Missing {
                 weight: "head".to_owned(),
@@ -109,14 +134,7 @@ impl<'a> Locator<'a> {
             Source::EachExpert(name) => (0..experts)
                 .map(|expert| format!("{prefix}{}", name.replace("{}", &expert.to_string())))
                 .collect(),
-            Source::Whole(name)
-            | Source::Part(name, _)
-            | Source::PartOfEachHead(name, _)
-            | Source::Alternate(name, _)
-            | Source::Transposed(name)
-            | Source::AlternateTransposed(name, _)
-            | Source::Unpermuted(name)
-            | Source::TransposedHeads(name) => vec![format!("{prefix}{name}")],
+            other => vec![format!("{prefix}{}", other.name().unwrap_or_default())],
         }
     }
 

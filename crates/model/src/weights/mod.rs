@@ -13,6 +13,7 @@ use lathe_program::{BackendError, Program, Weight, WeightSource};
 use lathe_tensor::{Tensor, TensorError};
 
 pub use dummy::DummyWeights;
+pub use locate::Interleaved;
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::names::Rules;
@@ -114,6 +115,12 @@ impl<'a> ModelWeights<'a> {
     /// Names of the tensors that `weight` is made of.
     pub fn tensors_of(&self, weight: Weight) -> &[String] {
         &self.located[weight.0 as usize].tensors
+    }
+
+    /// Where the rows of `weight`, experts that lie transposed in one tensor of floats, would lie in
+    /// gpt-oss's `*_blocks`; `None` for all others.
+    pub fn in_blocks(&self, weight: Weight) -> Option<Interleaved> {
+        self.located[weight.0 as usize].in_blocks()
     }
 
     /// A weight in the shape that the program declares.

@@ -167,10 +167,15 @@ impl Job<'_> {
     ) -> Result<(), QuantError> {
         let (shape, values) = self.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
-        let matrices = names
-            .iter()
-            .zip(values.chunks(shape[1] * shape[2]))
-            .map(|(name, values)| Matrix { name, rows: shape[1], columns: shape[2], values });
+        let fused = self.fused_largest(weight)?;
+        let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).enumerate();
+        let matrices = matrices.map(|(expert, (name, values))| Matrix {
+            name,
+            rows: shape[1],
+            columns: shape[2],
+            values,
+            fused_largest: fused.get(expert).copied(),
+        });
         let group = Group { matrices: matrices.collect(), statistics };
         self.finish_stack(step, weight, vec![group])
     }
@@ -188,10 +193,13 @@ impl Job<'_> {
             true => (0..shape[0]).map(statistics).collect::<Result<Vec<_>, _>>()?,
             false => vec![None; shape[0]],
         };
-        let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).zip(&seen);
-        let groups = matrices.map(|((name, values), statistics)| Group {
-            matrices: vec![Matrix { name, rows: shape[1], columns: shape[2], values }],
-            statistics: statistics.as_ref(),
+        let fused = self.fused_largest(weight)?;
+        let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).zip(&seen).enumerate();
+        let groups = matrices.map(|(expert, ((name, values), statistics))| {
+            let fused_largest = fused.get(expert).copied();
+            let (rows, columns) = (shape[1], shape[2]);
+            let matrix = Matrix { name, rows, columns, values, fused_largest };
+            Group { matrices: vec![matrix], statistics: statistics.as_ref() }
         });
         self.finish_stack(step, weight, groups.collect())
     }
@@ -234,15 +242,14 @@ fn stacked(matrices: &[Tensor]) -> Result<Tensor, TensorError> {
     let join = |plane: fn(&Tensor) -> &[u8]| {
         Bytes::new(matrices.iter().flat_map(plane).copied().collect::<Vec<u8>>())
     };
-    let globals: Vec<f32> = matrices
-        .iter()
-        .flat_map(|matrix| match &matrix.global {
-            GlobalScale::Multiply(all) => all.as_slice(),
-            GlobalScale::One | GlobalScale::Divide(_) => &[],
-        })
-        .copied()
-        .collect();
-    let global = if globals.is_empty() { GlobalScale::One } else { GlobalScale::Multiply(globals) };
+    let globals = matrices.iter().flat_map(|matrix| match &matrix.global {
+        GlobalScale::Divide(all) => all.as_slice(),
+        GlobalScale::One | GlobalScale::Multiply(_) => &[],
+    });
+    let global = match first.global {
+        GlobalScale::Divide(_) => GlobalScale::Divide(globals.copied().collect()),
+        _ => GlobalScale::One,
+    };
     Tensor::new_scaled(
         [&[matrices.len()], first.shape.as_slice()].concat(),
         first.format,

@@ -353,7 +353,13 @@ fn experts_are_calibrated_by_all_tokens() {
         }
         let mut statistics = Statistics::new(spec.hidden);
         statistics.add(&hidden);
-        let matrix = Matrix { name: "down", rows: width, columns: spec.hidden, values: &down };
+        let matrix = Matrix {
+            name: "down",
+            rows: width,
+            columns: spec.hidden,
+            values: &down,
+            fused_largest: None,
+        };
         let group = Group { matrices: vec![matrix], statistics: Some(&statistics) };
         let parameters = &recipe.steps[0].parameters;
         let Ok(Outcome::Quantized(list)) = (technique.group())(&group, recipe.format, parameters)

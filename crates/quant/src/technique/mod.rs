@@ -183,6 +183,7 @@ pub(crate) mod tests {
                 rows: self.rows,
                 columns: self.columns,
                 values: &self.values,
+                fused_largest: None,
             };
             Group { matrices: vec![matrix], statistics: Some(&self.statistics) }
         }

@@ -38,7 +38,10 @@ fn apply(
         check_shape(matrix, format)?;
         let shape = [matrix.rows, matrix.columns];
         let tensor = match &format {
-            Format::Scaled(format) => scaled::quantize(&shape, format, matrix.values, rounding),
+            Format::Scaled(format) => {
+                let global = matrix.global_scale(format);
+                scaled::quantize_under(&shape, format, matrix.values, global, rounding)
+            }
             plain => {
                 let codes = codec::quantize(*plain, matrix.values);
                 Tensor::new(shape.to_vec(), *plain, Bytes::new(codes))

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 pub use super::scale::{BlockScale, E8m0Rounding, encode, fit, round};
 use super::{element, scale};
 use crate::bytes::Bytes;
-use crate::format::{Format, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint};
+use crate::format::{Element, Format, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint};
 use crate::tensor::{GlobalScale, Tensor, TensorError};
 
 /// Dequantizes one row of the `[rows, columns]` view; `tensor.format` is `format`.
@@ -63,8 +63,8 @@ pub fn pack(codes: &[u8], bits: usize, out: &mut [u8]) {
     }
 }
 
-/// Rounds `values` to nearest in `format`, each block with the scale of [`fit`]. NVFP4's global
-/// scale is `largest / (448 * 6)` of each matrix.
+/// Rounds `values` to nearest in `format`, each block with the scale of [`fit`], under the
+/// [`global_scale`] of each matrix.
 ///
 /// # Errors
 /// If the shape does not fit the format.
@@ -78,19 +78,33 @@ pub fn quantize(
     rounding: E8m0Rounding,
 ) -> Result<Tensor, TensorError> {
     let grid = checked_grid(shape, format)?;
+    let global = global_scale(format, largest_of_each(&grid, values).into_iter());
+    quantize_under(shape, format, values, global, rounding)
+}
+
+/// As [`quantize`], under a global scale that the caller chose.
+///
+/// # Errors
+/// If the shape does not fit the format, or the global scale is not what the format asks for.
+///
+/// # Panics
+/// If `values` is not as long as the shape says, or a matrix lacks its global scale.
+pub fn quantize_under(
+    shape: &[usize],
+    format: &ScaledFormat,
+    values: &[f32],
+    global: GlobalScale,
+    rounding: E8m0Rounding,
+) -> Result<Tensor, TensorError> {
+    let grid = checked_grid(shape, format)?;
     assert_eq!(values.len(), shape.iter().product::<usize>(), "values fill the shape");
-    let global = global_scale(&grid, format, values);
     let blocks: Vec<BlockScale> = (0..grid.len())
         .into_par_iter()
         .with_min_len(16)
         .map(|block| {
             let matrix = block / (grid.rows * grid.columns);
-            fit(
-                format,
-                &block_values(shape, &grid, block, values),
-                global.apply(matrix, 1.0),
-                rounding,
-            )
+            let unit = global.apply(matrix, 1.0);
+            fit(format, &block_values(shape, &grid, block, values), unit, rounding)
         })
         .collect();
     quantize_with(shape, format, values, &blocks, global)
@@ -180,22 +194,29 @@ fn checked_grid(shape: &[usize], format: &ScaledFormat) -> Result<ScaleGrid, Ten
     format.grid(shape).ok_or_else(|| TensorError::Overflow { shape: shape.to_vec() })
 }
 
-/// NVFP4's scale of each matrix: the largest number gets the largest block scale.
-fn global_scale(grid: &ScaleGrid, format: &ScaledFormat, values: &[f32]) -> GlobalScale {
+/// The global scale under which the largest number of a matrix gets the largest block scale, for
+/// matrices whose largest magnitudes these are: `448 * 6 / largest`, a divisor as
+/// compressed-tensors stores it. [`GlobalScale::One`] for formats that have none.
+pub fn global_scale(format: &ScaledFormat, largest: impl Iterator<Item = f32>) -> GlobalScale {
     if format.scale != ScaleType::E4M3Global {
         return GlobalScale::One;
     }
-    let matrix_len = (values.len() / grid.matrices.max(1)).max(1);
-    let largest = |matrix: &[f32]| matrix.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let unit = 448.0 * element::max(format.element);
-    let scale = |matrix: &[f32]| match largest(matrix) / unit {
+    let unit = element::max(Element::F8E4M3) * element::max(format.element);
+    let divisor = |largest: f32| match unit / largest {
+        divisor if divisor.is_normal() && divisor.recip().is_normal() => divisor,
         // A matrix of zeros, or of numbers too small to scale, needs no scale.
-        scale if scale >= f32::MIN_POSITIVE && scale.is_finite() => scale,
         _ => 1.0,
     };
-    let mut scales: Vec<f32> = values.par_chunks(matrix_len).map(scale).collect();
-    scales.resize(grid.matrices, 1.0);
-    GlobalScale::Multiply(scales)
+    GlobalScale::Divide(largest.map(divisor).collect())
+}
+
+/// The largest magnitude of each matrix of a stack.
+fn largest_of_each(grid: &ScaleGrid, values: &[f32]) -> Vec<f32> {
+    let matrix_len = (values.len() / grid.matrices.max(1)).max(1);
+    let largest = |matrix: &[f32]| matrix.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let mut all: Vec<f32> = values.par_chunks(matrix_len).map(largest).collect();
+    all.resize(grid.matrices, 0.0);
+    all
 }
 
 /// The numbers of one block: a slice where they are contiguous.

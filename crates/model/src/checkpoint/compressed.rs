@@ -1,0 +1,397 @@
+//! compressed-tensors: groups of modules, each with a scheme that says how its weights lie.
+//!
+//! `dynamic` or static `input_activations` are accepted: see [`super::Quantization`]. Transforms are
+//! accepted where they were fused into weights, and refused where a step would have to compute them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use fancy_regex::Regex;
+use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
+use lathe_tensor::{
+    Block, Bytes, Element, GlobalScale, ScaleType, ScaledFormat, Tensor, ZeroPoint,
+};
+use serde_json::Value;
+
+use super::integers::in_order;
+use super::naming::Naming;
+use super::planes::{self, Beside, expect, float_scale, scalar, shape_of_bytes};
+use super::{CheckpointError, packed, unlike};
+use crate::config::Config;
+use crate::spec::SpecError;
+
+pub(super) static NAMING: Naming = Naming {
+    whole: "weight",
+    codes: &["weight_packed"],
+    beside: &[
+        "weight_scale",
+        "weight_shape",
+        "weight_zero_point",
+        "weight_global_scale",
+        "weight_g_idx",
+        "input_scale",
+        "input_zero_point",
+        "input_global_scale",
+    ],
+};
+
+/// How one module's weight lies in the files: compressed-tensors' `format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Encoding {
+    /// Integers in words of 32 bits.
+    PackQuantized,
+    /// Integers of eight bits, one a byte.
+    IntQuantized,
+    /// fp8 e4m3.
+    FloatQuantized,
+    /// fp8 e4m3 or integers of eight bits: whatever the scheme says.
+    NaiveQuantized,
+    /// fp4 in groups of 32 with powers of two.
+    Mxfp4,
+    /// fp6 e2m3 in groups of 32 with powers of two.
+    Mxfp6,
+    /// fp8 e4m3 in groups of 32 with powers of two.
+    Mxfp8,
+    /// fp4 in groups of 16 with e4m3 scales and one `f32` a matrix.
+    Nvfp4,
+}
+
+impl Encoding {
+    const ALL: [Encoding; 8] = [
+        Encoding::PackQuantized,
+        Encoding::IntQuantized,
+        Encoding::FloatQuantized,
+        Encoding::NaiveQuantized,
+        Encoding::Mxfp4,
+        Encoding::Mxfp6,
+        Encoding::Mxfp8,
+        Encoding::Nvfp4,
+    ];
+
+    /// The name in a configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Encoding::PackQuantized => "pack-quantized",
+            Encoding::IntQuantized => "int-quantized",
+            Encoding::FloatQuantized => "float-quantized",
+            Encoding::NaiveQuantized => "naive-quantized",
+            Encoding::Mxfp4 => "mxfp4-pack-quantized",
+            Encoding::Mxfp6 => "mxfp6-pack-quantized",
+            Encoding::Mxfp8 => "mxfp8-quantized",
+            Encoding::Nvfp4 => "nvfp4-pack-quantized",
+        }
+    }
+}
+
+/// The full name of what belongs to weight `name` under `ending`, such as `weight_scale`.
+pub(crate) fn part_of(name: &str, ending: &str) -> String {
+    NAMING.part(name, ending)
+}
+
+/// The top `format` of a configuration whose groups have formats of their own.
+pub(crate) const MIXED: &str = "mixed-precision";
+
+/// What a group says of its weights. The type of scales that are plain floats is the file's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scheme {
+    /// How they lie.
+    pub encoding: Encoding,
+    /// What a code means.
+    pub element: Element,
+    /// What shares a scale.
+    pub block: Block,
+    /// Whether codes are shifted.
+    pub zero: ZeroPoint,
+    /// Whether columns have groups in the order of their activations, which `weight_g_idx` gives.
+    pub ordered: bool,
+}
+
+/// A `quantization_config` whose method is `compressed-tensors`: the schemes of modules, which that
+/// library looks for by name, then by pattern, then by class.
+#[derive(Debug, Clone)]
+pub struct CompressedTensors {
+    modules: HashMap<String, Scheme>,
+    /// In the order of their texts, as that library tries them.
+    patterns: BTreeMap<String, (Regex, Scheme)>,
+    classes: Vec<(String, Scheme)>,
+}
+
+fn refuse<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
+    Err(SpecError::feature(format!("compressed-tensors {what}")))
+}
+
+impl CompressedTensors {
+    /// What a configuration says.
+    ///
+    /// # Errors
+    /// If it asks for something that is not supported, which the error names.
+    pub(super) fn from_hf_config(c: &Config<'_>) -> Result<Self, SpecError> {
+        let top = c.text("format")?.unwrap_or("(none given)");
+        if c.get("kv_cache_scheme").is_some_and(|it| it.as_object().is_none_or(|o| !o.is_empty())) {
+            return refuse("kv_cache_scheme");
+        }
+        if let Some(sparsity) = c.object("sparsity_config")?
+            && sparsity.given().next().is_some()
+            && sparsity.text("format")? != Some("dense")
+        {
+            return refuse("sparsity_config");
+        }
+        check_transforms(c)?;
+        let Some(groups) = c.object("config_groups")? else {
+            return Err(SpecError::Missing("quantization_config.config_groups".to_owned()));
+        };
+        let (modules, patterns, classes) = Default::default();
+        let mut all = CompressedTensors { modules, patterns, classes };
+        for name in groups.given() {
+            let Some(group) = groups.object(name)? else { continue };
+            let scheme = Scheme::of_group(&group, top)?;
+            for target in group.texts("targets")?.unwrap_or_default() {
+                all.add(target, scheme)?;
+            }
+        }
+        match all.modules.is_empty() && all.patterns.is_empty() && all.classes.is_empty() {
+            true => refuse("config without groups that have targets"),
+            false => Ok(all),
+        }
+    }
+
+    fn add(&mut self, target: &str, scheme: Scheme) -> Result<(), SpecError> {
+        if let Some(pattern) = target.strip_prefix("re:") {
+            // Python's `re.match`: from the start of the name, to any point of it.
+            return match Regex::new(&format!("^(?:{pattern})")) {
+                Ok(regex) => {
+                    self.patterns.insert(pattern.to_owned(), (regex, scheme));
+                    Ok(())
+                }
+                Err(error) => refuse(format!("target `{target}`: {error}")),
+            };
+        }
+        if target.starts_with(char::is_uppercase) && !target.contains('.') {
+            self.classes.push((target.to_owned(), scheme));
+        } else {
+            self.modules.insert(target.to_owned(), scheme);
+        }
+        Ok(())
+    }
+
+    /// The scheme of the module that owns weight `name`.
+    fn scheme(&self, name: &str) -> Result<Scheme, SpecError> {
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        if let Some(scheme) = self.modules.get(module) {
+            return Ok(*scheme);
+        }
+        for (pattern, (regex, scheme)) in &self.patterns {
+            match regex.is_match(module) {
+                Ok(true) => return Ok(*scheme),
+                Ok(false) => {}
+                Err(error) => return refuse(format!("target `re:{pattern}`: {error}")),
+            }
+        }
+        let class = if module.ends_with("embed_tokens") { "Embedding" } else { "Linear" };
+        match self.classes.iter().find(|(name, _)| name == class) {
+            Some((_, scheme)) => Ok(*scheme),
+            None => {
+                refuse(format!("config without a group for module {module}, which is quantized"))
+            }
+        }
+    }
+
+    /// Whether `name` is stored as codes and scales.
+    fn is_quantized(files: &SafetensorsFiles, name: &str) -> bool {
+        name.ends_with(NAMING.whole) && files.contains(&NAMING.part(name, "weight_scale"))
+    }
+
+    pub(super) fn shape(
+        &self,
+        files: &SafetensorsFiles,
+        name: &str,
+    ) -> Result<Vec<usize>, CheckpointError> {
+        let packed = NAMING.part(name, "weight_packed");
+        if !files.contains(&packed) {
+            return Ok(files.raw(name)?.shape.clone());
+        }
+        let scheme = self.scheme(name)?;
+        match scheme.encoding {
+            Encoding::PackQuantized => Ok(packed::shape_of(files, name)?.to_vec()),
+            _ => shape_of_bytes(&packed, files.raw(&packed)?, scheme.element.bits()),
+        }
+    }
+
+    pub(super) fn tensor(
+        &self,
+        files: &SafetensorsFiles,
+        name: &str,
+    ) -> Result<Tensor, CheckpointError> {
+        if !Self::is_quantized(files, name) {
+            return Ok(files.tensor(name)?);
+        }
+        let scheme = self.scheme(name)?;
+        let tensor = match scheme.encoding {
+            Encoding::PackQuantized => packed::read(files, name, scheme)?,
+            _ => scheme.read_planes(files, name)?,
+        };
+        let order = NAMING.part(name, "weight_g_idx");
+        match scheme.ordered || files.contains(&order) {
+            true => in_order(files, name, &order, tensor),
+            false => Ok(tensor),
+        }
+    }
+}
+
+/// Transforms of weights are in the weights; those of activations are not there.
+fn check_transforms(c: &Config<'_>) -> Result<(), SpecError> {
+    let Some(transforms) = c.object("transform_config")? else { return Ok(()) };
+    let Some(groups) = transforms.object("config_groups")? else { return Ok(()) };
+    for name in groups.given() {
+        let Some(group) = groups.object(name)? else { continue };
+        let list = group.get("apply").and_then(Value::as_array);
+        for apply in list.into_iter().flatten() {
+            match apply.get("location").and_then(Value::as_str) {
+                Some("weight_input" | "weight_output") => {}
+                other => {
+                    let other = other.unwrap_or("(none given)");
+                    return refuse(format!("transform_config: transforms of `{other}` in a step"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Scheme {
+    fn of_group(group: &Config<'_>, top: &str) -> Result<Self, SpecError> {
+        if group.get("output_activations").is_some() {
+            return refuse("output_activations");
+        }
+        let Some(weights) = group.object("weights")? else {
+            return refuse("group without weights");
+        };
+        let name = match group.text("format")? {
+            Some(own) => own,
+            None if top == MIXED => return refuse("group without a format in a mixed one"),
+            None => top,
+        };
+        let Some(encoding) = Encoding::ALL.into_iter().find(|it| it.name() == name) else {
+            return refuse(format!("format `{name}`"));
+        };
+        let kind = weights.text("type")?.unwrap_or("int");
+        let bits = weights.size("num_bits")?.unwrap_or(8);
+        let symmetric = weights.flag("symmetric")?.unwrap_or(true);
+        let zero = if symmetric { ZeroPoint::None } else { ZeroPoint::Int };
+        let block = block_of(&weights)?;
+        let element = match (encoding, kind, bits) {
+            (Encoding::PackQuantized, "int", 4 | 8) => Element::Int(bits as u8),
+            // Fewer bits lie in a byte all the same.
+            (Encoding::IntQuantized | Encoding::NaiveQuantized, "int", 2..=8) => Element::Int(8),
+            (Encoding::FloatQuantized | Encoding::NaiveQuantized, "float", 8) => Element::F8E4M3,
+            (Encoding::Mxfp8, "float", 8) => Element::F8E4M3,
+            (Encoding::Mxfp6, "float", 6) => Element::F6E2M3,
+            (Encoding::Mxfp4 | Encoding::Nvfp4, "float", 4) => Element::F4E2M1,
+            _ => return refuse(format!("{name} weights of type `{kind}` of {bits} bits")),
+        };
+        let block_fits = match encoding {
+            Encoding::PackQuantized => matches!(block, Block::Group(_) | Block::Channel),
+            Encoding::Mxfp4 | Encoding::Mxfp6 | Encoding::Mxfp8 => block == Block::Group(32),
+            Encoding::Nvfp4 => block == Block::Group(16),
+            _ => true,
+        };
+        if !block_fits {
+            let strategy = weights.text("strategy")?.unwrap_or("(none given)");
+            return refuse(format!("{name} weights with strategy `{strategy}` ({block:?})"));
+        }
+        if !symmetric && !matches!(element, Element::Int(_)) {
+            return refuse(format!("{name} weights with zero points"));
+        }
+        let ordered = match weights.get("actorder") {
+            None | Some(Value::Bool(false)) => false,
+            Some(Value::String(order)) if matches!(order.as_str(), "weight" | "static") => false,
+            Some(Value::Bool(true)) => true,
+            Some(Value::String(order)) if matches!(order.as_str(), "group" | "dynamic") => true,
+            Some(other) => return refuse(format!("actorder {other}")),
+        };
+        Ok(Scheme { encoding, element, block, zero, ordered })
+    }
+
+    /// Codes that lie as a tensor has them.
+    fn read_planes(&self, files: &SafetensorsFiles, name: &str) -> Result<Tensor, CheckpointError> {
+        let bits = self.element.bits();
+        let (codes_name, dtype) = match self.element {
+            _ if bits < 8 => (NAMING.part(name, "weight_packed"), Dtype::U8),
+            Element::Int(_) => (name.to_owned(), Dtype::I8),
+            _ => (name.to_owned(), Dtype::F8_E4M3),
+        };
+        let codes = files.raw(&codes_name)?;
+        expect(&codes_name, codes, &[dtype])?;
+        let shape = shape_of_bytes(&codes_name, codes, bits)?;
+        let scales_name = NAMING.part(name, "weight_scale");
+        let scales = files.raw(&scales_name)?;
+        let scale = match self.encoding {
+            Encoding::Mxfp4 | Encoding::Mxfp6 | Encoding::Mxfp8 => {
+                expect(&scales_name, scales, &[Dtype::U8, Dtype::F8_E8M0])?;
+                ScaleType::E8M0
+            }
+            Encoding::Nvfp4 => {
+                expect(&scales_name, scales, &[Dtype::F8_E4M3])?;
+                ScaleType::E4M3Global
+            }
+            _ => float_scale(&scales_name, scales)?,
+        };
+        let global = match scale {
+            ScaleType::E4M3Global => {
+                let global = NAMING.part(name, "weight_global_scale");
+                GlobalScale::Divide(vec![scalar(files, &global)?])
+            }
+            _ => GlobalScale::One,
+        };
+        let zeros = self.zeros(files, name)?;
+        let format =
+            ScaledFormat { element: self.element, block: self.block, scale, zero: self.zero };
+        let beside = Beside { scales_name: &scales_name, scales, zeros, global };
+        planes::tensor(name, shape, format, codes, beside)
+    }
+
+    /// Zero points of codes that are not packed. Files of symmetric schemes may have some too, of
+    /// nothing but zeros.
+    fn zeros(&self, files: &SafetensorsFiles, name: &str) -> Result<Bytes, CheckpointError> {
+        let part = NAMING.part(name, "weight_zero_point");
+        let none = Bytes::new(Vec::new());
+        if self.zero == ZeroPoint::None && !files.contains(&part) {
+            return Ok(none);
+        }
+        let raw = files.raw(&part)?;
+        if self.zero == ZeroPoint::None {
+            // -0 is a zero as well.
+            return match raw.bytes.iter().all(|byte| byte & 0x7f == 0) {
+                true => Ok(none),
+                false => Err(unlike(&part, raw, "zeros, for the scheme is symmetric")),
+            };
+        }
+        expect(&part, raw, &[Dtype::I8])?;
+        Ok(raw.bytes.clone())
+    }
+}
+
+/// What shares a scale, by `strategy`, `group_size` and `block_structure`.
+fn block_of(weights: &Config<'_>) -> Result<Block, SpecError> {
+    let size = weights.get("group_size").and_then(Value::as_i64);
+    let structure = match weights.get("block_structure") {
+        // Older files write "128x128".
+        Some(Value::String(text)) => text
+            .split_once('x')
+            .and_then(|(rows, columns)| Some(vec![rows.parse().ok()?, columns.parse().ok()?])),
+        _ => weights.sizes("block_structure")?,
+    };
+    match (weights.text("strategy")?, size, structure.as_deref()) {
+        (Some("group" | "tensor_group") | None, Some(size @ 1..=65536), _) => {
+            Ok(Block::Group(size as u32))
+        }
+        (Some("channel"), ..) | (None, Some(-1), _) => Ok(Block::Channel),
+        (Some("tensor"), ..) | (None, None, _) => Ok(Block::Tensor),
+        (Some("block"), _, Some(&[rows @ 1..=65536, columns @ 1..=65536])) => {
+            Ok(Block::Tile(rows as u32, columns as u32))
+        }
+        (strategy, size, structure) => {
+            let strategy = strategy.unwrap_or("(none given)");
+            refuse(format!("strategy `{strategy}` with group size {size:?}, block {structure:?}"))
+        }
+    }
+}

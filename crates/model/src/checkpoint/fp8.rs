@@ -1,0 +1,59 @@
+//! DeepSeek-V3's fp8: e4m3 codes in `*`, one multiplier a tile in `*_scale_inv`.
+
+use lathe_tensor::codec::element::e8m0_to_f32;
+use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
+use lathe_tensor::{
+    Block, Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, ZeroPoint,
+};
+
+use super::naming::Naming;
+use super::{CheckpointError, at};
+use crate::config::Config;
+use crate::spec::SpecError;
+
+pub(super) static NAMING: Naming = Naming { whole: "", codes: &[], beside: &["_scale_inv"] };
+
+/// Rows and columns of a tile.
+pub(super) fn tile(c: &Config<'_>) -> Result<(u32, u32), SpecError> {
+    if let Some(element) = c.text("fmt")?.filter(|element| *element != "e4m3") {
+        return Err(SpecError::feature(format!("fp8 format `{element}`")));
+    }
+    match c.sizes("weight_block_size")?.as_deref() {
+        Some(&[rows, columns]) if (1..=4096).contains(&rows) && (1..=4096).contains(&columns) => {
+            Ok((rows as u32, columns as u32))
+        }
+        found => Err(SpecError::feature(format!("fp8 weight_block_size {found:?}"))),
+    }
+}
+
+/// fp8 codes with one multiplier a tile; other tensors are plain.
+pub(super) fn tensor(
+    files: &SafetensorsFiles,
+    name: &str,
+    (rows, columns): (u32, u32),
+) -> Result<Tensor, CheckpointError> {
+    let codes = files.raw(name)?;
+    if codes.dtype != Dtype::F8_E4M3 {
+        return Ok(files.tensor(name)?);
+    }
+    let scales = widened(files, &NAMING.part(name, "_scale_inv"))?;
+    let format = Format::Scaled(ScaledFormat {
+        element: Element::F8E4M3,
+        block: Block::Tile(rows, columns),
+        scale: ScaleType::F32,
+        zero: ZeroPoint::None,
+    });
+    let (shape, none) = (codes.shape.clone(), Bytes::new(Vec::new()));
+    Tensor::new_scaled(shape, format, codes.bytes.clone(), scales, none, GlobalScale::One)
+        .map_err(at(name))
+}
+
+/// Scales as `f32`: they may be stored in fewer bits, or as powers of two (`ue8m0`).
+fn widened(files: &SafetensorsFiles, name: &str) -> Result<Bytes, CheckpointError> {
+    let raw = files.raw(name)?;
+    let values = match raw.dtype {
+        Dtype::F8_E8M0 => raw.bytes.iter().map(|code| e8m0_to_f32(*code)).collect(),
+        _ => files.tensor(name)?.to_f32(),
+    };
+    Ok(Bytes::new(values.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<u8>>()))
+}

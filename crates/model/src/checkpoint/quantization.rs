@@ -1,0 +1,146 @@
+//! What a checkpoint's configuration says of how its numbers are stored.
+
+use lathe_tensor::Tensor;
+use lathe_tensor::safetensors::Checkpoint as SafetensorsFiles;
+use serde_json::Value;
+
+use super::awq::AwqScheme;
+use super::compressed::CompressedTensors;
+use super::gptq::GptqScheme;
+use super::naming::Naming;
+use super::{CheckpointError, awq, compressed, fp8, gptq, modelopt, mxfp4, nf4};
+use crate::config::Config;
+use crate::spec::SpecError;
+
+/// How a Hugging Face checkpoint's `quantization_config` says that numbers are stored.
+///
+/// What it says of activations is how another engine would round them: a choice of whoever runs the
+/// model, which weights do not depend on. Weights are read as they are and meet activations as the
+/// backend has them; stored scales of inputs are not used.
+#[derive(Debug, Clone)]
+pub enum Quantization {
+    /// Plain floats.
+    None,
+    /// fp8 e4m3 with one `f32` a tile, in `*_scale_inv` (DeepSeek-V3).
+    Fp8Tiles {
+        /// Rows and columns of a tile.
+        tile: (u32, u32),
+    },
+    /// Experts in MXFP4, in `*_blocks` and `*_scales` (gpt-oss).
+    Mxfp4Experts,
+    /// compressed-tensors.
+    CompressedTensors(CompressedTensors),
+    /// Integers packed along inputs, in `qweight`, `qzeros`, `scales` and `g_idx` (GPTQ).
+    Gptq(GptqScheme),
+    /// 4-bit integers packed along outputs, in `qweight`, `qzeros` and `scales` (AutoAWQ's gemm).
+    Awq(AwqScheme),
+    /// NVFP4 or fp8 with scales beside `weight` (NVIDIA ModelOpt): the types in the files say which.
+    ModelOpt,
+    /// Codes of a table with scales a block, in `weight` and `weight.*` (bitsandbytes NF4 and FP4).
+    BitsAndBytes4,
+}
+
+impl Quantization {
+    /// What a `config.json` says.
+    ///
+    /// # Errors
+    /// If it names a method, or something of one, that is not supported.
+    pub fn from_hf_config(config: &Value) -> Result<Quantization, SpecError> {
+        let Some(c) = Config::new(config, "")?.object("quantization_config")? else {
+            return Ok(Quantization::None);
+        };
+        Self::of_method(&c)
+    }
+
+    /// What a folder says: its `config.json`, or the `hf_quant_config.json` that ModelOpt writes
+    /// beside a configuration that says nothing.
+    ///
+    /// # Errors
+    /// As [`Self::from_hf_config`].
+    pub fn of_folder(config: &Value, modelopt: Option<&Value>) -> Result<Quantization, SpecError> {
+        match (Self::from_hf_config(config)?, modelopt) {
+            (Quantization::None, Some(beside)) => {
+                let beside = Config::new(beside, "hf_quant_config.json: ")?;
+                let Some(c) = beside.object("quantization")? else {
+                    let key = "hf_quant_config.json: quantization".to_owned();
+                    return Err(SpecError::Missing(key));
+                };
+                modelopt::check(&c)?;
+                Ok(Quantization::ModelOpt)
+            }
+            (found, _) => Ok(found),
+        }
+    }
+
+    fn of_method(c: &Config<'_>) -> Result<Quantization, SpecError> {
+        match c.text("quant_method")?.unwrap_or("(none given)") {
+            "compressed-tensors" => {
+                Ok(Quantization::CompressedTensors(CompressedTensors::from_hf_config(c)?))
+            }
+            "mxfp4" => Ok(Quantization::Mxfp4Experts),
+            "fp8" => Ok(Quantization::Fp8Tiles { tile: fp8::tile(c)? }),
+            "gptq" => Ok(Quantization::Gptq(GptqScheme::from_hf_config(c)?)),
+            "awq" => Ok(Quantization::Awq(AwqScheme::from_hf_config(c)?)),
+            "modelopt" => {
+                modelopt::check(c)?;
+                Ok(Quantization::ModelOpt)
+            }
+            "bitsandbytes" => {
+                nf4::check(c)?;
+                Ok(Quantization::BitsAndBytes4)
+            }
+            other => Err(SpecError::feature(format!("quantization method `{other}`"))),
+        }
+    }
+
+    /// How the tensors of a weight are named.
+    pub(super) fn naming(&self) -> &'static Naming {
+        match self {
+            Quantization::None => &Naming::NONE,
+            Quantization::Fp8Tiles { .. } => &fp8::NAMING,
+            Quantization::Mxfp4Experts => &mxfp4::NAMING,
+            Quantization::CompressedTensors(_) => &compressed::NAMING,
+            Quantization::Gptq(_) => &gptq::NAMING,
+            Quantization::Awq(_) => &awq::NAMING,
+            Quantization::ModelOpt => &modelopt::NAMING,
+            Quantization::BitsAndBytes4 => &nf4::NAMING,
+        }
+    }
+
+    /// The shape of `name` where it can be had without its codes.
+    pub(super) fn shape(
+        &self,
+        files: &SafetensorsFiles,
+        name: &str,
+    ) -> Result<Vec<usize>, CheckpointError> {
+        match self {
+            Quantization::CompressedTensors(groups) => groups.shape(files, name),
+            Quantization::Gptq(scheme) => gptq::shape(files, name, scheme),
+            Quantization::Awq(_) => awq::shape(files, name),
+            Quantization::ModelOpt => modelopt::shape(files, name),
+            Quantization::BitsAndBytes4 => nf4::shape(files, name),
+            Quantization::None | Quantization::Fp8Tiles { .. } => {
+                Ok(files.raw(name)?.shape.clone())
+            }
+            Quantization::Mxfp4Experts => Ok(mxfp4::tensor(files, name)?.shape),
+        }
+    }
+
+    /// A tensor with its codes and scales together.
+    pub(super) fn tensor(
+        &self,
+        files: &SafetensorsFiles,
+        name: &str,
+    ) -> Result<Tensor, CheckpointError> {
+        match self {
+            Quantization::None => Ok(files.tensor(name)?),
+            Quantization::Fp8Tiles { tile } => fp8::tensor(files, name, *tile),
+            Quantization::Mxfp4Experts => mxfp4::tensor(files, name),
+            Quantization::CompressedTensors(groups) => groups.tensor(files, name),
+            Quantization::Gptq(scheme) => gptq::tensor(files, name, scheme),
+            Quantization::Awq(scheme) => awq::tensor(files, name, scheme),
+            Quantization::ModelOpt => modelopt::tensor(files, name),
+            Quantization::BitsAndBytes4 => nf4::tensor(files, name),
+        }
+    }
+}

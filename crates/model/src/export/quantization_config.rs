@@ -1,0 +1,106 @@
+//! The `quantization_config` of a folder that was written.
+
+use std::collections::BTreeMap;
+
+use lathe_tensor::{Block, Element, ScaleType, ScaledFormat, ZeroPoint};
+use serde_json::{Value, json};
+
+use crate::checkpoint::{Encoding, MIXED};
+
+/// The modules of each format, and how it lies.
+pub(super) type Groups = BTreeMap<(ScaledFormat, Encoding), Vec<String>>;
+
+/// The object that compressed-tensors reads; it refuses keys of a group that it does not know.
+///
+/// The group with the most modules is for all linear layers, the others name theirs: names come before
+/// classes.
+pub(super) fn compressed_tensors(groups: &Groups, ignored: &[String]) -> Value {
+    let largest = groups.iter().max_by_key(|(_, modules)| modules.len()).map(|(key, _)| *key);
+    let mut names: Vec<&str> = groups.keys().map(|(_, encoding)| encoding.name()).collect();
+    names.sort_unstable();
+    names.dedup();
+    let format = if let [one] = names.as_slice() { one } else { MIXED };
+    let mut list = serde_json::Map::new();
+    for (index, ((format, encoding), modules)) in groups.iter().enumerate() {
+        let linear = [String::from("Linear")];
+        let all = largest == Some((*format, *encoding));
+        let targets = if all { linear.as_slice() } else { modules.as_slice() };
+        let mut group = json!({
+            "targets": targets,
+            "weights": weights(format),
+            "input_activations": input_activations(*encoding),
+            "output_activations": null,
+        });
+        // Versions before groups had formats refuse the key.
+        if groups.len() > 1 {
+            group["format"] = encoding.name().into();
+        }
+        list.insert(format!("group_{index}"), group);
+    }
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "global_compression_ratio": null,
+        "kv_cache_scheme": null,
+        "ignore": ignored,
+        "config_groups": list,
+    })
+}
+
+/// A group's weights.
+fn weights(format: &ScaledFormat) -> Value {
+    let (strategy, group_size) = match format.block {
+        Block::Group(size) if format.scale == ScaleType::E4M3Global => {
+            ("tensor_group", json!(size))
+        }
+        Block::Group(size) => ("group", json!(size)),
+        Block::Channel => ("channel", Value::Null),
+        Block::Tensor => ("tensor", Value::Null),
+        Block::Tile(..) => ("block", Value::Null),
+    };
+    let mut weights = json!({
+        "num_bits": format.element.bits(),
+        "type": if matches!(format.element, Element::Int(_)) { "int" } else { "float" },
+        "symmetric": format.zero == ZeroPoint::None,
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": false,
+    });
+    if let Block::Tile(rows, columns) = format.block {
+        weights["block_structure"] = json!([rows, columns]);
+    }
+    match format.scale {
+        ScaleType::E8M0 => weights["scale_dtype"] = "torch.uint8".into(),
+        ScaleType::E4M3Global => weights["scale_dtype"] = "torch.float8_e4m3fn".into(),
+        ScaleType::F32 | ScaleType::F16 | ScaleType::BF16 => {}
+    }
+    weights
+}
+
+/// `int-quantized` is what engines read for products of integers: activations of eight bits.
+fn input_activations(encoding: Encoding) -> Value {
+    match encoding {
+        Encoding::IntQuantized => json!({
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": true,
+            "strategy": "token",
+            "dynamic": true,
+        }),
+        _ => Value::Null,
+    }
+}
+
+/// gpt-oss's: what is not experts is not converted.
+pub(super) fn mxfp4_experts() -> Value {
+    json!({
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    })
+}
