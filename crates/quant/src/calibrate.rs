@@ -36,6 +36,7 @@ pub struct Calibration<'a> {
 }
 
 /// The stream between two layers: `[tokens, width]`.
+#[derive(Debug, Clone)]
 pub(crate) struct Stream {
     pub width: usize,
     pub values: Vec<f32>,

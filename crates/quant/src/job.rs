@@ -3,17 +3,19 @@
 //! quantized already, or one at a time when the writer asks, if nothing has to be calibrated.
 
 mod experts;
+mod explain;
+mod resume;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::path::Path;
 
 use lathe_model::export::{Replacement, ReplacementError};
-use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
 use lathe_program::{Op, Program, Value, Weight, WeightRole};
 use lathe_tensor::{Bytes, Format, Tensor, codec};
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::calibrate::{Calibration, Observed, Stream};
 use crate::error::QuantError;
@@ -27,32 +29,46 @@ use crate::statistics::Statistics;
 use crate::technique::{Apply, Stage};
 pub use experts::CoverageReport;
 use experts::{Coverage, ExpertInputs};
+use resume::Store;
+
+/// The registry's own spelling of a technique's name. Not spelt as the reference that it is where it is
+/// deserialized: it does not borrow from what is read.
+pub type TechniqueName = &'static str;
 
 /// What became of one matrix.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct WeightReport {
     /// Canonical name.
     pub tensor: String,
     /// The technique that chose its codes.
-    pub technique: &'static str,
+    #[serde(deserialize_with = "technique_named")]
+    pub technique: TechniqueName,
     /// What it cost.
     #[serde(flatten)]
     pub report: Report,
 }
 
 /// What became of the scales of one group's channels.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PreparedReport {
     /// Canonical names of the group's matrices.
     pub tensors: Vec<String>,
     /// The technique.
-    pub technique: &'static str,
+    #[serde(deserialize_with = "technique_named")]
+    pub technique: TechniqueName,
     /// Why nothing was scaled, if so.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
     /// The least and the largest scale.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scales: Option<[f32; 2]>,
+}
+
+/// The technique that is called so.
+fn technique_named<'de, D: Deserializer<'de>>(source: D) -> Result<TechniqueName, D::Error> {
+    let name = String::deserialize(source)?;
+    let technique = crate::technique::find(&name).map_err(serde::de::Error::custom)?;
+    Ok(technique.name)
 }
 
 /// How far a job is.
@@ -226,17 +242,48 @@ impl<'a> Job<'a> {
         calibration: &Calibration<'_>,
     ) -> Result<(), QuantError> {
         calibration.check(self.program)?;
-        let options = LowerOptions {
-            block_tokens: self.program.kv.block_tokens,
-            context_max: self.program.context_max,
-            captures: (0..=spec.layers.len()).collect(),
-        };
-        let layers = Layers::new(self.program, &lower(spec, &options)?);
+        self.calibrate_layers(spec, calibration, None)
+    }
+
+    /// As [`Self::calibrate`], with each finished layer in `folder`, which is made if there is none:
+    /// a job with the same recipe, model and text goes on from what an earlier one left there. The
+    /// caller removes it when the result is written.
+    ///
+    /// # Errors
+    /// As [`Self::calibrate`]; [`QuantError::Resume`] if the folder holds another run's layers, or
+    /// cannot be written or read.
+    pub fn calibrate_resumable(
+        &mut self,
+        spec: &DecoderSpec,
+        calibration: &Calibration<'_>,
+        folder: &Path,
+    ) -> Result<(), QuantError> {
+        calibration.check(self.program)?;
+        let store = self.store(folder, calibration)?;
+        self.calibrate_layers(spec, calibration, Some(store))
+    }
+
+    fn calibrate_layers(
+        &mut self,
+        spec: &DecoderSpec,
+        calibration: &Calibration<'_>,
+        mut store: Option<Store>,
+    ) -> Result<(), QuantError> {
+        let layers = Layers::of(self.program, spec)?;
         let tokens = calibration.tokens.len();
         let section = Section::new(self.program, layers.before, tokens, &[layers.stream])?;
-        let mut stream = self.stream_of(&section, calibration, None)?;
-        for (ops, out) in layers.layers {
+        let restored = store.as_mut().map(|store| self.restore(store)).transpose()?.flatten();
+        let (first, mut stream) = match restored {
+            Some(found) => found,
+            None => (0, self.stream_of(&section, calibration, None)?),
+        };
+        // Whoever estimates the rest shall know where this run began.
+        self.tell(0);
+        for (layer, (ops, out)) in layers.layers.into_iter().enumerate().skip(first) {
             stream = self.calibrate_layer(calibration, ops, out, &stream)?;
+            if let Some(store) = &mut store {
+                self.save(store, layer, &stream)?;
+            }
         }
         match self.targets.keys().find(|weight| !self.finished.contains_key(weight)) {
             None => Ok(()),
@@ -295,17 +342,27 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// What a section with one tap makes of `stream`.
+    /// What a section with one tap makes of `stream`, with weights as far as they have become.
     fn stream_of(
         &self,
         section: &Section,
         calibration: &Calibration<'_>,
         stream: Option<&Stream>,
     ) -> Result<Stream, QuantError> {
+        self.stream_by(section, calibration, stream, &mut |weight| self.current(weight))
+    }
+
+    /// What a section with one tap makes of `stream`, with the weights that `weight` says.
+    fn stream_by(
+        &self,
+        section: &Section,
+        calibration: &Calibration<'_>,
+        stream: Option<&Stream>,
+        weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
+    ) -> Result<Stream, QuantError> {
         let width = section.program.capture_widths()[0];
         let mut values = Vec::with_capacity(calibration.tokens.len() * width);
-        let mut weight = |weight| self.current(weight);
-        calibration.run(section, stream, &mut weight, &mut |window| {
+        calibration.run(section, stream, weight, &mut |window| {
             values.extend_from_slice(window.taps[0]);
         })?;
         Ok(Stream { width, values })
@@ -313,8 +370,16 @@ impl<'a> Job<'a> {
 
     /// A weight as far as it has become: quantized, scaled, or what it was.
     fn current(&self, weight: Weight) -> Result<Tensor, QuantError> {
-        if let Some(tensor) = self.finished.get(&weight).or_else(|| self.norms.get(&weight)) {
-            return Ok(tensor.clone());
+        match self.finished.get(&weight) {
+            Some(tensor) => Ok(tensor.clone()),
+            None => self.unrounded(weight),
+        }
+    }
+
+    /// A weight as rotations and scales leave it, before it is rounded.
+    fn unrounded(&self, weight: Weight) -> Result<Tensor, QuantError> {
+        if let Some(norm) = self.norms.get(&weight) {
+            return Ok(norm.clone());
         }
         let columns = self.targets.get(&weight).is_some_and(|op| self.columns.contains_key(op));
         if !columns && !self.rows.contains_key(&weight) && !self.turned.contains_key(&weight) {
@@ -572,13 +637,7 @@ impl Replacement for Job<'_> {
 
     fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
         if self.targets.contains_key(&weight) {
-            if !self.finished.contains_key(&weight) {
-                let step = self.recipe.rounding_of(&self.name(weight))?;
-                match self.program.weight(weight).role {
-                    WeightRole::Experts => self.round_stack(step, weight, &mut |_| Ok(None))?,
-                    _ => self.round(step, &[weight], None)?,
-                }
-            }
+            self.finish(weight)?;
             // The writer asks once: what it has is not kept.
             return Ok(self.finished.remove(&weight).expect("it was just rounded"));
         }

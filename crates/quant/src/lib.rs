@@ -9,6 +9,7 @@
 
 pub mod calibrate;
 mod error;
+pub mod explain;
 mod fold;
 pub mod job;
 mod linalg;

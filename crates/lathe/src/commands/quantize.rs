@@ -10,6 +10,7 @@ use lathe_cpu::pack::PackedMatrix;
 use lathe_model::export::{ExportError, GgufOptions, PackedLayout, to_gguf_replacing, to_packed};
 use lathe_program::{BackendError, Program};
 use lathe_quant::calibrate::Calibration;
+use lathe_quant::explain::Explanation;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::{Recipe, format_named};
 use lathe_quant::{QuantError, technique};
@@ -19,6 +20,7 @@ use serde::Serialize;
 
 use super::score::read_text;
 use crate::arguments::{Device, Global};
+use crate::explanation;
 use crate::output::{InputContext, bad_input, human_bytes, print, print_json};
 use crate::prompt::encode_text;
 use crate::session::{self, Opened, bytes_under, milliseconds};
@@ -27,13 +29,16 @@ use crate::session::{self, Opened, bytes_under, milliseconds};
 const WINDOW: usize = 512;
 /// Tokens of calibration if the caller does not say.
 const CALIBRATION_TOKENS: usize = 16 * 1024;
+/// Tokens that errors are measured on if the caller does not say.
+const EXPLAIN_TOKENS: usize = 512;
 
 #[derive(Debug, Args)]
 #[command(after_help = technique::help())]
 pub struct QuantizeArguments {
     /// Folder of plain floats, .gguf file, catalogue name or Hub id
     pub model: String,
-    /// A folder (compressed-tensors pack-quantized) or a .gguf file; must not exist
+    /// A folder (compressed-tensors pack-quantized), a .gguf file, or with --explain a .html file for
+    /// the report alone; must not exist
     pub out: PathBuf,
     /// A TOML file that lists techniques, their parameters and the tensors that they are for
     #[arg(long, value_name = "FILE", required_unless_present = "format",
@@ -54,6 +59,13 @@ pub struct QuantizeArguments {
     /// Weights that share a scale, in place of the format's own number
     #[arg(long, value_name = "N")]
     pub group: Option<u32>,
+    /// Measure where errors come from and what each layer costs, on text of --calibration that is
+    /// not calibrated with: report.html and report.json beside the weights
+    #[arg(long, requires = "calibration")]
+    pub explain: bool,
+    /// Tokens to measure on, after those of the calibration, in windows of 512
+    #[arg(long, value_name = "N", default_value_t = EXPLAIN_TOKENS, requires = "explain")]
+    pub explain_tokens: usize,
 }
 
 /// What is printed, and recorded beside the weights.
@@ -76,6 +88,47 @@ struct Provenance<'a> {
     tensors: Vec<WeightReport>,
 }
 
+/// What is printed: with `--explain`, what was found too. Beside the weights that is a file of its own.
+#[derive(Serialize)]
+struct Printed<'a> {
+    #[serde(flatten)]
+    provenance: &'a Provenance<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    explanation: Option<&'a Explanation>,
+}
+
+/// What OUT is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// compressed-tensors.
+    Folder,
+    /// GGUF.
+    File,
+    /// No weights: the report of `--explain`.
+    Page,
+}
+
+impl Target {
+    fn of(arguments: &QuantizeArguments) -> Result<Self, Error> {
+        let extension = arguments.out.extension();
+        if extension.is_some_and(|kind| kind == "html") {
+            let alone =
+                || bad_input(format!("{}: a report needs --explain", arguments.out.display()));
+            return if arguments.explain { Ok(Target::Page) } else { Err(alone()) };
+        }
+        let gguf = extension.is_some_and(|kind| kind == "gguf");
+        Ok(if gguf { Target::File } else { Target::Folder })
+    }
+
+    fn layout(self) -> &'static str {
+        match self {
+            Target::Folder => "compressed-tensors",
+            Target::File => "gguf",
+            Target::Page => "none",
+        }
+    }
+}
+
 /// Quantizes.
 pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
     let out = &arguments.out;
@@ -83,47 +136,61 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         return Err(bad_input(format!("{}: it exists already", out.display())));
     }
     let recipe = recipe(arguments)?;
-    let to_file = out.extension().is_some_and(|kind| kind == "gguf");
-    check_layout(&recipe, to_file, out)?;
+    let target = Target::of(arguments)?;
+    check_layout(&recipe, target, out)?;
     let opened = session::open(&arguments.model)?;
     let model = &opened.model;
     let program = session::program_for(&model.spec, model.spec.context_max)?;
     let weights = model.weights(&program).bad_input()?;
-    let layout = match to_file {
-        true => None,
-        false => Some(PackedLayout::new(model, &weights).bad_input()?),
+    let layout = match target {
+        Target::Folder => Some(PackedLayout::new(model, &weights).bad_input()?),
+        Target::File | Target::Page => None,
     };
     check_targets(&program, &recipe, layout.as_ref())?;
     check_device(global.device, &program, &recipe)?;
-    let tokens = calibration_tokens(arguments, &opened, &recipe)?;
+    let text = read_tokens(arguments, &opened, &recipe)?;
+    let tokens = text.as_ref().map(|it| it.calibration.as_slice());
 
     let mut meter = Meter::new();
     let progress = |now: job::Progress| meter.tell(now.done, now.total);
     let mut job = quantized(Job::new(&weights, &recipe, tokens.is_some(), progress))?;
     eprintln!("quantizing to {}", recipe.format);
-    if let Some(tokens) = &tokens {
-        let backend = session::backend(global.device)?;
-        let calibration = Calibration {
-            backend: &*backend,
-            tokens,
-            window: WINDOW,
-            threads: global.threads.map(usize::from),
-            exact: global.exact,
-            kv_format: global.kv_format,
-        };
-        quantized(job.calibrate(&model.spec, &calibration))?;
+    let backend = session::backend(global.device)?;
+    let run_on = |tokens| Calibration {
+        backend: &*backend,
+        tokens,
+        window: WINDOW,
+        threads: global.threads.map(usize::from),
+        exact: global.exact,
+        kv_format: global.kv_format,
+    };
+    if let Some(tokens) = tokens {
+        quantized(job.calibrate(&model.spec, &run_on(tokens)))?;
     }
-    match &layout {
-        Some(layout) => write_folder(layout, out, &mut job, &recipe)?,
-        None => exported(to_gguf_replacing(model, out, &gguf_options(&recipe), &mut job))?,
+    let explanation = match text.as_ref().filter(|_| arguments.explain) {
+        None => None,
+        Some(text) => {
+            eprintln!("measuring on {} tokens", text.explain.len());
+            let mut meter = Meter::new();
+            let mut progress = |now: job::Progress| meter.tell(now.done, now.total);
+            Some(quantized(job.explain(&model.spec, &run_on(&text.explain), &mut progress))?)
+        }
+    };
+    match (&layout, target) {
+        (Some(layout), _) => write_folder(layout, out, &mut job, &recipe)?,
+        (None, Target::Page) => {}
+        (None, _) => exported(to_gguf_replacing(model, out, &gguf_options(&recipe), &mut job))?,
+    }
+    if let Some(explanation) = &explanation {
+        write_explanation(&model.name, explanation, out, target)?;
     }
     let report = Provenance {
         model: &model.name,
         path: out,
-        layout: if to_file { "gguf" } else { "compressed-tensors" },
+        layout: target.layout(),
         format: recipe.format.to_string(),
         bytes: bytes_under(out),
-        calibration_tokens: tokens.as_ref().map_or(0, Vec::len),
+        calibration_tokens: tokens.map_or(0, <[u32]>::len),
         calibration: arguments.calibration.as_deref().filter(|_| tokens.is_some()),
         quantize_ms: milliseconds(opened.started),
         lathe: env!("CARGO_PKG_VERSION"),
@@ -132,8 +199,14 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         expert_tokens: std::mem::take(&mut job.coverage),
         tensors: std::mem::take(&mut job.reports),
     };
-    record(&report, out, to_file)?;
-    if global.json { print_json(&report) } else { print(&describe(&report)) }
+    if target != Target::Page {
+        record(&report, out, target == Target::File)?;
+    }
+    if global.json {
+        return print_json(&Printed { provenance: &report, explanation: explanation.as_ref() });
+    }
+    let found = explanation.as_ref().map(explanation::table).unwrap_or_default();
+    print(&(describe(&report) + &found))
 }
 
 fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
@@ -146,15 +219,15 @@ fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
 }
 
 /// Which files can hold which formats.
-fn check_layout(recipe: &Recipe, to_file: bool, out: &Path) -> Result<(), Error> {
+fn check_layout(recipe: &Recipe, target: Target, out: &Path) -> Result<(), Error> {
     let (format, out) = (recipe.format, out.display());
-    match (format, to_file) {
-        (Format::Ggml(_), true) => Ok(()),
-        (Format::Scaled(scaled), false) if can_pack(&scaled) => Ok(()),
-        (Format::Ggml(_), false) => {
+    match (format, target) {
+        (_, Target::Page) | (Format::Ggml(_), Target::File) => Ok(()),
+        (Format::Scaled(scaled), Target::Folder) if can_pack(&scaled) => Ok(()),
+        (Format::Ggml(_), Target::Folder) => {
             Err(bad_input(format!("{out}: {format} is a format of GGUF, expected a name in .gguf")))
         }
-        (_, true) => Err(bad_input(format!(
+        (_, Target::File) => Err(bad_input(format!(
             "{out}: {format} is none of GGUF's formats, expected one such as q4_0 or q4_k"
         ))),
         _ => Err(bad_input(format!(
@@ -199,12 +272,19 @@ fn check_device(device: Device, program: &Program, recipe: &Recipe) -> Result<()
     Ok(())
 }
 
+/// The text that layers are to see.
+struct Text {
+    calibration: Vec<u32>,
+    /// Behind it: what errors are measured on.
+    explain: Vec<u32>,
+}
+
 /// The text that layers are to see, if the recipe needs one.
-fn calibration_tokens(
+fn read_tokens(
     arguments: &QuantizeArguments,
     opened: &Opened,
     recipe: &Recipe,
-) -> Result<Option<Vec<u32>>, Error> {
+) -> Result<Option<Text>, Error> {
     let path = match &arguments.calibration {
         Some(path) => path,
         None if recipe.needs_calibration() => {
@@ -213,12 +293,45 @@ fn calibration_tokens(
         None => return Ok(None),
     };
     let text = read_text(path)?;
-    let mut tokens = match text.trim_start().starts_with('[') {
+    let mut calibration = match text.trim_start().starts_with('[') {
         true => serde_json::from_str::<Vec<u32>>(&text).bad_input_in(path.display())?,
         false => encode_text(opened.tokenizer()?, &text)?,
     };
-    tokens.truncate(arguments.calibration_tokens);
-    Ok(Some(tokens))
+    let held_out = if arguments.explain { arguments.explain_tokens } else { 0 };
+    let Some(most) = calibration.len().checked_sub(held_out).filter(|most| *most > 0) else {
+        return Err(bad_input(format!(
+            "{}: {} tokens, expected more than --explain-tokens {held_out}, which are not calibrated with",
+            path.display(),
+            calibration.len()
+        )));
+    };
+    let explain = calibration.split_off(most.min(arguments.calibration_tokens));
+    Ok(Some(Text { calibration, explain: explain[..held_out].to_vec() }))
+}
+
+/// Beside the weights, or alone: a page, and the same numbers for programs.
+fn write_explanation(
+    model: &str,
+    found: &Explanation,
+    out: &Path,
+    target: Target,
+) -> Result<(), Error> {
+    let (page, numbers) = match target {
+        Target::Folder => (out.join("report.html"), out.join("report.json")),
+        Target::File => (out.with_extension("report.html"), out.with_extension("report.json")),
+        Target::Page => (out.to_owned(), out.with_extension("json")),
+    };
+    write_whole(&numbers, &(serde_json::to_string_pretty(found)? + "\n"))?;
+    write_whole(&page, &explanation::html(model, found)?)
+}
+
+/// Writes under a temporary name and renames.
+fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    fs::write(&partial, text)
+        .and_then(|()| fs::rename(&partial, path))
+        .with_context(|| path.display().to_string())
 }
 
 /// Embedding and head stay in 8 bits: they are rounded without a technique.

@@ -12,7 +12,7 @@ use lathe_program::{
     ExpertsSpec, LinearSpec, Op, Program, ProgramBuilder, Value, Weight, WeightRole,
 };
 use lathe_tensor::{Bytes, GlobalScale, Tensor, TensorError};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Job, WeightReport};
 use crate::calibrate::{Calibration, Seen, Stream};
@@ -23,7 +23,7 @@ use crate::section::Section;
 use crate::statistics::Statistics;
 
 /// How many tokens of the calibration a router chose each expert for.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CoverageReport {
     /// Canonical name of the router.
     pub router: String,

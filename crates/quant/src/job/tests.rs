@@ -15,17 +15,17 @@ use lathe_program::{
 use super::*;
 use crate::calibrate;
 
-const TOKENS: [u32; 24] =
+pub(super) const TOKENS: [u32; 24] =
     [3, 60, 17, 5, 5, 42, 9, 33, 21, 8, 1, 2, 30, 31, 44, 50, 12, 7, 19, 28, 4, 40, 11, 6];
 
-fn open(name: &str) -> (Model, Arc<Program>) {
+pub(super) fn open(name: &str) -> (Model, Arc<Program>) {
     let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny"));
     let model = Model::open(&root.join(name)).expect(name);
     let program = Arc::new(lower(&model.spec, &LowerOptions::new(64)).expect(name));
     (model, program)
 }
 
-fn executor(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Executor> {
+pub(super) fn executor(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Executor> {
     let options = ExecutorOptions {
         kv_blocks: program.kv.groups.len() * 2,
         kv_format: Some(KvFormat::F32),
@@ -37,7 +37,7 @@ fn executor(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Execu
 }
 
 /// The text in two windows on the reference.
-fn calibration<'a>(backend: &'a ReferenceBackend, tokens: &'a [u32]) -> Calibration<'a> {
+pub(super) fn calibration<'a>(backend: &'a ReferenceBackend, tokens: &'a [u32]) -> Calibration<'a> {
     Calibration { backend, tokens, window: 12, threads: None, exact: true, kv_format: None }
 }
 
