@@ -83,42 +83,50 @@ pub fn svg(chart: &Chart, place: Place) -> Result<String, Error> {
     })
 }
 
+/// A point as it is placed; `None` if it cannot be.
+fn placed(scale: Scale, (x, y): &(f64, f64)) -> Option<(f64, f64)> {
+    let y = if scale == Scale::Logarithmic { y.log10() } else { *y };
+    (x.is_finite() && y.is_finite()).then_some((*x, y))
+}
+
+/// The ranges of x and y that hold all points.
+fn ranges(chart: &Chart) -> (std::ops::Range<f64>, std::ops::Range<f64>) {
+    let all = chart.curves.iter().flat_map(|curve| &curve.points);
+    let points: Vec<(f64, f64)> = all.filter_map(|point| placed(chart.scale, point)).collect();
+    let least = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).fold(f64::MAX, f64::min);
+    let most = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).fold(f64::MIN, f64::max);
+    if points.is_empty() {
+        return (0.0..1.0, 0.0..1.0);
+    }
+    let bars = chart.curves.iter().any(|curve| curve.mark == Mark::Bars);
+    let side = if bars { 0.5 } else { 0.0 };
+    let left = least(|point| point.0) - side;
+    let right = (most(|point| point.0) + side).max(left + 1e-9);
+    match chart.scale {
+        Scale::Linear => (left..right, 0.0..most(|point| point.1).max(1e-9) * 1.05),
+        Scale::Logarithmic => {
+            let bottom = least(|point| point.1).floor();
+            (left..right, bottom..(most(|point| point.1) + 0.1).max(bottom + 0.2))
+        }
+    }
+}
+
 fn render(svg: &mut String, chart: &Chart, place: Place) -> Result<(), Box<dyn std::error::Error>> {
     let area = SVGBackend::with_string(svg, (760, 440)).into_drawing_area();
     let ink = if place == Place::File { BLACK } else { INK };
     if place == Place::File {
         area.fill(&WHITE)?;
     }
-    let logarithmic = chart.scale == Scale::Logarithmic;
-    let seen = |(x, y): &(f64, f64)| {
-        let y = if logarithmic { y.log10() } else { *y };
-        (x.is_finite() && y.is_finite()).then_some((*x, y))
-    };
-    let points = || chart.curves.iter().flat_map(|curve| curve.points.iter().filter_map(seen));
-    let least = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::INFINITY, f64::min);
-    let most = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::NEG_INFINITY, f64::max);
-    let bars = chart.curves.iter().any(|curve| curve.mark == Mark::Bars);
-    let side = if bars { 0.5 } else { 0.0 };
-    let left = least(&mut points().map(|point| point.0)).min(f64::MAX) - side;
-    let right = most(&mut points().map(|point| point.0)).max(left + 1e-9) + side;
-    let (bottom, top) = match logarithmic {
-        true => {
-            let bottom = least(&mut points().map(|point| point.1)).min(f64::MAX).floor();
-            (bottom, most(&mut points().map(|point| point.1)).max(bottom + 0.1) + 0.1)
-        }
-        false => (0.0, most(&mut points().map(|point| point.1)).max(1e-9) * 1.05),
-    };
-    let left = if bars || left < 0.0 || place == Place::Page { left } else { 0.0 };
+    let (x_range, y_range) = ranges(chart);
+    let bottom = y_range.start;
     let text = |size: u32| ("sans-serif", size).into_font().color(&ink);
     let mut context = ChartBuilder::on(&area)
         .caption(chart.title, text(18))
         .margin(14)
         .x_label_area_size(38)
         .y_label_area_size(72)
-        .build_cartesian_2d(left..right, bottom..top)?;
-    let power = |value: &f64| format!("{:.1e}", 10f64.powf(*value));
-    let plain = |value: &f64| format!("{}", (value * 1e6).round() / 1e6);
-    let y_label: &dyn Fn(&f64) -> String = if logarithmic { &power } else { &plain };
+        .build_cartesian_2d(x_range, y_range)?;
+    let logarithmic = chart.scale == Scale::Logarithmic;
     context
         .configure_mesh()
         .x_desc(chart.x)
@@ -128,15 +136,18 @@ fn render(svg: &mut String, chart: &Chart, place: Place) -> Result<(), Box<dyn s
         .axis_style(ink)
         .bold_line_style(ink.mix(0.15))
         .light_line_style(ink.mix(0.04))
-        .y_label_formatter(y_label)
+        .y_label_formatter(&|value: &f64| match logarithmic {
+            true => format!("{:.1e}", 10f64.powf(*value)),
+            false => ((value * 1e6).round() / 1e6).to_string(),
+        })
         .draw()?;
     for (index, curve) in chart.curves.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
         let style = colour.stroke_width(2);
-        let found = curve.points.iter().filter_map(seen);
+        let points = curve.points.iter().filter_map(|point| placed(chart.scale, point));
         let series = match curve.mark {
-            Mark::Line => context.draw_series(LineSeries::new(found, style))?,
-            Mark::Bars => context.draw_series(found.map(|(x, y)| {
+            Mark::Line => context.draw_series(LineSeries::new(points, style))?,
+            Mark::Bars => context.draw_series(points.map(|(x, y)| {
                 Rectangle::new([(x - 0.4, bottom), (x + 0.4, y)], colour.filled())
             }))?,
         };
@@ -146,10 +157,8 @@ fn render(svg: &mut String, chart: &Chart, place: Place) -> Result<(), Box<dyn s
     }
     if chart.curves.len() > 1 || place == Place::File {
         let mut labels = context.configure_series_labels();
-        labels
-            .position(SeriesLabelPosition::UpperLeft)
-            .label_font(text(13))
-            .border_style(ink.mix(0.3));
+        labels.position(SeriesLabelPosition::UpperLeft).label_font(text(13));
+        labels.border_style(ink.mix(0.3));
         if place == Place::File {
             labels.background_style(WHITE.mix(0.8));
         }

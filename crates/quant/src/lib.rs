@@ -7,6 +7,7 @@
 //! backend: it comes in as a trait object.
 #![forbid(unsafe_code)]
 
+pub mod budget;
 pub mod calibrate;
 mod error;
 pub mod explain;
@@ -24,4 +25,4 @@ pub mod technique;
 pub use error::QuantError;
 pub use matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
 pub use parameters::{Kind, Parameter, Parameters};
-pub use statistics::Statistics;
+pub use statistics::{Asymmetry, Statistics};

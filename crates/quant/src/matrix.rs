@@ -6,7 +6,7 @@ use lathe_tensor::{Block, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, 
 use serde::{Deserialize, Serialize};
 
 use crate::error::QuantError;
-use crate::statistics::{Statistics, output_error};
+use crate::statistics::{Asymmetry, Statistics, output_error};
 
 /// One `[rows, columns]` weight.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +28,8 @@ pub struct Group<'a> {
     pub matrices: Vec<Matrix<'a>>,
     /// What calibration saw of the input, if it ran.
     pub statistics: Option<&'a Statistics>,
+    /// How that input differs from the float model's, if calibration ran through both.
+    pub asymmetry: Option<&'a Asymmetry>,
 }
 
 impl<'a> Group<'a> {

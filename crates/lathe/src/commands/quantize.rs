@@ -7,8 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error};
 use clap::Args;
 use lathe_cpu::pack::PackedMatrix;
+use lathe_model::Model;
 use lathe_model::export::{ExportError, GgufOptions, PackedLayout, to_gguf_replacing, to_packed};
-use lathe_program::{BackendError, Program};
+use lathe_model::spec::DecoderSpec;
+use lathe_model::weights::ModelWeights;
+use lathe_program::{Backend, BackendError, Program};
+use lathe_quant::budget::planned;
 use lathe_quant::calibrate::Calibration;
 use lathe_quant::explain::Explanation;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
@@ -132,11 +136,9 @@ impl Target {
 /// Quantizes.
 pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
     let out = &arguments.out;
-    if out.exists() {
-        return Err(bad_input(format!("{}: it exists already", out.display())));
-    }
-    let recipe = recipe(arguments)?;
     let target = Target::of(arguments)?;
+    check_new(out, target)?;
+    let recipe = recipe(arguments)?;
     check_layout(&recipe, target, out)?;
     let opened = session::open(&arguments.model)?;
     let model = &opened.model;
@@ -149,33 +151,28 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     check_targets(&program, &recipe, layout.as_ref())?;
     check_device(global.device, &program, &recipe)?;
     let text = read_tokens(arguments, &opened, &recipe)?;
-    let tokens = text.as_ref().map(|it| it.calibration.as_slice());
+    let backend = session::backend(global.device)?;
+    let recipe = plan(
+        &recipe,
+        &weights,
+        model,
+        text.as_ref().map(|it| runs(global, &*backend, &it.calibration)),
+    )?;
 
     let mut meter = Meter::new();
-    let progress = |now: job::Progress| meter.tell(now.done, now.total);
-    let mut job = quantized(Job::new(&weights, &recipe, tokens.is_some(), progress))?;
-    eprintln!("quantizing to {}", recipe.format);
-    let backend = session::backend(global.device)?;
-    let run_on = |tokens| Calibration {
-        backend: &*backend,
-        tokens,
-        window: WINDOW,
-        threads: global.threads.map(usize::from),
-        exact: global.exact,
-        kv_format: global.kv_format,
-    };
-    if let Some(tokens) = tokens {
-        quantized(job.calibrate(&model.spec, &run_on(tokens)))?;
-    }
-    let explanation = match text.as_ref().filter(|_| arguments.explain) {
-        None => None,
-        Some(text) => {
-            eprintln!("measuring on {} tokens", text.explain.len());
-            let mut meter = Meter::new();
-            let mut progress = |now: job::Progress| meter.tell(now.done, now.total);
-            Some(quantized(job.explain(&model.spec, &run_on(&text.explain), &mut progress))?)
+    let mut job = quantized(Job::new(&weights, &recipe, text.is_some(), |now| meter.tell(now)))?;
+    eprintln!("quantizing to {}", formats(&recipe));
+    let resume = beside(out, ".quantizing");
+    if let Some(text) = &text {
+        if resume.exists() {
+            eprintln!("going on from {}", resume.display());
         }
-    };
+        let calibration = runs(global, &*backend, &text.calibration);
+        quantized(job.calibrate_resumable(&model.spec, &calibration, &resume))?;
+    }
+    let measured = text.as_ref().filter(|_| arguments.explain);
+    let measured = measured.map(|text| runs(global, &*backend, &text.explain));
+    let explanation = measured.map(|text| explain(&mut job, &model.spec, &text)).transpose()?;
     match (&layout, target) {
         (Some(layout), _) => write_folder(layout, out, &mut job, &recipe)?,
         (None, Target::Page) => {}
@@ -188,10 +185,10 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         model: &model.name,
         path: out,
         layout: target.layout(),
-        format: recipe.format.to_string(),
+        format: formats(&recipe),
         bytes: bytes_under(out),
-        calibration_tokens: tokens.map_or(0, <[u32]>::len),
-        calibration: arguments.calibration.as_deref().filter(|_| tokens.is_some()),
+        calibration_tokens: text.as_ref().map_or(0, |it| it.calibration.len()),
+        calibration: arguments.calibration.as_deref().filter(|_| text.is_some()),
         quantize_ms: milliseconds(opened.started),
         lathe: env!("CARGO_PKG_VERSION"),
         recipe: recipe.to_toml(),
@@ -199,14 +196,77 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         expert_tokens: std::mem::take(&mut job.coverage),
         tensors: std::mem::take(&mut job.reports),
     };
+    drop(job);
+    finish(global, &report, explanation.as_ref(), target, &resume)
+}
+
+/// Records, removes what a later run would have gone on from, and says what was done.
+fn finish(
+    global: &Global,
+    report: &Provenance<'_>,
+    explanation: Option<&Explanation>,
+    target: Target,
+    resume: &Path,
+) -> Result<(), Error> {
     if target != Target::Page {
-        record(&report, out, target == Target::File)?;
+        record(report, report.path, target == Target::File)?;
+    }
+    if resume.exists() {
+        fs::remove_dir_all(resume).with_context(|| resume.display().to_string())?;
     }
     if global.json {
-        return print_json(&Printed { provenance: &report, explanation: explanation.as_ref() });
+        return print_json(&Printed { provenance: report, explanation });
     }
-    let found = explanation.as_ref().map(explanation::table).unwrap_or_default();
-    print(&(describe(&report) + &found))
+    let found = explanation.map(explanation::table).unwrap_or_default();
+    print(&(describe(report) + &found))
+}
+
+/// Nothing that exists is written over.
+fn check_new(out: &Path, target: Target) -> Result<(), Error> {
+    let numbers = (target == Target::Page).then(|| out.with_extension("json"));
+    let exists = [Some(out.to_owned()), numbers].into_iter().flatten().find(|it| it.exists());
+    match exists {
+        Some(path) => Err(bad_input(format!("{}: it exists already", path.display()))),
+        None => Ok(()),
+    }
+}
+
+/// How a text is run.
+fn runs<'a>(global: &Global, backend: &'a dyn Backend, tokens: &'a [u32]) -> Calibration<'a> {
+    Calibration {
+        backend,
+        tokens,
+        window: WINDOW,
+        threads: global.threads.map(usize::from),
+        exact: global.exact,
+        kv_format: global.kv_format,
+    }
+}
+
+/// The recipe with a format for each layer, if it has a budget.
+fn plan(
+    recipe: &Recipe,
+    weights: &ModelWeights<'_>,
+    model: &Model,
+    text: Option<Calibration<'_>>,
+) -> Result<Recipe, Error> {
+    let Some(text) = text.filter(|_| recipe.budget.is_some()) else { return Ok(recipe.clone()) };
+    let tokens = &text.tokens[..text.tokens.len().min(EXPLAIN_TOKENS)];
+    eprintln!("measuring each layer in each format on {} tokens", tokens.len());
+    let mut meter = Meter::new();
+    let mut progress = |now| meter.tell(now);
+    let text = Calibration { tokens, ..text };
+    quantized(planned(weights, recipe, &model.spec, &text, &mut progress))
+}
+
+fn explain(
+    job: &mut Job<'_>,
+    spec: &DecoderSpec,
+    text: &Calibration<'_>,
+) -> Result<Explanation, Error> {
+    eprintln!("measuring on {} tokens", text.tokens.len());
+    let mut meter = Meter::new();
+    quantized(job.explain(spec, text, &mut |now| meter.tell(now)))
 }
 
 fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
@@ -218,23 +278,54 @@ fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
     Recipe::simple(format, &arguments.method).bad_input()
 }
 
+/// Every format that a recipe may use, each once.
+fn all_formats(recipe: &Recipe) -> Vec<Format> {
+    let of_tensors = recipe.formats.iter().map(|(_, format)| *format);
+    let of_budget = recipe.budget.iter().flat_map(|budget| &budget.formats).copied();
+    let mut all: Vec<Format> =
+        [recipe.format].into_iter().chain(of_tensors).chain(of_budget).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+fn formats(recipe: &Recipe) -> String {
+    let names: Vec<String> = all_formats(recipe).iter().map(Format::to_string).collect();
+    names.join(", ")
+}
+
 /// Which files can hold which formats.
 fn check_layout(recipe: &Recipe, target: Target, out: &Path) -> Result<(), Error> {
-    let (format, out) = (recipe.format, out.display());
-    match (format, target) {
-        (_, Target::Page) | (Format::Ggml(_), Target::File) => Ok(()),
-        (Format::Scaled(scaled), Target::Folder) if can_pack(&scaled) => Ok(()),
-        (Format::Ggml(_), Target::Folder) => {
-            Err(bad_input(format!("{out}: {format} is a format of GGUF, expected a name in .gguf")))
+    let (all, out) = (all_formats(recipe), out.display());
+    for format in &all {
+        match (format, target) {
+            (_, Target::Page) | (Format::Ggml(_), Target::File) => {}
+            (Format::Scaled(scaled), Target::Folder) if can_pack(scaled) => {}
+            (Format::Ggml(_), Target::Folder) => {
+                return Err(bad_input(format!(
+                    "{out}: {format} is a format of GGUF, expected a name in .gguf"
+                )));
+            }
+            (_, Target::File) => {
+                return Err(bad_input(format!(
+                    "{out}: {format} is none of GGUF's formats, expected one such as q4_0 or q4_k"
+                )));
+            }
+            _ => {
+                return Err(bad_input(format!(
+                    "{format} cannot be written yet, expected int4 or int8 with a scale a group or a \
+                     row, or a format of GGUF"
+                )));
+            }
         }
-        (_, Target::File) => Err(bad_input(format!(
-            "{out}: {format} is none of GGUF's formats, expected one such as q4_0 or q4_k"
-        ))),
-        _ => Err(bad_input(format!(
-            "{format} cannot be written yet, expected int4 or int8 with a scale a group or a row, \
-             or a format of GGUF"
-        ))),
     }
+    if target == Target::Folder && all.len() > 1 {
+        return Err(bad_input(format!(
+            "{out}: a folder holds one format, found {}, expected a .gguf file or a .html report",
+            formats(recipe)
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses tensors that the layout cannot replace before anything is computed.
@@ -264,7 +355,7 @@ fn check_device(device: Device, program: &Program, recipe: &Recipe) -> Result<()
     for weight in job::targets(program, recipe).bad_input()?.keys() {
         let decl = program.weight(*weight);
         let columns = decl.shape.last().copied().unwrap_or(1);
-        PackedMatrix::check(recipe.format, columns).bad_input_in(format!(
+        PackedMatrix::check(recipe.format_of(&decl.name), columns).bad_input_in(format!(
             "tensor {} could only be run, and quantized, with --device reference",
             decl.name
         ))?;
@@ -298,6 +389,9 @@ fn read_tokens(
         false => encode_text(opened.tokenizer()?, &text)?,
     };
     let held_out = if arguments.explain { arguments.explain_tokens } else { 0 };
+    if arguments.explain && held_out < 2 {
+        return Err(bad_input(format!("--explain-tokens is {held_out}, expected at least 2")));
+    }
     let Some(most) = calibration.len().checked_sub(held_out).filter(|most| *most > 0) else {
         return Err(bad_input(format!(
             "{}: {} tokens, expected more than --explain-tokens {held_out}, which are not calibrated with",
@@ -327,8 +421,7 @@ fn write_explanation(
 
 /// Writes under a temporary name and renames.
 fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
+    let partial = beside(path, ".partial");
     fs::write(&partial, text)
         .and_then(|()| fs::rename(&partial, path))
         .with_context(|| path.display().to_string())
@@ -347,9 +440,7 @@ fn write_folder(
     job: &mut Job<'_>,
     recipe: &Recipe,
 ) -> Result<(), Error> {
-    let mut partial = out.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
+    let partial = beside(out, ".partial");
     let _ = fs::remove_dir_all(&partial);
     let written = exported(to_packed(layout, &partial, job)).and_then(|()| {
         let path = partial.join("recipe.toml");
@@ -360,6 +451,13 @@ fn write_folder(
     }
     written?;
     fs::rename(&partial, out).with_context(|| out.display().to_string())
+}
+
+/// The path with more behind its name.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 /// What was done, beside the weights: never in `config.json`.
@@ -429,22 +527,29 @@ fn exported(result: Result<(), ExportError>) -> Result<(), Error> {
 struct Meter {
     start: Instant,
     told: Instant,
+    /// What was done before: by an earlier run.
+    from: Option<usize>,
 }
 
 impl Meter {
     fn new() -> Self {
         let now = Instant::now();
-        Meter { start: now, told: now }
+        Meter { start: now, told: now, from: None }
     }
 
-    fn tell(&mut self, done: usize, total: usize) {
+    fn tell(&mut self, now: job::Progress) {
+        let job::Progress { done, total } = now;
+        let from = *self.from.get_or_insert(done);
         if self.told.elapsed() < Duration::from_secs(5) && done < total {
             return;
         }
         self.told = Instant::now();
         let share = done as f64 / total.max(1) as f64;
         let spent = self.start.elapsed().as_secs_f64();
-        let left = spent / share.max(1e-9) - spent;
-        eprintln!("{:.0} %, {spent:.0} s, about {left:.0} s left", share * 100.0);
+        let left = match done - from {
+            0 => String::new(),
+            ours => format!(", about {:.0} s left", spent * (total - done) as f64 / ours as f64),
+        };
+        eprintln!("{:.0} %, {spent:.0} s{left}", share * 100.0);
     }
 }

@@ -167,11 +167,13 @@ impl Job<'_> {
     ) -> Result<(), QuantError> {
         let (shape, values) = self.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
+        let asymmetry = self.targets.get(&weight).and_then(|op| self.asymmetry(*op));
         let matrices = names
             .iter()
             .zip(values.chunks(shape[1] * shape[2]))
             .map(|(name, values)| Matrix { name, rows: shape[1], columns: shape[2], values });
-        let group = Group { matrices: matrices.collect(), statistics };
+        let asymmetry = asymmetry.as_ref();
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
         self.finish_stack(step, weight, vec![group])
     }
 
@@ -192,6 +194,7 @@ impl Job<'_> {
         let groups = matrices.map(|((name, values), statistics)| Group {
             matrices: vec![Matrix { name, rows: shape[1], columns: shape[2], values }],
             statistics: statistics.as_ref(),
+            asymmetry: None,
         });
         self.finish_stack(step, weight, groups.collect())
     }
@@ -208,8 +211,9 @@ impl Job<'_> {
         groups: Vec<Group<'_>>,
     ) -> Result<(), QuantError> {
         let mut tensors = Vec::new();
+        let format = self.recipe.format_of(&self.name(weight));
         for group in &groups {
-            let outcome = (step.technique.group())(group, self.recipe.format, &step.parameters)?;
+            let outcome = (step.technique.group())(group, format, &step.parameters)?;
             let Outcome::Quantized(list) = outcome else {
                 let message = format!("{} rounds nothing", step.technique.name);
                 return Err(QuantError::Recipe(message));

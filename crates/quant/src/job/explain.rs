@@ -113,6 +113,7 @@ impl Job<'_> {
             pass.weights.after = Some(Histogram::default());
             pass.activations.after = Some(Histogram::default());
         }
+        pass.tell(0);
         let mut found = Vec::new();
         let end = layers.layers.last().map_or(0, |(range, _)| range.end);
         for (index, (range, out)) in layers.layers.into_iter().enumerate() {
@@ -252,8 +253,9 @@ impl Job<'_> {
 
         let elements: usize = tensors.iter().map(|it| it.elements).sum();
         let bits = |(weight, _): &(Weight, usize)| {
-            let size: usize = self.program.weight(*weight).shape.iter().product();
-            size as f64 * self.recipe.format.bits_per_weight()
+            let decl = self.program.weight(*weight);
+            let size: usize = decl.shape.iter().product();
+            size as f64 * self.recipe.format_of(&decl.name).bits_per_weight()
         };
         Ok(LayerExplanation {
             layer: index,

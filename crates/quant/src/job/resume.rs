@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{CoverageReport, Job, PreparedReport, WeightReport};
-use crate::calibrate::{Calibration, Stream};
+use crate::calibrate::{Calibration, Prefixes, Stream};
 use crate::error::QuantError;
 
 /// Bytes of each weight that tell one model from another.
@@ -213,28 +213,34 @@ impl Job<'_> {
     pub(super) fn restore(
         &mut self,
         store: &mut Store,
-    ) -> Result<Option<(usize, Stream)>, QuantError> {
+    ) -> Result<Option<(usize, Prefixes)>, QuantError> {
         let Some(state) = store.state()? else { return Ok(None) };
         for layer in 0..state.layers {
             self.map_layer(store, layer)?;
         }
         let file = store.open(&store.stream(state.layers))?;
-        let values = file.raw("stream").map_err(|error| store.refused(error))?;
-        let width = file.metadata().get("stream").and_then(|width| width.parse().ok());
-        let width: usize = width.ok_or_else(|| store.refused("its stream has no width"))?;
+        let stream = |name: &str| -> Option<Stream> {
+            let width = file.metadata().get(name)?.parse().ok()?;
+            Some(Stream { width, values: floats_of(&file.raw(name).ok()?.bytes) })
+        };
+        let (found, float) = (stream("stream"), stream("float"));
+        let found = found.ok_or_else(|| store.refused("its stream is missing"))?;
+        if float.is_none() && self.recipe.is_asymmetric() {
+            return Err(store.refused("the float model's stream is missing"));
+        }
         self.done = state.done;
         self.reports = state.reports;
         self.prepared = state.prepared;
         self.coverage = state.coverage;
-        Ok(Some((state.layers, Stream { width, values: floats_of(&values.bytes) })))
+        Ok(Some((state.layers, Prefixes { stream: found, float })))
     }
 
-    /// Writes what became of layer `layer`, which is the next one, and the stream behind it.
+    /// Writes what became of layer `layer`, which is the next one, and the streams behind it.
     pub(super) fn save(
         &mut self,
         store: &mut Store,
         layer: usize,
-        stream: &Stream,
+        prefixes: &Prefixes,
     ) -> Result<(), QuantError> {
         let mut planes = Vec::new();
         let tensors = [("weight", &self.finished), ("norm", &self.norms)];
@@ -256,9 +262,14 @@ impl Job<'_> {
         store.write(&store.layer(layer), &planes)?;
         drop(planes);
         self.map_layer(store, layer)?;
-        let about = Some(stream.width.to_string());
-        let plane = Plane { about, ..floats("stream".to_owned(), &stream.values) };
-        store.write(&store.stream(layer + 1), &[plane])?;
+        let plane = |(name, stream): (&str, &Stream)| {
+            let about = Some(stream.width.to_string());
+            Plane { about, ..floats(name.to_owned(), &stream.values) }
+        };
+        let float = prefixes.float.iter().map(|float| ("float", float));
+        let streams: Vec<Plane<'_>> =
+            [("stream", &prefixes.stream)].into_iter().chain(float).map(plane).collect();
+        store.write(&store.stream(layer + 1), &streams)?;
         let state = State {
             origin: store.origin.clone(),
             layers: layer + 1,

@@ -354,7 +354,8 @@ fn experts_are_calibrated_by_all_tokens() {
         let mut statistics = Statistics::new(spec.hidden);
         statistics.add(&hidden);
         let matrix = Matrix { name: "down", rows: width, columns: spec.hidden, values: &down };
-        let group = Group { matrices: vec![matrix], statistics: Some(&statistics) };
+        let group =
+            Group { matrices: vec![matrix], statistics: Some(&statistics), asymmetry: None };
         let parameters = &recipe.steps[0].parameters;
         let Ok(Outcome::Quantized(list)) = (technique.group())(&group, recipe.format, parameters)
         else {

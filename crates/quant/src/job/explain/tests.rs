@@ -8,6 +8,7 @@ use lathe_tensor::Format;
 
 use super::super::tests::{TOKENS, calibration, executor, open};
 use super::*;
+use crate::budget::planned;
 use crate::calibrate::step_of;
 use crate::recipe::Recipe;
 
@@ -115,6 +116,57 @@ fn errors_of_outputs_are_those_that_calibration_reports() {
     let (before, after) = (&found.weights.before, found.weights.after.as_ref().expect("rotated"));
     assert_eq!(before.total(), after.total());
     assert!(before != after);
+}
+
+/// A plan keeps its budget, is the best of all plans by its own measure, and its layers come in its formats.
+#[test]
+fn a_budget_gives_each_layer_a_format() {
+    let (model, program) = open("llama");
+    let weights = model.weights(&program).unwrap();
+    let backend = ReferenceBackend::new();
+    let text = Calibration { window: 24, ..calibration(&backend, &TOKENS) };
+    for sensitivity in ["kl", "hessian"] {
+        let recipe = format!(
+            "format = \"int4-g16-f32\"\n[budget]\nbits = 7.0\nformats = [\"int3-g16-f32\", \
+             \"int8-g16-f32\"]\nsensitivity = \"{sensitivity}\"\n[[technique]]\nuse = \"rtn\""
+        );
+        let recipe = Recipe::parse(&recipe, None).unwrap();
+        assert!(Job::new(&weights, &recipe, true, |_| ()).is_err(), "not planned yet");
+        let plan = planned(&weights, &recipe, &model.spec, &text, &mut |_| ()).unwrap();
+        let again = Recipe::parse(&plan.to_toml(), None).unwrap();
+        assert_eq!(again.formats, plan.formats);
+        // 5 and 10 bits with their scales: one layer in 10, as four layers take 28 bits at most.
+        let eights: Vec<&str> = plan
+            .formats
+            .iter()
+            .filter(|(_, format)| format.to_string() == "int8-g16-f32")
+            .map(|(pattern, _)| pattern.as_str())
+            .collect();
+        assert_eq!((plan.formats.len(), eights.len()), (4, 1), "{:?}", plan.formats);
+        let mut job = Job::new(&weights, &plan, false, |_| ()).unwrap();
+        let found = explained(&mut job, &model);
+        let bits: f64 = found.layers.iter().map(|it| it.bits).sum::<f64>() / 4.0;
+        assert_eq!(bits, 6.25);
+        for layer in &found.layers {
+            let eight = eights[0] == format!("layers.{}.*", layer.layer);
+            let expected = if eight { "int8-g16-f32" } else { "int3-g16-f32" };
+            assert!(layer.tensors.iter().all(|it| it.format == expected));
+        }
+        if sensitivity == "kl" {
+            // The layer that would have lost most in three bits is the one in eight.
+            let three = Recipe::simple(Format::parse("int3-g16-f32").unwrap(), "rtn").unwrap();
+            let mut job = Job::new(&weights, &three, false, |_| ()).unwrap();
+            let all = explained(&mut job, &model);
+            let worst = all.layers.iter().max_by(|a, b| a.kl.mean.total_cmp(&b.kl.mean)).unwrap();
+            assert_eq!(eights[0], format!("layers.{}.*", worst.layer));
+            assert!(found.kl.mean < all.kl.mean, "{:?} {:?}", found.kl, all.kl);
+        }
+    }
+    let poor = "format = \"int4-g16-f32\"\n[budget]\nbits = 4.5\nformats = [\"int3-g16-f32\"]\n\
+                [[technique]]\nuse = \"rtn\"";
+    let poor = Recipe::parse(poor, None).unwrap();
+    let error = planned(&weights, &poor, &model.spec, &text, &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("the least that its formats take is 5"), "{error}");
 }
 
 #[test]
