@@ -9,8 +9,8 @@ The searched types have no definition of their encoder, and gguf-py 0.19 has non
 - q4_k, q5_k: for each 32 numbers, among 161 starting steps (levels + k / 40, |k| <= 80, over the range), the least-squares step and
   minimum of the codes that one gives, by least error weighed by rms + |x| of the 256; step and minimum in 6 bits under f16 factors
   (largest / 63), all neighbours within 2 tried; four rounds of least squares for the two factors, kept while the error falls.
-- q6_k: for each 16 numbers the least-squares step among 121 starts, same weights; 8 bits under an f16 factor (largest / -128),
-  neighbours within 2.
+- q6_k: for each 16 numbers the least-squares step among 25 starts (-32 - k / 10, |k| <= 12, over the largest), same weights; 8 bits
+  under an f16 factor (largest / -128), neighbours within 2. With |k| <= 30 it is 35.51 dB in place of 35.26 on Gaussian numbers.
 - iq4_nl, iq4_xs: the step of least error weighed by x^2, among 241 starts from each end of the table; iq4_xs in 6 bits under an f16
   factor (largest / -32), neighbours within 2.
 For the other types the script fails if gguf-py's own quantizer differs by 0.01 dB.
@@ -148,7 +148,7 @@ def q6_k(x):
     v = x.reshape(-1, 16, 16)
     w = np.sqrt((v**2).mean((1, 2), keepdims=True)) + np.abs(v)
     snap = lambda r: np.clip(np.rint(r), -32, 31)
-    step = fit_scale(v, w, [-32.0], np.arange(-60, 61) / 20, snap)
+    step = fit_scale(v, w, [-32.0], np.arange(-12, 13) / 10, snap)
     return scaled_scales(v, w, step, -128, 127, snap).reshape(x.shape)
 
 
