@@ -198,23 +198,33 @@ fn errors_are_explained() {
         (&"none".into(), Some(read(Path::new(&page)).len() as u64))
     );
     assert!(Path::new(&path("page.json")).is_file());
+}
 
-    let refused = |words: &[&str]| {
+#[test]
+fn what_cannot_be_explained_or_gone_on_from_is_refused() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (tokens, new, state) = (path("tokens.json"), path("new"), path("new.quantizing"));
+    let ids: Vec<String> = (0..200).map(|i| (i * i % 59).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let refused = |words: &[&str], expected: &[&str]| {
         let all = [&["quantize", MODEL], words].concat();
-        run_error(&mut command(home.path(), &all), 2)
+        let reason = run_error(&mut command(home.path(), &all), 2);
+        assert!(expected.iter().all(|it| reason.contains(it)), "{words:?}: {reason}");
     };
-    let new = path("new");
-    let few =
-        ["--format", "w8a16", "--calibration", &tokens, "--explain", "--explain-tokens", "200"];
-    let reason = refused(&[&[new.as_str()], &few[..]].concat());
-    assert!(reason.contains("200 tokens, expected more"), "{reason}");
-    let reason = refused(&[&path("x.html"), "--format", "w8a16"]);
-    assert!(reason.contains("--explain"), "{reason}");
-    let state = path("new.quantizing");
+    let plain = [new.as_str(), "--format", "w8a16", "--calibration", &tokens];
+    let explain = |count| [&plain[..], &["--explain", "--explain-tokens", count]].concat();
+    refused(&explain("200"), &["200 tokens, expected more"]);
+    refused(&explain("1"), &["--explain-tokens is 1"]);
+    refused(&[&path("x.html"), "--format", "w8a16"], &["x.html", "--explain"]);
+    let recipe = path("mixed.toml");
+    let text = "format = \"w8a16\"\n[formats]\n\"layers.0.*\" = \"int4-channel-bf16\"\n\
+                [[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    refused(&[&new, "--recipe", &recipe], &["one format", "int4-channel-bf16"]);
     std::fs::create_dir(&state).expect("a folder");
     std::fs::write(Path::new(&state).join("state.json"), "{}").expect("writes");
-    let reason = refused(&[&new, "--format", "w8a16", "--calibration", &tokens]);
-    assert!(reason.contains("new.quantizing") && reason.contains("state.json"), "{reason}");
+    refused(&plain, &["new.quantizing", "state.json"]);
 }
 
 #[test]
