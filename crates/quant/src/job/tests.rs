@@ -309,6 +309,35 @@ fn what_cannot_be_quantized_is_named() {
     assert!(error.contains("no technique rounds tensor layers.0.attention"), "{error}");
 }
 
+/// The first layer reads what the float model does: GPTAQ is GPTQ there, and another one behind it. What
+/// experts' last matrices lack is not observed.
+#[test]
+fn gptaq_makes_up_for_quantized_layers() {
+    let (model, program) = open("llama");
+    let weights = model.weights(&program).unwrap();
+    let backend = ReferenceBackend::new();
+    let made = |method: &str| {
+        let recipe = Recipe::simple(Format::parse("int3-g16-f32").unwrap(), method).unwrap();
+        let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+        job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).unwrap();
+        job.finished
+    };
+    let (gptq, gptaq) = (made("gptq"), made("gptaq"));
+    for (weight, tensor) in &gptq {
+        let name = &program.weight(*weight).name;
+        let same = tensor.codes[..] == gptaq[weight].codes[..];
+        assert_eq!(same, name.starts_with("layers.0."), "{name}");
+    }
+    let (model, program) = open("mixtral");
+    let weights = model.weights(&program).unwrap();
+    let text = "format = \"int4-g16-f32\"\ntensors = [\"layers.1.ffn.experts.*\"]\n\
+                [[technique]]\nuse = \"gptaq\"";
+    let recipe = Recipe::parse(text, None).unwrap();
+    let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+    let error = job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).unwrap_err();
+    assert!(error.to_string().contains("layers.1.ffn.experts.down"), "{error}");
+}
+
 /// Every expert sees every token, through its own matrices: computed here by hand.
 #[test]
 fn experts_are_calibrated_by_all_tokens() {
