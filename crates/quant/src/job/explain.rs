@@ -31,6 +31,8 @@ use crate::technique::Stage;
 
 /// Tokens whose logits are in memory at once, for each of two streams.
 const LOGITS_TOKENS: usize = 32;
+/// Errors of outputs that are computed of each matrix: six rounds, its own, and that of its inputs.
+const OUTPUT_ERRORS: usize = 8;
 /// What inputs are rounded to where an error of activations is estimated: int8, a scale a token.
 const ACTIVATION: ScaledFormat = ScaledFormat {
     element: Element::Int(8),
@@ -149,16 +151,25 @@ impl Job<'_> {
         }
     }
 
-    /// Multiplications of the whole pass: each layer's and the head's matrices with each stream's
-    /// tokens.
+    /// Multiplications of the whole pass, about: what layers and head take.
     fn work(&self, layers: &[(Range<usize>, Value)], tokens: usize) -> usize {
-        let count = layers.len();
-        let one = |(index, (range, _)): (usize, &(Range<usize>, Value))| {
-            self.elements(range.clone()) * (index + 3) * tokens
+        let layer = |(index, (range, _)): (usize, &(Range<usize>, Value))| {
+            self.work_of_layer(index, range, tokens)
         };
         let end = layers.last().map_or(0, |(range, _)| range.end);
-        let head = self.elements(end..self.program.ops.len()) * (count + 2) * tokens;
-        layers.iter().enumerate().map(one).sum::<usize>() + head
+        let head = self.elements(end..self.program.ops.len()) * (layers.len() + 2) * tokens;
+        layers.iter().enumerate().map(layer).sum::<usize>() + head
+    }
+
+    /// A layer's matrices with each stream's tokens, and the errors of what is quantized in it: half of
+    /// `H` with each number of a matrix, in each of [`OUTPUT_ERRORS`].
+    fn work_of_layer(&self, index: usize, range: &Range<usize>, tokens: usize) -> usize {
+        let errors = |(weight, _): (&Weight, &usize)| {
+            let shape = &self.program.weight(*weight).shape;
+            shape.iter().product::<usize>() * shape.last().copied().unwrap_or(1) * OUTPUT_ERRORS / 2
+        };
+        let targets = self.targets.iter().filter(|(_, op)| range.contains(op));
+        self.elements(range.clone()) * (index + 3) * tokens + targets.map(errors).sum::<usize>()
     }
 
     /// Numbers of the matrices that the ops of `range` read.
@@ -249,7 +260,7 @@ impl Job<'_> {
         let alone = floats.chain([alone]).collect();
         pass.streams = Streams { file, float, quantized, alone };
         let tokens = pass.text.tokens.len();
-        pass.tell(self.elements(range) * (index + 3) * tokens);
+        pass.tell(self.work_of_layer(index, &range, tokens));
 
         let elements: usize = tensors.iter().map(|it| it.elements).sum();
         let bits = |(weight, _): &(Weight, usize)| {
