@@ -151,9 +151,10 @@ def quantized(x, name, rounding):
     return x, nearest(x / scale, values) * scale
 
 
-FORMATS = ["int8-tensor-f32", "int8-channel-f32", "int8-channel-bf16-asym", "int7-g64-f16", "int6-g64-f32-asym", "int5-g32-f16",
+GRID = [f"int{bits}-{block}-f32{zero}" for bits in (8, 4, 3, 2) for block in ("tensor", "channel", "g64") for zero in ("", "-asym")]
+FORMATS = [*GRID, "int8-channel-bf16-asym", "int7-g64-f16", "int6-g64-f32-asym", "int5-g32-f16",
            "int4-g128-bf16", "int4-g128-f16-asym", "int4-g32-f16", "int3-g64-f16", "int3-g64-f16-asym", "int2-g32-f16", "int2-g32-f16-asym",
-           "f8e4m3-tensor-f32", "f8e4m3-channel-f32", "f8e5m2-channel-f32", "f8e4m3-tile128x128-f32", "f8e4m3-g128-f32",
+           "f8e4m3-tensor-f32", "f8e4m3-channel-f32", "f8e5m2-tensor-f32", "f8e5m2-channel-f32", "f8e4m3-tile128x128-f32", "f8e4m3-g128-f32",
            "f8e4m3-g32-e8m0", "f8e5m2-g32-e8m0", "f6e2m3-g32-e8m0", "f6e3m2-g32-e8m0", "f4e2m1-g32-e8m0", "f4e2m1-g16-e4m3global"]
 
 

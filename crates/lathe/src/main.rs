@@ -9,6 +9,7 @@ mod catalogue;
 mod commands;
 mod conversation;
 mod experts;
+mod explanation;
 mod generate;
 mod interrupt;
 mod measure;

@@ -1,22 +1,71 @@
-//! The curves of a run with the KV cache and one without, as an SVG file.
+//! Charts as SVG: lines and bars over numbers.
 
 use std::path::Path;
 
 use anyhow::{Error, anyhow};
 use plotters::prelude::*;
 
-/// One curve: its name, and points of tokens and seconds.
+/// How a series is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// A line through the points.
+    Line,
+    /// A bar at each point.
+    Bars,
+}
+
+/// One series: its name, and points.
 pub struct Curve<'a> {
     /// For the legend.
     pub name: &'a str,
-    /// `(tokens, seconds)`.
+    /// `(x, y)`.
     pub points: Vec<(f64, f64)>,
+    /// How it is drawn.
+    pub mark: Mark,
 }
 
-/// Draws the curves to `path`, which is written under a temporary name and renamed.
+/// How large numbers are placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scale {
+    /// From zero on.
+    Linear,
+    /// By their logarithm; numbers that are not positive are left out.
+    Logarithmic,
+}
+
+/// Where a chart is to be seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In a file of its own: black on white.
+    File,
+    /// Within a page: in the colour of its text, on its ground.
+    Page,
+}
+
+/// A chart.
+pub struct Chart<'a> {
+    /// Above it.
+    pub title: &'a str,
+    /// What x is.
+    pub x: &'a str,
+    /// What y is.
+    pub y: &'a str,
+    /// How y is placed.
+    pub scale: Scale,
+    /// What is drawn.
+    pub curves: &'a [Curve<'a>],
+}
+
+/// Colours that are legible on white and on black.
+const COLOURS: [RGBColor; 4] =
+    [RGBColor(46, 125, 200), RGBColor(217, 120, 30), RGBColor(60, 150, 90), RGBColor(190, 80, 140)];
+/// Stands for the colour of a page's text.
+const INK: RGBColor = RGBColor(1, 2, 3);
+
+/// Draws the curves of seconds over tokens to `path`, which is written under a temporary name and renamed.
 pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), Error> {
-    let mut svg = String::new();
-    render(&mut svg, title, curves).map_err(|error| anyhow!("drawing: {error}"))?;
+    let (x, y) = ("generated tokens", "seconds, in all");
+    let svg = svg(&Chart { title, x, y, scale: Scale::Linear, curves }, Place::File)?;
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".partial");
     std::fs::write(&temporary, svg)
@@ -24,37 +73,97 @@ pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), Error> {
         .map_err(|error| anyhow!("{}: {error}", path.display()))
 }
 
-fn render(
-    svg: &mut String,
-    title: &str,
-    curves: &[Curve],
-) -> Result<(), Box<dyn std::error::Error>> {
+/// The chart as an `<svg>` element.
+pub fn svg(chart: &Chart, place: Place) -> Result<String, Error> {
+    let mut svg = String::new();
+    render(&mut svg, chart, place).map_err(|error| anyhow!("drawing: {error}"))?;
+    Ok(match place {
+        Place::File => svg,
+        Place::Page => svg.replace("#010203", "currentColor"),
+    })
+}
+
+/// A point as it is placed; `None` if it cannot be.
+fn placed(scale: Scale, (x, y): &(f64, f64)) -> Option<(f64, f64)> {
+    let y = if scale == Scale::Logarithmic { y.log10() } else { *y };
+    (x.is_finite() && y.is_finite()).then_some((*x, y))
+}
+
+/// The ranges of x and y that hold all points.
+fn ranges(chart: &Chart) -> (std::ops::Range<f64>, std::ops::Range<f64>) {
+    let all = chart.curves.iter().flat_map(|curve| &curve.points);
+    let points: Vec<(f64, f64)> = all.filter_map(|point| placed(chart.scale, point)).collect();
+    let least = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).fold(f64::MAX, f64::min);
+    let most = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).fold(f64::MIN, f64::max);
+    if points.is_empty() {
+        return (0.0..1.0, 0.0..1.0);
+    }
+    let bars = chart.curves.iter().any(|curve| curve.mark == Mark::Bars);
+    let side = if bars { 0.5 } else { 0.0 };
+    let left = least(|point| point.0) - side;
+    let right = (most(|point| point.0) + side).max(left + 1e-9);
+    match chart.scale {
+        Scale::Linear => (left..right, 0.0..most(|point| point.1).max(1e-9) * 1.05),
+        Scale::Logarithmic => {
+            let bottom = least(|point| point.1).floor();
+            (left..right, bottom..(most(|point| point.1) + 0.1).max(bottom + 0.2))
+        }
+    }
+}
+
+fn render(svg: &mut String, chart: &Chart, place: Place) -> Result<(), Box<dyn std::error::Error>> {
     let area = SVGBackend::with_string(svg, (760, 440)).into_drawing_area();
-    area.fill(&WHITE)?;
-    let points = || curves.iter().flat_map(|curve| &curve.points);
-    let most = |values: &mut dyn Iterator<Item = f64>| values.fold(1e-9, f64::max);
-    let tokens_max = most(&mut points().map(|point| point.0));
-    let seconds_max = most(&mut points().map(|point| point.1)) * 1.05;
-    let mut chart = ChartBuilder::on(&area)
-        .caption(title, ("sans-serif", 18))
+    let ink = if place == Place::File { BLACK } else { INK };
+    if place == Place::File {
+        area.fill(&WHITE)?;
+    }
+    let (x_range, y_range) = ranges(chart);
+    let bottom = y_range.start;
+    let text = |size: u32| ("sans-serif", size).into_font().color(&ink);
+    let mut context = ChartBuilder::on(&area)
+        .caption(chart.title, text(18))
         .margin(14)
         .x_label_area_size(38)
-        .y_label_area_size(62)
-        .build_cartesian_2d(0.0..tokens_max, 0.0..seconds_max)?;
-    chart.configure_mesh().x_desc("generated tokens").y_desc("seconds, in all").draw()?;
-    for (index, curve) in curves.iter().enumerate() {
-        let style = Palette99::pick(index).stroke_width(2);
-        chart
-            .draw_series(LineSeries::new(curve.points.iter().copied(), style))?
+        .y_label_area_size(72)
+        .build_cartesian_2d(x_range, y_range)?;
+    let logarithmic = chart.scale == Scale::Logarithmic;
+    context
+        .configure_mesh()
+        .x_desc(chart.x)
+        .y_desc(chart.y)
+        .label_style(text(12))
+        .axis_desc_style(text(14))
+        .axis_style(ink)
+        .bold_line_style(ink.mix(0.15))
+        .light_line_style(ink.mix(0.04))
+        .y_label_formatter(&|value: &f64| match logarithmic {
+            true => format!("{:.1e}", 10f64.powf(*value)),
+            false => ((value * 1e6).round() / 1e6).to_string(),
+        })
+        .draw()?;
+    for (index, curve) in chart.curves.iter().enumerate() {
+        let colour = COLOURS[index % COLOURS.len()];
+        let style = colour.stroke_width(2);
+        let points = curve.points.iter().filter_map(|point| placed(chart.scale, point));
+        let series = match curve.mark {
+            Mark::Line => context.draw_series(LineSeries::new(points, style))?,
+            Mark::Bars => context.draw_series(points.map(|(x, y)| {
+                Rectangle::new([(x - 0.4, bottom), (x + 0.4, y)], colour.filled())
+            }))?,
+        };
+        series
             .label(curve.name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK)
-        .draw()?;
+    if chart.curves.len() > 1 || place == Place::File {
+        let mut labels = context.configure_series_labels();
+        labels.position(SeriesLabelPosition::UpperLeft).label_font(text(13));
+        labels.border_style(ink.mix(0.3));
+        if place == Place::File {
+            labels.background_style(WHITE.mix(0.8));
+        }
+        labels.draw()?;
+    }
     area.present()?;
     Ok(())
 }
@@ -63,20 +172,42 @@ fn render(
 mod tests {
     use super::*;
 
+    fn curve(name: &str, power: i32) -> Curve<'_> {
+        let points = (1..20).map(|n| (f64::from(n), f64::from(n).powi(power))).collect();
+        Curve { name, points, mark: Mark::Line }
+    }
+
+    /// The curves are the only lines of so many points.
+    fn curves_in(svg: &str) -> usize {
+        let long = |line: &&str| line.contains("<polyline") && line.matches(',').count() >= 19;
+        svg.lines().filter(long).count()
+    }
+
     #[test]
     fn an_svg_with_both_curves() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("x.svg");
-        let curve = |name, power| Curve {
-            name,
-            points: (1..20).map(|n| (f64::from(n), f64::from(n).powi(power))).collect(),
-        };
         draw(&path, "title", &[curve("with", 1), curve("without", 2)]).expect("an SVG");
         let svg = std::fs::read_to_string(&path).expect("the file");
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
         assert!(svg.contains("with\n") && svg.contains("without\n"), "a legend: {svg}");
-        // The curves are the only lines of so many points.
-        let long = |line: &&str| line.contains("<polyline") && line.matches(',').count() >= 19;
-        assert_eq!(svg.lines().filter(long).count(), 2);
+        assert_eq!(curves_in(&svg), 2);
+    }
+
+    #[test]
+    fn a_page_lends_its_colours() {
+        let bars = Curve { mark: Mark::Bars, ..curve("bars", 1) };
+        let curves = [curve("line", 2), bars];
+        for scale in [Scale::Linear, Scale::Logarithmic] {
+            let chart = Chart { title: "t", x: "x", y: "y", scale, curves: &curves };
+            let svg = svg(&chart, Place::Page).expect("an SVG");
+            assert!(svg.contains("currentColor") && !svg.contains("#FFFFFF"));
+            assert!(svg.matches("<rect").count() >= 19 && curves_in(&svg) == 1);
+        }
+        // Nothing to draw is an empty chart.
+        let none = Curve { points: vec![(1.0, 0.0)], ..curve("none", 1) };
+        let chart =
+            Chart { title: "t", x: "x", y: "y", scale: Scale::Logarithmic, curves: &[none] };
+        assert!(svg(&chart, Place::Page).expect("an SVG").contains("</svg>"));
     }
 }

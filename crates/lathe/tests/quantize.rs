@@ -184,6 +184,93 @@ fn groups_that_only_the_reference_runs_are_written_for_it() {
     assert!(reason.contains("groups of this size"), "{reason}");
 }
 
+/// A page that needs no other file, the same numbers for programs, and no weights if nobody wants them.
+#[test]
+fn errors_are_explained() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let tokens = path("tokens.json");
+    let ids: Vec<String> = (0..200).map(|i| (i * i % 59).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let (out, page) = (path("out"), path("page.html"));
+    let run = |out: &str, words: &[&str]| {
+        let all = [&["quantize", MODEL, out, "--calibration", &tokens], words].concat();
+        run_json(&mut command(home.path(), &[&all[..], &["--json"]].concat()))
+    };
+    let words =
+        ["--format", "w8a16", "--method", "rotate+gptq", "--explain", "--explain-tokens", "48"];
+    let report = run(&out, &words);
+    assert_eq!(report["calibration_tokens"], 152);
+    let explanation = &report["explanation"];
+    assert_eq!((&explanation["tokens"], &explanation["window"]), (&48.into(), &48.into()));
+    let layers = explanation["layers"].as_array().expect("layers");
+    let kl = |it: &serde_json::Value| it["kl"]["mean"].as_f64().expect("a number");
+    assert!(!layers.is_empty() && layers.iter().all(|it| kl(it) > 0.0 && kl(it) < 0.1));
+    let read = |path: &Path| std::fs::read_to_string(path).expect("reads");
+    let folder = Path::new(&out);
+    let numbers: serde_json::Value =
+        serde_json::from_str(&read(&folder.join("report.json"))).expect("JSON");
+    assert_eq!(numbers["layers"], explanation["layers"]);
+    let html = read(&folder.join("report.html"));
+    assert!(html.starts_with("<!doctype html>") && html.trim_end().ends_with("</html>"));
+    assert_eq!(html.matches("<svg").count(), 5);
+    for tensor in layers[0]["tensors"].as_array().expect("tensors") {
+        assert!(html.contains(tensor["tensor"].as_str().expect("a name")));
+    }
+    assert!(!html.contains("src=") && !html.contains("href="), "it needs no other file");
+    let provenance = read(&folder.join("provenance.json"));
+    assert!(!provenance.contains("\"explanation\""));
+    assert!(!Path::new(&format!("{out}.quantizing")).exists());
+    // A format that no file can hold is measured all the same; what exists is kept.
+    let words = [
+        "--format",
+        "f8e4m3-channel-f32",
+        "--device",
+        "reference",
+        "--explain",
+        "--explain-tokens",
+        "40",
+    ];
+    let error = {
+        let all = [&["quantize", MODEL, &out, "--calibration", &tokens], &words[..]].concat();
+        run_error(&mut command(home.path(), &all), 2)
+    };
+    assert!(error.contains("exists already"), "{error}");
+    let report = run(&page, &words);
+    assert_eq!(
+        (&report["layout"], report["bytes"].as_u64()),
+        (&"none".into(), Some(read(Path::new(&page)).len() as u64))
+    );
+    assert!(Path::new(&path("page.json")).is_file());
+}
+
+#[test]
+fn what_cannot_be_explained_or_gone_on_from_is_refused() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (tokens, new, state) = (path("tokens.json"), path("new"), path("new.quantizing"));
+    let ids: Vec<String> = (0..200).map(|i| (i * i % 59).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let refused = |words: &[&str], expected: &[&str]| {
+        let all = [&["quantize", MODEL], words].concat();
+        let reason = run_error(&mut command(home.path(), &all), 2);
+        assert!(expected.iter().all(|it| reason.contains(it)), "{words:?}: {reason}");
+    };
+    let plain = [new.as_str(), "--format", "w8a16", "--calibration", &tokens];
+    let explain = |count| [&plain[..], &["--explain", "--explain-tokens", count]].concat();
+    refused(&explain("200"), &["200 tokens, expected more"]);
+    refused(&explain("1"), &["--explain-tokens is 1"]);
+    refused(&[&path("x.html"), "--format", "w8a16"], &["x.html", "--explain"]);
+    let recipe = path("mixed.toml");
+    let text = "format = \"w8a16\"\n[formats]\n\"layers.0.*\" = \"int4-channel-bf16\"\n\
+                [[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    refused(&[&new, "--recipe", &recipe], &["one format", "int4-channel-bf16"]);
+    std::fs::create_dir(&state).expect("a folder");
+    std::fs::write(Path::new(&state).join("state.json"), "{}").expect("writes");
+    refused(&plain, &["new.quantizing", "state.json"]);
+}
+
 #[test]
 fn what_cannot_be_is_refused_and_leaves_nothing() {
     let home = tempfile::tempdir().expect("a folder");

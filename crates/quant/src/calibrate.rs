@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lathe_program::{
-    Backend, BackendError, BlockTable, ExecutorOptions, KvFormat, Program, Routing, Step,
+    Backend, BackendError, BlockTable, Executor, ExecutorOptions, KvFormat, Program, Routing, Step,
     StepSequence, Value, Weight, WeightSource,
 };
 use lathe_tensor::Tensor;
@@ -36,6 +36,7 @@ pub struct Calibration<'a> {
 }
 
 /// The stream between two layers: `[tokens, width]`.
+#[derive(Debug, Clone)]
 pub(crate) struct Stream {
     pub width: usize,
     pub values: Vec<f32>,
@@ -45,6 +46,15 @@ impl Stream {
     fn table(&self) -> Tensor {
         Tensor::from_f32(&[self.values.len() / self.width.max(1), self.width], &self.values)
     }
+}
+
+/// The streams that lead to a layer.
+#[derive(Debug, Clone)]
+pub(crate) struct Prefixes {
+    /// What calibration runs through the layer.
+    pub stream: Stream,
+    /// The float model's, where a technique asks how the two differ.
+    pub float: Option<Stream>,
 }
 
 /// What a section made of one window.
@@ -97,6 +107,20 @@ impl Calibration<'_> {
         weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
         seen: &mut dyn FnMut(Seen<'_>),
     ) -> Result<(), QuantError> {
+        let mut prepared = self.prepare(section, stream, weight)?;
+        (0..prepared.windows()).try_for_each(|window| prepared.run(window, seen))
+    }
+
+    /// The section with its weights and `stream`, to be run a window at a time.
+    ///
+    /// # Errors
+    /// If a weight cannot be had or the backend fails.
+    pub(crate) fn prepare(
+        &self,
+        section: &Section,
+        stream: Option<&Stream>,
+        weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
+    ) -> Result<Prepared<'_>, QuantError> {
         let program = Arc::new(section.program.clone());
         let one = |origin: &Option<Weight>| match (origin, stream) {
             (Some(origin), _) => weight(*origin),
@@ -113,29 +137,55 @@ impl Calibration<'_> {
             threads: self.threads,
             exact: self.exact,
         };
-        let mut executor = self.backend.prepare(Arc::clone(&program), &weights, &options)?;
-        drop(weights);
-        for (index, text) in self.tokens.chunks(window).enumerate() {
-            let first = (index * window) as u32;
-            let rows: Vec<u32> = match stream {
-                Some(_) => (first..first + text.len() as u32).collect(),
-                None => text.to_vec(),
-            };
-            let expanded = executor.expanded_until(text.len());
-            let step = step_of(&program, &rows, expanded, stride as u32);
-            let taps: Vec<Vec<f32>> =
-                executor.run(&step)?.captures.iter().map(|tap| tap.to_vec()).collect();
-            let width = |tap: usize| program.capture_widths()[tap];
-            let rows = rows.len();
-            let taps: Vec<&[f32]> =
-                taps.iter().enumerate().map(|(tap, it)| &it[..rows * width(tap)]).collect();
-            let chosen = |index| {
-                let routing = executor.routing(Routing(index as u32));
-                routing.map_or(Vec::new(), |it| it.experts.to_vec())
-            };
-            let routings: Vec<Vec<u32>> = (0..program.routings).map(chosen).collect();
-            seen(Seen { taps: &taps, routings: &routings });
-        }
+        let executor = self.backend.prepare(Arc::clone(&program), &weights, &options)?;
+        let (tokens, from_table) = (self.tokens, stream.is_some());
+        Ok(Prepared { executor, program, tokens, from_table, window, stride })
+    }
+}
+
+/// A section that is ready to run.
+pub(crate) struct Prepared<'a> {
+    executor: Box<dyn Executor>,
+    program: Arc<Program>,
+    tokens: &'a [u32],
+    /// Whether rows of a table are the tokens.
+    from_table: bool,
+    window: usize,
+    stride: usize,
+}
+
+impl Prepared<'_> {
+    /// How many windows the text has.
+    pub fn windows(&self) -> usize {
+        self.tokens.len().div_ceil(self.window)
+    }
+
+    /// Runs window `index`.
+    ///
+    /// # Errors
+    /// If the backend fails.
+    pub fn run(&mut self, index: usize, seen: &mut dyn FnMut(Seen<'_>)) -> Result<(), QuantError> {
+        let Self { executor, program, tokens, from_table, window, stride } = self;
+        let first = index * *window;
+        let text = &tokens[first..tokens.len().min(first + *window)];
+        let rows: Vec<u32> = match from_table {
+            true => (first as u32..(first + text.len()) as u32).collect(),
+            false => text.to_vec(),
+        };
+        let expanded = executor.expanded_until(text.len());
+        let step = step_of(program, &rows, expanded, *stride as u32);
+        let taps: Vec<Vec<f32>> =
+            executor.run(&step)?.captures.iter().map(|tap| tap.to_vec()).collect();
+        let width = |tap: usize| program.capture_widths()[tap];
+        let rows = rows.len();
+        let taps: Vec<&[f32]> =
+            taps.iter().enumerate().map(|(tap, it)| &it[..rows * width(tap)]).collect();
+        let chosen = |index| {
+            let routing = executor.routing(Routing(index as u32));
+            routing.map_or(Vec::new(), |it| it.experts.to_vec())
+        };
+        let routings: Vec<Vec<u32>> = (0..program.routings).map(chosen).collect();
+        seen(Seen { taps: &taps, routings: &routings });
         Ok(())
     }
 }

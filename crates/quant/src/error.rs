@@ -51,6 +51,14 @@ pub enum QuantError {
     /// The calibration tokens cannot be used.
     #[error("calibration: {0}")]
     Calibration(String),
+    /// An interrupted run cannot be taken up, or not be kept.
+    #[error("{}: {reason}", .folder.display())]
+    Resume {
+        /// Where its finished layers are.
+        folder: std::path::PathBuf,
+        /// What was found and what was expected.
+        reason: String,
+    },
     /// The model's description is not consistent.
     #[error(transparent)]
     Spec(#[from] SpecError),

@@ -3,20 +3,22 @@
 //! quantized already, or one at a time when the writer asks, if nothing has to be calibrated.
 
 mod experts;
+mod explain;
 mod fused;
+mod resume;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::path::Path;
 
 use lathe_model::export::{Replacement, ReplacementError};
-use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
 use lathe_program::{Op, Program, Value, Weight, WeightRole};
 use lathe_tensor::{Bytes, Format, Tensor, codec};
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::calibrate::{Calibration, Observed, Stream};
+use crate::calibrate::{Calibration, Observed, Prefixes, Stream};
 use crate::error::QuantError;
 use crate::fold::{Fold, fold_of};
 use crate::matrix::{Group, Matrix, Outcome, Report, check_shape};
@@ -24,36 +26,50 @@ use crate::recipe::{Prefix, Recipe, TechniqueStep, matches};
 use crate::rotate::turned;
 use crate::rotate::turns::Turns;
 use crate::section::{Layers, Section};
-use crate::statistics::Statistics;
+use crate::statistics::{Asymmetry, Statistics};
 use crate::technique::{Apply, Stage};
 pub use experts::CoverageReport;
 use experts::{Coverage, ExpertInputs};
+use resume::Store;
+
+/// The registry's own spelling of a technique's name. Not spelt as the reference that it is where it is
+/// deserialized: it does not borrow from what is read.
+pub type TechniqueName = &'static str;
 
 /// What became of one matrix.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct WeightReport {
     /// Canonical name.
     pub tensor: String,
     /// The technique that chose its codes.
-    pub technique: &'static str,
+    #[serde(deserialize_with = "technique_named")]
+    pub technique: TechniqueName,
     /// What it cost.
     #[serde(flatten)]
     pub report: Report,
 }
 
 /// What became of the scales of one group's channels.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PreparedReport {
     /// Canonical names of the group's matrices.
     pub tensors: Vec<String>,
     /// The technique.
-    pub technique: &'static str,
+    #[serde(deserialize_with = "technique_named")]
+    pub technique: TechniqueName,
     /// Why nothing was scaled, if so.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
     /// The least and the largest scale.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scales: Option<[f32; 2]>,
+}
+
+/// The technique that is called so.
+fn technique_named<'de, D: Deserializer<'de>>(source: D) -> Result<TechniqueName, D::Error> {
+    let name = String::deserialize(source)?;
+    let technique = crate::technique::find(&name).map_err(serde::de::Error::custom)?;
+    Ok(technique.name)
 }
 
 /// How far a job is.
@@ -72,6 +88,8 @@ pub struct Job<'a> {
     recipe: &'a Recipe,
     /// Of the layer at hand.
     seen: Observed,
+    /// The same: how inputs differ from the float model's, where a technique asks for it.
+    asymmetries: BTreeMap<Value, Asymmetry>,
     /// What is quantized already.
     finished: BTreeMap<Weight, Tensor>,
     /// The op of each matrix that is quantized.
@@ -119,7 +137,8 @@ pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, us
     }
     let lists = [recipe.tensors.as_ref(), Some(&recipe.keep)];
     let of_steps = recipe.steps.iter().filter_map(|step| step.tensors.as_ref());
-    for pattern in lists.into_iter().flatten().chain(of_steps).flatten() {
+    let of_formats = recipe.formats.iter().map(|(pattern, _)| pattern);
+    for pattern in lists.into_iter().flatten().chain(of_steps).flatten().chain(of_formats) {
         if !program.weights.iter().any(|decl| matches(pattern, &decl.name)) {
             return Err(QuantError::Recipe(format!("no tensor is called `{pattern}`")));
         }
@@ -176,11 +195,15 @@ impl<'a> Job<'a> {
         for weight in turns.weights() {
             turned.insert(weight, Format::Float(float_of(weights.load(weight)?.format)));
         }
+        if recipe.budget.is_some() {
+            return Err(QuantError::Recipe("its budget was not planned".to_owned()));
+        }
         let job = Job {
             program,
             weights,
             recipe,
             seen: Observed::default(),
+            asymmetries: BTreeMap::new(),
             finished: BTreeMap::new(),
             targets,
             columns: BTreeMap::new(),
@@ -206,7 +229,7 @@ impl<'a> Job<'a> {
             let [.., rows, columns] = decl.shape[..] else { continue };
             let name = &decl.name;
             let matrix = Matrix { name, rows, columns, values: &[], fused_largest: None };
-            check_shape(&matrix, self.recipe.format)?;
+            check_shape(&matrix, self.recipe.format_of(name))?;
             let prepares = |step: &&TechniqueStep| {
                 step.technique.stage == Stage::Prepare && step.applies_to(&decl.name)
             };
@@ -231,17 +254,52 @@ impl<'a> Job<'a> {
         calibration: &Calibration<'_>,
     ) -> Result<(), QuantError> {
         calibration.check(self.program)?;
-        let options = LowerOptions {
-            block_tokens: self.program.kv.block_tokens,
-            context_max: self.program.context_max,
-            captures: (0..=spec.layers.len()).collect(),
-        };
-        let layers = Layers::new(self.program, &lower(spec, &options)?);
+        self.calibrate_layers(spec, calibration, None)
+    }
+
+    /// As [`Self::calibrate`], with each finished layer in `folder`, which is made if there is none:
+    /// a job with the same recipe, model and text goes on from what an earlier one left there. The
+    /// caller removes it when the result is written.
+    ///
+    /// # Errors
+    /// As [`Self::calibrate`]; [`QuantError::Resume`] if the folder holds another run's layers, or
+    /// cannot be written or read.
+    pub fn calibrate_resumable(
+        &mut self,
+        spec: &DecoderSpec,
+        calibration: &Calibration<'_>,
+        folder: &Path,
+    ) -> Result<(), QuantError> {
+        calibration.check(self.program)?;
+        let store = self.store(folder, calibration)?;
+        self.calibrate_layers(spec, calibration, Some(store))
+    }
+
+    fn calibrate_layers(
+        &mut self,
+        spec: &DecoderSpec,
+        calibration: &Calibration<'_>,
+        mut store: Option<Store>,
+    ) -> Result<(), QuantError> {
+        let layers = Layers::of(self.program, spec)?;
         let tokens = calibration.tokens.len();
         let section = Section::new(self.program, layers.before, tokens, &[layers.stream])?;
-        let mut stream = self.stream_of(&section, calibration, None)?;
-        for (ops, out) in layers.layers {
-            stream = self.calibrate_layer(calibration, ops, out, &stream)?;
+        let restored = store.as_mut().map(|store| self.restore(store)).transpose()?.flatten();
+        let (first, mut prefixes) = match restored {
+            Some(found) => found,
+            None => {
+                let stream = self.stream_of(&section, calibration, None)?;
+                let float = self.recipe.is_asymmetric().then(|| stream.clone());
+                (0, Prefixes { stream, float })
+            }
+        };
+        // Whoever estimates the rest shall know where this run began.
+        self.tell(0);
+        for (layer, (ops, out)) in layers.layers.into_iter().enumerate().skip(first) {
+            prefixes = self.calibrate_layer(calibration, ops, out, &prefixes)?;
+            if let Some(store) = &mut store {
+                self.save(store, layer, &prefixes)?;
+            }
         }
         match self.targets.keys().find(|weight| !self.finished.contains_key(weight)) {
             None => Ok(()),
@@ -252,65 +310,120 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Quantizes the layer whose ops are `range`; the stream after it.
+    /// Quantizes the layer whose ops are `range`; the streams after it.
     fn calibrate_layer(
         &mut self,
         calibration: &Calibration<'_>,
         range: Range<usize>,
         out: Value,
-        stream: &Stream,
-    ) -> Result<Stream, QuantError> {
+        prefixes: &Prefixes,
+    ) -> Result<Prefixes, QuantError> {
+        let Prefixes { stream, float } = prefixes;
         let ops: BTreeSet<usize> =
             self.targets.values().copied().filter(|op| range.contains(op)).collect();
         let tokens = calibration.tokens.len();
         let plain = Section::new(self.program, range.clone(), tokens, &[out])?;
         if ops.is_empty() {
-            return self.stream_of(&plain, calibration, Some(stream));
+            let through = |it: &Stream| self.stream_of(&plain, calibration, Some(it));
+            let float = float.as_ref().map(through).transpose()?;
+            return Ok(Prefixes { stream: through(stream)?, float });
         }
+        let (experts, after) = self.observe_layer(calibration, &ops, range, out, prefixes)?;
+        self.apply_steps(&ops)?;
+        for op in &ops {
+            self.round_experts(*op, calibration, &experts)?;
+        }
+        (self.seen, self.asymmetries) = Default::default();
+        match self.recipe.prefix {
+            Prefix::Float => Ok(after),
+            Prefix::Quantized => {
+                let stream = self.stream_of(&plain, calibration, Some(stream))?;
+                Ok(Prefixes { stream, float: after.float })
+            }
+        }
+    }
+
+    /// Runs a layer as it was and keeps what is seen of the inputs of `ops`; what experts read, and the
+    /// streams after it.
+    fn observe_layer(
+        &mut self,
+        calibration: &Calibration<'_>,
+        ops: &BTreeSet<usize>,
+        range: Range<usize>,
+        out: Value,
+        prefixes: &Prefixes,
+    ) -> Result<(ExpertInputs, Prefixes), QuantError> {
+        let Prefixes { stream, float } = prefixes;
         let inputs: BTreeSet<Value> =
             ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
         let mut taps: Vec<Value> = inputs.iter().copied().collect();
         taps.push(out);
         let routers = range.clone();
-        let section = Section::new(self.program, range, tokens, &taps)?;
+        let section = Section::new(self.program, range, calibration.tokens.len(), &taps)?;
         let width = |value: &Value| (*value, self.program.value_width(*value));
         let mut seen = Observed::new(inputs.iter().map(width));
-        let mut after = Vec::with_capacity(stream.values.len());
-        let mut weight = |weight| self.current(weight);
-        let mut experts = ExpertInputs::new(self.program, &ops);
+        let mut experts = ExpertInputs::new(self.program, ops);
         let mut coverage = Coverage::new(self.program, routers);
-        calibration.run(&section, Some(stream), &mut weight, &mut |window| {
-            for (value, rows) in taps.iter().zip(window.taps) {
-                seen.add(*value, rows);
-                experts.add(*value, rows);
+        let mut weight = |weight| self.current(weight);
+        let mut prepared = calibration.prepare(&section, Some(stream), &mut weight)?;
+        let mut beside = match float {
+            Some(float) => Some(calibration.prepare(&section, Some(float), &mut weight)?),
+            None => None,
+        };
+        let new = |(value, width)| (value, Asymmetry::new(width));
+        let mut asymmetries: BTreeMap<Value, Asymmetry> = match float {
+            Some(_) => inputs.iter().map(width).map(new).collect(),
+            None => BTreeMap::new(),
+        };
+        let (mut after, mut float_after) = (Vec::new(), Vec::new());
+        for window in 0..prepared.windows() {
+            let mut floats: Vec<Vec<f32>> = Vec::new();
+            if let Some(beside) = &mut beside {
+                beside.run(window, &mut |seen| {
+                    floats.extend(seen.taps.iter().map(|rows| rows.to_vec()));
+                })?;
+                float_after.extend_from_slice(&floats[taps.len() - 1]);
             }
-            coverage.add(window.routings);
-            after.extend_from_slice(window.taps[taps.len() - 1]);
-        })?;
+            prepared.run(window, &mut |window| {
+                for (at, (value, rows)) in taps.iter().zip(window.taps).enumerate() {
+                    seen.add(*value, rows);
+                    experts.add(*value, rows);
+                    if let Some(asymmetry) = asymmetries.get_mut(value) {
+                        asymmetry.add(&floats[at], rows);
+                    }
+                }
+                coverage.add(window.routings);
+                after.extend_from_slice(window.taps[taps.len() - 1]);
+            })?;
+        }
+        let width = self.program.value_width(out);
+        let float = float.as_ref().map(|_| Stream { width, values: float_after });
         self.coverage.extend(coverage.finish());
-        self.seen = seen;
-        self.apply_steps(&ops)?;
-        for op in &ops {
-            self.round_experts(*op, calibration, &experts)?;
-        }
-        self.seen = Observed::default();
-        match self.recipe.prefix {
-            Prefix::Float => Ok(Stream { width: self.program.value_width(out), values: after }),
-            Prefix::Quantized => self.stream_of(&plain, calibration, Some(stream)),
-        }
+        (self.seen, self.asymmetries) = (seen, asymmetries);
+        Ok((experts, Prefixes { stream: Stream { width, values: after }, float }))
     }
 
-    /// What a section with one tap makes of `stream`.
+    /// What a section with one tap makes of `stream`, with weights as far as they have become.
     fn stream_of(
         &self,
         section: &Section,
         calibration: &Calibration<'_>,
         stream: Option<&Stream>,
     ) -> Result<Stream, QuantError> {
+        self.stream_by(section, calibration, stream, &mut |weight| self.current(weight))
+    }
+
+    /// What a section with one tap makes of `stream`, with the weights that `weight` says.
+    fn stream_by(
+        &self,
+        section: &Section,
+        calibration: &Calibration<'_>,
+        stream: Option<&Stream>,
+        weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
+    ) -> Result<Stream, QuantError> {
         let width = section.program.capture_widths()[0];
         let mut values = Vec::with_capacity(calibration.tokens.len() * width);
-        let mut weight = |weight| self.current(weight);
-        calibration.run(section, stream, &mut weight, &mut |window| {
+        calibration.run(section, stream, weight, &mut |window| {
             values.extend_from_slice(window.taps[0]);
         })?;
         Ok(Stream { width, values })
@@ -318,8 +431,16 @@ impl<'a> Job<'a> {
 
     /// A weight as far as it has become: quantized, scaled, or what it was.
     fn current(&self, weight: Weight) -> Result<Tensor, QuantError> {
-        if let Some(tensor) = self.finished.get(&weight).or_else(|| self.norms.get(&weight)) {
-            return Ok(tensor.clone());
+        match self.finished.get(&weight) {
+            Some(tensor) => Ok(tensor.clone()),
+            None => self.unrounded(weight),
+        }
+    }
+
+    /// A weight as rotations and scales leave it, before it is rounded.
+    fn unrounded(&self, weight: Weight) -> Result<Tensor, QuantError> {
+        if let Some(norm) = self.norms.get(&weight) {
+            return Ok(norm.clone());
         }
         let columns = self.targets.get(&weight).is_some_and(|op| self.columns.contains_key(op));
         if !columns && !self.rows.contains_key(&weight) && !self.turned.contains_key(&weight) {
@@ -381,8 +502,11 @@ impl<'a> Job<'a> {
             values,
             fused_largest: None,
         });
-        let group = Group { matrices: matrices.collect(), statistics: statistics.as_ref() };
-        let outcome = (step.technique.group())(&group, self.recipe.format, &step.parameters)?;
+        let (statistics, asymmetry) = (statistics.as_ref(), None);
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
+        // Matrices that share scales of channels have one format, or the first one's is as good.
+        let format = self.recipe.format_of(&report.tensors[0]);
+        let outcome = (step.technique.group())(&group, format, &step.parameters)?;
         if let Outcome::Scaled(scales) = outcome {
             let scales = self.put(fold, scales)?;
             let least = scales.iter().copied().fold(f32::INFINITY, f32::min);
@@ -449,6 +573,15 @@ impl<'a> Job<'a> {
         })
     }
 
+    /// How an op's input differs from the float model's, as its scaled channels would.
+    fn asymmetry(&self, op: usize) -> Option<Asymmetry> {
+        let found = self.asymmetries.get(&self.program.ops[op].inputs().next()?)?;
+        Some(match self.columns.get(&op) {
+            Some(scales) => found.divided_by(scales),
+            None => found.clone(),
+        })
+    }
+
     /// A weight with the scales of its rows and columns in it.
     fn load(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
         let (shape, mut values) = self.turned(weight)?;
@@ -482,7 +615,7 @@ impl<'a> Job<'a> {
         Ok((tensor.shape, values))
     }
 
-    /// Quantizes the matrices of one linear op: those that the same step rounds, together.
+    /// Quantizes the matrices of one linear op: those that the same step rounds to one format, together.
     fn round_group(&mut self, op: usize) -> Result<(), QuantError> {
         let Op::Linear { parts, .. } = &self.program.ops[op] else { return Ok(()) };
         let ours = |weight: &Weight| {
@@ -491,9 +624,12 @@ impl<'a> Job<'a> {
         let mut left: Vec<Weight> = parts.iter().map(|part| part.weight).filter(ours).collect();
         let statistics = self.statistics(op);
         while let Some(first) = left.first() {
-            let step = self.recipe.rounding_of(&self.name(*first))?;
+            let (recipe, first) = (self.recipe, self.name(*first));
+            let step = recipe.rounding_of(&first)?;
+            let format = recipe.format_of(&first);
+            let same = |name: &str| step.applies_to(name) && recipe.format_of(name) == format;
             let (together, others): (Vec<Weight>, Vec<Weight>) =
-                left.iter().partition(|it| step.applies_to(&self.name(**it)));
+                left.iter().partition(|it| same(&self.name(**it)));
             self.round(step, &together, statistics.as_ref())?;
             left = others;
         }
@@ -518,8 +654,11 @@ impl<'a> Job<'a> {
             values,
             fused_largest: fused.first().copied(),
         });
-        let group = Group { matrices: matrices.collect(), statistics };
-        let outcome = (step.technique.group())(&group, self.recipe.format, &step.parameters)?;
+        let asymmetry = self.targets.get(&weights[0]).and_then(|op| self.asymmetry(*op));
+        let asymmetry = asymmetry.as_ref();
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
+        let format = self.recipe.format_of(&names[0]);
+        let outcome = (step.technique.group())(&group, format, &step.parameters)?;
         let Outcome::Quantized(list) = outcome else {
             let message = format!("{} rounds nothing", step.technique.name);
             return Err(QuantError::Recipe(message));
@@ -565,7 +704,7 @@ fn float_of(format: Format) -> lathe_tensor::FloatType {
 impl Replacement for Job<'_> {
     fn format(&self, weight: Weight) -> Option<Format> {
         if self.targets.contains_key(&weight) {
-            return Some(self.recipe.format);
+            return Some(self.recipe.format_of(&self.name(weight)));
         }
         if let Some(norm) = self.norms.get(&weight) {
             return Some(norm.format);
@@ -582,13 +721,7 @@ impl Replacement for Job<'_> {
 
     fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
         if self.targets.contains_key(&weight) {
-            if !self.finished.contains_key(&weight) {
-                let step = self.recipe.rounding_of(&self.name(weight))?;
-                match self.program.weight(weight).role {
-                    WeightRole::Experts => self.round_stack(step, weight, &mut |_| Ok(None))?,
-                    _ => self.round(step, &[weight], None)?,
-                }
-            }
+            self.finish(weight)?;
             // The writer asks once: what it has is not kept.
             return Ok(self.finished.remove(&weight).expect("it was just rounded"));
         }

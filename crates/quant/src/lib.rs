@@ -7,8 +7,10 @@
 //! backend: it comes in as a trait object.
 #![forbid(unsafe_code)]
 
+pub mod budget;
 pub mod calibrate;
 mod error;
+pub mod explain;
 mod fold;
 pub mod job;
 mod linalg;
@@ -23,4 +25,4 @@ pub mod technique;
 pub use error::QuantError;
 pub use matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
 pub use parameters::{Kind, Parameter, Parameters};
-pub use statistics::Statistics;
+pub use statistics::{Asymmetry, Statistics};

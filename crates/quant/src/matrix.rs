@@ -3,10 +3,10 @@
 use lathe_tensor::codec::element;
 use lathe_tensor::codec::scaled::{self, BlockScale, E8m0Rounding, encode, fit, round};
 use lathe_tensor::{Block, Format, GlobalScale, ScaledFormat, Tensor, TensorError};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::QuantError;
-use crate::statistics::{Statistics, output_error};
+use crate::statistics::{Asymmetry, Statistics, output_error};
 
 /// One `[rows, columns]` weight.
 #[derive(Debug, Clone, Copy)]
@@ -39,6 +39,8 @@ pub struct Group<'a> {
     pub matrices: Vec<Matrix<'a>>,
     /// What calibration saw of the input, if it ran.
     pub statistics: Option<&'a Statistics>,
+    /// How that input differs from the float model's, if calibration ran through both.
+    pub asymmetry: Option<&'a Asymmetry>,
 }
 
 impl<'a> Group<'a> {
@@ -95,15 +97,15 @@ impl Quantized {
 }
 
 /// How far a quantized matrix is from what it was.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Signal over quantization noise of the weights, in decibels; 200 if there is no noise.
     pub sqnr_db: f64,
     /// Mean squared error of the outputs over their mean square, on the calibration inputs.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_error: Option<f64>,
     /// What the technique has to say beside.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
 

@@ -6,6 +6,14 @@
 //! keep = ["layers.0.*"]           # of those, what stays as it is
 //! prefix = "quantized"            # what calibration runs through before a layer; or "float"
 //!
+//! [formats]                       # what some tensors are stored in; the last pattern that names one counts
+//! "layers.0.*" = "int8-channel-bf16"
+//!
+//! [budget]                        # a format for each layer that [formats] then says
+//! bits = 4.5                      # a weight on average, scales of groups included
+//! formats = ["int4-g64-bf16", "int8-channel-bf16"]
+//! sensitivity = "kl"              # what is to be least; or "hessian"
+//!
 //! [[technique]]
 //! use = "awq"
 //!
@@ -17,9 +25,10 @@
 
 use lathe_tensor::{Block, Format, ScaledFormat};
 
+use crate::budget::{Budget, Sensitivity};
 use crate::error::QuantError;
 use crate::parameters::Parameters;
-use crate::technique::{self, Stage, Technique};
+use crate::technique::{self, Apply, Stage, Technique};
 
 /// Names for formats that people ask for, with what they mean.
 pub static PRESETS: [(&str, &str); 19] = [
@@ -76,6 +85,10 @@ pub struct Recipe {
     pub keep: Vec<String>,
     /// What calibration runs through.
     pub prefix: Prefix,
+    /// Patterns of tensors that are stored in another format; the last one that names a tensor counts.
+    pub formats: Vec<(String, Format)>,
+    /// How many bits all may take; planned before anything is done.
+    pub budget: Option<Budget>,
     /// In order; those that round come last.
     pub steps: Vec<TechniqueStep>,
 }
@@ -131,8 +144,9 @@ impl Recipe {
             parameters.set(technique.parameters, "error", &toml::Value::String("output".into()))?;
             steps.push(TechniqueStep { technique, parameters, tensors: None });
         }
-        let recipe =
-            Recipe { format, tensors: None, keep: Vec::new(), prefix: Prefix::default(), steps };
+        let (formats, budget) = (Vec::new(), None);
+        let (keep, prefix) = (Vec::new(), Prefix::default());
+        let recipe = Recipe { format, tensors: None, keep, prefix, formats, budget, steps };
         recipe.check()?;
         Ok(recipe)
     }
@@ -147,12 +161,15 @@ impl Recipe {
             text.parse().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
         let (mut format, mut tensors, mut keep, mut steps) = (None, None, Vec::new(), Vec::new());
         let mut prefix = Prefix::default();
+        let (mut formats, mut budget) = (Vec::new(), None);
         for (key, value) in &table {
             match key.as_str() {
                 "format" => format = Some(format_named(&text_of(key, value)?, group)?),
                 "tensors" => tensors = Some(patterns(key, value)?),
                 "keep" => keep = patterns(key, value)?,
                 "prefix" => prefix = prefix_of(value)?,
+                "formats" => formats = formats_of(value)?,
+                "budget" => budget = Some(budget_of(value)?),
                 "technique" => {
                     let list = value.as_array().ok_or_else(|| {
                         wrong("`technique` is no list, expected [[technique]] tables".to_owned())
@@ -161,20 +178,32 @@ impl Recipe {
                 }
                 other => {
                     return Err(wrong(format!(
-                        "unknown key `{other}`, expected format, tensors, keep, prefix or technique"
+                        "unknown key `{other}`, expected format, tensors, keep, prefix, formats, budget \
+                         or technique"
                     )));
                 }
             }
         }
         let format = format.ok_or_else(|| wrong("it has no `format`".to_owned()))?;
-        let recipe = Recipe { format, tensors, keep, prefix, steps };
+        let recipe = Recipe { format, tensors, keep, prefix, formats, budget, steps };
         recipe.check()?;
         Ok(recipe)
     }
 
-    /// Whether some technique needs to have seen a tensor's inputs.
+    /// Whether some technique needs to have seen a tensor's inputs, or a budget has to be planned.
     pub fn needs_calibration(&self) -> bool {
-        self.steps.iter().any(TechniqueStep::needs_calibration)
+        self.budget.is_some() || self.steps.iter().any(TechniqueStep::needs_calibration)
+    }
+
+    /// Whether some technique asks how inputs differ from the float model's.
+    pub(crate) fn is_asymmetric(&self) -> bool {
+        self.steps.iter().any(|step| matches!(step.technique.apply, Apply::Asymmetric(_)))
+    }
+
+    /// What tensor `name` is stored in.
+    pub fn format_of(&self, name: &str) -> Format {
+        let named = self.formats.iter().rev().find(|(pattern, _)| matches(pattern, name));
+        named.map_or(self.format, |(_, format)| *format)
     }
 
     /// The step that chooses the codes of tensor `name`.
@@ -198,6 +227,12 @@ impl Recipe {
     fn check(&self) -> Result<(), QuantError> {
         if self.steps.is_empty() {
             return Err(wrong("it has no [[technique]]".to_owned()));
+        }
+        if self.is_asymmetric() && self.prefix == Prefix::Float {
+            return Err(wrong(
+                "`prefix` is \"float\", expected \"quantized\": gptaq makes up for quantized layers"
+                    .to_owned(),
+            ));
         }
         let mut rounded = false;
         for (index, step) in self.steps.iter().enumerate() {
@@ -253,6 +288,22 @@ impl Recipe {
         if self.needs_calibration() {
             text.push_str(&format!("prefix = \"{}\"\n", self.prefix.name()));
         }
+        if !self.formats.is_empty() {
+            text.push_str("\n[formats]\n");
+            for (pattern, format) in &self.formats {
+                let pattern = toml::Value::String(pattern.clone());
+                text.push_str(&format!("{pattern} = \"{format}\"\n"));
+            }
+        }
+        if let Some(budget) = &self.budget {
+            let names: Vec<String> = budget.formats.iter().map(Format::to_string).collect();
+            text.push_str(&format!(
+                "\n[budget]\nbits = {}\nformats = {}\nsensitivity = \"{}\"\n",
+                toml::Value::Float(budget.bits),
+                strings(&names),
+                budget.sensitivity.name()
+            ));
+        }
         for step in &self.steps {
             text.push_str(&format!("\n[[technique]]\nuse = \"{}\"\n", step.technique.name));
             if let Some(tensors) = &step.tensors {
@@ -294,6 +345,52 @@ fn prefix_of(value: &toml::Value) -> Result<Prefix, QuantError> {
     let all = [Prefix::Quantized, Prefix::Float];
     let found = all.into_iter().find(|it| value.as_str() == Some(it.name()));
     found.ok_or_else(|| wrong(format!("`prefix` is {value}, expected \"quantized\" or \"float\"")))
+}
+
+fn formats_of(value: &toml::Value) -> Result<Vec<(String, Format)>, QuantError> {
+    let table = value.as_table().ok_or_else(|| {
+        wrong(format!("`formats` is {value}, expected a table of patterns and formats"))
+    })?;
+    let one = |(pattern, value): (&String, &toml::Value)| {
+        Ok((pattern.clone(), format_named(&text_of(pattern, value)?, None)?))
+    };
+    table.iter().map(one).collect()
+}
+
+fn budget_of(value: &toml::Value) -> Result<Budget, QuantError> {
+    let expected =
+        || wrong(format!("`budget` is {value}, expected a table with `bits` and `formats`"));
+    let table = value.as_table().ok_or_else(expected)?;
+    let (mut bits, mut formats, mut sensitivity) = (None, None, Sensitivity::default());
+    for (key, value) in table {
+        match key.as_str() {
+            "bits" => {
+                let number = value.as_float().or(value.as_integer().map(|whole| whole as f64));
+                let good = number.filter(|bits| *bits > 0.0 && bits.is_finite());
+                bits = Some(good.ok_or_else(|| {
+                    wrong(format!("`bits` is {value}, expected a number above 0"))
+                })?);
+            }
+            "formats" => {
+                let names = patterns(key, value)?;
+                let named = names.iter().map(|name| format_named(name, None));
+                formats = Some(named.collect::<Result<Vec<_>, _>>()?);
+            }
+            "sensitivity" => {
+                let found = Sensitivity::NAMES.iter().find(|it| value.as_str() == Some(it.1));
+                sensitivity = found.map(|it| it.0).ok_or_else(|| {
+                    wrong(format!("`sensitivity` is {value}, expected \"kl\" or \"hessian\""))
+                })?;
+            }
+            other => {
+                return Err(wrong(format!(
+                    "unknown key `{other}` of [budget], expected bits, formats or sensitivity"
+                )));
+            }
+        }
+    }
+    let (bits, formats) = bits.zip(formats).ok_or_else(expected)?;
+    Ok(Budget { bits, formats, sensitivity })
 }
 
 fn text_of(key: &str, value: &toml::Value) -> Result<String, QuantError> {
@@ -408,6 +505,16 @@ mod tests {
             ("format = \"q4_0\"\nprefix = \"both\"\n", "`prefix` is \"both\""),
             ("format = \"q4_0\"\ntechnique = 3\n", "`technique` is no list"),
             (
+                "format = \"q4_0\"\nprefix = \"float\"\n[[technique]]\nuse = \"gptaq\"",
+                "gptaq makes up for quantized layers",
+            ),
+            ("format = \"q4_0\"\nformats = 3\n", "`formats` is 3"),
+            ("format = \"q4_0\"\n[formats]\n\"layers.*\" = \"q9\"\n", "unknown format `q9`"),
+            ("format = \"q4_0\"\n[budget]\nbits = 4\n", "`bits` and `formats`"),
+            ("format = \"q4_0\"\n[budget]\nbits = -4\n", "`bits` is -4"),
+            ("format = \"q4_0\"\n[budget]\nbit = 4\n", "unknown key `bit`"),
+            ("format = \"q4_0\"\n[budget]\nsensitivity = \"x\"\n", "\"kl\" or \"hessian\""),
+            (
                 "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"gptq\"",
                 "gptq does not go with rtn",
             ),
@@ -431,6 +538,24 @@ mod tests {
         }
         let error = format_named("q4_0", Some(64)).unwrap_err().to_string();
         assert!(error.contains("groups of 64"), "{error}");
+    }
+
+    #[test]
+    fn tensors_may_have_formats_of_their_own() {
+        let text = "format = \"int4-g64-bf16\"\n[formats]\n\"layers.1.*\" = \"w8a16\"\n\
+                    \"layers.1.ffn.*\" = \"int3-g32-f16\"\n[budget]\nbits = 5\nformats = [\"q4_k\"]\n\
+                    [[technique]]\nuse = \"rtn\"";
+        let recipe = Recipe::parse(text, None).unwrap();
+        for (name, format) in [
+            ("layers.0.ffn.up", "int4-g64-bf16"),
+            ("layers.1.attention.query", "int8-channel-bf16"),
+            ("layers.1.ffn.up", "int3-g32-f16"),
+        ] {
+            assert_eq!(recipe.format_of(name).to_string(), format);
+        }
+        let again = Recipe::parse(&recipe.to_toml(), None).unwrap();
+        assert_eq!((&again.formats, &again.budget), (&recipe.formats, &recipe.budget));
+        assert_eq!(again.budget.unwrap().bits, 5.0);
     }
 
     #[test]

@@ -2,13 +2,17 @@
 //!
 //! What the layer reads of those before it is one value, the residual stream. In the section it is
 //! an embedding whose table holds that value for every row, so that "token" `i` is row `i` and
-//! any backend runs a layer alone, with the executor and the kernels that serve.
+//! any backend runs a layer alone, with the executor and the kernels that serve. Logits are one more
+//! tap: as an op of their own they are as many as a program has "tokens", rows of the table here.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use lathe_model::lower::{LowerOptions, lower};
+use lathe_model::spec::DecoderSpec;
 use lathe_program::{
-    KvLayer, KvLayout, Op, Program, Routing, Value, ValueDecl, Weight, WeightDecl, WeightRole,
+    KvLayer, KvLayout, LinearPart, Op, Program, Routing, Value, ValueDecl, Weight, WeightDecl,
+    WeightRole,
 };
 
 use crate::error::QuantError;
@@ -23,7 +27,8 @@ pub struct Section {
 }
 
 impl Section {
-    /// Ops `range` of `program` for a table of `rows` rows; `taps` are handed out.
+    /// Ops `range` of `program` for a table of `rows` rows; `taps` are handed out, and after them
+    /// what the head makes, if it is among the ops: logits without their scale and softcap.
     ///
     /// # Errors
     /// If the ops read more than one value that is made outside of them.
@@ -52,13 +57,24 @@ impl Section {
             let out = numbers.value(input);
             section.push(Op::Embed { table, first_token: 0, multiplier: 1.0, out });
         }
+        let mut logits = None;
         for op in ops {
             let mut op = op.clone();
             numbers.renumber(&mut op);
+            if let Op::Logits { input, head, .. } = op {
+                let width = numbers.weights[head.0 as usize].shape[0];
+                let out = numbers.made("logits", width);
+                logits = Some(out);
+                let parts = vec![LinearPart { weight: head, bias: None, out }];
+                op = Op::Linear { input, parts };
+            }
             section.push(op);
         }
         for (tap, value) in taps.iter().enumerate() {
             section.push(Op::Capture { input: numbers.value(*value), tap: tap as u32 });
+        }
+        if let Some(input) = logits {
+            section.push(Op::Capture { input, tap: taps.len() as u32 });
         }
         let vocabulary = if input.is_some() { rows } else { program.vocabulary };
         Ok(Section {
@@ -119,6 +135,12 @@ impl<'a> Numbers<'a> {
             values.push(whole.values[old.0 as usize].clone());
             Value(values.len() as u32 - 1)
         })
+    }
+
+    /// A value that the whole program does not have.
+    fn made(&mut self, name: &str, width: usize) -> Value {
+        self.values.push(ValueDecl { name: name.to_owned(), width });
+        Value(self.values.len() as u32 - 1)
     }
 
     fn weight(&mut self, old: Weight) -> Weight {
@@ -244,6 +266,19 @@ pub struct Layers {
 }
 
 impl Layers {
+    /// The layers of `program`, which `spec` says.
+    ///
+    /// # Errors
+    /// If `spec` cannot be lowered.
+    pub fn of(program: &Program, spec: &DecoderSpec) -> Result<Self, QuantError> {
+        let options = LowerOptions {
+            block_tokens: program.kv.block_tokens,
+            context_max: program.context_max,
+            captures: (0..=spec.layers.len()).collect(),
+        };
+        Ok(Layers::new(program, &lower(spec, &options)?))
+    }
+
     /// The layers of `program`, read off `tapped`: the same program lowered with a tap of the
     /// stream before the first layer and after each one.
     ///

@@ -168,6 +168,66 @@ impl Statistics {
     }
 }
 
+/// The mean of `(x_float - x) x^T` over rows that two models made of the same tokens: `x_float` is an input
+/// in the model as it was, `x` the same one behind quantized layers. Row `i` is channel `i` of the difference.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Asymmetry {
+    width: usize,
+    rows: u64,
+    products: Vec<f64>,
+}
+
+impl Asymmetry {
+    /// Of inputs of `width` channels, none seen yet.
+    pub fn new(width: usize) -> Self {
+        Asymmetry { width, rows: 0, products: vec![0.0; width * width] }
+    }
+
+    /// Adds rows of both models, `[rows, width]` each.
+    ///
+    /// # Panics
+    /// If they are not as many, or no whole number of rows.
+    pub fn add(&mut self, float: &[f32], quantized: &[f32]) {
+        let width = self.width;
+        assert_eq!(float.len(), quantized.len(), "the same rows of both");
+        assert!(quantized.len().is_multiple_of(width), "whole rows");
+        self.rows += (quantized.len() / width) as u64;
+        let chunks = float.chunks(CHUNK_ROWS * width).zip(quantized.chunks(CHUNK_ROWS * width));
+        for (float, quantized) in chunks {
+            let shape = (quantized.len() / width, width);
+            let difference: Vec<f32> = float.iter().zip(quantized).map(|(a, b)| a - b).collect();
+            let left = ArrayView2::from_shape(shape, &difference).expect("whole rows");
+            let right = ArrayView2::from_shape(shape, quantized).expect("whole rows");
+            self.products.par_chunks_mut(TILE * width).enumerate().for_each(|(tile, sums)| {
+                let rows = tile * TILE..width.min((tile + 1) * TILE);
+                let part = left.slice_axis(Axis(1), Slice::from(rows));
+                let product = part.t().dot(&right);
+                sums.iter_mut().zip(&product).for_each(|(sum, x)| *sum += f64::from(*x));
+            });
+        }
+    }
+
+    /// The mean, `[width, width]`.
+    pub fn mean(&self) -> Vec<f64> {
+        let rows = self.rows.max(1) as f64;
+        self.products.iter().map(|sum| sum / rows).collect()
+    }
+
+    /// What would have been seen if each channel were divided by its scale.
+    ///
+    /// # Panics
+    /// If there is not one scale a channel.
+    pub fn divided_by(&self, scales: &[f32]) -> Asymmetry {
+        assert_eq!(scales.len(), self.width, "a scale a channel");
+        let mut scaled = self.clone();
+        for (row, a) in scaled.products.chunks_mut(self.width.max(1)).zip(scales) {
+            let divided = row.iter_mut().zip(scales);
+            divided.for_each(|(sum, b)| *sum /= f64::from(*a) * f64::from(*b));
+        }
+        scaled
+    }
+}
+
 /// `tr(D H D^T)` for the rows of `difference`, `[rows, width]`: the mean squared length of `D x`.
 /// `triangle` is [`Statistics::triangle`].
 ///
@@ -221,6 +281,29 @@ mod tests {
             }
             let magnitude: f64 = (0..rows).map(|r| f64::from(data[r * width + i].abs())).sum();
             assert!((all.mean_magnitudes()[i] * rows as f64 - magnitude).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn asymmetry_is_the_naive_mean() {
+        let (rows, width) = (300, 101);
+        let (float, quantized) = (numbers(rows * width, 4), numbers(rows * width, 5));
+        let mut found = Asymmetry::new(width);
+        found.add(&float[..40 * width], &quantized[..40 * width]);
+        found.add(&float[40 * width..], &quantized[40 * width..]);
+        let scales: Vec<f32> = (0..width).map(|i| 0.5 + i as f32 / 50.0).collect();
+        let (mean, scaled) = (found.mean(), found.divided_by(&scales).mean());
+        for i in (0..width).step_by(7) {
+            for j in (0..width).step_by(5) {
+                let one = |r: usize| {
+                    let (at, of) = (r * width + i, r * width + j);
+                    f64::from(float[at] - quantized[at]) * f64::from(quantized[of])
+                };
+                let naive = (0..rows).map(one).sum::<f64>() / rows as f64;
+                assert!((mean[i * width + j] - naive).abs() < 1e-5);
+                let naive = naive / f64::from(scales[i] * scales[j]);
+                assert!((scaled[i * width + j] - naive).abs() < 1e-4);
+            }
         }
     }
 

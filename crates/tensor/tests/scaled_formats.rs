@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use lathe_tensor::codec::element;
 use lathe_tensor::codec::scaled::{self, BlockScale, E8m0Rounding};
+use lathe_tensor::codec::{self, element};
 use lathe_tensor::safetensors::SafetensorsFile;
 use lathe_tensor::{
-    Block, Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, TensorError,
-    ZeroPoint,
+    Block, Bytes, Element, Format, GgmlType, GlobalScale, ScaleType, ScaledFormat, Tensor,
+    TensorError, ZeroPoint,
 };
 use serde_json::Value;
 
@@ -92,6 +92,24 @@ fn noise_agrees_with_the_table_in_double_precision() {
             let found = decibels(&values, &tensor.to_f32());
             let expected = expected.as_f64().unwrap();
             assert!((found - expected).abs() < 0.02, "{source} {key}: {found} for {expected} dB");
+        }
+    }
+}
+
+/// GGUF's types on the first rows, searches included: both searches end near the least error.
+#[test]
+fn noise_of_ggufs_types_agrees_with_the_table() {
+    let table = std::fs::read_to_string(fixture("sqnr_ggml.json")).unwrap();
+    let table: Value = serde_json::from_str(&table).unwrap();
+    for (source, rows) in table.as_object().unwrap() {
+        let values = &samples(source)[..128 * SHAPE[1]];
+        for kind in GgmlType::ALL {
+            let format = Format::Ggml(kind);
+            let mut found = vec![0.0; values.len()];
+            codec::dequantize(format, &codec::quantize(format, values), &mut found);
+            let found = decibels(values, &found);
+            let expected = rows[&format.to_string()].as_f64().unwrap();
+            assert!((found - expected).abs() < 0.1, "{source} {format}: {found} for {expected} dB");
         }
     }
 }

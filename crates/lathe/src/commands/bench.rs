@@ -15,7 +15,7 @@ use crate::measure::{self, Timing, Workload, growth_exponent, median};
 use crate::memory;
 use crate::output::{bad_input, human_bytes, print, print_json};
 use crate::parallel::ParallelArguments;
-use crate::plot::{Curve, draw};
+use crate::plot::{Curve, Mark, draw};
 use crate::roofs::Roofs;
 use crate::session::{self, Need, ROWS_MAX, milliseconds};
 use crate::shape::{Shape, Sizes};
@@ -363,8 +363,16 @@ impl Growth {
             self.tokens.iter().zip(times).map(|(&n, ms)| (n as f64, ms / 1000.0)).collect()
         };
         [
-            Curve { name: "with the KV cache", points: points(&self.cached_total_ms) },
-            Curve { name: "without (--no-kv-cache)", points: points(&self.uncached_total_ms) },
+            Curve {
+                name: "with the KV cache",
+                points: points(&self.cached_total_ms),
+                mark: Mark::Line,
+            },
+            Curve {
+                name: "without (--no-kv-cache)",
+                points: points(&self.uncached_total_ms),
+                mark: Mark::Line,
+            },
         ]
     }
 

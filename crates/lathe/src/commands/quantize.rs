@@ -7,11 +7,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error};
 use clap::Args;
 use lathe_cpu::pack::PackedMatrix;
+use lathe_model::Model;
 use lathe_model::export::{
     ExportError, GgufOptions, Integers, PackedLayout, to_gguf_replacing, to_packed,
 };
-use lathe_program::{BackendError, Program};
+use lathe_model::spec::DecoderSpec;
+use lathe_model::weights::ModelWeights;
+use lathe_program::{Backend, BackendError, Program};
+use lathe_quant::budget::planned;
 use lathe_quant::calibrate::Calibration;
+use lathe_quant::explain::Explanation;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::{Recipe, format_named};
 use lathe_quant::{QuantError, technique};
@@ -20,6 +25,7 @@ use serde::Serialize;
 
 use super::score::read_text;
 use crate::arguments::{Device, Global};
+use crate::explanation;
 use crate::output::{InputContext, bad_input, human_bytes, print, print_json};
 use crate::prompt::encode_text;
 use crate::session::{self, Opened, bytes_under, milliseconds};
@@ -28,13 +34,16 @@ use crate::session::{self, Opened, bytes_under, milliseconds};
 const WINDOW: usize = 512;
 /// Tokens of calibration if the caller does not say.
 const CALIBRATION_TOKENS: usize = 16 * 1024;
+/// Tokens that errors are measured on if the caller does not say.
+const EXPLAIN_TOKENS: usize = 512;
 
 #[derive(Debug, Args)]
 #[command(after_help = technique::help())]
 pub struct QuantizeArguments {
     /// Folder of plain floats, .gguf file, catalogue name or Hub id
     pub model: String,
-    /// A folder (compressed-tensors; MXFP4 experts as gpt-oss has them) or a .gguf file; must not exist
+    /// A folder (compressed-tensors; MXFP4 experts as gpt-oss has them), a .gguf file, or with
+    /// --explain a .html file for the report alone; must not exist
     pub out: PathBuf,
     /// A TOML file that lists techniques, their parameters and the tensors that they are for
     #[arg(long, value_name = "FILE", required_unless_present = "format",
@@ -60,6 +69,13 @@ pub struct QuantizeArguments {
     /// activations to 8 bits; the configuration asks for a scale a token
     #[arg(long)]
     pub w8a8: bool,
+    /// Measure where errors come from and what each layer costs, on text of --calibration that is
+    /// not calibrated with: report.html and report.json beside the weights
+    #[arg(long, requires = "calibration")]
+    pub explain: bool,
+    /// Tokens to measure on, after those of the calibration, in windows of 512
+    #[arg(long, value_name = "N", default_value_t = EXPLAIN_TOKENS, requires = "explain")]
+    pub explain_tokens: usize,
 }
 
 /// What is printed, and recorded beside the weights.
@@ -82,58 +98,107 @@ struct Provenance<'a> {
     tensors: Vec<WeightReport>,
 }
 
+/// What is printed: with `--explain`, what was found too. Beside the weights that is a file of its own.
+#[derive(Serialize)]
+struct Printed<'a> {
+    #[serde(flatten)]
+    provenance: &'a Provenance<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    explanation: Option<&'a Explanation>,
+}
+
+/// What OUT is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// compressed-tensors.
+    Folder,
+    /// GGUF.
+    File,
+    /// No weights: the report of `--explain`.
+    Page,
+}
+
+impl Target {
+    fn of(arguments: &QuantizeArguments) -> Result<Self, Error> {
+        let extension = arguments.out.extension();
+        if extension.is_some_and(|kind| kind == "html") {
+            let alone =
+                || bad_input(format!("{}: a report needs --explain", arguments.out.display()));
+            return if arguments.explain { Ok(Target::Page) } else { Err(alone()) };
+        }
+        let gguf = extension.is_some_and(|kind| kind == "gguf");
+        Ok(if gguf { Target::File } else { Target::Folder })
+    }
+
+    fn layout(self) -> &'static str {
+        match self {
+            Target::Folder => "compressed-tensors",
+            Target::File => "gguf",
+            Target::Page => "none",
+        }
+    }
+}
+
 /// Quantizes.
 pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
     let out = &arguments.out;
-    if out.exists() {
-        return Err(bad_input(format!("{}: it exists already", out.display())));
-    }
+    let target = Target::of(arguments)?;
+    check_new(out, target)?;
     let recipe = recipe(arguments)?;
-    let to_file = out.extension().is_some_and(|kind| kind == "gguf");
-    check_layout(&recipe, to_file, out)?;
+    check_layout(&recipe, target, out)?;
     let opened = session::open(&arguments.model)?;
     let model = &opened.model;
     let program = session::program_for(&model.spec, model.spec.context_max)?;
     let weights = model.weights(&program).bad_input()?;
-    let layout = match to_file {
-        true => None,
-        false => {
+    let layout = match target {
+        Target::Folder => {
             let integers = if arguments.w8a8 { Integers::Bytes } else { Integers::Words };
             Some(PackedLayout::new(model, &weights).bad_input()?.with_integers(integers))
         }
+        Target::File | Target::Page => None,
     };
+    let recipe = if target == Target::File { with_fallbacks(&program, recipe)? } else { recipe };
     check_targets(&program, &recipe, layout.as_ref())?;
     check_device(global.device, &program, &recipe)?;
-    let tokens = calibration_tokens(arguments, &opened, &recipe)?;
+    let text = read_tokens(arguments, &opened, &recipe)?;
+    let backend = session::backend(global.device)?;
+    let recipe = plan(
+        &recipe,
+        &weights,
+        model,
+        text.as_ref().map(|it| runs(global, &*backend, &it.calibration)),
+    )?;
 
     let mut meter = Meter::new();
-    let progress = |now: job::Progress| meter.tell(now.done, now.total);
-    let mut job = quantized(Job::new(&weights, &recipe, tokens.is_some(), progress))?;
-    eprintln!("quantizing to {}", recipe.format);
-    if let Some(tokens) = &tokens {
-        let backend = session::backend(global.device)?;
-        let calibration = Calibration {
-            backend: &*backend,
-            tokens,
-            window: WINDOW,
-            threads: global.threads.map(usize::from),
-            exact: global.exact,
-            kv_format: global.kv_format,
-        };
-        quantized(job.calibrate(&model.spec, &calibration))?;
+    let mut job = quantized(Job::new(&weights, &recipe, text.is_some(), |now| meter.tell(now)))?;
+    eprintln!("quantizing to {}", formats(&recipe));
+    let resume = beside(out, ".quantizing");
+    if let Some(text) = &text {
+        if resume.exists() {
+            eprintln!("going on from {}", resume.display());
+        }
+        let calibration = runs(global, &*backend, &text.calibration);
+        quantized(job.calibrate_resumable(&model.spec, &calibration, &resume))?;
     }
-    match &layout {
-        Some(layout) => write_folder(layout, out, &mut job, &recipe)?,
-        None => exported(to_gguf_replacing(model, out, &gguf_options(&recipe), &mut job))?,
+    let measured = text.as_ref().filter(|_| arguments.explain);
+    let measured = measured.map(|text| runs(global, &*backend, &text.explain));
+    let explanation = measured.map(|text| explain(&mut job, &model.spec, &text)).transpose()?;
+    match (&layout, target) {
+        (Some(layout), _) => write_folder(layout, out, &mut job, &recipe)?,
+        (None, Target::Page) => {}
+        (None, _) => exported(to_gguf_replacing(model, out, &gguf_options(&recipe), &mut job))?,
+    }
+    if let Some(explanation) = &explanation {
+        write_explanation(&model.name, explanation, out, target)?;
     }
     let report = Provenance {
         model: &model.name,
         path: out,
-        layout: if to_file { "gguf" } else { "compressed-tensors" },
-        format: recipe.format.to_string(),
+        layout: target.layout(),
+        format: formats(&recipe),
         bytes: bytes_under(out),
-        calibration_tokens: tokens.as_ref().map_or(0, Vec::len),
-        calibration: arguments.calibration.as_deref().filter(|_| tokens.is_some()),
+        calibration_tokens: text.as_ref().map_or(0, |it| it.calibration.len()),
+        calibration: arguments.calibration.as_deref().filter(|_| text.is_some()),
         quantize_ms: milliseconds(opened.started),
         lathe: env!("CARGO_PKG_VERSION"),
         recipe: recipe.to_toml(),
@@ -141,8 +206,77 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         expert_tokens: std::mem::take(&mut job.coverage),
         tensors: std::mem::take(&mut job.reports),
     };
-    record(&report, out, to_file)?;
-    if global.json { print_json(&report) } else { print(&describe(&report)) }
+    drop(job);
+    finish(global, &report, explanation.as_ref(), target, &resume)
+}
+
+/// Records, removes what a later run would have gone on from, and says what was done.
+fn finish(
+    global: &Global,
+    report: &Provenance<'_>,
+    explanation: Option<&Explanation>,
+    target: Target,
+    resume: &Path,
+) -> Result<(), Error> {
+    if target != Target::Page {
+        record(report, report.path, target == Target::File)?;
+    }
+    if resume.exists() {
+        fs::remove_dir_all(resume).with_context(|| resume.display().to_string())?;
+    }
+    if global.json {
+        return print_json(&Printed { provenance: report, explanation });
+    }
+    let found = explanation.map(explanation::table).unwrap_or_default();
+    print(&(describe(report) + &found))
+}
+
+/// Nothing that exists is written over.
+fn check_new(out: &Path, target: Target) -> Result<(), Error> {
+    let numbers = (target == Target::Page).then(|| out.with_extension("json"));
+    let exists = [Some(out.to_owned()), numbers].into_iter().flatten().find(|it| it.exists());
+    match exists {
+        Some(path) => Err(bad_input(format!("{}: it exists already", path.display()))),
+        None => Ok(()),
+    }
+}
+
+/// How a text is run.
+fn runs<'a>(global: &Global, backend: &'a dyn Backend, tokens: &'a [u32]) -> Calibration<'a> {
+    Calibration {
+        backend,
+        tokens,
+        window: WINDOW,
+        threads: global.threads.map(usize::from),
+        exact: global.exact,
+        kv_format: global.kv_format,
+    }
+}
+
+/// The recipe with a format for each layer, if it has a budget.
+fn plan(
+    recipe: &Recipe,
+    weights: &ModelWeights<'_>,
+    model: &Model,
+    text: Option<Calibration<'_>>,
+) -> Result<Recipe, Error> {
+    let Some(text) = text.filter(|_| recipe.budget.is_some()) else { return Ok(recipe.clone()) };
+    let tokens = &text.tokens[..text.tokens.len().min(EXPLAIN_TOKENS)];
+    eprintln!("measuring each layer in each format on {} tokens", tokens.len());
+    let mut meter = Meter::new();
+    let mut progress = |now| meter.tell(now);
+    let text = Calibration { tokens, ..text };
+    quantized(planned(weights, recipe, &model.spec, &text, &mut progress))
+}
+
+fn explain(
+    job: &mut Job<'_>,
+    spec: &DecoderSpec,
+    text: &Calibration<'_>,
+) -> Result<Explanation, Error> {
+    eprintln!("measuring on {} tokens", text.tokens.len());
+    let mut meter = Meter::new();
+    quantized(job.explain(spec, text, &mut |now| meter.tell(now)))
 }
 
 fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
@@ -154,22 +288,49 @@ fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
     Recipe::simple(format, &arguments.method).bad_input()
 }
 
+/// Every format that a recipe may use, each once.
+fn all_formats(recipe: &Recipe) -> Vec<Format> {
+    let of_tensors = recipe.formats.iter().map(|(_, format)| *format);
+    let of_budget = recipe.budget.iter().flat_map(|budget| &budget.formats).copied();
+    let mut all: Vec<Format> =
+        [recipe.format].into_iter().chain(of_tensors).chain(of_budget).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+fn formats(recipe: &Recipe) -> String {
+    let names: Vec<String> = all_formats(recipe).iter().map(Format::to_string).collect();
+    names.join(", ")
+}
+
 /// Which files can hold which formats; a folder's layout says the rest ([`check_targets`]).
-fn check_layout(recipe: &Recipe, to_file: bool, out: &Path) -> Result<(), Error> {
-    let (format, out) = (recipe.format, out.display());
-    match (format, to_file) {
-        (Format::Ggml(_), true) | (Format::Scaled(_), false) => Ok(()),
-        (Format::Ggml(_), false) => {
-            Err(bad_input(format!("{out}: {format} is a format of GGUF, expected a name in .gguf")))
+fn check_layout(recipe: &Recipe, target: Target, out: &Path) -> Result<(), Error> {
+    let out = out.display();
+    for format in &all_formats(recipe) {
+        match (format, target) {
+            (_, Target::Page)
+            | (Format::Ggml(_), Target::File)
+            | (Format::Scaled(_), Target::Folder) => {}
+            (Format::Ggml(_), Target::Folder) => {
+                return Err(bad_input(format!(
+                    "{out}: {format} is a format of GGUF, expected a name in .gguf"
+                )));
+            }
+            (_, Target::File) => {
+                return Err(bad_input(format!(
+                    "{out}: {format} is none of GGUF's formats, expected one such as q4_0 or q4_k"
+                )));
+            }
+            (Format::Float(_), Target::Folder) => {
+                return Err(bad_input(format!(
+                    "{format} quantizes nothing, expected integers or small floats with scales; \
+                     `lathe convert` writes plain floats"
+                )));
+            }
         }
-        (_, true) => Err(bad_input(format!(
-            "{out}: {format} is none of GGUF's formats, expected one such as q4_0 or q4_k"
-        ))),
-        (Format::Float(_), false) => Err(bad_input(format!(
-            "{format} quantizes nothing, expected integers or small floats with scales; `lathe \
-             convert` writes plain floats"
-        ))),
     }
+    Ok(())
 }
 
 /// Refuses tensors that the layout cannot replace before anything is computed.
@@ -181,11 +342,39 @@ fn check_targets(
     let targets = job::targets(program, recipe).bad_input()?;
     let Some(layout) = layout else { return Ok(()) };
     for weight in targets.keys() {
-        layout
-            .check(program, *weight, recipe.format)
-            .bad_input_in("a recipe can `keep` a tensor as it is")?;
+        // A budget has yet to choose.
+        let formats = match &recipe.budget {
+            Some(budget) => budget.formats.clone(),
+            None => vec![recipe.format_of(&program.weight(*weight).name)],
+        };
+        for format in formats {
+            layout
+                .check(program, *weight, format)
+                .bad_input_in("a recipe can `keep` a tensor as it is")?;
+        }
     }
     Ok(())
+}
+
+/// The recipe with a format of blocks of 32 for each tensor whose rows are no multiple of the 256 that its
+/// format asks for: the one that llama.cpp's `tensor_type_fallback` takes.
+fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Recipe, Error> {
+    for weight in job::targets(program, &recipe).bad_input()?.into_keys() {
+        let decl = program.weight(weight);
+        let columns = decl.shape.last().copied().unwrap_or(1);
+        let format = recipe.format_of(&decl.name);
+        let fallback = match format {
+            Format::Ggml(GgmlType::Q4_K) => GgmlType::Q5_0,
+            Format::Ggml(GgmlType::Q5_K) => GgmlType::Q5_1,
+            Format::Ggml(GgmlType::Q6_K) => GgmlType::Q8_0,
+            Format::Ggml(GgmlType::IQ4_XS) => GgmlType::IQ4_NL,
+            _ => continue,
+        };
+        if !columns.is_multiple_of(format.block_len()) && recipe.budget.is_none() {
+            recipe.formats.push((decl.name.clone(), Format::Ggml(fallback)));
+        }
+    }
+    Ok(recipe)
 }
 
 /// Refuses what the device could not run afterwards; the reference runs every format.
@@ -196,7 +385,7 @@ fn check_device(device: Device, program: &Program, recipe: &Recipe) -> Result<()
     for weight in job::targets(program, recipe).bad_input()?.keys() {
         let decl = program.weight(*weight);
         let columns = decl.shape.last().copied().unwrap_or(1);
-        PackedMatrix::check(recipe.format, columns).bad_input_in(format!(
+        PackedMatrix::check(recipe.format_of(&decl.name), columns).bad_input_in(format!(
             "tensor {} could only be run, and quantized, with --device reference",
             decl.name
         ))?;
@@ -204,12 +393,19 @@ fn check_device(device: Device, program: &Program, recipe: &Recipe) -> Result<()
     Ok(())
 }
 
+/// The text that layers are to see.
+struct Text {
+    calibration: Vec<u32>,
+    /// Behind it: what errors are measured on.
+    explain: Vec<u32>,
+}
+
 /// The text that layers are to see, if the recipe needs one.
-fn calibration_tokens(
+fn read_tokens(
     arguments: &QuantizeArguments,
     opened: &Opened,
     recipe: &Recipe,
-) -> Result<Option<Vec<u32>>, Error> {
+) -> Result<Option<Text>, Error> {
     let path = match &arguments.calibration {
         Some(path) => path,
         None if recipe.needs_calibration() => {
@@ -218,12 +414,47 @@ fn calibration_tokens(
         None => return Ok(None),
     };
     let text = read_text(path)?;
-    let mut tokens = match text.trim_start().starts_with('[') {
+    let mut calibration = match text.trim_start().starts_with('[') {
         true => serde_json::from_str::<Vec<u32>>(&text).bad_input_in(path.display())?,
         false => encode_text(opened.tokenizer()?, &text)?,
     };
-    tokens.truncate(arguments.calibration_tokens);
-    Ok(Some(tokens))
+    let held_out = if arguments.explain { arguments.explain_tokens } else { 0 };
+    if arguments.explain && held_out < 2 {
+        return Err(bad_input(format!("--explain-tokens is {held_out}, expected at least 2")));
+    }
+    let Some(most) = calibration.len().checked_sub(held_out).filter(|most| *most > 0) else {
+        return Err(bad_input(format!(
+            "{}: {} tokens, expected more than --explain-tokens {held_out}, which are not calibrated with",
+            path.display(),
+            calibration.len()
+        )));
+    };
+    let explain = calibration.split_off(most.min(arguments.calibration_tokens));
+    Ok(Some(Text { calibration, explain: explain[..held_out].to_vec() }))
+}
+
+/// Beside the weights, or alone: a page, and the same numbers for programs.
+fn write_explanation(
+    model: &str,
+    found: &Explanation,
+    out: &Path,
+    target: Target,
+) -> Result<(), Error> {
+    let (page, numbers) = match target {
+        Target::Folder => (out.join("report.html"), out.join("report.json")),
+        Target::File => (out.with_extension("report.html"), out.with_extension("report.json")),
+        Target::Page => (out.to_owned(), out.with_extension("json")),
+    };
+    write_whole(&numbers, &(serde_json::to_string_pretty(found)? + "\n"))?;
+    write_whole(&page, &explanation::html(model, found)?)
+}
+
+/// Writes under a temporary name and renames.
+fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
+    let partial = beside(path, ".partial");
+    fs::write(&partial, text)
+        .and_then(|()| fs::rename(&partial, path))
+        .with_context(|| path.display().to_string())
 }
 
 /// Embedding and head stay in 8 bits: they are rounded without a technique.
@@ -239,9 +470,7 @@ fn write_folder(
     job: &mut Job<'_>,
     recipe: &Recipe,
 ) -> Result<(), Error> {
-    let mut partial = out.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
+    let partial = beside(out, ".partial");
     let _ = fs::remove_dir_all(&partial);
     let written = exported(to_packed(layout, &partial, job)).and_then(|()| {
         let path = partial.join("recipe.toml");
@@ -252,6 +481,13 @@ fn write_folder(
     }
     written?;
     fs::rename(&partial, out).with_context(|| out.display().to_string())
+}
+
+/// The path with more behind its name.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 /// What was done, beside the weights: never in `config.json`.
@@ -321,22 +557,29 @@ fn exported(result: Result<(), ExportError>) -> Result<(), Error> {
 struct Meter {
     start: Instant,
     told: Instant,
+    /// What was done before: by an earlier run.
+    from: Option<usize>,
 }
 
 impl Meter {
     fn new() -> Self {
         let now = Instant::now();
-        Meter { start: now, told: now }
+        Meter { start: now, told: now, from: None }
     }
 
-    fn tell(&mut self, done: usize, total: usize) {
+    fn tell(&mut self, now: job::Progress) {
+        let job::Progress { done, total } = now;
+        let from = *self.from.get_or_insert(done);
         if self.told.elapsed() < Duration::from_secs(5) && done < total {
             return;
         }
         self.told = Instant::now();
         let share = done as f64 / total.max(1) as f64;
         let spent = self.start.elapsed().as_secs_f64();
-        let left = spent / share.max(1e-9) - spent;
-        eprintln!("{:.0} %, {spent:.0} s, about {left:.0} s left", share * 100.0);
+        let left = match done - from {
+            0 => String::new(),
+            ours => format!(", about {:.0} s left", spent * (total - done) as f64 / ours as f64),
+        };
+        eprintln!("{:.0} %, {spent:.0} s{left}", share * 100.0);
     }
 }

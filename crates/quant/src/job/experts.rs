@@ -12,7 +12,7 @@ use lathe_program::{
     ExpertsSpec, LinearSpec, Op, Program, ProgramBuilder, Value, Weight, WeightRole,
 };
 use lathe_tensor::{Bytes, GlobalScale, Tensor, TensorError};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Job, WeightReport};
 use crate::calibrate::{Calibration, Seen, Stream};
@@ -23,7 +23,7 @@ use crate::section::Section;
 use crate::statistics::Statistics;
 
 /// How many tokens of the calibration a router chose each expert for.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CoverageReport {
     /// Canonical name of the router.
     pub router: String,
@@ -167,6 +167,7 @@ impl Job<'_> {
     ) -> Result<(), QuantError> {
         let (shape, values) = self.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
+        let asymmetry = self.targets.get(&weight).and_then(|op| self.asymmetry(*op));
         let fused = self.fused_largest(weight)?;
         let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).enumerate();
         let matrices = matrices.map(|(expert, (name, values))| Matrix {
@@ -176,7 +177,8 @@ impl Job<'_> {
             values,
             fused_largest: fused.get(expert).copied(),
         });
-        let group = Group { matrices: matrices.collect(), statistics };
+        let asymmetry = asymmetry.as_ref();
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
         self.finish_stack(step, weight, vec![group])
     }
 
@@ -199,7 +201,8 @@ impl Job<'_> {
             let fused_largest = fused.get(expert).copied();
             let (rows, columns) = (shape[1], shape[2]);
             let matrix = Matrix { name, rows, columns, values, fused_largest };
-            Group { matrices: vec![matrix], statistics: statistics.as_ref() }
+            let statistics = statistics.as_ref();
+            Group { matrices: vec![matrix], statistics, asymmetry: None }
         });
         self.finish_stack(step, weight, groups.collect())
     }
@@ -216,8 +219,9 @@ impl Job<'_> {
         groups: Vec<Group<'_>>,
     ) -> Result<(), QuantError> {
         let mut tensors = Vec::new();
+        let format = self.recipe.format_of(&self.name(weight));
         for group in &groups {
-            let outcome = (step.technique.group())(group, self.recipe.format, &step.parameters)?;
+            let outcome = (step.technique.group())(group, format, &step.parameters)?;
             let Outcome::Quantized(list) = outcome else {
                 let message = format!("{} rounds nothing", step.technique.name);
                 return Err(QuantError::Recipe(message));

@@ -11,16 +11,18 @@ impl Job<'_> {
     /// For each matrix of `weight` (one, or one an expert) the largest magnitude of all that it is
     /// run with; nothing if the format has no global scale.
     pub(super) fn fused_largest(&mut self, weight: Weight) -> Result<Vec<f32>, QuantError> {
-        let global =
-            matches!(self.recipe.format, Format::Scaled(it) if it.scale == ScaleType::E4M3Global);
+        let format_of = |weight| self.recipe.format_of(&self.program.weight(weight).name);
+        let format = format_of(weight);
+        let global = matches!(format, Format::Scaled(it) if it.scale == ScaleType::E4M3Global);
         let Some(op) = self.targets.get(&weight).filter(|_| global) else { return Ok(Vec::new()) };
-        let together: Vec<Weight> = match &self.program.ops[*op] {
+        let mut together: Vec<Weight> = match &self.program.ops[*op] {
             Op::Linear { parts, .. } => parts.iter().map(|part| part.weight).collect(),
             Op::Experts { spec, .. } if weight != spec.down => vec![spec.gate, spec.up],
             _ => vec![weight],
         };
-        let mut together = together;
-        together.retain(|other| self.targets.get(other) == Some(op));
+        let same =
+            |other: &Weight| self.targets.get(other) == Some(op) && format_of(*other) == format;
+        together.retain(same);
         if let Some(found) = self.fused.get(&together[0]) {
             return Ok(found.clone());
         }

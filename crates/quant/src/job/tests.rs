@@ -15,17 +15,17 @@ use lathe_program::{
 use super::*;
 use crate::calibrate;
 
-const TOKENS: [u32; 24] =
+pub(super) const TOKENS: [u32; 24] =
     [3, 60, 17, 5, 5, 42, 9, 33, 21, 8, 1, 2, 30, 31, 44, 50, 12, 7, 19, 28, 4, 40, 11, 6];
 
-fn open(name: &str) -> (Model, Arc<Program>) {
+pub(super) fn open(name: &str) -> (Model, Arc<Program>) {
     let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny"));
     let model = Model::open(&root.join(name)).expect(name);
     let program = Arc::new(lower(&model.spec, &LowerOptions::new(64)).expect(name));
     (model, program)
 }
 
-fn executor(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Executor> {
+pub(super) fn executor(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Executor> {
     let options = ExecutorOptions {
         kv_blocks: program.kv.groups.len() * 2,
         kv_format: Some(KvFormat::F32),
@@ -37,7 +37,7 @@ fn executor(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Execu
 }
 
 /// The text in two windows on the reference.
-fn calibration<'a>(backend: &'a ReferenceBackend, tokens: &'a [u32]) -> Calibration<'a> {
+pub(super) fn calibration<'a>(backend: &'a ReferenceBackend, tokens: &'a [u32]) -> Calibration<'a> {
     Calibration { backend, tokens, window: 12, threads: None, exact: true, kv_format: None }
 }
 
@@ -309,6 +309,35 @@ fn what_cannot_be_quantized_is_named() {
     assert!(error.contains("no technique rounds tensor layers.0.attention"), "{error}");
 }
 
+/// The first layer reads what the float model does: GPTAQ is GPTQ there, and another one behind it. What
+/// experts' last matrices lack is not observed.
+#[test]
+fn gptaq_makes_up_for_quantized_layers() {
+    let (model, program) = open("llama");
+    let weights = model.weights(&program).unwrap();
+    let backend = ReferenceBackend::new();
+    let made = |method: &str| {
+        let recipe = Recipe::simple(Format::parse("int3-g16-f32").unwrap(), method).unwrap();
+        let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+        job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).unwrap();
+        job.finished
+    };
+    let (gptq, gptaq) = (made("gptq"), made("gptaq"));
+    for (weight, tensor) in &gptq {
+        let name = &program.weight(*weight).name;
+        let same = tensor.codes[..] == gptaq[weight].codes[..];
+        assert_eq!(same, name.starts_with("layers.0."), "{name}");
+    }
+    let (model, program) = open("mixtral");
+    let weights = model.weights(&program).unwrap();
+    let text = "format = \"int4-g16-f32\"\ntensors = [\"layers.1.ffn.experts.*\"]\n\
+                [[technique]]\nuse = \"gptaq\"";
+    let recipe = Recipe::parse(text, None).unwrap();
+    let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+    let error = job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).unwrap_err();
+    assert!(error.to_string().contains("layers.1.ffn.experts.down"), "{error}");
+}
+
 /// Every expert sees every token, through its own matrices: computed here by hand.
 #[test]
 fn experts_are_calibrated_by_all_tokens() {
@@ -360,7 +389,8 @@ fn experts_are_calibrated_by_all_tokens() {
             values: &down,
             fused_largest: None,
         };
-        let group = Group { matrices: vec![matrix], statistics: Some(&statistics) };
+        let group =
+            Group { matrices: vec![matrix], statistics: Some(&statistics), asymmetry: None };
         let parameters = &recipe.steps[0].parameters;
         let Ok(Outcome::Quantized(list)) = (technique.group())(&group, recipe.format, parameters)
         else {

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::clip::{self, Measure};
 use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
-use crate::linalg::upper_factor_of_inverse;
+use crate::linalg::{dot, upper_factor_of_inverse};
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
 use crate::statistics::Statistics;
@@ -35,42 +35,58 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "calibration; integers or small floats with a scale a group or a row",
     conflicts: &["rtn", "clip", "imatrix"],
     calibrated: true,
-    parameters: &[
-        Parameter {
-            name: "act_order",
-            kind: Kind::Flag { default: true },
-            meaning: "columns of the largest inputs first, under scales that are chosen before",
-        },
-        Parameter {
-            name: "block_size",
-            kind: Kind::Whole { default: 128, least: 1, most: 65536 },
-            meaning: "columns after which the rest of a row is brought up to date",
-        },
-        Parameter {
-            name: "damping",
-            kind: Kind::Number { default: 0.05, least: 0.0, most: 10.0 },
-            meaning: "part of the mean of H's diagonal that is added to it; raised if that is too little",
-        },
-        Parameter {
-            name: "scales",
-            kind: Kind::Choice(&["output", "range", "weight", "channel"]),
-            meaning: "how scales are chosen: clip's search by that error, or the block's range",
-        },
-    ],
+    parameters: &PARAMETERS,
     apply: Apply::Group(apply),
 };
+
+/// What it shares with techniques that hand on errors in the same way.
+pub(super) const PARAMETERS: [Parameter; 4] = [
+    Parameter {
+        name: "act_order",
+        kind: Kind::Flag { default: true },
+        meaning: "columns of the largest inputs first, under scales that are chosen before",
+    },
+    Parameter {
+        name: "block_size",
+        kind: Kind::Whole { default: 128, least: 1, most: 65536 },
+        meaning: "columns after which the rest of a row is brought up to date",
+    },
+    Parameter {
+        name: "damping",
+        kind: Kind::Number { default: 0.05, least: 0.0, most: 10.0 },
+        meaning: "part of the mean of H's diagonal that is added to it; raised if that is too little",
+    },
+    Parameter {
+        name: "scales",
+        kind: Kind::Choice(&["output", "range", "weight", "channel"]),
+        meaning: "how scales are chosen: clip's search by that error, or the block's range",
+    },
+];
 
 fn apply(
     group: &Group<'_>,
     format: Format,
     parameters: &Parameters,
 ) -> Result<Outcome, QuantError> {
+    round_columns(NAME, group, format, parameters, None)
+}
+
+/// Rounds the columns of a group one after the other for `technique`; with the mean of
+/// `(x_float - x) x^T`, times what it counts, columns also hand on what their inputs lack (GPTAQ).
+pub(super) fn round_columns(
+    technique: &'static str,
+    group: &Group<'_>,
+    format: Format,
+    parameters: &Parameters,
+    asymmetry: Option<&[f64]>,
+) -> Result<Outcome, QuantError> {
     let Some(first) = group.matrices.first() else { return Ok(Outcome::Quantized(Vec::new())) };
-    let all = group.matrices.iter().map(|matrix| Scales::new(NAME, matrix, format));
+    let all = group.matrices.iter().map(|matrix| Scales::new(technique, matrix, format));
     let all = all.collect::<Result<Vec<_>, _>>()?;
-    let statistics = group.observed(NAME, first.name)?;
-    let factor = Factor::new(statistics, parameters).ok_or_else(|| QuantError::Technique {
-        technique: NAME,
+    let statistics = group.observed(technique, first.name)?;
+    let factor = Factor::new(statistics, parameters, asymmetry);
+    let factor = factor.ok_or_else(|| QuantError::Technique {
+        technique,
         tensor: first.name.to_owned(),
         reason: "the products of its inputs are not finite".to_owned(),
     })?;
@@ -92,13 +108,19 @@ struct Factor {
     order: Vec<usize>,
     /// Rows of `U` in that order, each divided by its diagonal: from the diagonal on.
     rows: Vec<f32>,
+    /// Rows of GPTAQ's `P` in that order, if it is asked for.
+    lacks: Option<Vec<f32>>,
     /// What had to be done to have a factor.
     note: Option<String>,
 }
 
 impl Factor {
     /// `None` if the Hessian cannot be factored whatever is added to its diagonal.
-    fn new(statistics: &Statistics, parameters: &Parameters) -> Option<Self> {
+    fn new(
+        statistics: &Statistics,
+        parameters: &Parameters,
+        asymmetry: Option<&[f64]>,
+    ) -> Option<Self> {
         let n = statistics.width();
         let mut hessian = statistics.hessian();
         let mean = (0..n).map(|i| hessian[i * n + i]).sum::<f64>() / n.max(1) as f64;
@@ -116,25 +138,22 @@ impl Factor {
         if parameters.flag("act_order") {
             order.sort_by(|a, b| hessian[b * n + b].total_cmp(&hessian[a * n + a]));
         }
-        let permuted: Vec<f64> = order
-            .iter()
-            .flat_map(|row| {
-                order.iter().map(|column| hessian[row * n + column]).collect::<Vec<_>>()
-            })
-            .collect();
+        let ordered = permuted(&hessian, &order);
         let asked = parameters.number("damping");
         let mut damping = asked;
         for _ in 0..DAMPINGS {
-            let mut damped = permuted.clone();
+            let mut damped = ordered.clone();
             (0..n).for_each(|i| damped[i * n + i] += damping * mean);
             if let Ok(upper) = upper_factor_of_inverse(&damped, n) {
                 let raised = damping > asked;
                 let note = format!(
                     "damping raised from {asked} to {damping}: H was not positive definite"
                 );
+                let lacks = asymmetry.map(|it| lacks_of(&permuted(it, &order), &upper, n));
                 return Some(Factor {
-                    order,
                     rows: scaled_rows(&upper, n),
+                    lacks,
+                    order,
                     note: raised.then_some(note),
                 });
             }
@@ -143,11 +162,50 @@ impl Factor {
         None
     }
 
+    /// Brings columns from `first` on up to date after column `i`: its error and its number.
+    fn hand_on(&self, i: usize, first: usize, [error, number]: [f32; 2], ahead: &mut [f32]) {
+        let skipped = first - i - 1;
+        let shares = &self.after(i)[skipped..];
+        ahead.iter_mut().zip(shares).for_each(|(value, share)| *value -= error * share);
+        if let Some(lacks) = self.lacks_after(i) {
+            let lacks = &lacks[skipped..];
+            ahead.iter_mut().zip(lacks).for_each(|(value, lack)| *value += number * lack);
+        }
+    }
+
+    /// What the input of column `i` lacks, a number for each column after it.
+    fn lacks_after(&self, i: usize) -> Option<&[f32]> {
+        let n = self.order.len();
+        self.lacks.as_ref().map(|lacks| &lacks[i * n + i + 1..(i + 1) * n])
+    }
+
     /// What column `i` of the order hands on, a number for each column after it.
     fn after(&self, i: usize) -> &[f32] {
         let n = self.order.len();
         &self.rows[i * n + i + 1..(i + 1) * n]
     }
+}
+
+/// Rows and columns of a square in another order.
+fn permuted(square: &[f64], order: &[usize]) -> Vec<f64> {
+    let n = order.len();
+    order.iter().flat_map(|row| order.iter().map(|column| square[*row * n + *column])).collect()
+}
+
+/// GPTAQ's `P`: what is strictly above the diagonal of `A U^T`, times `U`.
+fn lacks_of(asymmetry: &[f64], upper: &[f64], n: usize) -> Vec<f32> {
+    let mut lacks = vec![0f32; n * n];
+    lacks.par_chunks_mut(n).enumerate().for_each(|(i, out)| {
+        let row = &asymmetry[i * n..][..n];
+        let mut sums = vec![0f64; n];
+        for k in i + 1..n {
+            let of = &upper[k * n + k..(k + 1) * n];
+            let product = dot(&row[k..], of);
+            sums[k..].iter_mut().zip(of).for_each(|(sum, u)| *sum += product * u);
+        }
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum as f32);
+    });
+    lacks
 }
 
 fn scaled_rows(upper: &[f64], n: usize) -> Vec<f32> {
@@ -213,26 +271,24 @@ impl Part<'_> {
         let mut left: Vec<f32> = (0..rows)
             .flat_map(|row| order.iter().map(move |column| values[row * columns + column]))
             .collect();
-        let mut errors = vec![0f32; rows * block_size.min(columns)];
+        // What each column of the block hands on: its error, and its number before it was rounded.
+        let mut errors = vec![[0f32; 2]; rows * block_size.min(columns)];
         let mut start = 0;
         while start < columns {
             let end = self.end_of_block(start, block_size);
             for i in start..end {
-                let after = &self.factor.after(i)[..end - i - 1];
                 for row in 0..rows {
                     let left = &mut left[row * columns..][..columns];
-                    let error = self.round_one(row, i, left);
-                    errors[row * (end - start) + i - start] = error;
-                    let ahead = left[i + 1..end].iter_mut().zip(after);
-                    ahead.for_each(|(value, share)| *value -= error * share);
+                    let handed = [self.round_one(row, i, left), left[i]];
+                    errors[row * (end - start) + i - start] = handed;
+                    self.factor.hand_on(i, i + 1, handed, &mut left[i + 1..end]);
                 }
             }
             for i in start..end {
-                let after = &self.factor.after(i)[end - i - 1..];
                 for row in 0..rows {
-                    let error = errors[row * (end - start) + i - start];
-                    let ahead = left[row * columns + end..(row + 1) * columns].iter_mut();
-                    ahead.zip(after).for_each(|(value, share)| *value -= error * share);
+                    let handed = errors[row * (end - start) + i - start];
+                    let ahead = &mut left[row * columns + end..(row + 1) * columns];
+                    self.factor.hand_on(i, end, handed, ahead);
                 }
             }
             start = end;

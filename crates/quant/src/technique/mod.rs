@@ -3,6 +3,7 @@
 mod awq;
 mod clip;
 mod four_over_six;
+mod gptaq;
 mod gptq;
 mod imatrix;
 mod rotate;
@@ -31,6 +32,8 @@ pub type ApplyToProgram = fn(&Program, &Parameters) -> Result<Turns, QuantError>
 pub enum Apply {
     /// Matrices that share an input.
     Group(ApplyToGroup),
+    /// The same, where it must be known how the input differs from the float model's.
+    Asymmetric(ApplyToGroup),
     /// All weights at once.
     Program(ApplyToProgram),
 }
@@ -68,12 +71,13 @@ pub struct Technique {
 }
 
 /// Every technique, simplest first.
-pub static TECHNIQUES: [&Technique; 8] = [
+pub static TECHNIQUES: [&Technique; 9] = [
     &rtn::TECHNIQUE,
     &clip::TECHNIQUE,
     &four_over_six::TECHNIQUE,
     &imatrix::TECHNIQUE,
     &gptq::TECHNIQUE,
+    &gptaq::TECHNIQUE,
     &awq::TECHNIQUE,
     &smooth::TECHNIQUE,
     &rotate::TECHNIQUE,
@@ -86,7 +90,7 @@ impl Technique {
     /// If it works on whole programs.
     pub fn group(&self) -> ApplyToGroup {
         match self.apply {
-            Apply::Group(apply) => apply,
+            Apply::Group(apply) | Apply::Asymmetric(apply) => apply,
             Apply::Program(_) => panic!("{} works on whole programs", self.name),
         }
     }
@@ -185,7 +189,7 @@ pub(crate) mod tests {
                 values: &self.values,
                 fused_largest: None,
             };
-            Group { matrices: vec![matrix], statistics: Some(&self.statistics) }
+            Group { matrices: vec![matrix], statistics: Some(&self.statistics), asymmetry: None }
         }
     }
 

@@ -1,0 +1,238 @@
+//! Mixed precision: which layer is stored in which of some formats, so that the mean bits of a weight
+//! stay within a budget and the model loses least.
+//!
+//! What a layer loses in a format is measured with that layer alone rounded to nearest
+//! ([`crate::explain`]): the KL to the base, or the squared errors of its outputs. Losses of layers are
+//! taken to add up, as to first order they do, and the best choice is an exact multiple-choice knapsack.
+
+use lathe_model::spec::DecoderSpec;
+use lathe_model::weights::ModelWeights;
+use lathe_tensor::Format;
+
+use crate::calibrate::Calibration;
+use crate::error::QuantError;
+use crate::explain::{Explanation, LayerExplanation};
+use crate::job::{Job, Progress};
+use crate::parameters::Parameters;
+use crate::recipe::{Recipe, TechniqueStep};
+use crate::technique::{self, Stage};
+
+/// What a layer's loss is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sensitivity {
+    /// KL to the base with the layer alone rounded.
+    #[default]
+    Kl,
+    /// The sum over the layer's matrices of `tr(D H D^T) / tr(W H W^T)`, `H = E[x x^T]`.
+    Hessian,
+}
+
+impl Sensitivity {
+    /// Every one, with its name in recipes.
+    pub const NAMES: [(Sensitivity, &str); 2] =
+        [(Sensitivity::Kl, "kl"), (Sensitivity::Hessian, "hessian")];
+
+    /// Its name in recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Sensitivity::Kl => "kl",
+            Sensitivity::Hessian => "hessian",
+        }
+    }
+
+    fn of(self, layer: &LayerExplanation) -> f64 {
+        let outputs = |it: &crate::explain::TensorExplanation| {
+            it.error.outputs.unwrap_or(it.error.weights).sources.total
+        };
+        match self {
+            Sensitivity::Kl => layer.kl.mean,
+            Sensitivity::Hessian => layer.tensors.iter().map(outputs).sum(),
+        }
+    }
+}
+
+/// How many bits a model may take, and in which formats.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Budget {
+    /// Mean bits of the weights that are quantized, scales of groups included.
+    pub bits: f64,
+    /// What a layer may be stored in.
+    pub formats: Vec<Format>,
+    /// What is to be least.
+    pub sensitivity: Sensitivity,
+}
+
+/// One way to store a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Choice {
+    /// All its bits.
+    pub bits: f64,
+    /// What it loses.
+    pub loss: f64,
+}
+
+/// For each layer the choice with which all together lose least within `bits`; `None` if no choices
+/// do.
+///
+/// Exact: after each layer all sums are kept that no other one is better than in both bits and loss. Layers of
+/// equal sizes have few different sums; those of unequal ones may have as many as there are choices of all layers.
+pub fn knapsack(layers: &[Vec<Choice>], bits: f64) -> Option<Vec<usize>> {
+    /// A sum of choices: its last choice, and which sum of the layers before it belongs to.
+    #[derive(Clone, Copy)]
+    struct Sum {
+        bits: f64,
+        loss: f64,
+        choice: usize,
+        before: usize,
+    }
+    // What the layers to come take at least, so that no sum is kept that cannot end well.
+    let least =
+        |choices: &Vec<Choice>| choices.iter().map(|it| it.bits).fold(f64::INFINITY, f64::min);
+    let mut rest: f64 = layers.iter().map(least).sum();
+    let slack = 1e-9 * bits.abs();
+    let mut fronts = vec![vec![Sum { bits: 0.0, loss: 0.0, choice: 0, before: 0 }]];
+    for choices in layers {
+        rest -= least(choices);
+        let front = fronts.last().expect("one to begin with");
+        let mut sums: Vec<Sum> = Vec::new();
+        for (before, sum) in front.iter().enumerate() {
+            sums.extend(choices.iter().enumerate().map(|(choice, it)| Sum {
+                bits: sum.bits + it.bits,
+                loss: sum.loss + it.loss,
+                choice,
+                before,
+            }));
+        }
+        sums.retain(|sum| sum.bits + rest <= bits + slack);
+        sums.sort_by(|a, b| a.bits.total_cmp(&b.bits).then(a.loss.total_cmp(&b.loss)));
+        let mut best = f64::INFINITY;
+        sums.retain(|sum| {
+            let better = sum.loss < best;
+            best = best.min(sum.loss);
+            better
+        });
+        fronts.push(sums);
+    }
+    // In a front more bits lose less: the last sum loses least.
+    let last = fronts.last().expect("one to begin with");
+    let mut at = last.len().checked_sub(1)?;
+    let mut chosen = Vec::with_capacity(layers.len());
+    for front in fronts[1..].iter().rev() {
+        chosen.push(front[at].choice);
+        at = front[at].before;
+    }
+    chosen.reverse();
+    Some(chosen)
+}
+
+/// `recipe` with a format for each layer in place of its budget; one without a budget as it is. `text` is
+/// what sensitivity is measured on, once a format.
+///
+/// # Errors
+/// If the formats take more than the budget, do not fit a tensor, or the text cannot be run.
+pub fn planned(
+    weights: &ModelWeights<'_>,
+    recipe: &Recipe,
+    spec: &DecoderSpec,
+    text: &Calibration<'_>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Recipe, QuantError> {
+    let Some(budget) = &recipe.budget else { return Ok(recipe.clone()) };
+    let mut found: Vec<Explanation> = Vec::new();
+    for (index, format) in budget.formats.iter().enumerate() {
+        let plain = rounded_to(recipe, *format)?;
+        let mut job = Job::new(weights, &plain, false, |_| ())?;
+        let all = budget.formats.len();
+        let mut of_all = |now: Progress| {
+            progress(Progress { done: index * now.total + now.done, total: all * now.total });
+        };
+        found.push(job.explain(spec, text, &mut of_all)?);
+    }
+    let layers = found.first().map_or(0, |first| first.layers.len());
+    let choice = |layer: &LayerExplanation| Choice {
+        bits: layer.bits * layer.elements as f64,
+        loss: budget.sensitivity.of(layer),
+    };
+    let choices: Vec<Vec<Choice>> = (0..layers)
+        .map(|layer| found.iter().map(|it| choice(&it.layers[layer])).collect())
+        .collect();
+    let elements: usize = found[0].layers.iter().map(|layer| layer.elements).sum();
+    let Some(chosen) = knapsack(&choices, budget.bits * elements as f64) else {
+        let of_format = |it: &Format| it.bits_per_weight();
+        let least = budget.formats.iter().map(of_format).fold(f64::INFINITY, f64::min);
+        return Err(QuantError::Recipe(format!(
+            "a budget of {} bits a weight, the least that its formats take is {least}",
+            budget.bits
+        )));
+    };
+    let formats = chosen
+        .iter()
+        .enumerate()
+        .filter(|(layer, _)| found[0].layers[*layer].elements > 0)
+        .map(|(layer, choice)| (format!("layers.{layer}.*"), budget.formats[*choice]));
+    let formats = recipe.formats.iter().cloned().chain(formats).collect();
+    Ok(Recipe { formats, budget: None, ..recipe.clone() })
+}
+
+/// The recipe's rotations, and then nearest codes in one format.
+fn rounded_to(recipe: &Recipe, format: Format) -> Result<Recipe, QuantError> {
+    let rotates = |step: &&TechniqueStep| step.technique.stage == Stage::Rotate;
+    let technique = technique::find("rtn")?;
+    let parameters = Parameters::defaults(technique.parameters);
+    let rounds = TechniqueStep { technique, parameters, tensors: None };
+    let steps = recipe.steps.iter().filter(rotates).cloned().chain([rounds]).collect();
+    Ok(Recipe { format, formats: Vec::new(), budget: None, steps, ..recipe.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    fn total(layers: &[Vec<Choice>], chosen: &[usize]) -> Choice {
+        let all = layers.iter().zip(chosen).map(|(choices, at)| choices[*at]);
+        let add = |a: Choice, b: Choice| Choice { bits: a.bits + b.bits, loss: a.loss + b.loss };
+        all.fold(Choice { bits: 0.0, loss: 0.0 }, add)
+    }
+
+    #[test]
+    fn the_knapsack_is_the_best_of_all_choices() {
+        let mut random = ChaCha8Rng::seed_from_u64(7);
+        let mut refused = 0;
+        for _ in 0..200 {
+            let (count, formats) = (random.random_range(1..7), random.random_range(1..4));
+            let layers: Vec<Vec<Choice>> = (0..count)
+                .map(|_| {
+                    let size = f64::from(random.random_range(1..4));
+                    let one = |format: usize| Choice {
+                        bits: size * (2.0 + format as f64 * 1.5),
+                        loss: random.random::<f64>(),
+                    };
+                    (0..formats).map(one).collect()
+                })
+                .collect();
+            let bits = f64::from(random.random_range(0..60));
+            let mut best: Option<f64> = None;
+            for code in 0..formats.pow(count as u32) {
+                let chosen: Vec<usize> =
+                    (0..count).map(|layer| code / formats.pow(layer as u32) % formats).collect();
+                let sum = total(&layers, &chosen);
+                if sum.bits <= bits {
+                    best = Some(best.map_or(sum.loss, |best: f64| best.min(sum.loss)));
+                }
+            }
+            let found = knapsack(&layers, bits).map(|chosen| total(&layers, &chosen));
+            refused += usize::from(best.is_none());
+            match (best, found) {
+                (None, None) => {}
+                (Some(best), Some(found)) => {
+                    assert!((found.loss - best).abs() < 1e-12 && found.bits <= bits + 1e-6);
+                }
+                (best, found) => panic!("{best:?} {found:?}"),
+            }
+        }
+        assert!((5..150).contains(&refused), "{refused}");
+    }
+}

@@ -1,0 +1,195 @@
+//! Error analysis: what quantization did to a model, where the error comes from, what it costs, and
+//! which technique to try next.
+//!
+//! [`crate::job::Job::explain`] fills an [`Explanation`] with numbers measured on text that calibration
+//! did not see; [`sources`] says how an error is taken apart, [`advice`] what follows from it.
+//! Nothing here knows how a report looks.
+
+mod advice;
+mod divergence;
+mod grid;
+mod histogram;
+mod sources;
+
+use serde::{Deserialize, Serialize};
+
+pub use advice::{Advice, advise};
+pub use divergence::Divergence;
+pub(crate) use divergence::{DivergenceSum, kl_divergence, log_softmax};
+pub use histogram::Histogram;
+pub use sources::{Measured, OUTLIER_FACTOR, Sources, TensorError, explain_tensor};
+
+/// One tensor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TensorExplanation {
+    /// Canonical name.
+    pub tensor: String,
+    /// What it is stored in.
+    pub format: String,
+    /// Numbers in it.
+    pub elements: usize,
+    /// Its error.
+    #[serde(flatten)]
+    pub error: TensorError,
+    /// The squared error that the outputs would have if nothing but the inputs were rounded, to int8
+    /// with a scale a token, over the outputs' square. No number of the recipe's own.
+    pub activation_int8: Option<f64>,
+    /// The mean squared length of the outputs.
+    pub output_energy: Option<f64>,
+}
+
+/// One layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerExplanation {
+    /// From 0 on.
+    pub layer: usize,
+    /// What was quantized in it.
+    pub tensors: Vec<TensorExplanation>,
+    /// Numbers in those tensors.
+    pub elements: usize,
+    /// Mean bits of those numbers, scales included.
+    pub bits: f64,
+    /// How far the stream behind the layer is from the float model's, with every layer up to this one
+    /// quantized: the root of the mean over tokens of `|error|^2 / |stream|^2`.
+    pub stream_error: f64,
+    /// The same with this layer alone quantized.
+    pub alone_error: f64,
+    /// KL to the base with this layer alone quantized.
+    pub kl: Divergence,
+}
+
+/// What a mean of bits would cost.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Budget {
+    /// Layers that stay in the floats of the file: those whose KL is largest for the bits that this takes.
+    pub kept_layers: usize,
+    /// Mean bits of all numbers of [`LayerExplanation::elements`].
+    pub bits: f64,
+    /// The sum of the other layers' KL.
+    pub kl: f64,
+}
+
+/// The distribution of weights or activations in the file, and after rotations and scales.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// As in the file.
+    pub before: Histogram,
+    /// As they are rounded; `None` if no rotation or scale changed them.
+    pub after: Option<Histogram>,
+}
+
+/// What quantization did to a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// The format of the recipe.
+    pub format: String,
+    /// Names of its techniques.
+    pub techniques: Vec<String>,
+    /// Whether calibration ran through quantized layers.
+    pub quantized_prefix: bool,
+    /// Tokens on which everything here was measured.
+    pub tokens: usize,
+    /// Tokens that see one another.
+    pub window: usize,
+    /// KL to the base of the whole quantized model.
+    pub kl: Divergence,
+    /// By layer.
+    pub layers: Vec<LayerExplanation>,
+    /// Bits against KL.
+    pub budgets: Vec<Budget>,
+    /// Of the quantized tensors.
+    pub weights: Distribution,
+    /// Of their inputs.
+    pub activations: Distribution,
+    /// What to try next.
+    pub advice: Vec<Advice>,
+}
+
+impl Explanation {
+    /// The error of all outputs (of all weights, where no input was seen), each over its own signal,
+    /// with the mean of each part.
+    pub fn sources(&self) -> Sources {
+        let all: Vec<Sources> = self
+            .layers
+            .iter()
+            .flat_map(|layer| &layer.tensors)
+            .map(|it| it.error.outputs.unwrap_or(it.error.weights).sources)
+            .collect();
+        let share = 1.0 / all.len().max(1) as f64;
+        all.iter().fold(Sources::default(), |sum, it| sum.plus(it, share))
+    }
+}
+
+/// What it would cost to keep the `k` most sensitive layers in floats of `float_bits`, for each `k`.
+pub(crate) fn budgets(layers: &[LayerExplanation], float_bits: f64) -> Vec<Budget> {
+    let spared = |it: &LayerExplanation| it.kl.mean / (it.elements as f64 * (float_bits - it.bits));
+    let mut order: Vec<&LayerExplanation> = layers.iter().filter(|it| it.elements > 0).collect();
+    order.sort_by(|a, b| spared(b).total_cmp(&spared(a)));
+    let elements: f64 = order.iter().map(|it| it.elements as f64).sum();
+    let at = |kept: usize| {
+        let bits = |(index, it): (usize, &&LayerExplanation)| {
+            it.elements as f64 * if index < kept { float_bits } else { it.bits }
+        };
+        Budget {
+            kept_layers: kept,
+            bits: order.iter().enumerate().map(bits).sum::<f64>() / elements.max(1.0),
+            kl: order[kept..].iter().map(|it| it.kl.mean).sum(),
+        }
+    };
+    (0..=order.len()).map(at).collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A model of layers with these KLs, whose one tensor each has an error of these parts.
+    pub fn explanation(kls: &[f64], sources: Sources) -> Explanation {
+        let measured = Measured { sqnr_db: 20.0, theory_sqnr_db: 20.0, sources };
+        let error = TensorError {
+            weights: measured,
+            outputs: Some(measured),
+            outlier_channels: 0,
+            peak_db: 12.0,
+        };
+        let tensor = |layer: usize| TensorExplanation {
+            tensor: format!("layers.{layer}.ffn.down"),
+            format: "int4-g64-bf16".to_owned(),
+            elements: 1000,
+            error,
+            activation_int8: None,
+            output_energy: None,
+        };
+        let layer = |(layer, kl): (usize, &f64)| LayerExplanation {
+            layer,
+            tensors: vec![tensor(layer)],
+            elements: 1000,
+            bits: 4.0,
+            stream_error: 0.1,
+            alone_error: 0.1,
+            kl: Divergence { mean: *kl, standard_error: 0.0 },
+        };
+        Explanation {
+            format: "int4-g64-bf16".to_owned(),
+            techniques: vec!["gptq".to_owned()],
+            quantized_prefix: true,
+            tokens: 512,
+            window: 512,
+            kl: Divergence { mean: kls.iter().sum(), standard_error: 0.0 },
+            layers: kls.iter().enumerate().map(layer).collect(),
+            budgets: Vec::new(),
+            weights: Distribution::default(),
+            activations: Distribution::default(),
+            advice: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn budgets_keep_the_most_sensitive_layers_first() {
+        let explanation = explanation(&[0.1, 0.4, 0.2], Sources::default());
+        let found = budgets(&explanation.layers, 16.0);
+        let pairs: Vec<(f64, f64)> =
+            found.iter().map(|it| (it.bits, (it.kl * 10.0).round() / 10.0)).collect();
+        assert_eq!(pairs, [(4.0, 0.7), (8.0, 0.3), (12.0, 0.1), (16.0, 0.0)]);
+    }
+}

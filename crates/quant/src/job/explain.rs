@@ -1,0 +1,483 @@
+//! The pass that measures what a job did: a text that calibration did not see runs through the model a
+//! layer at a time, in several streams at once.
+//!
+//! Behind each layer there are the stream of the float model, the stream of the quantized one, and one
+//! for each layer so far with that layer alone quantized. A layer is prepared twice, with and
+//! without its codes, and all streams run through it together, so that a model of `L` layers takes
+//! about `L^2 / 2` runs of a layer, and memory for two layers and `L + 2` streams of
+//! `[tokens, width]`. The float model is the one that rotations and scales made, which is the file's but
+//! for rounding; the file's own weights run beside it where its distributions are asked for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use lathe_model::spec::DecoderSpec;
+use lathe_program::{Op, Value, Weight, WeightRole};
+use lathe_tensor::codec::scaled::{E8m0Rounding, quantize};
+use lathe_tensor::{Block, Element, ScaleType, ScaledFormat, Tensor, ZeroPoint};
+use rayon::prelude::*;
+
+use super::{Job, Progress};
+use crate::calibrate::{Calibration, Stream};
+use crate::error::QuantError;
+use crate::explain::{
+    Distribution, Divergence, DivergenceSum, Explanation, Histogram, LayerExplanation,
+    TensorExplanation, advise, budgets, explain_tensor, kl_divergence, log_softmax,
+};
+use crate::recipe::Prefix;
+use crate::section::{Layers, Section};
+use crate::statistics::{Statistics, output_error};
+use crate::technique::Stage;
+
+/// Tokens whose logits are in memory at once, for each of two streams.
+const LOGITS_TOKENS: usize = 32;
+/// Errors of outputs that are computed of each matrix: six rounds, its own, and that of its inputs.
+const OUTPUT_ERRORS: usize = 8;
+/// What inputs are rounded to where an error of activations is estimated: int8, a scale a token.
+const ACTIVATION: ScaledFormat = ScaledFormat {
+    element: Element::Int(8),
+    block: Block::Channel,
+    scale: ScaleType::F32,
+    zero: ZeroPoint::None,
+};
+
+/// The model that a stream runs through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    /// The file's weights.
+    File,
+    /// After rotations and scales, before anything is rounded.
+    Prepared,
+    /// What the job made.
+    Quantized,
+}
+
+/// What was seen of an input of linear layers.
+struct Input {
+    seen: Statistics,
+    /// The same of what rounding it to [`ACTIVATION`] changes.
+    rounded: Statistics,
+}
+
+/// The streams behind a layer.
+struct Streams {
+    /// Of the file's weights, where the job prepares weights.
+    file: Option<Stream>,
+    float: Stream,
+    quantized: Stream,
+    /// By layer so far: with that layer alone quantized.
+    alone: Vec<Stream>,
+}
+
+/// The pass as far as it is.
+struct Pass<'a, 'b> {
+    text: Calibration<'a>,
+    streams: Streams,
+    weights: Distribution,
+    activations: Distribution,
+    work: Progress,
+    progress: &'b mut dyn FnMut(Progress),
+}
+
+impl Job<'_> {
+    /// Measures what the job did to the model, on `text`, which calibration should not have
+    /// seen; as many whole windows of it as there are. What is not quantized yet, because nothing had to
+    /// be calibrated, is quantized first. `progress` hears of the work in no particular unit.
+    ///
+    /// # Errors
+    /// If the text cannot be used, a layer cannot be run by itself, or a technique refuses.
+    pub fn explain(
+        &mut self,
+        spec: &DecoderSpec,
+        text: &Calibration<'_>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Explanation, QuantError> {
+        text.check(self.program)?;
+        let window = text.window.clamp(1, self.program.context_max).min(text.tokens.len());
+        let tokens = text.tokens.len() / window * window;
+        let text = Calibration { window, tokens: &text.tokens[..tokens], ..*text };
+        let layers = Layers::of(self.program, spec)?;
+        let section = Section::new(self.program, layers.before, tokens, &[layers.stream])?;
+        let prepares = self.recipe.steps.iter().any(|it| it.technique.stage != Stage::Round);
+        let float = self.through(Version::Prepared, &text, &section, None)?;
+        let streams = Streams {
+            file: prepares
+                .then(|| self.through(Version::File, &text, &section, None))
+                .transpose()?,
+            quantized: float.clone(),
+            float,
+            alone: Vec::new(),
+        };
+        let work = Progress { done: 0, total: self.work(&layers.layers, tokens) };
+        let (weights, activations) = Default::default();
+        let mut pass = Pass { text, streams, weights, activations, work, progress };
+        if prepares {
+            pass.weights.after = Some(Histogram::default());
+            pass.activations.after = Some(Histogram::default());
+        }
+        pass.tell(0);
+        let mut found = Vec::new();
+        let end = layers.layers.last().map_or(0, |(range, _)| range.end);
+        for (index, (range, out)) in layers.layers.into_iter().enumerate() {
+            found.push(self.explain_layer(&mut pass, index, range, out)?);
+        }
+        let kl = self.divergences(&mut pass, end)?;
+        for (layer, kl) in found.iter_mut().zip(&kl[1..]) {
+            layer.kl = *kl;
+        }
+        let name = |step: &crate::recipe::TechniqueStep| step.technique.name.to_owned();
+        let mut explanation = Explanation {
+            format: self.recipe.format.to_string(),
+            techniques: self.recipe.steps.iter().map(name).collect(),
+            quantized_prefix: self.recipe.prefix == Prefix::Quantized,
+            tokens,
+            window,
+            kl: kl[0],
+            budgets: budgets(&found, self.float_bits()?),
+            layers: found,
+            weights: pass.weights,
+            activations: pass.activations,
+            advice: Vec::new(),
+        };
+        explanation.advice = advise(&explanation);
+        Ok(explanation)
+    }
+
+    /// Bits of a number of the tensors that are quantized, in the file.
+    fn float_bits(&self) -> Result<f64, QuantError> {
+        match self.targets.keys().next() {
+            Some(weight) => Ok(self.weights.load(*weight)?.format.bits_per_weight()),
+            None => Ok(16.0),
+        }
+    }
+
+    /// Multiplications of the whole pass, about: what layers and head take.
+    fn work(&self, layers: &[(Range<usize>, Value)], tokens: usize) -> usize {
+        let layer = |(index, (range, _)): (usize, &(Range<usize>, Value))| {
+            self.work_of_layer(index, range, tokens)
+        };
+        let end = layers.last().map_or(0, |(range, _)| range.end);
+        let head = self.elements(end..self.program.ops.len()) * (layers.len() + 2) * tokens;
+        layers.iter().enumerate().map(layer).sum::<usize>() + head
+    }
+
+    /// A layer's matrices with each stream's tokens, and the errors of what is quantized in it: half of
+    /// `H` with each number of a matrix, in each of [`OUTPUT_ERRORS`].
+    fn work_of_layer(&self, index: usize, range: &Range<usize>, tokens: usize) -> usize {
+        let errors = |(weight, _): (&Weight, &usize)| {
+            let shape = &self.program.weight(*weight).shape;
+            shape.iter().product::<usize>() * shape.last().copied().unwrap_or(1) * OUTPUT_ERRORS / 2
+        };
+        let targets = self.targets.iter().filter(|(_, op)| range.contains(op));
+        self.elements(range.clone()) * (index + 3) * tokens + targets.map(errors).sum::<usize>()
+    }
+
+    /// Numbers of the matrices that the ops of `range` read.
+    fn elements(&self, range: Range<usize>) -> usize {
+        let size = |weight: &Weight| self.program.weight(*weight).shape.iter().product::<usize>();
+        let of_op = |op: &Op| match op {
+            Op::Linear { parts, .. } => parts.iter().map(|part| size(&part.weight)).sum(),
+            Op::Experts { spec, .. } => [spec.gate, spec.up, spec.down].iter().map(size).sum(),
+            Op::Logits { head, .. } => size(head),
+            _ => 0,
+        };
+        self.program.ops[range].iter().map(of_op).sum::<usize>()
+    }
+
+    fn version(&self, version: Version, weight: Weight) -> Result<Tensor, QuantError> {
+        match version {
+            Version::File => Ok(self.weights.load(weight)?),
+            Version::Prepared => self.unrounded(weight),
+            Version::Quantized => self.current(weight),
+        }
+    }
+
+    /// What a section with one tap makes of `stream`.
+    fn through(
+        &self,
+        version: Version,
+        text: &Calibration<'_>,
+        section: &Section,
+        stream: Option<&Stream>,
+    ) -> Result<Stream, QuantError> {
+        self.stream_by(section, text, stream, &mut |weight| self.version(version, weight))
+    }
+
+    /// What a layer with one tap makes of several streams, one after the other in one run.
+    fn all_through(
+        &self,
+        version: Version,
+        text: &Calibration<'_>,
+        (range, out): (Range<usize>, Value),
+        streams: &[&Stream],
+    ) -> Result<Vec<Stream>, QuantError> {
+        let (table, rows) = joined(streams);
+        // Tokens only say how many rows there are: the table has the numbers.
+        let text = Calibration { tokens: &vec![0; rows], ..*text };
+        let section = Section::new(self.program, range, rows, &[out])?;
+        let made = self.through(version, &text, &section, Some(&table))?;
+        let part = rows / streams.len().max(1) * made.width;
+        let parts = made.values.chunks(part.max(1));
+        Ok(parts.map(|values| Stream { width: made.width, values: values.to_vec() }).collect())
+    }
+
+    fn explain_layer(
+        &mut self,
+        pass: &mut Pass<'_, '_>,
+        index: usize,
+        range: Range<usize>,
+        out: Value,
+    ) -> Result<LayerExplanation, QuantError> {
+        let weights: Vec<(Weight, usize)> = self.targets.iter().map(|(a, b)| (*a, *b)).collect();
+        let weights: Vec<(Weight, usize)> =
+            weights.into_iter().filter(|(_, op)| range.contains(op)).collect();
+        for (weight, _) in &weights {
+            self.finish(*weight)?;
+        }
+        let ops: BTreeSet<usize> = weights.iter().map(|(_, op)| *op).collect();
+        let inputs = self.see_inputs(pass, &ops, range.clone())?;
+        let mut tensors = Vec::new();
+        for (weight, op) in &weights {
+            tensors.push(self.explain_weight(pass, *weight, *op, &inputs)?);
+        }
+
+        let layer = (range.clone(), out);
+        if let Some(file) = &pass.streams.file {
+            let made = self.all_through(Version::File, &pass.text, layer.clone(), &[file])?;
+            pass.streams.file = made.into_iter().next();
+        }
+        let streams = &pass.streams;
+        let before: Vec<&Stream> = [&streams.float].into_iter().chain(&streams.alone).collect();
+        let floats = self.all_through(Version::Prepared, &pass.text, layer.clone(), &before)?;
+        let before = [&streams.float, &streams.quantized];
+        let made = self.all_through(Version::Quantized, &pass.text, layer, &before)?;
+        let mut floats = floats.into_iter();
+        let float = floats.next().expect("a stream for each that went in");
+        let [alone, quantized] = <[Stream; 2]>::try_from(made)
+            .unwrap_or_else(|_| unreachable!("a stream for each that went in"));
+        let errors = (relative_error(&quantized, &float), relative_error(&alone, &float));
+        let file = pass.streams.file.take();
+        let alone = floats.chain([alone]).collect();
+        pass.streams = Streams { file, float, quantized, alone };
+        let tokens = pass.text.tokens.len();
+        pass.tell(self.work_of_layer(index, &range, tokens));
+
+        let elements: usize = tensors.iter().map(|it| it.elements).sum();
+        let bits = |(weight, _): &(Weight, usize)| {
+            let decl = self.program.weight(*weight);
+            let size: usize = decl.shape.iter().product();
+            size as f64 * self.recipe.format_of(&decl.name).bits_per_weight()
+        };
+        Ok(LayerExplanation {
+            layer: index,
+            tensors,
+            elements,
+            bits: weights.iter().map(bits).sum::<f64>() / elements.max(1) as f64,
+            stream_error: errors.0,
+            alone_error: errors.1,
+            kl: Divergence::default(),
+        })
+    }
+
+    /// Runs the float streams up to the inputs of `ops` and keeps what it sees of them.
+    fn see_inputs(
+        &self,
+        pass: &mut Pass<'_, '_>,
+        ops: &BTreeSet<usize>,
+        range: Range<usize>,
+    ) -> Result<BTreeMap<Value, Input>, QuantError> {
+        let taps: BTreeSet<Value> =
+            ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
+        let taps: Vec<Value> = taps.into_iter().collect();
+        let Some(last) = ops.last() else { return Ok(BTreeMap::new()) };
+        let tokens = pass.text.tokens.len();
+        // What comes after the last input is not run.
+        let section = Section::new(self.program, range.start..*last, tokens, &taps)?;
+        let width = |value: Value| self.program.value_width(value);
+        let mut inputs: BTreeMap<Value, Input> = taps
+            .iter()
+            .map(|value| {
+                let new = || Statistics::new(width(*value));
+                (*value, Input { seen: new(), rounded: new() })
+            })
+            .collect();
+        let Pass { text, streams, activations, .. } = pass;
+        let Distribution { before, after } = activations;
+        let own = after.as_mut().unwrap_or(before);
+        let mut failed = None;
+        let mut weight = |weight| self.version(Version::Prepared, weight);
+        text.run(&section, Some(&streams.float), &mut weight, &mut |seen| {
+            for (value, rows) in taps.iter().zip(seen.taps) {
+                rows.chunks(width(*value)).for_each(|row| own.add(row));
+                let input = inputs.get_mut(value).expect("a tap");
+                input.seen.add(rows);
+                match rounding_of(rows, width(*value)) {
+                    Ok(difference) => input.rounded.add(&difference),
+                    Err(error) => failed = Some(error),
+                }
+            }
+        })?;
+        if let Some(source) = failed {
+            return Err(QuantError::Format { tensor: "activations".to_owned(), source });
+        }
+        if let Some(file) = &streams.file {
+            let mut weight = |weight| self.version(Version::File, weight);
+            text.run(&section, Some(file), &mut weight, &mut |seen| {
+                for (value, rows) in taps.iter().zip(seen.taps) {
+                    rows.chunks(width(*value)).for_each(|row| before.add(row));
+                }
+            })?;
+        }
+        Ok(inputs)
+    }
+
+    fn explain_weight(
+        &self,
+        pass: &mut Pass<'_, '_>,
+        weight: Weight,
+        op: usize,
+        inputs: &BTreeMap<Value, Input>,
+    ) -> Result<TensorExplanation, QuantError> {
+        let (shape, values) = self.load(weight)?;
+        let quantized = self.current(weight)?;
+        let Distribution { before, after } = &mut pass.weights;
+        if let Some(after) = after {
+            before.add(&self.weights.load(weight)?.to_f32());
+            after.add(&values);
+        } else {
+            before.add(&values);
+        }
+        let input = self.program.ops[op].inputs().next().and_then(|value| inputs.get(&value));
+        // An expert's last matrix reads what its first two make, not the op's input.
+        let columns = shape.last().copied().unwrap_or(1);
+        let hidden =
+            matches!(&self.program.ops[op], Op::Experts { spec, .. } if spec.down == weight);
+        let input = input.filter(|it| !hidden && it.seen.width() == columns);
+        let energy =
+            |statistics: &Statistics| output_error(&values, &statistics.triangle(), columns);
+        let whole = input.map(|it| energy(&it.seen));
+        let rounded = input.map(|it| energy(&it.rounded));
+        Ok(TensorExplanation {
+            tensor: self.name(weight),
+            format: quantized.format.to_string(),
+            elements: values.len(),
+            error: explain_tensor(&values, &quantized, input.map(|it| &it.seen)),
+            activation_int8: whole
+                .zip(rounded)
+                .map(|(all, part)| if all > 0.0 { part / all } else { 0.0 }),
+            output_energy: whole,
+        })
+    }
+
+    /// KL to the float stream of the quantized one, and of each with one layer quantized.
+    fn divergences(
+        &self,
+        pass: &mut Pass<'_, '_>,
+        first_op: usize,
+    ) -> Result<Vec<Divergence>, QuantError> {
+        let end = self.program.ops.len();
+        let head = self.program.ops[first_op..].iter().find_map(|op| match op {
+            Op::Logits { scale, softcap, .. } => Some((*scale, *softcap)),
+            _ => None,
+        });
+        let Some((scale, softcap)) = head else {
+            let reason = "the program makes no logits".to_owned();
+            return Err(QuantError::Calibration(reason));
+        };
+        let Streams { float, quantized, alone, .. } = &pass.streams;
+        let streams: Vec<&Stream> = [float, quantized].into_iter().chain(alone).collect();
+        let tokens = pass.text.tokens.len();
+        // A few tokens of every stream after one another: the float model's logits are kept no longer.
+        let rows = (1..=LOGITS_TOKENS).rev().find(|rows| tokens.is_multiple_of(*rows)).unwrap_or(1);
+        let width = float.width;
+        let parts = (0..tokens / rows).flat_map(|at| {
+            streams.iter().map(move |stream| &stream.values[at * rows * width..][..rows * width])
+        });
+        let table = Stream { width, values: parts.flatten().copied().collect() };
+        let all = tokens * streams.len();
+        let section = Section::new(self.program, first_op..end, all, &[])?;
+        let text = Calibration { tokens: &vec![0; all], window: rows, ..pass.text };
+        let vocabulary = self.program.vocabulary;
+        let final_logit = |x: f32| match softcap {
+            Some(cap) => cap * (x * scale / cap).tanh(),
+            None => x * scale,
+        };
+        let mut sums = vec![DivergenceSum::default(); streams.len() - 1];
+        let (mut base, mut at) = (Vec::new(), 0);
+        let work = self.elements(first_op..end) * rows;
+        let mut weight = |weight| self.version(Version::Prepared, weight);
+        let (progress, done) = (&mut *pass.progress, &mut pass.work);
+        text.run(&section, Some(&table), &mut weight, &mut |seen| {
+            let logits = seen.taps[0].par_chunks(seen.taps[0].len() / rows);
+            let rows: Vec<Vec<f64>> = logits
+                .map(|row| {
+                    let row: Vec<f32> = row[..vocabulary].iter().map(|x| final_logit(*x)).collect();
+                    log_softmax(&row)
+                })
+                .collect();
+            match at % streams.len() {
+                0 => base = rows,
+                stream => base
+                    .iter()
+                    .zip(&rows)
+                    .for_each(|(base, row)| sums[stream - 1].add(kl_divergence(base, row))),
+            }
+            at += 1;
+            done.done += work;
+            progress(*done);
+        })?;
+        Ok(sums.into_iter().map(DivergenceSum::finish).collect())
+    }
+
+    /// Quantizes a weight that no calibration had to.
+    pub(super) fn finish(&mut self, weight: Weight) -> Result<(), QuantError> {
+        if self.finished.contains_key(&weight) {
+            return Ok(());
+        }
+        let step = self.recipe.rounding_of(&self.name(weight))?;
+        match self.program.weight(weight).role {
+            WeightRole::Experts => self.round_stack(step, weight, &mut |_| Ok(None)),
+            _ => self.round(step, &[weight], None),
+        }
+    }
+}
+
+impl Pass<'_, '_> {
+    fn tell(&mut self, work: usize) {
+        self.work.done += work;
+        (self.progress)(self.work);
+    }
+}
+
+/// Streams of one length as one table; its rows.
+fn joined(streams: &[&Stream]) -> (Stream, usize) {
+    let width = streams.first().map_or(1, |stream| stream.width.max(1));
+    let values: Vec<f32> = streams.iter().flat_map(|stream| &stream.values).copied().collect();
+    let rows = values.len() / width;
+    (Stream { width, values }, rows)
+}
+
+/// The root of the mean over tokens of `|error|^2 / |stream|^2`: tokens of all sizes count alike.
+fn relative_error(found: &Stream, exact: &Stream) -> f64 {
+    let width = exact.width.max(1);
+    let square = |sum: f64, x: f64| sum + x * x;
+    let of_token = |(found, exact): (&[f32], &[f32])| {
+        let pairs = found.iter().zip(exact);
+        let error = pairs.map(|(a, b)| f64::from(a - b)).fold(0.0, square);
+        let whole = exact.iter().map(|x| f64::from(*x)).fold(0.0, square);
+        if whole > 0.0 { error / whole } else { 0.0 }
+    };
+    let tokens = found.values.chunks(width).zip(exact.values.chunks(width));
+    let count = (exact.values.len() / width).max(1) as f64;
+    (tokens.map(of_token).sum::<f64>() / count).sqrt()
+}
+
+/// What rounding rows of inputs to [`ACTIVATION`] changes.
+fn rounding_of(rows: &[f32], width: usize) -> Result<Vec<f32>, lathe_tensor::TensorError> {
+    let shape = [rows.len() / width.max(1), width];
+    let rounded = quantize(&shape, &ACTIVATION, rows, E8m0Rounding::Even)?.to_f32();
+    Ok(rounded.iter().zip(rows).map(|(a, b)| a - b).collect())
+}
+
+#[cfg(test)]
+mod tests;

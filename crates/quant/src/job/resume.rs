@@ -1,0 +1,314 @@
+//! A calibrated job that can be interrupted: each finished layer goes to a folder, with the stream
+//! behind it, and a later run with the same recipe, model and text goes on from there.
+//!
+//! `layer-N.safetensors` has what the layer's weights came to be, `stream-N.safetensors` the stream
+//! behind it, `state.json` how many layers are finished, the reports so far and what the run is of. Each
+//! is written under a temporary name and renamed, the state last, so that whatever ends the process
+//! leaves a folder to go on from. Weights in the folder are mapped, not kept in memory: of finished layers a job
+//! holds nothing but their scales. The bits are those of a run without interruption.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use lathe_program::Weight;
+use lathe_tensor::safetensors::{Dtype, SafetensorsFile, TensorDeclaration, Writer};
+use lathe_tensor::{Bytes, Format, GlobalScale, Tensor};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::{CoverageReport, Job, PreparedReport, WeightReport};
+use crate::calibrate::{Calibration, Prefixes, Stream};
+use crate::error::QuantError;
+
+/// Bytes of each weight that tell one model from another.
+const SAMPLE_BYTES: usize = 4096;
+
+/// What a run is of: a run goes on only from one of the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Origin {
+    recipe: String,
+    /// Of the weights' names, shapes and formats and the first bytes of each, SHA-256.
+    model: String,
+    /// Of the tokens and how they are run, SHA-256.
+    calibration: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    origin: Origin,
+    layers: usize,
+    /// Elements of matrices that are done.
+    done: usize,
+    reports: Vec<WeightReport>,
+    prepared: Vec<PreparedReport>,
+    coverage: Vec<CoverageReport>,
+}
+
+/// Where finished layers go.
+pub(super) struct Store {
+    folder: PathBuf,
+    origin: Origin,
+    /// Names of what is in the folder already.
+    saved: BTreeSet<String>,
+}
+
+impl Store {
+    fn refused(&self, reason: impl ToString) -> QuantError {
+        QuantError::Resume { folder: self.folder.clone(), reason: reason.to_string() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    fn layer(&self, layer: usize) -> PathBuf {
+        self.path(&format!("layer-{layer}.safetensors"))
+    }
+
+    fn stream(&self, layers: usize) -> PathBuf {
+        self.path(&format!("stream-{layers}.safetensors"))
+    }
+
+    /// What an earlier run left, if there was one.
+    fn state(&self) -> Result<Option<State>, QuantError> {
+        let text = match std::fs::read_to_string(self.path("state.json")) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(self.refused(error)),
+        };
+        let state: State = serde_json::from_str(&text)
+            .map_err(|error| self.refused(format!("state.json: {error}")))?;
+        let (found, expected) = (&state.origin, &self.origin);
+        let same = [
+            ("recipe", found.recipe == expected.recipe),
+            ("model", found.model == expected.model),
+            ("calibration text", found.calibration == expected.calibration),
+        ];
+        match same.iter().find(|(_, same)| !same) {
+            None => Ok(Some(state)),
+            Some((what, _)) => Err(self.refused(format!(
+                "it holds {} layers of a run with another {what}, expected the same; remove it to begin \
+                 again",
+                state.layers
+            ))),
+        }
+    }
+
+    fn write(&self, path: &Path, planes: &[Plane<'_>]) -> Result<(), QuantError> {
+        let declare = |plane: &Plane<'_>| TensorDeclaration {
+            name: plane.name.clone(),
+            dtype: Dtype::U8,
+            shape: vec![plane.bytes.len()],
+        };
+        let declared: Vec<TensorDeclaration> = planes.iter().map(declare).collect();
+        let about =
+            planes.iter().filter_map(|plane| Some((plane.name.clone(), plane.about.clone()?)));
+        let mut writer = Writer::create(path, &declared, &about.collect())
+            .map_err(|error| self.refused(error))?;
+        for plane in planes {
+            writer.write(&plane.name, &plane.bytes).map_err(|error| self.refused(error))?;
+        }
+        writer.finish().map_err(|error| self.refused(error))?;
+        Ok(())
+    }
+
+    fn open(&self, path: &Path) -> Result<SafetensorsFile, QuantError> {
+        SafetensorsFile::open(path).map_err(|error| self.refused(error))
+    }
+
+    fn write_state(&self, state: &State) -> Result<(), QuantError> {
+        let text = serde_json::to_string(state).map_err(|error| self.refused(error))?;
+        let partial = self.path("state.json.partial");
+        std::fs::write(&partial, text)
+            .and_then(|()| std::fs::rename(&partial, self.path("state.json")))
+            .map_err(|error| self.refused(error))
+    }
+}
+
+/// Bytes under a name, with what has to be known of them.
+struct Plane<'a> {
+    name: String,
+    bytes: std::borrow::Cow<'a, [u8]>,
+    about: Option<String>,
+}
+
+fn floats(name: String, values: &[f32]) -> Plane<'static> {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Plane { name, bytes: bytes.into(), about: None }
+}
+
+fn floats_of(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+/// The planes of a tensor called `name`; those that it has not are empty.
+fn planes_of<'a>(name: &str, tensor: &'a Tensor) -> Vec<Plane<'a>> {
+    let shape: Vec<String> = tensor.shape.iter().map(usize::to_string).collect();
+    let about = format!("{} {}", tensor.format, shape.join(" "));
+    let plane = |kind: &str, bytes: &'a [u8]| Plane {
+        name: format!("{name}.{kind}"),
+        bytes: bytes.into(),
+        about: None,
+    };
+    let mut planes = vec![
+        Plane { about: Some(about), ..plane("codes", &tensor.codes) },
+        plane("scales", &tensor.scales),
+        plane("zeros", &tensor.zeros),
+    ];
+    let global = |kind, all: &[f32]| floats(format!("{name}.{kind}"), all);
+    match &tensor.global {
+        GlobalScale::One => {}
+        GlobalScale::Multiply(all) => planes.push(global("multiply", all)),
+        GlobalScale::Divide(all) => planes.push(global("divide", all)),
+    }
+    planes
+}
+
+/// The tensor whose planes are called `name`; its bytes stay in the mapped file.
+fn tensor_of(file: &SafetensorsFile, name: &str) -> Option<Tensor> {
+    let about = file.metadata().get(&format!("{name}.codes"))?;
+    let mut words = about.split(' ');
+    let format = Format::parse(words.next()?).ok()?;
+    let shape = words.map(str::parse).collect::<Result<Vec<usize>, _>>().ok()?;
+    let plane = |kind: &str| file.raw(&format!("{name}.{kind}")).map(|it| it.bytes.clone());
+    let global = match (plane("multiply"), plane("divide")) {
+        (Ok(all), _) => GlobalScale::Multiply(floats_of(&all)),
+        (_, Ok(all)) => GlobalScale::Divide(floats_of(&all)),
+        _ => GlobalScale::One,
+    };
+    let (codes, scales, zeros): (Bytes, Bytes, Bytes) =
+        (plane("codes").ok()?, plane("scales").ok()?, plane("zeros").ok()?);
+    Tensor::new_scaled(shape, format, codes, scales, zeros, global).ok()
+}
+
+fn hex(digest: Sha256) -> String {
+    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Job<'_> {
+    /// A folder for this job, which may hold an earlier run of the same.
+    pub(super) fn store(
+        &self,
+        folder: &Path,
+        calibration: &Calibration<'_>,
+    ) -> Result<Store, QuantError> {
+        let mut model = Sha256::new();
+        for (index, decl) in self.program.weights.iter().enumerate() {
+            let tensor = self.weights.load(Weight(index as u32))?;
+            model.update(format!("{} {:?} {}\n", decl.name, tensor.shape, tensor.format));
+            model.update(&tensor.codes[..tensor.codes.len().min(SAMPLE_BYTES)]);
+        }
+        let mut text = Sha256::new();
+        let Calibration { backend, tokens, window, exact, kv_format, threads: _ } = calibration;
+        text.update(format!("{} {window} {exact} {kv_format:?}\n", backend.name()));
+        tokens.iter().for_each(|token| text.update(token.to_le_bytes()));
+        let recipe = self.recipe.to_toml();
+        let origin = Origin { recipe, model: hex(model), calibration: hex(text) };
+        let store = Store { folder: folder.to_owned(), origin, saved: BTreeSet::new() };
+        std::fs::create_dir_all(folder).map_err(|error| store.refused(error))?;
+        Ok(store)
+    }
+
+    /// Takes up what an earlier run left: how many layers are finished, and the stream behind them.
+    pub(super) fn restore(
+        &mut self,
+        store: &mut Store,
+    ) -> Result<Option<(usize, Prefixes)>, QuantError> {
+        let Some(state) = store.state()? else { return Ok(None) };
+        for layer in 0..state.layers {
+            self.map_layer(store, layer)?;
+        }
+        let file = store.open(&store.stream(state.layers))?;
+        let stream = |name: &str| -> Option<Stream> {
+            let width = file.metadata().get(name)?.parse().ok()?;
+            Some(Stream { width, values: floats_of(&file.raw(name).ok()?.bytes) })
+        };
+        let (found, float) = (stream("stream"), stream("float"));
+        let found = found.ok_or_else(|| store.refused("its stream is missing"))?;
+        if float.is_none() && self.recipe.is_asymmetric() {
+            return Err(store.refused("the float model's stream is missing"));
+        }
+        self.done = state.done;
+        self.reports = state.reports;
+        self.prepared = state.prepared;
+        self.coverage = state.coverage;
+        Ok(Some((state.layers, Prefixes { stream: found, float })))
+    }
+
+    /// Writes what became of layer `layer`, which is the next one, and the streams behind it.
+    pub(super) fn save(
+        &mut self,
+        store: &mut Store,
+        layer: usize,
+        prefixes: &Prefixes,
+    ) -> Result<(), QuantError> {
+        let mut planes = Vec::new();
+        let tensors = [("weight", &self.finished), ("norm", &self.norms)];
+        for (kind, list) in tensors {
+            for (weight, tensor) in list {
+                let name = format!("{kind} {}", weight.0);
+                if !store.saved.contains(&name) {
+                    planes.extend(planes_of(&name, tensor));
+                }
+            }
+        }
+        let rows = self.rows.iter().map(|(weight, all)| (format!("rows {}", weight.0), all));
+        let columns = self.columns.iter().map(|(op, all)| (format!("columns {op}"), all));
+        for (name, scales) in rows.chain(columns) {
+            if !store.saved.contains(&name) {
+                planes.push(Plane { about: Some(String::new()), ..floats(name, scales) });
+            }
+        }
+        store.write(&store.layer(layer), &planes)?;
+        drop(planes);
+        self.map_layer(store, layer)?;
+        let plane = |(name, stream): (&str, &Stream)| {
+            let about = Some(stream.width.to_string());
+            Plane { about, ..floats(name.to_owned(), &stream.values) }
+        };
+        let float = prefixes.float.iter().map(|float| ("float", float));
+        let streams: Vec<Plane<'_>> =
+            [("stream", &prefixes.stream)].into_iter().chain(float).map(plane).collect();
+        store.write(&store.stream(layer + 1), &streams)?;
+        let state = State {
+            origin: store.origin.clone(),
+            layers: layer + 1,
+            done: self.done,
+            reports: self.reports.clone(),
+            prepared: self.prepared.clone(),
+            coverage: self.coverage.clone(),
+        };
+        store.write_state(&state)?;
+        // The state no longer needs it; what cannot be removed does no harm.
+        let _ = std::fs::remove_file(store.stream(layer));
+        Ok(())
+    }
+
+    /// Takes a layer's weights from its file, in place of those in memory.
+    fn map_layer(&mut self, store: &mut Store, layer: usize) -> Result<(), QuantError> {
+        let file = store.open(&store.layer(layer))?;
+        let mut names = Vec::new();
+        for key in file.metadata().keys() {
+            let name = key.trim_end_matches(".codes");
+            let unknown = || store.refused(format!("layer {layer} has an unknown part `{key}`"));
+            let (kind, number) = name.split_once(' ').ok_or_else(unknown)?;
+            let number: u32 = number.parse().map_err(|_| unknown())?;
+            let tensor = || tensor_of(&file, name).ok_or_else(unknown);
+            let scales = || file.raw(name).map(|it| floats_of(&it.bytes)).map_err(|_| unknown());
+            let known = (number as usize) < self.program.weights.len();
+            match kind {
+                "weight" if known => drop(self.finished.insert(Weight(number), tensor()?)),
+                "norm" if known => drop(self.norms.insert(Weight(number), tensor()?)),
+                "rows" if known => drop(self.rows.insert(Weight(number), scales()?)),
+                "columns" => drop(self.columns.insert(number as usize, scales()?)),
+                _ => return Err(unknown()),
+            }
+            names.push(name.to_owned());
+        }
+        store.saved.extend(names);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
