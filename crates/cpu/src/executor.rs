@@ -244,6 +244,10 @@ impl State {
                     dispatch(width, Rotate { input, heads, offset, style, angles, out, rows });
                 });
             }
+            Stage::Transform(transform) => self.by_rows(count, 8 * transform.out.width(), |rows| {
+                // SAFETY: buffers hold the step's rows, and workers have rows of their own.
+                unsafe { transform.run(width, rows) }
+            }),
             Stage::Write { layer, first, second } => self.write(*layer, *first, *second, step),
             Stage::Attend(attend) => self.attend(attend, step),
             Stage::AttendLatent(latent) => self.attend_latent(latent, step),

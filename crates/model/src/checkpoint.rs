@@ -3,6 +3,7 @@
 //! Numbers that a file keeps in several tensors (codes and scales) come as one [`Tensor`] here;
 //! what the tensors are for is the business of [`crate::weights`].
 
+pub(crate) mod inputs;
 mod packed;
 
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use lathe_tensor::{
 };
 use serde_json::Value;
 
+pub use self::inputs::InputScheme;
 pub use self::packed::PackedScheme;
 use crate::config::Config;
 use crate::spec::SpecError;
@@ -78,6 +80,8 @@ impl Quantization {
         };
         let method = c.text("quant_method")?.unwrap_or("(none given)");
         match method {
+            // Weights are floats; what is done to inputs is the business of `InputScheme`.
+            "compressed-tensors" if c.text("format")? == Some("dense") => Ok(Quantization::None),
             "compressed-tensors" => Ok(Quantization::Packed(PackedScheme::from_hf_config(&c)?)),
             "mxfp4" => Ok(Quantization::Mxfp4Experts),
             "fp8" => {

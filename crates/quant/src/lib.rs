@@ -10,6 +10,7 @@
 pub mod calibrate;
 mod error;
 mod fold;
+pub mod inputs;
 pub mod job;
 mod linalg;
 mod matrix;

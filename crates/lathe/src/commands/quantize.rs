@@ -7,14 +7,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error};
 use clap::Args;
 use lathe_cpu::pack::PackedMatrix;
-use lathe_model::export::{ExportError, GgufOptions, PackedLayout, to_gguf_replacing, to_packed};
-use lathe_program::{BackendError, Program};
+use lathe_model::export::{
+    ExportError, GgufOptions, PackedLayout, Replacement, ReplacementError, to_gguf_replacing,
+    to_packed,
+};
+use lathe_program::{BackendError, Program, Weight};
 use lathe_quant::calibrate::Calibration;
+use lathe_quant::inputs::with_inputs;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
-use lathe_quant::recipe::{Recipe, format_named};
+use lathe_quant::recipe::{Prefix, Recipe, activations_named, activations_of, format_named};
 use lathe_quant::{QuantError, technique};
 use lathe_tensor::packed::can_pack;
-use lathe_tensor::{Format, GgmlType};
+use lathe_tensor::{Format, GgmlType, Tensor};
 use serde::Serialize;
 
 use super::score::read_text;
@@ -51,6 +55,13 @@ pub struct QuantizeArguments {
     /// Tokens of it to use at most, from its start, in windows of 512
     #[arg(long, value_name = "N", default_value_t = CALIBRATION_TOKENS, requires = "calibration")]
     pub calibration_tokens: usize,
+    /// What inputs of quantized matrices are rounded to while the model runs: int4-token,
+    /// int8-token, fp8-token, mxfp8, mxfp4 or nvfp4
+    #[arg(long, value_name = "F", conflicts_with = "recipe")]
+    pub activations: Option<String>,
+    /// Write the floats that codes stand for: to measure formats that have no file of their own
+    #[arg(long)]
+    pub dense: bool,
     /// Weights that share a scale, in place of the format's own number
     #[arg(long, value_name = "N")]
     pub group: Option<u32>,
@@ -84,8 +95,9 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     }
     let recipe = recipe(arguments)?;
     let to_file = out.extension().is_some_and(|kind| kind == "gguf");
-    check_layout(&recipe, to_file, out)?;
-    let opened = session::open(&arguments.model)?;
+    check_layout(&recipe, to_file, out, arguments.dense)?;
+    let mut opened = session::open(&arguments.model)?;
+    opened.model.spec = quantized(with_inputs(&opened.model.spec, &recipe))?;
     let model = &opened.model;
     let program = session::program_for(&model.spec, model.spec.context_max)?;
     let weights = model.weights(&program).bad_input()?;
@@ -94,7 +106,13 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         false => Some(PackedLayout::new(model, &weights).bad_input()?),
     };
     check_targets(&program, &recipe, layout.as_ref())?;
-    check_device(global.device, &program, &recipe)?;
+    if to_file && !model.spec.inputs.is_empty() {
+        return Err(bad_input("a GGUF file cannot say what is done to inputs, expected a folder"));
+    }
+    // Dense matrices run everywhere; calibration runs through codes unless the prefix is float.
+    if !arguments.dense || (recipe.needs_calibration() && recipe.prefix == Prefix::Quantized) {
+        check_device(global.device, &program, &recipe)?;
+    }
     let tokens = calibration_tokens(arguments, &opened, &recipe)?;
 
     let mut meter = Meter::new();
@@ -114,6 +132,9 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         quantized(job.calibrate(&model.spec, &calibration))?;
     }
     match &layout {
+        Some(layout) if arguments.dense => {
+            write_folder(layout, out, &mut Dense(&mut job), &recipe)?;
+        }
         Some(layout) => write_folder(layout, out, &mut job, &recipe)?,
         None => exported(to_gguf_replacing(model, out, &gguf_options(&recipe), &mut job))?,
     }
@@ -142,13 +163,18 @@ fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
     }
     let name = arguments.format.as_deref().unwrap_or_default();
     let format = format_named(name, arguments.group).bad_input()?;
-    Recipe::simple(format, &arguments.method).bad_input()
+    let activations = arguments.activations.as_deref().map(activations_named).transpose();
+    let activations = activations.bad_input()?.or(activations_of(name));
+    let recipe = Recipe::simple(format, &arguments.method).bad_input()?;
+    recipe.with_activations(activations).bad_input()
 }
 
 /// Which files can hold which formats.
-fn check_layout(recipe: &Recipe, to_file: bool, out: &Path) -> Result<(), Error> {
+fn check_layout(recipe: &Recipe, to_file: bool, out: &Path, dense: bool) -> Result<(), Error> {
     let (format, out) = (recipe.format, out.display());
     match (format, to_file) {
+        (_, true) if dense => Err(bad_input(format!("{out}: --dense writes a folder"))),
+        (Format::Scaled(_), false) if dense => Ok(()),
         (Format::Ggml(_), true) => Ok(()),
         (Format::Scaled(scaled), false) if can_pack(&scaled) => Ok(()),
         (Format::Ggml(_), false) => {
@@ -227,11 +253,30 @@ fn gguf_options(recipe: &Recipe) -> GgufOptions {
     GgufOptions { format: recipe.format, embedding }
 }
 
+/// The floats that a job's codes stand for.
+struct Dense<'a, 'b>(&'a mut Job<'b>);
+
+impl Replacement for Dense<'_, '_> {
+    fn format(&self, weight: Weight) -> Option<Format> {
+        let format = self.0.format(weight)?;
+        // Products of a code and its scales have more digits than bf16.
+        Some(if matches!(format, Format::Float(_)) { format } else { Format::F32 })
+    }
+
+    fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
+        let tensor = self.0.tensor(weight)?;
+        if matches!(tensor.format, Format::Float(_)) {
+            return Ok(tensor);
+        }
+        Ok(Tensor::from_f32_vec(tensor.shape.clone(), tensor.to_f32()))
+    }
+}
+
 /// Writes under a temporary name, so that a folder under its own name is always whole.
 fn write_folder(
     layout: &PackedLayout<'_>,
     out: &Path,
-    job: &mut Job<'_>,
+    job: &mut dyn Replacement,
     recipe: &Recipe,
 ) -> Result<(), Error> {
     let mut partial = out.as_os_str().to_owned();

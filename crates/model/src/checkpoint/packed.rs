@@ -38,7 +38,7 @@ impl PackedScheme {
             Some("pack-quantized") => {}
             found => return refuse(format!("format `{}`", found.unwrap_or("(none given)"))),
         }
-        for key in ["kv_cache_scheme", "sparsity_config", "transform_config"] {
+        for key in ["kv_cache_scheme", "sparsity_config"] {
             let asks = c.get(key).is_some_and(|it| it.as_object().is_none_or(|o| !o.is_empty()));
             if asks {
                 return refuse(key.to_owned());
@@ -62,10 +62,8 @@ impl PackedScheme {
 
     fn of_group(group: &Config<'_>) -> Result<Self, SpecError> {
         let refuse = |what: String| Err(SpecError::feature(format!("compressed-tensors {what}")));
-        for key in ["input_activations", "output_activations"] {
-            if group.get(key).is_some() {
-                return refuse(key.to_owned());
-            }
+        if group.get("output_activations").is_some() {
+            return refuse("output_activations".to_owned());
         }
         let Some(weights) = group.object("weights")? else {
             return refuse("group without weights".to_owned());

@@ -10,14 +10,14 @@ use lathe_tensor::{Block, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint};
 use serde_json::{Value, json};
 
 use super::hugging_face::{copy_texts, write_json};
-use super::{ExportError, Replacement, ReplacementError, bytes_in, float_of, io};
+use super::{ExportError, Replacement, ReplacementError, bytes_in, float_of, inputs, io};
 use crate::checkpoint::Checkpoint;
 use crate::generation::read_json;
 use crate::lower::{LowerOptions, lower};
 use crate::model::Model;
 use crate::weights::ModelWeights;
 
-const TARGET: &str = "compressed-tensors pack-quantized";
+pub(super) const TARGET: &str = "compressed-tensors pack-quantized";
 /// Bytes of a file's tensors at most.
 const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 
@@ -164,7 +164,8 @@ enum Part {
 }
 
 /// Writes `model` to `directory` with the weights of `replacement` in place of its own: matrices
-/// packed, vectors as floats. All packed weights are of one format.
+/// packed, vectors as floats. All packed weights are of one format; if there are none, matrices
+/// are written as the floats that they are given as ("dense").
 ///
 /// # Errors
 /// If a replaced weight is no tensor of its own in the model's files, a format is none that
@@ -180,6 +181,8 @@ pub fn to_packed(
     let mut replaced: BTreeMap<&str, Replaced> = BTreeMap::new();
     let mut ignored = Vec::new();
     let mut packed_format = None;
+    // By weight that is replaced: its tensors.
+    let mut sources = BTreeMap::new();
     let (names, untied) = layout.names(replacement);
     for (index, tensor) in names.iter().enumerate() {
         let weight = Weight(index as u32);
@@ -202,6 +205,9 @@ pub fn to_packed(
                 return Err(refuse(what));
             }
         };
+        if decl.role != WeightRole::Vector {
+            sources.insert(index, names.iter().map(|name| (*name).to_owned()).collect());
+        }
         if let Format::Scaled(scaled) = format {
             let one = *packed_format.get_or_insert(scaled);
             if one != scaled || !can_pack(&scaled) {
@@ -213,10 +219,6 @@ pub fn to_packed(
             replaced.insert(name, Replaced { weight, matrix, format });
         }
     }
-    let format = packed_format.ok_or_else(|| ExportError::Feature {
-        feature: "a model without a quantized matrix".to_owned(),
-        target: TARGET,
-    })?;
     if untied {
         ignored.push(module_of(HEAD));
     }
@@ -231,7 +233,12 @@ pub fn to_packed(
     let path = model.checkpoint.path().join("config.json");
     let mut config = read_json(&path).map_err(io(&path))?.unwrap_or_else(|| json!({}));
     if let Some(config) = config.as_object_mut() {
-        config.insert("quantization_config".to_owned(), quantization_config(&format, &ignored));
+        let mut quantization = quantization_config(packed_format.as_ref(), &ignored);
+        inputs::declare(&mut quantization, &model.spec.inputs, &program, &sources)?;
+        // Floats whose inputs are floats too are no quantized model to anybody.
+        if packed_format.is_some() || !model.spec.inputs.is_empty() {
+            config.insert("quantization_config".to_owned(), quantization);
+        }
         if untied {
             config.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
         }
@@ -241,7 +248,7 @@ pub fn to_packed(
 }
 
 /// The module that owns a tensor, as `ignore` lists name it.
-fn module_of(tensor: &str) -> String {
+pub(super) fn module_of(tensor: &str) -> String {
     tensor.strip_suffix(".weight").unwrap_or(tensor).to_owned()
 }
 
@@ -336,14 +343,24 @@ fn write_packed(writer: &mut Writer, name: &str, tensor: &Tensor) -> Result<(), 
 }
 
 /// The object that compressed-tensors reads; it refuses keys that it does not know.
-fn quantization_config(format: &ScaledFormat, ignored: &[String]) -> Value {
-    let (strategy, group_size) = match format.block {
-        Block::Group(size) => ("group", json!(size)),
-        _ => ("channel", Value::Null),
-    };
+fn quantization_config(format: Option<&ScaledFormat>, ignored: &[String]) -> Value {
+    let weights = format.map(|format| {
+        let (strategy, group_size) = match format.block {
+            Block::Group(size) => ("group", json!(size)),
+            _ => ("channel", Value::Null),
+        };
+        json!({
+            "num_bits": format.element.bits(),
+            "type": "int",
+            "symmetric": format.zero == ZeroPoint::None,
+            "strategy": strategy,
+            "group_size": group_size,
+            "dynamic": false,
+        })
+    });
     json!({
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": if weights.is_some() { "pack-quantized" } else { "dense" },
         "quantization_status": "compressed",
         "global_compression_ratio": null,
         "kv_cache_scheme": null,
@@ -351,14 +368,7 @@ fn quantization_config(format: &ScaledFormat, ignored: &[String]) -> Value {
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {
-                    "num_bits": format.element.bits(),
-                    "type": "int",
-                    "symmetric": format.zero == ZeroPoint::None,
-                    "strategy": strategy,
-                    "group_size": group_size,
-                    "dynamic": false,
-                },
+                "weights": weights,
                 "input_activations": null,
                 "output_activations": null,
             }

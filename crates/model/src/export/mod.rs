@@ -6,6 +6,7 @@
 mod compressed;
 mod gguf;
 mod hugging_face;
+mod inputs;
 mod plain_llama;
 mod tokenizer;
 

@@ -26,6 +26,11 @@ pub(crate) fn turned<E>(
             Turn::Columns(matrix) => {
                 wide.par_chunks_mut(columns).for_each(|row| matrix.turn(row));
             }
+            Turn::Hadamard(matrix) => {
+                wide.par_chunks_mut(columns).for_each(|row| {
+                    row.chunks_exact_mut(matrix.size()).for_each(|block| matrix.apply_row(block));
+                });
+            }
             Turn::Rows(matrix) => {
                 let rows = shape[shape.len() - 2];
                 for matrix_values in wide.chunks_mut(rows * columns) {

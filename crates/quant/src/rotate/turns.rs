@@ -10,9 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lathe_program::{LinearPart, NormKind, Op, Program, Value, Weight};
+use lathe_tensor::hadamard::Hadamard;
 
 use super::orthogonal::{Kind, Orthogonal};
 use crate::error::QuantError;
+use crate::inputs::rotated;
 
 /// One step of what becomes of a weight.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +35,9 @@ pub enum Turn {
     Columns(Arc<Orthogonal>),
     /// `[.., out, in]` becomes `Q^T W`.
     Rows(Arc<Orthogonal>),
+    /// Each block `w` of a row of the last dimension becomes `w H^T`: the inverse of what is done
+    /// to the input while the model runs.
+    Hadamard(Arc<Hadamard>),
 }
 
 /// What becomes of every weight that a rotation touches, in order.
@@ -52,6 +57,18 @@ impl Turns {
     /// The weights that change.
     pub fn weights(&self) -> impl Iterator<Item = Weight> + '_ {
         self.of.keys().copied()
+    }
+
+    /// Folds the inverses of the rotations that `program` does while it runs: last, for they are
+    /// next to the matrices.
+    pub(crate) fn fold_inputs(&mut self, program: &Program) {
+        let mut matrices: BTreeMap<usize, Arc<Hadamard>> = BTreeMap::new();
+        for (weight, block) in rotated(program) {
+            let matrix = matrices.entry(block).or_insert_with(|| {
+                Arc::new(Hadamard::new(block).expect("a valid program's blocks have a matrix"))
+            });
+            self.push(weight, Turn::Hadamard(Arc::clone(matrix)));
+        }
     }
 
     fn push(&mut self, weight: Weight, turn: Turn) {
@@ -147,6 +164,14 @@ impl<'a> Flow<'a> {
                 Op::Add { left, right, out, .. } => self.add(*left, *right, *out)?,
                 Op::Linear { input, parts } => {
                     self.read(*input, parts.iter().map(|part| part.weight))?;
+                }
+                // The matrices behind it read the stream as it was, seen through their own turn.
+                Op::Transform { input, out, .. } => {
+                    if let Some(absorbed) = self.normed.get(input).copied() {
+                        self.normed.insert(*out, absorbed);
+                    } else if self.stream.contains(input) {
+                        self.normed.insert(*out, None);
+                    }
                 }
                 Op::Route { input, spec, .. } => self.read(*input, [spec.weight])?,
                 Op::Experts { input, spec, .. } => self.read(*input, [spec.gate, spec.up])?,
@@ -323,6 +348,7 @@ fn readers_of(program: &Program, value: Value) -> Result<&[LinearPart], String> 
     let mut readers = program.ops.iter().filter(|op| op.inputs().any(|it| it == value));
     match (readers.next(), readers.next()) {
         (Some(Op::Linear { parts, .. }), None) => Ok(parts),
+        (Some(Op::Transform { out, .. }), None) => readers_of(program, *out),
         (Some(op), None) => Err(format!("{} lies behind it", op.kind())),
         _ => Err("its outputs are read elsewhere too".to_owned()),
     }

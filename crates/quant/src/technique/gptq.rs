@@ -15,7 +15,7 @@ use lathe_tensor::codec::scaled::{BlockScale, assemble};
 use rayon::prelude::*;
 
 use super::clip::{self, Measure};
-use super::{Apply, Stage, Technique};
+use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
 use crate::linalg::upper_factor_of_inverse;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
@@ -56,6 +56,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
             kind: Kind::Choice(&["output", "range", "weight", "channel"]),
             meaning: "how scales are chosen: clip's search by that error, or the block's range",
         },
+        POWER_OF_TWO,
     ],
     apply: Apply::Group(apply),
 };
@@ -66,8 +67,8 @@ fn apply(
     parameters: &Parameters,
 ) -> Result<Outcome, QuantError> {
     let Some(first) = group.matrices.first() else { return Ok(Outcome::Quantized(Vec::new())) };
-    let all = group.matrices.iter().map(|matrix| Scales::new(NAME, matrix, format));
-    let all = all.collect::<Result<Vec<_>, _>>()?;
+    let scales = |matrix| Ok(Scales::new(NAME, matrix, format)?.rounding(power_of_two(parameters)));
+    let all = group.matrices.iter().map(scales).collect::<Result<Vec<_>, QuantError>>()?;
     let statistics = group.observed(NAME, first.name)?;
     let factor = Factor::new(statistics, parameters).ok_or_else(|| QuantError::Technique {
         technique: NAME,
