@@ -212,9 +212,7 @@ impl Counter<'_> {
                 }
                 cost.weight_bytes = self.all_weights(op);
             }
-            Op::Transform { transform, out, .. } => {
-                cost.flops = transform_flops(transform) * self.elements(*out);
-            }
+            Op::Transform { transform, out, .. } => cost.flops = self.transform(transform, *out),
             Op::Rope { heads, rope, .. } => {
                 let pairs = self.program.ropes[rope.0 as usize].inverse_frequencies.len();
                 cost.flops = self.rows() * (*heads * pairs * 6) as u64;
@@ -258,6 +256,10 @@ impl Counter<'_> {
             Op::AllGather { .. } | Op::Slice { .. } | Op::Capture { .. } => {}
         }
         cost
+    }
+
+    fn transform(&self, transform: &InputTransform, out: Value) -> u64 {
+        transform_flops(transform) * self.elements(out)
     }
 
     fn rows(&self) -> u64 {

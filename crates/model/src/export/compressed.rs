@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use lathe_program::{Weight, WeightRole};
+use lathe_program::{Program, Weight, WeightRole};
 use lathe_tensor::packed::{can_pack, pack, words};
 use lathe_tensor::safetensors::{Dtype, TensorDeclaration, Writer};
 use lathe_tensor::{Block, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint};
@@ -178,65 +178,23 @@ pub fn to_packed(
     let model = layout.model;
     let program = lower(&model.spec, &LowerOptions::new(model.spec.context_max))?;
     std::fs::create_dir_all(directory).map_err(io(directory))?;
-    let mut replaced: BTreeMap<&str, Replaced> = BTreeMap::new();
-    let mut ignored = Vec::new();
-    let mut packed_format = None;
-    // By weight that is replaced: its tensors.
-    let mut sources = BTreeMap::new();
     let (names, untied) = layout.names(replacement);
-    for (index, tensor) in names.iter().enumerate() {
-        let weight = Weight(index as u32);
-        let decl = program.weight(weight);
-        let Some(format) = replacement.format(weight) else {
-            if !matches!(decl.role, WeightRole::Vector | WeightRole::Embedding) {
-                ignored.extend(layout.sources[index].iter().map(|name| module_of(name)));
-            }
-            continue;
-        };
-        let refuse = |feature: String| ExportError::Feature { feature, target: TARGET };
-        let names: Vec<&str> = match tensor {
-            Some(name) => vec![*name],
-            None if layout.stacks[index] => {
-                layout.sources[index].iter().map(String::as_str).collect()
-            }
-            None => {
-                let what =
-                    format!("weight {}, which is no tensor of its own in the file,", decl.name);
-                return Err(refuse(what));
-            }
-        };
-        if decl.role != WeightRole::Vector {
-            sources.insert(index, names.iter().map(|name| (*name).to_owned()).collect());
-        }
-        if let Format::Scaled(scaled) = format {
-            let one = *packed_format.get_or_insert(scaled);
-            if one != scaled || !can_pack(&scaled) {
-                return Err(refuse(format!("weight {} in {format}", decl.name)));
-            }
-        }
-        for (part, name) in names.into_iter().enumerate() {
-            let matrix = layout.stacks[index].then_some(part);
-            replaced.insert(name, Replaced { weight, matrix, format });
-        }
+    let mut plan = Plan::new(layout, &program, &names, replacement)?;
+    if model.spec.tied_head {
+        // A module of its own to other readers, be its weight the embedding's or not.
+        plan.ignored.retain(|name| !name.ends_with("embed_tokens"));
+        plan.ignored.push(module_of(HEAD));
     }
-    if untied {
-        ignored.push(module_of(HEAD));
-    }
-    write_tensors(layout, directory, &replaced, replacement)?;
-    if model.spec.tied_head && !untied {
-        // A module of its own to other readers, although its weight is the embedding's.
-        ignored.retain(|name| !name.ends_with("embed_tokens"));
-        ignored.push("lm_head".to_owned());
-    }
-    ignored.sort_unstable();
-    ignored.dedup();
+    plan.ignored.sort_unstable();
+    plan.ignored.dedup();
+    write_tensors(layout, directory, &plan.replaced, replacement)?;
     let path = model.checkpoint.path().join("config.json");
     let mut config = read_json(&path).map_err(io(&path))?.unwrap_or_else(|| json!({}));
     if let Some(config) = config.as_object_mut() {
-        let mut quantization = quantization_config(packed_format.as_ref(), &ignored);
-        inputs::declare(&mut quantization, &model.spec.inputs, &program, &sources)?;
+        let mut quantization = quantization_config(plan.format.as_ref(), &plan.ignored);
+        inputs::declare(&mut quantization, &model.spec.inputs, &program, &plan.sources)?;
         // Floats whose inputs are floats too are no quantized model to anybody.
-        if packed_format.is_some() || !model.spec.inputs.is_empty() {
+        if plan.format.is_some() || !model.spec.inputs.is_empty() {
             config.insert("quantization_config".to_owned(), quantization);
         }
         if untied {
@@ -245,6 +203,70 @@ pub fn to_packed(
     }
     write_json(directory, "config.json", &config)?;
     copy_texts(&model.checkpoint.path(), directory)
+}
+
+/// What becomes of a model's tensors.
+struct Plan<'a> {
+    /// By name in the files.
+    replaced: BTreeMap<&'a str, Replaced>,
+    /// Modules whose weights and inputs stay floats.
+    ignored: Vec<String>,
+    /// Of the packed matrices; `None` if there are none.
+    format: Option<ScaledFormat>,
+    /// By weight that is quantized, or whose input is: its tensors.
+    sources: BTreeMap<usize, Vec<String>>,
+}
+
+impl<'a> Plan<'a> {
+    /// `names` are those under which weights are written.
+    fn new(
+        layout: &'a PackedLayout<'_>,
+        program: &Program,
+        names: &[Option<&'a str>],
+        replacement: &dyn Replacement,
+    ) -> Result<Self, ExportError> {
+        let model = layout.model;
+        let (mut replaced, mut sources) = (BTreeMap::new(), BTreeMap::new());
+        let (mut ignored, mut packed_format) = (Vec::new(), None);
+        for (index, tensor) in names.iter().enumerate() {
+            let weight = Weight(index as u32);
+            let decl = program.weight(weight);
+            let format = replacement.format(weight);
+            // A matrix that is no tensor of codes, and whose input stays what it is.
+            let plain = !matches!(format, Some(Format::Scaled(_)))
+                && !model.spec.inputs.contains_key(&decl.name);
+            if plain && !matches!(decl.role, WeightRole::Vector | WeightRole::Embedding) {
+                ignored.extend(layout.sources[index].iter().map(|name| module_of(name)));
+            }
+            let Some(format) = format else { continue };
+            let refuse = |feature: String| ExportError::Feature { feature, target: TARGET };
+            let names: Vec<&str> = match tensor {
+                Some(name) => vec![*name],
+                None if layout.stacks[index] => {
+                    layout.sources[index].iter().map(String::as_str).collect()
+                }
+                None => {
+                    let what =
+                        format!("weight {}, which is no tensor of its own in the file,", decl.name);
+                    return Err(refuse(what));
+                }
+            };
+            if !plain {
+                sources.insert(index, names.iter().map(|name| (*name).to_owned()).collect());
+            }
+            if let Format::Scaled(scaled) = format {
+                let one = *packed_format.get_or_insert(scaled);
+                if one != scaled || !can_pack(&scaled) {
+                    return Err(refuse(format!("weight {} in {format}", decl.name)));
+                }
+            }
+            for (part, name) in names.into_iter().enumerate() {
+                let matrix = layout.stacks[index].then_some(part);
+                replaced.insert(name, Replaced { weight, matrix, format });
+            }
+        }
+        Ok(Plan { replaced, ignored, format: packed_format, sources })
+    }
 }
 
 /// The module that owns a tensor, as `ignore` lists name it.
