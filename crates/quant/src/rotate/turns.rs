@@ -10,7 +10,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lathe_program::{LinearPart, NormKind, Op, Program, Value, Weight};
-use lathe_tensor::hadamard::Hadamard;
 
 use super::orthogonal::{Kind, Orthogonal};
 use crate::error::QuantError;
@@ -35,9 +34,9 @@ pub enum Turn {
     Columns(Arc<Orthogonal>),
     /// `[.., out, in]` becomes `Q^T W`.
     Rows(Arc<Orthogonal>),
-    /// Each block `w` of a row of the last dimension becomes `w H^T`: the inverse of what is done
-    /// to the input while the model runs.
-    Hadamard(Arc<Hadamard>),
+    /// Each block `w` of so many elements in a row of the last dimension becomes `w H^T`: the
+    /// inverse of what is done to the input while the model runs.
+    Hadamard(usize),
 }
 
 /// What becomes of every weight that a rotation touches, in order.
@@ -62,12 +61,8 @@ impl Turns {
     /// Folds the inverses of the rotations that `program` does while it runs: last, for they are
     /// next to the matrices.
     pub(crate) fn fold_inputs(&mut self, program: &Program) {
-        let mut matrices: BTreeMap<usize, Arc<Hadamard>> = BTreeMap::new();
         for (weight, block) in rotated(program) {
-            let matrix = matrices.entry(block).or_insert_with(|| {
-                Arc::new(Hadamard::new(block).expect("a valid program's blocks have a matrix"))
-            });
-            self.push(weight, Turn::Hadamard(Arc::clone(matrix)));
+            self.push(weight, Turn::Hadamard(block));
         }
     }
 
