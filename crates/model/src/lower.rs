@@ -74,7 +74,7 @@ fn check_inputs(spec: &DecoderSpec, options: &LowerOptions) -> Result<(), SpecEr
             return Err(SpecError::feature(format!("{transform} of what {name} reads")));
         };
         let columns = program.weight(weight).shape.last().copied().unwrap_or(0);
-        let at = |reason| SpecError::feature(format!("input of {name}: {reason}"));
+        let at = |reason| SpecError::feature(format!("what {name} reads ({reason})"));
         transform.check(columns).map_err(at)?;
     }
     for op in &program.ops {
