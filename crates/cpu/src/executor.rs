@@ -28,6 +28,7 @@ use crate::stage::{
     ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage, Source,
     Stage,
 };
+use crate::transform::TransformStage;
 
 /// Whole blocks of as many rows of a prompt are in the prefill form: decoding weights for fewer does
 /// not pay, and pages of the cache do not straddle them.
@@ -244,15 +245,14 @@ impl State {
                     dispatch(width, Rotate { input, heads, offset, style, angles, out, rows });
                 });
             }
+            Stage::Transform(transform) => self.transform(transform, count),
             Stage::Write { layer, first, second } => self.write(*layer, *first, *second, step),
             Stage::Attend(attend) => self.attend(attend, step),
             Stage::AttendLatent(latent) => self.attend_latent(latent, step),
             Stage::Activate(stage) => self.by_rows(count, 4 * stage.out.width(), |rows| {
                 run_activate(width, stage, stage.out, rows);
             }),
-            Stage::Add(add) => {
-                self.by_rows(count, add.out.width(), |rows| run_add(width, add, rows))
-            }
+            Stage::Add(add) => self.add(add, count),
             Stage::Gate { input, gate, out } => {
                 let (input, gate, out) = (*input, *gate, *out);
                 self.by_rows(count, 4 * out.width(), |rows| {
@@ -287,6 +287,17 @@ impl State {
             }
         }
         Ok(())
+    }
+
+    fn add(&self, stage: &AddStage, count: usize) {
+        self.by_rows(count, stage.out.width(), |rows| run_add(self.width, stage, rows));
+    }
+
+    fn transform(&self, stage: &TransformStage, count: usize) {
+        self.by_rows(count, 8 * stage.out.width(), |rows| {
+            // SAFETY: buffers hold the step's rows, and workers have rows of their own.
+            unsafe { stage.run(self.width, rows) }
+        });
     }
 
     fn linear(&mut self, stage: &LinearStage, count: usize) {

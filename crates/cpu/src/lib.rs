@@ -27,6 +27,7 @@ mod profile;
 mod ranks;
 mod rows;
 mod stage;
+mod transform;
 mod weights;
 
 pub use backend::{CpuBackend, CpuOptions};

@@ -17,6 +17,7 @@ use crate::stage::{
     ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage,
     RotateStage, Source, Stage,
 };
+use crate::transform::{Transform, TransformStage};
 use crate::weights::Weights;
 
 /// The buffers of a program's values.
@@ -221,6 +222,11 @@ impl<'a> Planner<'a> {
                 out: self.rows(*out),
             },
             Op::Norm { .. } => Stage::Norm(self.norm(op)),
+            Op::Transform { input, transform, out } => Stage::Transform(TransformStage {
+                input: self.rows(*input),
+                transform: Transform::new(transform),
+                out: self.rows(*out),
+            }),
             Op::Rope { input, heads, offset, rope, out } => Stage::Rotate(RotateStage {
                 input: self.rows(*input),
                 heads: *heads,
@@ -369,6 +375,7 @@ impl<'a> Planner<'a> {
             gate_bias: self.floats(spec.gate_bias),
             up_bias: self.floats(spec.up_bias),
             down_bias: self.floats(spec.down_bias),
+            hidden_transform: Transform::new(&spec.hidden_transform),
             spec: spec.clone(),
             out: self.rows(*out),
         })

@@ -10,6 +10,7 @@ use crate::latent::LatentStage;
 use crate::linear::Operands;
 use crate::pack::PackedMatrix;
 use crate::rows::Rows;
+use crate::transform::TransformStage;
 
 /// A norm's numbers.
 #[derive(Debug)]
@@ -164,6 +165,8 @@ pub enum Stage {
     Linear(LinearStage),
     /// A rotation.
     Rotate(RotateStage),
+    /// Rows rotated and rounded.
+    Transform(TransformStage),
     /// Keys and values, or latents and rotary keys, into the cache.
     Write {
         /// The layer of the cache.
@@ -242,7 +245,7 @@ impl Stage {
     }
 
     /// Names of the kinds, by [`Stage::kind`].
-    pub const KINDS: [&str; 17] = [
+    pub const KINDS: [&str; 18] = [
         "embed",
         "norm",
         "linear",
@@ -260,6 +263,7 @@ impl Stage {
         "capture",
         "all_reduce",
         "all_gather",
+        "transform",
     ];
 
     /// Which kind of stage it is: an index into [`Stage::KINDS`].
@@ -282,6 +286,7 @@ impl Stage {
             Stage::Capture { .. } => 14,
             Stage::AllReduce { .. } => 15,
             Stage::AllGather { .. } => 16,
+            Stage::Transform(_) => 17,
         }
     }
 }

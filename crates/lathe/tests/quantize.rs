@@ -136,22 +136,22 @@ fn formats_of_folders_run() {
         let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
         run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
     };
-    for (format, encoding, options) in [
-        ("fp8", "float-quantized", &[][..]),
-        ("fp8_tensor", "float-quantized", &[]),
-        ("fp8_block", "float-quantized", &[]),
-        ("mxfp8", "mxfp8-quantized", &[]),
-        ("mxfp6", "mxfp6-pack-quantized", &[]),
-        ("mxfp4", "mxfp4-pack-quantized", &[]),
-        ("nvfp4", "nvfp4-pack-quantized", &[]),
-        ("int8", "int-quantized", &["--w8a8"]),
+    for (format, encoding) in [
+        ("fp8", "float-quantized"),
+        ("fp8_tensor", "float-quantized"),
+        ("fp8_block", "float-quantized"),
+        ("mxfp8", "mxfp8-quantized"),
+        ("mxfp6", "mxfp6-pack-quantized"),
+        ("mxfp4", "mxfp4-pack-quantized"),
+        ("nvfp4", "nvfp4-pack-quantized"),
+        ("int8", "pack-quantized"),
     ] {
         let (out, plain) = (path(format), path(&format!("{format}-plain")));
         // Rows of `down` are no whole number of groups of 32 here.
         let keep = if format.starts_with("mx") { "keep = [\"*.ffn.down\"]" } else { "" };
         let text = format!("format = \"{format}\"\n{keep}\n[[technique]]\nuse = \"rtn\"");
         std::fs::write(&recipe, text).expect("writes");
-        let words = [&["quantize", MODEL, &out, "--recipe", &recipe, "--json"], options].concat();
+        let words = ["quantize", MODEL, &out, "--recipe", &recipe, "--json"];
         run_json(&mut command(home.path(), &words));
         let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
         assert!(config.contains(encoding), "{format}: {config}");
@@ -160,6 +160,55 @@ fn formats_of_folders_run() {
         let (found, expected) = (score(&out), score(&plain));
         assert!((found - expected).abs() < 1e-4, "{format}: {found} {expected}");
     }
+}
+
+/// What is done to inputs is in the folder's config, and both devices do it.
+#[test]
+fn inputs_are_rotated_and_rounded_as_the_folder_says() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (tokens, recipe) = (path("tokens.json"), path("recipe.toml"));
+    let ids: Vec<String> = (0..60).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let score = |model: &str, device: &str| {
+        let words = ["score", model, "--tokens", &tokens, "--json", "--device", device];
+        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+    };
+    let expected = score(MODEL, "reference");
+    let text = "format = \"w8a8\"\n[[technique]]\nuse = \"hadamard\"\nblock = 0\n\
+                inputs = \"down\"\n[[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    let out = path("w8a8");
+    run_json(&mut command(home.path(), &["quantize", MODEL, &out, "--recipe", &recipe, "--json"]));
+    let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
+    let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    let config = &config["quantization_config"];
+    assert_eq!(config["format"], "int-quantized");
+    let inputs = &config["config_groups"]["group_0"]["input_activations"];
+    assert_eq!((&inputs["num_bits"], &inputs["strategy"]), (&8.into(), &"token".into()));
+    let rotation = &config["transform_config"]["config_groups"]["hadamard_48"];
+    assert_eq!(rotation["head_dim"], 48);
+    assert_eq!(rotation["apply"][0]["targets"][0], "model.layers.0.mlp.down_proj");
+    for device in ["reference", "cpu"] {
+        let found = score(&out, device);
+        assert!((found - expected).abs() < 0.02, "{device}: {found} {expected}");
+        assert!(found != score(MODEL, device));
+    }
+    let out = path("nvfp4");
+    let words = ["quantize", MODEL, &out, "--format", "nvfp4-a4", "--json"];
+    run_json(&mut command(home.path(), &words));
+    let (reference, cpu) = (score(&out, "reference"), score(&out, "cpu"));
+    // A code of four bits that falls to the other side of a tie moves what is behind it.
+    assert!((reference - cpu).abs() < 0.2 && (cpu - expected).abs() < 1.0, "{reference} {cpu}");
+    // Both need a folder.
+    std::fs::write(&recipe, text.replace("w8a8", "q8_0")).expect("writes");
+    let (gguf, out) = (path("out.gguf"), path("again"));
+    let reason =
+        run_error(&mut command(home.path(), &["quantize", MODEL, &gguf, "--recipe", &recipe]), 2);
+    assert!(reason.contains("GGUF"), "{reason}");
+    let again = ["quantize", &path("w8a8"), &out, "--format", "w8a16"];
+    let reason = run_error(&mut command(home.path(), &again), 2);
+    assert!(reason.contains("transformed already"), "{reason}");
 }
 
 /// Groups of 16 have no kernels on the CPU: who says that the reference is to run them gets them.
@@ -279,7 +328,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     let recipe = home.path().join("bad.toml");
     std::fs::write(&recipe, "format = \"w8a16\"\nfromat = 3\n").expect("writes");
     let recipe = recipe.display().to_string();
-    let cases: [(&[&str], [&str; 2]); 10] = [
+    let cases: [(&[&str], [&str; 2]); 12] = [
         (&[&out, "--format", "w4a16"], ["layers.0.attention.query", "128"]),
         (&[&out, "--format", "w4a16", "--group", "32"], ["layers.0.ffn.down", "48"]),
         (
@@ -292,6 +341,8 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         (&[&out, "--format", "bf16"], ["bf16", "lathe convert"]),
         (&[&out, "--format", "w8a16", "--method", "gptq"], ["--calibration", ""]),
         (&[&out, "--format", "w8a16", "--method", "magic"], ["magic", "gptq"]),
+        (&[&out, "--format", "w8a16", "--activations", "int3"], ["int3", "int4-token"]),
+        (&[&gguf, "--format", "q8_0", "--activations", "mxfp4"], ["activations", "q8_0"]),
         (&[&out, "--recipe", &recipe], ["bad.toml", "fromat"]),
     ];
     for (words, expected) in cases {

@@ -7,6 +7,7 @@ mod awq;
 mod compressed;
 mod fp8;
 mod gptq;
+pub(crate) mod inputs;
 mod integers;
 mod modelopt;
 mod mxfp4;
@@ -28,6 +29,7 @@ pub use self::awq::AwqScheme;
 pub use self::compressed::{CompressedTensors, Encoding, Scheme};
 pub(crate) use self::compressed::{MIXED, part_of};
 pub use self::gptq::GptqScheme;
+pub use self::inputs::InputScheme;
 pub use self::quantization::Quantization;
 use crate::spec::SpecError;
 

@@ -7,7 +7,7 @@ mod attention;
 mod builder;
 mod ffn;
 
-use lathe_program::{Program, Value, WeightRole};
+use lathe_program::{Op, Program, Value, Weight, WeightRole};
 
 use crate::spec::{BranchNorms, DecoderSpec, LayerSpec, NormSpec, Residual, SpecError};
 use builder::Builder;
@@ -49,7 +49,42 @@ pub fn lower(spec: &DecoderSpec, options: &LowerOptions) -> Result<Program, Spec
         let expected = format!("0 to {} layers", spec.layers.len());
         return Err(SpecError::value("capture", tap, expected));
     }
+    if !spec.inputs.is_empty() {
+        check_inputs(spec, options)?;
+    }
     Ok(lower_valid(spec, options))
+}
+
+/// Whether what is to be done to inputs can be: the names are matrices of ops that read values,
+/// and those of experts that read the same input agree.
+fn check_inputs(spec: &DecoderSpec, options: &LowerOptions) -> Result<(), SpecError> {
+    let plain = DecoderSpec { inputs: Default::default(), ..spec.clone() };
+    let program = lower_valid(&plain, options);
+    let linear = |weight: Weight| {
+        let reads = |op: &Op| match op {
+            Op::Linear { parts, .. } => parts.iter().any(|part| part.weight == weight),
+            Op::Experts { .. } => op.weights().contains(&weight),
+            _ => false,
+        };
+        program.ops.iter().any(reads)
+    };
+    for (name, transform) in &spec.inputs {
+        let weight = program.weight_named(name).filter(|weight| linear(*weight));
+        let Some(weight) = weight else {
+            return Err(SpecError::feature(format!("{transform} of what {name} reads")));
+        };
+        let columns = program.weight(weight).shape.last().copied().unwrap_or(0);
+        let at = |reason| SpecError::feature(format!("what {name} reads ({reason})"));
+        transform.check(columns).map_err(at)?;
+    }
+    for op in &program.ops {
+        let Op::Experts { spec: experts, .. } = op else { continue };
+        let [gate, up] = [experts.gate, experts.up].map(|it| &program.weight(it).name);
+        if spec.inputs.get(gate) != spec.inputs.get(up) {
+            return Err(SpecError::feature(format!("{gate} and {up} with different inputs")));
+        }
+    }
+    Ok(())
 }
 
 fn lower_valid(spec: &DecoderSpec, options: &LowerOptions) -> Program {

@@ -1,16 +1,18 @@
 //! `Model`: a Hugging Face directory or a GGUF file, opened: what it is, its weights, its text.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use lathe_program::Program;
+use lathe_program::{InputTransform, Program, Weight, WeightRole};
 use lathe_tensor::gguf::{GgufError, GgufFile};
 use serde_json::Value;
 
 use crate::chat::ChatTemplate;
-use crate::checkpoint::{Checkpoint, CheckpointError, Quantization};
+use crate::checkpoint::{Checkpoint, CheckpointError, InputScheme, Quantization};
 use crate::families::{Family, GgufFamily};
 use crate::generation::{GenerationDefaults, read_json};
+use crate::lower::{LowerOptions, lower};
 use crate::names::Rules;
 use crate::spec::{DecoderSpec, SpecError};
 use crate::tokenizer::Tokenizer;
@@ -127,9 +129,15 @@ impl Model {
             .map_err(|source| ModelError::Read { path: generation_path, source })?;
         let generation =
             GenerationDefaults::from_hf(generation.as_ref(), &config, tokenizer.as_ref());
+        let checkpoint = Checkpoint::open_safetensors(path, quantization)?;
+        let scheme = InputScheme::from_hf_config(&config).map_err(at)?;
+        let mut spec = spec;
+        if !scheme.is_empty() {
+            spec.inputs = inputs_of(&spec, &checkpoint, family.rules(), &scheme, &at)?;
+        }
         Ok(Model {
             spec,
-            checkpoint: Checkpoint::open_safetensors(path, quantization)?,
+            checkpoint,
             tokenizer,
             tokenizer_time,
             chat_template,
@@ -180,6 +188,40 @@ impl Model {
     pub fn weights<'a>(&'a self, program: &'a Program) -> Result<ModelWeights<'a>, ModelError> {
         Ok(ModelWeights::new(&self.checkpoint, &self.spec, self.rules, program)?)
     }
+}
+
+/// What `scheme`, which names modules, means for the matrices of `spec`.
+fn inputs_of(
+    spec: &DecoderSpec,
+    checkpoint: &Checkpoint,
+    rules: &[Rules],
+    scheme: &InputScheme,
+    at: &dyn Fn(SpecError) -> ModelError,
+) -> Result<BTreeMap<String, InputTransform>, ModelError> {
+    let program = lower(spec, &LowerOptions::new(spec.context_max)).map_err(at)?;
+    let weights = ModelWeights::new(checkpoint, spec, rules, &program)?;
+    let mut inputs = BTreeMap::new();
+    for (index, decl) in program.weights.iter().enumerate() {
+        let modules = weights.tensors_of(Weight(index as u32)).iter();
+        let mut modules = modules.filter_map(|tensor| tensor.strip_suffix(".weight"));
+        // A table and vectors multiply nothing; a tied head is the table.
+        let matrix = !matches!(decl.role, WeightRole::Embedding | WeightRole::Vector);
+        if !matrix || (decl.role == WeightRole::Head && spec.tied_head) {
+            continue;
+        }
+        let Some(first) = modules.next() else { continue };
+        let transform = scheme.of_module(first).map_err(at)?;
+        for other in modules {
+            if scheme.of_module(other).map_err(at)? != transform {
+                let feature = format!("{first} and {other} with different inputs");
+                return Err(at(SpecError::feature(feature)));
+            }
+        }
+        if !transform.is_nothing() {
+            inputs.insert(decl.name.clone(), transform);
+        }
+    }
+    Ok(inputs)
 }
 
 /// The spec of a model whose weights may be absent: a directory with a `config.json`, or a GGUF

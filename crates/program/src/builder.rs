@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use crate::kv::{KvLayerShape, KvLayout};
 use crate::op::*;
 use crate::program::Program;
+use crate::transform::InputTransform;
 use crate::validate::{Defined, check_op};
 
 /// Writes a [`Program`] op by op.
@@ -192,6 +193,21 @@ impl ProgramBuilder {
     /// [`Op::Linear`] with one part.
     pub fn linear_one(&mut self, input: Value, part: LinearSpec) -> Value {
         self.linear(input, vec![part])[0]
+    }
+
+    /// [`Op::Transform`]; `input` itself if nothing is to be done.
+    pub fn transform(
+        &mut self,
+        input: Value,
+        transform: InputTransform,
+        name: impl Into<String>,
+    ) -> Value {
+        if transform.is_nothing() {
+            return input;
+        }
+        let out = self.value(name, self.width(input));
+        self.push(Op::Transform { input, transform, out });
+        out
     }
 
     /// [`Op::Rope`].

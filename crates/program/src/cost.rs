@@ -13,6 +13,7 @@ pub mod parallel;
 use crate::kv::KvFormat;
 use crate::op::*;
 use crate::program::Program;
+use crate::transform::InputTransform;
 
 /// What an op or a step takes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -48,6 +49,16 @@ impl std::ops::AddAssign for Cost {
         self.activation_bytes += other.activation_bytes;
         self.communication_bytes += other.communication_bytes;
     }
+}
+
+/// Operations an element: additions of the butterflies and of the dense factor, a division; and a
+/// division, a rounding and a multiplication.
+fn transform_flops(transform: &InputTransform) -> u64 {
+    let rotation = transform.hadamard.map_or(0, |block| {
+        let (butterflies, odd) = (block.trailing_zeros(), block >> block.trailing_zeros());
+        u64::from(butterflies) + 1 + if odd > 1 { odd as u64 } else { 0 }
+    });
+    rotation + if transform.format.is_some() { 3 } else { 0 }
 }
 
 /// One sequence of a step.
@@ -201,6 +212,7 @@ impl Counter<'_> {
                 }
                 cost.weight_bytes = self.all_weights(op);
             }
+            Op::Transform { transform, out, .. } => cost.flops = self.transform(transform, *out),
             Op::Rope { heads, rope, .. } => {
                 let pairs = self.program.ropes[rope.0 as usize].inverse_frequencies.len();
                 cost.flops = self.rows() * (*heads * pairs * 6) as u64;
@@ -244,6 +256,10 @@ impl Counter<'_> {
             Op::AllGather { .. } | Op::Slice { .. } | Op::Capture { .. } => {}
         }
         cost
+    }
+
+    fn transform(&self, transform: &InputTransform, out: Value) -> u64 {
+        transform_flops(transform) * self.elements(out)
     }
 
     fn rows(&self) -> u64 {
@@ -333,7 +349,8 @@ impl Counter<'_> {
     ) {
         let (visits, distinct) = self.visits(routing, spec);
         let (hidden, input, out) = (spec.hidden as u64, self.width(input), self.width(out));
-        let per_visit = 4 * hidden * input + ACTIVATE_FLOPS * hidden + 2 * hidden * out + 2 * out;
+        let per_hidden = ACTIVATE_FLOPS + transform_flops(&spec.hidden_transform);
+        let per_visit = 4 * hidden * input + per_hidden * hidden + 2 * hidden * out + 2 * out;
         cost.flops = (visits * per_visit as f64).round() as u64;
         let share = distinct / spec.experts as f64;
         cost.weight_bytes = (self.all_weights(op) as f64 * share).round() as u64;

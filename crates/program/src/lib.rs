@@ -20,6 +20,7 @@ pub mod program;
 pub mod reference;
 pub mod shard;
 pub mod step;
+mod transform;
 mod validate;
 
 pub use backend::{Backend, BackendError, Executor, ExecutorOptions, StepOutput, WeightSource};
@@ -30,4 +31,5 @@ pub use observe::{ObservedExpert, ObservedInput, ObservedRouting, Observer};
 pub use op::*;
 pub use program::{BufferPlan, Lifetime, Program};
 pub use step::{BlockTable, Step, StepError, StepSequence, TREE_ROWS_MAX};
+pub use transform::InputTransform;
 pub use validate::ProgramError;

@@ -4,6 +4,8 @@
 //! that an interpreter may alias buffers by liveness, fuse neighbours, count, observe or
 //! differentiate. All activations are `[rows, width]`, logically `f32`; a row is a token.
 
+use crate::transform::InputTransform;
+
 /// An activation `[rows, width]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Value(pub u32);
@@ -273,6 +275,9 @@ pub struct ExpertsSpec {
     pub down_bias: Option<Weight>,
     /// Whether a row is multiplied by its routing weight before the expert (Llama 4) and not after.
     pub weigh_input: bool,
+    /// What is done to the hidden row that `down` reads; what `gate` and `up` read is the op's
+    /// input, which an [`Op::Transform`] before it makes.
+    pub hidden_transform: InputTransform,
 }
 
 /// One matrix of a linear group.
@@ -332,6 +337,15 @@ pub enum Op {
         input: Value,
         /// One output each.
         parts: Vec<LinearPart>,
+    },
+    /// Rotates and rounds each row, as the matrices that read it expect.
+    Transform {
+        /// `[rows, n]`.
+        input: Value,
+        /// How.
+        transform: InputTransform,
+        /// `[rows, n]`.
+        out: Value,
     },
     /// Turns the rotary part of each head by its row's position.
     Rope {
@@ -492,6 +506,7 @@ impl Op {
             Op::Embed { .. } => "embed",
             Op::Norm { .. } => "norm",
             Op::Linear { .. } => "linear",
+            Op::Transform { .. } => "transform",
             Op::Rope { .. } => "rope",
             Op::WriteKv { .. } => "write_kv",
             Op::Attend { .. } => "attend",
@@ -516,6 +531,7 @@ impl Op {
             Op::Embed { .. } => [None, None],
             Op::Norm { input, .. }
             | Op::Linear { input, .. }
+            | Op::Transform { input, .. }
             | Op::Rope { input, .. }
             | Op::Route { input, .. }
             | Op::Experts { input, .. }
@@ -540,6 +556,7 @@ impl Op {
             Op::Linear { parts, .. } => (None, parts),
             Op::Embed { out, .. }
             | Op::Norm { out, .. }
+            | Op::Transform { out, .. }
             | Op::Rope { out, .. }
             | Op::Attend { out, .. }
             | Op::AttendLatent { out, .. }
@@ -578,7 +595,8 @@ impl Op {
                 matrices.into_iter().chain(biases).flatten().collect()
             }
             Op::Logits { head, .. } => vec![*head],
-            Op::Rope { .. }
+            Op::Transform { .. }
+            | Op::Rope { .. }
             | Op::WriteKv { .. }
             | Op::WriteLatent { .. }
             | Op::Activate { .. }
@@ -608,6 +626,7 @@ impl Op {
     pub fn in_place_inputs(&self) -> impl Iterator<Item = Value> + use<> {
         let pair = match *self {
             Op::Norm { input, .. }
+            | Op::Transform { input, .. }
             | Op::Rope { input, .. }
             | Op::Gate { input, .. }
             | Op::AllReduce { input, .. } => [Some(input), None],

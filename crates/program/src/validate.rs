@@ -176,6 +176,10 @@ impl Shapes<'_> {
                 self.weight(part.weight, &shape)?;
                 self.optional(part.bias, &shape[..1])
             }),
+            Op::Transform { input, transform, out } => {
+                transform.check(self.width(*input))?;
+                self.value("out", *out, self.width(*input))
+            }
             Op::Rope { input, heads, offset, rope, out } => {
                 self.rope(*input, *heads, *offset, *rope, *out)
             }
@@ -314,6 +318,7 @@ impl Shapes<'_> {
         })?;
         let (input, out) = (self.width(input), self.width(out));
         ensure(spec.activation.is_gated(), || format!("{:?} is not gated", spec.activation))?;
+        spec.hidden_transform.check(hidden)?;
         self.weight(spec.gate, &[experts, hidden, input])?;
         self.weight(spec.up, &[experts, hidden, input])?;
         self.weight(spec.down, &[experts, out, hidden])?;

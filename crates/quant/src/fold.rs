@@ -25,7 +25,16 @@ pub(crate) fn fold_of(program: &Program, index: usize) -> Result<Fold, String> {
         return Err("another op reads its matrix".to_owned());
     }
     only_reader(program, *input, index)?;
-    match maker(program, *input) {
+    let mut input = *input;
+    // Rounding comes after the scales, and is the better for them; a rotation mixes channels.
+    if let Some((at, Op::Transform { input: before, transform, .. })) = maker(program, input) {
+        if transform.hadamard.is_some() {
+            return Err("its input is rotated while the model runs".to_owned());
+        }
+        only_reader(program, *before, at)?;
+        input = *before;
+    }
+    match maker(program, input) {
         Some((_, Op::Norm { weight: Some(weight), bias, kind, groups: 1, .. })) => {
             let offset = match kind {
                 NormKind::Rms { offset } => *offset,

@@ -176,8 +176,9 @@ pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, us
 }
 
 impl<'a> Job<'a> {
-    /// Plans `recipe` for the model whose weights are `weights`, and checks that every tensor that
-    /// it names can be what it says. Nothing is computed yet; `calibrated` says whether
+    /// Plans `recipe` for the model whose weights are `weights`, of the program that has the
+    /// recipe's inputs ([`crate::inputs::with_inputs`]), and checks that every tensor that it names
+    /// can be what it says. Nothing is computed yet; `calibrated` says whether
     /// [`Self::calibrate`] will be called, `progress` hears of each matrix.
     ///
     /// # Errors
@@ -684,14 +685,16 @@ impl Job<'_> {
     }
 }
 
-/// What the recipe's rotations make of the program's weights.
+/// What the recipe's rotations, and those that the program does while it runs, make of its weights.
 fn turns_of(program: &Program, recipe: &Recipe) -> Result<Turns, QuantError> {
+    let mut turns = Turns::default();
     for step in &recipe.steps {
         if let Apply::Program(apply) = step.technique.apply {
-            return apply(program, &step.parameters);
+            turns = apply(program, &step.parameters)?;
         }
     }
-    Ok(Turns::default())
+    turns.fold_inputs(program);
+    Ok(turns)
 }
 
 fn float_of(format: Format) -> lathe_tensor::FloatType {

@@ -12,6 +12,7 @@ pub mod calibrate;
 mod error;
 pub mod explain;
 mod fold;
+pub mod inputs;
 pub mod job;
 mod linalg;
 mod matrix;

@@ -156,6 +156,8 @@ pub struct Scales {
     pub block_columns: usize,
     /// Blocks of a row.
     pub blocks: usize,
+    /// How powers of two are chosen, where scales are such.
+    pub rounding: E8m0Rounding,
 }
 
 impl Scales {
@@ -187,7 +189,18 @@ impl Scales {
             }
         };
         let blocks = matrix.columns.div_ceil(block_columns);
-        Ok(Scales { format: scaled, global: matrix.global_scale(&scaled), block_columns, blocks })
+        Ok(Scales {
+            format: scaled,
+            global: matrix.global_scale(&scaled),
+            block_columns,
+            blocks,
+            rounding: E8m0Rounding::Even,
+        })
+    }
+
+    /// The same with powers of two chosen by `rounding`.
+    pub fn rounding(self, rounding: E8m0Rounding) -> Self {
+        Scales { rounding, ..self }
     }
 
     /// What a stored scale is multiplied by.
@@ -197,7 +210,7 @@ impl Scales {
 
     /// The scale of a block whose largest number meets the end of the codes' range.
     pub fn fit(&self, values: &[f32]) -> BlockScale {
-        fit(&self.format, values, self.unit(), E8m0Rounding::Even)
+        fit(&self.format, values, self.unit(), self.rounding)
     }
 
     /// The code nearest to `value`, and what it stands for.

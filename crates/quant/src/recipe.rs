@@ -5,6 +5,7 @@
 //! tensors = ["layers.*"]          # canonical names, * stands for anything; all linear layers if absent
 //! keep = ["layers.0.*"]           # of those, what stays as it is
 //! prefix = "quantized"            # what calibration runs through before a layer; or "float"
+//! activations = "int4-token"      # what inputs of quantized matrices are rounded to; not at all if absent
 //!
 //! [formats]                       # what some tensors are stored in; the last pattern that names one counts
 //! "layers.0.*" = "int8-channel-bf16"
@@ -23,34 +24,60 @@
 //! act_order = true
 //! ```
 
-use lathe_tensor::{Block, Format, ScaledFormat};
+use lathe_tensor::{ActivationFormat, Block, Format, ScaledFormat};
 
 use crate::budget::{Budget, Sensitivity};
 use crate::error::QuantError;
 use crate::parameters::Parameters;
 use crate::technique::{self, Apply, Stage, Technique};
 
+/// A name for what people ask for.
+#[derive(Debug, Clone, Copy)]
+pub struct Preset {
+    /// The name.
+    pub name: &'static str,
+    /// The format of weights.
+    pub format: &'static str,
+    /// What inputs are rounded to.
+    pub activations: Option<ActivationFormat>,
+}
+
+const fn preset(
+    name: &'static str,
+    format: &'static str,
+    activations: Option<ActivationFormat>,
+) -> Preset {
+    Preset { name, format, activations }
+}
+
 /// Names for formats that people ask for, with what they mean.
-pub static PRESETS: [(&str, &str); 19] = [
-    ("w4a16", "int4-g128-bf16"),
-    ("w8a16", "int8-channel-bf16"),
-    ("int8", "int8-channel-bf16"),
-    ("fp8", "f8e4m3-channel-bf16"),
-    ("fp8_tensor", "f8e4m3-tensor-bf16"),
-    ("fp8_channel", "f8e4m3-channel-bf16"),
-    ("fp8_block", "f8e4m3-tile128x128-bf16"),
-    ("mxfp8", "f8e4m3-g32-e8m0"),
-    ("mxfp6", "f6e2m3-g32-e8m0"),
-    ("mxfp4", "f4e2m1-g32-e8m0"),
-    ("nvfp4", "f4e2m1-g16-e4m3global"),
-    ("q4_0", "q4_0"),
-    ("q5_0", "q5_0"),
-    ("q8_0", "q8_0"),
-    ("q4_k", "q4_k"),
-    ("q5_k", "q5_k"),
-    ("q6_k", "q6_k"),
-    ("iq4_nl", "iq4_nl"),
-    ("iq4_xs", "iq4_xs"),
+pub static PRESETS: [Preset; 26] = [
+    preset("w4a16", "int4-g128-bf16", None),
+    preset("w8a16", "int8-channel-bf16", None),
+    preset("w4a4", "int4-g128-bf16", Some(ActivationFormat::Int4Token)),
+    preset("w4a8", "int4-g128-bf16", Some(ActivationFormat::Int8Token)),
+    preset("w8a8", "int8-channel-bf16", Some(ActivationFormat::Int8Token)),
+    preset("w8a8-fp8", "f8e4m3-channel-bf16", Some(ActivationFormat::Fp8Token)),
+    preset("int8", "int8-channel-bf16", None),
+    preset("fp8", "f8e4m3-channel-bf16", None),
+    preset("fp8_tensor", "f8e4m3-tensor-bf16", None),
+    preset("fp8_channel", "f8e4m3-channel-bf16", None),
+    preset("fp8_block", "f8e4m3-tile128x128-bf16", None),
+    preset("mxfp8", "f8e4m3-g32-e8m0", None),
+    preset("mxfp6", "f6e2m3-g32-e8m0", None),
+    preset("mxfp4", "f4e2m1-g32-e8m0", None),
+    preset("mxfp4-a4", "f4e2m1-g32-e8m0", Some(ActivationFormat::Mxfp4)),
+    preset("mxfp4-a8", "f4e2m1-g32-e8m0", Some(ActivationFormat::Mxfp8)),
+    preset("nvfp4", "f4e2m1-g16-e4m3global", None),
+    preset("nvfp4-a4", "f4e2m1-g16-e4m3global", Some(ActivationFormat::Nvfp4)),
+    preset("q4_0", "q4_0", None),
+    preset("q5_0", "q5_0", None),
+    preset("q8_0", "q8_0", None),
+    preset("q4_k", "q4_k", None),
+    preset("q5_k", "q5_k", None),
+    preset("q6_k", "q6_k", None),
+    preset("iq4_nl", "iq4_nl", None),
+    preset("iq4_xs", "iq4_xs", None),
 ];
 
 /// One step of a recipe.
@@ -89,6 +116,8 @@ pub struct Recipe {
     pub formats: Vec<(String, Format)>,
     /// How many bits all may take; planned before anything is done.
     pub budget: Option<Budget>,
+    /// What the inputs of quantized matrices are rounded to while the model runs.
+    pub activations: Option<ActivationFormat>,
     /// In order; those that round come last.
     pub steps: Vec<TechniqueStep>,
 }
@@ -103,10 +132,10 @@ fn wrong(message: String) -> QuantError {
 /// If there is no such format, or it has no groups of a free size.
 pub fn format_named(name: &str, group: Option<u32>) -> Result<Format, QuantError> {
     let lower = name.to_lowercase();
-    let preset = PRESETS.iter().find(|(preset, _)| *preset == lower);
+    let preset = PRESETS.iter().find(|preset| preset.name == lower);
     let format =
-        Format::parse(preset.map_or(lower.as_str(), |(_, format)| format)).map_err(|_| {
-            let presets: Vec<&str> = PRESETS.iter().map(|(preset, _)| *preset).collect();
+        Format::parse(preset.map_or(lower.as_str(), |preset| preset.format)).map_err(|_| {
+            let presets: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
             let presets = presets.join(", ");
             wrong(format!(
                 "unknown format `{name}`, expected a name like int4-g64-bf16 or one of {presets}"
@@ -123,6 +152,23 @@ pub fn format_named(name: &str, group: Option<u32>) -> Result<Format, QuantError
             Err(wrong(format!("groups of {group}: {format} has no groups of a free size")))
         }
     }
+}
+
+/// What a preset rounds inputs to; `None` for formats that are no preset.
+pub fn activations_of(name: &str) -> Option<ActivationFormat> {
+    let lower = name.to_lowercase();
+    PRESETS.iter().find(|preset| preset.name == lower)?.activations
+}
+
+/// The format of activations called `name`.
+///
+/// # Errors
+/// If there is none, with the names that there are.
+pub fn activations_named(name: &str) -> Result<ActivationFormat, QuantError> {
+    ActivationFormat::parse(&name.to_lowercase()).ok_or_else(|| {
+        let known = ActivationFormat::ALL.map(ActivationFormat::name).join(", ");
+        wrong(format!("unknown format of activations `{name}`, expected one of {known}"))
+    })
 }
 
 impl Recipe {
@@ -144,9 +190,16 @@ impl Recipe {
             parameters.set(technique.parameters, "error", &toml::Value::String("output".into()))?;
             steps.push(TechniqueStep { technique, parameters, tensors: None });
         }
-        let (formats, budget) = (Vec::new(), None);
-        let (keep, prefix) = (Vec::new(), Prefix::default());
-        let recipe = Recipe { format, tensors: None, keep, prefix, formats, budget, steps };
+        let recipe = Recipe {
+            format,
+            tensors: None,
+            keep: Vec::new(),
+            prefix: Prefix::default(),
+            activations: None,
+            formats: Vec::new(),
+            budget: None,
+            steps,
+        };
         recipe.check()?;
         Ok(recipe)
     }
@@ -160,11 +213,16 @@ impl Recipe {
         let table: toml::Table =
             text.parse().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
         let (mut format, mut tensors, mut keep, mut steps) = (None, None, Vec::new(), Vec::new());
-        let mut prefix = Prefix::default();
+        let (mut prefix, mut activations, mut preset) = (Prefix::default(), None, None);
         let (mut formats, mut budget) = (Vec::new(), None);
         for (key, value) in &table {
             match key.as_str() {
-                "format" => format = Some(format_named(&text_of(key, value)?, group)?),
+                "format" => {
+                    let name = text_of(key, value)?;
+                    format = Some(format_named(&name, group)?);
+                    preset = activations_of(&name);
+                }
+                "activations" => activations = Some(activations_named(&text_of(key, value)?)?),
                 "tensors" => tensors = Some(patterns(key, value)?),
                 "keep" => keep = patterns(key, value)?,
                 "prefix" => prefix = prefix_of(value)?,
@@ -178,14 +236,28 @@ impl Recipe {
                 }
                 other => {
                     return Err(wrong(format!(
-                        "unknown key `{other}`, expected format, tensors, keep, prefix, formats, budget \
-                         or technique"
+                        "unknown key `{other}`, expected format, tensors, keep, prefix, activations, \
+                         formats, budget or technique"
                     )));
                 }
             }
         }
         let format = format.ok_or_else(|| wrong("it has no `format`".to_owned()))?;
-        let recipe = Recipe { format, tensors, keep, prefix, formats, budget, steps };
+        let activations = activations.or(preset);
+        let recipe = Recipe { format, tensors, keep, prefix, activations, formats, budget, steps };
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// The same with inputs rounded to `activations`.
+    ///
+    /// # Errors
+    /// If the format is not one of a folder.
+    pub fn with_activations(
+        self,
+        activations: Option<ActivationFormat>,
+    ) -> Result<Recipe, QuantError> {
+        let recipe = Recipe { activations, ..self };
         recipe.check()?;
         Ok(recipe)
     }
@@ -235,14 +307,21 @@ impl Recipe {
             ));
         }
         let mut rounded = false;
+        if self.activations.is_some() && !matches!(self.format, Format::Scaled(_)) {
+            return Err(wrong(format!(
+                "`activations` beside {}, expected a folder's format",
+                self.format
+            )));
+        }
         for (index, step) in self.steps.iter().enumerate() {
             let technique = step.technique;
+            let rotates = |step: &TechniqueStep| step.technique.stage == Stage::Rotate;
             match technique.stage {
                 Stage::Round => rounded = true,
-                Stage::Rotate if index > 0 => {
+                Stage::Rotate if !self.steps[..index].iter().all(rotates) => {
                     let name = technique.name;
                     return Err(wrong(format!(
-                        "{name} comes after another technique, expected first"
+                        "{name} comes after another technique, expected before"
                     )));
                 }
                 Stage::Rotate if step.tensors.is_some() => {
@@ -287,6 +366,9 @@ impl Recipe {
         }
         if self.needs_calibration() {
             text.push_str(&format!("prefix = \"{}\"\n", self.prefix.name()));
+        }
+        if let Some(activations) = self.activations {
+            text.push_str(&format!("activations = \"{activations}\"\n"));
         }
         if !self.formats.is_empty() {
             text.push_str("\n[formats]\n");
@@ -504,6 +586,11 @@ mod tests {
             ("format = \"q4_0\"\ntensors = []\n", "`tensors` is []"),
             ("format = \"q4_0\"\nprefix = \"both\"\n", "`prefix` is \"both\""),
             ("format = \"q4_0\"\ntechnique = 3\n", "`technique` is no list"),
+            ("format = \"w4a16\"\nactivations = \"int3\"\n", "one of int4-token"),
+            (
+                "format = \"q4_0\"\nactivations = \"int8-token\"\n[[technique]]\nuse = \"rtn\"",
+                "`activations` beside q4_0",
+            ),
             (
                 "format = \"q4_0\"\nprefix = \"float\"\n[[technique]]\nuse = \"gptaq\"",
                 "gptaq makes up for quantized layers",
@@ -560,9 +647,16 @@ mod tests {
 
     #[test]
     fn presets_are_formats() {
-        for (preset, format) in PRESETS {
-            assert_eq!(format_named(preset, None).unwrap().to_string(), format);
+        for preset in PRESETS {
+            assert_eq!(format_named(preset.name, None).unwrap().to_string(), preset.format);
         }
+        assert_eq!(activations_of("W4A4"), Some(ActivationFormat::Int4Token));
+        let text =
+            "format = \"w4a4\"\n[[technique]]\nuse = \"hadamard\"\n[[technique]]\nuse = \"rtn\"";
+        let recipe = Recipe::parse(text, Some(64)).unwrap();
+        assert_eq!(recipe.activations, Some(ActivationFormat::Int4Token));
+        let again = Recipe::parse(&recipe.to_toml(), None).unwrap();
+        assert_eq!((again.activations, again.to_toml()), (recipe.activations, recipe.to_toml()));
         assert_eq!(format_named("W8A16", Some(32)).unwrap().to_string(), "int8-g32-bf16");
     }
 

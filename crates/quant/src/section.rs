@@ -183,7 +183,8 @@ impl<'a> Numbers<'a> {
                     part.bias.iter_mut().for_each(|it| self.put_weight(it));
                 }
             }
-            Op::Rope { input, out, .. }
+            Op::Transform { input, out, .. }
+            | Op::Rope { input, out, .. }
             | Op::AllReduce { input, out }
             | Op::AllGather { input, out }
             | Op::Slice { input, out, .. } => self.put_all([input, out]),

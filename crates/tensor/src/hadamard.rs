@@ -12,6 +12,9 @@ use rayon::prelude::*;
 /// The largest dense factor: a row costs `n * m` additions, which must stay affordable.
 const FACTOR_MAX: usize = 1024;
 
+/// Columns that are multiplied by the dense factor together.
+const TILE: usize = 8;
+
 /// Numbers below which a second thread does not pay.
 const PARALLEL_ELEMENTS_MIN: usize = 1 << 15;
 
@@ -90,8 +93,7 @@ impl Hadamard {
 
     fn each_row<T: Real>(&self, rows: &mut [T], transposed: bool) {
         assert!(rows.len().is_multiple_of(self.size()), "whole rows");
-        let scale = T::from_f64(1.0 / (self.size() as f64).sqrt());
-        let one = |row: &mut [T]| self.transform_row(row, transposed, scale);
+        let one = |row: &mut [T]| self.transform_row(row, transposed);
         if rows.len() < PARALLEL_ELEMENTS_MIN {
             rows.chunks_exact_mut(self.size()).for_each(one);
         } else {
@@ -99,30 +101,55 @@ impl Hadamard {
         }
     }
 
-    fn transform_row<T: Real>(&self, row: &mut [T], transposed: bool, scale: T) {
-        row.chunks_exact_mut(self.power).for_each(butterflies);
+    /// [`Hadamard::apply`] of one row: without threads or memory of its own, and compiled with the
+    /// instructions of whoever calls it.
+    ///
+    /// # Panics
+    /// If `row` is not of [`Hadamard::size`].
+    #[inline(always)]
+    pub fn apply_row<T: Real>(&self, row: &mut [T]) {
+        assert_eq!(row.len(), self.size(), "one row");
+        self.transform_row(row, false);
+    }
+
+    #[inline(always)]
+    fn transform_row<T: Real>(&self, row: &mut [T], transposed: bool) {
+        let scale = T::from_f64(1.0 / (self.size() as f64).sqrt());
+        for part in row.chunks_exact_mut(self.power) {
+            butterflies(part);
+        }
         if self.factor > 1 {
             self.mix(row, transposed);
         }
         row.iter_mut().for_each(|x| *x = *x * scale);
     }
 
-    /// Multiplies by the dense factor across the parts of `power` numbers.
+    /// Multiplies by the dense factor across the parts of `power` numbers, some columns at a time.
+    #[inline(always)]
     fn mix<T: Real>(&self, row: &mut [T], transposed: bool) {
-        let (m, input) = (self.factor, row.to_vec());
-        for (i, out) in row.chunks_exact_mut(self.power).enumerate() {
-            out.fill(T::from_f64(0.0));
-            for (j, part) in input.chunks_exact(self.power).enumerate() {
-                let negative = self.negative[if transposed { j * m + i } else { i * m + j }];
-                for (out, &x) in out.iter_mut().zip(part) {
-                    *out = if negative { *out - x } else { *out + x };
+        let (m, power) = (self.factor, self.power);
+        let mut input = [T::from_f64(0.0); TILE * FACTOR_MAX];
+        for start in (0..power).step_by(TILE) {
+            let count = TILE.min(power - start);
+            for (line, part) in input.chunks_exact_mut(TILE).zip(row.chunks_exact(power)) {
+                line[..count].copy_from_slice(&part[start..][..count]);
+            }
+            for (i, part) in row.chunks_exact_mut(power).enumerate() {
+                let mut sums = [T::from_f64(0.0); TILE];
+                for (j, line) in input.chunks_exact(TILE).take(m).enumerate() {
+                    let negative = self.negative[if transposed { j * m + i } else { i * m + j }];
+                    for (sum, &x) in sums.iter_mut().zip(line) {
+                        *sum = if negative { *sum - x } else { *sum + x };
+                    }
                 }
+                part[start..][..count].copy_from_slice(&sums[..count]);
             }
         }
     }
 }
 
 /// Sylvester's transform of a power of two, in place, without normalization.
+#[inline(always)]
 fn butterflies<T: Real>(x: &mut [T]) {
     let mut half = 1;
     while half < x.len() {

@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod activation;
 pub mod bytes;
 pub mod codec;
 pub mod format;
@@ -18,6 +19,7 @@ mod partial;
 pub mod safetensors;
 pub mod tensor;
 
+pub use activation::ActivationFormat;
 pub use bytes::Bytes;
 pub use format::{
     Block, Element, FloatType, Format, GgmlType, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint,

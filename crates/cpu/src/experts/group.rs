@@ -15,6 +15,7 @@ use crate::lanes::{Kernel, LANES, Lanes, Width, dispatch};
 use crate::linear::{Activations, Operands, Part, matmul};
 use crate::pack::PackedMatrix;
 use crate::rows::Rows;
+use crate::transform::Transform;
 
 /// Experts, ready to run.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct ExpertsStage {
     pub routing: usize,
     /// The numbers.
     pub spec: ExpertsSpec,
+    /// What is done to what down reads.
+    pub hidden_transform: Option<Transform>,
     /// `[hidden, in]` each.
     pub gate: Vec<PackedMatrix>,
     /// `[hidden, in]` each.
@@ -162,9 +165,13 @@ impl ExpertsStage {
         matmul(gang, &mut parts, activations);
         let (gate, up) = (Rows::new(gate.as_mut_ptr(), hidden), Rows::new(up.as_mut_ptr(), hidden));
         activations.prepare_with(gang, self.down_operands, (count, hidden), |i, out| {
-            let out = Rows::new(out.as_mut_ptr().wrapping_sub(i * hidden), hidden);
+            let row = Rows::new(out.as_mut_ptr().wrapping_sub(i * hidden), hidden);
             let (kind, columns) = (self.spec.activation, 0..hidden);
-            dispatch(width, Activate { gate, up: Some(up), kind, out, rows: i..i + 1, columns });
+            let (rows, up) = (i..i + 1, Some(up));
+            dispatch(width, Activate { gate, up, kind, out: row, rows, columns });
+            if let Some(transform) = &self.hidden_transform {
+                transform.row(width, out);
+            }
         });
         let columns = self.out.width();
         let down = &mut scratch.down[..count * columns];

@@ -17,10 +17,11 @@ use lathe_program::{Backend, BackendError, Program};
 use lathe_quant::budget::planned;
 use lathe_quant::calibrate::Calibration;
 use lathe_quant::explain::Explanation;
+use lathe_quant::inputs::with_inputs;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
-use lathe_quant::recipe::{Recipe, format_named};
+use lathe_quant::recipe::{Recipe, activations_named, activations_of, format_named};
 use lathe_quant::{QuantError, technique};
-use lathe_tensor::{Format, GgmlType};
+use lathe_tensor::{ActivationFormat, Format, GgmlType};
 use serde::Serialize;
 
 use super::score::read_text;
@@ -62,13 +63,13 @@ pub struct QuantizeArguments {
     /// Tokens of it to use at most, from its start, in windows of 512
     #[arg(long, value_name = "N", default_value_t = CALIBRATION_TOKENS, requires = "calibration")]
     pub calibration_tokens: usize,
+    /// What inputs of quantized matrices are rounded to while the model runs: int4-token,
+    /// int8-token, fp8-token, mxfp8, mxfp4 or nvfp4
+    #[arg(long, value_name = "F", conflicts_with = "recipe")]
+    pub activations: Option<String>,
     /// Weights that share a scale, in place of the format's own number
     #[arg(long, value_name = "N")]
     pub group: Option<u32>,
-    /// Write 8-bit integers one a byte (int-quantized), as engines read them that also round
-    /// activations to 8 bits; the configuration asks for a scale a token
-    #[arg(long)]
-    pub w8a8: bool,
     /// Measure where errors come from and what each layer costs, on text of --calibration that is
     /// not calibrated with: report.html and report.json beside the weights
     #[arg(long, requires = "calibration")]
@@ -146,19 +147,15 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     check_new(out, target)?;
     let recipe = recipe(arguments)?;
     check_layout(&recipe, target, out)?;
-    let opened = session::open(&arguments.model)?;
+    let mut opened = session::open(&arguments.model)?;
+    opened.model.spec = quantized(with_inputs(&opened.model.spec, &recipe))?;
     let model = &opened.model;
     let program = session::program_for(&model.spec, model.spec.context_max)?;
     let weights = model.weights(&program).bad_input()?;
-    let layout = match target {
-        Target::Folder => {
-            let integers = if arguments.w8a8 { Integers::Bytes } else { Integers::Words };
-            Some(PackedLayout::new(model, &weights).bad_input()?.with_integers(integers))
-        }
-        Target::File | Target::Page => None,
-    };
-    let recipe = if target == Target::File { with_fallbacks(&program, recipe)? } else { recipe };
-    check_targets(&program, &recipe, layout.as_ref())?;
+    let layout = layout_of(target, &recipe, model, &weights)?;
+    if target == Target::File && !model.spec.inputs.is_empty() {
+        return Err(bad_input("a GGUF file cannot say what is done to inputs, expected a folder"));
+    }
     check_device(global.device, &program, &recipe)?;
     let text = read_tokens(arguments, &opened, &recipe)?;
     let backend = session::backend(global.device)?;
@@ -208,6 +205,24 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     };
     drop(job);
     finish(global, &report, explanation.as_ref(), target, &resume)
+}
+
+/// The layout of a folder, if one is to be written.
+fn layout_of<'a>(
+    target: Target,
+    recipe: &Recipe,
+    model: &'a Model,
+    weights: &ModelWeights<'_>,
+) -> Result<Option<PackedLayout<'a>>, Error> {
+    if target != Target::Folder {
+        return Ok(None);
+    }
+    // Products of 8-bit integers are what engines read bytes for.
+    let integers = match recipe.activations {
+        Some(ActivationFormat::Int8Token) => Integers::Bytes,
+        _ => Integers::Words,
+    };
+    Ok(Some(PackedLayout::new(model, weights).bad_input()?.with_integers(integers)))
 }
 
 /// Records, removes what a later run would have gone on from, and says what was done.
@@ -285,7 +300,10 @@ fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
     }
     let name = arguments.format.as_deref().unwrap_or_default();
     let format = format_named(name, arguments.group).bad_input()?;
-    Recipe::simple(format, &arguments.method).bad_input()
+    let activations = arguments.activations.as_deref().map(activations_named).transpose();
+    let activations = activations.bad_input()?.or(activations_of(name));
+    let recipe = Recipe::simple(format, &arguments.method).bad_input()?;
+    recipe.with_activations(activations).bad_input()
 }
 
 /// Every format that a recipe may use, each once.

@@ -1,7 +1,7 @@
 //! compressed-tensors: groups of modules, each with a scheme that says how its weights lie.
 //!
-//! `dynamic` or static `input_activations` are accepted: see [`super::Quantization`]. Transforms are
-//! accepted where they were fused into weights, and refused where a step would have to compute them.
+//! What a step does to inputs, `input_activations` and the online part of `transform_config`, is the
+//! business of [`super::InputScheme`].
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -135,7 +135,6 @@ impl CompressedTensors {
         {
             return refuse("sparsity_config");
         }
-        check_transforms(c)?;
         let Some(groups) = c.object("config_groups")? else {
             return Err(SpecError::Missing("quantization_config.config_groups".to_owned()));
         };
@@ -235,26 +234,6 @@ impl CompressedTensors {
             false => Ok(tensor),
         }
     }
-}
-
-/// Transforms of weights are in the weights; those of activations are not there.
-fn check_transforms(c: &Config<'_>) -> Result<(), SpecError> {
-    let Some(transforms) = c.object("transform_config")? else { return Ok(()) };
-    let Some(groups) = transforms.object("config_groups")? else { return Ok(()) };
-    for name in groups.given() {
-        let Some(group) = groups.object(name)? else { continue };
-        let list = group.get("apply").and_then(Value::as_array);
-        for apply in list.into_iter().flatten() {
-            match apply.get("location").and_then(Value::as_str) {
-                Some("weight_input" | "weight_output") => {}
-                other => {
-                    let other = other.unwrap_or("(none given)");
-                    return refuse(format!("transform_config: transforms of `{other}` in a step"));
-                }
-            }
-        }
-    }
-    Ok(())
 }
 
 impl Scheme {

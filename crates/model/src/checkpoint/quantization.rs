@@ -14,9 +14,9 @@ use crate::spec::SpecError;
 
 /// How a Hugging Face checkpoint's `quantization_config` says that numbers are stored.
 ///
-/// What it says of activations is how another engine would round them: a choice of whoever runs the
-/// model, which weights do not depend on. Weights are read as they are and meet activations as the
-/// backend has them; stored scales of inputs are not used.
+/// What it says of activations is the business of [`super::InputScheme`] where a step finds their scales, and
+/// not followed otherwise: weights then meet activations as the backend has them, and stored scales of
+/// inputs are not used.
 #[derive(Debug, Clone)]
 pub enum Quantization {
     /// Plain floats.
@@ -74,6 +74,8 @@ impl Quantization {
 
     fn of_method(c: &Config<'_>) -> Result<Quantization, SpecError> {
         match c.text("quant_method")?.unwrap_or("(none given)") {
+            // Weights are floats; what is done to inputs is the business of `InputScheme`.
+            "compressed-tensors" if c.text("format")? == Some("dense") => Ok(Quantization::None),
             "compressed-tensors" => {
                 Ok(Quantization::CompressedTensors(CompressedTensors::from_hf_config(c)?))
             }

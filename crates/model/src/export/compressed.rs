@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::encode::{Integers, Part, declare, encoding_of, interleave, write};
 use super::hugging_face::{copy_texts, write_json};
 use super::quantization_config::{Groups, compressed_tensors, mxfp4_experts};
-use super::{ExportError, Replacement, ReplacementError, float_of, io};
+use super::{ExportError, Replacement, ReplacementError, float_of, inputs, io};
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::generation::read_json;
 use crate::lower::{LowerOptions, lower};
@@ -221,8 +221,10 @@ struct Plan<'a> {
     blocks: BTreeMap<&'a str, Vec<Weight>>,
     /// Modules by their formats.
     groups: Groups,
-    /// Modules of matrices that stay what they are.
+    /// Modules of matrices that stay floats.
     ignored: Vec<String>,
+    /// The tensors of each quantized matrix, by weight.
+    quantized: BTreeMap<usize, Vec<String>>,
     /// Whether embedding and head become two tensors.
     untied: bool,
 }
@@ -234,18 +236,18 @@ impl<'a> Plan<'a> {
         replacement: &dyn Replacement,
     ) -> Result<Self, ExportError> {
         let (names, untied) = layout.names(replacement);
-        let (replaced, blocks, groups) = Default::default();
-        let mut plan = Plan { replaced, blocks, groups, ignored: Vec::new(), untied };
+        let (replaced, blocks, groups, quantized) = Default::default();
+        let mut plan = Plan { replaced, blocks, groups, ignored: Vec::new(), quantized, untied };
         for (index, tensor) in names.iter().enumerate() {
             let weight = Weight(index as u32);
             let decl = program.weight(weight);
             let sources = layout.sources[index].iter().map(String::as_str);
-            let Some(format) = replacement.format(weight) else {
-                if !matches!(decl.role, WeightRole::Vector | WeightRole::Embedding) {
-                    plan.ignored.extend(sources.map(module_of));
-                }
-                continue;
-            };
+            let format = replacement.format(weight);
+            let plain = !matches!(format, Some(Format::Scaled(_)));
+            if plain && !matches!(decl.role, WeightRole::Vector | WeightRole::Embedding) {
+                plan.ignored.extend(sources.clone().map(module_of));
+            }
+            let Some(format) = format else { continue };
             let own = tensor.is_some() && layout.tensors[index].is_none();
             if !own {
                 layout.check(program, weight, format)?;
@@ -269,6 +271,7 @@ impl<'a> Plan<'a> {
             if let Part::Coded(scaled, encoding) = part {
                 let modules = plan.groups.entry((scaled, encoding)).or_default();
                 modules.extend(names.iter().map(|name| module_of(name)));
+                plan.quantized.insert(index, layout.sources[index].clone());
             }
             for (matrix, name) in names.into_iter().enumerate() {
                 let matrix = layout.stacks[index].then_some(matrix);
@@ -343,8 +346,17 @@ pub fn to_packed(
     let mut config = read_json(&path).map_err(io(&path))?.unwrap_or_else(|| json!({}));
     if let Some(config) = config.as_object_mut() {
         let quantization = match plan.blocks.is_empty() {
-            true => compressed_tensors(&plan.groups, &ignored),
-            false => mxfp4_experts(),
+            true => {
+                let mut config = compressed_tensors(&plan.groups, &ignored);
+                inputs::declare(&mut config, &model.spec.inputs, &program, &plan.quantized)?;
+                config
+            }
+            false if model.spec.inputs.is_empty() => mxfp4_experts(),
+            false => {
+                let feature =
+                    "what is done to inputs, beside experts in gpt-oss's blocks".to_owned();
+                return Err(ExportError::Feature { feature, target: TARGET });
+            }
         };
         config.insert("quantization_config".to_owned(), quantization);
         if plan.untied {
@@ -356,7 +368,7 @@ pub fn to_packed(
 }
 
 /// The module that owns a tensor, as `ignore` lists name it.
-fn module_of(tensor: &str) -> String {
+pub(super) fn module_of(tensor: &str) -> String {
     tensor.strip_suffix(".weight").unwrap_or(tensor).to_owned()
 }
 

@@ -7,6 +7,7 @@ mod compressed;
 mod encode;
 mod gguf;
 mod hugging_face;
+mod inputs;
 mod plain_llama;
 mod quantization_config;
 mod tokenizer;

@@ -28,7 +28,7 @@ pub(super) fn compressed_tensors(groups: &Groups, ignored: &[String]) -> Value {
         let mut group = json!({
             "targets": targets,
             "weights": weights(format),
-            "input_activations": input_activations(*encoding),
+            "input_activations": null,
             "output_activations": null,
         });
         // Versions before groups had formats refuse the key.
@@ -76,20 +76,6 @@ fn weights(format: &ScaledFormat) -> Value {
         ScaleType::F32 | ScaleType::F16 | ScaleType::BF16 => {}
     }
     weights
-}
-
-/// `int-quantized` is what engines read for products of integers: activations of eight bits.
-fn input_activations(encoding: Encoding) -> Value {
-    match encoding {
-        Encoding::IntQuantized => json!({
-            "num_bits": 8,
-            "type": "int",
-            "symmetric": true,
-            "strategy": "token",
-            "dynamic": true,
-        }),
-        _ => Value::Null,
-    }
 }
 
 /// gpt-oss's: what is not experts is not converted.

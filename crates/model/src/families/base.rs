@@ -96,6 +96,7 @@ pub(super) fn with_attention(
         logits_scale: 1.0,
         logits_softcap: None,
         tied_head: c.flag("tie_word_embeddings")?.unwrap_or(defaults.tied),
+        inputs: Default::default(),
     })
 }
 

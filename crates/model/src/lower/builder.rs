@@ -1,7 +1,10 @@
 //! A [`ProgramBuilder`] that knows which layer it is in, and so what things are called.
 
+use std::collections::BTreeMap;
+
 use lathe_program::{
-    KvLayer, KvLayerShape, LinearSpec, ProgramBuilder, Rope, Value, Weight, WeightRole,
+    InputTransform, KvLayer, KvLayerShape, LinearSpec, ProgramBuilder, Rope, Value, Weight,
+    WeightRole,
 };
 
 use crate::spec::{DecoderSpec, NormSpec, RopeSpec};
@@ -19,12 +22,15 @@ pub(super) struct Builder {
     pub width: usize,
     context_max: usize,
     layer: Option<usize>,
+    /// By matrix.
+    inputs: BTreeMap<String, InputTransform>,
 }
 
 impl Builder {
     pub fn new(spec: &DecoderSpec, context_max: usize, block_tokens: usize) -> Self {
         let program = ProgramBuilder::new(spec.vocabulary, context_max, block_tokens);
-        Builder { program, width: spec.width, context_max, layer: None }
+        let (width, inputs) = (spec.width, spec.inputs.clone());
+        Builder { program, width, context_max, layer: None, inputs }
     }
 
     /// Names from here on are those of layer `index`.
@@ -81,15 +87,36 @@ impl Builder {
         self.program.norm(input, weight, bias, spec.kind, spec.epsilon, groups, name)
     }
 
-    /// The products of `input` with several matrices.
+    /// What is done to the input of the matrix called `name` in this layer.
+    pub fn input_of(&self, name: &str) -> InputTransform {
+        self.inputs.get(&self.name(name)).copied().unwrap_or_default()
+    }
+
+    /// `input` as the matrix called `name` reads it.
+    pub fn transformed(&mut self, input: Value, name: &str) -> Value {
+        let transform = self.input_of(name);
+        let name = self.name(&format!("{name}_input"));
+        self.program.transform(input, transform, name)
+    }
+
+    /// The products of `input` with several matrices. Neighbours that read it in the same form
+    /// share an op.
     pub fn linear<const N: usize>(&mut self, input: Value, matrices: [Matrix; N]) -> [Value; N] {
         let columns = self.program.width(input);
+        let names = matrices.each_ref().map(|matrix| matrix.name.to_owned());
         let parts = matrices.map(|Matrix { name, out, bias }| {
             let weight = self.weight(name, &[out, columns], WeightRole::Linear);
             let bias = bias.then(|| self.vector(&format!("{name}_bias"), out));
             LinearSpec::new(weight, self.name(name)).bias(bias)
         });
-        let outs = self.program.linear(input, parts.into());
+        let mut outs = Vec::with_capacity(N);
+        let same = |a: &String, b: &String| self.input_of(a) == self.input_of(b);
+        let runs: Vec<&[String]> = names.chunk_by(same).collect();
+        let mut parts = parts.into_iter();
+        for run in runs {
+            let input = self.transformed(input, &run[0]);
+            outs.extend(self.program.linear(input, parts.by_ref().take(run.len()).collect()));
+        }
         outs.try_into().expect("one output for each matrix")
     }
 

@@ -47,7 +47,8 @@ fn mixture(b: &mut Builder, spec: &MoeSpec, input: Value) -> Value {
     let routing = b.program.route(input, router);
     let experts = experts(b, spec);
     let name = b.name("ffn.routed");
-    let routed = b.program.experts(input, routing, experts, name);
+    let rows = b.transformed(input, "ffn.experts.gate");
+    let routed = b.program.experts(rows, routing, experts, name);
     match spec.shared {
         None => routed,
         Some(shared) => {
@@ -91,6 +92,7 @@ fn experts(b: &mut Builder, spec: &MoeSpec) -> ExpertsSpec {
         up_bias: bias(b, "ffn.experts.up_bias", hidden),
         down_bias: bias(b, "ffn.experts.down_bias", width),
         weigh_input: false,
+        hidden_transform: b.input_of("ffn.experts.down"),
     }
 }
 

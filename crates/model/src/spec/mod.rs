@@ -8,7 +8,9 @@ mod count;
 mod rope;
 mod validate;
 
-use lathe_program::{Activation, GroupLimit, NormKind, RouterScore};
+use std::collections::BTreeMap;
+
+use lathe_program::{Activation, GroupLimit, InputTransform, NormKind, RouterScore};
 use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
 
@@ -317,6 +319,9 @@ pub struct DecoderSpec {
     pub logits_softcap: Option<f32>,
     /// Whether the head is the embedding.
     pub tied_head: bool,
+    /// What is done to the inputs of matrices, by the matrix's canonical name; nothing to those
+    /// that are not named.
+    pub inputs: BTreeMap<String, InputTransform>,
 }
 
 impl DecoderSpec {
@@ -337,10 +342,10 @@ impl DecoderSpec {
 
 impl Serialize for DecoderSpec {
     /// Layers that are alike are written once: `layer_kinds` lists them, `layers` says which
-    /// kind each layer is.
+    /// kind each layer is. Of what is done to inputs the number of matrices is written.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let (kinds, which) = self.layer_kinds();
-        let mut out = serializer.serialize_struct("DecoderSpec", 10)?;
+        let mut out = serializer.serialize_struct("DecoderSpec", 11)?;
         out.serialize_field("vocabulary", &self.vocabulary)?;
         out.serialize_field("width", &self.width)?;
         out.serialize_field("context_max", &self.context_max)?;
@@ -351,6 +356,13 @@ impl Serialize for DecoderSpec {
         out.serialize_field("logits_scale", &self.logits_scale)?;
         out.serialize_field("logits_softcap", &self.logits_softcap)?;
         out.serialize_field("tied_head", &self.tied_head)?;
+        if !self.inputs.is_empty() {
+            let mut matrices: BTreeMap<String, usize> = BTreeMap::new();
+            for transform in self.inputs.values() {
+                *matrices.entry(transform.to_string()).or_default() += 1;
+            }
+            out.serialize_field("inputs", &matrices)?;
+        }
         out.end()
     }
 }

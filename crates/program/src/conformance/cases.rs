@@ -1,11 +1,14 @@
 //! One small program for each op kind and seed. Inputs are embeddings, so that each row's come
 //! from its token; what the op makes is captured.
 
+use lathe_tensor::ActivationFormat;
+
 use super::random::Random;
 use crate::builder::{LinearSpec, ProgramBuilder};
 use crate::kv::KvLayerShape;
 use crate::op::*;
 use crate::program::Program;
+use crate::transform::InputTransform;
 
 /// A program that exercises one op.
 #[derive(Debug, Clone)]
@@ -21,10 +24,11 @@ pub struct Case {
 type Make = fn(&mut Maker);
 
 /// Each kind of case.
-const KINDS: [(&str, Make); 13] = [
+const KINDS: [(&str, Make); 14] = [
     ("embed", Maker::embed),
     ("norm", Maker::norm),
     ("linear", Maker::linear),
+    ("transform", Maker::transform),
     ("rope", Maker::rope),
     ("attend", Maker::attend),
     ("attend_latent", Maker::attend_latent),
@@ -150,6 +154,24 @@ impl Maker {
             .collect();
         for out in self.builder.linear(input, parts) {
             self.capture(out);
+        }
+    }
+
+    /// The inputs are embeddings, so that both sides round the same numbers: on sums that differ in
+    /// their last bit a code may fall to the other side of a tie.
+    fn transform(&mut self) {
+        for format in ActivationFormat::ALL.into_iter().map(Some).chain([None]) {
+            let hadamard = self.random.pick(&[None, Some(8), Some(32), Some(12), Some(40)]);
+            let unit = format.map_or(1, ActivationFormat::width_unit) * hadamard.unwrap_or(1);
+            let width = unit * self.random.between(1, 5);
+            let input = self.input(width);
+            let transform = InputTransform { hadamard, format };
+            let out = self.builder.transform(input, transform, format!("{transform}"));
+            self.capture(out);
+            // Otherwise it may be done in place.
+            if self.random.coin() {
+                self.capture(input);
+            }
         }
     }
 
@@ -301,6 +323,10 @@ impl Maker {
             up: self.weight("up", &[experts, hidden, width], role),
             down: self.weight("down", &[experts, out, hidden], role),
             weigh_input: self.random.below(4) == 0,
+            hidden_transform: InputTransform {
+                hadamard: self.random.pick(&[None, Some(1), Some(2)]).filter(|n| hidden % n == 0),
+                format: None,
+            },
         };
         let out = self.builder.experts(input, routing, spec, "out");
         self.capture(out);

@@ -4,6 +4,7 @@ use crate::builder::{LinearSpec, ProgramBuilder};
 use crate::kv::KvLayerShape;
 use crate::op::*;
 use crate::program::Program;
+use crate::transform::InputTransform;
 
 /// The sizes of a small decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -344,6 +345,7 @@ impl Layer<'_> {
                 WeightRole::Vector,
             )),
             weigh_input: false,
+            hidden_transform: InputTransform::default(),
         };
         let name = self.name("ffn.experts");
         let routed = self.builder.experts(normed, routing, spec, name);

@@ -201,6 +201,11 @@ impl ReferenceExecutor {
                 let shape = [width(*input), *groups];
                 norm(self.value(*input), vectors, *kind, *epsilon, shape)
             }
+            Op::Transform { input, transform, .. } => {
+                let mut rows = self.value(*input).to_vec();
+                transform.apply(&mut rows, width(*input));
+                rows
+            }
             Op::Rope { input, heads, offset, rope: table, .. } => {
                 let table = &program.ropes[table.0 as usize];
                 rope(self.value(*input), &step.positions, [*heads, *offset], table)

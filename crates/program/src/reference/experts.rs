@@ -49,8 +49,9 @@ pub(super) fn run(
         let gate = matmul(matrix(spec.gate, hidden, width), gate_bias, &gathered, width);
         let up_bias = bias(spec.up_bias, hidden);
         let up = matmul(matrix(spec.up, hidden, width), up_bias, &gathered, width);
-        let inner: Vec<f32> =
+        let mut inner: Vec<f32> =
             gate.iter().zip(&up).map(|(gate, up)| activate(spec.activation, *gate, *up)).collect();
+        spec.hidden_transform.apply(&mut inner, hidden);
         observe(ObservedExpert { expert, rows: &rows, input: &gathered, hidden: &inner });
         let down_bias = bias(spec.down_bias, out_width);
         let down = matmul(matrix(spec.down, out_width, hidden), down_bias, &inner, hidden);

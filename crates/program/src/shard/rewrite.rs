@@ -10,6 +10,7 @@ use crate::collective::vocabulary_part;
 use crate::kv::{KvLayerShape, KvLayout};
 use crate::op::*;
 use crate::program::Program;
+use crate::transform::InputTransform;
 
 /// How a value of the whole program lies on the ranks.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,6 +58,14 @@ fn rank_layout(program: &Program, ranks: usize, rank: usize) -> Result<KvLayout,
     Ok(layout)
 }
 
+/// Whether no rank's part of a row depends on another's.
+fn cuts_at_borders(transform: &InputTransform, columns: &[Range<usize>]) -> bool {
+    let at_border = |unit: usize, part: &Range<usize>| {
+        part.start.is_multiple_of(unit) && part.end.is_multiple_of(unit)
+    };
+    transform.unit().is_some_and(|unit| columns.iter().all(|part| at_border(unit, part)))
+}
+
 struct Writer<'a> {
     program: &'a Program,
     options: &'a ShardOptions,
@@ -74,6 +83,7 @@ impl Writer<'_> {
             Op::Embed { table, multiplier, out, .. } => self.embed(*table, *multiplier, *out),
             Op::Norm { .. } => self.norm(op),
             Op::Linear { input, parts } => self.linear(*input, parts),
+            Op::Transform { input, transform, out } => self.transform(*input, transform, *out),
             Op::Rope { input, heads, offset, rope, out } => {
                 let head = self.program.value_width(*input) / heads;
                 let table = self.program.ropes[rope.0 as usize].clone();
@@ -312,6 +322,29 @@ impl Writer<'_> {
         Ok(())
     }
 
+    /// Columns stay columns: where a rank's part depends on the others', on the whole row.
+    fn transform(
+        &mut self,
+        input: Value,
+        transform: &InputTransform,
+        out: Value,
+    ) -> Result<(), String> {
+        let (value, place) = self.settled(input)?;
+        let name = self.name(out);
+        let columns = match &place {
+            Place::Columns(columns) if !cuts_at_borders(transform, columns) => columns.clone(),
+            _ => {
+                let made = self.builder.transform(value, *transform, name);
+                return self.place(out, made, place);
+            }
+        };
+        let whole = self.whole(input)?;
+        let whole = self.builder.transform(whole, *transform, format!("{name}.whole"));
+        let part = columns[self.rank].clone();
+        let made = self.builder.slice(whole, part.start, part.len(), name);
+        self.place(out, made, Place::Columns(columns))
+    }
+
     /// What is added once to a sum over ranks.
     fn on_first_rank(&mut self, bias: Option<Weight>) -> Option<Weight> {
         bias.filter(|_| self.rank == 0).map(|bias| self.whole_weight(bias))
@@ -405,7 +438,12 @@ impl Writer<'_> {
             }
             ExpertSplit::ByColumn => {
                 let (hidden, alignment) = (spec.hidden, self.options.alignment);
-                let part = &partition("hidden elements", hidden, ranks, alignment)?[self.rank];
+                let columns = partition("hidden elements", hidden, ranks, alignment)?;
+                if !cuts_at_borders(&spec.hidden_transform, &columns) {
+                    let transform = spec.hidden_transform;
+                    return Err(format!("{transform} of experts' {hidden} hidden elements"));
+                }
+                let part = &columns[self.rank];
                 ExpertsSpec {
                     hidden: part.len(),
                     gate: self.weight_part(spec.gate, 1, part),

@@ -152,6 +152,7 @@ impl Job<'_> {
         ];
         let made = b.linear(x, parts);
         let out = b.activate(made[0], Some(made[1]), spec.activation, "hidden");
+        let out = b.transform(out, spec.hidden_transform, "hidden_input");
         b.capture(out, 0);
         let program = b.finish();
         let others = (0..program.weights.len() as u32 - 1).map(|index| Some(Weight(index)));

@@ -234,6 +234,89 @@ fn rotations_change_no_logits() {
     assert!(turned >= 3 * 30, "{turned}");
 }
 
+/// Every tiny family: rotations of inputs, whose inverses the matrices have, change no logit; alone
+/// and behind a rotation of the stream and of values.
+#[test]
+fn rotations_of_inputs_change_no_logits() {
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny"));
+    let mut checked = 0;
+    for folder in std::fs::read_dir(root).unwrap().map(|it| it.unwrap().path()) {
+        let name = folder.file_name().unwrap().to_str().unwrap();
+        let (model, program) = open(name);
+        let expected = logits(&program, &model.weights(&program).unwrap());
+        let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for (rotate, block, inputs) in
+            [(false, 8, "all"), (false, 0, "down"), (true, 4, "all"), (true, 0, "down")]
+        {
+            let rotate = if rotate { "[[technique]]\nuse = \"rotate\"\n" } else { "" };
+            let text = format!(
+                "format = \"int8-channel-f32\"\ntensors = [\"layers.*\"]\n{rotate}\
+                 [[technique]]\nuse = \"hadamard\"\nblock = {block}\ninputs = \"{inputs}\"\n\
+                 [[technique]]\nuse = \"rtn\""
+            );
+            let recipe = Recipe::parse(&text, None).unwrap();
+            let spec = match crate::inputs::with_inputs(&model.spec, &recipe) {
+                Ok(spec) => spec,
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(
+                        text.contains("Hadamard matrix") || text.contains("multiple"),
+                        "{name}: {text}"
+                    );
+                    continue;
+                }
+            };
+            let program = Arc::new(lower(&spec, &LowerOptions::new(64)).unwrap());
+            let transforms = program.ops.iter().filter(|op| op.kind() == "transform").count();
+            let experts = |op: &Op| match op {
+                Op::Experts { spec, .. } => !spec.hidden_transform.is_nothing(),
+                _ => false,
+            };
+            assert!(transforms > 0 || program.ops.iter().any(experts), "{name}");
+            let weights = model.weights(&program).unwrap();
+            let job = match Job::new(&weights, &recipe, false, |_| ()) {
+                Ok(job) => job,
+                Err(error) => {
+                    assert!(error.to_string().starts_with("rotate of tensor"), "{name}: {error}");
+                    continue;
+                }
+            };
+            let found = logits(&program, &Prepared::of(&job));
+            for (found, expected) in found.iter().zip(&expected) {
+                let close = (found - expected).abs() < 1e-5 * most;
+                assert!(close, "{name} {block} {inputs}: {found} {expected}");
+            }
+            checked += 1;
+        }
+    }
+    assert!(checked >= 120, "{checked}");
+}
+
+/// GPTQ of a matrix whose inputs are rounded sees what it will be given: the rounded rows.
+#[test]
+fn calibration_sees_inputs_as_they_are_rounded() {
+    let (model, _) = open("llama");
+    let text = "format = \"int8-channel-f32\"\nactivations = \"int4-token\"\nprefix = \"float\"\n\
+                [[technique]]\nuse = \"gptq\"";
+    let recipe = Recipe::parse(text, None).unwrap();
+    let spec = crate::inputs::with_inputs(&model.spec, &recipe).unwrap();
+    let program = Arc::new(lower(&spec, &LowerOptions::new(64)).unwrap());
+    let linear = program.ops.iter().position(|op| op.kind() == "linear").unwrap();
+    let Op::Linear { input, .. } = program.ops[linear] else { unreachable!() };
+    assert!(
+        program
+            .ops
+            .iter()
+            .any(|op| matches!(op, Op::Transform { out, transform, .. } if *out == input
+            && transform.format == Some(lathe_tensor::ActivationFormat::Int4Token)))
+    );
+    let weights = model.weights(&program).unwrap();
+    let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+    let backend = ReferenceBackend::new();
+    job.calibrate(&spec, &calibration(&backend, &TOKENS)).unwrap();
+    assert!(job.reports.iter().all(|it| it.report.output_error.is_some()));
+}
+
 #[test]
 fn tokens_that_cannot_be_used_are_named() {
     let (model, program) = open("llama");

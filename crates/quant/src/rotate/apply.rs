@@ -1,5 +1,6 @@
 //! The turns of one weight, computed in `f64` and rounded once.
 
+use lathe_tensor::hadamard::Hadamard;
 use rayon::prelude::*;
 
 use super::turns::Turn;
@@ -25,6 +26,12 @@ pub(crate) fn turned<E>(
             Turn::Neutral { offset } => wide.fill(1.0 - f64::from(*offset)),
             Turn::Columns(matrix) => {
                 wide.par_chunks_mut(columns).for_each(|row| matrix.turn(row));
+            }
+            Turn::Hadamard(block) => {
+                let matrix = Hadamard::new(*block).expect("a valid program's block has a matrix");
+                wide.par_chunks_mut(columns).for_each(|row| {
+                    row.chunks_exact_mut(matrix.size()).for_each(|block| matrix.apply_row(block));
+                });
             }
             Turn::Rows(matrix) => {
                 let rows = shape[shape.len() - 2];

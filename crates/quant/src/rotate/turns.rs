@@ -13,6 +13,7 @@ use lathe_program::{LinearPart, NormKind, Op, Program, Value, Weight};
 
 use super::orthogonal::{Kind, Orthogonal};
 use crate::error::QuantError;
+use crate::inputs::rotated;
 
 /// One step of what becomes of a weight.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +34,9 @@ pub enum Turn {
     Columns(Arc<Orthogonal>),
     /// `[.., out, in]` becomes `Q^T W`.
     Rows(Arc<Orthogonal>),
+    /// Each block `w` of so many elements in a row of the last dimension becomes `w H^T`: the
+    /// inverse of what is done to the input while the model runs.
+    Hadamard(usize),
 }
 
 /// What becomes of every weight that a rotation touches, in order.
@@ -52,6 +56,14 @@ impl Turns {
     /// The weights that change.
     pub fn weights(&self) -> impl Iterator<Item = Weight> + '_ {
         self.of.keys().copied()
+    }
+
+    /// Folds the inverses of the rotations that `program` does while it runs: last, for they are
+    /// next to the matrices.
+    pub(crate) fn fold_inputs(&mut self, program: &Program) {
+        for (weight, block) in rotated(program) {
+            self.push(weight, Turn::Hadamard(block));
+        }
     }
 
     fn push(&mut self, weight: Weight, turn: Turn) {
@@ -147,6 +159,14 @@ impl<'a> Flow<'a> {
                 Op::Add { left, right, out, .. } => self.add(*left, *right, *out)?,
                 Op::Linear { input, parts } => {
                     self.read(*input, parts.iter().map(|part| part.weight))?;
+                }
+                // The matrices behind it read the stream as it was, seen through their own turn.
+                Op::Transform { input, out, .. } => {
+                    if let Some(absorbed) = self.normed.get(input).copied() {
+                        self.normed.insert(*out, absorbed);
+                    } else if self.stream.contains(input) {
+                        self.normed.insert(*out, None);
+                    }
                 }
                 Op::Route { input, spec, .. } => self.read(*input, [spec.weight])?,
                 Op::Experts { input, spec, .. } => self.read(*input, [spec.gate, spec.up])?,
@@ -323,6 +343,7 @@ fn readers_of(program: &Program, value: Value) -> Result<&[LinearPart], String> 
     let mut readers = program.ops.iter().filter(|op| op.inputs().any(|it| it == value));
     match (readers.next(), readers.next()) {
         (Some(Op::Linear { parts, .. }), None) => Ok(parts),
+        (Some(Op::Transform { out, .. }), None) => readers_of(program, *out),
         (Some(op), None) => Err(format!("{} lies behind it", op.kind())),
         _ => Err("its outputs are read elsewhere too".to_owned()),
     }

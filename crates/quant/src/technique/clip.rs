@@ -8,7 +8,7 @@ use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, assemble};
 use rayon::prelude::*;
 
-use super::{Apply, Stage, Technique};
+use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
@@ -39,6 +39,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
             kind: Kind::Number { default: 0.5, least: 0.0, most: 0.95 },
             meaning: "how much of the range may be cut off at most",
         },
+        POWER_OF_TWO,
     ],
     apply: Apply::Group(apply),
 };
@@ -159,7 +160,7 @@ fn apply(
     parameters: &Parameters,
 ) -> Result<Outcome, QuantError> {
     group.each(|matrix| {
-        let scales = Scales::new(NAME, matrix, format)?;
+        let scales = Scales::new(NAME, matrix, format)?.rounding(power_of_two(parameters));
         let error = parameters.choice("error");
         let measure = Measure::of_inputs(NAME, error, group.statistics, matrix, &scales)?;
         let (steps, shrink) = (parameters.whole("steps"), parameters.number("shrink"));

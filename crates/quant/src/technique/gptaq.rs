@@ -13,7 +13,7 @@ use crate::matrix::{Group, Outcome};
 use crate::parameters::{Kind, Parameter, Parameters};
 
 const NAME: &str = "gptaq";
-const SHARED: [Parameter; 4] = gptq::PARAMETERS;
+const SHARED: [Parameter; 5] = gptq::PARAMETERS;
 
 pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
@@ -27,6 +27,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
         SHARED[1],
         SHARED[2],
         SHARED[3],
+        SHARED[4],
         Parameter {
             name: "alpha",
             kind: Kind::Number { default: 0.25, least: 0.0, most: 1.0 },

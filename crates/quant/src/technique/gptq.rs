@@ -15,7 +15,7 @@ use lathe_tensor::codec::scaled::{BlockScale, assemble};
 use rayon::prelude::*;
 
 use super::clip::{self, Measure};
-use super::{Apply, Stage, Technique};
+use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
 use crate::linalg::{dot, upper_factor_of_inverse};
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
@@ -40,7 +40,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
 };
 
 /// What it shares with techniques that hand on errors in the same way.
-pub(super) const PARAMETERS: [Parameter; 4] = [
+pub(super) const PARAMETERS: [Parameter; 5] = [
     Parameter {
         name: "act_order",
         kind: Kind::Flag { default: true },
@@ -61,6 +61,7 @@ pub(super) const PARAMETERS: [Parameter; 4] = [
         kind: Kind::Choice(&["output", "range", "weight", "channel"]),
         meaning: "how scales are chosen: clip's search by that error, or the block's range",
     },
+    POWER_OF_TWO,
 ];
 
 fn apply(
@@ -81,8 +82,9 @@ pub(super) fn round_columns(
     asymmetry: Option<&[f64]>,
 ) -> Result<Outcome, QuantError> {
     let Some(first) = group.matrices.first() else { return Ok(Outcome::Quantized(Vec::new())) };
-    let all = group.matrices.iter().map(|matrix| Scales::new(technique, matrix, format));
-    let all = all.collect::<Result<Vec<_>, _>>()?;
+    let scales =
+        |matrix| Ok(Scales::new(technique, matrix, format)?.rounding(power_of_two(parameters)));
+    let all = group.matrices.iter().map(scales).collect::<Result<Vec<_>, QuantError>>()?;
     let statistics = group.observed(technique, first.name)?;
     let factor = Factor::new(statistics, parameters, asymmetry);
     let factor = factor.ok_or_else(|| QuantError::Technique {

@@ -5,6 +5,7 @@ mod clip;
 mod four_over_six;
 mod gptaq;
 mod gptq;
+mod hadamard;
 mod imatrix;
 mod rotate;
 mod rtn;
@@ -12,8 +13,9 @@ mod smooth;
 
 use std::fmt::Write as _;
 
-use lathe_program::Program;
+use lathe_program::{Program, Weight};
 use lathe_tensor::Format;
+use lathe_tensor::codec::scaled::E8m0Rounding;
 
 use crate::error::QuantError;
 use crate::matrix::{Group, Outcome};
@@ -27,6 +29,10 @@ pub type ApplyToGroup = fn(&Group<'_>, Format, &Parameters) -> Result<Outcome, Q
 /// The same for techniques that change weights of the whole program, whatever their inputs are.
 pub type ApplyToProgram = fn(&Program, &Parameters) -> Result<Turns, QuantError>;
 
+/// For techniques that rotate inputs while the model runs: elements of a block of the input of one
+/// weight, which an op of the program (by its index) reads; `None` leaves it alone.
+pub type ApplyToInput = fn(&Program, Weight, usize, &Parameters) -> Option<usize>;
+
 /// What a technique works on.
 #[derive(Debug, Clone, Copy)]
 pub enum Apply {
@@ -36,6 +42,8 @@ pub enum Apply {
     Asymmetric(ApplyToGroup),
     /// All weights at once.
     Program(ApplyToProgram),
+    /// The input of each matrix.
+    Inputs(ApplyToInput),
 }
 
 /// What a technique does to a group.
@@ -71,7 +79,7 @@ pub struct Technique {
 }
 
 /// Every technique, simplest first.
-pub static TECHNIQUES: [&Technique; 9] = [
+pub static TECHNIQUES: [&Technique; 10] = [
     &rtn::TECHNIQUE,
     &clip::TECHNIQUE,
     &four_over_six::TECHNIQUE,
@@ -81,17 +89,35 @@ pub static TECHNIQUES: [&Technique; 9] = [
     &awq::TECHNIQUE,
     &smooth::TECHNIQUE,
     &rotate::TECHNIQUE,
+    &hadamard::TECHNIQUE,
 ];
+
+/// How techniques choose the power of two of a block of MX formats.
+pub(crate) const POWER_OF_TWO: Parameter = Parameter {
+    name: "power_of_two",
+    kind: Kind::Choice(&["even", "floor", "ceil", "mse"]),
+    meaning: "how MX formats choose a block's power of two (floor: OCP; ceil: RCEIL)",
+};
+
+/// What [`POWER_OF_TWO`] is set to.
+pub(crate) fn power_of_two(parameters: &Parameters) -> E8m0Rounding {
+    match parameters.choice(POWER_OF_TWO.name) {
+        "floor" => E8m0Rounding::Floor,
+        "ceil" => E8m0Rounding::Ceil,
+        "mse" => E8m0Rounding::Mse,
+        _ => E8m0Rounding::Even,
+    }
+}
 
 impl Technique {
     /// What it does to a group.
     ///
     /// # Panics
-    /// If it works on whole programs.
+    /// If it works on whole programs or on inputs.
     pub fn group(&self) -> ApplyToGroup {
         match self.apply {
             Apply::Group(apply) | Apply::Asymmetric(apply) => apply,
-            Apply::Program(_) => panic!("{} works on whole programs", self.name),
+            Apply::Program(_) | Apply::Inputs(_) => panic!("{} works on no group", self.name),
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Round-to-nearest: every number to the nearest code under a scale that lets nothing saturate.
 
-use lathe_tensor::codec::scaled::{self, E8m0Rounding};
+use lathe_tensor::codec::scaled;
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 
-use super::{Apply, Stage, Technique};
+use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
 use crate::matrix::{Group, Outcome, Quantized, check_shape};
-use crate::parameters::{Kind, Parameter, Parameters};
+use crate::parameters::Parameters;
 
 pub(super) static TECHNIQUE: Technique = Technique {
     name: "rtn",
@@ -15,11 +15,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "nothing",
     conflicts: &["clip", "gptq", "imatrix"],
     calibrated: false,
-    parameters: &[Parameter {
-        name: "power_of_two",
-        kind: Kind::Choice(&["even", "floor", "ceil", "mse"]),
-        meaning: "how MX formats choose the power of two of a block",
-    }],
+    parameters: &[POWER_OF_TWO],
     apply: Apply::Group(apply),
 };
 
@@ -28,12 +24,7 @@ fn apply(
     format: Format,
     parameters: &Parameters,
 ) -> Result<Outcome, QuantError> {
-    let rounding = match parameters.choice("power_of_two") {
-        "floor" => E8m0Rounding::Floor,
-        "ceil" => E8m0Rounding::Ceil,
-        "mse" => E8m0Rounding::Mse,
-        _ => E8m0Rounding::Even,
-    };
+    let rounding = power_of_two(parameters);
     group.each(|matrix| {
         check_shape(matrix, format)?;
         let shape = [matrix.rows, matrix.columns];

@@ -1,0 +1,300 @@
+//! What a compressed-tensors `quantization_config` says is done to inputs while a model runs:
+//! `input_activations` of its groups, and online rotations of its `transform_config`.
+//!
+//! compressed-tensors 0.20: `quantization/quant_args.py`, `transform/transform_args.py`.
+
+use fancy_regex::Regex;
+use lathe_program::InputTransform;
+use lathe_tensor::ActivationFormat;
+use serde_json::{Value, json};
+
+use crate::config::Config;
+use crate::spec::SpecError;
+
+/// Modules by name: what is targeted and not ignored.
+#[derive(Debug, Clone, Default)]
+struct Modules {
+    /// `Linear` (every module with a matrix), names, or `re:` and an expression for their start.
+    targets: Vec<Pattern>,
+    ignored: Vec<Pattern>,
+}
+
+#[derive(Debug, Clone)]
+enum Pattern {
+    Linear,
+    Name(String),
+    Expression(Regex),
+}
+
+/// What becomes of the inputs of some modules.
+#[derive(Debug, Clone)]
+struct Rule {
+    modules: Modules,
+    transform: InputTransform,
+}
+
+/// The part of a `quantization_config` that speaks of inputs.
+#[derive(Debug, Clone, Default)]
+pub struct InputScheme(Vec<Rule>);
+
+fn refuse<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
+    Err(SpecError::feature(format!("compressed-tensors {what}")))
+}
+
+impl InputScheme {
+    /// What a `config.json` says; nothing, if its method is another one.
+    ///
+    /// # Errors
+    /// If it asks for something that is not supported, which the error names.
+    pub fn from_hf_config(config: &Value) -> Result<Self, SpecError> {
+        let Some(c) = Config::new(config, "")?.object("quantization_config")? else {
+            return Ok(Self::default());
+        };
+        if c.text("quant_method")? != Some("compressed-tensors") {
+            return Ok(Self::default());
+        }
+        let mut rules = Vec::new();
+        let ignored = patterns(&c.texts("ignore")?.unwrap_or_default())?;
+        if let Some(groups) = c.object("config_groups")? {
+            for name in groups.given() {
+                let Some(group) = groups.object(name)? else { continue };
+                let Some(inputs) = group.object("input_activations")? else { continue };
+                // Scales that calibration found are for engines whose products need them: here inputs
+                // then stay as they are, which no weight depends on.
+                if inputs.get("dynamic") != Some(&Value::Bool(true)) {
+                    continue;
+                }
+                let transform =
+                    InputTransform { hadamard: None, format: Some(activation_format(&inputs)?) };
+                let targets = patterns(&group.texts("targets")?.unwrap_or_default())?;
+                let modules = Modules { targets, ignored: ignored.clone() };
+                rules.push(Rule { modules, transform });
+            }
+        }
+        let transforms = c.object("transform_config")?;
+        let groups = transforms.map(|it| it.object("config_groups")).transpose()?.flatten();
+        if let Some(groups) = groups {
+            for name in groups.given() {
+                let Some(group) = groups.object(name)? else { continue };
+                rotation(&group, &mut rules)?;
+            }
+        }
+        Ok(Self(rules))
+    }
+
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What is done to the input of the module called `name`.
+    ///
+    /// # Errors
+    /// If two groups of a kind speak of it, or an expression cannot be evaluated.
+    pub fn of_module(&self, name: &str) -> Result<InputTransform, SpecError> {
+        let mut all = InputTransform::default();
+        for rule in &self.0 {
+            if !rule.modules.contain(name)? {
+                continue;
+            }
+            let InputTransform { hadamard, format } = rule.transform;
+            if (hadamard.is_some() && all.hadamard.is_some())
+                || (format.is_some() && all.format.is_some())
+            {
+                return refuse(format!("config with two groups for the input of {name}"));
+            }
+            all.hadamard = all.hadamard.or(hadamard);
+            all.format = all.format.or(format);
+        }
+        Ok(all)
+    }
+}
+
+impl Modules {
+    fn contain(&self, name: &str) -> Result<bool, SpecError> {
+        Ok(any(&self.targets, name)? && !any(&self.ignored, name)?)
+    }
+}
+
+fn any(patterns: &[Pattern], name: &str) -> Result<bool, SpecError> {
+    for pattern in patterns {
+        let found = match pattern {
+            Pattern::Linear => true,
+            Pattern::Name(expected) => expected == name,
+            Pattern::Expression(expression) => match expression.is_match(name) {
+                Ok(found) => found,
+                Err(error) => return refuse(format!("expression `{expression}`: {error}")),
+            },
+        };
+        if found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn patterns(texts: &[&str]) -> Result<Vec<Pattern>, SpecError> {
+    let one = |text: &&str| match text.strip_prefix("re:") {
+        // Python's `re.match`: from the start on, to wherever it ends.
+        Some(source) => match Regex::new(&format!("^(?:{source})")) {
+            Ok(expression) => Ok(Pattern::Expression(expression)),
+            Err(error) => refuse(format!("expression `{source}`: {error}")),
+        },
+        None if *text == "Linear" => Ok(Pattern::Linear),
+        None => Ok(Pattern::Name((*text).to_owned())),
+    };
+    texts.iter().map(one).collect()
+}
+
+fn activation_format(c: &Config<'_>) -> Result<ActivationFormat, SpecError> {
+    for format in ActivationFormat::ALL {
+        let expected = arguments(format);
+        let same = expected.as_object().into_iter().flatten().all(|(key, value)| {
+            // A group's scales are bytes in MX formats alone; files of older versions do not say.
+            let optional = matches!(key.as_str(), "scale_dtype" | "symmetric");
+            match c.get(key) {
+                Some(found) => {
+                    found == value || (key == "scale_dtype" && is_same_type(found, value))
+                }
+                None => value.is_null() || optional,
+            }
+        });
+        if same {
+            return Ok(format);
+        }
+    }
+    let text = |key| c.get(key).map_or("absent".to_owned(), Value::to_string);
+    let keys = ["num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"];
+    let found: Vec<String> = keys.iter().map(|key| format!("{key} {}", text(key))).collect();
+    refuse(format!("input_activations with {}", found.join(", ")))
+}
+
+/// `uint8` and `torch.uint8`.
+fn is_same_type(found: &Value, expected: &Value) -> bool {
+    let plain = |value: &Value| {
+        value.as_str().map(|text| text.strip_prefix("torch.").unwrap_or(text).to_owned())
+    };
+    plain(found) == plain(expected)
+}
+
+/// compressed-tensors' `QuantizationArgs` of a format. NVFP4's second scale is made from the row
+/// (`dynamic: true`); `"local"` means one that calibration found.
+pub(crate) fn arguments(format: ActivationFormat) -> Value {
+    let token = |bits: u32, kind: &str| {
+        json!({"num_bits": bits, "type": kind, "symmetric": true, "strategy": "token",
+               "group_size": null, "dynamic": true})
+    };
+    let mx = |bits: u32| {
+        json!({"num_bits": bits, "type": "float", "symmetric": true, "strategy": "group",
+               "group_size": 32, "dynamic": true, "scale_dtype": "torch.uint8"})
+    };
+    match format {
+        ActivationFormat::Int4Token => token(4, "int"),
+        ActivationFormat::Int8Token => token(8, "int"),
+        ActivationFormat::Fp8Token => token(8, "float"),
+        ActivationFormat::Mxfp8 => mx(8),
+        ActivationFormat::Mxfp4 => mx(4),
+        ActivationFormat::Nvfp4 => json!({
+            "num_bits": 4, "type": "float", "symmetric": true, "strategy": "tensor_group",
+            "group_size": 16, "dynamic": true, "scale_dtype": "torch.float8_e4m3fn"}),
+    }
+}
+
+/// The online parts of one `TransformScheme`. Those of weights are folded in already.
+fn rotation(group: &Config<'_>, rules: &mut Vec<Rule>) -> Result<(), SpecError> {
+    let kind = group.text("type")?.unwrap_or("(none given)");
+    let randomize = group.flag("randomize")?.unwrap_or(false);
+    let block = group.size("head_dim")?;
+    let applied = group.get("apply").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    for entry in applied {
+        let entry = Config::new(entry, "transform_config.apply.")?;
+        match entry.text("location")? {
+            Some("weight_input" | "weight_output") => continue,
+            Some("input") => {}
+            found => return refuse(format!("transform at `{}`", found.unwrap_or("(none given)"))),
+        }
+        if kind != "hadamard" || randomize {
+            let random = if randomize { "randomized " } else { "" };
+            return refuse(format!("{random}transform of type `{kind}` while the model runs"));
+        }
+        let Some(block) = block.filter(|block| *block > 0) else {
+            return refuse("transform of whole rows (head_dim is not given)");
+        };
+        let ignored = patterns(&entry.texts("ignore")?.unwrap_or_default())?;
+        let targets = patterns(&entry.texts("targets")?.unwrap_or_default())?;
+        let modules = Modules { targets, ignored };
+        let transform = InputTransform { hadamard: Some(block), format: None };
+        // Sylvester's matrices, and those of even Paley kind, are not all symmetric; an inverse
+        // is the same rotation only where they are.
+        if entry.flag("inverse")?.unwrap_or(false) && !block.is_power_of_two() {
+            return refuse(format!("inverse of a transform of {block} elements"));
+        }
+        rules.push(Rule { modules, transform });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scheme(config: Value) -> Result<InputScheme, SpecError> {
+        InputScheme::from_hf_config(&json!({ "quantization_config": config }))
+    }
+
+    #[test]
+    fn every_format_is_read_as_it_is_written() {
+        for format in ActivationFormat::ALL {
+            let config = json!({
+                "quant_method": "compressed-tensors",
+                "ignore": ["lm_head", "re:.*layers\\.1\\."],
+                "config_groups": {"group_0": {
+                    "targets": ["Linear"], "weights": {}, "input_activations": arguments(format)}},
+                "transform_config": {"config_groups": {"R4": {
+                    "type": "hadamard", "head_dim": 32, "apply": [
+                        {"targets": ["re:.*down_proj$"], "location": "input"},
+                        {"targets": ["re:.*down_proj$"], "location": "weight_input", "inverse": true}]}}},
+            });
+            let scheme = scheme(config).unwrap();
+            let of = |name: &str| scheme.of_module(name).unwrap();
+            let plain = InputTransform { hadamard: None, format: Some(format) };
+            assert_eq!(of("model.layers.0.mlp.up_proj"), plain);
+            let rotated = InputTransform { hadamard: Some(32), ..plain };
+            assert_eq!(of("model.layers.0.mlp.down_proj"), rotated);
+            assert!(of("lm_head").is_nothing() && of("model.layers.1.mlp.up_proj").is_nothing());
+        }
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        let group = |inputs: Value| {
+            json!({"quant_method": "compressed-tensors",
+                   "config_groups": {"g": {"targets": ["Linear"], "input_activations": inputs}}})
+        };
+        for dynamic in [json!("local"), json!(false)] {
+            let mut stored = arguments(ActivationFormat::Nvfp4);
+            stored["dynamic"] = dynamic;
+            assert!(scheme(group(stored)).unwrap().is_empty());
+        }
+        let mut six = arguments(ActivationFormat::Int8Token);
+        six["num_bits"] = json!(6);
+        let transform = |scheme: Value| {
+            json!({"quant_method": "compressed-tensors",
+                   "transform_config": {"config_groups": {"t": scheme}}})
+        };
+        let at = |location: &str| json!([{"targets": ["Linear"], "location": location}]);
+        for (config, expected) in [
+            (group(six), "num_bits 6"),
+            (
+                transform(json!({"type": "hadamard", "head_dim": 8, "apply": at("q_attn")})),
+                "`q_attn`",
+            ),
+            (transform(json!({"type": "hadamard", "apply": at("input")})), "whole rows"),
+            (transform(json!({"type": "random-matrix", "apply": at("input")})), "`random-matrix`"),
+            (group(json!(3)), "input_activations` is 3"),
+        ] {
+            let error = scheme(config).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

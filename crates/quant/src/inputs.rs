@@ -1,0 +1,68 @@
+//! What a recipe does to the inputs of the matrices that it quantizes, as part of the model's spec:
+//! the program that calibration runs, and that the folder's `config.json` describes, has it in.
+
+use std::collections::BTreeMap;
+
+use lathe_model::DecoderSpec;
+use lathe_model::lower::{LowerOptions, lower};
+use lathe_program::{InputTransform, Op, Program, Weight};
+
+use crate::error::QuantError;
+use crate::job::targets;
+use crate::recipe::Recipe;
+use crate::technique::Apply;
+
+/// `spec` with what `recipe` does to inputs.
+///
+/// # Errors
+/// If the recipe does not fit the model, or the model has transforms already.
+pub fn with_inputs(spec: &DecoderSpec, recipe: &Recipe) -> Result<DecoderSpec, QuantError> {
+    if !spec.inputs.is_empty() {
+        let message = "the model's inputs are transformed already, expected plain ones";
+        return Err(QuantError::Recipe(message.to_owned()));
+    }
+    let options = LowerOptions::new(spec.context_max);
+    let program = lower(spec, &options)?;
+    let mut inputs = BTreeMap::new();
+    for (weight, op) in targets(&program, recipe)? {
+        let mut transform = InputTransform { hadamard: None, format: recipe.activations };
+        for step in &recipe.steps {
+            if let Apply::Inputs(block_of) = step.technique.apply {
+                transform.hadamard = block_of(&program, weight, op, &step.parameters);
+            }
+        }
+        if !transform.is_nothing() {
+            inputs.insert(program.weight(weight).name.clone(), transform);
+        }
+    }
+    let spec = DecoderSpec { inputs, ..spec.clone() };
+    // What cannot be is named now.
+    lower(&spec, &options)?;
+    Ok(spec)
+}
+
+/// The matrices of `program` whose inputs are rotated while it runs, with the size of a block.
+pub(crate) fn rotated(program: &Program) -> Vec<(Weight, usize)> {
+    let mut found = Vec::new();
+    let block_of = |value| {
+        program.ops.iter().find_map(|op| match op {
+            Op::Transform { transform, out, .. } if *out == value => transform.hadamard,
+            _ => None,
+        })
+    };
+    for op in &program.ops {
+        match op {
+            Op::Linear { input, parts } => {
+                let block = block_of(*input);
+                found.extend(parts.iter().filter_map(|part| Some((part.weight, block?))));
+            }
+            Op::Experts { input, spec, .. } => {
+                let block = block_of(*input);
+                found.extend([spec.gate, spec.up].into_iter().filter_map(|it| Some((it, block?))));
+                found.extend(spec.hidden_transform.hadamard.map(|block| (spec.down, block)));
+            }
+            _ => {}
+        }
+    }
+    found
+}

@@ -1,0 +1,113 @@
+//! Formats that inputs of linear layers are rounded to while a model runs: what a row becomes
+//! depends on that row alone, so that no other row of a step changes it.
+
+use std::fmt;
+
+use crate::codec::scaled::{self, E8m0Rounding};
+use crate::format::{Block, Element, ScaleType, ScaledFormat, ZeroPoint};
+use crate::tensor::TensorError;
+
+/// How a row of activations is rounded. All are symmetric, with scales made from the numbers at
+/// hand ("dynamic"); integers follow compressed-tensors (`largest / ((2^bits - 1) / 2)`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ActivationFormat {
+    /// 4-bit integers, one `f32` scale a row.
+    Int4Token,
+    /// 8-bit integers, one `f32` scale a row.
+    Int8Token,
+    /// fp8 e4m3, one `f32` scale a row.
+    Fp8Token,
+    /// OCP MXFP8 (e4m3): a power of two for each 32 elements.
+    Mxfp8,
+    /// OCP MXFP4: a power of two for each 32 elements.
+    Mxfp4,
+    /// NVFP4: an e4m3 scale for each 16 elements under one `f32` a row, `largest / (448 * 6)`.
+    Nvfp4,
+}
+
+impl ActivationFormat {
+    /// Every format.
+    pub const ALL: [ActivationFormat; 6] = [
+        ActivationFormat::Int4Token,
+        ActivationFormat::Int8Token,
+        ActivationFormat::Fp8Token,
+        ActivationFormat::Mxfp8,
+        ActivationFormat::Mxfp4,
+        ActivationFormat::Nvfp4,
+    ];
+
+    /// The power of two of an MX block: the largest number is rounded to the element's mantissa
+    /// first, as compressed-tensors does for activations.
+    pub const POWER_OF_TWO: E8m0Rounding = E8m0Rounding::Even;
+
+    /// Its name in recipes: `int8-token`, `mxfp4`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ActivationFormat::Int4Token => "int4-token",
+            ActivationFormat::Int8Token => "int8-token",
+            ActivationFormat::Fp8Token => "fp8-token",
+            ActivationFormat::Mxfp8 => "mxfp8",
+            ActivationFormat::Mxfp4 => "mxfp4",
+            ActivationFormat::Nvfp4 => "nvfp4",
+        }
+    }
+
+    /// The format called `name`.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// The format of one row, as a matrix of its own.
+    pub const fn scaled(self) -> ScaledFormat {
+        match self {
+            ActivationFormat::Int4Token => Self::token(Element::Int(4)),
+            ActivationFormat::Int8Token => Self::token(Element::Int(8)),
+            ActivationFormat::Fp8Token => Self::token(Element::F8E4M3),
+            ActivationFormat::Mxfp8 => ScaledFormat::MXFP8_E4M3,
+            ActivationFormat::Mxfp4 => ScaledFormat::MXFP4,
+            ActivationFormat::Nvfp4 => ScaledFormat::NVFP4,
+        }
+    }
+
+    const fn token(element: Element) -> ScaledFormat {
+        let (scale, zero) = (ScaleType::F32, ZeroPoint::None);
+        ScaledFormat { element, block: Block::Channel, scale, zero }
+    }
+
+    /// Elements that share a scale and depend on no others; `None` if that is the whole row.
+    pub const fn group(self) -> Option<usize> {
+        match self {
+            ActivationFormat::Mxfp8 | ActivationFormat::Mxfp4 => Some(32),
+            _ => None,
+        }
+    }
+
+    /// A row's width is a multiple of this.
+    pub const fn width_unit(self) -> usize {
+        match self {
+            ActivationFormat::Mxfp8 | ActivationFormat::Mxfp4 => 32,
+            ActivationFormat::Nvfp4 => 16,
+            _ => 1,
+        }
+    }
+
+    /// `values`, `[rows, width]`, as the format has them: the scalar codec's round trip.
+    ///
+    /// # Errors
+    /// If `width` is no multiple of [`Self::width_unit`].
+    ///
+    /// # Panics
+    /// If `values` is no whole number of rows.
+    pub fn round(self, values: &[f32], width: usize) -> Result<Vec<f32>, TensorError> {
+        assert!(values.len().is_multiple_of(width.max(1)), "whole rows");
+        // Each row is a matrix, so that NVFP4's second scale is its own.
+        let shape = [values.len() / width.max(1), 1, width];
+        Ok(scaled::quantize(&shape, &self.scaled(), values, Self::POWER_OF_TWO)?.to_f32())
+    }
+}
+
+impl fmt::Display for ActivationFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
