@@ -26,8 +26,8 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.torch import load_file
 
 FORMATS = ["int4-g32-bf16", "int4-g64-bf16-asym", "int4-channel-bf16", "int8-g32-bf16", "int8-channel-bf16-asym", "int4-g32-f32",
-           "int8 --w8a8", "int8-channel-bf16-asym --w8a8", "fp8_tensor", "fp8_channel", "fp8_block", "f8e4m3-channel-f32", "mxfp8",
-           "mxfp6", "mxfp4", "nvfp4"]
+           "w8a8", "int8-channel-bf16-asym --activations int8-token", "w8a8-fp8", "fp8_tensor", "fp8_channel", "fp8_block", "f8e4m3-channel-f32", "mxfp8",
+           "mxfp6", "mxfp4", "mxfp4-a4", "nvfp4", "nvfp4-a4"]
 
 
 def run(*words):

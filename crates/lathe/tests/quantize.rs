@@ -162,6 +162,29 @@ fn formats_of_folders_run() {
     }
 }
 
+/// Layers in formats of their own are one folder, and one that runs as the floats that it stands for.
+#[test]
+fn formats_of_tensors_are_mixed() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (tokens, recipe, out) = (path("tokens.json"), path("recipe.toml"), path("mixed"));
+    std::fs::write(&tokens, "[1, 5, 9, 33, 2, 40, 17, 3, 3, 8, 50, 21, 12, 4]").expect("writes");
+    let text = "format = \"w8a16\"\n[formats]\n\"layers.0.*\" = \"int4-channel-bf16\"\n\
+                [[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    run_json(&mut command(home.path(), &["quantize", MODEL, &out, "--recipe", &recipe, "--json"]));
+    let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
+    assert!(config.contains("group_1"), "{config}");
+    let plain = path("plain");
+    let words = ["convert", &out, &plain, "--to", "safetensors", "--format", "f32", "--json"];
+    run_json(&mut command(home.path(), &words));
+    let score = |model: &str| {
+        let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
+        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+    };
+    assert!((score(&out) - score(&plain)).abs() < 1e-4);
+}
+
 /// What is done to inputs is in the folder's config, and both devices do it.
 #[test]
 fn inputs_are_rotated_and_rounded_as_the_folder_says() {
@@ -310,11 +333,6 @@ fn what_cannot_be_explained_or_gone_on_from_is_refused() {
     refused(&explain("200"), &["200 tokens, expected more"]);
     refused(&explain("1"), &["--explain-tokens is 1"]);
     refused(&[&path("x.html"), "--format", "w8a16"], &["x.html", "--explain"]);
-    let recipe = path("mixed.toml");
-    let text = "format = \"w8a16\"\n[formats]\n\"layers.0.*\" = \"int4-channel-bf16\"\n\
-                [[technique]]\nuse = \"rtn\"";
-    std::fs::write(&recipe, text).expect("writes");
-    refused(&[&new, "--recipe", &recipe], &["one format", "int4-channel-bf16"]);
     std::fs::create_dir(&state).expect("a folder");
     std::fs::write(Path::new(&state).join("state.json"), "{}").expect("writes");
     refused(&plain, &["new.quantizing", "state.json"]);

@@ -153,6 +153,8 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     let program = session::program_for(&model.spec, model.spec.context_max)?;
     let weights = model.weights(&program).bad_input()?;
     let layout = layout_of(target, &recipe, model, &weights)?;
+    let recipe = if target == Target::File { with_fallbacks(&program, recipe)? } else { recipe };
+    check_targets(&program, &recipe, layout.as_ref())?;
     if target == Target::File && !model.spec.inputs.is_empty() {
         return Err(bad_input("a GGUF file cannot say what is done to inputs, expected a folder"));
     }
