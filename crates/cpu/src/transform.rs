@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use lathe_program::InputTransform;
 use lathe_tensor::codec::element;
-use lathe_tensor::codec::scaled::fit;
+use lathe_tensor::codec::scaled::{fit, global_divisor};
 use lathe_tensor::codec::search::round_float_within;
 use lathe_tensor::hadamard::Hadamard;
 use lathe_tensor::{ActivationFormat, Block, Element};
@@ -94,8 +94,10 @@ impl Kernel for TransformRow<'_> {
 #[inline(always)]
 fn round(format: ActivationFormat, row: &mut [f32]) {
     let scaled = format.scaled();
-    let global = match format {
-        ActivationFormat::Nvfp4 => global_scale(row),
+    let divisor = match format {
+        ActivationFormat::Nvfp4 => {
+            global_divisor(&scaled, row.iter().fold(0.0f32, |most, x| most.max(x.abs())))
+        }
         _ => 1.0,
     };
     let columns = match scaled.block {
@@ -103,7 +105,8 @@ fn round(format: ActivationFormat, row: &mut [f32]) {
         _ => row.len().max(1),
     };
     for block in row.chunks_mut(columns) {
-        let scale = fit(&scaled, block, global, ActivationFormat::POWER_OF_TWO).scale * global;
+        let fitted = fit(&scaled, block, 1.0 / divisor, ActivationFormat::POWER_OF_TWO);
+        let scale = fitted.scale / divisor;
         match scaled.element {
             _ if scale == 0.0 => block.fill(0.0),
             Element::Int(bits) => {
@@ -117,13 +120,6 @@ fn round(format: ActivationFormat, row: &mut [f32]) {
             other => round_floats::<3, -6>(block, scale, element::max(other)),
         }
     }
-}
-
-/// NVFP4's second scale, as [`lathe_tensor::codec::scaled::quantize`] has it.
-fn global_scale(row: &[f32]) -> f32 {
-    let largest = row.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-    let scale = largest / (448.0 * element::max(Element::F4E2M1));
-    if scale >= f32::MIN_POSITIVE && scale.is_finite() { scale } else { 1.0 }
 }
 
 /// To the nearest multiple of a float's last place, ties to even: adding a power of two whose own

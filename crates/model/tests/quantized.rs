@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lathe_model::Model;
-use lathe_model::checkpoint::Quantization;
+use lathe_model::checkpoint::{InputScheme, Quantization};
 use lathe_model::lower::{LowerOptions, lower};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -127,7 +127,9 @@ fn configurations_that_cannot_be_read_are_refused() {
     let refusal = |name: &str, change: &dyn Fn(&mut Value)| -> String {
         let mut config = read(&fixtures().join(name).join("config.json"));
         change(&mut config["quantization_config"]);
-        Quantization::from_hf_config(&config).expect_err(name).to_string()
+        let weights = Quantization::from_hf_config(&config).err();
+        let error = weights.or_else(|| InputScheme::from_hf_config(&config).err());
+        error.expect(name).to_string()
     };
     type Change<'a> = &'a dyn Fn(&mut Value);
     let group = |q: &mut Value, key: &str, value: Value| q["config_groups"]["group_0"][key] = value;
@@ -162,7 +164,7 @@ fn configurations_that_cannot_be_read_are_refused() {
                 let apply = json!([{"targets": ["Linear"], "location": "input"}]);
                 q["transform_config"] = json!({"config_groups": {"u": {"apply": apply}}});
             },
-            "transforms of `input`",
+            "transform of type `(none given)` while the model runs",
         ),
     ];
     for (name, change, expected) in cases {

@@ -16,7 +16,7 @@ fn every_case_runs_and_agrees_with_itself() {
     let settings = Settings { tolerance: exact, ..Settings::default() };
     let settings = Settings { tolerance: Tolerance { absolute: 1e-30, ..exact }, ..settings };
     let report = check(&ReferenceBackend::new(), &settings).unwrap();
-    assert_eq!(report.cases, 13 * 12);
+    assert_eq!(report.cases, 14 * 12);
     assert!(report.unsupported.is_empty());
 }
 

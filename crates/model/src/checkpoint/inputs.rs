@@ -59,13 +59,10 @@ impl InputScheme {
             for name in groups.given() {
                 let Some(group) = groups.object(name)? else { continue };
                 let Some(inputs) = group.object("input_activations")? else { continue };
-                // Scales that calibration found are for engines whose products need them: here inputs
-                // then stay as they are, which no weight depends on.
-                if inputs.get("dynamic") != Some(&Value::Bool(true)) {
-                    continue;
-                }
-                let transform =
-                    InputTransform { hadamard: None, format: Some(activation_format(&inputs)?) };
+                // Scales that calibration found, and formats that nothing here rounds to, are for engines
+                // whose products need them: inputs then stay as they are, which no weight depends on.
+                let Some(format) = activation_format(&inputs) else { continue };
+                let transform = InputTransform { hadamard: None, format: Some(format) };
                 let targets = patterns(&group.texts("targets")?.unwrap_or_default())?;
                 let modules = Modules { targets, ignored: ignored.clone() };
                 rules.push(Rule { modules, transform });
@@ -146,10 +143,10 @@ fn patterns(texts: &[&str]) -> Result<Vec<Pattern>, SpecError> {
     texts.iter().map(one).collect()
 }
 
-fn activation_format(c: &Config<'_>) -> Result<ActivationFormat, SpecError> {
-    for format in ActivationFormat::ALL {
-        let expected = arguments(format);
-        let same = expected.as_object().into_iter().flatten().all(|(key, value)| {
+/// The format that a scheme's arguments name, if it is one of [`ActivationFormat`].
+fn activation_format(c: &Config<'_>) -> Option<ActivationFormat> {
+    ActivationFormat::ALL.into_iter().find(|format| {
+        arguments(*format).as_object().into_iter().flatten().all(|(key, value)| {
             // A group's scales are bytes in MX formats alone; files of older versions do not say.
             let optional = matches!(key.as_str(), "scale_dtype" | "symmetric");
             match c.get(key) {
@@ -158,15 +155,8 @@ fn activation_format(c: &Config<'_>) -> Result<ActivationFormat, SpecError> {
                 }
                 None => value.is_null() || optional,
             }
-        });
-        if same {
-            return Ok(format);
-        }
-    }
-    let text = |key| c.get(key).map_or("absent".to_owned(), Value::to_string);
-    let keys = ["num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"];
-    let found: Vec<String> = keys.iter().map(|key| format!("{key} {}", text(key))).collect();
-    refuse(format!("input_activations with {}", found.join(", ")))
+        })
+    })
 }
 
 /// `uint8` and `torch.uint8`.
@@ -278,13 +268,13 @@ mod tests {
         }
         let mut six = arguments(ActivationFormat::Int8Token);
         six["num_bits"] = json!(6);
+        assert!(scheme(group(six)).unwrap().is_empty());
         let transform = |scheme: Value| {
             json!({"quant_method": "compressed-tensors",
                    "transform_config": {"config_groups": {"t": scheme}}})
         };
         let at = |location: &str| json!([{"targets": ["Linear"], "location": location}]);
         for (config, expected) in [
-            (group(six), "num_bits 6"),
             (
                 transform(json!({"type": "hadamard", "head_dim": 8, "apply": at("q_attn")})),
                 "`q_attn`",

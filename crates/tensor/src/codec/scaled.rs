@@ -201,13 +201,17 @@ pub fn global_scale(format: &ScaledFormat, largest: impl Iterator<Item = f32>) -
     if format.scale != ScaleType::E4M3Global {
         return GlobalScale::One;
     }
+    GlobalScale::Divide(largest.map(|largest| global_divisor(format, largest)).collect())
+}
+
+/// [`global_scale`] of one matrix of a format that has it.
+pub fn global_divisor(format: &ScaledFormat, largest: f32) -> f32 {
     let unit = element::max(Element::F8E4M3) * element::max(format.element);
-    let divisor = |largest: f32| match unit / largest {
+    match unit / largest {
         divisor if divisor.is_normal() && divisor.recip().is_normal() => divisor,
         // A matrix of zeros, or of numbers too small to scale, needs no scale.
         _ => 1.0,
-    };
-    GlobalScale::Divide(largest.map(divisor).collect())
+    }
 }
 
 /// The largest magnitude of each matrix of a stack.
