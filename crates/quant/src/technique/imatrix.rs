@@ -14,7 +14,8 @@ pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
     stage: Stage::Round,
     effect: "weighs the error of each column by the mean square of its input (llama.cpp's imatrix)",
-    requires: "calibration; a format of GGUF that searches for scales: q4_k, q5_k, q6_k, iq4_nl, iq4_xs",
+    requires: "calibration; a format of GGUF that searches for scales: q4_k, q5_k, q6_k, iq4_nl, iq4_xs \
+               (what narrow rows get instead, q5_0, q5_1 or q8_0, is rounded to nearest)",
     conflicts: &["rtn", "clip", "gptq"],
     calibrated: true,
     parameters: &[],
@@ -38,7 +39,10 @@ fn apply(group: &Group<'_>, format: Format, _: &Parameters) -> Result<Outcome, Q
                     | GgmlType::IQ4_XS
             )
         );
-        if !searched {
+        // What tensors of narrow rows get in place of formats of 256: their scales are not searched.
+        let fallback =
+            matches!(format, Format::Ggml(GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q8_0));
+        if !searched && !fallback {
             let reason = format!("found {format}, expected q4_k, q5_k, q6_k, iq4_nl or iq4_xs");
             return Err(refuse(reason));
         }
@@ -48,9 +52,18 @@ fn apply(group: &Group<'_>, format: Format, _: &Parameters) -> Result<Outcome, Q
             tensor: matrix.name.to_owned(),
         })?;
         let importance = statistics.squares();
-        let codes = codec::quantize_weighted(format, matrix.values, Some(&importance));
+        let codes = match searched {
+            true => codec::quantize_weighted(format, matrix.values, Some(&importance)),
+            false => codec::quantize(format, matrix.values),
+        };
         let shape = vec![matrix.rows, matrix.columns];
-        Quantized::new(matrix, Tensor::new(shape, format, Bytes::new(codes)), Some(statistics))
+        let tensor = Tensor::new(shape, format, Bytes::new(codes));
+        let mut quantized = Quantized::new(matrix, tensor, Some(statistics))?;
+        if fallback {
+            let note = format!("{format} takes its block's range and searches nothing: to nearest");
+            quantized.report.notes.push(note);
+        }
+        Ok(quantized)
     })
 }
 
@@ -66,5 +79,7 @@ mod tests {
                 (error_of("imatrix", &case, format, &[]), error_of("rtn", &case, format, &[]));
             assert!(with < 0.95 * without, "{format}: {with} against {without}");
         }
+        let [with, without] = ["imatrix", "rtn"].map(|name| error_of(name, &case, "q5_0", &[]));
+        assert_eq!(with, without, "nothing is searched");
     }
 }
