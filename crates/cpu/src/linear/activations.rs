@@ -73,7 +73,8 @@ pub struct Operands {
     words: bool,
     /// `bf16` for the rows in the prefill form, and what is above for the others alone.
     tiles: bool,
-    /// Tiles multiply rows of either form: the weights of every matrix are tiles as they lie in memory.
+    /// Tiles multiply rows of either form: the weights of every matrix are tiles as they lie in memory. Rows in
+    /// the decoding form are then in two parts always: memory sets the pace, and the second part is free.
     tiles_always: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
 }
@@ -200,6 +201,8 @@ struct Writer<'a> {
     rows: usize,
     padded: usize,
     forms: &'a Forms,
+    /// Whether rows in the prefill form have one part.
+    one_part: bool,
     operands: Operands,
     float: *mut f32,
     tiles: [*mut u16; TILE_PARTS_MAX],
@@ -304,7 +307,8 @@ impl Activations {
             self.float.reserve(elements * 4);
         }
         if operands.tiles {
-            for plane in &mut self.tiles[..self.tile_parts] {
+            let parts = if operands.tiles_always { TILE_PARTS_MAX } else { self.tile_parts };
+            for plane in &mut self.tiles[..parts] {
                 plane.reserve(elements * 2 + rows / BLOCK * TILE_GAP * CODE_BYTES);
             }
             self.tile_scratch
@@ -373,6 +377,7 @@ impl Activations {
             rows,
             padded: columns.next_multiple_of(PADDING),
             forms: &self.forms,
+            one_part: self.tile_parts == 1,
             operands,
             float: self.float.pointer(),
             tiles: std::array::from_fn(|i| self.tiles[i].pointer()),
@@ -414,6 +419,13 @@ impl Activations {
         self.tile_parts
     }
 
+    /// Parts of the tiles of `blocks`. Rows in fewer parts than others of the same blocks have zeros in the second.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub(super) fn parts_of(&self, blocks: std::ops::Range<usize>) -> usize {
+        let decoding = self.operands.tiles_always && blocks.end * BLOCK > self.forms.tiled_count;
+        if decoding { TILE_PARTS_MAX } else { self.tile_parts }
+    }
+
     /// Rows that tiles multiply.
     pub(crate) fn tiled_rows(&self) -> usize {
         self.forms.tiled_rows(self.operands, self.rows)
@@ -443,7 +455,13 @@ impl Activations {
     /// The row in slot `slot` of the planes of tiles.
     pub(crate) fn tiled_row_of(&self, slot: usize) -> usize {
         if self.operands.tiles_always {
-            return slot;
+            // Rows in the prefill form come first.
+            let tiled = self.forms.tiled_count;
+            return match slot.checked_sub(tiled) {
+                _ if tiled == 0 => slot,
+                None => self.forms.order[self.rows - tiled + slot] as usize,
+                Some(place) => self.forms.order[place] as usize,
+            };
         }
         self.forms.order[self.rows - self.tiled_rows() + slot] as usize
     }
@@ -577,11 +595,14 @@ impl Writer<'_> {
     unsafe fn write_row_inline(&self, row: usize, x: &[f32]) {
         let forms = self.forms;
         let split = forms.tiled_rows(self.operands, self.rows);
-        let (place, tiled) = if self.operands.tiles_always || split == 0 {
-            (row, split > 0)
-        } else {
-            (forms.place[row] as usize, forms.tiled[row])
+        let prefill = forms.tiled_count > 0 && forms.tiled[row];
+        let (place, tiled) = match (self.operands.tiles_always, forms.tiled_count) {
+            (always, 0) => (row, always),
+            (true, count) => (forms.place[row] as usize + if prefill { 0 } else { count }, true),
+            (false, _) if split == 0 => (row, false),
+            (false, _) => (forms.place[row] as usize, prefill),
         };
+        let one_part = prefill && self.one_part;
         let exact = self.rows - split;
         let float_rows = if self.operands.float_all { self.rows } else { exact };
         let float = self.slot(if tiled { exact + place } else { place }, float_rows);
@@ -603,7 +624,13 @@ impl Writer<'_> {
                 }
                 if tiled {
                     let mut left = values;
-                    for plane in self.tiles.iter().filter(|plane| !plane.is_null()) {
+                    for (part, plane) in self.tiles.iter().enumerate() {
+                        if plane.is_null() {
+                            continue;
+                        }
+                        if part > 0 && one_part {
+                            left = [0.0; SEGMENT];
+                        }
                         // A loop: `map` over an array stays a call, without this one's features.
                         let mut rounded = [0; SEGMENT];
                         for (left, rounded) in left.iter_mut().zip(&mut rounded) {

@@ -1,8 +1,8 @@
 //! `bf16` activations times `bf16` weights.
 //!
 //! A packed panel of `bf16` weights is a run of tiles as it lies in memory (a segment is 16 pairs
-//! of positions x 16 lanes, 1 KB), so every row comes here, and up to sixteen rows take four panels at a time,
-//! bound by memory as one row is. The codes of other formats are decoded to such tiles, once for a pass
+//! of positions x 16 lanes, 1 KB), so every row comes here, those in the decoding form in two parts, and up to sixteen rows take
+//! four panels at a time, bound by memory as one row is. The codes of other formats are decoded to such tiles, once for a pass
 //! of rows in the prefill form; their decoding rows stay with the kernels that round
 //! nothing, as decoding to tiles takes longer than the codes take to arrive. A program with routers, where a little error may send a
 //! token to another expert, has its rows multiplied in two parts, the nearest `bf16` and what that leaves.
@@ -139,7 +139,7 @@ impl Job<'_> {
             );
             for first in (0..total).step_by(self.slice) {
                 let slice = first..total.min(first + self.slice);
-                for part in 0..self.activations.tile_parts() {
+                for part in 0..self.activations.parts_of(block..block + 1) {
                     // Behind a panel's end lie the next three, which are being read already.
                     let turn = slice.end.min(total.saturating_sub(AHEAD_BYTES / TILE_BYTES));
                     for (run, ahead) in [
@@ -217,12 +217,12 @@ impl Job<'_> {
         first_panel: usize,
         segments: Range<usize>,
     ) {
-        let parts = self.activations.tile_parts();
         let (panels, panel) = (pair.len(), pair.start - first_panel);
         let slots = self.activations.tiled_rows();
         let whole = |block: usize| block < self.blocks.end && (block + 1) * BLOCK <= slots;
         for block in self.blocks.clone().step_by(2) {
             let last = self.blocks.end - 1;
+            let parts = self.activations.parts_of(block..(block + 2).min(self.blocks.end));
             let sums = self.sums(block - self.blocks.start, panel);
             for part in 0..parts {
                 let [first, second] = [block, last.min(block + 1)]
