@@ -73,20 +73,16 @@ pub struct Operands {
     words: bool,
     /// `bf16` for the rows in the prefill form, and what is above for the others alone.
     tiles: bool,
-    /// Tiles multiply rows of either form: the weights of every matrix are tiles as they lie in memory. Rows in
-    /// the decoding form are then in two parts always: memory sets the pace, and the second part is free.
-    tiles_always: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
 }
 
 impl Operands {
     /// What `matrices` need.
     pub fn of<'a>(matrices: impl IntoIterator<Item = &'a PackedMatrix>) -> Operands {
-        let mut all = Operands { tiles_always: true, ..Operands::default() };
+        let mut all = Operands::default();
         for matrix in matrices {
             let tiles = !matches!(matrix.kernels.tiles, Tiles::None);
             all.tiles |= tiles;
-            all.tiles_always &= matches!(matrix.kernels.tiles, Tiles::Packed);
             match matrix.operand {
                 Operand::F32 => (all.float, all.float_all) = (true, all.float_all || !tiles),
                 Operand::Int8(offset) => {
@@ -100,26 +96,18 @@ impl Operands {
                 }
             }
         }
-        all.tiles_always &= all.tiles;
-        all.float &= !all.tiles_always;
         all
-    }
-
-    /// Whether tiles multiply every row.
-    #[cfg(test)]
-    pub(crate) fn tiles_always(&self) -> bool {
-        self.tiles_always
     }
 
     /// Whether it makes a difference which rows are in the prefill form.
     pub fn has_prefill_form(&self) -> bool {
-        self.tiles && !self.tiles_always
+        self.tiles
     }
 
     /// Whether activations prepared for `self` serve `operand`.
     fn serve(&self, operand: Operand) -> bool {
         match operand {
-            Operand::F32 => self.float || self.tiles_always,
+            Operand::F32 => self.float,
             Operand::Int8(offset) => self.offsets.contains(&Some(offset)),
         }
     }
@@ -201,8 +189,6 @@ struct Writer<'a> {
     rows: usize,
     padded: usize,
     forms: &'a Forms,
-    /// Whether rows in the prefill form have one part.
-    one_part: bool,
     operands: Operands,
     float: *mut f32,
     tiles: [*mut u16; TILE_PARTS_MAX],
@@ -231,16 +217,6 @@ struct Forms {
 }
 
 impl Forms {
-    /// Of `rows`, those that tiles multiply.
-    #[inline(always)]
-    fn tiled_rows(&self, operands: Operands, rows: usize) -> usize {
-        match operands {
-            Operands { tiles_always: true, .. } => rows,
-            Operands { tiles: true, .. } => self.tiled_count,
-            _ => 0,
-        }
-    }
-
     fn set(&mut self, tiled: impl Iterator<Item = bool> + Clone) {
         self.place.clear();
         self.tiled.clear();
@@ -307,8 +283,7 @@ impl Activations {
             self.float.reserve(elements * 4);
         }
         if operands.tiles {
-            let parts = if operands.tiles_always { TILE_PARTS_MAX } else { self.tile_parts };
-            for plane in &mut self.tiles[..parts] {
+            for plane in &mut self.tiles[..self.tile_parts] {
                 plane.reserve(elements * 2 + rows / BLOCK * TILE_GAP * CODE_BYTES);
             }
             self.tile_scratch
@@ -377,7 +352,6 @@ impl Activations {
             rows,
             padded: columns.next_multiple_of(PADDING),
             forms: &self.forms,
-            one_part: self.tile_parts == 1,
             operands,
             float: self.float.pointer(),
             tiles: std::array::from_fn(|i| self.tiles[i].pointer()),
@@ -400,8 +374,7 @@ impl Activations {
     }
 
     /// Says which of the rows that are prepared from now on are in the prefill form, which AMX
-    /// multiplies as `bf16`; none until the first call. Without AMX the form makes no difference, nor
-    /// where tiles multiply every row.
+    /// multiplies as `bf16`; none until the first call. Without AMX the form makes no difference.
     pub fn set_forms(&mut self, prefill: impl Iterator<Item = bool> + Clone) {
         self.forms.set(prefill);
     }
@@ -419,16 +392,9 @@ impl Activations {
         self.tile_parts
     }
 
-    /// Parts of the tiles of `blocks`. Rows in fewer parts than others of the same blocks have zeros in the second.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    pub(super) fn parts_of(&self, blocks: std::ops::Range<usize>) -> usize {
-        let decoding = self.operands.tiles_always && blocks.end * BLOCK > self.forms.tiled_count;
-        if decoding { TILE_PARTS_MAX } else { self.tile_parts }
-    }
-
-    /// Rows that tiles multiply.
+    /// Rows in the prefill form, if that makes a difference.
     pub(crate) fn tiled_rows(&self) -> usize {
-        self.forms.tiled_rows(self.operands, self.rows)
+        if self.operands.tiles { self.forms.tiled_count } else { 0 }
     }
 
     /// Rows that kernels other than tiles multiply by `matrix`.
@@ -454,15 +420,6 @@ impl Activations {
 
     /// The row in slot `slot` of the planes of tiles.
     pub(crate) fn tiled_row_of(&self, slot: usize) -> usize {
-        if self.operands.tiles_always {
-            // Rows in the prefill form come first.
-            let tiled = self.forms.tiled_count;
-            return match slot.checked_sub(tiled) {
-                _ if tiled == 0 => slot,
-                None => self.forms.order[self.rows - tiled + slot] as usize,
-                Some(place) => self.forms.order[place] as usize,
-            };
-        }
         self.forms.order[self.rows - self.tiled_rows() + slot] as usize
     }
 
@@ -594,15 +551,9 @@ impl Writer<'_> {
     #[inline(always)]
     unsafe fn write_row_inline(&self, row: usize, x: &[f32]) {
         let forms = self.forms;
-        let split = forms.tiled_rows(self.operands, self.rows);
-        let prefill = forms.tiled_count > 0 && forms.tiled[row];
-        let (place, tiled) = match (self.operands.tiles_always, forms.tiled_count) {
-            (always, 0) => (row, always),
-            (true, count) => (forms.place[row] as usize + if prefill { 0 } else { count }, true),
-            (false, _) if split == 0 => (row, false),
-            (false, _) => (forms.place[row] as usize, prefill),
-        };
-        let one_part = prefill && self.one_part;
+        let split = if self.operands.tiles { forms.tiled_count } else { 0 };
+        let (place, tiled) =
+            if split == 0 { (row, false) } else { (forms.place[row] as usize, forms.tiled[row]) };
         let exact = self.rows - split;
         let float_rows = if self.operands.float_all { self.rows } else { exact };
         let float = self.slot(if tiled { exact + place } else { place }, float_rows);
@@ -624,13 +575,7 @@ impl Writer<'_> {
                 }
                 if tiled {
                     let mut left = values;
-                    for (part, plane) in self.tiles.iter().enumerate() {
-                        if plane.is_null() {
-                            continue;
-                        }
-                        if part > 0 && one_part {
-                            left = [0.0; SEGMENT];
-                        }
+                    for plane in self.tiles.iter().filter(|plane| !plane.is_null()) {
                         // A loop: `map` over an array stays a call, without this one's features.
                         let mut rounded = [0; SEGMENT];
                         for (left, rounded) in left.iter_mut().zip(&mut rounded) {

@@ -63,10 +63,9 @@ fn product(packed: &PackedMatrix, x: &[f32], threads: usize) -> Vec<f32> {
     out
 }
 
-/// What the kernels of a matrix round `x` to.
-fn rounded(packed: &PackedMatrix, x: &[f32]) -> Vec<f32> {
-    let columns = packed.columns();
-    match packed.operand {
+/// What the kernel's operand rounds `x` to.
+fn rounded(operand: Operand, x: &[f32], columns: usize) -> Vec<f32> {
+    match operand {
         Operand::F32 => x.to_vec(),
         Operand::Int8(_) => {
             let segments = x.chunks(columns).flat_map(|row| row.chunks(SEGMENT));
@@ -120,12 +119,10 @@ fn kernels_agree_with_the_oracle() {
                 for isa in isas() {
                     for exact in [false, true] {
                         let packed = PackedMatrix::pack(&weight, isa, exact).expect("packs");
-                        // Tiles take these rows in two parts, which leave less than `check` allows.
-                        let plain = matches!(packed.operand, Operand::F32);
-                        let expected = match plain {
-                            true => &exact_sums,
-                            false => rounded_sums.get_or_insert_with(|| {
-                                oracle(&dequantized, &rounded(&packed, &x), columns)
+                        let expected = match packed.operand {
+                            Operand::F32 => &exact_sums,
+                            operand => rounded_sums.get_or_insert_with(|| {
+                                oracle(&dequantized, &rounded(operand, &x, columns), columns)
                             }),
                         };
                         for rows in ROWS.into_iter().filter(|&rows| out == 83 || rows <= 17) {
@@ -280,17 +277,13 @@ fn kernels_agree_to_the_bit_across_isas() {
         let (out, columns) = (50, 1024);
         let weight = tensor(format, out, columns, &mut random);
         let x = random.values(9 * columns);
-        let pack = |isa| PackedMatrix::pack(&weight, isa, false).expect("packs");
-        let bits = |packed: &PackedMatrix| {
-            product(packed, &x, 1).iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        let product_on = |isa| {
+            let packed = PackedMatrix::pack(&weight, isa, false).expect("packs");
+            product(&packed, &x, 1).iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
-        let expected = bits(&pack(Isa::Portable));
+        let expected = product_on(Isa::Portable);
         for isa in isas() {
-            let packed = pack(isa);
-            // Tiles round the activations, which no other instruction set does.
-            if !Operands::of([&packed]).tiles_always() {
-                assert_eq!(bits(&packed), expected, "{format} on {isa}");
-            }
+            assert_eq!(product_on(isa), expected, "{format} on {isa}");
         }
     }
 }
@@ -392,8 +385,7 @@ fn rows_of_both_forms_lie_beside_each_other() {
                 let (x, before) = (&x[row * columns..][..columns], &before[row * 70..][..70]);
                 let alone = run(x, &forms[row..=row], before, 1);
                 assert_eq!(alone, all[row * 70..][..70], "{format} {isa}: row {row} alone");
-                let always = Operands::of([&packed]).tiles_always();
-                let tiled = (forms[row] || always) && !matches!(packed.kernels.tiles, Tiles::None);
+                let tiled = forms[row] && !matches!(packed.kernels.tiles, Tiles::None);
                 if tiled {
                     let got: Vec<f32> = alone
                         .iter()
@@ -403,11 +395,7 @@ fn rows_of_both_forms_lie_beside_each_other() {
                         .collect();
                     // Two parts leave less than `check` allows.
                     let round = |&x: &f32| half::bf16::from_f32(x).to_f32();
-                    let x = if parts == 1 && forms[row] {
-                        x.iter().map(round).collect()
-                    } else {
-                        x.to_vec()
-                    };
+                    let x = if parts == 1 { x.iter().map(round).collect() } else { x.to_vec() };
                     let name = format!("{format} {isa} in {parts} parts");
                     check(&name, &got, &oracle(&rounded_weight, &x, columns), 70);
                 } else {

@@ -1,16 +1,12 @@
-//! `bf16` activations times `bf16` weights.
+//! Rows in the prefill form: `bf16` activations times `bf16` weights.
 //!
 //! A packed panel of `bf16` weights is a run of tiles as it lies in memory (a segment is 16 pairs
-//! of positions x 16 lanes, 1 KB), so every row comes here, those in the decoding form in two parts, and up to sixteen rows take
-//! four panels at a time, bound by memory as one row is. The codes of other formats are decoded to such tiles, once for a pass
-//! of rows in the prefill form; their decoding rows stay with the kernels that round
-//! nothing, as decoding to tiles takes longer than the codes take to arrive. A program with routers, where a little error may send a
+//! of positions x 16 lanes, 1 KB); the codes of other formats are decoded to such tiles, once for a pass
+//! of rows. Only rows in the prefill form come here: decoding rows stay with the kernels that round
+//! nothing, which memory holds back as much. A program with routers, where a little error may send a
 //! token to another expert, has its rows multiplied in two parts, the nearest `bf16` and what that leaves.
 //!
-//! Cost of up to sixteen rows of `bf16`, one thread, 8192 x 2048: predicted the read of 33.5 MB; measured 1547 to 1605 us for one row, 1584 to
-//! 1644 for sixteen (20.8 to 21.7 GB/s, where the probe's read was 18 to 19), against 1481 to 1852 and 4802 to 6121 of AVX-512.
-//!
-//! Cost of many. Two blocks of rows against two panels load four tiles for four products of 16 cycles: with random
+//! Cost. Two blocks of rows against two panels load four tiles for four products of 16 cycles: with random
 //! numbers (which cost the core a fifth of its clock), the activations and the weights in the second-level cache, that runs at
 //! 1.66 to 1.77 TFLOP/s a thread of 2.33 with both in the first; with either in the third at half of it. So a pass takes as
 //! many rows as fit the second-level cache with all of k, or with a slice of 64 segments (256 rows); sums stay
@@ -45,8 +41,6 @@ use crate::pack::{PANEL, PackedMatrix};
 const SUMS: usize = BLOCK * PANEL;
 /// How far ahead packed weights are asked for.
 const AHEAD_BYTES: usize = 4096;
-/// Panels that one block of rows takes at a time.
-const FEW_PANELS: usize = 4;
 
 /// Blocks of rows of a pass, of `blocks` in all: as many passes of as equal length as the cache allows.
 pub(in super::super) fn pass_blocks(segments: usize, parts: usize, blocks: usize) -> usize {
@@ -82,13 +76,7 @@ pub(in super::super) unsafe fn multiply(
     // SAFETY: as the caller promises.
     unsafe {
         configure();
-        let few = blocks.len() == 1 && matches!(matrix.kernels.tiles, Tiles::Packed);
         let job = Job { matrix, activations, blocks, out, scratch, slice };
-        let mut panels = panels;
-        while few && panels.len() >= FEW_PANELS {
-            job.few(panels.start);
-            panels.start += FEW_PANELS;
-        }
         for first in panels.clone().step_by(at_once) {
             job.panels(first..panels.end.min(first + at_once));
         }
@@ -117,55 +105,6 @@ impl Job<'_> {
         }
         let pairs = self.blocks.len().div_ceil(2);
         self.scratch.sums.wrapping_add((panel / 2 * pairs + block / 2) * 4 * SUMS)
-    }
-
-    /// Multiplies the only block by four panels as they lie in memory. Sums take slices and parts in
-    /// the order in which [`Job::panels`] does.
-    ///
-    /// # Safety
-    /// As [`multiply`], with tiles configured; `panel` is the first of [`FEW_PANELS`].
-    unsafe fn few(&self, panel: usize) {
-        let (total, panel_bytes) = (self.matrix.segments(), self.matrix.panel_bytes());
-        let block = self.blocks.start;
-        let sums = self.scratch.sums;
-        // SAFETY: as the caller promises; the scratch has the sums of two blocks and panels at least.
-        unsafe {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                options(nomem, nostack)
-            );
-            for first in (0..total).step_by(self.slice) {
-                let slice = first..total.min(first + self.slice);
-                for part in 0..self.activations.parts_of(block..block + 1) {
-                    // Behind a panel's end lie the next three, which are being read already.
-                    let turn = slice.end.min(total.saturating_sub(AHEAD_BYTES / TILE_BYTES));
-                    for (run, ahead) in [
-                        (slice.start..turn.max(slice.start), AHEAD_BYTES),
-                        (
-                            turn.max(slice.start)..slice.end,
-                            AHEAD_BYTES + (FEW_PANELS - 1) * panel_bytes,
-                        ),
-                    ] {
-                        if !run.is_empty() {
-                            let (rows, step) = self.activations.tile(part, block, run.start);
-                            let weights = self.matrix.segment(panel, run.start);
-                            four_panels((rows, step), (weights, panel_bytes), run.len(), ahead);
-                        }
-                    }
-                }
-            }
-            asm!(
-                "tilestored [{c} + {line} * 1], tmm0",
-                "tilestored [{c} + {line} * 1 + 1024], tmm1",
-                "tilestored [{c} + {line} * 1 + 2048], tmm2",
-                "tilestored [{c} + {line} * 1 + 3072], tmm3",
-                c = in(reg) sums, line = in(reg) 64usize, options(nostack)
-            );
-            self.store(block..block + 1, panel..panel + FEW_PANELS, sums);
-        }
     }
 
     /// Multiplies the blocks by `panels`, a slice of k after the other.
@@ -217,12 +156,12 @@ impl Job<'_> {
         first_panel: usize,
         segments: Range<usize>,
     ) {
+        let parts = self.activations.tile_parts();
         let (panels, panel) = (pair.len(), pair.start - first_panel);
         let slots = self.activations.tiled_rows();
         let whole = |block: usize| block < self.blocks.end && (block + 1) * BLOCK <= slots;
         for block in self.blocks.clone().step_by(2) {
             let last = self.blocks.end - 1;
-            let parts = self.activations.parts_of(block..(block + 2).min(self.blocks.end));
             let sums = self.sums(block - self.blocks.start, panel);
             for part in 0..parts {
                 let [first, second] = [block, last.min(block + 1)]
@@ -256,7 +195,7 @@ impl Job<'_> {
         }
     }
 
-    /// Writes the sums of two blocks and two panels, or of one block and four, to `out`, or adds them to it, with the bias.
+    /// Writes the sums of two blocks and two panels to `out`, or adds them to it, with the bias.
     ///
     /// # Safety
     /// As [`multiply`].
@@ -327,112 +266,6 @@ macro_rules! run {
             options(nostack)
         )
     };
-}
-
-/// One segment of the panel at `$at`: its product is added to `$sum`, and its lines of later are asked for.
-macro_rules! panel {
-    ($sum:literal, $tile:literal, $at:literal) => {
-        concat!(
-            "tileloadd ",
-            $tile,
-            ", [{",
-            $at,
-            "} + {line} * 1]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead}]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 64]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 128]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 192]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 256]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 320]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 384]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 448]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 512]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 576]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 640]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 704]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 768]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 832]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 896]\n",
-            "prefetcht0 [{",
-            $at,
-            "} + {ahead} + 960]\n",
-            "tdpbf16ps ",
-            $sum,
-            ", tmm4, ",
-            $tile,
-            "\n",
-            "add {",
-            $at,
-            "}, 1024",
-        )
-    };
-}
-
-/// Adds the products of `segments` of one block and of four panels, `panel_bytes` apart, to tiles 0 to 3, and asks
-/// for the weights `ahead` bytes later.
-///
-/// # Safety
-/// Tiles are configured, and both operands have all segments.
-unsafe fn four_panels(
-    (rows, step): (*const u8, usize),
-    (weights, panel_bytes): (*const u8, usize),
-    segments: usize,
-    ahead: usize,
-) {
-    // SAFETY: as the caller promises; the compiler knows nothing of tile registers, and any address may be asked for.
-    unsafe {
-        asm!(
-            "2:",
-            "tileloadd tmm4, [{rows} + {line} * 1]",
-            panel!("tmm0", "tmm5", "b0"),
-            panel!("tmm1", "tmm6", "b1"),
-            panel!("tmm2", "tmm7", "b2"),
-            panel!("tmm3", "tmm5", "b3"),
-            "add {rows}, {step}",
-            "dec {n}",
-            "jnz 2b",
-            rows = inout(reg) rows => _,
-            b0 = inout(reg) weights => _,
-            b1 = inout(reg) weights.wrapping_add(panel_bytes) => _,
-            b2 = inout(reg) weights.wrapping_add(2 * panel_bytes) => _,
-            b3 = inout(reg) weights.wrapping_add(3 * panel_bytes) => _,
-            step = in(reg) step,
-            line = in(reg) 64usize,
-            ahead = in(reg) ahead,
-            n = inout(reg) segments => _,
-            options(nostack, readonly)
-        );
-    }
 }
 
 impl Tile {
