@@ -125,17 +125,26 @@ fn experts_are_quantized_where_a_recipe_says_so() {
     assert!(found["mean_nll"].as_f64().is_some_and(f64::is_finite), "{found}");
 }
 
+/// Scores a folder and the floats that its codes stand for, on tokens that it leaves in `tokens.json`.
+fn runs_as_its_floats(home: &Path, folder: &str) {
+    let path = |name: &str| home.join(name).display().to_string();
+    let (tokens, plain) = (path("tokens.json"), format!("{folder}-plain"));
+    std::fs::write(&tokens, "[1, 5, 9, 33, 2, 40, 17, 3, 3, 8, 50, 21, 12, 4]").expect("writes");
+    let words = ["convert", folder, &plain, "--to", "safetensors", "--format", "f32", "--json"];
+    run_json(&mut command(home, &words));
+    let [found, expected] = [folder, &plain].map(|model| {
+        let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
+        run_json(&mut command(home, &words))["mean_nll"].as_f64().expect("a number")
+    });
+    assert!((found - expected).abs() < 1e-4, "{folder}: {found} {expected}");
+}
+
 /// Every format that a folder holds runs on the CPU as the floats that it stands for do.
 #[test]
 fn formats_of_folders_run() {
     let home = tempfile::tempdir().expect("a folder");
     let path = |name: &str| home.path().join(name).display().to_string();
-    let (tokens, recipe) = (path("tokens.json"), path("recipe.toml"));
-    std::fs::write(&tokens, "[1, 5, 9, 33, 2, 40, 17, 3, 3, 8, 50, 21, 12, 4]").expect("writes");
-    let score = |model: &str| {
-        let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
-        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
-    };
+    let recipe = path("recipe.toml");
     for (format, encoding) in [
         ("fp8", "float-quantized"),
         ("fp8_tensor", "float-quantized"),
@@ -146,7 +155,7 @@ fn formats_of_folders_run() {
         ("nvfp4", "nvfp4-pack-quantized"),
         ("int8", "pack-quantized"),
     ] {
-        let (out, plain) = (path(format), path(&format!("{format}-plain")));
+        let out = path(format);
         // Rows of `down` are no whole number of groups of 32 here.
         let keep = if format.starts_with("mx") { "keep = [\"*.ffn.down\"]" } else { "" };
         let text = format!("format = \"{format}\"\n{keep}\n[[technique]]\nuse = \"rtn\"");
@@ -155,10 +164,7 @@ fn formats_of_folders_run() {
         run_json(&mut command(home.path(), &words));
         let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
         assert!(config.contains(encoding), "{format}: {config}");
-        let words = ["convert", &out, &plain, "--to", "safetensors", "--format", "f32", "--json"];
-        run_json(&mut command(home.path(), &words));
-        let (found, expected) = (score(&out), score(&plain));
-        assert!((found - expected).abs() < 1e-4, "{format}: {found} {expected}");
+        runs_as_its_floats(home.path(), &out);
     }
 }
 
@@ -167,22 +173,22 @@ fn formats_of_folders_run() {
 fn formats_of_tensors_are_mixed() {
     let home = tempfile::tempdir().expect("a folder");
     let path = |name: &str| home.path().join(name).display().to_string();
-    let (tokens, recipe, out) = (path("tokens.json"), path("recipe.toml"), path("mixed"));
-    std::fs::write(&tokens, "[1, 5, 9, 33, 2, 40, 17, 3, 3, 8, 50, 21, 12, 4]").expect("writes");
+    let (recipe, out) = (path("recipe.toml"), path("mixed"));
     let text = "format = \"w8a16\"\n[formats]\n\"layers.0.*\" = \"int4-channel-bf16\"\n\
                 [[technique]]\nuse = \"rtn\"";
     std::fs::write(&recipe, text).expect("writes");
     run_json(&mut command(home.path(), &["quantize", MODEL, &out, "--recipe", &recipe, "--json"]));
     let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
     assert!(config.contains("group_1"), "{config}");
-    let plain = path("plain");
-    let words = ["convert", &out, &plain, "--to", "safetensors", "--format", "f32", "--json"];
-    run_json(&mut command(home.path(), &words));
-    let score = |model: &str| {
-        let words = ["score", model, "--tokens", &tokens, "--json", "--exact"];
-        run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
-    };
-    assert!((score(&out) - score(&plain)).abs() < 1e-4);
+    runs_as_its_floats(home.path(), &out);
+    // Groups that name modules come before those of a class, for inputs as for weights.
+    std::fs::write(&recipe, text.replace("w8a16", "w8a8")).expect("writes");
+    let out = path("mixed-inputs");
+    run_json(&mut command(home.path(), &["quantize", MODEL, &out, "--recipe", &recipe, "--json"]));
+    let tokens = path("tokens.json");
+    let words = ["score", &out, "--tokens", &tokens, "--json"];
+    let found = run_json(&mut command(home.path(), &words));
+    assert!(found["mean_nll"].as_f64().is_some_and(f64::is_finite), "{found}");
 }
 
 /// What is done to inputs is in the folder's config, and both devices do it.

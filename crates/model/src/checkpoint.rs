@@ -16,6 +16,7 @@ mod nf4;
 mod packed;
 mod planes;
 mod quantization;
+mod targets;
 
 use std::path::{Path, PathBuf};
 

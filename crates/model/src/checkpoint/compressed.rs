@@ -3,9 +3,6 @@
 //! What a step does to inputs, `input_activations` and the online part of `transform_config`, is the
 //! business of [`super::InputScheme`].
 
-use std::collections::{BTreeMap, HashMap};
-
-use fancy_regex::Regex;
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
 use lathe_tensor::{
     Block, Bytes, Element, GlobalScale, ScaleType, ScaledFormat, Tensor, ZeroPoint,
@@ -15,6 +12,7 @@ use serde_json::Value;
 use super::integers::in_order;
 use super::naming::Naming;
 use super::planes::{self, Beside, expect, float_scale, scalar, shape_of_bytes};
+use super::targets::Targets;
 use super::{CheckpointError, packed, unlike};
 use crate::config::Config;
 use crate::spec::SpecError;
@@ -105,17 +103,11 @@ pub struct Scheme {
     pub ordered: bool,
 }
 
-/// A `quantization_config` whose method is `compressed-tensors`: the schemes of modules, which that
-/// library looks for by name, then by pattern, then by class.
+/// A `quantization_config` whose method is `compressed-tensors`: the schemes of modules.
 #[derive(Debug, Clone)]
-pub struct CompressedTensors {
-    modules: HashMap<String, Scheme>,
-    /// In the order of their texts, as that library tries them.
-    patterns: BTreeMap<String, (Regex, Scheme)>,
-    classes: Vec<(String, Scheme)>,
-}
+pub struct CompressedTensors(Targets<Scheme>);
 
-fn refuse<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
+pub(super) fn refuse<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
     Err(SpecError::feature(format!("compressed-tensors {what}")))
 }
 
@@ -138,8 +130,7 @@ impl CompressedTensors {
         let Some(groups) = c.object("config_groups")? else {
             return Err(SpecError::Missing("quantization_config.config_groups".to_owned()));
         };
-        let (modules, patterns, classes) = Default::default();
-        let mut all = CompressedTensors { modules, patterns, classes };
+        let mut all = Targets::default();
         for name in groups.given() {
             let Some(group) = groups.object(name)? else { continue };
             let scheme = Scheme::of_group(&group, top)?;
@@ -147,47 +138,17 @@ impl CompressedTensors {
                 all.add(target, scheme)?;
             }
         }
-        match all.modules.is_empty() && all.patterns.is_empty() && all.classes.is_empty() {
+        match all.is_empty() {
             true => refuse("config without groups that have targets"),
-            false => Ok(all),
+            false => Ok(CompressedTensors(all)),
         }
-    }
-
-    fn add(&mut self, target: &str, scheme: Scheme) -> Result<(), SpecError> {
-        if let Some(pattern) = target.strip_prefix("re:") {
-            // Python's `re.match`: from the start of the name, to any point of it.
-            return match Regex::new(&format!("^(?:{pattern})")) {
-                Ok(regex) => {
-                    self.patterns.insert(pattern.to_owned(), (regex, scheme));
-                    Ok(())
-                }
-                Err(error) => refuse(format!("target `{target}`: {error}")),
-            };
-        }
-        if target.starts_with(char::is_uppercase) && !target.contains('.') {
-            self.classes.push((target.to_owned(), scheme));
-        } else {
-            self.modules.insert(target.to_owned(), scheme);
-        }
-        Ok(())
     }
 
     /// The scheme of the module that owns weight `name`.
     fn scheme(&self, name: &str) -> Result<Scheme, SpecError> {
         let module = name.strip_suffix(".weight").unwrap_or(name);
-        if let Some(scheme) = self.modules.get(module) {
-            return Ok(*scheme);
-        }
-        for (pattern, (regex, scheme)) in &self.patterns {
-            match regex.is_match(module) {
-                Ok(true) => return Ok(*scheme),
-                Ok(false) => {}
-                Err(error) => return refuse(format!("target `re:{pattern}`: {error}")),
-            }
-        }
-        let class = if module.ends_with("embed_tokens") { "Embedding" } else { "Linear" };
-        match self.classes.iter().find(|(name, _)| name == class) {
-            Some((_, scheme)) => Ok(*scheme),
+        match self.0.find(module)? {
+            Some(scheme) => Ok(scheme),
             None => {
                 refuse(format!("config without a group for module {module}, which is quantized"))
             }

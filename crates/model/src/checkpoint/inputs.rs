@@ -3,42 +3,32 @@
 //!
 //! compressed-tensors 0.20: `quantization/quant_args.py`, `transform/transform_args.py`.
 
-use fancy_regex::Regex;
 use lathe_program::InputTransform;
 use lathe_tensor::ActivationFormat;
 use serde_json::{Value, json};
 
+use super::compressed::refuse;
+use super::targets::Targets;
 use crate::config::Config;
 use crate::spec::SpecError;
 
-/// Modules by name: what is targeted and not ignored.
-#[derive(Debug, Clone, Default)]
-struct Modules {
-    /// `Linear` (every module with a matrix), names, or `re:` and an expression for their start.
-    targets: Vec<Pattern>,
-    ignored: Vec<Pattern>,
-}
-
+/// An online rotation of the inputs of some modules.
 #[derive(Debug, Clone)]
-enum Pattern {
-    Linear,
-    Name(String),
-    Expression(Regex),
-}
-
-/// What becomes of the inputs of some modules.
-#[derive(Debug, Clone)]
-struct Rule {
-    modules: Modules,
-    transform: InputTransform,
+struct Rotation {
+    targets: Targets<()>,
+    ignored: Targets<()>,
+    /// Elements of a block.
+    block: usize,
 }
 
 /// The part of a `quantization_config` that speaks of inputs.
 #[derive(Debug, Clone, Default)]
-pub struct InputScheme(Vec<Rule>);
-
-fn refuse<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
-    Err(SpecError::feature(format!("compressed-tensors {what}")))
+pub struct InputScheme {
+    /// What each group's inputs are rounded to, if that is one of [`ActivationFormat`].
+    formats: Targets<Option<ActivationFormat>>,
+    /// Modules whose inputs are not rounded, whatever group they are in.
+    ignored: Targets<()>,
+    rotations: Vec<Rotation>,
 }
 
 impl InputScheme {
@@ -53,19 +43,20 @@ impl InputScheme {
         if c.text("quant_method")? != Some("compressed-tensors") {
             return Ok(Self::default());
         }
-        let mut rules = Vec::new();
-        let ignored = patterns(&c.texts("ignore")?.unwrap_or_default())?;
+        let mut all = InputScheme {
+            ignored: Targets::of(&c.texts("ignore")?.unwrap_or_default(), ())?,
+            ..Self::default()
+        };
         if let Some(groups) = c.object("config_groups")? {
             for name in groups.given() {
                 let Some(group) = groups.object(name)? else { continue };
-                let Some(inputs) = group.object("input_activations")? else { continue };
                 // Scales that calibration found, and formats that nothing here rounds to, are for engines
                 // whose products need them: inputs then stay as they are, which no weight depends on.
-                let Some(format) = activation_format(&inputs) else { continue };
-                let transform = InputTransform { hadamard: None, format: Some(format) };
-                let targets = patterns(&group.texts("targets")?.unwrap_or_default())?;
-                let modules = Modules { targets, ignored: ignored.clone() };
-                rules.push(Rule { modules, transform });
+                let inputs = group.object("input_activations")?;
+                let format = inputs.and_then(|inputs| activation_format(&inputs));
+                for target in group.texts("targets")?.unwrap_or_default() {
+                    all.formats.add(target, format)?;
+                }
             }
         }
         let transforms = c.object("transform_config")?;
@@ -73,74 +64,37 @@ impl InputScheme {
         if let Some(groups) = groups {
             for name in groups.given() {
                 let Some(group) = groups.object(name)? else { continue };
-                rotation(&group, &mut rules)?;
+                rotation(&group, &mut all.rotations)?;
             }
         }
-        Ok(Self(rules))
+        Ok(all)
     }
 
     /// Whether it says nothing.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.rotations.is_empty() && self.formats.values().all(Option::is_none)
     }
 
     /// What is done to the input of the module called `name`.
     ///
     /// # Errors
-    /// If two groups of a kind speak of it, or an expression cannot be evaluated.
+    /// If two rotations are for it, or an expression cannot be evaluated.
     pub fn of_module(&self, name: &str) -> Result<InputTransform, SpecError> {
-        let mut all = InputTransform::default();
-        for rule in &self.0 {
-            if !rule.modules.contain(name)? {
+        let format = match self.ignored.find(name)? {
+            Some(()) => None,
+            None => self.formats.find(name)?.flatten(),
+        };
+        let mut hadamard = None;
+        for Rotation { targets, ignored, block } in &self.rotations {
+            if targets.find(name)?.is_none() || ignored.find(name)?.is_some() {
                 continue;
             }
-            let InputTransform { hadamard, format } = rule.transform;
-            if (hadamard.is_some() && all.hadamard.is_some())
-                || (format.is_some() && all.format.is_some())
-            {
+            if hadamard.replace(*block).is_some() {
                 return refuse(format!("config with two groups for the input of {name}"));
             }
-            all.hadamard = all.hadamard.or(hadamard);
-            all.format = all.format.or(format);
         }
-        Ok(all)
+        Ok(InputTransform { hadamard, format })
     }
-}
-
-impl Modules {
-    fn contain(&self, name: &str) -> Result<bool, SpecError> {
-        Ok(any(&self.targets, name)? && !any(&self.ignored, name)?)
-    }
-}
-
-fn any(patterns: &[Pattern], name: &str) -> Result<bool, SpecError> {
-    for pattern in patterns {
-        let found = match pattern {
-            Pattern::Linear => true,
-            Pattern::Name(expected) => expected == name,
-            Pattern::Expression(expression) => match expression.is_match(name) {
-                Ok(found) => found,
-                Err(error) => return refuse(format!("expression `{expression}`: {error}")),
-            },
-        };
-        if found {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn patterns(texts: &[&str]) -> Result<Vec<Pattern>, SpecError> {
-    let one = |text: &&str| match text.strip_prefix("re:") {
-        // Python's `re.match`: from the start on, to wherever it ends.
-        Some(source) => match Regex::new(&format!("^(?:{source})")) {
-            Ok(expression) => Ok(Pattern::Expression(expression)),
-            Err(error) => refuse(format!("expression `{source}`: {error}")),
-        },
-        None if *text == "Linear" => Ok(Pattern::Linear),
-        None => Ok(Pattern::Name((*text).to_owned())),
-    };
-    texts.iter().map(one).collect()
 }
 
 /// The format that a scheme's arguments name, if it is one of [`ActivationFormat`].
@@ -191,7 +145,7 @@ pub(crate) fn arguments(format: ActivationFormat) -> Value {
 }
 
 /// The online parts of one `TransformScheme`. Those of weights are folded in already.
-fn rotation(group: &Config<'_>, rules: &mut Vec<Rule>) -> Result<(), SpecError> {
+fn rotation(group: &Config<'_>, rotations: &mut Vec<Rotation>) -> Result<(), SpecError> {
     let kind = group.text("type")?.unwrap_or("(none given)");
     let randomize = group.flag("randomize")?.unwrap_or(false);
     let block = group.size("head_dim")?;
@@ -210,16 +164,16 @@ fn rotation(group: &Config<'_>, rules: &mut Vec<Rule>) -> Result<(), SpecError> 
         let Some(block) = block.filter(|block| *block > 0) else {
             return refuse("transform of whole rows (head_dim is not given)");
         };
-        let ignored = patterns(&entry.texts("ignore")?.unwrap_or_default())?;
-        let targets = patterns(&entry.texts("targets")?.unwrap_or_default())?;
-        let modules = Modules { targets, ignored };
-        let transform = InputTransform { hadamard: Some(block), format: None };
         // Sylvester's matrices, and those of even Paley kind, are not all symmetric; an inverse
         // is the same rotation only where they are.
         if entry.flag("inverse")?.unwrap_or(false) && !block.is_power_of_two() {
             return refuse(format!("inverse of a transform of {block} elements"));
         }
-        rules.push(Rule { modules, transform });
+        rotations.push(Rotation {
+            targets: Targets::of(&entry.texts("targets")?.unwrap_or_default(), ())?,
+            ignored: Targets::of(&entry.texts("ignore")?.unwrap_or_default(), ())?,
+            block,
+        });
     }
     Ok(())
 }
