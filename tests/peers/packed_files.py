@@ -18,12 +18,9 @@ import tempfile
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8
-from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.torch import load_file
+from wide_dequantization import wide
 
 FORMATS = ["int4-g32-bf16", "int4-g64-bf16-asym", "int4-channel-bf16", "int8-g32-bf16", "int8-channel-bf16-asym", "int4-g32-f32",
            "w8a8", "int8-channel-bf16-asym --activations int8-token", "w8a8-fp8", "fp8_tensor", "fp8_channel", "fp8_block", "f8e4m3-channel-f32", "mxfp8",
@@ -40,25 +37,6 @@ def tensors(folder):
     for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
         found.update(load_file(path))
     return found
-
-
-def wide(state, scheme, form):
-    """The library's dequantization, with scales and products in float32."""
-    args, scale, zeros = scheme.weights, state["weight_scale"], state.get("weight_zero_point")
-    if form == "pack-quantized":
-        shape = tuple(state["weight_shape"].tolist())
-        codes = unpack_from_int32(state["weight_packed"], args.num_bits, shape)
-        if zeros is not None:
-            zeros = unpack_from_int32(zeros, args.num_bits, (shape[0], scale.shape[-1]), packed_dim=0)
-    elif "weight_packed" in state:
-        packed = state["weight_packed"]
-        unpack = {4: unpack_fp4_from_uint8, 6: unpack_fp6_from_uint8}[args.num_bits]
-        codes = unpack(packed, packed.shape[0], packed.shape[1] * 8 // args.num_bits, dtype=torch.float32)
-    else:
-        codes = state["weight"]
-    if scale.dtype == torch.uint8:
-        scale = torch.exp2(scale.float() - 127)
-    return dequantize(codes, scale.float(), zeros, args, dtype=torch.float32, global_scale=state.get("weight_global_scale"))
 
 
 def check_fused(packed):

@@ -24,13 +24,10 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
-from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.quantization.lifecycle.forward import dequantize
 from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 from safetensors.torch import save_file
+from wide_dequantization import wide
 
 OUT = pathlib.Path(__file__).resolve().parents[1] / "fixtures/quantized"
 CONFIG = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=160,
@@ -109,26 +106,6 @@ def scales_of(weight, args):
     return (largest / limit).bfloat16().view(shape), None, None
 
 
-def wide(state, scheme):
-    """The library's dequantization, with scales and products in float32."""
-    args, scale = scheme.weights, state["weight_scale"]
-    zeros = state.get("weight_zero_point")
-    if scheme.format == "pack-quantized":
-        shape = tuple(state["weight_shape"].tolist())
-        codes = unpack_from_int32(state["weight_packed"], args.num_bits, shape)
-        if zeros is not None:
-            zeros = unpack_from_int32(zeros, args.num_bits, (shape[0], scale.shape[-1]), packed_dim=0)
-    elif "weight_packed" in state:
-        packed = state["weight_packed"]
-        unpack = {4: unpack_fp4_from_uint8, 6: unpack_fp6_from_uint8}[args.num_bits]
-        codes = unpack(packed, packed.shape[0], packed.shape[1] * 8 // args.num_bits, dtype=torch.float32)
-    else:
-        codes = state["weight"]
-    if scale.dtype == torch.uint8:
-        scale = torch.exp2(scale.float() - 127)
-    return dequantize(codes, scale.float(), zeros, args, dtype=torch.float32, global_scale=state.get("weight_global_scale"))
-
-
 def compressed(name, groups, top, pick=lambda module: "group_0", extra=lambda module, state: state, **more):
     config = dict(quant_method="compressed-tensors", format=top, quantization_status="compressed", global_compression_ratio=None,
                   kv_cache_scheme=None, ignore=["lm_head"], config_groups=groups, **more)
@@ -145,7 +122,7 @@ def compressed(name, groups, top, pick=lambda module: "group_0", extra=lambda mo
         state = compressor.compress(state, scheme)
         if state["weight_scale"].dtype == torch.float32:
             state["weight_scale"] = scale.bfloat16()
-        values[module] = wide(state, scheme)
+        values[module] = wide(state, scheme, scheme.format)
         native = compressor.decompress(state, scheme)["weight"]
         assert torch.equal(native, values[module].to(native.dtype)), (name, module)
         tensors |= {f"{module}.{part}": value for part, value in extra(module, state).items()}

@@ -210,12 +210,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     ) -> Self::I {
         // SAFETY: see above.
         unsafe {
-            if VNNI {
-                dot_vnni(start, codes, x)
-            } else {
-                let [sum] = dots_split::<N, 1>(&start, codes, x, 0);
-                sum
-            }
+            if VNNI { dot_vnni(start, codes, x) } else { unreachable!("activations are words") }
         }
     }
     #[inline(always)]

@@ -229,7 +229,7 @@ pub(crate) trait Simd: Copy + 'static {
     ) -> Self::B;
     /// `start + sum over j and b of codes[j][lane, b] * (128 * high[4 j + b] + low[4 j + b])`,
     /// exact: `codes` are unsigned with `bits` bits, `high` is at `x` and `low` `SEGMENT` bytes
-    /// further, `4 * N` signed bytes each, none of them -128; where [`Simd::WORDS`], `4 * N` words at `x`.
+    /// further, `4 * N` signed bytes each, none of them -128. Not where [`Simd::WORDS`]: see [`Simd::dots`].
     unsafe fn dot<const N: usize>(
         bits: u32,
         start: i32,
