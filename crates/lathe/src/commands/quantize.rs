@@ -379,6 +379,10 @@ fn check_targets(
 /// The recipe with a format of blocks of 32 for each tensor whose rows are no multiple of the 256 that its
 /// format asks for: the one that llama.cpp's `tensor_type_fallback` takes.
 fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Recipe, Error> {
+    // A budget has yet to choose.
+    if recipe.budget.is_some() {
+        return Ok(recipe);
+    }
     for weight in job::targets(program, &recipe).bad_input()?.into_keys() {
         let decl = program.weight(weight);
         let columns = decl.shape.last().copied().unwrap_or(1);
@@ -390,7 +394,7 @@ fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Recipe, Error
             Format::Ggml(GgmlType::IQ4_XS) => GgmlType::IQ4_NL,
             _ => continue,
         };
-        if !columns.is_multiple_of(format.block_len()) && recipe.budget.is_none() {
+        if !columns.is_multiple_of(format.block_len()) {
             recipe.formats.push((decl.name.clone(), Format::Ggml(fallback)));
         }
     }

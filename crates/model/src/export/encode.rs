@@ -16,7 +16,7 @@ pub enum Integers {
     #[default]
     Words,
     /// One a byte (`int-quantized`), as engines read weights that meet activations of eight bits
-    /// (W8A8), which the configuration then asks for, a scale a token.
+    /// (W8A8), which the model's own inputs ask for.
     Bytes,
 }
 
