@@ -203,14 +203,18 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
     #[inline(always)]
     unsafe fn dot<const N: usize>(
-        _bits: u32,
+        [_, low_bits]: [u32; 2],
         start: i32,
         codes: &[Self::B; N],
         x: *const i8,
     ) -> Self::I {
         // SAFETY: see above.
         unsafe {
-            if VNNI { dot_vnni(start, codes, x) } else { unreachable!("activations are words") }
+            if VNNI {
+                dot_vnni(low_bits, start, codes, x)
+            } else {
+                unreachable!("activations are words")
+            }
         }
     }
     #[inline(always)]
@@ -288,6 +292,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
 /// [`Simd::dot`] by AVX-VNNI: a chain for the high bytes and one for the low ones.
 #[inline(always)]
 unsafe fn dot_vnni<const N: usize>(
+    low_bits: u32,
     start: i32,
     codes: &[[__m256i; 2]; N],
     x: *const i8,
@@ -306,7 +311,8 @@ unsafe fn dot_vnni<const N: usize>(
             }
         }
         for half in 0..2 {
-            low[half] = _mm256_add_epi32(low[half], _mm256_slli_epi32::<7>(high[half]));
+            let high = _mm256_sll_epi32(high[half], _mm_cvtsi32_si128(low_bits as i32));
+            low[half] = _mm256_add_epi32(low[half], high);
         }
         low
     }

@@ -166,7 +166,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn dot<const N: usize>(
-        _bits: u32,
+        [_, low_bits]: [u32; 2],
         start: i32,
         codes: &[__m512i; N],
         x: *const i8,
@@ -181,7 +181,7 @@ impl Simd for Avx512 {
                 let factor = _mm512_set1_epi32(low_words.add(j).read_unaligned());
                 low = _mm512_dpbusd_epi32(low, code, factor);
             }
-            _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low)
+            _mm512_add_epi32(_mm512_sll_epi32(high, _mm_cvtsi32_si128(low_bits as i32)), low)
         }
     }
     #[inline(always)]

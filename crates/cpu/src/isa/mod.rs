@@ -173,7 +173,7 @@ pub(crate) fn prefetch(at: *const u8) {
 /// must be readable (or writable) for the whole vector: 64 bytes unless the method says less. No
 /// alignment is required.
 pub(crate) trait Simd: Copy + 'static {
-    /// Whether integer dots multiply `i16`: activations are then words `128 * high + low`, of four neighbours
+    /// Whether integer dots multiply `i16`: activations are then words and not `high` and `low` bytes apart, of four neighbours
     /// along k those at 0, 2, 1, 3, and expanded codes are words in the same order ([`Simd::store_words`]).
     const WORDS: bool = false;
     /// Sixteen `f32`.
@@ -227,11 +227,11 @@ pub(crate) trait Simd: Copy + 'static {
         codes: Self::B,
         plane: Self::B,
     ) -> Self::B;
-    /// `start + sum over j and b of codes[j][lane, b] * (128 * high[4 j + b] + low[4 j + b])`,
+    /// `start + sum over j and b of codes[j][lane, b] * (2^n * high[4 j + b] + low[4 j + b])`, `widths` being `[bits, n]`,
     /// exact: `codes` are unsigned with `bits` bits, `high` is at `x` and `low` `SEGMENT` bytes
     /// further, `4 * N` signed bytes each, none of them -128. Not where [`Simd::WORDS`]: see [`Simd::dots`].
     unsafe fn dot<const N: usize>(
-        bits: u32,
+        widths: [u32; 2],
         start: i32,
         codes: &[Self::B; N],
         x: *const i8,

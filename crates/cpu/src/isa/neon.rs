@@ -208,19 +208,21 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     }
     #[inline(always)]
     unsafe fn dot<const N: usize>(
-        bits: u32,
+        widths: [u32; 2],
         start: i32,
         codes: &[Self::B; N],
         x: *const i8,
     ) -> Self::I {
         // SAFETY: see above.
         unsafe {
+            let [bits, low_bits] = widths;
             if bits < 8 {
-                dot_signed::<DOT, N>(bits, start, codes, x)
+                dot_signed::<DOT, N>(widths, start, codes, x)
             } else {
                 let flip = vdupq_n_u8(0x80);
                 let signed = codes.map(|code| code.map(|v| veorq_u8(v, flip)));
-                dot_signed::<DOT, N>(bits, start + 128 * sum_of::<N>(x), &signed, x)
+                let start = start + 128 * sum_of::<N>(low_bits, x);
+                dot_signed::<DOT, N>(widths, start, &signed, x)
             }
         }
     }
@@ -281,9 +283,9 @@ unsafe fn sdot_lane<const LANE: usize>(acc: int32x4_t, a: int8x16_t, x: int8x16_
     sum
 }
 
-/// The sum of the `4 * N` activations `128 * high + low` at `x`.
+/// The sum of the `4 * N` activations `2^low_bits * high + low` at `x`.
 #[inline(always)]
-unsafe fn sum_of<const N: usize>(x: *const i8) -> i32 {
+unsafe fn sum_of<const N: usize>(low_bits: u32, x: *const i8) -> i32 {
     // SAFETY: the caller gives `4 * N` bytes at `x` and `SEGMENT` further, and `N` is 4 or 8.
     unsafe {
         let (mut high, mut low) = (vdupq_n_s32(0), vdupq_n_s32(0));
@@ -291,25 +293,32 @@ unsafe fn sum_of<const N: usize>(x: *const i8) -> i32 {
             high = vpadalq_s16(high, vpaddlq_s8(vld1q_s8(x.add(at))));
             low = vpadalq_s16(low, vpaddlq_s8(vld1q_s8(x.add(SEGMENT + at))));
         }
-        vaddvq_s32(vaddq_s32(vshlq_n_s32::<7>(high), low))
+        vaddvq_s32(vaddq_s32(vshlq_s32(high, vdupq_n_s32(low_bits as i32)), low))
     }
 }
 
 /// [`Simd::dot`] of codes that are signed bytes.
 #[inline(always)]
 unsafe fn dot_signed<const DOT: bool, const N: usize>(
-    bits: u32,
+    widths: [u32; 2],
     start: i32,
     codes: &[[uint8x16_t; 4]; N],
     x: *const i8,
 ) -> [uint32x4_t; 4] {
     // SAFETY: as the caller promises.
-    unsafe { if DOT { dot_by_lanes(start, codes, x) } else { dot_by_pairs(bits, start, codes, x) } }
+    unsafe {
+        if DOT {
+            dot_by_lanes(widths[1], start, codes, x)
+        } else {
+            dot_by_pairs(widths, start, codes, x)
+        }
+    }
 }
 
 /// By `sdot`: a chain for the high bytes and one for the low ones.
 #[inline(always)]
 unsafe fn dot_by_lanes<const N: usize>(
+    low_bits: u32,
     start: i32,
     codes: &[[uint8x16_t; 4]; N],
     x: *const i8,
@@ -332,7 +341,7 @@ unsafe fn dot_by_lanes<const N: usize>(
                 low[i] = sdot_lane::<3>(low[i], code(3), lows);
             }
         }
-        join(high, low)
+        join(low_bits, high, low)
     }
 }
 
@@ -340,7 +349,7 @@ unsafe fn dot_by_lanes<const N: usize>(
 /// `2^(bits - 1)` (eight bits) or below `2^bits`, activations at most 127.
 #[inline(always)]
 unsafe fn dot_by_pairs<const N: usize>(
-    bits: u32,
+    [bits, low_bits]: [u32; 2],
     start: i32,
     codes: &[[uint8x16_t; 4]; N],
     x: *const i8,
@@ -365,7 +374,7 @@ unsafe fn dot_by_pairs<const N: usize>(
             high[i] = vpaddq_s32(highs[0], highs[1]);
             low[i] = vaddq_s32(low[i], vpaddq_s32(lows[0], lows[1]));
         }
-        join(high, low)
+        join(low_bits, high, low)
     }
 }
 
@@ -394,11 +403,12 @@ unsafe fn add_pairs<const N: usize>(
     }
 }
 
-/// `128 * high + low`.
+/// `2^low_bits * high + low`.
 #[inline(always)]
-unsafe fn join(high: [int32x4_t; 4], low: [int32x4_t; 4]) -> [uint32x4_t; 4] {
+unsafe fn join(low_bits: u32, high: [int32x4_t; 4], low: [int32x4_t; 4]) -> [uint32x4_t; 4] {
     // SAFETY: the caller promises NEON.
     unsafe {
-        std::array::from_fn(|i| vreinterpretq_u32_s32(vaddq_s32(low[i], vshlq_n_s32::<7>(high[i]))))
+        let by = vdupq_n_s32(low_bits as i32);
+        std::array::from_fn(|i| vreinterpretq_u32_s32(vaddq_s32(low[i], vshlq_s32(high[i], by))))
     }
 }

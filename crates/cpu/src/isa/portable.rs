@@ -139,7 +139,7 @@ impl Simd for Portable {
     }
     #[inline(never)]
     unsafe fn dot<const N: usize>(
-        _bits: u32,
+        [_, low_bits]: [u32; 2],
         start: i32,
         codes: &[Self::B; N],
         x: *const i8,
@@ -150,7 +150,7 @@ impl Simd for Portable {
                 let at = 4 * j + b;
                 // SAFETY: the caller gives 4 * N readable bytes, and as many `SEGMENT` further.
                 let (high, low) = unsafe { (*x.add(at), *x.add(SEGMENT + at)) };
-                let factor = 128 * i32::from(high) + i32::from(low);
+                let factor = (i32::from(high) << low_bits) + i32::from(low);
                 for lane in 0..16 {
                     sum[lane] += i32::from(code[4 * lane + b]) * factor;
                 }

@@ -7,20 +7,23 @@
 //! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
 //! codes: segment = 32 positions, 32 high and 32 low bytes a row (AVX2: 32 words); with f32 scale, sum * scale, -zero * sum
 //! f32  : segment = 32 positions, 128 bytes a row
+//! split: segment = 32 positions, 64 bytes of bf16 a row, twice: the nearest, and what that leaves
 //! tiles: segment = 32 positions, 64 bytes of bf16 a row; prefill rows alone, and 1 KB between blocks
 //! ```
-//! A code has two signed bytes: the scale is `max|x| / 16256` over the segment, the code
-//! `round(x * 16256 / max|x|)`, ties to even, is `128 * high + low` with `high` in -127..=127 and
-//! `low` in -64..64, so both are operands of an int8 dot, whose results add up exactly. One byte a
-//! code is what others use; on SmolLM2 it moves log-probabilities by 0.044 nats on average
-//! (0.039 with 16 positions a scale), two bytes by less than 0.0005, and decoding, bound by the
-//! bytes of the weights, does not notice the second dot. A segment that holds a NaN or an infinity
+//! A code has two signed bytes, `2^n * high + low` with `high` in -127..=127 and `low` in
+//! `-2^(n-1)..2^(n-1)`, so both are operands of an int8 dot, whose results add up exactly: with
+//! `most = 127 * 2^n` the scale is `max|x| / most` over the segment, the code `round(x * most / max|x|)`, ties to even.
+//! One byte a code is what others use; on SmolLM2 it moves log-probabilities by 0.044 nats on average
+//! (0.039 with 16 positions a scale), two bytes with `n = 7` ([`Fineness::Fine`]) by less than 0.0005, and decoding, bound by the
+//! bytes of the weights, does not notice the second dot. Weights of four bits, which err by far more themselves, meet codes with
+//! `n = 4` ([`Fineness::Coarse`]): sixteen times a nibble is a byte, so that one product of tiles takes both halves of a code.
+//! A segment that holds a NaN or an infinity
 //! gets that as its scale, so it is not hidden. Every row is prepared alike, whatever rows are
 //! beside it.
 
 use super::dispatch::Tiles;
 use crate::gang::Gang;
-use crate::pack::layout::{Offset, Operand, SEGMENT};
+use crate::pack::layout::{Fineness, Offset, Operand, SEGMENT};
 use crate::pack::memory::AlignedBytes;
 use crate::pack::{PANEL, PackedMatrix};
 
@@ -38,6 +41,8 @@ const OFFSETS_MAX: usize = 5;
 const TILE_GAP: usize = 16;
 /// Parts of a row that tiles multiply at most.
 const TILE_PARTS_MAX: usize = 2;
+/// Parts of a row in the decoding form that tiles multiply.
+const SPLIT_PARTS: usize = 2;
 /// Segments of k that AMX multiplies while sums stay in registers, at most.
 pub(super) const TILE_SEGMENTS: usize = 64;
 /// Rows of a pass over so many segments: 1 MB of activations, half of a second-level cache.
@@ -68,9 +73,12 @@ pub struct Operands {
     float: bool,
     /// `f32` for rows in the prefill form too: some matrix has no tiles.
     float_all: bool,
-    int8: bool,
+    /// By [`Fineness`].
+    int8: [bool; Fineness::COUNT],
     /// Codes are words, not two bytes apart.
     words: bool,
+    /// Two parts in `bf16` for rows in the decoding form.
+    split: bool,
     /// `bf16` for the rows in the prefill form, and what is above for the others alone.
     tiles: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
@@ -84,9 +92,10 @@ impl Operands {
             let tiles = !matches!(matrix.kernels.tiles, Tiles::None);
             all.tiles |= tiles;
             match matrix.operand {
+                Operand::F32 if is_split(matrix) => all.split = true,
                 Operand::F32 => (all.float, all.float_all) = (true, all.float_all || !tiles),
                 Operand::Int8(offset) => {
-                    all.int8 = true;
+                    all.int8[offset.fineness as usize] = true;
                     // All matrices of a program have kernels for one ISA.
                     all.words = matrix.kernels.words;
                     let known = all.offsets.contains(&Some(offset));
@@ -104,13 +113,19 @@ impl Operands {
         self.tiles
     }
 
-    /// Whether activations prepared for `self` serve `operand`.
-    fn serve(&self, operand: Operand) -> bool {
-        match operand {
+    /// Whether activations prepared for `self` serve `matrix`.
+    fn serve(&self, matrix: &PackedMatrix) -> bool {
+        match matrix.operand {
+            Operand::F32 if is_split(matrix) => self.split,
             Operand::F32 => self.float,
             Operand::Int8(offset) => self.offsets.contains(&Some(offset)),
         }
     }
+}
+
+/// Whether tiles multiply rows in the decoding form, in two parts.
+fn is_split(matrix: &PackedMatrix) -> bool {
+    matches!(matrix.kernels.tiles, Tiles::Packed)
 }
 
 /// A growing plane of numbers.
@@ -144,12 +159,21 @@ pub struct Activations {
     /// What rows are rounded to, and what that left of them if tiles multiply both.
     tiles: [Plane; TILE_PARTS_MAX],
     tile_parts: usize,
-    codes: Plane,
-    scales: Plane,
-    sums: Plane,
+    /// Rows in the decoding form, rounded, and what that left of them.
+    split: [Plane; SPLIT_PARTS],
+    /// By [`Fineness`].
+    codes: [Codes<Plane>; Fineness::COUNT],
     offsets: [Plane; OFFSETS_MAX],
     scratch: Plane,
     tile_scratch: Plane,
+}
+
+/// Codes of one [`Fineness`].
+#[derive(Debug, Clone, Copy, Default)]
+struct Codes<P> {
+    codes: P,
+    scales: P,
+    sums: P,
 }
 
 /// The planes of one block, from one of its rows on; segments are `stride` rows apart.
@@ -192,9 +216,8 @@ struct Writer<'a> {
     operands: Operands,
     float: *mut f32,
     tiles: [*mut u16; TILE_PARTS_MAX],
-    codes: *mut i8,
-    scales: *mut f32,
-    sums: *mut f32,
+    split: [*mut u16; SPLIT_PARTS],
+    codes: [Codes<*mut u8>; Fineness::COUNT],
     offsets: [*mut i32; OFFSETS_MAX],
     scratch: *mut f32,
 }
@@ -258,9 +281,8 @@ impl Default for Activations {
             float: Plane::default(),
             tiles: Default::default(),
             tile_parts: 1,
-            codes: Plane::default(),
-            scales: Plane::default(),
-            sums: Plane::default(),
+            split: Default::default(),
+            codes: Default::default(),
             offsets: Default::default(),
             scratch: Plane::default(),
             tile_scratch: Plane::default(),
@@ -289,14 +311,19 @@ impl Activations {
             self.tile_scratch
                 .reserve(gang.workers() * (tile_sums_bytes(rows) + TILE_WEIGHTS_BYTES));
         }
-        if operands.int8 {
-            self.codes.reserve(elements * 2);
-            self.scales.reserve(segments * 4);
-            self.sums.reserve(segments * 4);
-            for (plane, offset) in self.offsets.iter_mut().zip(operands.offsets) {
-                if let Some(offset) = offset {
-                    plane.reserve(segments * offset.parts * 4);
-                }
+        if operands.split {
+            for plane in &mut self.split {
+                plane.reserve(elements * 2);
+            }
+        }
+        for (planes, _) in self.codes.iter_mut().zip(operands.int8).filter(|(_, needed)| *needed) {
+            planes.codes.reserve(elements * 2);
+            planes.scales.reserve(segments * 4);
+            planes.sums.reserve(segments * 4);
+        }
+        for (plane, offset) in self.offsets.iter_mut().zip(operands.offsets) {
+            if let Some(offset) = offset {
+                plane.reserve(segments * offset.parts * 4);
             }
         }
         self.scratch.reserve(gang.workers() * padded * 4);
@@ -355,9 +382,12 @@ impl Activations {
             operands,
             float: self.float.pointer(),
             tiles: std::array::from_fn(|i| self.tiles[i].pointer()),
-            codes: self.codes.pointer(),
-            scales: self.scales.pointer(),
-            sums: self.sums.pointer(),
+            split: self.split.each_ref().map(Plane::pointer),
+            codes: self.codes.each_ref().map(|planes| Codes {
+                codes: planes.codes.pointer(),
+                scales: planes.scales.pointer(),
+                sums: planes.sums.pointer(),
+            }),
             offsets: std::array::from_fn(|i| self.offsets[i].pointer()),
             scratch: self.scratch.pointer(),
         }
@@ -441,6 +471,16 @@ impl Activations {
         (plane.wrapping_add(block * block_bytes + segment * step), step)
     }
 
+    /// Part `part` of the rows of block `block` in the decoding form, as operands of tiles, and the
+    /// bytes from a segment to the next.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub(crate) fn split_rows(&self, part: usize, block: usize) -> (*const u8, usize) {
+        let step = padded_rows((self.rows - self.tiled_rows() - block * BLOCK).min(BLOCK));
+        let padded = self.columns.next_multiple_of(PADDING);
+        let plane = self.split[part].pointer::<u8>().cast_const();
+        (plane.wrapping_add(block * BLOCK * padded * 2), step * CODE_BYTES)
+    }
+
     /// Blocks of up to sixteen slots that kernels other than tiles multiply by `matrix`.
     pub(crate) fn blocks(&self, matrix: &PackedMatrix) -> usize {
         self.rows_for(matrix).div_ceil(BLOCK)
@@ -452,7 +492,7 @@ impl Activations {
     }
 
     pub(crate) fn serves(&self, matrix: &PackedMatrix) -> bool {
-        self.columns == matrix.columns() && self.operands.serve(matrix.operand)
+        self.columns == matrix.columns() && self.operands.serve(matrix)
     }
 
     /// Block `block` from its row `first` and segment `segment` on, as `operand`.
@@ -487,9 +527,10 @@ impl Activations {
                     let index = self.operands.offsets.iter().position(|o| *o == Some(offset));
                     let plane =
                         self.offsets[index.expect("activations serve the matrix")].pointer::<i32>();
-                    view.x = self.codes.pointer::<u8>().add(elements * 2 + first * CODE_BYTES);
-                    view.scales = self.scales.pointer::<f32>().add(segments);
-                    view.sums = self.sums.pointer::<f32>().add(segments);
+                    let codes = &self.codes[offset.fineness as usize];
+                    view.x = codes.codes.pointer::<u8>().add(elements * 2 + first * CODE_BYTES);
+                    view.scales = codes.scales.pointer::<f32>().add(segments);
+                    view.sums = codes.sums.pointer::<f32>().add(segments);
                     view.offsets = plane.add(elements / SEGMENT * offset.parts + first);
                     view.after::<CODE_BYTES>(segment, offset.parts)
                 }
@@ -574,21 +615,20 @@ impl Writer<'_> {
                     self.float.add(at * SEGMENT).cast::<[f32; SEGMENT]>().write(values);
                 }
                 if tiled {
-                    let mut left = values;
-                    for plane in self.tiles.iter().filter(|plane| !plane.is_null()) {
-                        // A loop: `map` over an array stays a call, without this one's features.
-                        let mut rounded = [0; SEGMENT];
-                        for (left, rounded) in left.iter_mut().zip(&mut rounded) {
-                            *rounded = round_to_bf16(*left);
-                            *left -= f32::from_bits(u32::from(*rounded) << 16);
-                        }
-                        let at = tile.segment(segment) * SEGMENT;
-                        plane.add(at).cast::<[u16; SEGMENT]>().write(rounded);
-                    }
+                    write_parts(&self.tiles, tile.segment(segment), values);
                 }
-                if self.operands.int8 && !tiled {
+                if self.operands.split && !tiled {
+                    write_parts(&self.split, coded.segment(segment), values);
+                }
+                if !tiled {
                     let pair = coded.start * 2 + segment * 2 * coded.stride + coded.first;
-                    self.write_codes(&values, coded.segment(segment), [pair, pair + coded.stride]);
+                    let places = (coded.segment(segment), [pair, pair + coded.stride]);
+                    if self.operands.int8[Fineness::Fine as usize] {
+                        self.write_codes(&values, Fineness::Fine, places);
+                    }
+                    if self.operands.int8[Fineness::Coarse as usize] {
+                        self.write_codes(&values, Fineness::Coarse, places);
+                    }
                 }
             }
         }
@@ -616,8 +656,13 @@ impl Writer<'_> {
     /// Writes the codes of segment `at` and their sums; `pair` are the places of its two halves
     /// in planes that have two numbers a segment.
     #[inline(always)]
-    unsafe fn write_codes(&self, values: &[f32; SEGMENT], at: usize, pair: [usize; 2]) {
-        let (codes, scale) = quantize_segment(values);
+    unsafe fn write_codes(
+        &self,
+        values: &[f32; SEGMENT],
+        fineness: Fineness,
+        (at, pair): (usize, [usize; 2]),
+    ) {
+        let (codes, scale) = quantize_segment(values, fineness);
         let mut halves = [0i32; 2];
         for (half, codes) in halves.iter_mut().zip(codes.chunks_exact(SEGMENT / 2)) {
             *half = codes.iter().sum();
@@ -625,16 +670,20 @@ impl Writer<'_> {
         let sum = halves[0] + halves[1];
         // SAFETY: as `write_row`.
         unsafe {
-            let to = self.codes.add(at * CODE_BYTES);
+            let planes = &self.codes[fineness as usize];
+            let to = planes.codes.add(at * CODE_BYTES);
             if self.operands.words {
                 to.cast::<[i16; SEGMENT]>().write_unaligned(words_of(&codes));
             } else {
-                to.cast::<[[i8; SEGMENT]; 2]>().write(split_codes(&codes));
+                to.cast::<[[i8; SEGMENT]; 2]>().write(split_codes(&codes, fineness));
             }
-            self.scales.add(at).write(scale);
-            self.sums.add(at).write(scale * sum as f32);
+            planes.scales.cast::<f32>().add(at).write(scale);
+            planes.sums.cast::<f32>().add(at).write(scale * sum as f32);
             for (plane, offset) in self.offsets.iter().zip(self.operands.offsets) {
                 let Some(offset) = offset else { break };
+                if offset.fineness != fineness {
+                    continue;
+                }
                 if offset.parts == 1 {
                     plane.add(at).write(-offset.zero * sum);
                 } else {
@@ -674,26 +723,44 @@ fn padded_segment(x: &[f32], segment: usize) -> [f32; SEGMENT] {
     values
 }
 
+/// Writes what each of `planes` holds of a segment: the nearest `bf16`, and the nearest of what that leaves.
+///
+/// # Safety
+/// The planes that are not null have room for segment `at`.
+#[inline(always)]
+unsafe fn write_parts(planes: &[*mut u16], at: usize, values: [f32; SEGMENT]) {
+    let mut left = values;
+    for plane in planes.iter().filter(|plane| !plane.is_null()) {
+        // A loop: `map` over an array stays a call, without this one's features.
+        let mut rounded = [0; SEGMENT];
+        for (left, rounded) in left.iter_mut().zip(&mut rounded) {
+            *rounded = round_to_bf16(*left);
+            *left -= f32::from_bits(u32::from(*rounded) << 16);
+        }
+        // SAFETY: as the caller promises.
+        unsafe { plane.add(at * SEGMENT).cast::<[u16; SEGMENT]>().write(rounded) };
+    }
+}
+
 /// Codes and scale of 32 values.
 #[inline(always)]
-pub(crate) fn quantize_segment(x: &[f32; SEGMENT]) -> ([i32; SEGMENT], f32) {
+pub(crate) fn quantize_segment(x: &[f32; SEGMENT], fineness: Fineness) -> ([i32; SEGMENT], f32) {
+    // The largest code.
+    let most = (127 << fineness.low_bits()) as f32;
     // The bit pattern orders absolute values, with infinities and NaNs above all numbers.
     let mut bits = 0;
     for value in x {
         bits = bits.max(value.to_bits() & 0x7fff_ffff);
     }
     let largest = f32::from_bits(bits);
-    let inverse = if largest > 0.0 { CODE_MAX / largest } else { 0.0 };
+    let inverse = if largest > 0.0 { most / largest } else { 0.0 };
     let mut codes = [0; SEGMENT];
     for (code, value) in codes.iter_mut().zip(x) {
         // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
         *code = i32::from((value * inverse + 12_582_912.0).to_bits() as i16);
     }
-    (codes, largest / CODE_MAX)
+    (codes, largest / most)
 }
-
-/// The largest code, `128 * 127`.
-const CODE_MAX: f32 = 16256.0;
 
 /// Words, of four neighbours those at 0, 2, 1, 3.
 #[inline(always)]
@@ -707,13 +774,14 @@ fn words_of(codes: &[i32; SEGMENT]) -> [i16; SEGMENT] {
     words
 }
 
-/// High and low bytes: `code = 128 * high + low`.
+/// High and low bytes.
 #[inline(always)]
-fn split_codes(codes: &[i32; SEGMENT]) -> [[i8; SEGMENT]; 2] {
+fn split_codes(codes: &[i32; SEGMENT], fineness: Fineness) -> [[i8; SEGMENT]; 2] {
+    let bits = fineness.low_bits();
     let (mut high, mut low) = ([0; SEGMENT], [0; SEGMENT]);
     for ((high, low), code) in high.iter_mut().zip(&mut low).zip(codes) {
-        let upper = (code + 64) >> 7;
-        (*high, *low) = (upper as i8, (code - (upper << 7)) as i8);
+        let upper = (code + (1 << (bits - 1))) >> bits;
+        (*high, *low) = (upper as i8, (code - (upper << bits)) as i8);
     }
     [high, low]
 }

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use lathe_tensor::FloatType;
 
 #[cfg(target_arch = "x86_64")]
-use super::amx::prompt;
+use super::amx::{decode, prompt};
 use super::codes::*;
 use super::kernels::*;
 #[cfg(target_arch = "aarch64")]
@@ -14,7 +14,7 @@ use crate::isa::portable::Portable;
 use crate::isa::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
-use crate::pack::layout::{Codes, Constants, Layout, Operand, Scales};
+use crate::pack::layout::{Codes, Constants, Fineness, Layout, Operand, Scales};
 
 /// A kernel instantiated for one ISA and number of rows. Unsafe as [`Kernel::run`].
 pub(crate) type RunFn = unsafe fn(&Args<'_>);
@@ -27,6 +27,9 @@ pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
 
 /// The instance for the most rows and panels up to those given, and how many of each it takes.
 pub(crate) type DirectFn = fn(usize, usize) -> (RunFn, usize, usize);
+
+/// The instance for a block padded to so many rows.
+pub(crate) type BatchFn = fn(usize) -> RunFn;
 
 /// The kernels of one matrix.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +46,8 @@ pub(crate) struct Kernels {
     pub(crate) tile: ChooseFn,
     /// What AMX tiles multiply of the rows in the prefill form.
     pub(crate) tiles: Tiles,
+    /// For a block of several rows in the decoding form.
+    pub(crate) batch: Option<BatchFn>,
     /// Whether coded activations are words ([`crate::isa::Simd::WORDS`]).
     pub(crate) words: bool,
 }
@@ -52,10 +57,10 @@ pub(crate) struct Kernels {
 pub(crate) enum Tiles {
     /// Nothing.
     None,
-    /// Rows in the prefill form: packed panels are tiles.
+    /// All rows: packed panels are tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     Packed,
-    /// The same; this decodes segments to tiles.
+    /// Rows in the prefill form; this decodes segments to tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     Expanded(ToTilesFn),
 }
@@ -159,7 +164,7 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
                 (Layout::Float(FloatType::BF16), _) => Tiles::Packed,
                 (Layout::Float(_), _) => Tiles::None,
             };
-            Kernels { tiles, ..kernels }
+            Kernels { tiles, batch: nibbles(layout, operand), ..kernels }
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
@@ -187,6 +192,7 @@ fn floats<T: Target, W: Float>() -> Kernels {
         expand: Some(T::expand::<ToWide<W>>()),
         tile: rows_of::<T, Widened<Single>>,
         tiles: Tiles::None,
+        batch: None,
         words: T::WORDS,
     }
 }
@@ -243,6 +249,25 @@ impl Visit for OnTiles {
     }
 }
 
+/// The kernel for batches of rows in the decoding form.
+#[cfg(target_arch = "x86_64")]
+fn nibbles(layout: Layout, operand: Operand) -> Option<BatchFn> {
+    let (Layout::Coded(codes, scales), Operand::Int8(_)) = (layout, operand) else { return None };
+    let zeros = matches!(scales, Scales::Group { zeros: true, .. });
+    Some(match (codes, scales) {
+        (Codes::Signed4, Scales::Half) => decode::nibbles_of::<Pair<Plain<4, 8>, Half<false>>>,
+        (Codes::Unsigned4, Scales::HalfMin) => decode::nibbles_of::<Pair<Plain<4, 0>, Half<true>>>,
+        (Codes::Unsigned4, Scales::SuperMin) => decode::nibbles_of::<Pair<Plain<4, 0>, SuperMin>>,
+        (Codes::Signed4, Scales::Group { .. }) if zeros => {
+            decode::nibbles_of::<Pair<Plain<4, 8>, Group<true>>>
+        }
+        (Codes::Signed4, Scales::Group { .. }) => {
+            decode::nibbles_of::<Pair<Plain<4, 8>, Group<false>>>
+        }
+        _ => return None,
+    })
+}
+
 /// The type that stands for a pair of codes and scales.
 fn with_coded<V: Visit>(codes: Codes, scales: Scales, visit: V) -> V::Output {
     let zeros = matches!(scales, Scales::Group { zeros: true, .. });
@@ -278,8 +303,9 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
             direct_rows: T::DIRECT_ROWS,
             plain: None,
             expand: Some(T::expand::<ToCodes<C>>()),
-            tile: tile::<T>(if T::ANY_WIDTH { 8 } else { C::BITS }, C::PARTS, C::MIN),
+            tile: tile::<T>(C::BITS, C::PARTS, C::MIN),
             tiles: Tiles::None,
+            batch: None,
             words: T::WORDS,
         },
         _ => Kernels {
@@ -289,24 +315,29 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
             expand: Some(T::expand::<ToFloats<C>>()),
             tile: rows_of::<T, Widened<Single>>,
             tiles: Tiles::None,
+            batch: None,
             words: T::WORDS,
         },
     }
 }
 
-/// The kernel of expanded codes: how wide they are matters only where a dot could saturate.
+/// The kernel of expanded codes: how wide they are matters where a dot could saturate, and four bits meet other
+/// activations. Width 8 stands for all where that makes no difference.
 fn tile<T: Target>(bits: u32, parts: usize, min: bool) -> ChooseFn {
+    const FINE: u32 = Fineness::Fine.low_bits();
+    const COARSE: u32 = Fineness::Coarse.low_bits();
+    let bits = if T::WORDS || T::ANY_WIDTH && bits != 4 { 8 } else { bits };
     match (bits, parts, min) {
-        (8, 1, false) => rows_of::<T, Tile<8, 1, false>>,
-        (8, 1, true) => rows_of::<T, Tile<8, 1, true>>,
-        (8, _, _) => rows_of::<T, Tile<8, 2, false>>,
-        _ if T::ANY_WIDTH => unreachable!("width 8 stands for all"),
-        (4, _, false) => rows_of::<T, Tile<4, 1, false>>,
-        (4, _, true) => rows_of::<T, Tile<4, 1, true>>,
-        (5, 1, false) => rows_of::<T, Tile<5, 1, false>>,
-        (5, 1, true) => rows_of::<T, Tile<5, 1, true>>,
-        (5, _, _) => rows_of::<T, Tile<5, 2, false>>,
-        (_, _, _) => rows_of::<T, Tile<6, 2, false>>,
+        (8, 1, false) => rows_of::<T, Tile<8, FINE, 1, false>>,
+        (8, 1, true) => rows_of::<T, Tile<8, FINE, 1, true>>,
+        (8, _, _) => rows_of::<T, Tile<8, FINE, 2, false>>,
+        (4, _, false) => rows_of::<T, Tile<4, COARSE, 1, false>>,
+        (4, _, true) => rows_of::<T, Tile<4, COARSE, 1, true>>,
+        _ if T::ANY_WIDTH => unreachable!("width 8 stands for {bits}"),
+        (5, 1, false) => rows_of::<T, Tile<5, FINE, 1, false>>,
+        (5, 1, true) => rows_of::<T, Tile<5, FINE, 1, true>>,
+        (5, _, _) => rows_of::<T, Tile<5, FINE, 2, false>>,
+        (_, _, _) => rows_of::<T, Tile<6, FINE, 2, false>>,
     }
 }
 

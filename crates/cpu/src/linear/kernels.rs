@@ -3,7 +3,7 @@
 //! Each output is one lane of one accumulator, added to in the order of k:
 //! ```text
 //! coded: acc = fma(dw * dx, f32(-zero * sum(qx) + sum(qw * qx)), acc)   a segment (or half) at a time,
-//!                                                                       qx = 128 * high + low
+//!                                                                       qx = 2^n * high + low
 //!        acc = fma(min, dx * sum(qx), acc)                             formats with a min
 //! float: acc = fma(w, x, acc)                                          a position at a time
 //! fp8  : acc = fma(w * dw, x, acc)                                     a position at a time
@@ -19,7 +19,7 @@ use super::activations::{BLOCK, BlockView, CODE_BYTES};
 use super::codes::{Coded, Decoded, Group, Tail, group_scale, unroll};
 use crate::isa::{self, Simd};
 use crate::pack::PANEL;
-use crate::pack::layout::{Constants, SEGMENT};
+use crate::pack::layout::{Constants, Fineness, SEGMENT};
 
 /// Segments that are expanded at once.
 pub(crate) const BATCH: usize = 8;
@@ -100,7 +100,7 @@ unsafe fn add_min<S: Simd, const R: usize>(
 /// Integer dots of one segment, added to the accumulators of `R` rows.
 #[inline(always)]
 unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bool>(
-    bits: u32,
+    widths: [u32; 2],
     codes: &[S::B; 8],
     scales: *const f32,
     mins: *const f32,
@@ -110,7 +110,7 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
     // SAFETY: the caller gives `R` rows and the segment's vectors of scales and mins.
     unsafe {
         if PARTS == 1 {
-            add_dots::<S, 8, R>(bits, codes, scales, rows, acc);
+            add_dots::<S, 8, R>(widths, codes, scales, rows, acc);
         } else {
             let low = [codes[0], codes[1], codes[2], codes[3]];
             let high = [codes[4], codes[5], codes[6], codes[7]];
@@ -119,8 +119,8 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
                 offsets: rows.offsets.add(rows.stride),
                 ..*rows
             };
-            add_dots::<S, 4, R>(bits, &low, scales, rows, acc);
-            add_dots::<S, 4, R>(bits, &high, scales.add(PANEL), &second, acc);
+            add_dots::<S, 4, R>(widths, &low, scales, rows, acc);
+            add_dots::<S, 4, R>(widths, &high, scales.add(PANEL), &second, acc);
         }
         if MIN {
             add_min::<S, R>(mins, rows, acc);
@@ -131,7 +131,7 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
 /// The dots of what shares a scale, for `R` rows.
 #[inline(always)]
 unsafe fn add_dots<S: Simd, const N: usize, const R: usize>(
-    bits: u32,
+    widths: [u32; 2],
     codes: &[S::B; N],
     scales: *const f32,
     rows: &BlockView,
@@ -146,7 +146,7 @@ unsafe fn add_dots<S: Simd, const N: usize, const R: usize>(
         } else {
             unroll!(r in R => {
                 let x = rows.x.add(CODE_BYTES * r).cast();
-                let dot = S::dot::<N>(bits, *rows.offsets.add(r), codes, x);
+                let dot = S::dot::<N>(widths, *rows.offsets.add(r), codes, x);
                 let factor = S::mul(scale, S::splat(*rows.scales.add(r)));
                 acc[r] = S::fma(factor, S::to_f(dot), acc[r]);
             });
@@ -173,7 +173,7 @@ unsafe fn add_scaled<S: Simd, const R: usize>(
 
 /// The accumulators of `R` rows.
 #[inline(always)]
-unsafe fn load_acc<S: Simd, const R: usize>(acc: *const f32) -> [S::F; R] {
+pub(super) unsafe fn load_acc<S: Simd, const R: usize>(acc: *const f32) -> [S::F; R] {
     // SAFETY: the caller gives `R` vectors.
     unsafe {
         let mut all = [S::splat(0.0); R];
@@ -185,7 +185,7 @@ unsafe fn load_acc<S: Simd, const R: usize>(acc: *const f32) -> [S::F; R] {
 }
 
 #[inline(always)]
-unsafe fn store_acc<S: Simd, const R: usize>(acc: *mut f32, all: [S::F; R]) {
+pub(super) unsafe fn store_acc<S: Simd, const R: usize>(acc: *mut f32, all: [S::F; R]) {
     // SAFETY: the caller gives `R` vectors.
     unsafe {
         unroll!(r in R => {
@@ -272,10 +272,11 @@ unsafe fn add_segment_of<S: Simd, C: Coded, const R: usize, const PARTS: usize>(
 ) {
     // SAFETY: as the caller promises.
     unsafe {
+        let widths = [C::BITS, Fineness::of_bits(C::BITS).low_bits()];
         if C::MIN {
-            add_segment::<S, R, PARTS, true>(C::BITS, codes, scales, mins, rows, acc);
+            add_segment::<S, R, PARTS, true>(widths, codes, scales, mins, rows, acc);
         } else {
-            add_segment::<S, R, PARTS, false>(C::BITS, codes, scales, mins, rows, acc);
+            add_segment::<S, R, PARTS, false>(widths, codes, scales, mins, rows, acc);
         }
     }
 }
@@ -452,10 +453,12 @@ pub(super) fn prefetch(start: *const u8, len: usize) {
     }
 }
 
-/// Expanded codes times coded activations.
-pub(crate) struct Tile<const BITS: u32, const PARTS: usize, const MIN: bool>;
+/// Expanded codes of `BITS` times codes of activations whose low byte has `LOW_BITS`.
+pub(crate) struct Tile<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool>;
 
-impl<const BITS: u32, const PARTS: usize, const MIN: bool> Kernel for Tile<BITS, PARTS, MIN> {
+impl<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool> Kernel
+    for Tile<BITS, LOW_BITS, PARTS, MIN>
+{
     const TUNED: bool = true;
 
     #[inline(always)]
@@ -479,7 +482,8 @@ impl<const BITS: u32, const PARTS: usize, const MIN: bool> Kernel for Tile<BITS,
                     unroll!(j in 8 => {
                         codes[j] = S::load_b(p.add(64 * j));
                     });
-                    add_segment::<S, R, PARTS, MIN>(BITS, &codes, scales, mins, &rows, &mut acc);
+                    let widths = [BITS, LOW_BITS];
+                    add_segment::<S, R, PARTS, MIN>(widths, &codes, scales, mins, &rows, &mut acc);
                 }
                 rows = rows.after::<CODE_BYTES>(1, PARTS);
             }

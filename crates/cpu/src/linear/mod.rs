@@ -3,8 +3,8 @@
 //! [`matmul`] divides the panels of all parts of a linear group among the workers by bytes, so
 //! that each streams one run of memory; [`kernels`] has the arithmetic, [`activations`] the
 //! operand, [`codes`] the decoders, [`dispatch`] the choice of kernel. One row, a small batch and a prefill chunk run the
-//! same kernels with more or fewer accumulators, but for rows in the prefill form where the machine has AMX: those are
-//! tiles, in units that whoever is free takes.
+//! same kernels with more or fewer accumulators, but where the machine has AMX: rows in the prefill form are
+//! tiles, in units that whoever is free takes, and some formats take decoding rows as tiles too ([`amx`]).
 
 // AMX alone has rows in tiles.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
@@ -238,6 +238,19 @@ unsafe fn panels_by_blocks(
     blocks: Range<usize>,
     out: &Output<'_>,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(matrix.kernels.tiles, Tiles::Packed) {
+        // SAFETY: as the caller promises; a matrix has tiles only where AMX is available.
+        return unsafe { amx::decode::multiply_split(matrix, activations, panels, blocks, out) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    let blocks = match matrix.kernels.batch {
+        // SAFETY: the same.
+        Some(batch) => unsafe {
+            amx::decode::multiply_nibbles(matrix, activations, panels.clone(), blocks, out, batch)
+        },
+        None => blocks,
+    };
     let one_block = blocks.len() == 1;
     if let Some(direct) = matrix.kernels.direct
         && one_block

@@ -64,6 +64,15 @@ impl Codes {
         matches!(self, Codes::F8E4m3 | Codes::F8E5m2)
     }
 
+    /// How finely the activations that the codes meet are rounded.
+    pub(crate) fn fineness(self) -> Fineness {
+        match self {
+            Codes::Signed4 | Codes::Unsigned4 => Fineness::Coarse,
+            // Codes that pick a number become that number, of more than four bits.
+            _ => Fineness::Fine,
+        }
+    }
+
     /// What the unsigned codes that kernels multiply are shifted by.
     pub(crate) fn zero(self) -> i32 {
         match self {
@@ -196,6 +205,33 @@ impl Layout {
     }
 }
 
+/// How finely activations are rounded to codes of two bytes, `2^low_bits * high + low`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fineness {
+    /// Of -16256 to 16256.
+    Fine,
+    /// Of -2032 to 2032, for weights of four bits.
+    Coarse,
+}
+
+impl Fineness {
+    /// How many there are.
+    pub(crate) const COUNT: usize = 2;
+
+    /// For weights whose unsigned codes have `bits`.
+    pub(crate) const fn of_bits(bits: u32) -> Fineness {
+        if bits == 4 { Fineness::Coarse } else { Fineness::Fine }
+    }
+
+    /// Bits of the low byte.
+    pub(crate) const fn low_bits(self) -> u32 {
+        match self {
+            Fineness::Fine => 7,
+            Fineness::Coarse => 4,
+        }
+    }
+}
+
 /// How the zero point of unsigned codes is subtracted: the integer dot starts at
 /// `-zero * sum(x)` over the positions that share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,6 +240,8 @@ pub(crate) struct Offset {
     pub(crate) zero: i32,
     /// Scales of a segment: 1 or 2.
     pub(crate) parts: usize,
+    /// Of the codes of activations.
+    pub(crate) fineness: Fineness,
 }
 
 /// The numbers that a matrix multiplies: how its rows of activations must be prepared.

@@ -187,9 +187,11 @@ fn panel_bytes(bytes: usize) -> usize {
 /// another expert, and saves no byte of the weights that decoding is bound by.
 fn operand(layout: Layout, exact: bool) -> Operand {
     match layout {
-        Layout::Coded(codes, scales) if !exact && !codes.is_float() => {
-            Operand::Int8(Offset { zero: codes.zero(), parts: scales.parts() })
-        }
+        Layout::Coded(codes, scales) if !exact && !codes.is_float() => Operand::Int8(Offset {
+            zero: codes.zero(),
+            parts: scales.parts(),
+            fineness: codes.fineness(),
+        }),
         _ => Operand::F32,
     }
 }

@@ -22,10 +22,10 @@ fn quantized_layouts_run_as_on_the_reference() {
     assert!(paths.len() >= 20, "{} folders", paths.len());
     for path in paths {
         let expected = logits(&path, None);
-        // As the tiny models' own bounds: other additions, then activations and a cache in 16 bits. Where
+        // As the tiny models' own bounds: other additions, then activations of 12 to 16 bits and a cache of 16. Where
         // inputs are rounded to a few bits, a little error sends some to the other side of a tie.
         let rounded = !Model::open(&path).expect("opens").spec.inputs.is_empty();
-        let bounds = [(true, 2e-4), (false, 5e-3)];
+        let bounds = [(true, 2e-4), (false, 1e-2)];
         for (exact, bound) in bounds.into_iter().filter(|(exact, _)| *exact || !rounded) {
             let found = logits(&path, Some(exact));
             let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());

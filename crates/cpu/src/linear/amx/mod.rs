@@ -1,8 +1,5 @@
-//! AMX: products of tiles of sixteen rows by sixteen outputs, for rows in the prefill form ([`prompt`]).
-//!
-//! Small batches of decoding rows stay with AVX-512: integer tiles give the same bits, but were no faster (8 and 16
-//! rows of Q4_0: 1437 and 2574 us against 1123 and 2234 for 8192 x 2048, one thread, measured): the sums of
-//! each scale must leave the tiles, and asking the memory for lines takes the buffers that loads of tiles need.
+//! AMX: products of tiles of up to sixteen rows by sixteen outputs, for rows in the prefill form ([`prompt`]), and
+//! of those in the decoding form for `bf16` weights and for batches of rows with weights of four bits ([`decode`]).
 //!
 //! Costs measured on Sapphire Rapids (quiet, 2.9 GHz), in cycles: a product of whole tiles 16, whatever
 //! the type, and a load of a tile from the first-level cache 8, from the second 18 to 20, from the third
@@ -10,6 +7,7 @@
 //! core makes loops that mix loads and products four times slower, and leaves products alone as they are:
 //! on shared machines measure such a loop, not the products, beside a figure.
 
+pub(super) mod decode;
 pub(super) mod prompt;
 
 use std::arch::asm;
@@ -27,22 +25,44 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// Eight tiles of 16 rows of 64 bytes.
-static CONFIG: TileConfig = TileConfig {
-    palette: 1,
-    start_row: 0,
-    reserved: [0; 14],
-    column_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+/// Eight tiles of 64 bytes a row: tiles 0 to 3 (sums) and 4 and 5 (activations) of `rows` rows, 6 and 7 (weights)
+/// of 16.
+const fn config_of(rows: u8) -> TileConfig {
+    let mut config = TileConfig {
+        palette: 1,
+        start_row: 0,
+        reserved: [0; 14],
+        column_bytes: [0; 16],
+        rows: [0; 16],
+    };
+    let mut tile = 0;
+    while tile < 8 {
+        config.column_bytes[tile] = 64;
+        config.rows[tile] = if tile < 6 { rows } else { 16 };
+        tile += 1;
+    }
+    config
+}
+
+/// By rows, less one.
+static CONFIGS: [TileConfig; 16] = {
+    let mut configs = [const { config_of(1) }; 16];
+    let mut rows = 1;
+    while rows <= 16 {
+        configs[rows - 1] = config_of(rows as u8);
+        rows += 1;
+    }
+    configs
 };
 
-/// Makes the eight tiles of this thread whole ones.
+/// Gives this thread tiles for `rows` rows of activations, 1 to 16.
 ///
 /// # Safety
 /// AMX is available, and [`release`] follows on this thread.
-unsafe fn configure() {
+unsafe fn configure(rows: usize) {
+    let config = &raw const CONFIGS[rows - 1];
     // SAFETY: the configuration is valid and belongs to this thread until it is released.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) }
+    unsafe { asm!("ldtilecfg [{}]", in(reg) config, options(nostack, readonly)) }
 }
 
 /// Gives the tiles back, so that switching threads does not save them.
@@ -104,7 +124,7 @@ pub(crate) unsafe fn peak(int8: bool, steps: usize) {
                 "dec {n}",
                 "jnz 2b",
                 "tilerelease",
-                config = in(reg) &raw const CONFIG,
+                config = in(reg) &raw const CONFIGS[15],
                 zeros = in(reg) zeros.as_ptr(),
                 line = in(reg) 64usize,
                 n = inout(reg) steps.max(1) => _,

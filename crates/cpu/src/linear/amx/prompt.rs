@@ -2,8 +2,7 @@
 //!
 //! A packed panel of `bf16` weights is a run of tiles as it lies in memory (a segment is 16 pairs
 //! of positions x 16 lanes, 1 KB); the codes of other formats are decoded to such tiles, once for a pass
-//! of rows. Only rows in the prefill form come here: decoding rows stay with the kernels that round
-//! nothing, which memory holds back as much. A program with routers, where a little error may send a
+//! of rows. A program with routers, where a little error may send a
 //! token to another expert, has its rows multiplied in two parts, the nearest `bf16` and what that leaves.
 //!
 //! Cost. Two blocks of rows against two panels load four tiles for four products of 16 cycles: with random
@@ -75,7 +74,7 @@ pub(in super::super) unsafe fn multiply(
     let at_once = if slice < matrix.segments() { TILE_PANELS } else { 2 };
     // SAFETY: as the caller promises.
     unsafe {
-        configure();
+        configure(BLOCK);
         let job = Job { matrix, activations, blocks, out, scratch, slice };
         for first in panels.clone().step_by(at_once) {
             job.panels(first..panels.end.min(first + at_once));

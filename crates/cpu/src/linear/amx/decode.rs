@@ -1,0 +1,500 @@
+//! Rows in the decoding form.
+//!
+//! `bf16` weights are tiles as they lie in memory. Rows come in two parts, the nearest `bf16` and the nearest of what
+//! that leaves, which errs by `2^-17` of a number, and both meet a tile of weights while it is loaded, so that
+//! weights are read once and memory sets the pace.
+//! Predicted for 8192 x 2048: the read of 33.5 MB, as eight products of 16 cycles for each 4 KB leave half of the time free.
+//! Measured, one thread, microseconds, for 1, 2, 4, 8, 16, 32 rows: 1643, 1651, 1683, 1706, 1778, 2701 (20 GB/s).
+//!
+//! Nibbles meet codes of activations, `16 * high + low`, by one product a segment: its tile has sixteen times the
+//! nibbles, which high bytes meet, and the nibbles, which low bytes meet. The sums of a segment must leave the tiles, as each
+//! lane has a scale of its own. What that costs is hidden by doing four things side by side, each for another segment:
+//! decoding the third next, the product of this one, storing the sums of the one before, and
+//! scaling those of the third before; one after the other, loads of tiles wait for stores on their way.
+//! Predicted in cycles a segment and panel for sixteen rows, from loads, stores and instructions: 42. Measured with weights in the
+//! third-level cache, eight rows / sixteen: 60 / 88 (in order 80 / 110, AVX-512's dots 100 / 198); tiles without the rest 27 / 32, with scaling
+//! 49 / 78, all but the tiles 29 / 38: they do not run as much side by side as they could. With weights from memory 80 / 108. Activations in the first-level
+//! cache would save 10 %, but slices of k that keep them there cost more in short runs: 1036 and 1395 us in place of 983 and 1279
+//! for 8 and 16 rows of Q4_0, 8192 x 2048.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use super::super::activations::{Activations, BLOCK, BlockView, CODE_BYTES, padded_rows};
+use super::super::codes::{Coded, Decoded, unroll};
+use super::super::dispatch::{BatchFn, RunFn};
+use super::super::kernels::{Args, load_acc, prefetch, store_acc};
+use super::super::{Output, store};
+use super::{TILE_BYTES, configure, release};
+use crate::isa::Simd;
+use crate::isa::avx512::Avx512;
+use crate::pack::{PANEL, PackedMatrix};
+
+/// How far ahead packed weights are asked for.
+const AHEAD_BYTES: usize = 4096;
+/// Panels of `bf16` that a block of rows takes at a time.
+const PANELS: usize = 4;
+
+/// Multiplies `blocks` of rows in the decoding form, in two parts, by `panels` of `bf16` weights.
+///
+/// # Safety
+/// AMX is available, the activations serve the matrix, whose packed panels are tiles, `out` is `[rows, out]`, and
+/// nobody else touches the elements of these rows and panels.
+pub(in super::super) unsafe fn multiply_split(
+    matrix: &PackedMatrix,
+    activations: &Activations,
+    panels: Range<usize>,
+    blocks: Range<usize>,
+    out: &Output<'_>,
+) {
+    if panels.is_empty() || blocks.is_empty() {
+        return;
+    }
+    let mut sums = Aligned([[0f32; BLOCK * PANEL]; PANELS]);
+    let mut panel = panels.start;
+    while panel < panels.end {
+        let count = if panels.end - panel >= PANELS { PANELS } else { 1 };
+        for block in blocks.clone() {
+            let rows = activations.block_rows(matrix, block);
+            // SAFETY: as the caller promises.
+            unsafe {
+                configure(rows);
+                let split = Split::new(matrix, activations, panel, block);
+                if count == PANELS {
+                    split.four_panels(&mut sums.0);
+                } else {
+                    split.one_panel(&mut sums.0[0]);
+                }
+                for (index, sums) in sums.0[..count].iter().enumerate() {
+                    store(matrix, activations, sums, block, panel + index, out);
+                }
+            }
+        }
+        panel += count;
+    }
+    // SAFETY: as the caller promises.
+    unsafe { release() };
+}
+
+/// Something on a line of the cache.
+#[repr(C, align(64))]
+struct Aligned<T>(T);
+
+/// One block of rows and some panels.
+struct Split {
+    /// By part.
+    rows: [*const u8; 2],
+    /// Bytes from a segment of the rows to the next.
+    step: usize,
+    weights: *const u8,
+    panel_bytes: usize,
+    segments: usize,
+}
+
+/// One segment of the panel at `$at`: its products with both parts are added to `$sum`, and its lines of later are
+/// asked for.
+macro_rules! panel {
+    ($sum:literal, $tile:literal, $at:literal) => {
+        concat!(
+            "tileloadd ",
+            $tile,
+            ", [{",
+            $at,
+            "} + {line} * 1]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead}]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 64]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 128]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 192]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 256]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 320]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 384]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 448]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 512]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 576]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 640]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 704]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 768]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 832]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 896]\n",
+            "prefetcht0 [{",
+            $at,
+            "} + {ahead} + 960]\n",
+            "tdpbf16ps ",
+            $sum,
+            ", tmm4, ",
+            $tile,
+            "\n",
+            "tdpbf16ps ",
+            $sum,
+            ", tmm5, ",
+            $tile,
+            "\n",
+            "add {",
+            $at,
+            "}, 1024",
+        )
+    };
+}
+
+/// For each segment both parts of its rows, then `$line`s.
+macro_rules! run {
+    ($split:expr, $segments:expr, [$($line:expr),+ $(,)?], $($name:ident = $at:expr),+) => {
+        asm!(
+            "2:",
+            "tileloadd tmm4, [{first} + {line} * 1]",
+            "tileloadd tmm5, [{second} + {line} * 1]",
+            $($line,)+
+            "add {first}, {step}",
+            "add {second}, {step}",
+            "dec {n}",
+            "jnz 2b",
+            first = inout(reg) $split.rows[0].wrapping_add($segments.start * $split.step) => _,
+            second = inout(reg) $split.rows[1].wrapping_add($segments.start * $split.step) => _,
+            $($name = inout(reg) $at => _,)+
+            step = in(reg) $split.step,
+            line = in(reg) 64usize,
+            ahead = in(reg) $split.ahead(&$segments),
+            n = inout(reg) $segments.len() => _,
+            options(nostack, readonly)
+        )
+    };
+}
+
+impl Split {
+    fn new(matrix: &PackedMatrix, activations: &Activations, panel: usize, block: usize) -> Split {
+        let [first, second] = [0, 1].map(|part| activations.split_rows(part, block));
+        Split {
+            rows: [first.0, second.0],
+            step: first.1,
+            weights: matrix.panel(panel),
+            panel_bytes: matrix.panel_bytes(),
+            segments: matrix.segments(),
+        }
+    }
+
+    /// Segment `segment` of panel `panel` of these.
+    fn at(&self, panel: usize, segment: usize) -> *const u8 {
+        self.weights.wrapping_add(panel * self.panel_bytes + segment * TILE_BYTES)
+    }
+
+    /// Runs of segments; behind the last one's end lie panels that are being read already.
+    fn runs(&self) -> [Range<usize>; 2] {
+        let turn = self.segments.saturating_sub(AHEAD_BYTES / TILE_BYTES);
+        [0..turn, turn..self.segments]
+    }
+
+    /// What is asked for while a run of four panels is multiplied.
+    fn ahead(&self, run: &Range<usize>) -> usize {
+        let last = run.end == self.segments;
+        AHEAD_BYTES + if last { (PANELS - 1) * self.panel_bytes } else { 0 }
+    }
+
+    /// # Safety
+    /// As [`multiply_split`], with tiles configured; the matrix has four panels from this one on.
+    unsafe fn four_panels(&self, sums: &mut [[f32; BLOCK * PANEL]; PANELS]) {
+        // SAFETY: as the caller promises; the compiler knows nothing of tile registers, and any
+        // address may be asked for.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nomem, nostack)
+            );
+            for run in self.runs().into_iter().filter(|run| !run.is_empty()) {
+                let [b0, b1, b2, b3] = [0, 1, 2, 3].map(|panel| self.at(panel, run.start));
+                run!(
+                    self,
+                    run,
+                    [
+                        panel!("tmm0", "tmm6", "b0"),
+                        panel!("tmm1", "tmm7", "b1"),
+                        panel!("tmm2", "tmm6", "b2"),
+                        panel!("tmm3", "tmm7", "b3"),
+                    ],
+                    b0 = b0,
+                    b1 = b1,
+                    b2 = b2,
+                    b3 = b3
+                );
+            }
+            asm!(
+                "tilestored [{c} + {line} * 1], tmm0",
+                "tilestored [{c} + {line} * 1 + 1024], tmm1",
+                "tilestored [{c} + {line} * 1 + 2048], tmm2",
+                "tilestored [{c} + {line} * 1 + 3072], tmm3",
+                c = in(reg) sums.as_mut_ptr(), line = in(reg) 64usize, options(nostack)
+            );
+        }
+    }
+
+    /// # Safety
+    /// As [`multiply_split`], with tiles configured.
+    unsafe fn one_panel(&self, sums: &mut [f32; BLOCK * PANEL]) {
+        let run = 0..self.segments;
+        // SAFETY: as in `four_panels`.
+        unsafe {
+            asm!("tilezero tmm0", options(nomem, nostack));
+            run!(self, run, [panel!("tmm0", "tmm6", "b0")], b0 = self.at(0, 0));
+            asm!(
+                "tilestored [{c} + {line} * 1], tmm0",
+                c = in(reg) sums.as_mut_ptr(), line = in(reg) 64usize, options(nostack)
+            );
+        }
+    }
+}
+
+/// Rows from which on products of tiles beat those of AVX-512.
+const BATCH_ROWS: usize = 6;
+/// Multiplies those of `blocks` of rows in the decoding form that have enough rows for tiles by `panels` of nibbles;
+/// the blocks that are left.
+///
+/// # Safety
+/// AMX is available, the activations serve the matrix, whose kernel `batch` is, `out` is `[rows, out]`, and nobody
+/// else touches the elements of these rows and panels.
+pub(in super::super) unsafe fn multiply_nibbles(
+    matrix: &PackedMatrix,
+    activations: &Activations,
+    panels: Range<usize>,
+    blocks: Range<usize>,
+    out: &Output<'_>,
+    batch: BatchFn,
+) -> Range<usize> {
+    let rows_of = |block| padded_rows(activations.block_rows(matrix, block));
+    // The last one alone may have fewer than sixteen.
+    let few = blocks.clone().next_back().filter(|last| rows_of(*last) < BATCH_ROWS);
+    let many = blocks.start..few.unwrap_or(blocks.end);
+    if many.is_empty() || panels.is_empty() {
+        return many.end..blocks.end;
+    }
+    let mut configured = 0;
+    for panel in panels {
+        for block in many.clone() {
+            let rows = rows_of(block);
+            let mut product = [0f32; BLOCK * PANEL];
+            // SAFETY: as the caller promises.
+            unsafe {
+                // Takes a hundred cycles.
+                if rows != configured {
+                    configure(rows);
+                    configured = rows;
+                }
+                batch(rows)(&Args {
+                    weights: matrix.panel(panel),
+                    panel_bytes: matrix.panel_bytes(),
+                    next: std::ptr::null(),
+                    scales: std::ptr::null(),
+                    mins: std::ptr::null(),
+                    segments: matrix.segments(),
+                    rows: activations.view(matrix.operand, block, 0, 0),
+                    acc: product.as_mut_ptr(),
+                    constants: &matrix.constants,
+                });
+                store(matrix, activations, &product, block, panel, out);
+            }
+        }
+    }
+    // SAFETY: as the caller promises.
+    unsafe { release() };
+    many.end..blocks.end
+}
+
+/// The kernel of nibbles for a block padded to `rows`, [`BATCH_ROWS`] at least, for which tiles are configured.
+pub(in super::super) fn nibbles_of<C: Coded>(rows: usize) -> RunFn {
+    match rows {
+        ..=6 => nibbles::<C, 6>,
+        ..=8 => nibbles::<C, 8>,
+        ..=12 => nibbles::<C, 12>,
+        _ => nibbles::<C, 16>,
+    }
+}
+
+/// Tiles of weights, or of sums, on their way.
+const RING: usize = 4;
+/// From decoding a segment to its product, and from that to the scaling of its sums.
+const LAG: usize = 3;
+
+/// What is between the steps of a segment.
+#[repr(C, align(64))]
+struct Ring {
+    weights: [[u8; TILE_BYTES]; RING],
+    sums: [[u8; TILE_BYTES]; RING],
+}
+
+/// Walks along a panel, a segment at a time.
+struct Walk {
+    at: *const u8,
+    /// Segments left in the chunk.
+    left: usize,
+}
+
+impl Walk {
+    /// The next segment's codes, and its number in its chunk.
+    #[inline(always)]
+    fn next<C: Coded>(&mut self, in_chunk: usize, tail_bytes: usize) -> (*const u8, usize) {
+        let (codes, index) = (self.at, in_chunk - self.left);
+        self.left -= 1;
+        self.at = codes.wrapping_add(C::SEGMENT_BYTES);
+        if self.left == 0 {
+            (self.at, self.left) = (self.at.wrapping_add(tail_bytes), in_chunk);
+        }
+        (codes, index)
+    }
+}
+
+/// Adds to the accumulators of `R` rows what a panel's segments make of them. A segment's integer sums and the order
+/// in which they are added are those of the other kernels.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
+    const { assert!(C::BITS == 4 && C::PARTS == 1) };
+    // SAFETY: as the caller promises; a chunk has at most eight segments.
+    unsafe {
+        let (constants, total) = (args.constants, args.segments);
+        let (in_chunk, tail_bytes) = (C::segments(constants), C::tail_bytes(constants));
+        let mut ring = MaybeUninit::<Ring>::uninit();
+        let weights = (&raw mut (*ring.as_mut_ptr()).weights).cast::<u8>();
+        let sums = (&raw mut (*ring.as_mut_ptr()).sums).cast::<u8>();
+        let weights_at = |i: usize| weights.add(i % RING * TILE_BYTES);
+        let sums_at = |i: usize| sums.add(i % RING * TILE_BYTES);
+        let (mut scales, mut mins) = ([0f32; 8 * PANEL], [0f32; 8 * PANEL]);
+        let mut acc = load_acc::<Avx512, R>(args.acc);
+        let mut rows = args.rows;
+        let mut in_front = Walk { at: args.weights, left: in_chunk };
+        let mut behind = Walk { at: args.weights, left: in_chunk };
+        let mut decode_next = |i: usize| {
+            let (codes, _) = in_front.next::<C>(in_chunk, tail_bytes);
+            prefetch(codes.wrapping_add(AHEAD_BYTES), constants.segment_bytes);
+            decode::<C>(codes, weights_at(i));
+        };
+        for i in 0..LAG.min(total) {
+            decode_next(i);
+        }
+        let mut x = args.rows.x;
+        macro_rules! step {
+            ($s:expr, $i:literal, $sum:literal, $rows:literal, $weights:literal, $before:literal) => {
+                let s = $s;
+                if s < total {
+                    asm!(
+                        concat!("tilezero ", $sum),
+                        concat!("tileloadd ", $rows, ", [{x} + {line} * 1]"),
+                        concat!("tileloadd ", $weights, ", [{w} + {line} * 1]"),
+                        concat!("tdpbsud ", $sum, ", ", $rows, ", ", $weights),
+                        x = in(reg) x, w = in(reg) weights_at($i), line = in(reg) 64usize,
+                        options(nostack, readonly)
+                    );
+                    x = x.wrapping_add(args.rows.stride * CODE_BYTES);
+                }
+                if s + LAG < total {
+                    decode_next($i + LAG);
+                }
+                if s >= 1 && s <= total {
+                    asm!(
+                        concat!("tilestored [{c} + {line} * 1], ", $before),
+                        c = in(reg) sums_at($i + RING - 1), line = in(reg) 64usize,
+                        options(nostack)
+                    );
+                }
+                if s >= LAG {
+                    let (codes, index) = behind.next::<C>(in_chunk, tail_bytes);
+                    if index == 0 {
+                        let tail = codes.add(in_chunk * C::SEGMENT_BYTES);
+                        let out = Decoded { scales: scales.as_mut_ptr(), mins: mins.as_mut_ptr() };
+                        C::scales::<Avx512>(tail, constants, out);
+                    }
+                    let scale = Avx512::load(scales.as_ptr().add(index * PANEL));
+                    let min = C::MIN.then(|| Avx512::load(mins.as_ptr().add(index * PANEL)));
+                    add_scaled::<R>(sums_at($i + RING - LAG), scale, min, &rows, &mut acc);
+                    rows = rows.after::<CODE_BYTES>(1, 1);
+                }
+            };
+        }
+        for first in (0..total + LAG).step_by(RING) {
+            step!(first, 0, "tmm0", "tmm4", "tmm6", "tmm3");
+            if first + 1 >= total + LAG {
+                break;
+            }
+            step!(first + 1, 1, "tmm1", "tmm5", "tmm7", "tmm0");
+            if first + 2 >= total + LAG {
+                break;
+            }
+            step!(first + 2, 2, "tmm2", "tmm4", "tmm6", "tmm1");
+            if first + 3 >= total + LAG {
+                break;
+            }
+            step!(first + 3, 3, "tmm3", "tmm5", "tmm7", "tmm2");
+        }
+        store_acc::<Avx512, R>(args.acc, acc);
+    }
+}
+
+/// A segment's nibbles as a tile: sixteen times each, then each.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn decode<C: Coded>(packed: *const u8, tile: *mut u8) {
+    // SAFETY: the caller gives a segment and room for a tile.
+    unsafe {
+        let codes = C::codes::<Avx512>(packed);
+        unroll!(j in 8 => {
+            // No bit leaves its byte.
+            Avx512::store_b(tile.add(64 * j), _mm512_slli_epi16::<4>(codes[j]));
+            Avx512::store_b(tile.add(TILE_BYTES / 2 + 64 * j), codes[j]);
+        });
+    }
+}
+
+/// Adds a segment's sums, `[R][16]`, to the accumulators as the other kernels do.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn add_scaled<const R: usize>(
+    sums: *const u8,
+    scale: __m512,
+    min: Option<__m512>,
+    rows: &BlockView,
+    acc: &mut [__m512; R],
+) {
+    // SAFETY: the caller gives a tile of sums and `R` rows.
+    unsafe {
+        unroll!(r in R => {
+            let start = _mm512_set1_epi32(*rows.offsets.add(r));
+            let dot = _mm512_add_epi32(Avx512::load_b(sums.add(64 * r)), start);
+            let factor = Avx512::mul(scale, Avx512::splat(*rows.scales.add(r)));
+            acc[r] = Avx512::fma(factor, Avx512::to_f(dot), acc[r]);
+            if let Some(min) = min {
+                acc[r] = Avx512::fma(min, Avx512::splat(*rows.sums.add(r)), acc[r]);
+            }
+        });
+    }
+}
