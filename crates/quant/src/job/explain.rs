@@ -26,7 +26,7 @@ use crate::explain::{
 };
 use crate::recipe::Prefix;
 use crate::section::{Layers, Section};
-use crate::statistics::{Statistics, output_error};
+use crate::statistics::Statistics;
 use crate::technique::Stage;
 
 /// Tokens whose logits are in memory at once, for each of two streams.
@@ -353,8 +353,7 @@ impl Job<'_> {
         let hidden =
             matches!(&self.program.ops[op], Op::Experts { spec, .. } if spec.down == weight);
         let input = input.filter(|it| !hidden && it.seen.width() == columns);
-        let energy =
-            |statistics: &Statistics| output_error(&values, &statistics.triangle(), columns);
+        let energy = |statistics: &Statistics| statistics.quadratic().sum(&values);
         let whole = input.map(|it| energy(&it.seen));
         let rounded = input.map(|it| energy(&it.rounded));
         Ok(TensorExplanation {
