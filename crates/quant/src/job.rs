@@ -335,17 +335,17 @@ impl<'a> Job<'a> {
             self.round_experts(*op, calibration, &experts)?;
         }
         (self.seen, self.asymmetries) = Default::default();
-        match self.recipe.prefix {
-            Prefix::Float => Ok(after),
-            Prefix::Quantized => {
+        match (self.recipe.prefix, after) {
+            (Prefix::Float, Some(after)) => Ok(after),
+            (_, after) => {
                 let stream = self.stream_of(&plain, calibration, Some(stream))?;
-                Ok(Prefixes { stream, float: after.float })
+                Ok(Prefixes { stream, float: after.and_then(|it| it.float) })
             }
         }
     }
 
     /// Runs a layer as it was and keeps what is seen of the inputs of `ops`; what experts read, and the
-    /// streams after it.
+    /// streams after it if somebody asks for them: otherwise the layer ends where all is seen.
     fn observe_layer(
         &mut self,
         calibration: &Calibration<'_>,
@@ -353,14 +353,19 @@ impl<'a> Job<'a> {
         range: Range<usize>,
         out: Value,
         prefixes: &Prefixes,
-    ) -> Result<(ExpertInputs, Prefixes), QuantError> {
+    ) -> Result<(ExpertInputs, Option<Prefixes>), QuantError> {
         let Prefixes { stream, float } = prefixes;
+        let whole = self.recipe.prefix == Prefix::Float || float.is_some();
         let inputs: BTreeSet<Value> =
             ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
         let mut taps: Vec<Value> = inputs.iter().copied().collect();
-        taps.push(out);
+        taps.extend(whole.then_some(out));
         let routers = range.clone();
-        let section = Section::new(self.program, range, calibration.tokens.len(), &taps)?;
+        let section = match whole {
+            true => range,
+            false => range.start..self.end_of_inputs(range, &inputs),
+        };
+        let section = Section::new(self.program, section, calibration.tokens.len(), &taps)?;
         let width = |value: &Value| (*value, self.program.value_width(*value));
         let mut seen = Observed::new(inputs.iter().map(width));
         let mut experts = ExpertInputs::new(self.program, ops);
@@ -383,25 +388,37 @@ impl<'a> Job<'a> {
                 beside.run(window, &mut |seen| {
                     floats.extend(seen.taps.iter().map(|rows| rows.to_vec()));
                 })?;
-                float_after.extend_from_slice(&floats[taps.len() - 1]);
+                float_after.extend_from_slice(&floats[inputs.len()]);
             }
             prepared.run(window, &mut |window| {
+                seen.add(&taps, window.taps);
                 for (at, (value, rows)) in taps.iter().zip(window.taps).enumerate() {
-                    seen.add(*value, rows);
                     experts.add(*value, rows);
                     if let Some(asymmetry) = asymmetries.get_mut(value) {
                         asymmetry.add(&floats[at], rows);
                     }
                 }
                 coverage.add(window.routings);
-                after.extend_from_slice(window.taps[taps.len() - 1]);
+                if let Some(rows) = window.taps.get(inputs.len()) {
+                    after.extend_from_slice(rows);
+                }
             })?;
         }
         let width = self.program.value_width(out);
-        let float = float.as_ref().map(|_| Stream { width, values: float_after });
+        let float = float.as_ref().map(|_| Stream { width, values: float_after.into() });
         self.coverage.extend(coverage.finish());
         (self.seen, self.asymmetries) = (seen, asymmetries);
-        Ok((experts, Prefixes { stream: Stream { width, values: after }, float }))
+        let after = Prefixes { stream: Stream { width, values: after.into() }, float };
+        Ok((experts, whole.then_some(after)))
+    }
+
+    /// Behind the last of ops `range` that makes one of `inputs`, or that routes.
+    fn end_of_inputs(&self, range: Range<usize>, inputs: &BTreeSet<Value>) -> usize {
+        let needed = |op: &usize| {
+            let op = &self.program.ops[*op];
+            matches!(op, Op::Route { .. }) || op.outputs().any(|out| inputs.contains(&out))
+        };
+        range.clone().rev().find(needed).map_or(range.start, |op| op + 1)
     }
 
     /// What a section with one tap makes of `stream`, with weights as far as they have become.
@@ -427,7 +444,7 @@ impl<'a> Job<'a> {
         calibration.run(section, stream, weight, &mut |window| {
             values.extend_from_slice(window.taps[0]);
         })?;
-        Ok(Stream { width, values })
+        Ok(Stream { width, values: values.into() })
     }
 
     /// A weight as far as it has become: quantized, scaled, or what it was.

@@ -113,7 +113,7 @@ impl Job<'_> {
             let loaded = weights.iter().flatten().map(|weight| Ok(self.load(*weight)?.1));
             let loaded = loaded.collect::<Result<Vec<Vec<f32>>, QuantError>>()?;
             let width = self.program.value_width(*input);
-            let stream = Stream { width, values: inputs.0[input].clone() };
+            let stream = Stream { width, values: inputs.0[input].clone().into() };
             let experts = spec.experts;
             let mut statistics = |expert: usize| {
                 let mut part = |weight: Weight| {

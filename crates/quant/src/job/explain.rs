@@ -218,7 +218,9 @@ impl Job<'_> {
         let made = self.through(version, &text, &section, Some(&table))?;
         let part = rows / streams.len().max(1) * made.width;
         let parts = made.values.chunks(part.max(1));
-        Ok(parts.map(|values| Stream { width: made.width, values: values.to_vec() }).collect())
+        Ok(parts
+            .map(|values| Stream { width: made.width, values: values.to_vec().into() })
+            .collect())
     }
 
     fn explain_layer(
@@ -392,7 +394,7 @@ impl Job<'_> {
         let parts = (0..tokens / rows).flat_map(|at| {
             streams.iter().map(move |stream| &stream.values[at * rows * width..][..rows * width])
         });
-        let table = Stream { width, values: parts.flatten().copied().collect() };
+        let table = Stream { width, values: parts.flatten().copied().collect::<Vec<f32>>().into() };
         let all = tokens * streams.len();
         let section = Section::new(self.program, first_op..end, all, &[])?;
         let text = Calibration { tokens: &vec![0; all], window: rows, ..pass.text };
@@ -451,9 +453,10 @@ impl Pass<'_, '_> {
 /// Streams of one length as one table; its rows.
 fn joined(streams: &[&Stream]) -> (Stream, usize) {
     let width = streams.first().map_or(1, |stream| stream.width.max(1));
-    let values: Vec<f32> = streams.iter().flat_map(|stream| &stream.values).copied().collect();
+    let values: Vec<f32> =
+        streams.iter().flat_map(|stream| stream.values.iter()).copied().collect();
     let rows = values.len() / width;
-    (Stream { width, values }, rows)
+    (Stream { width, values: values.into() }, rows)
 }
 
 /// The root of the mean over tokens of `|error|^2 / |stream|^2`: tokens of all sizes count alike.

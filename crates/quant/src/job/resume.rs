@@ -137,6 +137,11 @@ fn floats(name: String, values: &[f32]) -> Plane<'static> {
     Plane { name, bytes: bytes.into(), about: None }
 }
 
+fn plane_of_stream<'a>((name, stream): (&str, &'a Stream)) -> Plane<'a> {
+    let bytes: &[u8] = stream.values.as_ref();
+    Plane { name: name.to_owned(), bytes: bytes.into(), about: Some(stream.width.to_string()) }
+}
+
 fn floats_of(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
@@ -221,7 +226,7 @@ impl Job<'_> {
         let file = store.open(&store.stream(state.layers))?;
         let stream = |name: &str| -> Option<Stream> {
             let width = file.metadata().get(name)?.parse().ok()?;
-            Some(Stream { width, values: floats_of(&file.raw(name).ok()?.bytes) })
+            Some(Stream { width, values: floats_of(&file.raw(name).ok()?.bytes).into() })
         };
         let (found, float) = (stream("stream"), stream("float"));
         let found = found.ok_or_else(|| store.refused("its stream is missing"))?;
@@ -262,13 +267,9 @@ impl Job<'_> {
         store.write(&store.layer(layer), &planes)?;
         drop(planes);
         self.map_layer(store, layer)?;
-        let plane = |(name, stream): (&str, &Stream)| {
-            let about = Some(stream.width.to_string());
-            Plane { about, ..floats(name.to_owned(), &stream.values) }
-        };
         let float = prefixes.float.iter().map(|float| ("float", float));
         let streams: Vec<Plane<'_>> =
-            [("stream", &prefixes.stream)].into_iter().chain(float).map(plane).collect();
+            [("stream", &prefixes.stream)].into_iter().chain(float).map(plane_of_stream).collect();
         store.write(&store.stream(layer + 1), &streams)?;
         let state = State {
             origin: store.origin.clone(),

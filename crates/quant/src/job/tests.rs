@@ -173,7 +173,7 @@ fn sections_are_the_program_in_pieces() {
                 compared.insert(*value);
             }
             let values = made.pop().expect("the stream");
-            stream = Some(Stream { width: program.value_width(out), values });
+            stream = Some(Stream { width: program.value_width(out), values: values.into() });
         }
         assert_eq!(compared.len(), whole.0.len(), "{name}: every input of every linear op");
     }
