@@ -246,27 +246,27 @@ pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride
 
 /// What was seen of the values that the linear ops of one layer read.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Observed(BTreeMap<Value, Statistics>);
+pub(crate) struct Observed(BTreeMap<Value, Arc<Statistics>>);
 
 impl Observed {
     /// Nothing yet, of `values` with their widths.
     pub fn new(values: impl Iterator<Item = (Value, usize)>) -> Self {
-        Self(values.map(|(value, width)| (value, Statistics::new(width))).collect())
+        Self(values.map(|(value, width)| (value, Arc::new(Statistics::new(width)))).collect())
     }
 
     /// Adds what one window made of each of `values`; those that are not observed are passed over.
     pub fn add(&mut self, values: &[Value], rows: &[&[f32]]) {
         let rows: BTreeMap<&Value, &&[f32]> = values.iter().zip(rows).collect();
-        let all: Vec<(&Value, &mut Statistics)> = self.0.iter_mut().collect();
+        let all: Vec<(&Value, &mut Arc<Statistics>)> = self.0.iter_mut().collect();
         // Together: a narrow input alone does not keep all threads busy.
         all.into_par_iter().with_max_len(1).for_each(|(value, statistics)| {
             if let Some(rows) = rows.get(value) {
-                statistics.add(rows);
+                Arc::make_mut(statistics).add(rows);
             }
         });
     }
 
-    pub fn of(&self, value: Value) -> Option<&Statistics> {
+    pub fn of(&self, value: Value) -> Option<&Arc<Statistics>> {
         self.0.get(&value)
     }
 }

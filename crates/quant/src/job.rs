@@ -10,6 +10,7 @@ mod resume;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use lathe_model::export::{Replacement, ReplacementError};
 use lathe_model::spec::DecoderSpec;
@@ -520,7 +521,7 @@ impl<'a> Job<'a> {
             values,
             fused_largest: None,
         });
-        let (statistics, asymmetry) = (statistics.as_ref(), None);
+        let (statistics, asymmetry) = (statistics.as_deref(), None);
         let group = Group { matrices: matrices.collect(), statistics, asymmetry };
         // Matrices that share scales of channels have one format, or the first one's is as good.
         let format = self.recipe.format_of(&report.tensors[0]);
@@ -583,11 +584,11 @@ impl<'a> Job<'a> {
     }
 
     /// What calibration saw of an op's input, as its scaled channels would have been.
-    fn statistics(&self, op: usize) -> Option<Statistics> {
+    fn statistics(&self, op: usize) -> Option<Arc<Statistics>> {
         let statistics = self.seen.of(self.program.ops[op].inputs().next()?)?;
         Some(match self.columns.get(&op) {
-            Some(scales) => statistics.divided_by(scales),
-            None => statistics.clone(),
+            Some(scales) => Arc::new(statistics.divided_by(scales)),
+            None => Arc::clone(statistics),
         })
     }
 
@@ -648,7 +649,7 @@ impl<'a> Job<'a> {
             let same = |name: &str| step.applies_to(name) && recipe.format_of(name) == format;
             let (together, others): (Vec<Weight>, Vec<Weight>) =
                 left.iter().partition(|it| same(&self.name(**it)));
-            self.round(step, &together, statistics.as_ref())?;
+            self.round(step, &together, statistics.as_deref())?;
             left = others;
         }
         Ok(())

@@ -105,7 +105,7 @@ impl Job<'_> {
                 });
             }
             if weight != spec.down {
-                self.round_together(step, weight, seen.as_ref())?;
+                self.round_together(step, weight, seen.as_deref())?;
                 continue;
             }
             // Gate and up are what they were until down has seen what they make.

@@ -4,7 +4,9 @@
 //! `layer-N.safetensors` has what the layer's weights came to be, `stream-N.safetensors` the stream
 //! behind it, `state.json` how many layers are finished, the reports so far and what the run is of. Each
 //! is written under a temporary name and renamed, the state last, so that whatever ends the process
-//! leaves a folder to go on from. Weights in the folder are mapped, not kept in memory: of finished layers a job
+//! leaves a folder to go on from. When they go to the disk is left to the operating system: a stream is gone
+//! before that, and to wait for it cost a quarter of a second a layer. After a loss of power a file may be cut short, which is
+//! refused. Weights in the folder are mapped, not kept in memory: of finished layers a job
 //! holds nothing but their scales. The bits are those of a run without interruption.
 
 use std::collections::BTreeSet;
@@ -108,7 +110,7 @@ impl Store {
         for plane in planes {
             writer.write(&plane.name, &plane.bytes).map_err(|error| self.refused(error))?;
         }
-        writer.finish().map_err(|error| self.refused(error))?;
+        writer.finish_cached().map_err(|error| self.refused(error))?;
         Ok(())
     }
 
