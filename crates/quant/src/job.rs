@@ -521,8 +521,12 @@ impl<'a> Job<'a> {
             values,
             fused_largest: None,
         });
-        let (statistics, asymmetry) = (statistics.as_deref(), None);
-        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
+        let tied = match fold {
+            Fold::Values { heads, .. } => Some(heads.sources()),
+            _ => None,
+        };
+        let (statistics, tied) = (statistics.as_deref(), tied.as_deref());
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry: None, tied };
         // Matrices that share scales of channels have one format, or the first one's is as good.
         let format = self.recipe.format_of(&report.tensors[0]);
         let outcome = (step.technique.group())(&group, format, &step.parameters)?;
@@ -547,6 +551,16 @@ impl<'a> Job<'a> {
             all.iter_mut().zip(scales).for_each(|(all, scale)| *all *= scale);
         };
         match fold {
+            Fold::Values { weight, bias, heads } => {
+                let mut of_rows = vec![1f32; heads.values * heads.width];
+                for (source, scale) in heads.sources().into_iter().zip(&scales) {
+                    of_rows[source] = *scale;
+                }
+                for weight in [Some(weight), bias].into_iter().flatten() {
+                    divide(&mut self.rows, weight, &of_rows);
+                }
+                Ok(scales)
+            }
             Fold::Rows { weight, bias } => {
                 for weight in [Some(weight), bias].into_iter().flatten() {
                     divide(&mut self.rows, weight, &scales);
@@ -675,7 +689,7 @@ impl<'a> Job<'a> {
         });
         let asymmetry = self.targets.get(&weights[0]).and_then(|op| self.asymmetry(*op));
         let asymmetry = asymmetry.as_ref();
-        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry, tied: None };
         let format = self.recipe.format_of(&names[0]);
         let outcome = (step.technique.group())(&group, format, &step.parameters)?;
         let Outcome::Quantized(list) = outcome else {

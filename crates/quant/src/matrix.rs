@@ -1,5 +1,7 @@
 //! What techniques work on and what they return.
 
+use std::collections::BTreeMap;
+
 use lathe_tensor::codec::scaled::{self, BlockScale, E8m0Rounding, Span};
 use lathe_tensor::{Block, Format, GlobalScale, ScaledFormat, Tensor, TensorError};
 use rayon::prelude::*;
@@ -41,6 +43,8 @@ pub struct Group<'a> {
     pub statistics: Option<&'a Statistics>,
     /// How that input differs from the float model's, if calibration ran through both.
     pub asymmetry: Option<&'a Asymmetry>,
+    /// By input channel: channels of one number can only be scaled alike. `None` if all are free.
+    pub tied: Option<&'a [usize]>,
 }
 
 impl<'a> Group<'a> {
@@ -55,6 +59,19 @@ impl<'a> Group<'a> {
     ) -> Result<&'a Statistics, QuantError> {
         let seen = self.statistics.filter(|it| it.rows() > 0);
         seen.ok_or_else(|| QuantError::Unobserved { technique, tensor: tensor.to_owned() })
+    }
+
+    /// Puts what `join` makes of all channels that are scaled alike in the place of each of them;
+    /// `values` has a number a channel.
+    pub fn join_tied(&self, values: &mut [f64], join: impl Fn(&[f64]) -> f64) {
+        let Some(tied) = self.tied else { return };
+        let mut together: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+        for (number, value) in tied.iter().zip(values.iter()) {
+            together.entry(*number).or_default().push(*value);
+        }
+        let joined: BTreeMap<usize, f64> =
+            together.into_iter().map(|(number, all)| (number, join(&all))).collect();
+        values.iter_mut().zip(tied).for_each(|(value, number)| *value = joined[number]);
     }
 
     /// Quantizes each matrix by itself.

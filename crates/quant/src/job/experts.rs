@@ -179,7 +179,7 @@ impl Job<'_> {
             fused_largest: fused.get(expert).copied(),
         });
         let asymmetry = asymmetry.as_ref();
-        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry, tied: None };
         self.finish_stack(step, weight, vec![group])
     }
 
@@ -203,7 +203,7 @@ impl Job<'_> {
             let (rows, columns) = (shape[1], shape[2]);
             let matrix = Matrix { name, rows, columns, values, fused_largest };
             let statistics = statistics.as_ref();
-            Group { matrices: vec![matrix], statistics, asymmetry: None }
+            Group { matrices: vec![matrix], statistics, asymmetry: None, tied: None }
         });
         self.finish_stack(step, weight, groups.collect())
     }

@@ -22,7 +22,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
     stage: Stage::Prepare,
     effect: "scales input channels by how large activations are; folded into the norm or matrix before",
-    requires: "calibration; a format with scales apart; a norm or a gated activation before the group",
+    requires: "calibration; a format with scales apart; a norm, gated activation or attention before the group",
     conflicts: &[],
     calibrated: true,
     parameters: &[
@@ -60,8 +60,11 @@ fn apply(
     };
     let samples: Vec<Sample> =
         group.matrices.iter().map(|it| Sample::new(it, parameters.whole("rows"))).collect();
-    let magnitudes = statistics.mean_magnitudes();
-    let weights = weight_magnitudes(&group.matrices, format);
+    let mut magnitudes = statistics.mean_magnitudes();
+    let mut weights = weight_magnitudes(&group.matrices, format);
+    let mean = |all: &[f64]| all.iter().sum::<f64>() / all.len() as f64;
+    group.join_tied(&mut magnitudes, mean);
+    group.join_tied(&mut weights, mean);
     let form = statistics.quadratic();
     let steps = parameters.whole("steps");
     let scales_at = |(step, by_weight): (usize, bool)| match (step, by_weight) {

@@ -216,7 +216,12 @@ pub(crate) mod tests {
                 values: &self.values,
                 fused_largest: None,
             };
-            Group { matrices: vec![matrix], statistics: Some(&self.statistics), asymmetry: None }
+            Group {
+                matrices: vec![matrix],
+                statistics: Some(&self.statistics),
+                asymmetry: None,
+                tied: None,
+            }
         }
     }
 
