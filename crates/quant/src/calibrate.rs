@@ -6,13 +6,15 @@
 //! backend will do. Each window of the text begins with an empty cache.
 
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use lathe_program::{
     Backend, BackendError, BlockTable, Executor, ExecutorOptions, KvFormat, Program, Routing, Step,
     StepSequence, Value, Weight, WeightSource,
 };
-use lathe_tensor::Tensor;
+use lathe_tensor::{Bytes, Format, Tensor};
+use rayon::prelude::*;
 
 use crate::error::QuantError;
 use crate::section::Section;
@@ -35,16 +37,41 @@ pub struct Calibration<'a> {
     pub kv_format: Option<KvFormat>,
 }
 
+/// Numbers that whoever reads them shares: a stream is the largest thing that calibration holds.
+#[derive(Debug, Clone)]
+pub(crate) struct Floats(Arc<Vec<f32>>);
+
+impl From<Vec<f32>> for Floats {
+    fn from(values: Vec<f32>) -> Self {
+        Floats(Arc::new(values))
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.0
+    }
+}
+
+impl AsRef<[u8]> for Floats {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
 /// The stream between two layers: `[tokens, width]`.
 #[derive(Debug, Clone)]
 pub(crate) struct Stream {
     pub width: usize,
-    pub values: Vec<f32>,
+    pub values: Floats,
 }
 
 impl Stream {
     fn table(&self) -> Tensor {
-        Tensor::from_f32(&[self.values.len() / self.width.max(1), self.width], &self.values)
+        let shape = vec![self.values.len() / self.width.max(1), self.width];
+        let bytes = Bytes::new(self.values.clone());
+        Tensor::new(shape, Format::F32, bytes).expect("whole rows")
     }
 }
 
@@ -219,21 +246,27 @@ pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride
 
 /// What was seen of the values that the linear ops of one layer read.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Observed(BTreeMap<Value, Statistics>);
+pub(crate) struct Observed(BTreeMap<Value, Arc<Statistics>>);
 
 impl Observed {
     /// Nothing yet, of `values` with their widths.
     pub fn new(values: impl Iterator<Item = (Value, usize)>) -> Self {
-        Self(values.map(|(value, width)| (value, Statistics::new(width))).collect())
+        Self(values.map(|(value, width)| (value, Arc::new(Statistics::new(width)))).collect())
     }
 
-    pub fn add(&mut self, value: Value, rows: &[f32]) {
-        if let Some(statistics) = self.0.get_mut(&value) {
-            statistics.add(rows);
-        }
+    /// Adds what one window made of each of `values`; those that are not observed are passed over.
+    pub fn add(&mut self, values: &[Value], rows: &[&[f32]]) {
+        let rows: BTreeMap<&Value, &&[f32]> = values.iter().zip(rows).collect();
+        let all: Vec<(&Value, &mut Arc<Statistics>)> = self.0.iter_mut().collect();
+        // Together: a narrow input alone does not keep all threads busy.
+        all.into_par_iter().with_max_len(1).for_each(|(value, statistics)| {
+            if let Some(rows) = rows.get(value) {
+                Arc::make_mut(statistics).add(rows);
+            }
+        });
     }
 
-    pub fn of(&self, value: Value) -> Option<&Statistics> {
+    pub fn of(&self, value: Value) -> Option<&Arc<Statistics>> {
         self.0.get(&value)
     }
 }

@@ -1,7 +1,7 @@
 //! Where the scales of a linear group's input can go: into the norm that makes it, or into the rows
-//! of the matrix behind a gated activation. What is between must let a scale of a channel through.
+//! of the matrix behind a gated activation or an attention. What is between must let a scale of a channel through.
 
-use lathe_program::{Activation, NormKind, Op, Program, Value, Weight};
+use lathe_program::{Activation, AttendSpec, KvLayer, NormKind, Op, Program, Value, Weight};
 
 /// What takes the scales of a linear op's input channels.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -10,6 +10,30 @@ pub(crate) enum Fold {
     Norm { weight: Weight, bias: Option<Weight>, offset: f32 },
     /// Rows of a matrix and its bias are divided.
     Rows { weight: Weight, bias: Option<Weight> },
+    /// The same of the matrix that makes the values of an attention, whose heads share them.
+    Values { weight: Weight, bias: Option<Weight>, heads: Heads },
+}
+
+/// Heads of an attention whose output is scaled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Heads {
+    /// Query heads.
+    pub queries: usize,
+    /// Value heads; divides `queries`.
+    pub values: usize,
+    /// Elements of a head.
+    pub width: usize,
+}
+
+impl Heads {
+    /// By channel of the output: the channel of the values that it is made of. Channels of one
+    /// number can only be scaled alike.
+    pub fn sources(self) -> Vec<usize> {
+        let Heads { queries, values, width } = self;
+        let source =
+            |channel: usize| channel / width / (queries / values) * width + channel % width;
+        (0..queries * width).map(source).collect()
+    }
 }
 
 /// What can take the scales of the input of linear op `index`, or why nothing can.
@@ -62,9 +86,37 @@ pub(crate) fn fold_of(program: &Program, index: usize) -> Result<Fold, String> {
             }
             Ok(Fold::Rows { weight: part.weight, bias: part.bias })
         }
+        Some((_, Op::Attend { layer, spec, .. })) => values_of(program, *layer, spec),
         Some((_, op)) => Err(format!("its input comes from {}, which takes no scales", op.kind())),
         None => Err("nothing makes its input".to_owned()),
     }
+}
+
+/// What makes the values that one attention reads from the cache: its output is linear in them.
+fn values_of(program: &Program, layer: KvLayer, spec: &AttendSpec) -> Result<Fold, String> {
+    let of_layer = |op: &&Op| match op {
+        Op::Attend { layer: read, .. } | Op::WriteKv { layer: read, .. } => *read == layer,
+        _ => false,
+    };
+    let mut users = program.ops.iter().enumerate().filter(|(_, op)| of_layer(op));
+    let (Some((at, Op::WriteKv { key, value, .. })), Some(_), None) =
+        (users.next(), users.next(), users.next())
+    else {
+        return Err("other attentions read the same cache".to_owned());
+    };
+    only_reader(program, *value, at)?;
+    let Some((_, Op::Linear { parts, .. })) = maker(program, *value) else {
+        return Err("no linear layer makes the values of its attention".to_owned());
+    };
+    let part = parts.iter().find(|part| part.out == *value).expect("the maker's part");
+    let once = |weight: &Weight| {
+        program.ops.iter().filter(|op| op.weights().contains(weight)).count() == 1
+    };
+    if key == value || !once(&part.weight) || !part.bias.iter().all(once) {
+        return Err("another op reads the matrix of its attention's values".to_owned());
+    }
+    let heads = Heads { queries: spec.heads, values: spec.kv_heads, width: spec.value_dim };
+    Ok(Fold::Values { weight: part.weight, bias: part.bias, heads })
 }
 
 fn maker(program: &Program, value: Value) -> Option<(usize, &Op)> {

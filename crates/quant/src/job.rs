@@ -10,6 +10,7 @@ mod resume;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use lathe_model::export::{Replacement, ReplacementError};
 use lathe_model::spec::DecoderSpec;
@@ -335,17 +336,17 @@ impl<'a> Job<'a> {
             self.round_experts(*op, calibration, &experts)?;
         }
         (self.seen, self.asymmetries) = Default::default();
-        match self.recipe.prefix {
-            Prefix::Float => Ok(after),
-            Prefix::Quantized => {
+        match (self.recipe.prefix, after) {
+            (Prefix::Float, Some(after)) => Ok(after),
+            (_, after) => {
                 let stream = self.stream_of(&plain, calibration, Some(stream))?;
-                Ok(Prefixes { stream, float: after.float })
+                Ok(Prefixes { stream, float: after.and_then(|it| it.float) })
             }
         }
     }
 
     /// Runs a layer as it was and keeps what is seen of the inputs of `ops`; what experts read, and the
-    /// streams after it.
+    /// streams after it if somebody asks for them: otherwise the layer ends where all is seen.
     fn observe_layer(
         &mut self,
         calibration: &Calibration<'_>,
@@ -353,14 +354,19 @@ impl<'a> Job<'a> {
         range: Range<usize>,
         out: Value,
         prefixes: &Prefixes,
-    ) -> Result<(ExpertInputs, Prefixes), QuantError> {
+    ) -> Result<(ExpertInputs, Option<Prefixes>), QuantError> {
         let Prefixes { stream, float } = prefixes;
+        let whole = self.recipe.prefix == Prefix::Float || float.is_some();
         let inputs: BTreeSet<Value> =
             ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
         let mut taps: Vec<Value> = inputs.iter().copied().collect();
-        taps.push(out);
+        taps.extend(whole.then_some(out));
         let routers = range.clone();
-        let section = Section::new(self.program, range, calibration.tokens.len(), &taps)?;
+        let section = match whole {
+            true => range,
+            false => range.start..self.end_of_inputs(range, &inputs),
+        };
+        let section = Section::new(self.program, section, calibration.tokens.len(), &taps)?;
         let width = |value: &Value| (*value, self.program.value_width(*value));
         let mut seen = Observed::new(inputs.iter().map(width));
         let mut experts = ExpertInputs::new(self.program, ops);
@@ -383,25 +389,37 @@ impl<'a> Job<'a> {
                 beside.run(window, &mut |seen| {
                     floats.extend(seen.taps.iter().map(|rows| rows.to_vec()));
                 })?;
-                float_after.extend_from_slice(&floats[taps.len() - 1]);
+                float_after.extend_from_slice(&floats[inputs.len()]);
             }
             prepared.run(window, &mut |window| {
+                seen.add(&taps, window.taps);
                 for (at, (value, rows)) in taps.iter().zip(window.taps).enumerate() {
-                    seen.add(*value, rows);
                     experts.add(*value, rows);
                     if let Some(asymmetry) = asymmetries.get_mut(value) {
                         asymmetry.add(&floats[at], rows);
                     }
                 }
                 coverage.add(window.routings);
-                after.extend_from_slice(window.taps[taps.len() - 1]);
+                if let Some(rows) = window.taps.get(inputs.len()) {
+                    after.extend_from_slice(rows);
+                }
             })?;
         }
         let width = self.program.value_width(out);
-        let float = float.as_ref().map(|_| Stream { width, values: float_after });
+        let float = float.as_ref().map(|_| Stream { width, values: float_after.into() });
         self.coverage.extend(coverage.finish());
         (self.seen, self.asymmetries) = (seen, asymmetries);
-        Ok((experts, Prefixes { stream: Stream { width, values: after }, float }))
+        let after = Prefixes { stream: Stream { width, values: after.into() }, float };
+        Ok((experts, whole.then_some(after)))
+    }
+
+    /// Behind the last of ops `range` that makes one of `inputs`, or that routes.
+    fn end_of_inputs(&self, range: Range<usize>, inputs: &BTreeSet<Value>) -> usize {
+        let needed = |op: &usize| {
+            let op = &self.program.ops[*op];
+            matches!(op, Op::Route { .. }) || op.outputs().any(|out| inputs.contains(&out))
+        };
+        range.clone().rev().find(needed).map_or(range.start, |op| op + 1)
     }
 
     /// What a section with one tap makes of `stream`, with weights as far as they have become.
@@ -427,7 +445,7 @@ impl<'a> Job<'a> {
         calibration.run(section, stream, weight, &mut |window| {
             values.extend_from_slice(window.taps[0]);
         })?;
-        Ok(Stream { width, values })
+        Ok(Stream { width, values: values.into() })
     }
 
     /// A weight as far as it has become: quantized, scaled, or what it was.
@@ -503,8 +521,12 @@ impl<'a> Job<'a> {
             values,
             fused_largest: None,
         });
-        let (statistics, asymmetry) = (statistics.as_ref(), None);
-        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
+        let tied = match fold {
+            Fold::Values { heads, .. } => Some(heads.sources()),
+            _ => None,
+        };
+        let (statistics, tied) = (statistics.as_deref(), tied.as_deref());
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry: None, tied };
         // Matrices that share scales of channels have one format, or the first one's is as good.
         let format = self.recipe.format_of(&report.tensors[0]);
         let outcome = (step.technique.group())(&group, format, &step.parameters)?;
@@ -529,6 +551,16 @@ impl<'a> Job<'a> {
             all.iter_mut().zip(scales).for_each(|(all, scale)| *all *= scale);
         };
         match fold {
+            Fold::Values { weight, bias, heads } => {
+                let mut of_rows = vec![1f32; heads.values * heads.width];
+                for (source, scale) in heads.sources().into_iter().zip(&scales) {
+                    of_rows[source] = *scale;
+                }
+                for weight in [Some(weight), bias].into_iter().flatten() {
+                    divide(&mut self.rows, weight, &of_rows);
+                }
+                Ok(scales)
+            }
             Fold::Rows { weight, bias } => {
                 for weight in [Some(weight), bias].into_iter().flatten() {
                     divide(&mut self.rows, weight, &scales);
@@ -566,11 +598,11 @@ impl<'a> Job<'a> {
     }
 
     /// What calibration saw of an op's input, as its scaled channels would have been.
-    fn statistics(&self, op: usize) -> Option<Statistics> {
+    fn statistics(&self, op: usize) -> Option<Arc<Statistics>> {
         let statistics = self.seen.of(self.program.ops[op].inputs().next()?)?;
         Some(match self.columns.get(&op) {
-            Some(scales) => statistics.divided_by(scales),
-            None => statistics.clone(),
+            Some(scales) => Arc::new(statistics.divided_by(scales)),
+            None => Arc::clone(statistics),
         })
     }
 
@@ -631,7 +663,7 @@ impl<'a> Job<'a> {
             let same = |name: &str| step.applies_to(name) && recipe.format_of(name) == format;
             let (together, others): (Vec<Weight>, Vec<Weight>) =
                 left.iter().partition(|it| same(&self.name(**it)));
-            self.round(step, &together, statistics.as_ref())?;
+            self.round(step, &together, statistics.as_deref())?;
             left = others;
         }
         Ok(())
@@ -657,7 +689,7 @@ impl<'a> Job<'a> {
         });
         let asymmetry = self.targets.get(&weights[0]).and_then(|op| self.asymmetry(*op));
         let asymmetry = asymmetry.as_ref();
-        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry, tied: None };
         let format = self.recipe.format_of(&names[0]);
         let outcome = (step.technique.group())(&group, format, &step.parameters)?;
         let Outcome::Quantized(list) = outcome else {

@@ -1,15 +1,35 @@
-//! The little dense algebra that techniques need, in `f64`, on all threads.
+//! The little dense algebra that techniques need, in `f64`, on all threads: nearly all of it is
+//! matrix products of blocks, for which `matrixmultiply` (under `ndarray`) has kernels.
 
+use std::ops::Range;
+
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, RawData, Slice};
 use rayon::prelude::*;
 
-/// Columns that are factored together; rows below them are then independent of one another.
-const PANEL: usize = 64;
+/// Columns that are factored together, and rows that are one thread's work.
+const PANEL: usize = 96;
 
 /// A matrix is not positive definite: the pivot of this row is not positive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NotPositive(pub usize);
 
-pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(crate) fn square<T>(values: &[T], n: usize) -> ArrayView2<'_, T> {
+    ArrayView2::from_shape((n, n), values).expect("a square matrix")
+}
+
+/// Some rows and columns of a view.
+pub(crate) fn part<S: RawData>(
+    mut view: ArrayBase<S, Ix2>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> ArrayBase<S, Ix2> {
+    view.slice_axis_inplace(Axis(0), Slice::from(rows));
+    view.slice_axis_inplace(Axis(1), Slice::from(columns));
+    view
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut lanes = [0f64; 8];
     let (a_whole, a_rest) = a.as_chunks::<8>();
     let (b_whole, b_rest) = b.as_chunks::<8>();
@@ -23,49 +43,103 @@ pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
 }
 
 /// Replaces the lower triangle of the symmetric `[n, n]` matrix by its Cholesky factor `L`,
-/// `A = L L^T`; what is above the diagonal is not read or written.
+/// `A = L L^T`; what is above the diagonal is not read, and only blocks on the diagonal write there.
 ///
 /// # Errors
 /// If the matrix is not positive definite; it is overwritten in part then.
 pub fn cholesky(matrix: &mut [f64], n: usize) -> Result<(), NotPositive> {
     assert_eq!(matrix.len(), n * n, "a square matrix");
     for start in (0..n).step_by(PANEL) {
-        let end = n.min(start + PANEL);
-        for row in start..end {
-            let (above, rest) = matrix.split_at_mut(row * n);
-            let this = &mut rest[..n];
+        let width = PANEL.min(n - start);
+        let (panel, below) = matrix[start * n..].split_at_mut(width * n);
+        bring_up_to_date(panel, None, n, start, width);
+        for row in 0..width {
+            let (above, this) = panel.split_at_mut(row * n);
+            let this = &mut this[start..start + width];
             solve_row(this, above, n, start, row);
             let pivot = this[row] - dot(&this[..row], &this[..row]);
             if pivot.is_nan() || pivot <= 0.0 || pivot.is_infinite() {
-                return Err(NotPositive(row));
+                return Err(NotPositive(start + row));
             }
             this[row] = pivot.sqrt();
         }
-        let (above, below) = matrix.split_at_mut(end * n);
-        below.par_chunks_mut(n).for_each(|this| solve_row(this, above, n, start, end));
+        below.par_chunks_mut(PANEL * n).with_max_len(1).for_each(|rows| {
+            bring_up_to_date(rows, Some(panel), n, start, width);
+            for this in rows.chunks_mut(n) {
+                solve_row(&mut this[start..start + width], panel, n, start, width);
+            }
+        });
     }
     Ok(())
 }
 
-/// Columns `start .. end` of a row of the factor, given the rows of `above` that they meet.
-fn solve_row(this: &mut [f64], above: &[f64], n: usize, start: usize, end: usize) {
-    for column in start..end {
-        let other = &above[column * n..][..n];
+/// Takes from columns `start .. start + width` of `rows` what the columns before them explain;
+/// `panel` has the rows of those columns, which may be `rows` themselves.
+fn bring_up_to_date(rows: &mut [f64], panel: Option<&[f64]>, n: usize, start: usize, width: usize) {
+    let rows = ArrayViewMut2::from_shape((rows.len() / n, n), rows).expect("whole rows");
+    let (before, behind) = rows.split_at(Axis(1), start);
+    let mut columns = part(behind, 0..before.nrows(), 0..width);
+    match panel {
+        None => general_mat_mul(-1.0, &before, &before.t(), 1.0, &mut columns),
+        Some(panel) => {
+            let panel = ArrayView2::from_shape((width, n), panel).expect("whole rows");
+            let panel = part(panel, 0..width, 0..start);
+            general_mat_mul(-1.0, &before, &panel.t(), 1.0, &mut columns);
+        }
+    }
+}
+
+/// The first `end` columns of one row of a panel's factor, given the rows of `panel`, which meet
+/// them at column `start`.
+fn solve_row(this: &mut [f64], panel: &[f64], n: usize, start: usize, end: usize) {
+    for column in 0..end {
+        let other = &panel[column * n + start..][..=column];
         this[column] = (this[column] - dot(&this[..column], &other[..column])) / other[column];
     }
 }
 
-/// The inverse of a lower triangular factor, transposed: row `j` of the result is column `j` of
-/// `L^-1`, zero before `j`.
+/// The inverse of a lower triangular factor, row-major; zero above the diagonal. What is above the
+/// factor's diagonal is not read.
 pub fn inverse_of_lower(factor: &[f64], n: usize) -> Vec<f64> {
+    let factor = square(factor, n);
+    let starts: Vec<usize> = (0..n).step_by(PANEL).collect();
+    let corner = |start: &usize| small_inverse(factor, *start, PANEL.min(n - start));
+    let corners: Vec<Vec<f64>> = starts.par_iter().map(corner).collect();
     let mut inverse = vec![0.0; n * n];
-    inverse.par_chunks_mut(n).enumerate().for_each(|(j, column)| {
-        column[j] = 1.0 / factor[j * n + j];
-        for i in j + 1..n {
-            let row = &factor[i * n..][..n];
-            column[i] = -dot(&row[j..i], &column[j..i]) / row[i];
+    let mut whole = ArrayViewMut2::from_shape((n, n), &mut inverse).expect("a square matrix");
+    let panels: Vec<ArrayViewMut2<'_, f64>> = whole.axis_chunks_iter_mut(Axis(1), PANEL).collect();
+    // Columns of the inverse do not meet: a panel of them is one thread's work.
+    panels.into_par_iter().with_max_len(1).enumerate().for_each(|(at, mut panel)| {
+        let (first, width) = (starts[at], panel.ncols());
+        let corner_of = |at: usize, size: usize| {
+            ArrayView2::from_shape((size, size), &corners[at]).expect("a square matrix")
+        };
+        part(panel.view_mut(), first..first + width, 0..width).assign(&corner_of(at, width));
+        for (below, start) in starts.iter().enumerate().skip(at + 1) {
+            let end = n.min(start + PANEL);
+            let known = part(factor, *start..end, first..*start);
+            let sum = known.dot(&part(panel.view(), first..*start, 0..width));
+            let mut out = part(panel.view_mut(), *start..end, 0..width);
+            general_mat_mul(-1.0, &corner_of(below, end - start), &sum, 0.0, &mut out);
         }
     });
+    inverse
+}
+
+/// The inverse of the triangle of `size` rows that begins at `start` on the diagonal.
+fn small_inverse(factor: ArrayView2<'_, f64>, start: usize, size: usize) -> Vec<f64> {
+    let mut inverse = vec![0.0; size * size];
+    for i in 0..size {
+        let pivot = factor[[start + i, start + i]];
+        let (above, row) = inverse.split_at_mut(i * size);
+        for k in 0..i {
+            let share = factor[[start + i, start + k]];
+            let known = &above[k * size..][..=k];
+            row.iter_mut().zip(known).for_each(|(sum, x)| *sum -= share * x);
+        }
+        row[..i].iter_mut().for_each(|sum| *sum /= pivot);
+        row[i] = 1.0 / pivot;
+    }
     inverse
 }
 
@@ -79,13 +153,8 @@ pub fn upper_factor_of_inverse(matrix: &[f64], n: usize) -> Result<Vec<f64>, Not
     assert_eq!(matrix.len(), n * n, "a square matrix");
     let mut reversed: Vec<f64> = matrix.iter().rev().copied().collect();
     cholesky(&mut reversed, n).map_err(|NotPositive(row)| NotPositive(n - 1 - row))?;
-    let columns = inverse_of_lower(&reversed, n);
-    let mut upper = vec![0.0; n * n];
-    upper.par_chunks_mut(n).enumerate().for_each(|(a, row)| {
-        for (b, out) in row.iter_mut().enumerate().skip(a) {
-            *out = columns[(n - 1 - b) * n + n - 1 - a];
-        }
-    });
+    let mut upper = inverse_of_lower(&reversed, n);
+    upper.reverse();
     Ok(upper)
 }
 
@@ -108,7 +177,7 @@ mod tests {
 
     #[test]
     fn the_factor_of_the_inverse_inverts() {
-        for n in [1, 2, 7, 64, 65, 150] {
+        for n in [1, 2, 7, 64, 96, 97, 250] {
             let matrix = positive(n);
             let upper = upper_factor_of_inverse(&matrix, n).unwrap();
             // U^T U A = 1.

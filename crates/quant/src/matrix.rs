@@ -1,12 +1,14 @@
 //! What techniques work on and what they return.
 
-use lathe_tensor::codec::element;
-use lathe_tensor::codec::scaled::{self, BlockScale, E8m0Rounding, encode, fit, round};
+use std::collections::BTreeMap;
+
+use lathe_tensor::codec::scaled::{self, BlockScale, E8m0Rounding, Span};
 use lathe_tensor::{Block, Format, GlobalScale, ScaledFormat, Tensor, TensorError};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::QuantError;
-use crate::statistics::{Asymmetry, Statistics, output_error};
+use crate::statistics::{Asymmetry, Statistics};
 
 /// One `[rows, columns]` weight.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +43,8 @@ pub struct Group<'a> {
     pub statistics: Option<&'a Statistics>,
     /// How that input differs from the float model's, if calibration ran through both.
     pub asymmetry: Option<&'a Asymmetry>,
+    /// By input channel: channels of one number can only be scaled alike. `None` if all are free.
+    pub tied: Option<&'a [usize]>,
 }
 
 impl<'a> Group<'a> {
@@ -55,6 +59,19 @@ impl<'a> Group<'a> {
     ) -> Result<&'a Statistics, QuantError> {
         let seen = self.statistics.filter(|it| it.rows() > 0);
         seen.ok_or_else(|| QuantError::Unobserved { technique, tensor: tensor.to_owned() })
+    }
+
+    /// Puts what `join` makes of all channels that are scaled alike in the place of each of them;
+    /// `values` has a number a channel.
+    pub fn join_tied(&self, values: &mut [f64], join: impl Fn(&[f64]) -> f64) {
+        let Some(tied) = self.tied else { return };
+        let mut together: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+        for (number, value) in tied.iter().zip(values.iter()) {
+            together.entry(*number).or_default().push(*value);
+        }
+        let joined: BTreeMap<usize, f64> =
+            together.into_iter().map(|(number, all)| (number, join(&all))).collect();
+        values.iter_mut().zip(tied).for_each(|(value, number)| *value = joined[number]);
     }
 
     /// Quantizes each matrix by itself.
@@ -121,27 +138,34 @@ pub enum Outcome {
 
 /// The ratio in decibels at which noise counts as none.
 const NO_NOISE_DB: f64 = 200.0;
+/// Numbers whose squares one thread sums.
+const SUMMED_TOGETHER: usize = 1 << 14;
 
 impl Report {
     /// Compares `tensor` with what it was made of.
     pub fn new(matrix: &Matrix<'_>, tensor: &Tensor, statistics: Option<&Statistics>) -> Self {
         let found = tensor.to_f32();
-        let square = |sum: f64, x: f32| sum + f64::from(x) * f64::from(x);
-        let signal = matrix.values.iter().copied().fold(0.0, square);
-        let difference: Vec<f32> = found.iter().zip(matrix.values).map(|(a, b)| a - b).collect();
-        let noise = difference.iter().copied().fold(0.0, square);
+        let mut difference = found;
+        difference.par_iter_mut().zip(matrix.values).for_each(|(a, b)| *a -= b);
+        let (signal, noise) = (squared_sum(matrix.values), squared_sum(&difference));
         let sqnr_db = match noise > 0.0 {
             true => (10.0 * (signal / noise).log10()).min(NO_NOISE_DB),
             false => NO_NOISE_DB,
         };
         let output_error = statistics.map(|statistics| {
-            let triangle = statistics.triangle();
-            let error = output_error(&difference, &triangle, matrix.columns);
-            let whole = output_error(matrix.values, &triangle, matrix.columns);
+            let form = statistics.quadratic();
+            let (error, whole) = (form.sum(&difference), form.sum(matrix.values));
             if whole > 0.0 { error / whole } else { 0.0 }
         });
         Report { sqnr_db, output_error, notes: Vec::new() }
     }
+}
+
+/// The sum of squares, the same for any number of threads.
+fn squared_sum(values: &[f32]) -> f64 {
+    let part = |values: &[f32]| values.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
+    let parts: Vec<f64> = values.par_chunks(SUMMED_TOGETHER).map(part).collect();
+    parts.iter().sum()
 }
 
 /// Scales of one matrix while a technique chooses codes: integers and small floats, a scale for
@@ -210,15 +234,35 @@ impl Scales {
 
     /// The scale of a block whose largest number meets the end of the codes' range.
     pub fn fit(&self, values: &[f32]) -> BlockScale {
-        fit(&self.format, values, self.unit(), self.rounding)
+        self.fit_shrunken(values, Span::of(values), 1.0)
     }
 
-    /// The code nearest to `value`, and what it stands for.
-    pub fn nearest(&self, value: f32, block: BlockScale) -> (u8, f32) {
-        let step = self.global.apply(0, round(self.format.scale, block.scale));
-        let code = encode(self.format.element, value, step, block.zero);
-        let plain = element::to_f32(self.format.element, code);
-        (code, (plain - f32::from(block.zero)) * step)
+    /// As [`Self::fit`] of `values` times `ratio`; `span` is theirs before that.
+    pub fn fit_shrunken(&self, values: &[f32], span: Span, ratio: f32) -> BlockScale {
+        scaled::fit_shrunken(&self.format, values, span, ratio, self.unit(), self.rounding)
+    }
+
+    /// What codes of a block are multiplied by: its scale as it is stored, times the global one.
+    pub fn step(&self, block: BlockScale) -> f32 {
+        self.global.apply(0, scaled::round(self.format.scale, block.scale))
+    }
+
+    /// What the codes nearest to `values` of one block stand for.
+    ///
+    /// # Panics
+    /// If there is not one result for each value.
+    pub fn round(&self, values: &[f32], block: BlockScale, rounded: &mut [f32]) {
+        let (element, step) = (self.format.element, self.step(block));
+        scaled::round_block(element, values, step, block.zero, rounded);
+    }
+
+    /// The codes nearest to `values` of one block.
+    ///
+    /// # Panics
+    /// If there is not one code for each value.
+    pub fn encode(&self, values: &[f32], block: BlockScale, codes: &mut [u8]) {
+        let (element, step) = (self.format.element, self.step(block));
+        scaled::encode_block(element, values, step, block.zero, codes);
     }
 }
 

@@ -4,15 +4,17 @@
 //! squared output error of a changed weight depends on, `|D X^T|^2 = tr(D H D^T)`, so that no
 //! sample of activations has to be kept for it.
 
-use ndarray::{Array2, ArrayView2, Axis, Slice};
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, Slice};
 use rayon::prelude::*;
 
+use crate::linalg::part;
+use crate::quadratic::Quadratic;
+
 /// Rows that are multiplied in `f32` before they are added to the sums in `f64`.
-const CHUNK_ROWS: usize = 256;
-/// Channels of a tile of products, one thread's work.
+const CHUNK_ROWS: usize = 512;
+/// Channels whose products with all before them are one thread's work.
 const TILE: usize = 96;
-/// Output channels that share what is read of `H`.
-const ROWS_TOGETHER: usize = 8;
 
 /// Sums over the rows `x` of the inputs that a linear group saw.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,19 +27,6 @@ pub struct Statistics {
     magnitudes: Vec<f64>,
     /// The largest `|x|`.
     largest: Vec<f32>,
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    let (a_whole, a_rest) = a.as_chunks::<16>();
-    let (b_whole, b_rest) = b.as_chunks::<16>();
-    for (a, b) in a_whole.iter().zip(b_whole) {
-        for i in 0..16 {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    lanes.iter().sum::<f32>() + rest
 }
 
 /// Where row `row` of a packed lower triangle begins.
@@ -76,28 +65,25 @@ impl Statistics {
     fn add_chunk(&mut self, data: &[f32]) {
         let (width, rows) = (self.width, data.len() / self.width);
         self.rows += rows as u64;
-        for row in data.chunks_exact(width) {
-            self.magnitudes.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.abs()));
-            self.largest.iter_mut().zip(row).for_each(|(most, x)| *most = most.max(x.abs()));
-        }
         let all = ArrayView2::from_shape((rows, width), data).expect("whole rows");
-        let tiles: Vec<(usize, usize)> = (0..width)
-            .step_by(TILE)
-            .flat_map(|row| (0..=row).step_by(TILE).map(move |column| (row, column)))
-            .collect();
-        let columns =
-            |start: usize| all.slice_axis(Axis(1), Slice::from(start..width.min(start + TILE)));
-        let products: Vec<Array2<f32>> = tiles
-            .par_iter()
-            .map(|(row, column)| columns(*row).t().dot(&columns(*column)))
-            .collect();
-        for ((row, column), product) in tiles.into_iter().zip(products) {
-            for (i, line) in product.outer_iter().enumerate() {
-                let below = (row + i + 1).saturating_sub(column).min(line.len());
-                let sums = &mut self.products[start_of(row + i) + column..][..below];
-                sums.iter_mut().zip(line).for_each(|(sum, x)| *sum += f64::from(*x));
-            }
-        }
+        let tiles: Vec<Tile<'_>> = self.tiles().collect();
+        // The longest rows first, so that no thread is left alone with them.
+        tiles.into_par_iter().rev().with_max_len(1).for_each(|tile| tile.add(all));
+    }
+
+    /// The sums in pieces that are added to independently of one another.
+    fn tiles(&mut self) -> impl Iterator<Item = Tile<'_>> {
+        let width = self.width;
+        let mut products = self.products.as_mut_slice();
+        let magnitudes = self.magnitudes.chunks_mut(TILE);
+        let columns = magnitudes.zip(self.largest.chunks_mut(TILE)).enumerate();
+        columns.map(move |(tile, (magnitudes, largest))| {
+            let (first, end) = (tile * TILE, width.min((tile + 1) * TILE));
+            let (these, rest) =
+                std::mem::take(&mut products).split_at_mut(start_of(end) - start_of(first));
+            products = rest;
+            Tile { first, products: these, magnitudes, largest }
+        })
     }
 
     /// Adds what other statistics of the same channels saw.
@@ -112,25 +98,24 @@ impl Statistics {
         self.largest.iter_mut().zip(&other.largest).for_each(|(a, b)| *a = a.max(*b));
     }
 
+    /// The mean of `x_i x_j`.
+    pub fn mean_product(&self, i: usize, j: usize) -> f64 {
+        self.products[start_of(i.max(j)) + i.min(j)] / self.rows.max(1) as f64
+    }
+
     /// The mean of `x x^T`, `[width, width]`, both triangles.
     pub fn hessian(&self) -> Vec<f64> {
-        let (n, rows) = (self.width, self.rows.max(1) as f64);
+        let n = self.width;
         let mut full = vec![0.0; n * n];
-        for i in 0..n {
-            for j in 0..=i {
-                let mean = self.products[start_of(i) + j] / rows;
-                full[i * n + j] = mean;
-                full[j * n + i] = mean;
-            }
-        }
+        full.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
+            row.iter_mut().enumerate().for_each(|(j, mean)| *mean = self.mean_product(i, j));
+        });
         full
     }
 
     /// The mean of each channel's square.
     pub fn squares(&self) -> Vec<f32> {
-        let rows = self.rows.max(1) as f64;
-        let mean = |channel: usize| (self.products[start_of(channel) + channel] / rows) as f32;
-        (0..self.width).map(mean).collect()
+        (0..self.width).map(|channel| self.mean_product(channel, channel) as f32).collect()
     }
 
     /// The mean of each channel's magnitude.
@@ -161,10 +146,40 @@ impl Statistics {
         scaled
     }
 
-    /// The lower triangle of the mean of `x x^T` in `f32`, for [`output_error`].
-    pub fn triangle(&self) -> Vec<f32> {
-        let rows = self.rows.max(1) as f64;
-        self.products.iter().map(|sum| (sum / rows) as f32).collect()
+    /// The mean of `x x^T` as what errors of weights become errors of outputs by: `tr(D H D^T)` is
+    /// the mean squared length of `D x`.
+    pub fn quadratic(&self) -> Quadratic {
+        Quadratic::new(self.width, |i, j| self.mean_product(i, j))
+    }
+}
+
+/// The sums of some channels: their products with all channels up to themselves.
+struct Tile<'a> {
+    first: usize,
+    products: &'a mut [f64],
+    magnitudes: &'a mut [f64],
+    largest: &'a mut [f32],
+}
+
+impl Tile<'_> {
+    /// Adds rows of all channels.
+    fn add(self, all: ArrayView2<'_, f32>) {
+        let (first, end) = (self.first, self.first + self.magnitudes.len());
+        let columns = part(all, 0..all.nrows(), first..end);
+        for row in columns.rows() {
+            let row = row.to_slice().expect("rows lie in one piece");
+            self.magnitudes.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.abs()));
+            self.largest.iter_mut().zip(row).for_each(|(most, x)| *most = most.max(x.abs()));
+        }
+        let mut product = vec![0f32; (end - first) * end];
+        let view = ArrayViewMut2::from_shape((end - first, end), &mut product);
+        let before = part(all, 0..all.nrows(), 0..end);
+        general_mat_mul(1.0, &columns.t(), &before, 0.0, &mut view.expect("its size"));
+        for (i, line) in product.chunks(end).enumerate() {
+            let at = start_of(first + i) - start_of(first);
+            let sums = &mut self.products[at..][..=first + i];
+            sums.iter_mut().zip(line).for_each(|(sum, x)| *sum += f64::from(*x));
+        }
     }
 }
 
@@ -226,27 +241,6 @@ impl Asymmetry {
         }
         scaled
     }
-}
-
-/// `tr(D H D^T)` for the rows of `difference`, `[rows, width]`: the mean squared length of `D x`.
-/// `triangle` is [`Statistics::triangle`].
-///
-/// # Panics
-/// If the sizes do not fit.
-pub fn output_error(difference: &[f32], triangle: &[f32], width: usize) -> f64 {
-    assert_eq!(triangle.len(), start_of(width), "a triangle of that width");
-    let rows_of = |rows: &[f32]| {
-        let mut sum = 0f64;
-        for i in 0..width {
-            let of = &triangle[start_of(i)..][..=i];
-            for row in rows.chunks_exact(width) {
-                let below = 2.0 * dot(&of[..i], &row[..i]);
-                sum += f64::from(row[i]) * f64::from(below + of[i] * row[i]);
-            }
-        }
-        sum
-    };
-    difference.par_chunks(ROWS_TOGETHER * width).map(rows_of).sum()
 }
 
 #[cfg(test)]
@@ -320,13 +314,13 @@ mod tests {
                 naive += y * y / rows as f64;
             }
         }
-        let found = output_error(&difference, &statistics.triangle(), width);
+        let found = statistics.quadratic().sum(&difference);
         assert!((found - naive).abs() < 1e-4 * naive, "{found} {naive}");
         // Inputs divided and weights multiplied by the same scales: the same outputs.
         let scales: Vec<f32> = (0..width).map(|i| 0.5 + i as f32).collect();
         let scaled: Vec<f32> =
             difference.iter().zip(scales.iter().cycle()).map(|(d, s)| d * s).collect();
-        let found = output_error(&scaled, &statistics.divided_by(&scales).triangle(), width);
+        let found = statistics.divided_by(&scales).quadratic().sum(&scaled);
         assert!((found - naive).abs() < 1e-4 * naive, "{found} {naive}");
     }
 }

@@ -48,8 +48,14 @@ impl PartialFile {
     }
 
     /// Brings the data to the disk and gives the file its name.
-    pub(crate) fn finish(mut self) -> io::Result<()> {
+    pub(crate) fn finish(self) -> io::Result<()> {
         self.file.sync_all()?;
+        self.finish_cached()
+    }
+
+    /// Gives the file its name and leaves it to the operating system when the data goes to the
+    /// disk: that outlives this process, not a loss of power.
+    pub(crate) fn finish_cached(mut self) -> io::Result<()> {
         fs::rename(&self.temporary, &self.path)?;
         self.finished = true;
         Ok(())

@@ -30,7 +30,7 @@ use lathe_tensor::{Bytes, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint};
 use serde::{Deserialize, Serialize};
 
 use super::grid::{Grid, Steps};
-use crate::statistics::{Statistics, output_error};
+use crate::statistics::Statistics;
 
 /// A channel is an outlier if the root of its input's mean square, or its largest weight, is more
 /// than so many times the median channel's (LLM.int8, arXiv 2208.07339, calls 6 times the standard
@@ -134,11 +134,11 @@ pub fn explain_tensor(
     assert_eq!(values.len(), tensor.elements(), "values fill the shape");
     let columns = tensor.columns().max(1);
     let outlier = outlier_channels(values, columns, statistics);
-    let triangle = statistics.map(Statistics::triangle);
+    let form = statistics.map(Statistics::quadratic);
     let squares = statistics.map(Statistics::squares);
     let energy = |d: &[f32]| {
         let weights = d.iter().map(|d| f64::from(*d).powi(2)).sum::<f64>();
-        [weights, triangle.as_ref().map_or(0.0, |it| output_error(d, it, columns))]
+        [weights, form.as_ref().map_or(0.0, |it| it.sum(d))]
     };
     let signal = energy(values);
     let grid = Grid::new(tensor.format, &tensor.shape);

@@ -105,7 +105,7 @@ impl Job<'_> {
                 });
             }
             if weight != spec.down {
-                self.round_together(step, weight, seen.as_ref())?;
+                self.round_together(step, weight, seen.as_deref())?;
                 continue;
             }
             // Gate and up are what they were until down has seen what they make.
@@ -113,7 +113,7 @@ impl Job<'_> {
             let loaded = weights.iter().flatten().map(|weight| Ok(self.load(*weight)?.1));
             let loaded = loaded.collect::<Result<Vec<Vec<f32>>, QuantError>>()?;
             let width = self.program.value_width(*input);
-            let stream = Stream { width, values: inputs.0[input].clone() };
+            let stream = Stream { width, values: inputs.0[input].clone().into() };
             let experts = spec.experts;
             let mut statistics = |expert: usize| {
                 let mut part = |weight: Weight| {
@@ -179,7 +179,7 @@ impl Job<'_> {
             fused_largest: fused.get(expert).copied(),
         });
         let asymmetry = asymmetry.as_ref();
-        let group = Group { matrices: matrices.collect(), statistics, asymmetry };
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry, tied: None };
         self.finish_stack(step, weight, vec![group])
     }
 
@@ -203,7 +203,7 @@ impl Job<'_> {
             let (rows, columns) = (shape[1], shape[2]);
             let matrix = Matrix { name, rows, columns, values, fused_largest };
             let statistics = statistics.as_ref();
-            Group { matrices: vec![matrix], statistics, asymmetry: None }
+            Group { matrices: vec![matrix], statistics, asymmetry: None, tied: None }
         });
         self.finish_stack(step, weight, groups.collect())
     }

@@ -26,7 +26,7 @@ use crate::explain::{
 };
 use crate::recipe::Prefix;
 use crate::section::{Layers, Section};
-use crate::statistics::{Statistics, output_error};
+use crate::statistics::Statistics;
 use crate::technique::Stage;
 
 /// Tokens whose logits are in memory at once, for each of two streams.
@@ -218,7 +218,9 @@ impl Job<'_> {
         let made = self.through(version, &text, &section, Some(&table))?;
         let part = rows / streams.len().max(1) * made.width;
         let parts = made.values.chunks(part.max(1));
-        Ok(parts.map(|values| Stream { width: made.width, values: values.to_vec() }).collect())
+        Ok(parts
+            .map(|values| Stream { width: made.width, values: values.to_vec().into() })
+            .collect())
     }
 
     fn explain_layer(
@@ -353,8 +355,7 @@ impl Job<'_> {
         let hidden =
             matches!(&self.program.ops[op], Op::Experts { spec, .. } if spec.down == weight);
         let input = input.filter(|it| !hidden && it.seen.width() == columns);
-        let energy =
-            |statistics: &Statistics| output_error(&values, &statistics.triangle(), columns);
+        let energy = |statistics: &Statistics| statistics.quadratic().sum(&values);
         let whole = input.map(|it| energy(&it.seen));
         let rounded = input.map(|it| energy(&it.rounded));
         Ok(TensorExplanation {
@@ -393,7 +394,7 @@ impl Job<'_> {
         let parts = (0..tokens / rows).flat_map(|at| {
             streams.iter().map(move |stream| &stream.values[at * rows * width..][..rows * width])
         });
-        let table = Stream { width, values: parts.flatten().copied().collect() };
+        let table = Stream { width, values: parts.flatten().copied().collect::<Vec<f32>>().into() };
         let all = tokens * streams.len();
         let section = Section::new(self.program, first_op..end, all, &[])?;
         let text = Calibration { tokens: &vec![0; all], window: rows, ..pass.text };
@@ -452,9 +453,10 @@ impl Pass<'_, '_> {
 /// Streams of one length as one table; its rows.
 fn joined(streams: &[&Stream]) -> (Stream, usize) {
     let width = streams.first().map_or(1, |stream| stream.width.max(1));
-    let values: Vec<f32> = streams.iter().flat_map(|stream| &stream.values).copied().collect();
+    let values: Vec<f32> =
+        streams.iter().flat_map(|stream| stream.values.iter()).copied().collect();
     let rows = values.len() / width;
-    (Stream { width, values }, rows)
+    (Stream { width, values: values.into() }, rows)
 }
 
 /// The root of the mean over tokens of `|error|^2 / |stream|^2`: tokens of all sizes count alike.

@@ -104,6 +104,8 @@ fn folded_scales_change_no_output() {
         let layers = model.spec.layers.len();
         let scaled = scaled.count();
         assert!(scaled >= layers, "{name}: {scaled} of {layers} layers: {:?}", job.prepared);
+        let outputs = job.prepared.iter().filter(|it| it.tensors[0].ends_with("attention.output"));
+        assert!(outputs.clone().count() == layers && outputs.clone().all(|it| it.scales.is_some()));
         let expected = last_hidden(&program, &weights);
         let found = last_hidden(&program, &Prepared::of(&job));
         let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
@@ -173,7 +175,7 @@ fn sections_are_the_program_in_pieces() {
                 compared.insert(*value);
             }
             let values = made.pop().expect("the stream");
-            stream = Some(Stream { width: program.value_width(out), values });
+            stream = Some(Stream { width: program.value_width(out), values: values.into() });
         }
         assert_eq!(compared.len(), whole.0.len(), "{name}: every input of every linear op");
     }
@@ -383,13 +385,24 @@ fn what_cannot_be_quantized_is_named() {
     let gptq = "format = \"int4-g16-bf16\"\n[[technique]]\nuse = \"gptq\"";
     let error = refused(gptq, false);
     assert!(error.contains("layers.0.attention.query needs calibration"), "{error}");
-    let awq = "format = \"int4-g16-bf16\"\n[[technique]]\nuse = \"awq\"\n\
-               tensors = [\"*.attention.output\"]";
-    let error = refused(&format!("{awq}\n{rtn}"), true);
-    assert!(error.contains("attention.output") && error.contains("attend"), "{error}");
     let half = "format = \"int4-g16-bf16\"\n[[technique]]\nuse = \"rtn\"\ntensors = [\"*.down\"]";
     let error = refused(half, false);
     assert!(error.contains("no technique rounds tensor layers.0.attention"), "{error}");
+}
+
+/// One norm that feeds two groups takes no scales of either.
+#[test]
+fn scales_that_nothing_takes_are_refused_where_a_recipe_asks_for_them() {
+    let (model, program) = open("cohere");
+    let weights = model.weights(&program).unwrap();
+    let text = "format = \"int4-g16-bf16\"\n[[technique]]\nuse = \"awq\"\n\
+                tensors = [\"*.ffn.gate\", \"*.ffn.up\"]\n[[technique]]\nuse = \"rtn\"";
+    let recipe = Recipe::parse(text, None).unwrap();
+    let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+    let backend = ReferenceBackend::new();
+    let error = job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("ffn.gate") && error.contains("linear reads the same input"), "{error}");
 }
 
 /// The first layer reads what the float model does: GPTAQ is GPTQ there, and another one behind it. What
@@ -472,8 +485,12 @@ fn experts_are_calibrated_by_all_tokens() {
             values: &down,
             fused_largest: None,
         };
-        let group =
-            Group { matrices: vec![matrix], statistics: Some(&statistics), asymmetry: None };
+        let group = Group {
+            matrices: vec![matrix],
+            statistics: Some(&statistics),
+            asymmetry: None,
+            tied: None,
+        };
         let parameters = &recipe.steps[0].parameters;
         let Ok(Outcome::Quantized(list)) = (technique.group())(&group, recipe.format, parameters)
         else {

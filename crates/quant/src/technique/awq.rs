@@ -6,12 +6,13 @@
 
 use lathe_tensor::codec::scaled::{E8m0Rounding, quantize};
 use lathe_tensor::{Format, Tensor};
+use rayon::prelude::*;
 
 use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, check_shape};
 use crate::parameters::{Kind, Parameter, Parameters};
-use crate::statistics::output_error;
+use crate::quadratic::Quadratic;
 
 const NAME: &str = "awq";
 /// Scales further apart than this (as a ratio to their middle) are cut off.
@@ -21,7 +22,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
     stage: Stage::Prepare,
     effect: "scales input channels by how large activations are; folded into the norm or matrix before",
-    requires: "calibration; a format with scales apart; a norm or a gated activation before the group",
+    requires: "calibration; a format with scales apart; a norm, gated activation or attention before the group",
     conflicts: &[],
     calibrated: true,
     parameters: &[
@@ -59,28 +60,36 @@ fn apply(
     };
     let samples: Vec<Sample> =
         group.matrices.iter().map(|it| Sample::new(it, parameters.whole("rows"))).collect();
-    let magnitudes = statistics.mean_magnitudes();
-    let weights = weight_magnitudes(&group.matrices, format);
-    let triangle = statistics.triangle();
+    let mut magnitudes = statistics.mean_magnitudes();
+    let mut weights = weight_magnitudes(&group.matrices, format);
+    let mean = |all: &[f64]| all.iter().sum::<f64>() / all.len() as f64;
+    group.join_tied(&mut magnitudes, mean);
+    group.join_tied(&mut weights, mean);
+    let form = statistics.quadratic();
     let steps = parameters.whole("steps");
-    let mut best = (vec![1f32; first.columns], f64::INFINITY);
+    let scales_at = |(step, by_weight): (usize, bool)| match (step, by_weight) {
+        (0, false) => vec![1f32; first.columns],
+        _ => {
+            let exponent = step as f64 / steps as f64;
+            scales_of(&magnitudes, by_weight.then_some(&weights), exponent)
+        }
+    };
     // The first candidate changes nothing, so that the search never ends worse than it began.
-    let candidates = (0..=steps).flat_map(|step| [(step, false), (step, true)]);
-    for (step, by_weight) in candidates {
-        let exponent = step as f64 / steps as f64;
-        let scales = match (step, by_weight) {
-            (0, false) => vec![1f32; first.columns],
-            _ => scales_of(&magnitudes, by_weight.then_some(&weights), exponent),
-        };
-        let error: f64 = samples
-            .iter()
-            .map(|it| it.error(&scales, format, &triangle))
-            .sum::<Result<f64, _>>()?;
+    let candidates: Vec<(usize, bool)> =
+        (0..=steps).flat_map(|step| [(step, false), (step, true)]).collect();
+    let error = |candidate: &(usize, bool)| -> Result<f64, QuantError> {
+        let scales = scales_at(*candidate);
+        samples.iter().map(|it| it.error(&scales, format, &form)).sum()
+    };
+    let errors: Vec<f64> =
+        candidates.par_iter().with_max_len(1).map(error).collect::<Result<_, _>>()?;
+    let mut best = (candidates[0], f64::INFINITY);
+    for (candidate, error) in candidates.into_iter().zip(errors) {
         if error < best.1 {
-            best = (scales, error);
+            best = (candidate, error);
         }
     }
-    Ok(Outcome::Scaled(best.0))
+    Ok(Outcome::Scaled(scales_at(best.0)))
 }
 
 /// Some rows of a matrix, spread over it.
@@ -106,7 +115,7 @@ impl Sample {
     }
 
     /// The error of the outputs if columns are multiplied by `scales`, rounded, and divided again.
-    fn error(&self, scales: &[f32], format: Format, triangle: &[f32]) -> Result<f64, QuantError> {
+    fn error(&self, scales: &[f32], format: Format, form: &Quadratic) -> Result<f64, QuantError> {
         let scaled: Vec<f32> = self
             .values
             .iter()
@@ -124,7 +133,7 @@ impl Sample {
                 *out = *out / scale - value;
             }
         }
-        Ok(self.weight * output_error(&difference, triangle, self.columns))
+        Ok(self.weight * form.sum(&difference))
     }
 }
 

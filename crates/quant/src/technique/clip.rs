@@ -5,16 +5,19 @@
 //! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv 2306.00978).
 
 use lathe_tensor::Format;
-use lathe_tensor::codec::scaled::{BlockScale, assemble};
+use lathe_tensor::codec::scaled::{BlockScale, Span, assemble};
 use rayon::prelude::*;
 
 use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
+use crate::quadratic::Quadratic;
 use crate::statistics::Statistics;
 
 const NAME: &str = "clip";
+/// Rows whose candidates are measured together, and that are one thread's work.
+const ROWS_TOGETHER: usize = 8;
 
 pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
@@ -50,8 +53,8 @@ pub(super) enum Measure {
     Weight,
     /// By one number a column.
     Channel(Vec<f32>),
-    /// By each block's part of the mean of `x x^T`, full squares one after the other.
-    Output(Vec<Vec<f32>>),
+    /// By each block's part of the mean of `x x^T`.
+    Output(Vec<Quadratic>),
 }
 
 impl Measure {
@@ -59,7 +62,7 @@ impl Measure {
     pub fn new(error: &str, statistics: Option<&Statistics>, block_columns: usize) -> Option<Self> {
         match error {
             "channel" => statistics.map(|it| Measure::Channel(it.squares())),
-            "output" => statistics.map(|it| Measure::Output(squares_of(it, block_columns))),
+            "output" => statistics.map(|it| Measure::Output(blocks_of(it, block_columns))),
             _ => Some(Measure::Weight),
         }
     }
@@ -79,41 +82,50 @@ impl Measure {
             .ok_or_else(|| QuantError::Unobserved { technique, tensor: matrix.name.to_owned() })
     }
 
-    /// The error of `difference` in block `block`, whose first column is `start`.
-    fn of(&self, difference: &[f32], block: usize, start: usize) -> f64 {
+    /// The error of each row of `differences` in block `block`, whose first column is `start`;
+    /// `scratch` is overwritten.
+    fn of(
+        &self,
+        differences: &[f32],
+        [block, start]: [usize; 2],
+        scratch: &mut Vec<f32>,
+        errors: &mut [f64],
+    ) {
+        let width = differences.len() / errors.len().max(1);
+        let rows = differences.chunks(width.max(1)).zip(errors.iter_mut());
         match self {
-            Measure::Weight => difference.iter().map(|d| f64::from(d * d)).sum(),
+            Measure::Weight => rows.for_each(|(row, error)| *error = sum(row, |_, d| d * d)),
             Measure::Channel(weights) => {
-                let weighed = difference.iter().zip(&weights[start..]);
-                weighed.map(|(d, w)| f64::from(d * d * w)).sum()
+                let weights = &weights[start..start + width];
+                rows.for_each(|(row, error)| *error = sum(row, |i, d| d * d * weights[i]));
             }
-            Measure::Output(squares) => {
-                let rows = squares[block].chunks(difference.len()).zip(difference);
-                let product = |row: &[f32]| -> f32 {
-                    let mut lanes = [0f32; 8];
-                    let (row_whole, row_rest) = row.as_chunks::<8>();
-                    let (d_whole, d_rest) = difference.as_chunks::<8>();
-                    for (r, d) in row_whole.iter().zip(d_whole) {
-                        (0..8).for_each(|i| lanes[i] += r[i] * d[i]);
-                    }
-                    let rest: f32 = row_rest.iter().zip(d_rest).map(|(r, d)| r * d).sum();
-                    lanes.iter().sum::<f32>() + rest
-                };
-                rows.map(|(row, d)| f64::from(product(row)) * f64::from(*d)).sum()
-            }
+            Measure::Output(blocks) => blocks[block].each(differences, scratch, errors),
         }
     }
 }
 
-/// The squares on the diagonal of the mean of `x x^T`.
-fn squares_of(statistics: &Statistics, block_columns: usize) -> Vec<Vec<f32>> {
-    let (n, hessian) = (statistics.width(), statistics.hessian());
-    let square = |start: usize| {
-        let end = n.min(start + block_columns);
-        let rows = (start..end).flat_map(|i| &hessian[i * n + start..i * n + end]);
-        rows.map(|value| *value as f32).collect()
+/// The sum of `term` over a row, in lanes.
+#[inline(always)]
+fn sum(row: &[f32], term: impl Fn(usize, f32) -> f32) -> f64 {
+    const LANES: usize = 8;
+    let mut lanes = [0f64; LANES];
+    let (whole, rest) = row.as_chunks::<LANES>();
+    for (at, chunk) in whole.iter().enumerate() {
+        (0..LANES).for_each(|i| lanes[i] += f64::from(term(at * LANES + i, chunk[i])));
+    }
+    let first = whole.len() * LANES;
+    let rest = rest.iter().enumerate().map(|(i, d)| f64::from(term(first + i, *d)));
+    lanes.iter().sum::<f64>() + rest.sum::<f64>()
+}
+
+/// The blocks on the diagonal of the mean of `x x^T`.
+fn blocks_of(statistics: &Statistics, block_columns: usize) -> Vec<Quadratic> {
+    let n = statistics.width();
+    let block = |start: usize| {
+        let width = block_columns.min(n - start);
+        Quadratic::new(width, |i, j| statistics.mean_product(start + i, start + j))
     };
-    (0..n).step_by(block_columns).map(square).collect()
+    (0..n).step_by(block_columns).map(block).collect()
 }
 
 /// Ratios from 1 down to `1 - shrink` in `steps` steps.
@@ -128,30 +140,78 @@ pub(super) fn search(
     measure: &Measure,
     ratios: &[f32],
 ) -> Vec<BlockScale> {
-    let one_row = |values: &[f32]| -> Vec<BlockScale> {
-        let parts = values.chunks(scales.block_columns).enumerate();
-        let mut shrunken = vec![0f32; scales.block_columns];
-        let mut difference = vec![0f32; scales.block_columns];
-        let mut best_of = |block: usize, values: &[f32]| {
-            let (shrunken, difference) =
-                (&mut shrunken[..values.len()], &mut difference[..values.len()]);
-            let mut best = (scales.fit(values), f64::INFINITY);
-            for ratio in ratios {
-                shrunken.iter_mut().zip(values).for_each(|(out, v)| *out = v * ratio);
-                let candidate = scales.fit(shrunken);
-                for (out, value) in difference.iter_mut().zip(values) {
-                    *out = scales.nearest(*value, candidate).1 - value;
-                }
-                let error = measure.of(difference, block, block * scales.block_columns);
-                if error < best.1 {
-                    best = (candidate, error);
-                }
+    let columns = matrix.columns.max(1);
+    let mut found = vec![BlockScale { scale: 0.0, zero: 0 }; matrix.rows * scales.blocks];
+    found
+        .par_chunks_mut((ROWS_TOGETHER * scales.blocks).max(1))
+        .zip(matrix.values.par_chunks(ROWS_TOGETHER * columns))
+        .for_each(|(found, values)| {
+            let mut search = Search {
+                scales,
+                measure,
+                ratios,
+                candidates: Vec::new(),
+                differences: Vec::new(),
+                errors: Vec::new(),
+                scratch: Vec::new(),
+            };
+            for block in 0..scales.blocks {
+                search.block(block, values, columns, found);
             }
-            best.0
-        };
-        parts.map(|(block, values)| best_of(block, values)).collect()
-    };
-    matrix.values.par_chunks(matrix.columns.max(1)).flat_map_iter(one_row).collect()
+        });
+    found
+}
+
+/// The search in some rows, one block's columns at a time: what all candidates of all rows err is
+/// measured together.
+struct Search<'a> {
+    scales: &'a Scales,
+    measure: &'a Measure,
+    ratios: &'a [f32],
+    /// The row and the scale of each candidate.
+    candidates: Vec<(usize, BlockScale)>,
+    differences: Vec<f32>,
+    errors: Vec<f64>,
+    scratch: Vec<f32>,
+}
+
+impl Search<'_> {
+    fn block(&mut self, block: usize, values: &[f32], columns: usize, found: &mut [BlockScale]) {
+        let start = block * self.scales.block_columns;
+        let width = self.scales.block_columns.min(columns - start);
+        self.candidates.clear();
+        self.differences.clear();
+        for (row, values) in values.chunks(columns).enumerate() {
+            let values = &values[start..start + width];
+            let span = Span::of(values);
+            // Where no candidate's error is a number the plain one stays.
+            found[row * self.scales.blocks + block] = self.scales.fit_shrunken(values, span, 1.0);
+            let mut last = None;
+            for ratio in self.ratios {
+                let candidate = self.scales.fit_shrunken(values, span, *ratio);
+                // Powers of two are the same for many ratios.
+                if last.replace(candidate) == Some(candidate) {
+                    continue;
+                }
+                self.candidates.push((row, candidate));
+                let at = self.differences.len();
+                self.differences.resize(at + width, 0.0);
+                let difference = &mut self.differences[at..];
+                self.scales.round(values, candidate, difference);
+                difference.iter_mut().zip(values).for_each(|(d, value)| *d -= value);
+            }
+        }
+        self.errors.resize(self.candidates.len(), 0.0);
+        let place = [block, start];
+        self.measure.of(&self.differences, place, &mut self.scratch, &mut self.errors);
+        let mut least = vec![f64::INFINITY; values.len() / columns];
+        for ((row, candidate), error) in self.candidates.iter().zip(&self.errors) {
+            if *error < least[*row] {
+                least[*row] = *error;
+                found[row * self.scales.blocks + block] = *candidate;
+            }
+        }
+    }
 }
 
 fn apply(
@@ -176,13 +236,18 @@ pub(super) fn under(
     blocks: &[BlockScale],
     statistics: Option<&Statistics>,
 ) -> Result<Quantized, QuantError> {
-    let codes: Vec<u8> = (matrix.values.par_chunks(matrix.columns.max(1)))
+    let columns = matrix.columns.max(1);
+    let mut codes = vec![0u8; matrix.values.len()];
+    codes
+        .par_chunks_mut(columns)
+        .zip(matrix.values.par_chunks(columns))
         .zip(blocks.par_chunks(scales.blocks.max(1)))
-        .flat_map_iter(|(values, blocks)| {
-            let of = |(i, v): (usize, &f32)| scales.nearest(*v, blocks[i / scales.block_columns]).0;
-            values.iter().enumerate().map(of).collect::<Vec<u8>>()
-        })
-        .collect();
+        .for_each(|((codes, values), blocks)| {
+            let parts = values.chunks(scales.block_columns).zip(blocks);
+            for (codes, (values, block)) in codes.chunks_mut(scales.block_columns).zip(parts) {
+                scales.encode(values, *block, codes);
+            }
+        });
     let shape = [matrix.rows, matrix.columns];
     let tensor = assemble(&shape, &scales.format, &codes, blocks, scales.global.clone());
     Quantized::new(matrix, tensor, statistics)

@@ -52,7 +52,7 @@ fn apply(
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{case, error_of, parameters};
+    use super::super::tests::{case, error_of, nearest, parameters};
     use super::*;
 
     /// Every block is the better one of the two roundings, computed in `f64` beside.
@@ -71,7 +71,7 @@ mod tests {
         for (values, found) in case.values.chunks(16).zip(found.chunks(16)) {
             let under = |ratio: f32| -> Vec<f32> {
                 let block = scales.fit(&values.iter().map(|v| v * ratio).collect::<Vec<_>>());
-                values.iter().map(|v| scales.nearest(*v, block).1).collect()
+                values.iter().map(|v| nearest(&scales, *v, block)).collect()
             };
             let (six, four) = (squares(values, &under(1.0)), squares(values, &under(1.5)));
             assert!(squares(values, found) <= six.min(four) * 1.000_001, "{six} {four}");

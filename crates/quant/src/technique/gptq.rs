@@ -2,8 +2,8 @@
 //! for by those that follow, as the inverse of `H = E[x x^T]` says.
 //!
 //! With the upper Cholesky factor `U` of `H^-1`, a column's error over `U[i][i]` goes to column `j` as
-//! `-U[i][j]`. Rows of the weight do not meet, so that threads take some rows each; the rest of a
-//! row is brought up to date once a block of columns, which keeps what is read of `U` in the cache.
+//! `-U[i][j]`. Rows of the weight do not meet, so that threads take some rows each, in which a column
+//! is a vector; what is behind a block of columns is brought up to date by one matrix product.
 //!
 //! Scales come from clip's search by the error of outputs, unless a recipe says otherwise: under the
 //! range of a block as it was, numbers that took over errors saturate, and KL to the base becomes
@@ -11,20 +11,22 @@
 //! for the same reason: what the text of the calibration does not show is left alone.
 
 use lathe_tensor::Format;
-use lathe_tensor::codec::scaled::{BlockScale, assemble};
+use lathe_tensor::codec::scaled::{BlockScale, assemble, round_each};
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
 use super::clip::{self, Measure};
 use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
-use crate::linalg::{dot, upper_factor_of_inverse};
+use crate::linalg::{part, square, upper_factor_of_inverse};
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
 use crate::statistics::Statistics;
 
 const NAME: &str = "gptq";
-/// Rows of a weight that share what is read of the factor.
-const ROWS_TOGETHER: usize = 16;
+/// Rows of a weight that are rounded together, in lanes, and are one thread's work.
+const ROWS_TOGETHER: usize = 32;
 /// Times that the damping is raised before the Hessian is given up.
 const DAMPINGS: usize = 8;
 
@@ -92,7 +94,7 @@ pub(super) fn round_columns(
         tensor: first.name.to_owned(),
         reason: "the products of its inputs are not finite".to_owned(),
     })?;
-    let one = |(matrix, scales): (&Matrix<'_>, &Scales)| {
+    let one = |(matrix, scales): (&Matrix<'_>, &Scales)| -> Result<Quantized, QuantError> {
         let (codes, blocks) = round_all(matrix, scales, &factor, statistics, parameters);
         let shape = [matrix.rows, matrix.columns];
         let tensor = assemble(&shape, &scales.format, &codes, &blocks, scales.global.clone());
@@ -100,7 +102,7 @@ pub(super) fn round_columns(
         quantized.report.notes.extend(factor.note.clone());
         Ok(quantized)
     };
-    let list = group.matrices.iter().zip(&all).map(one).collect::<Result<_, QuantError>>()?;
+    let list = group.matrices.par_iter().zip(&all).map(one).collect::<Result<_, _>>()?;
     Ok(Outcome::Quantized(list))
 }
 
@@ -124,23 +126,22 @@ impl Factor {
         asymmetry: Option<&[f64]>,
     ) -> Option<Self> {
         let n = statistics.width();
-        let mut hessian = statistics.hessian();
-        let mean = (0..n).map(|i| hessian[i * n + i]).sum::<f64>() / n.max(1) as f64;
+        let mut diagonal: Vec<f64> = (0..n).map(|i| statistics.mean_product(i, i)).collect();
+        let mean = diagonal.iter().sum::<f64>() / n.max(1) as f64;
         if !mean.is_finite() {
             return None;
         }
         let mean = if mean > 0.0 { mean } else { 1.0 };
-        for i in 0..n {
-            // A channel that is always zero: its column meets no other and is rounded to nearest.
-            if hessian[i * n + i] <= 0.0 {
-                hessian[i * n + i] = mean;
-            }
-        }
+        // A channel that is always zero: its column meets no other and is rounded to nearest.
+        diagonal.iter_mut().filter(|it| **it <= 0.0).for_each(|it| *it = mean);
         let mut order: Vec<usize> = (0..n).collect();
         if parameters.flag("act_order") {
-            order.sort_by(|a, b| hessian[b * n + b].total_cmp(&hessian[a * n + a]));
+            order.sort_by(|a, b| diagonal[*b].total_cmp(&diagonal[*a]));
         }
-        let ordered = permuted(&hessian, &order);
+        let ordered = in_order(&order, |i, j| match i == j {
+            true => diagonal[i],
+            false => statistics.mean_product(i, j),
+        });
         let asked = parameters.number("damping");
         let mut damping = asked;
         for _ in 0..DAMPINGS {
@@ -151,7 +152,8 @@ impl Factor {
                 let note = format!(
                     "damping raised from {asked} to {damping}: H was not positive definite"
                 );
-                let lacks = asymmetry.map(|it| lacks_of(&permuted(it, &order), &upper, n));
+                let lacks = asymmetry
+                    .map(|it| lacks_of(&in_order(&order, |i, j| it[i * n + j]), &upper, n));
                 return Some(Factor {
                     rows: scaled_rows(&upper, n),
                     lacks,
@@ -164,55 +166,110 @@ impl Factor {
         None
     }
 
-    /// Brings columns from `first` on up to date after column `i`: its error and its number.
-    fn hand_on(&self, i: usize, first: usize, [error, number]: [f32; 2], ahead: &mut [f32]) {
-        let skipped = first - i - 1;
-        let shares = &self.after(i)[skipped..];
-        ahead.iter_mut().zip(shares).for_each(|(value, share)| *value -= error * share);
-        if let Some(lacks) = self.lacks_after(i) {
-            let lacks = &lacks[skipped..];
-            ahead.iter_mut().zip(lacks).for_each(|(value, lack)| *value += number * lack);
+    /// Brings columns `i + 1 .. end` up to date after column `i`; `left` has these columns,
+    /// `handed` what the column hands on.
+    fn hand_on(&self, i: usize, end: usize, handed: &Handed, left: &mut [f32]) {
+        let (n, lanes) = (self.order.len(), handed.lanes);
+        let errors = handed.errors(i);
+        let shares = &self.rows[i * n + i + 1..i * n + end];
+        for (value, share) in left.chunks_exact_mut(lanes).zip(shares) {
+            value.iter_mut().zip(errors).for_each(|(value, error)| *value -= error * share);
+        }
+        let Some(lacks) = &self.lacks else { return };
+        let numbers = handed.numbers(i);
+        for (value, lack) in left.chunks_exact_mut(lanes).zip(&lacks[i * n + i + 1..]) {
+            value.iter_mut().zip(numbers).for_each(|(value, number)| *value += number * lack);
         }
     }
 
-    /// What the input of column `i` lacks, a number for each column after it.
-    fn lacks_after(&self, i: usize) -> Option<&[f32]> {
-        let n = self.order.len();
-        self.lacks.as_ref().map(|lacks| &lacks[i * n + i + 1..(i + 1) * n])
+    /// Brings the columns from `end` on, which are `left`, up to date after all those of a block.
+    fn hand_on_block(&self, end: usize, handed: &Handed, left: &mut [f32]) {
+        let (n, lanes, start) = (self.order.len(), handed.lanes, handed.start);
+        let ahead = ArrayViewMut2::from_shape((n - end, lanes), left);
+        let mut ahead = ahead.expect("the columns behind the block");
+        let mut product = |shares: &[f32], sign: f32, from: &[f32]| {
+            let from = ArrayView2::from_shape((end - start, lanes), &from[..(end - start) * lanes]);
+            let shares = part(square(shares, n), start..end, end..n);
+            general_mat_mul(
+                sign,
+                &shares.t(),
+                &from.expect("the block's columns"),
+                1.0,
+                &mut ahead,
+            );
+        };
+        product(&self.rows, -1.0, &handed.errors);
+        if let Some(lacks) = &self.lacks {
+            product(lacks, 1.0, &handed.numbers);
+        }
+    }
+}
+
+/// What the columns of a block hand on, a vector of rows for each.
+struct Handed {
+    /// The block's first column.
+    start: usize,
+    /// Rows.
+    lanes: usize,
+    /// What was lost by rounding.
+    errors: Vec<f32>,
+    /// What the columns were before it.
+    numbers: Vec<f32>,
+}
+
+impl Handed {
+    fn at(&self, i: usize) -> std::ops::Range<usize> {
+        (i - self.start) * self.lanes..(i + 1 - self.start) * self.lanes
     }
 
-    /// What column `i` of the order hands on, a number for each column after it.
-    fn after(&self, i: usize) -> &[f32] {
-        let n = self.order.len();
-        &self.rows[i * n + i + 1..(i + 1) * n]
+    fn errors(&self, i: usize) -> &[f32] {
+        &self.errors[self.at(i)]
+    }
+
+    fn numbers(&self, i: usize) -> &[f32] {
+        &self.numbers[self.at(i)]
     }
 }
 
 /// Rows and columns of a square in another order.
-fn permuted(square: &[f64], order: &[usize]) -> Vec<f64> {
+fn in_order(order: &[usize], element: impl Fn(usize, usize) -> f64 + Sync) -> Vec<f64> {
     let n = order.len();
-    order.iter().flat_map(|row| order.iter().map(|column| square[*row * n + *column])).collect()
+    let mut square = vec![0f64; n * n];
+    square.par_chunks_mut(n.max(1)).zip(order).for_each(|(row, i)| {
+        row.iter_mut().zip(order).for_each(|(out, j)| *out = element(*i, *j));
+    });
+    square
 }
 
 /// GPTAQ's `P`: what is strictly above the diagonal of `A U^T`, times `U`.
 fn lacks_of(asymmetry: &[f64], upper: &[f64], n: usize) -> Vec<f32> {
+    let (asymmetry, upper) = (square(asymmetry, n), square(upper, n));
     let mut lacks = vec![0f32; n * n];
-    lacks.par_chunks_mut(n).enumerate().for_each(|(i, out)| {
-        let row = &asymmetry[i * n..][..n];
-        let mut sums = vec![0f64; n];
-        for k in i + 1..n {
-            let of = &upper[k * n + k..(k + 1) * n];
-            let product = dot(&row[k..], of);
-            sums[k..].iter_mut().zip(of).for_each(|(sum, u)| *sum += product * u);
+    lacks.par_chunks_mut(ROWS_TOGETHER * n).enumerate().for_each(|(at, out)| {
+        let first = at * ROWS_TOGETHER;
+        let rows = first..first + out.len() / n;
+        // `U` is zero before its diagonal.
+        let upper = part(upper, first..n, first..n);
+        let mut product = part(asymmetry, rows, first..n).dot(&upper.t());
+        for (i, mut row) in product.rows_mut().into_iter().enumerate() {
+            row.iter_mut().take(i + 1).for_each(|below| *below = 0.0);
         }
-        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum as f32);
+        let product = product.dot(&upper);
+        for (out, row) in out.chunks_mut(n).zip(product.rows()) {
+            out[first..].iter_mut().zip(row).for_each(|(out, sum)| *out = *sum as f32);
+        }
     });
     lacks
 }
 
 fn scaled_rows(upper: &[f64], n: usize) -> Vec<f32> {
-    let row = |i: usize| (0..n).map(move |j| (upper[i * n + j] / upper[i * n + i]) as f32);
-    (0..n).flat_map(row).collect()
+    let mut rows = vec![0f32; n * n];
+    rows.par_chunks_mut(n.max(1)).zip(upper.par_chunks(n.max(1))).enumerate().for_each(
+        |(i, (row, upper))| {
+            row.iter_mut().zip(upper).for_each(|(out, u)| *out = (u / upper[i]) as f32);
+        },
+    );
+    rows
 }
 
 /// Codes and scales of a whole matrix.
@@ -250,79 +307,129 @@ fn round_all(
         .zip(blocks.par_chunks_mut(ROWS_TOGETHER * scales.blocks))
         .zip(matrix.values.par_chunks(ROWS_TOGETHER * columns))
         .for_each(|((codes, blocks), values)| {
-            let mut part = Part { scales, factor, fixed, columns, codes, blocks };
-            part.round(values, block_size);
+            let mut part = Part::new(scales, factor, values, blocks, codes);
+            if fixed {
+                part.take_scales();
+            }
+            part.round(block_size, fixed);
         });
     (codes, blocks)
 }
 
-/// Some rows of a matrix.
+/// Some rows of a matrix, column after column in the order in which they are rounded.
 struct Part<'a> {
     scales: &'a Scales,
     factor: &'a Factor,
-    fixed: bool,
-    columns: usize,
-    codes: &'a mut [u8],
+    /// Rows.
+    lanes: usize,
+    /// `[columns, rows]`: what is left of the numbers, brought up to date.
+    left: Vec<f32>,
+    /// `[blocks, rows]`: what codes are multiplied by.
+    steps: Vec<f32>,
+    /// `[blocks, rows]`: zero points.
+    zeros: Vec<f32>,
+    /// `[rows, blocks]`.
     blocks: &'a mut [BlockScale],
+    /// `[rows, columns]`, in the weight's own order.
+    codes: &'a mut [u8],
 }
 
-impl Part<'_> {
-    fn round(&mut self, values: &[f32], block_size: usize) {
-        let (columns, order) = (self.columns, &self.factor.order);
-        let rows = values.len() / columns;
-        let mut left: Vec<f32> = (0..rows)
-            .flat_map(|row| order.iter().map(move |column| values[row * columns + column]))
-            .collect();
-        // What each column of the block hands on: its error, and its number before it was rounded.
-        let mut errors = vec![[0f32; 2]; rows * block_size.min(columns)];
-        let mut start = 0;
-        while start < columns {
-            let end = self.end_of_block(start, block_size);
-            for i in start..end {
-                for row in 0..rows {
-                    let left = &mut left[row * columns..][..columns];
-                    let handed = [self.round_one(row, i, left), left[i]];
-                    errors[row * (end - start) + i - start] = handed;
-                    self.factor.hand_on(i, i + 1, handed, &mut left[i + 1..end]);
+impl<'a> Part<'a> {
+    fn new(
+        scales: &'a Scales,
+        factor: &'a Factor,
+        values: &[f32],
+        blocks: &'a mut [BlockScale],
+        codes: &'a mut [u8],
+    ) -> Self {
+        let columns = factor.order.len();
+        let lanes = values.len() / columns;
+        let mut left = vec![0f32; values.len()];
+        for (of_column, column) in left.chunks_exact_mut(lanes).zip(&factor.order) {
+            let rows = values[*column..].iter().step_by(columns);
+            of_column.iter_mut().zip(rows).for_each(|(out, value)| *out = *value);
+        }
+        let (steps, zeros) = (vec![0f32; blocks.len()], vec![0f32; blocks.len()]);
+        Part { scales, factor, lanes, left, steps, zeros, blocks, codes }
+    }
+
+    /// Every block's scale is chosen.
+    fn take_scales(&mut self) {
+        (0..self.scales.blocks).for_each(|block| self.take_scale(block));
+    }
+
+    fn take_scale(&mut self, block: usize) {
+        for row in 0..self.lanes {
+            let scale = self.blocks[row * self.scales.blocks + block];
+            self.steps[block * self.lanes + row] = self.scales.step(scale);
+            self.zeros[block * self.lanes + row] = f32::from(scale.zero);
+        }
+    }
+
+    /// Chooses the scales of the block whose first column is `i`, from what is left of its numbers.
+    fn choose_scale(&mut self, i: usize) {
+        let (width, lanes) = (self.scales.block_columns, self.lanes);
+        let block = i / width;
+        let left = &self.left[i * lanes..self.left.len().min((i + width) * lanes)];
+        let mut values = Vec::with_capacity(width);
+        for row in 0..lanes {
+            values.clear();
+            values.extend(left[row..].iter().step_by(lanes));
+            self.blocks[row * self.scales.blocks + block] = self.scales.fit(&values);
+        }
+        self.take_scale(block);
+    }
+
+    fn round(&mut self, block_size: usize, fixed: bool) {
+        let (columns, lanes) = (self.factor.order.len(), self.lanes);
+        let room = block_size.min(columns) * lanes;
+        let (errors, numbers) = (vec![0f32; room], vec![0f32; room]);
+        let mut handed = Handed { start: 0, lanes, errors, numbers };
+        while handed.start < columns {
+            let end = self.end_of_block(handed.start, block_size, fixed);
+            for i in handed.start..end {
+                if !fixed && i.is_multiple_of(self.scales.block_columns) {
+                    self.choose_scale(i);
                 }
+                self.round_column(i, &mut handed);
+                let ahead = &mut self.left[(i + 1) * lanes..end * lanes];
+                self.factor.hand_on(i, end, &handed, ahead);
             }
-            for i in start..end {
-                for row in 0..rows {
-                    let handed = errors[row * (end - start) + i - start];
-                    let ahead = &mut left[row * columns + end..(row + 1) * columns];
-                    self.factor.hand_on(i, end, handed, ahead);
-                }
-            }
-            start = end;
+            self.factor.hand_on_block(end, &handed, &mut self.left[end * lanes..]);
+            handed.start = end;
         }
     }
 
     /// A group whose scale is chosen when its first column comes must be up to date by then: it
     /// does not reach out of the block.
-    fn end_of_block(&self, start: usize, block_size: usize) -> usize {
-        let end = self.columns.min(start + block_size);
+    fn end_of_block(&self, start: usize, block_size: usize, fixed: bool) -> usize {
+        let columns = self.factor.order.len();
+        let end = columns.min(start + block_size);
         let whole = end / self.scales.block_columns * self.scales.block_columns;
-        if !self.fixed && end < self.columns && whole > start { whole } else { end }
+        if !fixed && end < columns && whole > start { whole } else { end }
     }
 
-    /// Rounds column `i` of the order in a row that holds the rest in that order; the error.
-    fn round_one(&mut self, row: usize, i: usize, left: &[f32]) -> f32 {
+    /// Rounds column `i` of the order in all rows.
+    fn round_column(&mut self, i: usize, handed: &mut Handed) {
+        let (columns, lanes) = (self.factor.order.len(), self.lanes);
         let column = self.factor.order[i];
         let block = column / self.scales.block_columns;
-        let at = row * self.scales.blocks + block;
-        if !self.fixed && column.is_multiple_of(self.scales.block_columns) {
-            let end = left.len().min(i + self.scales.block_columns);
-            self.blocks[at] = self.scales.fit(&left[i..end]);
-        }
-        let (code, value) = self.scales.nearest(left[i], self.blocks[at]);
-        self.codes[row * self.columns + column] = code;
-        left[i] - value
+        let (steps, zeros) = (&self.steps[block * lanes..], &self.zeros[block * lanes..]);
+        let (at, left) = (handed.at(i), &self.left[i * lanes..(i + 1) * lanes]);
+        let mut codes = [0u8; ROWS_TOGETHER];
+        let (codes, errors) = (&mut codes[..lanes], &mut handed.errors[at.clone()]);
+        let element = self.scales.format.element;
+        round_each(element, left, &steps[..lanes], &zeros[..lanes], codes, errors);
+        errors.iter_mut().zip(left).for_each(|(error, value)| *error = value - *error);
+        handed.numbers[at].copy_from_slice(left);
+        let out = self.codes[column..].iter_mut().step_by(columns);
+        out.zip(codes).for_each(|(out, code)| *out = *code);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{Case, case, error_of, parameters};
+    use super::super::tests::{Case, case, error_of, nearest, parameters};
     use super::*;
 
     fn flag(name: &str, value: bool) -> (&str, toml::Value) {
@@ -360,7 +467,7 @@ mod tests {
                         left[i..i + scales.block_columns].iter().map(|v| *v as f32).collect();
                     block = scales.fit(&group);
                 }
-                let value = f64::from(scales.nearest(left[i] as f32, block).1);
+                let value = f64::from(nearest(&scales, left[i] as f32, block));
                 rows.push(value as f32);
                 let error = (left[i] - value) / inverse[i * n + i];
                 for j in i + 1..n {

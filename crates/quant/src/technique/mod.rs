@@ -165,11 +165,12 @@ pub fn help() -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use lathe_tensor::codec::scaled::{BlockScale, encode};
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::matrix::Matrix;
+    use crate::matrix::{Matrix, Scales};
     use crate::statistics::Statistics;
 
     /// A random matrix and correlated inputs of channels of very different sizes, as a decoder has.
@@ -215,8 +216,20 @@ pub(crate) mod tests {
                 values: &self.values,
                 fused_largest: None,
             };
-            Group { matrices: vec![matrix], statistics: Some(&self.statistics), asymmetry: None }
+            Group {
+                matrices: vec![matrix],
+                statistics: Some(&self.statistics),
+                asymmetry: None,
+                tied: None,
+            }
         }
+    }
+
+    /// What the nearest code stands for, by the scalar definition.
+    pub fn nearest(scales: &Scales, value: f32, block: BlockScale) -> f32 {
+        let (element, step) = (scales.format.element, scales.step(block));
+        let code = encode(element, value, step, block.zero);
+        (lathe_tensor::codec::element::to_f32(element, code) - f32::from(block.zero)) * step
     }
 
     pub fn parameters(technique: &Technique, settings: &[(&str, toml::Value)]) -> Parameters {

@@ -14,7 +14,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
     stage: Stage::Prepare,
     effect: "moves a part of the range of each input channel into the weights (SmoothQuant)",
-    requires: "calibration; a norm or a gated activation before the group",
+    requires: "calibration; a norm, a gated activation or an attention before the group",
     conflicts: &["awq"],
     calibrated: true,
     parameters: &[Parameter {
@@ -29,16 +29,20 @@ fn apply(group: &Group<'_>, _: Format, parameters: &Parameters) -> Result<Outcom
     let Some(first) = group.matrices.first() else { return Ok(Outcome::Scaled(Vec::new())) };
     let statistics = group.observed(NAME, first.name)?;
     let alpha = parameters.number("alpha");
-    let mut weights = vec![0f32; first.columns];
+    let mut weights = vec![0f64; first.columns];
     for row in group.matrices.iter().flat_map(|matrix| matrix.values.chunks(first.columns)) {
-        weights.iter_mut().zip(row).for_each(|(most, w)| *most = most.max(w.abs()));
+        weights.iter_mut().zip(row).for_each(|(most, w)| *most = most.max(f64::from(w.abs())));
     }
-    let scale = |(x, w): (&f32, &f32)| {
-        let (x, w) = (f64::from(*x), f64::from(*w));
+    let mut inputs: Vec<f64> = statistics.largest().iter().map(|x| f64::from(*x)).collect();
+    let largest = |all: &[f64]| all.iter().copied().fold(0.0, f64::max);
+    group.join_tied(&mut inputs, largest);
+    group.join_tied(&mut weights, largest);
+    let scale = |(x, w): (&f64, &f64)| {
+        let (x, w) = (*x, *w);
         // A channel that is always zero, or that nothing reads, has no range to share.
         if x <= 0.0 || w <= 0.0 { 1.0 } else { (x.powf(alpha) / w.powf(1.0 - alpha)) as f32 }
     };
-    let scales: Vec<f32> = statistics.largest().iter().zip(&weights).map(scale).collect();
+    let scales: Vec<f32> = inputs.iter().zip(&weights).map(scale).collect();
     Ok(Outcome::Scaled(scales.into_iter().map(|s| s.clamp(1e-5, 1e5)).collect()))
 }
 

@@ -8,14 +8,14 @@ use super::search::round_float_within;
 use crate::format::Element;
 
 /// Sign, exponent and mantissa of a small float.
-struct Layout {
-    exponent: u32,
-    mantissa: u32,
-    bias: i32,
+pub(super) struct Layout {
+    pub exponent: u32,
+    pub mantissa: u32,
+    pub bias: i32,
     /// The largest finite magnitude.
-    max: f32,
+    pub max: f32,
     /// The code of NaN, if there is one.
-    nan: Option<u8>,
+    pub nan: Option<u8>,
 }
 
 const E4M3: Layout = Layout { exponent: 4, mantissa: 3, bias: 7, max: 448.0, nan: Some(0x7f) };
@@ -24,7 +24,7 @@ const E2M3: Layout = Layout { exponent: 2, mantissa: 3, bias: 1, max: 7.5, nan: 
 const E3M2: Layout = Layout { exponent: 3, mantissa: 2, bias: 3, max: 28.0, nan: None };
 const E2M1: Layout = Layout { exponent: 2, mantissa: 1, bias: 1, max: 6.0, nan: None };
 
-fn layout(element: Element) -> Option<&'static Layout> {
+pub(super) fn layout(element: Element) -> Option<&'static Layout> {
     match element {
         Element::Int(_) => None,
         Element::F8E4M3 => Some(&E4M3),
@@ -87,7 +87,8 @@ pub fn exponent_of(value: f32) -> i32 {
     }
 }
 
-fn mask(element: Element) -> u8 {
+/// The bits of a byte that a code has.
+pub(super) fn mask(element: Element) -> u8 {
     (0xffu16 >> (8 - element.bits())) as u8
 }
 

@@ -8,6 +8,7 @@ mod block;
 pub mod element;
 mod iq4;
 mod kquant;
+mod nearest;
 mod scale;
 pub mod scaled;
 pub mod search;

@@ -86,14 +86,48 @@ pub fn fit(
     global: f32,
     rounding: E8m0Rounding,
 ) -> BlockScale {
-    let (mut low, mut high) = (0.0f32, 0.0f32);
-    let mut finite = true;
-    for &v in values {
-        low = low.min(v);
-        high = high.max(v);
-        finite &= v.is_finite();
+    fit_shrunken(format, values, Span::of(values), 1.0, global, rounding)
+}
+
+/// The least and the largest of some numbers and zero; NaN if one of them is not finite.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Span {
+    low: f32,
+    high: f32,
+}
+
+impl Span {
+    /// Of `values`.
+    pub fn of(values: &[f32]) -> Self {
+        const LANES: usize = 16;
+        let (mut low, mut high, mut nothing) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
+        let mut take = |i: usize, v: f32| {
+            low[i] = low[i].min(v);
+            high[i] = high[i].max(v);
+            // Zero, but for NaN and infinities.
+            nothing[i] += v * 0.0;
+        };
+        let (whole, rest) = values.as_chunks::<LANES>();
+        whole.iter().for_each(|values| (0..LANES).for_each(|i| take(i, values[i])));
+        rest.iter().enumerate().for_each(|(i, v)| take(i, *v));
+        let nothing: f32 = nothing.iter().sum();
+        let low = low.into_iter().fold(0.0, f32::min);
+        Span { low: low + nothing, high: high.into_iter().fold(0.0, f32::max) + nothing }
     }
-    if !finite {
+}
+
+/// As [`fit`] of `values` times a `ratio` that is not negative; `span` is theirs before that.
+/// Rounding keeps order, so that a search over ratios looks at the numbers once.
+pub fn fit_shrunken(
+    format: &ScaledFormat,
+    values: &[f32],
+    span: Span,
+    ratio: f32,
+    global: f32,
+    rounding: E8m0Rounding,
+) -> BlockScale {
+    let (low, high) = (span.low * ratio, span.high * ratio);
+    if !(low.is_finite() && high.is_finite()) {
         // A NaN must not pass for a number: its whole block says so.
         return BlockScale { scale: load(format.scale, &store(format.scale, f32::NAN)), zero: 0 };
     }
@@ -103,7 +137,7 @@ pub fn fit(
         other => element::max(other),
     };
     if format.scale == ScaleType::E8M0 {
-        let scale = fit_power(format.element, values, largest, range, rounding);
+        let scale = fit_power(format.element, values, ratio, largest, range, rounding);
         return BlockScale { scale, zero: 0 };
     }
     match (format.zero, format.element) {
@@ -129,6 +163,7 @@ pub fn fit(
 fn fit_power(
     kind: Element,
     values: &[f32],
+    ratio: f32,
     largest: f32,
     range: f32,
     rounding: E8m0Rounding,
@@ -150,7 +185,9 @@ fn fit_power(
         }
         E8m0Rounding::Mse => {
             [floor, floor.saturating_add(1), floor.saturating_sub(1)]
-                .map(|exponent| (power(exponent), squared_error(kind, values, power(exponent))))
+                .map(|exponent| {
+                    (power(exponent), squared_error(kind, values, ratio, power(exponent)))
+                })
                 .into_iter()
                 .fold((power(floor), f64::INFINITY), |best, c| if c.1 < best.1 { c } else { best })
                 .0
@@ -158,8 +195,9 @@ fn fit_power(
     }
 }
 
-fn squared_error(kind: Element, values: &[f32], scale: f32) -> f64 {
+fn squared_error(kind: Element, values: &[f32], ratio: f32, scale: f32) -> f64 {
     let difference = |v: f32| {
+        let v = v * ratio;
         let code = element::from_f32(kind, v / scale);
         f64::from(element::to_f32(kind, code)) * f64::from(scale) - f64::from(v)
     };

@@ -5,7 +5,8 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-pub use super::scale::{BlockScale, E8m0Rounding, encode, fit, round};
+pub use super::nearest::{encode_block, round_block, round_each};
+pub use super::scale::{BlockScale, E8m0Rounding, Span, encode, fit, fit_shrunken, round};
 use super::{element, scale};
 use crate::bytes::Bytes;
 use crate::format::{Element, Format, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint};
@@ -53,6 +54,13 @@ pub fn unpack(codes: &[u8], index: usize, bits: usize) -> u8 {
 /// Packs one row: the low `bits` bits of each code, low bits first. `out` is long enough.
 pub fn pack(codes: &[u8], bits: usize, out: &mut [u8]) {
     out.fill(0);
+    if bits == 8 {
+        return out[..codes.len()].copy_from_slice(codes);
+    }
+    if bits == 4 {
+        let nibbles = |pair: &[u8]| pair[0] & 15 | pair.get(1).map_or(0, |high| high << 4);
+        return out.iter_mut().zip(codes.chunks(2)).for_each(|(out, pair)| *out = nibbles(pair));
+    }
     for (index, &code) in codes.iter().enumerate() {
         let (byte, shift) = (index * bits / 8, index * bits % 8);
         let window = u16::from(code & ((1u16 << bits) - 1) as u8) << shift;
@@ -137,9 +145,7 @@ pub fn quantize_with(
             for (i, (codes, values)) in parts.zip(values.chunks(grid.block_columns)).enumerate() {
                 let block = blocks[first + i];
                 let step = global.apply(matrix, round(format.scale, block.scale));
-                for (code, &value) in codes.iter_mut().zip(values) {
-                    *code = encode(format.element, value, step, block.zero);
-                }
+                encode_block(format.element, values, step, block.zero, codes);
             }
         });
     }

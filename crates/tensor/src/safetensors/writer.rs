@@ -175,7 +175,24 @@ impl Writer {
     ///
     /// # Errors
     /// If a tensor is not complete or the disk refuses; temporary files are gone then.
-    pub fn finish(mut self) -> Result<Vec<PathBuf>, SafetensorsError> {
+    pub fn finish(self) -> Result<Vec<PathBuf>, SafetensorsError> {
+        self.finish_by(PartialFile::finish)
+    }
+
+    /// As [`Self::finish`], but leaves it to the operating system when the data goes to the disk:
+    /// for files that have to outlive this process and not a loss of power, and may be gone again
+    /// before they cost the disk anything.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub fn finish_cached(self) -> Result<Vec<PathBuf>, SafetensorsError> {
+        self.finish_by(PartialFile::finish_cached)
+    }
+
+    fn finish_by(
+        mut self,
+        finish: impl Fn(PartialFile) -> std::io::Result<()>,
+    ) -> Result<Vec<PathBuf>, SafetensorsError> {
         for (name, slot) in &self.slots {
             let expected = slot.range.end - slot.range.start;
             if slot.written != expected {
@@ -188,7 +205,7 @@ impl Writer {
         let mut paths = Vec::new();
         for file in files {
             let path = file.path().to_owned();
-            file.finish()
+            finish(file)
                 .map_err(|source| SafetensorsError::new(&path, SafetensorsProblem::Io(source)))?;
             paths.push(path);
         }
