@@ -48,13 +48,14 @@ ids = torch.tensor(json.load(open(tokens))).view(-1, 512)
 data = DataLoader([{"input_ids": it, "attention_mask": torch.ones_like(it)} for it in ids], batch_size=1)
 weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group)}
 groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-if method == "rtn":
-    from llmcompressor.modifiers.quantization import QuantizationModifier as Modifier
-elif method == "gptq":
-    from llmcompressor.modifiers.quantization import GPTQModifier as Modifier
-else:
-    from llmcompressor.modifiers.awq import AWQModifier as Modifier
-recipe = Modifier(config_groups=groups, ignore=["lm_head"])
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+recipe = [(GPTQModifier if method == "gptq" else QuantizationModifier)(config_groups=groups, ignore=["lm_head"])]
+if method == "awq":
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    recipe.insert(0, AWQModifier())
+    # It pins inputs for copies to an accelerator whether there is one or not, which fails where there is none.
+    IntermediatesCache.pin_memory = lambda *_: None
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
 calibration = {} if method == "rtn" else {"dataset": data, "num_calibration_samples": len(ids)}
 oneshot(model=model, recipe=recipe, tokenizer=None, processor=None, **calibration)
