@@ -14,8 +14,8 @@ pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
     stage: Stage::Round,
     effect: "weighs the error of each column by the mean square of its input (llama.cpp's imatrix)",
-    requires: "calibration; a format of GGUF that searches for scales: q4_k, q5_k, q6_k, iq4_nl, iq4_xs \
-               (what narrow rows get instead, q5_0, q5_1 or q8_0, is rounded to nearest)",
+    requires: "calibration; a format of GGUF: q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs \
+               (q8_0, which narrow rows get in place of q6_k, is rounded to nearest)",
     conflicts: &["rtn", "clip", "gptq"],
     calibrated: true,
     parameters: &[],
@@ -29,37 +29,20 @@ fn apply(group: &Group<'_>, format: Format, _: &Parameters) -> Result<Outcome, Q
             tensor: matrix.name.to_owned(),
             reason,
         };
-        let searched = matches!(
-            format,
-            Format::Ggml(
-                GgmlType::Q4_K
-                    | GgmlType::Q5_K
-                    | GgmlType::Q6_K
-                    | GgmlType::IQ4_NL
-                    | GgmlType::IQ4_XS
-            )
-        );
-        // What tensors of narrow rows get in place of formats of 256: their scales are not searched.
-        let fallback =
-            matches!(format, Format::Ggml(GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q8_0));
-        if !searched && !fallback {
-            let reason = format!("found {format}, expected q4_k, q5_k, q6_k, iq4_nl or iq4_xs");
-            return Err(refuse(reason));
-        }
+        let Format::Ggml(kind) = format else {
+            return Err(refuse(format!("found {format}, expected a format of GGUF")));
+        };
         check_shape(matrix, format)?;
         let statistics = group.statistics.ok_or_else(|| QuantError::Unobserved {
             technique: NAME,
             tensor: matrix.name.to_owned(),
         })?;
         let importance = statistics.squares();
-        let codes = match searched {
-            true => codec::quantize_weighted(format, matrix.values, Some(&importance)),
-            false => codec::quantize(format, matrix.values),
-        };
+        let codes = codec::quantize_weighted(format, matrix.values, Some(&importance));
         let shape = vec![matrix.rows, matrix.columns];
         let tensor = Tensor::new(shape, format, Bytes::new(codes));
         let mut quantized = Quantized::new(matrix, tensor, Some(statistics))?;
-        if fallback {
+        if kind == GgmlType::Q8_0 {
             let note = format!("{format} takes its block's range and searches nothing: to nearest");
             quantized.report.notes.push(note);
         }
@@ -74,12 +57,12 @@ mod tests {
     #[test]
     fn importance_lowers_the_error_of_the_outputs() {
         let case = case(32, 512, 9);
-        for format in ["q4_k", "iq4_xs"] {
+        for format in ["q4_k", "iq4_xs", "q4_0", "q4_1", "q5_0", "q5_1"] {
             let (with, without) =
                 (error_of("imatrix", &case, format, &[]), error_of("rtn", &case, format, &[]));
             assert!(with < 0.95 * without, "{format}: {with} against {without}");
         }
-        let [with, without] = ["imatrix", "rtn"].map(|name| error_of(name, &case, "q5_0", &[]));
+        let [with, without] = ["imatrix", "rtn"].map(|name| error_of(name, &case, "q8_0", &[]));
         assert_eq!(with, without, "nothing is searched");
     }
 }

@@ -55,8 +55,8 @@ pub fn quantize(format: Format, values: &[f32]) -> Vec<u8> {
 }
 
 /// As [`quantize`]; `importance` (one non-negative number a column, as an importance matrix
-/// gives) weighs squared errors where the type's encoder searches for scales. The simple types
-/// have no search and ignore it.
+/// gives) weighs squared errors in the encoder's search for scales. q8_0 and the floats have no
+/// search and ignore it; q4_0, q4_1, q5_0 and q5_1 search with an importance only.
 ///
 /// # Panics
 /// As [`quantize`]; also if `values` is no whole number of rows of `importance.len()`, or a row
@@ -120,10 +120,10 @@ fn decoder(t: GgmlType) -> fn(&[u8], &mut [f32]) {
 
 fn encode(t: GgmlType, values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     match t {
-        GgmlType::Q4_0 => block::encode_q4_0(values, out),
-        GgmlType::Q4_1 => block::encode_q4_1(values, out),
-        GgmlType::Q5_0 => block::encode_q5_0(values, out),
-        GgmlType::Q5_1 => block::encode_q5_1(values, out),
+        GgmlType::Q4_0 => block::encode_q4_0(values, importance, out),
+        GgmlType::Q4_1 => block::encode_q4_1(values, importance, out),
+        GgmlType::Q5_0 => block::encode_q5_0(values, importance, out),
+        GgmlType::Q5_1 => block::encode_q5_1(values, importance, out),
         GgmlType::Q8_0 => block::encode_q8_0(values, out),
         GgmlType::Q4_K => kquant::encode_q4_k(values, importance, out),
         GgmlType::Q5_K => kquant::encode_q5_k(values, importance, out),
