@@ -100,6 +100,14 @@ impl Checkpoint {
         Ok(Checkpoint::Safetensors { files: SafetensorsFiles::open(path)?, quantization })
     }
 
+    /// Gives the memory of the mapped files back (see [`lathe_tensor::Bytes::release`]).
+    pub fn release(&self) {
+        match self {
+            Checkpoint::Safetensors { files, .. } => files.release(),
+            Checkpoint::Gguf(file) => file.release(),
+        }
+    }
+
     /// Names of all tensors as they lie in the files.
     pub fn names(&self) -> Vec<&str> {
         match self {

@@ -249,9 +249,10 @@ pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride
 pub(crate) struct Observed(BTreeMap<Value, Arc<Statistics>>);
 
 impl Observed {
-    /// Nothing yet, of `values` with their widths.
-    pub fn new(values: impl Iterator<Item = (Value, usize)>) -> Self {
-        Self(values.map(|(value, width)| (value, Arc::new(Statistics::new(width)))).collect())
+    /// Nothing yet, of `values` with their widths, with `products` of different channels or without.
+    pub fn new(values: impl Iterator<Item = (Value, usize)>, products: bool) -> Self {
+        let new = if products { Statistics::new } else { Statistics::without_products };
+        Self(values.map(|(value, width)| (value, Arc::new(new(width)))).collect())
     }
 
     /// Adds what one window made of each of `values`; those that are not observed are passed over.

@@ -299,6 +299,8 @@ impl<'a> Job<'a> {
         self.tell(0);
         for (layer, (ops, out)) in layers.layers.into_iter().enumerate().skip(first) {
             prefixes = self.calibrate_layer(calibration, ops, out, &prefixes)?;
+            // No layer reads what another has read.
+            self.weights.release();
             if let Some(store) = &mut store {
                 self.save(store, layer, &prefixes)?;
             }
@@ -368,7 +370,7 @@ impl<'a> Job<'a> {
         };
         let section = Section::new(self.program, section, calibration.tokens.len(), &taps)?;
         let width = |value: &Value| (*value, self.program.value_width(*value));
-        let mut seen = Observed::new(inputs.iter().map(width));
+        let mut seen = Observed::new(inputs.iter().map(width), self.recipe.needs_products());
         let mut experts = ExpertInputs::new(self.program, ops);
         let mut coverage = Coverage::new(self.program, routers);
         let mut weight = |weight| self.current(weight);

@@ -118,7 +118,8 @@ impl Quantized {
 pub struct Report {
     /// Signal over quantization noise of the weights, in decibels; 200 if there is no noise.
     pub sqnr_db: f64,
-    /// Mean squared error of the outputs over their mean square, on the calibration inputs.
+    /// Mean squared error of the outputs over their mean square, on the calibration inputs, if products
+    /// of their channels were kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_error: Option<f64>,
     /// What the technique has to say beside.
@@ -152,6 +153,7 @@ impl Report {
             true => (10.0 * (signal / noise).log10()).min(NO_NOISE_DB),
             false => NO_NOISE_DB,
         };
+        let statistics = statistics.filter(|it| it.has_products());
         let output_error = statistics.map(|statistics| {
             let form = statistics.quadratic();
             let (error, whole) = (form.sum(&difference), form.sum(matrix.values));

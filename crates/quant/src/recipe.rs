@@ -92,10 +92,9 @@ pub struct TechniqueStep {
 }
 
 /// What the text of a calibration has run through when it comes to a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Prefix {
     /// The layers as they are quantized: a layer sees, and makes up for, the errors before it.
-    #[default]
     Quantized,
     /// The layers as they were.
     Float,
@@ -194,7 +193,7 @@ impl Recipe {
             format,
             tensors: None,
             keep: Vec::new(),
-            prefix: Prefix::default(),
+            prefix: Prefix::of(&steps),
             activations: None,
             formats: Vec::new(),
             budget: None,
@@ -213,7 +212,7 @@ impl Recipe {
         let table: toml::Table =
             text.parse().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
         let (mut format, mut tensors, mut keep, mut steps) = (None, None, Vec::new(), Vec::new());
-        let (mut prefix, mut activations, mut preset) = (Prefix::default(), None, None);
+        let (mut prefix, mut activations, mut preset) = (None, None, None);
         let (mut formats, mut budget) = (Vec::new(), None);
         for (key, value) in &table {
             match key.as_str() {
@@ -225,7 +224,7 @@ impl Recipe {
                 "activations" => activations = Some(activations_named(&text_of(key, value)?)?),
                 "tensors" => tensors = Some(patterns(key, value)?),
                 "keep" => keep = patterns(key, value)?,
-                "prefix" => prefix = prefix_of(value)?,
+                "prefix" => prefix = Some(prefix_of(value)?),
                 "formats" => formats = formats_of(value)?,
                 "budget" => budget = Some(budget_of(value)?),
                 "technique" => {
@@ -244,6 +243,7 @@ impl Recipe {
         }
         let format = format.ok_or_else(|| wrong("it has no `format`".to_owned()))?;
         let activations = activations.or(preset);
+        let prefix = prefix.unwrap_or_else(|| Prefix::of(&steps));
         let recipe = Recipe { format, tensors, keep, prefix, activations, formats, budget, steps };
         recipe.check()?;
         Ok(recipe)
@@ -265,6 +265,11 @@ impl Recipe {
     /// Whether some technique needs to have seen a tensor's inputs, or a budget has to be planned.
     pub fn needs_calibration(&self) -> bool {
         self.budget.is_some() || self.steps.iter().any(TechniqueStep::needs_calibration)
+    }
+
+    /// Whether some technique needs products of different channels of an input.
+    pub(crate) fn needs_products(&self) -> bool {
+        self.budget.is_some() || self.steps.iter().any(TechniqueStep::needs_products)
     }
 
     /// Whether some technique asks how inputs differ from the float model's.
@@ -402,10 +407,18 @@ impl Recipe {
 impl TechniqueStep {
     /// Whether it needs to have seen the inputs of its tensors.
     pub fn needs_calibration(&self) -> bool {
-        let by_inputs = |it: &&crate::parameters::Parameter| it.name == "error";
-        let measured = self.technique.parameters.iter().find(by_inputs);
-        self.technique.calibrated
-            || measured.is_some_and(|it| self.parameters.choice(it.name) != "weight")
+        self.technique.calibrated || self.error().is_some_and(|error| error != "weight")
+    }
+
+    /// Whether it needs products of different channels of those inputs.
+    pub(crate) fn needs_products(&self) -> bool {
+        self.technique.products || self.error().is_some_and(|error| error == "output")
+    }
+
+    /// The errors that it makes least, if it has a choice.
+    fn error(&self) -> Option<&str> {
+        let mut parameters = self.technique.parameters.iter();
+        parameters.find(|it| it.name == "error").map(|it| self.parameters.choice(it.name))
     }
 
     /// Whether the step is for tensor `name`.
@@ -415,6 +428,16 @@ impl TechniqueStep {
 }
 
 impl Prefix {
+    /// What techniques take if nobody says: what only weighs columns by their inputs' sizes makes up for nothing,
+    /// and sizes hardly change, so that half of the work is not worth it.
+    fn of(steps: &[TechniqueStep]) -> Self {
+        let weighs = |step: &TechniqueStep| step.needs_calibration() && !step.needs_products();
+        match steps.iter().all(|step| !step.needs_calibration() || weighs(step)) {
+            true => Prefix::Float,
+            false => Prefix::Quantized,
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Prefix::Quantized => "quantized",
@@ -560,6 +583,14 @@ mod tests {
         assert!(!plain.needs_calibration());
         let awq = Recipe::simple(recipe.format, "awq").unwrap();
         assert_eq!(awq.steps[1].technique.name, "clip");
+        assert!(awq.needs_products() && awq.to_toml().contains("prefix = \"quantized\""));
+        // What weighs columns alone needs neither products nor the errors of layers before.
+        let sizes = "format = \"q4_k\"\n[[technique]]\nuse = \"imatrix\"\n";
+        let weighed = Recipe::parse(sizes, None).unwrap();
+        assert!(weighed.needs_calibration() && !weighed.needs_products());
+        assert!(weighed.to_toml().contains("prefix = \"float\""));
+        let told = Recipe::parse(&format!("prefix = \"quantized\"\n{sizes}"), None).unwrap();
+        assert_eq!(told.prefix, Prefix::Quantized);
         assert_eq!(Recipe::parse(&awq.to_toml(), None).unwrap().to_toml(), awq.to_toml());
     }
 

@@ -21,7 +21,7 @@ const TILE: usize = 96;
 pub struct Statistics {
     width: usize,
     rows: u64,
-    /// Lower triangle of the sum of `x x^T`, row after row.
+    /// Lower triangle of the sum of `x x^T`, row after row, or its diagonal alone.
     products: Vec<f64>,
     /// Sum of `|x|`.
     magnitudes: Vec<f64>,
@@ -39,6 +39,18 @@ impl Statistics {
     pub fn new(width: usize) -> Self {
         let (products, magnitudes) = (vec![0.0; start_of(width)], vec![0.0; width]);
         Statistics { width, rows: 0, products, magnitudes, largest: vec![0.0; width] }
+    }
+
+    /// The same without products of different channels: what weighs columns one by one needs no more.
+    pub fn without_products(width: usize) -> Self {
+        let zeros = vec![0.0; width];
+        let (products, magnitudes) = (zeros.clone(), zeros);
+        Statistics { width, rows: 0, products, magnitudes, largest: vec![0.0; width] }
+    }
+
+    /// Whether products of different channels are kept.
+    pub fn has_products(&self) -> bool {
+        self.products.len() == start_of(self.width)
     }
 
     /// Channels.
@@ -73,7 +85,8 @@ impl Statistics {
 
     /// The sums in pieces that are added to independently of one another.
     fn tiles(&mut self) -> impl Iterator<Item = Tile<'_>> {
-        let width = self.width;
+        let (width, all) = (self.width, self.has_products());
+        let start_of = move |row: usize| if all { start_of(row) } else { row };
         let mut products = self.products.as_mut_slice();
         let magnitudes = self.magnitudes.chunks_mut(TILE);
         let columns = magnitudes.zip(self.largest.chunks_mut(TILE)).enumerate();
@@ -82,16 +95,17 @@ impl Statistics {
             let (these, rest) =
                 std::mem::take(&mut products).split_at_mut(start_of(end) - start_of(first));
             products = rest;
-            Tile { first, products: these, magnitudes, largest }
+            Tile { first, products: these, all, magnitudes, largest }
         })
     }
 
     /// Adds what other statistics of the same channels saw.
     ///
     /// # Panics
-    /// If they are of another width.
+    /// If they are of another width, or one has products that the other has not.
     pub fn merge(&mut self, other: &Statistics) {
         assert_eq!(self.width, other.width, "the same channels");
+        assert_eq!(self.products.len(), other.products.len(), "the same products");
         self.rows += other.rows;
         self.products.iter_mut().zip(&other.products).for_each(|(a, b)| *a += b);
         self.magnitudes.iter_mut().zip(&other.magnitudes).for_each(|(a, b)| *a += b);
@@ -99,8 +113,18 @@ impl Statistics {
     }
 
     /// The mean of `x_i x_j`.
+    ///
+    /// # Panics
+    /// If products of different channels are not kept and these are different.
     pub fn mean_product(&self, i: usize, j: usize) -> f64 {
-        self.products[start_of(i.max(j)) + i.min(j)] / self.rows.max(1) as f64
+        let at = match self.has_products() {
+            true => start_of(i.max(j)) + i.min(j),
+            false => {
+                assert_eq!(i, j, "products of different channels are not kept");
+                i
+            }
+        };
+        self.products[at] / self.rows.max(1) as f64
     }
 
     /// The mean of `x x^T`, `[width, width]`, both triangles.
@@ -139,6 +163,10 @@ impl Statistics {
         for i in 0..self.width {
             scaled.magnitudes[i] /= f64::from(scales[i]);
             scaled.largest[i] /= scales[i];
+            if !self.has_products() {
+                scaled.products[i] /= f64::from(scales[i]).powi(2);
+                continue;
+            }
             for j in 0..=i {
                 scaled.products[start_of(i) + j] /= f64::from(scales[i]) * f64::from(scales[j]);
             }
@@ -153,10 +181,12 @@ impl Statistics {
     }
 }
 
-/// The sums of some channels: their products with all channels up to themselves.
+/// The sums of some channels: their products with all channels up to themselves, or their squares.
 struct Tile<'a> {
     first: usize,
     products: &'a mut [f64],
+    /// Whether they are products with all channels.
+    all: bool,
     magnitudes: &'a mut [f64],
     largest: &'a mut [f32],
 }
@@ -170,6 +200,12 @@ impl Tile<'_> {
             let row = row.to_slice().expect("rows lie in one piece");
             self.magnitudes.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.abs()));
             self.largest.iter_mut().zip(row).for_each(|(most, x)| *most = most.max(x.abs()));
+        }
+        if !self.all {
+            for (channel, sum) in self.products.iter_mut().enumerate() {
+                *sum += columns.column(channel).iter().map(|x| f64::from(x * x)).sum::<f64>();
+            }
+            return;
         }
         let mut product = vec![0f32; (end - first) * end];
         let view = ArrayViewMut2::from_shape((end - first, end), &mut product);
@@ -263,6 +299,20 @@ mod tests {
         second.add(&data[100 * width..]);
         pieces.merge(&second);
         assert_eq!(all.rows(), 301);
+        let mut sizes = Statistics::without_products(width);
+        sizes.add(&data[..100 * width]);
+        let mut second = Statistics::without_products(width);
+        second.add(&data[100 * width..]);
+        sizes.merge(&second);
+        assert!(all.has_products() && !sizes.has_products());
+        assert_eq!((sizes.rows(), sizes.largest()), (301, all.largest()));
+        let scales: Vec<f32> = (0..width).map(|i| 0.5 + i as f32).collect();
+        for (sizes, all) in [(&sizes, &all), (&sizes.divided_by(&scales), &all.divided_by(&scales))]
+        {
+            for (found, expected) in sizes.squares().iter().zip(all.squares()) {
+                assert!((found - expected).abs() < 1e-5 * expected, "{found} {expected}");
+            }
+        }
         let hessian = all.hessian();
         for i in 0..width {
             for j in 0..width {

@@ -47,6 +47,7 @@ pub(crate) struct Kernels {
     /// What AMX tiles multiply of the rows in the prefill form.
     pub(crate) tiles: Tiles,
     /// For a block of several rows in the decoding form.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(crate) batch: Option<BatchFn>,
     /// Whether coded activations are words ([`crate::isa::Simd::WORDS`]).
     pub(crate) words: bool,

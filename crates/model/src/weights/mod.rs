@@ -123,6 +123,11 @@ impl<'a> ModelWeights<'a> {
         self.located[weight.0 as usize].in_blocks()
     }
 
+    /// Gives the memory of what was read so far back (see [`lathe_tensor::Bytes::release`]).
+    pub fn release(&self) {
+        self.checkpoint.release();
+    }
+
     /// A weight in the shape that the program declares.
     ///
     /// # Errors

@@ -25,6 +25,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "calibration; a format with scales apart; a norm, gated activation or attention before the group",
     conflicts: &[],
     calibrated: true,
+    products: true,
     parameters: &[
         Parameter {
             name: "steps",

@@ -26,6 +26,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "integers or small floats with a scale a group or a row; calibration unless error = weight",
     conflicts: &["rtn", "gptq", "imatrix"],
     calibrated: false,
+    products: false,
     parameters: &[
         Parameter {
             name: "error",

@@ -20,6 +20,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "nvfp4; calibration unless error = weight",
     conflicts: &["rtn", "clip", "gptq", "imatrix"],
     calibrated: false,
+    products: false,
     parameters: &[Parameter {
         name: "error",
         kind: Kind::Choice(&["weight", "channel", "output"]),

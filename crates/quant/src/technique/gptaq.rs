@@ -22,6 +22,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "what gptq requires; prefix = \"quantized\"; a float stream beside the quantized one",
     conflicts: &["rtn", "clip", "imatrix", "gptq"],
     calibrated: true,
+    products: true,
     parameters: &[
         SHARED[0],
         SHARED[1],

@@ -37,6 +37,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "calibration; integers or small floats with a scale a group or a row",
     conflicts: &["rtn", "clip", "imatrix"],
     calibrated: true,
+    products: true,
     parameters: &PARAMETERS,
     apply: Apply::Group(apply),
 };

@@ -14,6 +14,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "widths that blocks divide, Hadamard matrices of the blocks' size; a folder",
     conflicts: &[],
     calibrated: false,
+    products: false,
     parameters: &[
         Parameter {
             name: "block",

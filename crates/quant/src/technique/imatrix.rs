@@ -18,6 +18,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
                (q8_0, which narrow rows get in place of q6_k, is rounded to nearest)",
     conflicts: &["rtn", "clip", "gptq"],
     calibrated: true,
+    products: false,
     parameters: &[],
     apply: Apply::Group(apply),
 };

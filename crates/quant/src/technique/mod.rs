@@ -72,6 +72,8 @@ pub struct Technique {
     pub conflicts: &'static [&'static str],
     /// Whether it must have seen the inputs of a tensor.
     pub calibrated: bool,
+    /// Whether that means products of an input's channels; otherwise their sizes are enough.
+    pub products: bool,
     /// What a recipe may set.
     pub parameters: &'static [Parameter],
     /// Does it.

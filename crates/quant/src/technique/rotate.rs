@@ -19,6 +19,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "RMS norms without a norm after a branch; embedding and head become matrices of their own",
     conflicts: &[],
     calibrated: false,
+    products: false,
     parameters: &[
         Parameter {
             name: "kind",

@@ -15,6 +15,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "nothing",
     conflicts: &["clip", "gptq", "imatrix"],
     calibrated: false,
+    products: false,
     parameters: &[POWER_OF_TWO],
     apply: Apply::Group(apply),
 };

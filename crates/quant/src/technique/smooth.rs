@@ -17,6 +17,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     requires: "calibration; a norm, a gated activation or an attention before the group",
     conflicts: &["awq"],
     calibrated: true,
+    products: false,
     parameters: &[Parameter {
         name: "alpha",
         kind: Kind::Number { default: 0.5, least: 0.0, most: 1.0 },

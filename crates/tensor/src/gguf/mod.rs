@@ -65,6 +65,11 @@ impl GgufFile {
         Self::from_bytes(path, file)
     }
 
+    /// As [`Bytes::release`].
+    pub fn release(&self) {
+        self.file.release();
+    }
+
     /// As [`GgufFile::open`], from bytes in memory; `path` is for messages.
     ///
     /// # Errors

@@ -33,6 +33,11 @@ struct Index {
 }
 
 impl Checkpoint {
+    /// As [`Bytes::release`](crate::Bytes::release), for all files.
+    pub fn release(&self) {
+        self.files.iter().for_each(SafetensorsFile::release);
+    }
+
     /// Opens a `.safetensors` file, or a directory with `model.safetensors` or with
     /// `model.safetensors.index.json` and its shards. Every header is checked here.
     ///

@@ -151,6 +151,14 @@ impl SafetensorsFile {
         Self::from_bytes(path, file)
     }
 
+    /// As [`Bytes::release`].
+    pub fn release(&self) {
+        // Any tensor has the whole file behind it.
+        if let Some((_, tensor)) = self.tensors.first() {
+            tensor.bytes.release();
+        }
+    }
+
     /// As [`SafetensorsFile::open`], from bytes in memory; `path` is for messages.
     ///
     /// # Errors
