@@ -200,11 +200,11 @@ impl Tile<'_> {
             let row = row.to_slice().expect("rows lie in one piece");
             self.magnitudes.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.abs()));
             self.largest.iter_mut().zip(row).for_each(|(most, x)| *most = most.max(x.abs()));
+            if !self.all {
+                self.products.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x * x));
+            }
         }
         if !self.all {
-            for (channel, sum) in self.products.iter_mut().enumerate() {
-                *sum += columns.column(channel).iter().map(|x| f64::from(x * x)).sum::<f64>();
-            }
             return;
         }
         let mut product = vec![0f32; (end - first) * end];
