@@ -407,7 +407,8 @@ impl Recipe {
 impl TechniqueStep {
     /// Whether it needs to have seen the inputs of its tensors.
     pub fn needs_calibration(&self) -> bool {
-        self.technique.calibrated || self.error().is_some_and(|error| error != "weight")
+        self.technique.calibrated
+            || self.error().is_some_and(|error| matches!(error, "channel" | "output"))
     }
 
     /// Whether it needs products of different channels of those inputs.

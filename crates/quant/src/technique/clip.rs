@@ -1,13 +1,15 @@
 //! Optimal clipping: for each block the scale, among shrunken ones, whose rounding errs least.
 //!
 //! What "least" means is a choice: the squared error of the weights, the same with each column
-//! weighed by the mean square of its input, or the squared error of the block's contribution to the
-//! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv 2306.00978).
+//! weighed by the mean square of its input, the squared error of the block's contribution to the
+//! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv 2306.00978), or how far
+//! the distribution of the rounded numbers is from theirs ([`divergence`](super::divergence)).
 
 use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, Span, assemble};
 use rayon::prelude::*;
 
+use super::divergence::{self, Histogram};
 use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
@@ -23,15 +25,16 @@ pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
     stage: Stage::Round,
     effect: "searches the scale of each block that errs least, saturating the largest numbers",
-    requires: "integers or small floats with a scale a group or a row; calibration unless error = weight",
+    requires: "integers or small floats with a scale a group or a row; calibration if error = channel or output",
     conflicts: &["rtn", "gptq", "imatrix"],
     calibrated: false,
     products: false,
     parameters: &[
         Parameter {
             name: "error",
-            kind: Kind::Choice(&["weight", "channel", "output"]),
-            meaning: "what is least: errors of weights, weighed by channel, or of the block's output",
+            kind: Kind::Choice(&["weight", "channel", "output", "kl"]),
+            meaning: "what is least: errors of weights, weighed by channel, or of the block's output; or the \
+                      KL divergence of a row's histogram",
         },
         Parameter {
             name: "steps",
@@ -56,6 +59,8 @@ pub(super) enum Measure {
     Channel(Vec<f32>),
     /// By each block's part of the mean of `x x^T`.
     Output(Vec<Quadratic>),
+    /// Not one by one: by how their distribution changes.
+    Divergence,
 }
 
 impl Measure {
@@ -64,6 +69,7 @@ impl Measure {
         match error {
             "channel" => statistics.map(|it| Measure::Channel(it.squares())),
             "output" => statistics.map(|it| Measure::Output(blocks_of(it, block_columns))),
+            "kl" => Some(Measure::Divergence),
             _ => Some(Measure::Weight),
         }
     }
@@ -101,6 +107,7 @@ impl Measure {
                 rows.for_each(|(row, error)| *error = sum(row, |i, d| d * d * weights[i]));
             }
             Measure::Output(blocks) => blocks[block].each(differences, scratch, errors),
+            Measure::Divergence => unreachable!("measured without differences"),
         }
     }
 }
@@ -155,6 +162,7 @@ pub(super) fn search(
                 differences: Vec::new(),
                 errors: Vec::new(),
                 scratch: Vec::new(),
+                histogram: Histogram::new(),
             };
             for block in 0..scales.blocks {
                 search.block(block, values, columns, found);
@@ -174,6 +182,7 @@ struct Search<'a> {
     differences: Vec<f32>,
     errors: Vec<f64>,
     scratch: Vec<f32>,
+    histogram: Histogram,
 }
 
 impl Search<'_> {
@@ -182,11 +191,16 @@ impl Search<'_> {
         let width = self.scales.block_columns.min(columns - start);
         self.candidates.clear();
         self.differences.clear();
+        self.errors.clear();
+        let diverging = matches!(self.measure, Measure::Divergence);
         for (row, values) in values.chunks(columns).enumerate() {
             let values = &values[start..start + width];
             let span = Span::of(values);
             // Where no candidate's error is a number the plain one stays.
             found[row * self.scales.blocks + block] = self.scales.fit_shrunken(values, span, 1.0);
+            if diverging {
+                self.histogram.count(values);
+            }
             let mut last = None;
             for ratio in self.ratios {
                 let candidate = self.scales.fit_shrunken(values, span, *ratio);
@@ -195,6 +209,10 @@ impl Search<'_> {
                     continue;
                 }
                 self.candidates.push((row, candidate));
+                if diverging {
+                    self.errors.push(self.histogram.divergence(self.scales, candidate));
+                    continue;
+                }
                 let at = self.differences.len();
                 self.differences.resize(at + width, 0.0);
                 let difference = &mut self.differences[at..];
@@ -202,9 +220,11 @@ impl Search<'_> {
                 difference.iter_mut().zip(values).for_each(|(d, value)| *d -= value);
             }
         }
-        self.errors.resize(self.candidates.len(), 0.0);
-        let place = [block, start];
-        self.measure.of(&self.differences, place, &mut self.scratch, &mut self.errors);
+        if !diverging {
+            self.errors.resize(self.candidates.len(), 0.0);
+            let place = [block, start];
+            self.measure.of(&self.differences, place, &mut self.scratch, &mut self.errors);
+        }
         let mut least = vec![f64::INFINITY; values.len() / columns];
         for ((row, candidate), error) in self.candidates.iter().zip(&self.errors) {
             if *error < least[*row] {
@@ -224,6 +244,17 @@ fn apply(
         let scales = Scales::new(NAME, matrix, format)?.rounding(power_of_two(parameters));
         let error = parameters.choice("error");
         let measure = Measure::of_inputs(NAME, error, group.statistics, matrix, &scales)?;
+        let numbers = scales.block_columns.min(matrix.columns);
+        if matches!(measure, Measure::Divergence) && numbers < divergence::LEAST {
+            return Err(QuantError::Technique {
+                technique: NAME,
+                tensor: matrix.name.to_owned(),
+                reason: format!(
+                    "error = \"kl\" measures histograms: found {numbers} numbers a scale, expected {} or more",
+                    divergence::LEAST
+                ),
+            });
+        }
         let (steps, shrink) = (parameters.whole("steps"), parameters.number("shrink"));
         let blocks = search(&scales, matrix, &measure, &shrinking(steps, shrink));
         under(&scales, matrix, &blocks, group.statistics)

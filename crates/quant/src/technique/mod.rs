@@ -2,6 +2,7 @@
 
 mod awq;
 mod clip;
+mod divergence;
 mod four_over_six;
 mod gptaq;
 mod gptq;

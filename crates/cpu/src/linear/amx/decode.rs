@@ -4,7 +4,7 @@
 //! that leaves, which errs by `2^-17` of a number, and both meet a tile of weights while it is loaded, so that
 //! weights are read once and memory sets the pace.
 //! Predicted for 8192 x 2048: the read of 33.5 MB, as eight products of 16 cycles for each 4 KB leave half of the time free.
-//! Measured, one thread, microseconds, for 1, 2, 4, 8, 16, 32 rows: 1643, 1651, 1683, 1706, 1778, 2701 (20 GB/s).
+//! Measured, one thread, microseconds, for 1, 2, 4, 8, 16, 32 rows: 1570, 1610, 1630, 1680, 1780, 2720 (19 to 21 GB/s).
 //!
 //! Nibbles meet codes of activations, `16 * high + low`, by one product a segment: its tile has sixteen times the
 //! nibbles, which high bytes meet, and the nibbles, which low bytes meet. The sums of a segment must leave the tiles, as each
@@ -14,7 +14,7 @@
 //! Predicted in cycles a segment and panel for sixteen rows, from loads, stores and instructions: 42. Measured with weights in the
 //! third-level cache, eight rows / sixteen: 60 / 88 (in order 80 / 110, AVX-512's dots 100 / 198); tiles without the rest 27 / 32, with scaling
 //! 49 / 78, all but the tiles 29 / 38: they do not run as much side by side as they could. With weights from memory 80 / 108. Activations in the first-level
-//! cache would save 10 %, but slices of k that keep them there cost more in short runs: 1036 and 1395 us in place of 983 and 1279
+//! cache would save 10 %, but slices of k that keep them there cost more in short runs: 1036 and 1395 us in place of 930 and 1250
 //! for 8 and 16 rows of Q4_0, 8192 x 2048.
 
 use std::arch::asm;
@@ -30,6 +30,7 @@ use super::super::{Output, store};
 use super::{TILE_BYTES, configure, release};
 use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
+use crate::pack::layout::Constants;
 use crate::pack::{PANEL, PackedMatrix};
 
 /// How far ahead packed weights are asked for.
@@ -279,6 +280,7 @@ impl Split {
 
 /// Rows from which on products of tiles beat those of AVX-512.
 const BATCH_ROWS: usize = 6;
+
 /// Multiplies those of `blocks` of rows in the decoding form that have enough rows for tiles by `panels` of nibbles;
 /// the blocks that are left.
 ///
@@ -335,9 +337,9 @@ pub(in super::super) unsafe fn multiply_nibbles(
 /// The kernel of nibbles for a block padded to `rows`, [`BATCH_ROWS`] at least, for which tiles are configured.
 pub(in super::super) fn nibbles_of<C: Coded>(rows: usize) -> RunFn {
     match rows {
-        ..=6 => nibbles::<C, 6>,
-        ..=8 => nibbles::<C, 8>,
-        ..=12 => nibbles::<C, 12>,
+        0..=6 => nibbles::<C, 6>,
+        7..=8 => nibbles::<C, 8>,
+        9..=12 => nibbles::<C, 12>,
         _ => nibbles::<C, 16>,
     }
 }
@@ -375,6 +377,41 @@ impl Walk {
     }
 }
 
+/// The scales of a panel, a segment at a time.
+struct Scales {
+    walk: Walk,
+    /// Of a chunk.
+    scales: [f32; 8 * PANEL],
+    mins: [f32; 8 * PANEL],
+}
+
+impl Scales {
+    fn new(walk: Walk) -> Scales {
+        Scales { walk, scales: [0.0; 8 * PANEL], mins: [0.0; 8 * PANEL] }
+    }
+
+    /// Scale and min of the next segment.
+    ///
+    /// # Safety
+    /// The panel has another segment; a chunk has at most eight, of one part.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn next<C: Coded>(&mut self, constants: &Constants) -> (__m512, Option<__m512>) {
+        let in_chunk = C::segments(constants);
+        let (codes, index) = self.walk.next::<C>(in_chunk, C::tail_bytes(constants));
+        let (scales, mins) = (self.scales.as_mut_ptr(), self.mins.as_mut_ptr());
+        // SAFETY: as the caller promises.
+        unsafe {
+            if index == 0 {
+                let tail = codes.add(in_chunk * C::SEGMENT_BYTES);
+                C::scales::<Avx512>(tail, constants, Decoded { scales, mins });
+            }
+            let min = C::MIN.then(|| Avx512::load(mins.add(index * PANEL)));
+            (Avx512::load(scales.add(index * PANEL)), min)
+        }
+    }
+}
+
 /// Adds to the accumulators of `R` rows what a panel's segments make of them. A segment's integer sums and the order
 /// in which they are added are those of the other kernels.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -389,11 +426,10 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
         let sums = (&raw mut (*ring.as_mut_ptr()).sums).cast::<u8>();
         let weights_at = |i: usize| weights.add(i % RING * TILE_BYTES);
         let sums_at = |i: usize| sums.add(i % RING * TILE_BYTES);
-        let (mut scales, mut mins) = ([0f32; 8 * PANEL], [0f32; 8 * PANEL]);
         let mut acc = load_acc::<Avx512, R>(args.acc);
         let mut rows = args.rows;
         let mut in_front = Walk { at: args.weights, left: in_chunk };
-        let mut behind = Walk { at: args.weights, left: in_chunk };
+        let mut behind = Scales::new(Walk { at: args.weights, left: in_chunk });
         let mut decode_next = |i: usize| {
             let (codes, _) = in_front.next::<C>(in_chunk, tail_bytes);
             prefetch(codes.wrapping_add(AHEAD_BYTES), constants.segment_bytes);
@@ -406,6 +442,9 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
         macro_rules! step {
             ($s:expr, $i:literal, $sum:literal, $rows:literal, $weights:literal, $before:literal) => {
                 let s = $s;
+                if s >= total + LAG {
+                    break;
+                }
                 if s < total {
                     asm!(
                         concat!("tilezero ", $sum),
@@ -428,14 +467,7 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
                     );
                 }
                 if s >= LAG {
-                    let (codes, index) = behind.next::<C>(in_chunk, tail_bytes);
-                    if index == 0 {
-                        let tail = codes.add(in_chunk * C::SEGMENT_BYTES);
-                        let out = Decoded { scales: scales.as_mut_ptr(), mins: mins.as_mut_ptr() };
-                        C::scales::<Avx512>(tail, constants, out);
-                    }
-                    let scale = Avx512::load(scales.as_ptr().add(index * PANEL));
-                    let min = C::MIN.then(|| Avx512::load(mins.as_ptr().add(index * PANEL)));
+                    let (scale, min) = behind.next::<C>(constants);
                     add_scaled::<R>(sums_at($i + RING - LAG), scale, min, &rows, &mut acc);
                     rows = rows.after::<CODE_BYTES>(1, 1);
                 }
@@ -443,17 +475,8 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
         }
         for first in (0..total + LAG).step_by(RING) {
             step!(first, 0, "tmm0", "tmm4", "tmm6", "tmm3");
-            if first + 1 >= total + LAG {
-                break;
-            }
             step!(first + 1, 1, "tmm1", "tmm5", "tmm7", "tmm0");
-            if first + 2 >= total + LAG {
-                break;
-            }
             step!(first + 2, 2, "tmm2", "tmm4", "tmm6", "tmm1");
-            if first + 3 >= total + LAG {
-                break;
-            }
             step!(first + 3, 3, "tmm3", "tmm5", "tmm7", "tmm2");
         }
         store_acc::<Avx512, R>(args.acc, acc);
