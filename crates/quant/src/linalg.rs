@@ -1,10 +1,11 @@
 //! The little dense algebra that techniques need, in `f64`, on all threads: nearly all of it is
 //! matrix products of blocks, for which `matrixmultiply` (under `ndarray`) has kernels.
 
+use std::iter::Sum;
 use std::ops::Range;
 
 use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, RawData, Slice};
+use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, LinalgScalar, RawData, Slice};
 use rayon::prelude::*;
 
 /// Columns that are factored together, and rows that are one thread's work.
@@ -29,17 +30,19 @@ pub(crate) fn part<S: RawData>(
     view
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    let mut lanes = [0f64; 8];
-    let (a_whole, a_rest) = a.as_chunks::<8>();
-    let (b_whole, b_rest) = b.as_chunks::<8>();
+/// The sum of products, in `LANES` sums that vectors hold.
+#[inline]
+pub(crate) fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -> T {
+    let mut lanes = [T::zero(); LANES];
+    let (a_whole, a_rest) = a.as_chunks::<LANES>();
+    let (b_whole, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_whole.iter().zip(b_whole) {
-        for i in 0..8 {
-            lanes[i] += a[i] * b[i];
+        for i in 0..LANES {
+            lanes[i] = lanes[i] + a[i] * b[i];
         }
     }
-    let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    lanes.iter().sum::<f64>() + rest
+    let rest: T = a_rest.iter().zip(b_rest).map(|(a, b)| *a * *b).sum();
+    lanes.into_iter().sum::<T>() + rest
 }
 
 /// Replaces the lower triangle of the symmetric `[n, n]` matrix by its Cholesky factor `L`,
@@ -57,7 +60,7 @@ pub fn cholesky(matrix: &mut [f64], n: usize) -> Result<(), NotPositive> {
             let (above, this) = panel.split_at_mut(row * n);
             let this = &mut this[start..start + width];
             solve_row(this, above, n, start, row);
-            let pivot = this[row] - dot(&this[..row], &this[..row]);
+            let pivot = this[row] - dot::<f64, 8>(&this[..row], &this[..row]);
             if pivot.is_nan() || pivot <= 0.0 || pivot.is_infinite() {
                 return Err(NotPositive(start + row));
             }
@@ -94,7 +97,8 @@ fn bring_up_to_date(rows: &mut [f64], panel: Option<&[f64]>, n: usize, start: us
 fn solve_row(this: &mut [f64], panel: &[f64], n: usize, start: usize, end: usize) {
     for column in 0..end {
         let other = &panel[column * n + start..][..=column];
-        this[column] = (this[column] - dot(&this[..column], &other[..column])) / other[column];
+        this[column] =
+            (this[column] - dot::<f64, 8>(&this[..column], &other[..column])) / other[column];
     }
 }
 
@@ -169,7 +173,7 @@ mod tests {
         for i in 0..n {
             for j in 0..n {
                 let diagonal = if i == j { n as f64 } else { 0.0 };
-                matrix[i * n + j] = dot(&b[i * n..][..n], &b[j * n..][..n]) + diagonal;
+                matrix[i * n + j] = dot::<f64, 8>(&b[i * n..][..n], &b[j * n..][..n]) + diagonal;
             }
         }
         matrix

@@ -7,7 +7,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
-use crate::linalg::{part, square};
+use crate::linalg::{dot, part, square};
 
 /// Rows that are one thread's work.
 const ROWS_TOGETHER: usize = 96;
@@ -68,7 +68,7 @@ impl Quadratic {
                 sums.iter_mut().zip(rows.rows()).zip(products.chunks(end - start))
             {
                 let row = &row.to_slice().expect("rows lie in one piece")[start..end];
-                *sum += f64::from(dot(row, product));
+                *sum += f64::from(dot::<f32, 16>(row, product));
             }
         }
     }
@@ -90,19 +90,6 @@ impl Quadratic {
         // In their order, however many threads there are.
         parts.iter().sum()
     }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    let (a_whole, a_rest) = a.as_chunks::<16>();
-    let (b_whole, b_rest) = b.as_chunks::<16>();
-    for (a, b) in a_whole.iter().zip(b_whole) {
-        for i in 0..16 {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    lanes.iter().sum::<f32>() + rest
 }
 
 #[cfg(test)]

@@ -432,10 +432,9 @@ impl Prefix {
     /// What techniques take if nobody says: what only weighs columns by their inputs' sizes makes up for nothing,
     /// and sizes hardly change, so that half of the work is not worth it.
     fn of(steps: &[TechniqueStep]) -> Self {
-        let weighs = |step: &TechniqueStep| step.needs_calibration() && !step.needs_products();
-        match steps.iter().all(|step| !step.needs_calibration() || weighs(step)) {
-            true => Prefix::Float,
-            false => Prefix::Quantized,
+        match steps.iter().any(TechniqueStep::needs_products) {
+            true => Prefix::Quantized,
+            false => Prefix::Float,
         }
     }
 

@@ -162,7 +162,7 @@ pub(super) fn search(
                 differences: Vec::new(),
                 errors: Vec::new(),
                 scratch: Vec::new(),
-                histogram: Histogram::new(),
+                histogram: matches!(measure, Measure::Divergence).then(Histogram::new),
             };
             for block in 0..scales.blocks {
                 search.block(block, values, columns, found);
@@ -182,7 +182,8 @@ struct Search<'a> {
     differences: Vec<f32>,
     errors: Vec<f64>,
     scratch: Vec<f32>,
-    histogram: Histogram,
+    /// If candidates are measured by their distribution.
+    histogram: Option<Histogram>,
 }
 
 impl Search<'_> {
@@ -192,14 +193,13 @@ impl Search<'_> {
         self.candidates.clear();
         self.differences.clear();
         self.errors.clear();
-        let diverging = matches!(self.measure, Measure::Divergence);
         for (row, values) in values.chunks(columns).enumerate() {
             let values = &values[start..start + width];
             let span = Span::of(values);
             // Where no candidate's error is a number the plain one stays.
             found[row * self.scales.blocks + block] = self.scales.fit_shrunken(values, span, 1.0);
-            if diverging {
-                self.histogram.count(values);
+            if let Some(histogram) = &mut self.histogram {
+                histogram.count(values);
             }
             let mut last = None;
             for ratio in self.ratios {
@@ -209,8 +209,8 @@ impl Search<'_> {
                     continue;
                 }
                 self.candidates.push((row, candidate));
-                if diverging {
-                    self.errors.push(self.histogram.divergence(self.scales, candidate));
+                if let Some(histogram) = &mut self.histogram {
+                    self.errors.push(histogram.divergence(self.scales, candidate));
                     continue;
                 }
                 let at = self.differences.len();
@@ -220,7 +220,7 @@ impl Search<'_> {
                 difference.iter_mut().zip(values).for_each(|(d, value)| *d -= value);
             }
         }
-        if !diverging {
+        if self.histogram.is_none() {
             self.errors.resize(self.candidates.len(), 0.0);
             let place = [block, start];
             self.measure.of(&self.differences, place, &mut self.scratch, &mut self.errors);

@@ -17,15 +17,15 @@ pub(super) const LEAST: usize = 256;
 
 /// The histogram of one block.
 pub(super) struct Histogram {
-    counts: Vec<f64>,
+    counts: [f64; BINS],
     /// The middle of each bin.
-    centers: Vec<f32>,
-    rounded: Vec<f32>,
+    centers: [f32; BINS],
+    rounded: [f32; BINS],
 }
 
 impl Histogram {
     pub fn new() -> Self {
-        Histogram { counts: vec![0.0; BINS], centers: vec![0.0; BINS], rounded: vec![0.0; BINS] }
+        Histogram { counts: [0.0; BINS], centers: [0.0; BINS], rounded: [0.0; BINS] }
     }
 
     /// Counts the numbers of a block.

@@ -5,7 +5,7 @@
 
 use half::f16;
 
-use super::search::{fit_affine, round_float_within, round_within, sums};
+use super::search::{best_symmetric, fit_affine, importance_weights, round_within};
 use super::{half_at, put_half};
 
 const LEN: usize = 32;
@@ -127,7 +127,7 @@ pub(super) fn encode_q8_0(values: &[f32], out: &mut [u8]) {
 /// Stores the scale that errs least under an importance, and returns the codes, which are the
 /// nearest under the scale as it is stored.
 fn search_symmetric(values: &[f32], importance: &[f32], half: i32, out: &mut [u8]) -> [u8; LEN] {
-    let d = fit_symmetric(values, &error_weights(values, importance), half as f32);
+    let d = fit_symmetric(values, &importance_weights::<LEN>(values, importance), half as f32);
     put_half(out, 0, d);
     let inverse = inverse_or_zero(f16::from_f32(d).to_f32());
     std::array::from_fn(|i| (round_within(inverse * values[i], -half, half - 1) + half) as u8)
@@ -145,38 +145,20 @@ fn fit_symmetric(values: &[f32], weights: &[f32; LEN], half: f32) -> f32 {
     if largest == 0.0 || !largest.is_finite() {
         return 0.0;
     }
-    let (mut best, mut best_gain) = (0.0, 0.0);
-    for end in [-half, half - 1.0] {
-        for step in -3..=8 {
-            let inverse = end * (1.0 + STEP * step as f32) / largest;
-            let [wqx, wqq] = sums(values, weights, |x, w| {
-                let q = round_float_within(inverse * x, -half, half - 1.0);
-                [w * q * x, w * q * q]
-            });
-            // The error falls by wqx^2 / wqq from that of coding everything as zero.
-            if wqq > 0.0 && wqx * wqx > best_gain * wqq {
-                best = wqx / wqq;
-                best_gain = wqx * wqx / wqq;
-            }
-        }
-    }
-    best
+    let steps =
+        [-half, half - 1.0].into_iter().flat_map(|end| (-3..=8).map(move |step| (end, step)));
+    let inverses = steps.map(|(end, step)| end * (1.0 + STEP * step as f32) / largest);
+    best_symmetric(values, weights, half, inverses)
 }
 
 /// As [`search_symmetric`], scale and minimum; the range includes zero.
 fn search_affine(values: &[f32], importance: &[f32], levels: i32, out: &mut [u8]) -> [u8; LEN] {
-    let fit = fit_affine(values, &error_weights(values, importance), levels);
+    let fit = fit_affine(values, &importance_weights::<LEN>(values, importance), levels);
     put_half(out, 0, fit.scale);
     put_half(out, 2, -fit.min);
     let inverse = inverse_or_zero(f16::from_f32(fit.scale).to_f32());
     let min = f16::from_f32(-fit.min).to_f32();
     std::array::from_fn(|i| round_within(inverse * (values[i] - min), 0, levels) as u8)
-}
-
-/// How much each squared error counts: as in the K-quants with an importance.
-fn error_weights(values: &[f32], importance: &[f32]) -> [f32; LEN] {
-    let mean = values.iter().map(|v| v * v).sum::<f32>() / LEN as f32;
-    std::array::from_fn(|i| importance[i] * (2.0 * mean + values[i] * values[i]).sqrt())
 }
 
 /// The first number of the largest magnitude, with its sign.
@@ -267,7 +249,7 @@ mod tests {
         for (t, half) in [(GgmlType::Q4_0, 8.0), (GgmlType::Q5_0, 16.0)] {
             let (mut ours, mut plain, mut oracle) = (0.0, 0.0, 0.0);
             for (values, importance) in blocks(20) {
-                let weights = error_weights(&values, &importance);
+                let weights = importance_weights::<LEN>(&values, &importance);
                 ours += found(t, &values, &weights, Some(&importance));
                 plain += found(t, &values, &weights, None);
                 let largest = f64::from(largest_magnitude(&values));
@@ -289,7 +271,7 @@ mod tests {
         for (t, levels) in [(GgmlType::Q4_1, 15.0), (GgmlType::Q5_1, 31.0)] {
             let (mut ours, mut plain, mut oracle) = (0.0, 0.0, 0.0);
             for (values, importance) in blocks(8) {
-                let weights = error_weights(&values, &importance);
+                let weights = importance_weights::<LEN>(&values, &importance);
                 ours += found(t, &values, &weights, Some(&importance));
                 plain += found(t, &values, &weights, None);
                 let (low, high) = bounds(&values);

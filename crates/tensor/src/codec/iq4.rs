@@ -5,7 +5,7 @@
 
 use half::f16;
 
-use super::search::{round_within, sums};
+use super::search::{importance_weights, round_within, sums};
 use super::{half_at, put_half};
 
 /// What the 16 codes stand for.
@@ -108,11 +108,10 @@ pub(super) fn encode_iq4_xs(values: &[f32], importance: Option<&[f32]>, out: &mu
 /// How much each squared error counts: as in the K-quants with an importance, and with the
 /// square of the number itself without one.
 fn weights<const N: usize>(values: &[f32], importance: Option<&[f32]>) -> [f32; N] {
-    let mean = values.iter().map(|v| v * v).sum::<f32>() / N as f32;
-    std::array::from_fn(|i| match importance {
-        Some(importance) => importance[i] * (2.0 * mean + values[i] * values[i]).sqrt(),
-        None => values[i] * values[i],
-    })
+    match importance {
+        Some(importance) => importance_weights(values, importance),
+        None => std::array::from_fn(|i| values[i] * values[i]),
+    }
 }
 
 /// The best scale found for `value ≈ scale * VALUES[code]`.

@@ -5,7 +5,9 @@
 
 use half::f16;
 
-use super::search::{affine_error, fit_affine, fit_symmetric, round_within, symmetric_error};
+use super::search::{
+    affine_error, fit_affine, fit_symmetric, importance_weights, round_within, symmetric_error,
+};
 use super::{half_at, put_half};
 
 const LEN: usize = 256;
@@ -82,12 +84,12 @@ pub(super) fn decode_q6_k(block: &[u8], out: &mut [f32]) {
 /// magnitude of the weight, as a large weight's error is a large part of the output's; without
 /// one the magnitude stands alone.
 fn error_weights(values: &[f32], importance: Option<&[f32]>) -> [f32; LEN] {
+    if let Some(importance) = importance {
+        return importance_weights(values, importance);
+    }
     let squares = values.iter().map(|v| v * v).sum::<f32>();
     let mean = squares / LEN as f32;
-    std::array::from_fn(|i| match importance {
-        Some(importance) => importance[i] * (2.0 * mean + values[i] * values[i]).sqrt(),
-        None => mean.sqrt() + values[i].abs(),
-    })
+    std::array::from_fn(|i| mean.sqrt() + values[i].abs())
 }
 
 /// A super-block of Q4_K or Q5_K before it is packed.

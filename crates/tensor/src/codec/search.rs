@@ -41,6 +41,13 @@ pub fn round_within(value: f32, low: i32, high: i32) -> i32 {
     round_float_within(value, low as f32, high as f32) as i32
 }
 
+/// How much each squared error of `N` numbers counts under an importance matrix: its entries
+/// scaled by the numbers' sizes.
+pub(super) fn importance_weights<const N: usize>(values: &[f32], importance: &[f32]) -> [f32; N] {
+    let mean = values.iter().map(|v| v * v).sum::<f32>() / N as f32;
+    std::array::from_fn(|i| importance[i] * (2.0 * mean + values[i] * values[i]).sqrt())
+}
+
 /// Sums `terms(value, weight)` over all numbers, in lanes.
 #[inline(always)]
 pub(super) fn sums<const N: usize>(
@@ -133,9 +140,20 @@ pub fn fit_symmetric(values: &[f32], weights: &[f32], half: i32) -> f32 {
         return 0.0;
     }
     let half = half as f32;
+    let steps = -SYMMETRIC_STEPS..=SYMMETRIC_STEPS;
+    best_symmetric(values, weights, half, steps.map(|step| -(half + 0.1 * step as f32) / largest))
+}
+
+/// The best scale for the codes that each of `inverses`, starting scales inverted, gives; codes in
+/// `-half..=half - 1`.
+pub(super) fn best_symmetric(
+    values: &[f32],
+    weights: &[f32],
+    half: f32,
+    inverses: impl Iterator<Item = f32>,
+) -> f32 {
     let (mut best, mut best_gain) = (0.0, 0.0);
-    for step in -SYMMETRIC_STEPS..=SYMMETRIC_STEPS {
-        let inverse = -(half + 0.1 * step as f32) / largest;
+    for inverse in inverses {
         let [wqx, wqq] = sums(values, weights, |x, w| {
             let q = round_float_within(inverse * x, -half, half - 1.0);
             [w * q * x, w * q * q]
