@@ -37,7 +37,8 @@ fn options() -> Options {
     let formats = "q4_0,q4_1,q5_0,q5_1,q8_0,q4_k,q5_k,q6_k,bf16,f16,f32";
     let list = |text: &str| text.split(',').map(str::to_owned).collect::<Vec<_>>();
     Options {
-        isa: value("--isa").map_or_else(Isa::detect, |v| Isa::parse(v).expect("an ISA")),
+        isa: Isa::select(value("--isa").map(|v| Isa::parse(v).expect("an ISA")))
+            .expect("an ISA of this machine"),
         threads: number("--threads", available_cores().count),
         formats: list(value("--formats").unwrap_or(formats)),
         rows: list(value("--rows").unwrap_or("1,2,4,8,16,64,512"))

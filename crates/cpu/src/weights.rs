@@ -174,12 +174,19 @@ fn load(
         }
         other => other,
     };
+    // With routers rows would be multiplied in two parts, which pays on tiles alone.
+    let one_form = program.routings > 0 && isa != Isa::Amx;
+    let pack = |tensor: &Tensor, exact| {
+        let packed = PackedMatrix::pack(tensor, isa, exact)?;
+        Ok(if one_form { packed.without_prefill_form() } else { packed })
+    };
     if let Some(rounding) = needs.matrix {
         let exact = exact || rounding == Rounding::Never;
-        loaded.matrix = Some(PackedMatrix::pack(&tensor, isa, exact).map_err(named)?);
+        loaded.matrix = Some(pack(&tensor, exact).map_err(named)?);
     }
     if let Some(experts) = needs.experts {
-        loaded.experts = Some(pack_experts(&tensor, experts, isa, exact).map_err(named)?);
+        let pack = |part: &Tensor| pack(part, exact);
+        loaded.experts = Some(pack_experts(&tensor, experts, pack).map_err(named)?);
     }
     if needs.floats {
         loaded.floats = Some(tensor.to_f32());
@@ -209,15 +216,14 @@ fn with_kernels(tensor: Tensor) -> Tensor {
 fn pack_experts(
     tensor: &Tensor,
     experts: usize,
-    isa: Isa,
-    exact: bool,
+    pack: impl Fn(&Tensor) -> Result<PackedMatrix, BackendError> + Sync,
 ) -> Result<Vec<PackedMatrix>, BackendError> {
     let rows = tensor.rows() / experts.max(1);
     let pack_one = |expert: usize| {
         let part = tensor.slice_rows(expert * rows..(expert + 1) * rows).map_err(|error| {
             BackendError::Weight { name: String::new(), reason: error.to_string() }
         })?;
-        PackedMatrix::pack(&part, isa, exact)
+        pack(&part)
     };
     (0..experts).into_par_iter().map(pack_one).collect()
 }

@@ -89,7 +89,7 @@ impl Operands {
     pub fn of<'a>(matrices: impl IntoIterator<Item = &'a PackedMatrix>) -> Operands {
         let mut all = Operands::default();
         for matrix in matrices {
-            let tiles = !matches!(matrix.kernels.tiles, Tiles::None);
+            let tiles = matrix.kernels.has_prompt();
             all.tiles |= tiles;
             match matrix.operand {
                 Operand::F32 if is_split(matrix) => all.split = true,
@@ -125,7 +125,7 @@ impl Operands {
 
 /// Whether tiles multiply rows in the decoding form, in two parts.
 fn is_split(matrix: &PackedMatrix) -> bool {
-    matches!(matrix.kernels.tiles, Tiles::Packed)
+    matches!(matrix.kernels.tiles, Tiles::Split)
 }
 
 /// A growing plane of numbers.
@@ -403,8 +403,8 @@ impl Activations {
         self.columns
     }
 
-    /// Says which of the rows that are prepared from now on are in the prefill form, which AMX
-    /// multiplies as `bf16`; none until the first call. Without AMX the form makes no difference.
+    /// Says which of the rows that are prepared from now on are in the prefill form, which AMX and
+    /// AVX-512's dots multiply as `bf16`; none until the first call. Without either the form makes no difference.
     pub fn set_forms(&mut self, prefill: impl Iterator<Item = bool> + Clone) {
         self.forms.set(prefill);
     }
@@ -429,10 +429,7 @@ impl Activations {
 
     /// Rows that kernels other than tiles multiply by `matrix`.
     pub(crate) fn rows_for(&self, matrix: &PackedMatrix) -> usize {
-        match matrix.kernels.tiles {
-            Tiles::None => self.rows,
-            _ => self.rows - self.tiled_rows(),
-        }
+        if matrix.kernels.has_prompt() { self.rows - self.tiled_rows() } else { self.rows }
     }
 
     /// Rows in the plane of `operand`.

@@ -5,9 +5,11 @@ use std::marker::PhantomData;
 use lathe_tensor::FloatType;
 
 #[cfg(target_arch = "x86_64")]
-use super::amx::{decode, prompt};
+use super::amx::{decode, products::TileProducts};
 use super::codes::*;
 use super::kernels::*;
+#[cfg(target_arch = "x86_64")]
+use super::prompt::{Products, Prompt, dots::Dots, weights};
 #[cfg(target_arch = "aarch64")]
 use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
@@ -20,7 +22,8 @@ use crate::pack::layout::{Codes, Constants, Fineness, Layout, Operand, Scales};
 pub(crate) type RunFn = unsafe fn(&Args<'_>);
 /// Unsafe as [`Expand::expand`].
 pub(crate) type ExpandFn = unsafe fn(*const u8, usize, &Constants, &mut Scratch);
-/// Writes segments (whole chunks) as AMX tiles of `bf16`. Unsafe as [`Expand::expand`].
+/// Writes segments (whole chunks) as tiles of `bf16` pairs, `[segments][16][16][2]`. Unsafe as [`Expand::expand`].
+#[cfg(target_arch = "x86_64")]
 pub(crate) type ToTilesFn = unsafe fn(*const u8, usize, &Constants, *mut u8);
 /// The instance for the most rows up to those given, and how many it takes.
 pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
@@ -44,26 +47,56 @@ pub(crate) struct Kernels {
     pub(crate) expand: Option<ExpandFn>,
     /// For any number of rows.
     pub(crate) tile: ChooseFn,
-    /// What AMX tiles multiply of the rows in the prefill form.
+    /// For rows in the prefill form, if they are not multiplied as all others are.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) prompt: Option<Prompt>,
+    /// What AMX multiplies of the rows in the decoding form.
     pub(crate) tiles: Tiles,
-    /// For a block of several rows in the decoding form.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    pub(crate) batch: Option<BatchFn>,
     /// Whether coded activations are words ([`crate::isa::Simd::WORDS`]).
     pub(crate) words: bool,
 }
 
-/// What AMX tiles multiply, and how they get the weights.
+/// What AMX tiles multiply of the rows in the decoding form.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Tiles {
     /// Nothing.
     None,
-    /// All rows: packed panels are tiles.
+    /// All of them, in two parts of `bf16`: packed panels are tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    Packed,
-    /// Rows in the prefill form; this decodes segments to tiles.
+    Split,
+    /// Blocks of several rows as codes.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    Expanded(ToTilesFn),
+    Codes(BatchFn),
+}
+
+impl Kernels {
+    /// Whether rows in the prefill form are multiplied as none else.
+    pub(crate) fn has_prompt(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.prompt.is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// Multiplies rows in the prefill form as all others are.
+    pub(crate) fn without_prompt(self) -> Kernels {
+        Kernels {
+            #[cfg(target_arch = "x86_64")]
+            prompt: None,
+            ..self
+        }
+    }
+
+    /// Multiplies rows in the prefill form by AVX-512's dots of `bf16` pairs, if the weights are floats of 16 or 8 bits.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn with_dots(self, layout: Layout) -> Kernels {
+        Kernels { prompt: prompt_of_floats::<Dots>(layout), ..self }
+    }
+
+    /// Leaves out what rounds floats to `bf16`.
+    pub(crate) fn exact(self) -> Kernels {
+        Kernels { tiles: Tiles::None, ..self.without_prompt() }
+    }
 }
 
 /// An ISA as something that kernels are compiled for.
@@ -151,24 +184,26 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => {
-            let kernels = kernels(Isa::Avx512, layout, operand);
-            let tiles = match (layout, operand) {
-                (Layout::Coded(Codes::F8E4m3, _), _) => {
-                    Tiles::Expanded(prompt::to_tiles_of_floats::<Float8E4m3>)
+            let kernels = for_target::<Avx512Target>(layout, operand);
+            let prompt = match (layout, operand) {
+                // Of fp8 it is not the operand's to say that nothing is rounded.
+                (Layout::Coded(codes, scales), Operand::Int8(_)) => {
+                    Some(Prompt::new::<TileProducts>(Some(with_coded(codes, scales, OnTiles))))
                 }
-                (Layout::Coded(Codes::F8E5m2, _), _) => {
-                    Tiles::Expanded(prompt::to_tiles_of_floats::<Float8E5m2>)
-                }
-                // `--exact`: nothing is rounded. (Of fp8 that is not the operand's to say.)
-                (Layout::Coded(..), Operand::F32) => Tiles::None,
-                (Layout::Coded(codes, scales), _) => with_coded(codes, scales, OnTiles),
-                (Layout::Float(FloatType::BF16), _) => Tiles::Packed,
-                (Layout::Float(_), _) => Tiles::None,
+                _ => prompt_of_floats::<TileProducts>(layout),
             };
-            Kernels { tiles, batch: nibbles(layout, operand), ..kernels }
+            let tiles = match layout {
+                Layout::Float(FloatType::BF16) => Tiles::Split,
+                _ => nibbles(layout, operand).map_or(Tiles::None, Tiles::Codes),
+            };
+            Kernels { prompt, tiles, ..kernels }
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => for_target::<Avx512Target>(layout, operand),
+        Isa::Avx512 => {
+            let kernels = for_target::<Avx512Target>(layout, operand);
+            // Two dots of bytes are as fast as one of pairs, and exact: codes have no prefill form.
+            if isa.prefers_bf16_dot() { kernels.with_dots(layout) } else { kernels }
+        }
         #[cfg(target_arch = "x86_64")]
         Isa::AvxVnni if matches!(operand, Operand::Int8(_)) => {
             for_target::<AvxVnniTarget>(layout, operand)
@@ -185,6 +220,18 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     }
 }
 
+/// The products of `bf16` and fp8 weights with rows in the prefill form.
+#[cfg(target_arch = "x86_64")]
+fn prompt_of_floats<P: Products>(layout: Layout) -> Option<Prompt> {
+    let to_tiles: Option<ToTilesFn> = match layout {
+        Layout::Float(FloatType::BF16) => None,
+        Layout::Coded(Codes::F8E4m3, _) => Some(weights::to_tiles_of_floats::<Float8E4m3>),
+        Layout::Coded(Codes::F8E5m2, _) => Some(weights::to_tiles_of_floats::<Float8E5m2>),
+        _ => return None,
+    };
+    Some(Prompt::new::<P>(to_tiles))
+}
+
 fn floats<T: Target, W: Float>() -> Kernels {
     Kernels {
         direct: if T::DIRECT_ROWS > 0 { Some(direct_floats_of::<T, W>) } else { None },
@@ -192,8 +239,9 @@ fn floats<T: Target, W: Float>() -> Kernels {
         plain: Some(rows_of::<T, Widened<W>>),
         expand: Some(T::expand::<ToWide<W>>()),
         tile: rows_of::<T, Widened<Single>>,
+        #[cfg(target_arch = "x86_64")]
+        prompt: None,
         tiles: Tiles::None,
-        batch: None,
         words: T::WORDS,
     }
 }
@@ -238,15 +286,15 @@ impl<T: Target> Visit for OnTarget<T> {
     }
 }
 
-/// The weights of AMX tiles.
+/// The weights of tiles.
 #[cfg(target_arch = "x86_64")]
 struct OnTiles;
 
 #[cfg(target_arch = "x86_64")]
 impl Visit for OnTiles {
-    type Output = Tiles;
-    fn with<C: Coded>(self) -> Tiles {
-        Tiles::Expanded(prompt::to_tiles::<C>)
+    type Output = ToTilesFn;
+    fn with<C: Coded>(self) -> ToTilesFn {
+        weights::to_tiles::<C>
     }
 }
 
@@ -305,8 +353,9 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
             plain: None,
             expand: Some(T::expand::<ToCodes<C>>()),
             tile: tile::<T>(C::BITS, C::PARTS, C::MIN),
+            #[cfg(target_arch = "x86_64")]
+            prompt: None,
             tiles: Tiles::None,
-            batch: None,
             words: T::WORDS,
         },
         _ => Kernels {
@@ -315,8 +364,9 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
             plain: None,
             expand: Some(T::expand::<ToFloats<C>>()),
             tile: rows_of::<T, Widened<Single>>,
+            #[cfg(target_arch = "x86_64")]
+            prompt: None,
             tiles: Tiles::None,
-            batch: None,
             words: T::WORDS,
         },
     }

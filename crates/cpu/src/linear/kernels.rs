@@ -15,11 +15,11 @@
 
 use std::marker::PhantomData;
 
-use super::activations::{BLOCK, BlockView, CODE_BYTES};
+use super::activations::{Activations, BLOCK, BlockView, CODE_BYTES};
 use super::codes::{Coded, Decoded, Group, Tail, group_scale, unroll};
 use crate::isa::{self, Simd};
-use crate::pack::PANEL;
 use crate::pack::layout::{Constants, Fineness, SEGMENT};
+use crate::pack::{PANEL, PackedMatrix};
 
 /// Segments that are expanded at once.
 pub(crate) const BATCH: usize = 8;
@@ -45,6 +45,30 @@ pub(crate) struct Args<'a> {
     pub(crate) acc: *mut f32,
     /// The matrix's.
     pub(crate) constants: &'a Constants,
+}
+
+impl<'a> Args<'a> {
+    /// All segments of packed panel `panel` (and its neighbours, for kernels of several) against the rows from
+    /// `first_row` of `block` on.
+    pub(super) fn of_panel(
+        matrix: &'a PackedMatrix,
+        activations: &Activations,
+        panel: usize,
+        (block, first_row): (usize, usize),
+        acc: *mut f32,
+    ) -> Args<'a> {
+        Args {
+            weights: matrix.panel(panel),
+            panel_bytes: matrix.panel_bytes(),
+            next: std::ptr::null(),
+            scales: std::ptr::null(),
+            mins: std::ptr::null(),
+            segments: matrix.segments(),
+            rows: activations.view(matrix.operand, block, first_row, 0),
+            acc,
+            constants: &matrix.constants,
+        }
+    }
 }
 
 /// What a kernel does with a run: one of the types below, for one format.
@@ -200,7 +224,7 @@ pub(crate) struct Direct<C, const P: usize>(PhantomData<C>);
 
 /// How far ahead of its use a packed panel is asked for. On Sapphire Rapids (two threads, 33 GB/s
 /// from memory) Q4_0 with one row reads 18 GB/s with neither, 24 with this, 28.6 with four panels too.
-const AHEAD_BYTES: usize = 4096;
+pub(super) const AHEAD_BYTES: usize = 4096;
 /// From a byte of one of `panels` panels side by side to the one that is wanted [`AHEAD_BYTES`] later:
 /// past the panel's end that is in the panel which takes its place.
 #[inline(always)]

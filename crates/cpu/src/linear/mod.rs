@@ -3,10 +3,11 @@
 //! [`matmul`] divides the panels of all parts of a linear group among the workers by bytes, so
 //! that each streams one run of memory; [`kernels`] has the arithmetic, [`activations`] the
 //! operand, [`codes`] the decoders, [`dispatch`] the choice of kernel. One row, a small batch and a prefill chunk run the
-//! same kernels with more or fewer accumulators, but where the machine has AMX: rows in the prefill form are
-//! tiles, in units that whoever is free takes, and some formats take decoding rows as tiles too ([`amx`]).
+//! same kernels with more or fewer accumulators, but where the machine multiplies pairs of `bf16` (AMX,
+//! AVX-512 BF16): rows in the prefill form are tiles of such pairs, in units that whoever is free takes ([`prompt`]), and some formats take
+//! decoding rows as tiles of AMX too ([`amx`]).
 
-// AMX alone has rows in tiles.
+// Only x86-64 has rows in tiles.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -14,6 +15,8 @@ pub(crate) mod amx;
 pub(crate) mod codes;
 pub(crate) mod dispatch;
 pub(crate) mod kernels;
+#[cfg(target_arch = "x86_64")]
+mod prompt;
 #[cfg(test)]
 mod tests;
 
@@ -152,12 +155,12 @@ impl Job<'_, '_> {
         if blocks == 0 {
             return;
         }
-        let takes = |matrix: &PackedMatrix| !matches!(matrix.kernels.tiles, Tiles::None);
+        let takes = |matrix: &PackedMatrix| matrix.kernels.prompt.is_some();
         let tiled = (0..self.count).map(|part| self.matrix(part)).filter(|m| takes(m));
         let panels = tiled.clone().map(PackedMatrix::panels).sum::<usize>() / (8 * workers);
         let panels = panels.clamp(2, UNIT_PANELS) & !1;
         let Some(segments) = tiled.clone().map(PackedMatrix::segments).max() else { return };
-        let pass = amx::prompt::pass_blocks(segments, self.activations.tile_parts(), blocks);
+        let pass = prompt::pass_blocks(segments, self.activations.tile_parts(), blocks);
         let units: usize = tiled.map(|matrix| matrix.panels().div_ceil(panels)).sum();
         let scratch = self.activations.tile_scratch(worker);
         loop {
@@ -168,10 +171,11 @@ impl Job<'_, '_> {
                 break;
             }
             let (matrix, out) = (self.matrix(part), self.output(part));
+            let Some(prompt) = matrix.kernels.prompt else { break };
             let rows = first..blocks.min(first + pass);
-            // SAFETY: units are disjoint; a matrix has tiles only where AMX is available.
+            // SAFETY: units are disjoint; a matrix has products only where their instructions are available.
             unsafe {
-                amx::prompt::multiply(matrix, self.activations, panels, rows, &out, scratch);
+                prompt.multiply(matrix, self.activations, panels, rows, &out, scratch);
             }
         }
     }
@@ -239,17 +243,16 @@ unsafe fn panels_by_blocks(
     out: &Output<'_>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if matches!(matrix.kernels.tiles, Tiles::Packed) {
+    let blocks = match matrix.kernels.tiles {
+        Tiles::None => blocks,
         // SAFETY: as the caller promises; a matrix has tiles only where AMX is available.
-        return unsafe { amx::decode::multiply_split(matrix, activations, panels, blocks, out) };
-    }
-    #[cfg(target_arch = "x86_64")]
-    let blocks = match matrix.kernels.batch {
+        Tiles::Split => unsafe {
+            return amx::decode::multiply_split(matrix, activations, panels, blocks, out);
+        },
         // SAFETY: the same.
-        Some(batch) => unsafe {
+        Tiles::Codes(batch) => unsafe {
             amx::decode::multiply_nibbles(matrix, activations, panels.clone(), blocks, out, batch)
         },
-        None => blocks,
     };
     let one_block = blocks.len() == 1;
     if let Some(direct) = matrix.kernels.direct
@@ -300,17 +303,8 @@ unsafe fn panels_direct(
             // SAFETY: as the caller promises; `product` has the rows of `count` panels. Padded rows
             // are sums of what kernels take.
             unsafe {
-                kernel(&Args {
-                    weights: matrix.panel(panel),
-                    panel_bytes: matrix.panel_bytes(),
-                    next: std::ptr::null(),
-                    scales: std::ptr::null(),
-                    mins: std::ptr::null(),
-                    segments: matrix.segments(),
-                    rows: activations.view(matrix.operand, block, row, 0),
-                    acc: product.as_mut_ptr().cast::<f32>().add(row * PANEL),
-                    constants: &matrix.constants,
-                });
+                let acc = product.as_mut_ptr().cast::<f32>().add(row * PANEL);
+                kernel(&Args::of_panel(matrix, activations, panel, (block, row), acc));
             }
             row += at_once;
         }

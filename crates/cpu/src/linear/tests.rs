@@ -34,6 +34,19 @@ fn isas() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.is_available())
 }
 
+/// `weight` as each ISA of this machine multiplies it, and as AVX-512's dots do where it has them and does not choose them.
+fn packed_by_all(weight: &Tensor) -> Vec<(String, PackedMatrix)> {
+    let pack = |isa| PackedMatrix::pack(weight, isa, false).expect("packs");
+    let all = isas().map(|isa| (isa.to_string(), pack(isa)));
+    #[cfg(target_arch = "x86_64")]
+    let all = all.chain((Isa::Avx512.is_available() && Isa::Avx512.has_bf16_dot()).then(|| {
+        let mut packed = pack(Isa::Avx512);
+        packed.kernels = packed.kernels.with_dots(packed.layout);
+        ("dots".to_owned(), packed)
+    }));
+    all.collect()
+}
+
 fn tensor(format: Format, rows: usize, columns: usize, random: &mut Random) -> Tensor {
     let values = random.values(rows * columns);
     if let Format::Scaled(scaled) = format {
@@ -284,7 +297,7 @@ fn kernels_agree_to_the_bit_across_isas() {
         let expected = bits_of(&pack(Isa::Portable));
         for isa in isas() {
             let packed = pack(isa);
-            if !matches!(packed.kernels.tiles, Tiles::Packed) {
+            if !matches!(packed.kernels.tiles, Tiles::Split) {
                 assert_eq!(bits_of(&packed), expected, "{format} on {isa}");
             }
         }
@@ -350,7 +363,7 @@ fn bias_residual_and_groups_of_parts() {
     }
 }
 
-/// Rows in the prefill form: `bf16` weights and activations where AMX multiplies them, no
+/// Rows in the prefill form: `bf16` weights and activations where AMX or AVX-512 multiply pairs of them, no
 /// difference elsewhere, and rows in the decoding form as if they were alone.
 #[test]
 fn rows_of_both_forms_lie_beside_each_other() {
@@ -368,8 +381,7 @@ fn rows_of_both_forms_lie_beside_each_other() {
         let before = random.values(rows * 70);
         let bias = random.values(70);
         let forms: Vec<bool> = (0..rows).map(|_| random.next() > -0.4).collect();
-        for isa in isas() {
-            let packed = PackedMatrix::pack(&weight, isa, false).expect("packs");
+        for (isa, packed) in packed_by_all(&weight) {
             let parts = 1 + usize::from(random.next() > 0.0);
             let run = |x: &[f32], forms: &[bool], before: &[f32], threads| {
                 let gang = Gang::new(threads);
@@ -388,7 +400,7 @@ fn rows_of_both_forms_lie_beside_each_other() {
                 let (x, before) = (&x[row * columns..][..columns], &before[row * 70..][..70]);
                 let alone = run(x, &forms[row..=row], before, 1);
                 assert_eq!(alone, all[row * 70..][..70], "{format} {isa}: row {row} alone");
-                let tiled = forms[row] && !matches!(packed.kernels.tiles, Tiles::None);
+                let tiled = forms[row] && packed.kernels.has_prompt();
                 if tiled {
                     let got: Vec<f32> = alone
                         .iter()

@@ -25,7 +25,7 @@ use lathe_tensor::{Format, GlobalScale, ScaleType, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
-use crate::linear::dispatch::{self, Kernels, Tiles};
+use crate::linear::dispatch::{self, Kernels};
 pub(crate) use ggml::table;
 use layout::{Constants, Layout, Offset, Operand, SEGMENT};
 use memory::{AlignedBytes, weight_memory};
@@ -75,7 +75,7 @@ impl PackedMatrix {
         let operand = operand(layout, exact);
         let mut kernels = dispatch::kernels(isa, layout, operand);
         if exact {
-            kernels.tiles = Tiles::None;
+            kernels = kernels.exact();
         }
         let chunks = columns.div_ceil(layout.chunk_segments() * SEGMENT);
         let filled = chunks * layout.chunk_bytes();
@@ -109,6 +109,11 @@ impl PackedMatrix {
             memory,
             offset,
         })
+    }
+
+    /// Multiplies rows in the prefill form as all others are.
+    pub(crate) fn without_prefill_form(self) -> PackedMatrix {
+        PackedMatrix { kernels: self.kernels.without_prompt(), ..self }
     }
 
     /// Output rows.

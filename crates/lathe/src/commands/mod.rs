@@ -16,7 +16,7 @@ pub use quantize::QuantizeArguments;
 
 use std::time::Instant;
 
-use anyhow::Error;
+use anyhow::{Context, Error};
 
 use crate::arguments::{Arguments, Command};
 use crate::catalogue::{self, Environment, Located};
@@ -30,6 +30,11 @@ pub fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
         && matches!(arguments.command, Command::Convert(_) | Command::Pull(_))
     {
         return Err(bad_input("--kv-format: this command runs no model and has no KV cache"));
+    }
+    if let Some(threads) = global.threads {
+        // What lays weights out and quantizes; the backend's own workers are bounded by themselves.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get());
+        pool.build_global().context("--threads: the threads cannot be started")?;
     }
     match &arguments.command {
         Command::Run(command) => run::run(global, command, started),

@@ -25,16 +25,15 @@ use std::ops::Range;
 use super::super::activations::{Activations, BLOCK, BlockView, CODE_BYTES, padded_rows};
 use super::super::codes::{Coded, Decoded, unroll};
 use super::super::dispatch::{BatchFn, RunFn};
-use super::super::kernels::{Args, load_acc, prefetch, store_acc};
+use super::super::kernels::{AHEAD_BYTES, Args, load_acc, prefetch, store_acc};
+use super::super::prompt::TILE_BYTES;
 use super::super::{Output, store};
-use super::{TILE_BYTES, configure, release};
+use super::{configure, release};
 use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
 use crate::pack::layout::Constants;
 use crate::pack::{PANEL, PackedMatrix};
 
-/// How far ahead packed weights are asked for.
-const AHEAD_BYTES: usize = 4096;
 /// Panels of `bf16` that a block of rows takes at a time.
 const PANELS: usize = 4;
 
@@ -314,17 +313,8 @@ pub(in super::super) unsafe fn multiply_nibbles(
                     configure(rows);
                     configured = rows;
                 }
-                batch(rows)(&Args {
-                    weights: matrix.panel(panel),
-                    panel_bytes: matrix.panel_bytes(),
-                    next: std::ptr::null(),
-                    scales: std::ptr::null(),
-                    mins: std::ptr::null(),
-                    segments: matrix.segments(),
-                    rows: activations.view(matrix.operand, block, 0, 0),
-                    acc: product.as_mut_ptr(),
-                    constants: &matrix.constants,
-                });
+                let acc = product.as_mut_ptr();
+                batch(rows)(&Args::of_panel(matrix, activations, panel, (block, 0), acc));
                 store(matrix, activations, &product, block, panel, out);
             }
         }

@@ -1,4 +1,4 @@
-//! AMX: products of tiles of up to sixteen rows by sixteen outputs, for rows in the prefill form ([`prompt`]), and
+//! AMX: products of tiles of up to sixteen rows by sixteen outputs, for rows in the prefill form ([`products`]), and
 //! of those in the decoding form for `bf16` weights and for batches of rows with weights of four bits ([`decode`]).
 //!
 //! Costs measured on Sapphire Rapids (quiet, 2.9 GHz), in cycles: a product of whole tiles 16, whatever
@@ -8,12 +8,11 @@
 //! on shared machines measure such a loop, not the products, beside a figure.
 
 pub(super) mod decode;
-pub(super) mod prompt;
+pub(super) mod products;
 
 use std::arch::asm;
 
-/// Bytes of a tile of sixteen rows.
-const TILE_BYTES: usize = 1024;
+use super::prompt::TILE_BYTES;
 
 /// The operand of `ldtilecfg`.
 #[repr(C, align(64))]

@@ -1,0 +1,295 @@
+//! Rows in the prefill form: `bf16` activations times `bf16` weights.
+//!
+//! A packed panel of `bf16` weights is a run of tiles as it lies in memory (a segment is 16 pairs
+//! of positions x 16 lanes, 1 KB); the codes of other formats are decoded to such tiles ([`weights`]), once for a pass
+//! of rows. AMX multiplies them ([`super::amx::products`]), or AVX-512's dots of pairs ([`dots`]). With AMX a program with routers,
+//! where a little error may send a token to another expert, has its rows multiplied in two parts, the nearest `bf16` and what that
+//! leaves; dots in two parts would cost what `f32` does, so that there such rows have no form of their own.
+//!
+//! Cost with AMX. Two blocks of rows against two panels load four tiles for four products of 16 cycles: with random
+//! numbers (which cost the core a fifth of its clock), the activations and the weights in the second-level cache, that runs at
+//! 1.66 to 1.77 TFLOP/s a thread of 2.33 with both in the first; with either in the third at half of it. So a pass takes as
+//! many rows as fit the second-level cache with all of k, or with a slice of 64 segments (256 rows); sums stay
+//! in registers for all of k or a slice: storing and loading them every 8 segments costs 43 %. Decoding
+//! takes about 90 cycles a segment and panel by prediction, a quarter of the products' time for the 16 blocks of a pass; measured
+//! in Q4_0, 512 rows, 8192 x 2048: products 78 % of the time, decoding 13 %, sums to `out` 7 %, rows 2 %,
+//! together 0.97 TFLOP/s. Asking for the next panels' bytes from within the loop gains nothing: such requests
+//! take the fill buffers that tile loads from the second-level cache need.
+//!
+//! Invariant (batch invariance): a row's sum takes segments in order from zero, whatever rows lie
+//! beside it in the tile: tiles always have sixteen rows, and those past the block's are computed
+//! from whatever lies there and thrown away.
+
+pub(super) mod dots;
+pub(super) mod weights;
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::Output;
+use super::activations::{Activations, BLOCK, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, TileScratch};
+use super::dispatch::ToTilesFn;
+use crate::pack::{PANEL, PackedMatrix};
+
+/// Bytes of a tile of weights: a segment of a panel.
+pub(super) const TILE_BYTES: usize = 1024;
+
+/// Floats of a tile of sums.
+pub(super) const SUMS: usize = BLOCK * PANEL;
+
+/// Blocks of rows of a pass, of `blocks` in all: as many passes of as equal length as the cache allows.
+pub(super) fn pass_blocks(segments: usize, parts: usize, blocks: usize) -> usize {
+    let most = TILE_ROWS * TILE_SEGMENTS / (BLOCK * slice_segments(segments) * parts);
+    let passes = blocks.div_ceil(most.max(2)).max(1);
+    blocks.div_ceil(passes).next_multiple_of(2)
+}
+
+/// Segments of a slice of k, of `segments` in all: whole chunks of every format.
+fn slice_segments(segments: usize) -> usize {
+    let slices = segments.div_ceil(TILE_SEGMENTS).max(1);
+    segments.div_ceil(slices).next_multiple_of(8)
+}
+
+/// What multiplies blocks of sixteen rows by panels of sixteen outputs.
+pub(super) trait Products {
+    /// Before the first product of a run of them.
+    ///
+    /// # Safety
+    /// The instructions are available; [`Products::release`] follows on this thread.
+    unsafe fn configure();
+
+    /// After the last.
+    ///
+    /// # Safety
+    /// As [`Products::configure`].
+    unsafe fn release();
+
+    /// One block and one or two panels: sums are `[panels][16][16]`.
+    ///
+    /// # Safety
+    /// Configured; `sums` has so many tiles and the operands all segments.
+    unsafe fn one_block(run: &Run, sums: *mut f32, panels: usize);
+
+    /// Two blocks of sixteen slots and two panels: sums are `[blocks][panels][16][16]`.
+    ///
+    /// # Safety
+    /// As [`Products::one_block`].
+    unsafe fn two_by_two(run: &Run, sums: *mut f32);
+}
+
+/// How a matrix meets rows in the prefill form.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Prompt {
+    /// Decodes segments to tiles; absent if packed panels are tiles.
+    to_tiles: Option<ToTilesFn>,
+    multiply: MultiplyFn,
+}
+
+/// [`multiply`] by some [`Products`].
+type MultiplyFn = unsafe fn(&Job<'_>, Range<usize>);
+
+impl Prompt {
+    pub(super) fn new<P: Products>(to_tiles: Option<ToTilesFn>) -> Prompt {
+        Prompt { to_tiles, multiply: multiply::<P> }
+    }
+
+    /// Multiplies the rows in the prefill form, of `blocks` of their slots (one pass, see [`pass_blocks`]), by `panels`.
+    ///
+    /// # Safety
+    /// The products' instructions are available, the activations serve the matrix, `out` is `[rows, out]`, and nobody
+    /// else touches `scratch` and the elements of these rows and panels.
+    pub(super) unsafe fn multiply(
+        &self,
+        matrix: &PackedMatrix,
+        activations: &Activations,
+        panels: Range<usize>,
+        blocks: Range<usize>,
+        out: &Output<'_>,
+        scratch: TileScratch,
+    ) {
+        if panels.is_empty() || blocks.is_empty() {
+            return;
+        }
+        let slice = slice_segments(matrix.segments());
+        let to_tiles = self.to_tiles;
+        let job = Job { matrix, to_tiles, activations, blocks, out, scratch, slice };
+        // SAFETY: as the caller promises.
+        unsafe { (self.multiply)(&job, panels) }
+    }
+}
+
+/// Multiplies a job's blocks by `panels`.
+///
+/// # Safety
+/// As [`Prompt::multiply`].
+unsafe fn multiply<P: Products>(job: &Job<'_>, panels: Range<usize>) {
+    let at_once = if job.slice < job.matrix.segments() { TILE_PANELS } else { 2 };
+    // SAFETY: as the caller promises.
+    unsafe {
+        P::configure();
+        for first in panels.clone().step_by(at_once) {
+            job.panels::<P>(first..panels.end.min(first + at_once));
+        }
+        P::release();
+    }
+}
+
+struct Job<'a> {
+    matrix: &'a PackedMatrix,
+    to_tiles: Option<ToTilesFn>,
+    activations: &'a Activations,
+    /// A pass.
+    blocks: Range<usize>,
+    out: &'a Output<'a>,
+    /// Sums are `[pairs of panels][pairs of blocks][2 blocks][2 panels][16][16]`.
+    scratch: TileScratch,
+    /// Segments of a slice.
+    slice: usize,
+}
+
+impl Job<'_> {
+    /// The sums of a pair of blocks (counted from the first of these) and a pair of panels of those at once.
+    fn sums(&self, block: usize, panel: usize) -> *mut f32 {
+        if self.slice >= self.matrix.segments() {
+            // Written to `out` at once.
+            return self.scratch.sums;
+        }
+        let pairs = self.blocks.len().div_ceil(2);
+        self.scratch.sums.wrapping_add((panel / 2 * pairs + block / 2) * 4 * SUMS)
+    }
+
+    /// Multiplies the blocks by `panels`, a slice of k after the other.
+    ///
+    /// # Safety
+    /// As [`Prompt::multiply`], with products configured; the scratch has the sums of so many panels.
+    unsafe fn panels<P: Products>(&self, panels: Range<usize>) {
+        let total = self.matrix.segments();
+        for first in (0..total).step_by(self.slice) {
+            let segments = first..total.min(first + self.slice);
+            for panel in panels.clone().step_by(2) {
+                let pair = panel..panels.end.min(panel + 2);
+                // SAFETY: as the caller promises.
+                unsafe {
+                    let weights = self.weights(pair.clone(), segments.clone());
+                    self.blocks::<P>(weights, pair, panels.start, segments.clone());
+                }
+            }
+        }
+    }
+
+    /// The tiles of `segments` of up to two panels: where they lie, or decoded.
+    ///
+    /// # Safety
+    /// As [`Prompt::multiply`].
+    unsafe fn weights(&self, panels: Range<usize>, segments: Range<usize>) -> [*const u8; 2] {
+        let Some(to_tiles) = self.to_tiles else {
+            return [panels.start, panels.end - 1]
+                .map(|panel| self.matrix.segment(panel, segments.start));
+        };
+        let places =
+            [0, 1].map(|i| self.scratch.weights.wrapping_add(i * TILE_SEGMENTS * TILE_BYTES));
+        for (panel, place) in panels.zip(places) {
+            let packed = self.matrix.segment(panel, segments.start);
+            // SAFETY: as the caller promises; a place has room for a slice.
+            unsafe { to_tiles(packed, segments.len(), &self.matrix.constants, place) };
+        }
+        places.map(<*mut u8>::cast_const)
+    }
+
+    /// Adds the products of `segments` of one or two panels to all blocks, two at a time.
+    ///
+    /// # Safety
+    /// As [`Prompt::multiply`]; `weights` has the tiles of the segments of each of `pair`; the panels at once begin with `first_panel`.
+    unsafe fn blocks<P: Products>(
+        &self,
+        weights: [*const u8; 2],
+        pair: Range<usize>,
+        first_panel: usize,
+        segments: Range<usize>,
+    ) {
+        let parts = self.activations.tile_parts();
+        let (panels, panel) = (pair.len(), pair.start - first_panel);
+        let slots = self.activations.tiled_rows();
+        let whole = |block: usize| block < self.blocks.end && (block + 1) * BLOCK <= slots;
+        for block in self.blocks.clone().step_by(2) {
+            let last = self.blocks.end - 1;
+            let sums = self.sums(block - self.blocks.start, panel);
+            for part in 0..parts {
+                let [first, second] = [block, last.min(block + 1)]
+                    .map(|block| self.activations.tile(part, block, segments.start));
+                let run = Run {
+                    rows: [first.0, second.0],
+                    rows_step: first.1,
+                    weights,
+                    segments: segments.len(),
+                    fresh: segments.start == 0 && part == 0,
+                };
+                // SAFETY: as the caller promises.
+                unsafe {
+                    if whole(block) && whole(block + 1) && panels == 2 {
+                        P::two_by_two(&run, sums);
+                    } else {
+                        P::one_block(&run, sums, panels);
+                        if block < last {
+                            let second = Run { rows: [second.0; 2], rows_step: second.1, ..run };
+                            P::one_block(&second, sums.add(2 * SUMS), panels);
+                        }
+                    }
+                }
+            }
+            // At once: the lines of `out` arrive while the next blocks are multiplied.
+            if segments.end == self.matrix.segments() {
+                let blocks = block..(block + 2).min(self.blocks.end);
+                // SAFETY: as the caller promises.
+                unsafe { self.store(blocks, pair.clone(), sums) };
+            }
+        }
+    }
+
+    /// Writes the sums of two blocks and two panels to `out`, or adds them to it, with the bias.
+    ///
+    /// # Safety
+    /// As [`Prompt::multiply`].
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store(&self, blocks: Range<usize>, panels: Range<usize>, sums: *const f32) {
+        let width = self.matrix.rows();
+        let slots = blocks.start * BLOCK..(blocks.end * BLOCK).min(self.activations.tiled_rows());
+        for slot in slots {
+            let row = self.activations.tiled_row_of(slot);
+            let tile = (slot / BLOCK - blocks.start) * 2;
+            for panel in panels.clone() {
+                let from = panel * PANEL;
+                let lanes = (width - from).min(PANEL);
+                let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
+                // SAFETY: the row's elements of these panels are this worker's, and the mask
+                // keeps to the lanes that exist.
+                unsafe {
+                    let at = (tile + panel - panels.start) * SUMS + slot % BLOCK * PANEL;
+                    let to = self.out.pointer.add(row * width + from);
+                    let mut sum = _mm512_loadu_ps(sums.add(at));
+                    if let Some(bias) = self.out.bias {
+                        let bias = _mm512_maskz_loadu_ps(mask, bias.as_ptr().add(from));
+                        sum = _mm512_add_ps(sum, bias);
+                    }
+                    if self.out.accumulate {
+                        sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum);
+                    }
+                    _mm512_mask_storeu_ps(to, mask, sum);
+                }
+            }
+        }
+    }
+}
+
+/// The operands of one run of products.
+pub(super) struct Run {
+    /// The first segment of each block of rows.
+    pub(super) rows: [*const u8; 2],
+    /// Bytes from a block's segment to the next.
+    pub(super) rows_step: usize,
+    /// The first segment of each panel.
+    pub(super) weights: [*const u8; 2],
+    pub(super) segments: usize,
+    /// Whether the sums start from zero.
+    pub(super) fresh: bool,
+}
