@@ -8,6 +8,7 @@ use lathe_program::{
 };
 
 use crate::attend::Attention;
+use crate::attend::split::SplitProducts;
 use crate::cache::KvCache;
 use crate::executor::{Angles, CpuExecutor, State};
 use crate::experts::{Choice, GroupScratch};
@@ -79,7 +80,8 @@ impl Backend for CpuBackend {
         let weight_bytes = weights.bytes() + latents.sum::<usize>();
         Ok(Box::new(CpuExecutor {
             program,
-            prefill_form: stages.iter().any(Stage::has_prefill_form),
+            prefill_form: state.attention.has_prefill_form()
+                || stages.iter().any(Stage::has_prefill_form),
             stages,
             weight_bytes,
             rows_max,
@@ -104,6 +106,7 @@ fn state(
     options: &ExecutorOptions,
 ) -> Result<State, BackendError> {
     let width = Width::of(isa);
+    let split = if options.exact { None } else { SplitProducts::of(isa) };
     let format = options.kv_format.unwrap_or(default_format(options.exact));
     let shapes: Vec<_> = program
         .ops
@@ -126,7 +129,13 @@ fn state(
     Ok(State {
         width,
         cache: KvCache::new(&program.kv, format, options.kv_blocks)?,
-        attention: Attention::new(width, &shapes, gang.workers(), rows_max, program.context_max)?,
+        attention: Attention::new(
+            (width, split),
+            &shapes,
+            gang.workers(),
+            rows_max,
+            program.context_max,
+        )?,
         latent: LatentScratch::new(latents, rows_max)?,
         gang,
         ranks,

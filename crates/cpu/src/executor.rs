@@ -181,7 +181,7 @@ impl State {
         self.absorbed.clear();
         for sequence in &step.sequences {
             let first = sequence.first_row as usize;
-            let rows = RowForm::Absorbed.rows(sequence);
+            let [_, rows] = RowForm::Absorbed.rows(sequence);
             match self.absorbed.last_mut() {
                 Some(before) if before.end == first + rows.start => before.end = first + rows.end,
                 _ if rows.is_empty() => {}

@@ -4,10 +4,14 @@
 //! sees. Positions are walked in tiles of 64 and segments of 512, both aligned to absolute
 //! positions; a segment starts from nothing, and segments are merged in order. So a row gives the
 //! same bits alone and in a chunk, on one worker and on many, wherever its blocks lie. Positions
-//! that a row does not see contribute exactly nothing.
+//! that a row does not see contribute exactly nothing. Rows in the prefill form have products of their own where the machine
+//! has AMX ([`split`]).
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod plan;
 mod softmax;
+pub(crate) mod split;
 mod tile;
 
 use std::ops::Range;
@@ -23,6 +27,7 @@ use crate::rows::Rows;
 
 use plan::Plan;
 use softmax::MergeSplits;
+use split::SplitProducts;
 use tile::{Piece, Scratch, ScratchSizes};
 
 /// Positions in a segment.
@@ -30,6 +35,9 @@ pub const SEGMENT: usize = 512;
 
 /// Query vectors that share one pass over the keys: rows of a task times query heads of a key head.
 const VECTORS_MAX: usize = 64;
+
+/// The same for rows whose products are split ([`split`]): keys and values are split once for all of them.
+const VECTORS_SPLIT: usize = 192;
 
 /// The same where keys are made from latents.
 const VECTORS_EXPANDED: usize = 512;
@@ -59,10 +67,19 @@ pub struct AttendShape {
 }
 
 impl AttendShape {
-    fn rows_per_task(&self) -> usize {
+    fn rows_per_task(&self, split: bool) -> usize {
         // Expanding a tile is shared by the rows of a task.
-        let vectors = if self.expanded_rank.is_some() { VECTORS_EXPANDED } else { VECTORS_MAX };
+        let vectors = match self.expanded_rank {
+            Some(_) => VECTORS_EXPANDED,
+            None if split => VECTORS_SPLIT,
+            None => VECTORS_MAX,
+        };
         (vectors / self.group).max(1)
+    }
+
+    /// Query vectors of a task, at most.
+    fn vectors_max(&self, split: bool) -> usize {
+        self.group * self.rows_per_task(split)
     }
 
     /// Floats of a value row in scratch memory: whole vectors.
@@ -110,13 +127,13 @@ pub enum RowForm {
 }
 
 impl RowForm {
-    /// The rows, counted within the sequence.
-    pub fn rows(self, sequence: &StepSequence) -> Range<usize> {
+    /// The rows, counted within the sequence: those in the prefill form, and the others.
+    pub fn rows(self, sequence: &StepSequence) -> [Range<usize>; 2] {
         let (expanded, all) = (sequence.rows_expanded(), sequence.rows as usize);
         match self {
-            RowForm::All => 0..all,
-            RowForm::Expanded => 0..expanded,
-            RowForm::Absorbed => expanded..all,
+            RowForm::All => [0..expanded, expanded..all],
+            RowForm::Expanded => [0..expanded, 0..0],
+            RowForm::Absorbed => [0..0, expanded..all],
         }
     }
 }
@@ -144,6 +161,8 @@ pub trait Expand: Sync {
 #[derive(Debug)]
 pub struct Attention {
     width: Width,
+    /// For rows in the prefill form, if they have products of their own.
+    split: Option<SplitProducts>,
     plan: Plan,
     scratch: Memory,
     sizes: ScratchSizes,
@@ -156,27 +175,32 @@ impl Attention {
     /// # Errors
     /// [`BackendError::Memory`].
     pub fn new(
-        width: Width,
+        (width, split): (Width, Option<SplitProducts>),
         shapes: &[AttendShape],
         workers: usize,
         rows_max: usize,
         context_max: usize,
     ) -> Result<Self, BackendError> {
-        let sizes = ScratchSizes::for_shapes(shapes);
+        let sizes = ScratchSizes::for_shapes(shapes, split.is_some());
         let scratch = Memory::zeroed(
             workers * sizes.floats() * size_of::<f32>(),
             "attention's scratch memory",
         )?;
         let segments = context_max.div_ceil(SEGMENT) + 1;
         let wanted = |s: &AttendShape| {
-            let vectors = s.group * s.rows_per_task();
-            (plan::ITEMS_PER_WORKER * workers * vectors)
+            (plan::ITEMS_PER_WORKER * workers * s.vectors_max(split.is_some()))
                 .saturating_mul(segments)
                 .saturating_mul(s.partial_stride())
         };
         let partials = shapes.iter().map(wanted).max().unwrap_or(0).min(PARTIAL_FLOATS_MAX);
         let partials = Memory::zeroed(partials * size_of::<f32>(), "attention's partial sums")?;
-        Ok(Self { width, plan: Plan::with_capacity(rows_max, workers), scratch, sizes, partials })
+        let plan = Plan::with_capacity(rows_max, workers);
+        Ok(Self { width, split, plan, scratch, sizes, partials })
+    }
+
+    /// Whether it makes a difference which rows are in the prefill form.
+    pub fn has_prefill_form(&self) -> bool {
+        self.split.is_some()
     }
 
     /// Computes `job` on all workers of `gang`.
@@ -187,7 +211,8 @@ impl Attention {
     pub unsafe fn run(&mut self, gang: &Gang, job: &AttendJob<'_>) {
         let shape = job.shape;
         let capacity = self.partials.bytes() / size_of::<f32>() / shape.partial_stride();
-        self.plan.fill(job.step, job.form, shape, (gang.workers(), capacity));
+        let products = self.split;
+        self.plan.fill(job.step, (job.form, products.is_some()), shape, (gang.workers(), capacity));
         let plan = &self.plan;
         let next = AtomicUsize::new(0);
         let items = plan.tasks.len() * shape.kv_heads;
@@ -200,7 +225,8 @@ impl Attention {
                     break;
                 }
                 let (task, head) = (&plan.tasks[item / shape.kv_heads], item % shape.kv_heads);
-                let piece = Piece { job, task, head, scratch, partials: partials.get() };
+                let split = products.filter(|_| task.split);
+                let piece = Piece { job, task, head, scratch, partials: partials.get(), split };
                 // SAFETY: the caller vouches for the job; each piece is run once.
                 unsafe { piece.run(self.width) };
             }

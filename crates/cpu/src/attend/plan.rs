@@ -22,6 +22,8 @@ pub struct Task {
     pub segments: Range<usize>,
     /// Where its segments are stored, if other tasks walk the rest of these rows' segments.
     pub stored: Option<Stored>,
+    /// Whether its products are split.
+    pub split: bool,
 }
 
 /// Where the segments of some rows are stored before they are merged.
@@ -146,29 +148,40 @@ impl Plan {
         }
     }
 
-    /// Cuts the rows of one form in `step` into pieces for some workers; at most `capacity`
-    /// segments are stored for a merge.
+    /// Cuts the rows of one form in `step` into pieces for some workers, those in the prefill form apart if their
+    /// products are `split`; at most `capacity` segments are stored for a merge.
     pub fn fill(
         &mut self,
         step: &Step,
-        form: RowForm,
+        (form, split): (RowForm, bool),
         shape: &AttendShape,
         (workers, capacity): (usize, usize),
     ) {
         self.tasks.clear();
         self.splits.clear();
-        let rows_per_task = shape.rows_per_task();
-        let pieces: usize =
-            step.sequences.iter().map(|s| form.rows(s).len().div_ceil(rows_per_task)).sum();
+        // The last rows see most: begin with them, so that no worker ends with a long piece.
+        let stretches = |sequence: &StepSequence| {
+            let [prefill, others] = form.rows(sequence);
+            match split {
+                true => [(others, false), (prefill, true)],
+                // One stretch: they are neighbours.
+                false if prefill.is_empty() => [(others, false), (0..0, false)],
+                false => [(prefill.start..prefill.end.max(others.end), false), (0..0, false)],
+            }
+        };
+        let pieces_of =
+            |(rows, split): (Range<usize>, bool)| rows.len().div_ceil(shape.rows_per_task(split));
+        let pieces: usize = step.sequences.iter().flat_map(&stretches).map(pieces_of).sum();
         let wanted = ITEMS_PER_WORKER * workers;
         let items = pieces * shape.kv_heads;
         let parts =
             if workers == 1 || items >= wanted { 1 } else { (2 * wanted).div_ceil(items.max(1)) };
         let mut stored = 0;
-        for (index, sequence) in step.sequences.iter().enumerate() {
-            let Range { start, end } = form.rows(sequence);
+        let all = step.sequences.iter().enumerate();
+        let all = all.flat_map(|(index, s)| stretches(s).map(|stretch| (index, s, stretch)));
+        for (index, sequence, (Range { start, end }, split)) in all {
             let rows = end - start;
-            // The last rows see most: begin with them, so that no worker ends with a long piece.
+            let rows_per_task = shape.rows_per_task(split);
             for piece in (0..rows.div_ceil(rows_per_task)).rev() {
                 let first = start + piece * rows_per_task;
                 let rows = rows_per_task.min(end - first);
@@ -178,7 +191,8 @@ impl Plan {
                 let parts =
                     if stored + entries <= capacity { parts.min(segments.len()) } else { 1 };
                 if parts <= 1 {
-                    self.tasks.push(Task { sequence: index, first, rows, segments, stored: None });
+                    let stored = None;
+                    self.tasks.push(Task { sequence: index, first, rows, segments, stored, split });
                     continue;
                 }
                 let vectors = rows * shape.group;
@@ -193,6 +207,7 @@ impl Plan {
                         rows,
                         segments,
                         stored: Some(place),
+                        split,
                     });
                 }
                 self.splits.push(Split { row: sequence.first_row as usize + first, stored: place });

@@ -172,16 +172,62 @@ impl Kernel for Soften<'_> {
         let sequence = &self.job.step.sequences[task.sequence];
         for row in self.rows.clone() {
             let seen = visible(self.job.step, sequence, task.first + row, shape.window);
+            let whole = self.sees_all(&seen);
             for vector in row * shape.group..(row + 1) * shape.group {
                 let scores = self.scores.wrapping_add(vector * TILE);
                 // SAFETY: scores and states are this kernel's.
-                unsafe { self.one::<L>(&seen, scores, self.state.vector(vector)) };
+                unsafe {
+                    match whole {
+                        true => self.whole::<L>(scores, self.state.vector(vector)),
+                        false => self.one::<L>(&seen, scores, self.state.vector(vector)),
+                    }
+                }
             }
         }
     }
 }
 
 impl Soften<'_> {
+    /// Whether scores are weights' logits as they are, once scaled: of a whole tile that a row sees all of.
+    fn sees_all(&self, seen: &Visible<'_>) -> bool {
+        let tile = self.tile..self.tile + TILE;
+        let slots = seen.slots.start <= tile.start && seen.slots.end >= tile.end;
+        let tree = seen.tree.as_ref().is_some_and(|tree| tree.cached < tile.end);
+        self.columns == (0..TILE) && slots && !tree && self.job.shape.softcap.is_none()
+    }
+
+    /// [`Soften::one`] where [`Soften::sees_all`]: the same numbers, with the scores in registers from load to store.
+    #[inline(always)]
+    unsafe fn whole<L: Lanes>(&self, scores: *mut f32, state: State) {
+        const VECTORS: usize = TILE / LANES;
+        // SAFETY: the scores are of a tile, and the state is the kernel's.
+        unsafe {
+            let mut x: [L; VECTORS] = std::array::from_fn(|i| L::load(scores.add(i * LANES)));
+            if let Some((keys, _)) = self.scales {
+                for (i, x) in x.iter_mut().enumerate() {
+                    *x = x.mul(L::load(keys.add(i * LANES)));
+                }
+            }
+            let most = x.iter().fold(L::splat(f32::NEG_INFINITY), |most, x| most.max(*x)).largest();
+            if most == f32::NEG_INFINITY {
+                (0..VECTORS).for_each(|i| L::splat(0.0).store(scores.add(i * LANES)));
+                return;
+            }
+            let largest = (*state.largest).max(most);
+            let mut sum = L::splat(0.0);
+            for (i, x) in x.into_iter().enumerate() {
+                let weight = math::exp(x.sub(L::splat(largest)));
+                sum = sum.add(weight);
+                let weight = match self.scales {
+                    None => weight,
+                    Some((_, values)) => weight.mul(L::load(values.add(i * LANES))),
+                };
+                weight.store(scores.add(i * LANES));
+            }
+            self.settle::<L>(state, largest, sum.sum());
+        }
+    }
+
     #[inline(always)]
     unsafe fn one<L: Lanes>(&self, seen: &Visible<'_>, scores: *mut f32, state: State) {
         let columns = self.columns.clone();
@@ -199,8 +245,7 @@ impl Soften<'_> {
                 }
                 return;
             }
-            let before = *state.largest;
-            let largest = before.max(most);
+            let largest = (*state.largest).max(most);
             let mut sum = L::splat(0.0);
             for i in columns.step_by(LANES) {
                 let weight = math::exp(L::load(scores.add(i)).sub(L::splat(largest)));
@@ -210,15 +255,24 @@ impl Soften<'_> {
                     Some((_, values)) => weight.mul(L::load(values.add(i))).store(scores.add(i)),
                 }
             }
+            self.settle::<L>(state, largest, sum.sum());
+        }
+    }
+
+    /// Adds the sum of a tile's weights, whose largest score so far is `largest`, and rescales what was there.
+    #[inline(always)]
+    unsafe fn settle<L: Lanes>(&self, state: State, largest: f32, sum: f32) {
+        // SAFETY: the state is the kernel's.
+        unsafe {
+            let before = *state.largest;
+            *state.largest = largest;
             if before == largest || before == f32::NEG_INFINITY {
                 // Nothing to rescale, or nothing there yet.
-                *state.largest = largest;
-                *state.sum += sum.sum();
+                *state.sum += sum;
                 return;
             }
             let fade = (before - largest).exp();
-            *state.largest = largest;
-            *state.sum = *state.sum * fade + sum.sum();
+            *state.sum = *state.sum * fade + sum;
             for i in (0..state.stride).step_by(LANES) {
                 let value = L::load(state.values.add(i)).mul(L::splat(fade));
                 value.store(state.values.add(i));

@@ -7,6 +7,9 @@ use lathe_program::{BlockTable, KvFormat, KvLayerShape};
 
 use super::plan::{Task, seen_by_all};
 use super::softmax::{Clear, Finish, Merge, Soften, State, Store};
+use super::split::{
+    self, BLOCK, CHUNK, Operand, SplitColumns, SplitProducts, SplitRows, operand_floats,
+};
 use super::{AttendJob, AttendShape, SEGMENT};
 use crate::cache::code::F32;
 use crate::cache::store::{KvStore, Plain};
@@ -31,20 +34,34 @@ pub struct ScratchSizes {
     latent_keys: usize,
     latent_values: usize,
     matrix: usize,
+    /// Split operands: queries, keys, weights of two blocks of vectors, values.
+    split: [usize; 4],
 }
 
 impl ScratchSizes {
-    /// Room for each of `shapes`.
-    pub fn for_shapes(shapes: &[AttendShape]) -> Self {
+    /// Room for each of `shapes`, with rows whose products are split or without.
+    pub fn for_shapes(shapes: &[AttendShape], split: bool) -> Self {
         let mut sizes = Self::default();
         for shape in shapes {
-            let vectors = shape.group * shape.rows_per_task();
+            // Split products fill whole blocks.
+            let vectors = shape.vectors_max(split).next_multiple_of(BLOCK);
             sizes.query = sizes.query.max((vectors * shape.key_dim).next_multiple_of(LANES));
             sizes.keys = sizes.keys.max(shape.key_dim * TILE);
             sizes.values = sizes.values.max(shape.value_stride() * TILE);
             sizes.scores = sizes.scores.max(vectors * TILE);
             sizes.sums = sizes.sums.max(vectors * shape.value_stride());
             sizes.rows = sizes.rows.max(vectors.next_multiple_of(LANES));
+            if split {
+                let operands = [
+                    operand_floats(vectors, shape.key_dim),
+                    operand_floats(TILE, shape.key_dim),
+                    operand_floats(2 * BLOCK, TILE),
+                    operand_floats(shape.value_stride(), TILE),
+                ];
+                for (size, operand) in sizes.split.iter_mut().zip(operands) {
+                    *size = operand.max(*size);
+                }
+            }
             if let Some(rank) = shape.expanded_rank {
                 sizes.latent_keys = sizes.latent_keys.max((rank + shape.key_dim) * TILE);
                 let stride = rank.next_multiple_of(LANES);
@@ -67,6 +84,7 @@ impl ScratchSizes {
             + self.latent_keys
             + self.latent_values
             + self.matrix
+            + self.split.iter().sum::<usize>()
     }
 }
 
@@ -78,6 +96,7 @@ pub struct Scratch {
     latents: TileBuffers,
     matrix: *mut f32,
     scores: *mut f32,
+    split: SplitScratch,
     /// The state of the segment that is being walked.
     segment: State,
     /// The state of all segments before it.
@@ -114,14 +133,26 @@ impl Scratch {
             ..tile
         };
         let (matrix, scores) = (take(sizes.matrix), take(sizes.scores));
+        let [queries, keys, weights, values] = sizes.split.map(|floats| take(floats).cast());
+        let split = SplitScratch { queries, keys, weights, values };
         let mut state = || State {
             largest: take(sizes.rows),
             sum: take(sizes.rows),
             values: take(sizes.sums),
             stride,
         };
-        Self { query, tile, latents, matrix, scores, segment: state(), total: state() }
+        Self { query, tile, latents, matrix, scores, split, segment: state(), total: state() }
     }
+}
+
+/// Operands of split products.
+#[derive(Clone, Copy)]
+struct SplitScratch {
+    queries: *mut u8,
+    keys: *mut u8,
+    /// Of two blocks of vectors.
+    weights: *mut u8,
+    values: *mut u8,
 }
 
 /// One task for one key head.
@@ -136,6 +167,8 @@ pub struct Piece<'a> {
     pub scratch: Scratch,
     /// Where segments go that are merged later.
     pub partials: *mut f32,
+    /// What multiplies in place of `f32`.
+    pub split: Option<SplitProducts>,
 }
 
 impl Piece<'_> {
@@ -153,6 +186,10 @@ impl Piece<'_> {
         // SAFETY: as the caller promises.
         unsafe {
             self.stage_query();
+            if let Some(split) = self.split {
+                self.split_query(split);
+                (split.begin)();
+            }
             dispatch(width, Clear { state: total, vectors });
             for segment in task.segments.clone() {
                 dispatch(width, Clear { state: segment_state, vectors });
@@ -173,6 +210,9 @@ impl Piece<'_> {
                         dispatch(width, Store { state: segment_state, vectors, place });
                     }
                 }
+            }
+            if let Some(split) = self.split {
+                (split.end)();
             }
             if task.stored.is_none() {
                 for vector in 0..vectors {
@@ -210,6 +250,100 @@ impl Piece<'_> {
                 }
                 hadamard(&mut to[dim - rotated..]);
             }
+        }
+    }
+
+    /// Splits the queries.
+    unsafe fn split_query(&self, products: SplitProducts) {
+        let (dim, vectors) = (self.job.shape.key_dim, self.vectors());
+        for first in (0..vectors).step_by(BLOCK) {
+            let from = self.scratch.query.wrapping_add(first * dim).cast_const();
+            let to = self.scratch.split.queries.cast::<f32>();
+            let to = to.wrapping_add(operand_floats(first, dim)).cast();
+            let rows = 0..(vectors - first).min(BLOCK);
+            let chunks = dim.div_ceil(CHUNK);
+            let split = SplitRows { from, stride: dim, rows, columns: 0..dim, chunks, to };
+            // SAFETY: the queries are there, and the scratch has room for their blocks.
+            unsafe { (products.rows)(&split) };
+        }
+    }
+
+    /// The blocks of the vectors of some rows of the task.
+    fn blocks(&self, rows: &Range<usize>) -> Range<usize> {
+        let group = self.job.shape.group;
+        rows.start * group / BLOCK..(rows.end * group).div_ceil(BLOCK)
+    }
+
+    /// Scores of some rows' vectors, and of others in their blocks, in some columns of the tile.
+    unsafe fn split_scores(
+        &self,
+        products: SplitProducts,
+        columns: Range<usize>,
+        rows: Range<usize>,
+    ) {
+        let (dim, scratch) = (self.job.shape.key_dim, self.scratch);
+        let (chunks, blocks) = (dim.div_ceil(CHUNK), self.blocks(&rows));
+        let from = scratch.tile.keys.wrapping_add(columns.start).cast_const();
+        let to = scratch.split.keys;
+        let columns_blocks = columns.len() / BLOCK;
+        let split =
+            SplitColumns { from, stride: TILE, lines: 0..dim, chunks, blocks: columns_blocks, to };
+        // SAFETY: the tile's keys are there, and the scratch has room for them.
+        unsafe { (products.columns)(&split) };
+        let queries = scratch.split.queries.cast::<f32>();
+        let queries = queries.wrapping_add(operand_floats(blocks.start * BLOCK, dim));
+        let queries = Operand { start: queries.cast(), blocks: blocks.len() };
+        let keys = Operand { start: to, blocks: columns_blocks };
+        let scores = scratch.scores.wrapping_add(blocks.start * BLOCK * TILE + columns.start);
+        // SAFETY: the scratch has room for whole blocks; the caller has begun.
+        unsafe { split::multiply(products, (queries, keys, chunks), (scores, TILE), true) };
+    }
+
+    /// Adds the values of the tile's positions `filled` by some rows' weights, which are in `columns`.
+    unsafe fn split_sums(
+        &self,
+        products: SplitProducts,
+        columns: Range<usize>,
+        filled: Range<usize>,
+        rows: Range<usize>,
+    ) {
+        const CHUNKS: usize = TILE / CHUNK;
+        let (scratch, group) = (self.scratch, self.job.shape.group);
+        let (state, blocks) = (scratch.segment, self.blocks(&rows));
+        let vectors = rows.start * group..rows.end * group;
+        let values = Operand { start: scratch.split.values, blocks: state.stride / BLOCK };
+        let split = SplitColumns {
+            from: scratch.tile.values,
+            stride: state.stride,
+            lines: filled,
+            chunks: CHUNKS,
+            blocks: values.blocks,
+            to: scratch.split.values,
+        };
+        // SAFETY: the tile's values are there, and the scratch has room for them.
+        unsafe { (products.columns)(&split) };
+        for pair in blocks.clone().step_by(2) {
+            let count = (blocks.end - pair).min(2);
+            for block in pair..pair + count {
+                let first = block * BLOCK;
+                let within = |vector: usize| vector.clamp(first, first + BLOCK) - first;
+                let to = scratch.split.weights.cast::<f32>();
+                let split = SplitRows {
+                    from: scratch.scores.wrapping_add(first * TILE),
+                    stride: TILE,
+                    rows: within(vectors.start)..within(vectors.end),
+                    columns: columns.clone(),
+                    chunks: CHUNKS,
+                    to: to.wrapping_add(operand_floats((block - pair) * BLOCK, TILE)).cast(),
+                };
+                // SAFETY: the weights are there, and the scratch has room for two blocks.
+                unsafe { (products.rows)(&split) };
+            }
+            let weights = Operand { start: scratch.split.weights, blocks: count };
+            let sums = state.values.wrapping_add(pair * BLOCK * state.stride);
+            let operands = (weights, values, CHUNKS);
+            // SAFETY: the scratch has room for whole blocks; the caller has begun.
+            unsafe { split::multiply(products, operands, (sums, state.stride), false) };
         }
     }
 
@@ -253,7 +387,13 @@ impl Piece<'_> {
         // SAFETY: the buffers hold a tile of this shape, the scores a row of 64 for each vector,
         // the state a row of values for each; the tables hold the slots.
         unsafe {
-            if self.reads_in_place() {
+            if let Some(split) = self.split {
+                let filled = slots.start - tile..slots.end - tile;
+                self.fill_tile(width, filled.clone(), slots);
+                self.split_scores(split, columns.clone(), rows.clone());
+                dispatch(width, soften);
+                self.split_sums(split, columns, filled, rows);
+            } else if self.reads_in_place() {
                 with_store!(job.cache.format(), S => {
                     self.scores_in_place::<S>(width, slots.clone(), end, rows.clone());
                     if scales.is_some() {

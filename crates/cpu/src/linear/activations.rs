@@ -785,7 +785,7 @@ fn split_codes(codes: &[i32; SEGMENT], fineness: Fineness) -> [[i8; SEGMENT]; 2]
 
 /// The nearest `bf16`, ties to even; a NaN stays one.
 #[inline(always)]
-fn round_to_bf16(value: f32) -> u16 {
+pub(crate) fn round_to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let quiet = (bits >> 16) | 0x40;

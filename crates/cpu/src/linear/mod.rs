@@ -16,7 +16,7 @@ pub(crate) mod codes;
 pub(crate) mod dispatch;
 pub(crate) mod kernels;
 #[cfg(target_arch = "x86_64")]
-mod prompt;
+pub(crate) mod prompt;
 #[cfg(test)]
 mod tests;
 

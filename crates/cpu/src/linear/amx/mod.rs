@@ -58,7 +58,7 @@ static CONFIGS: [TileConfig; 16] = {
 ///
 /// # Safety
 /// AMX is available, and [`release`] follows on this thread.
-unsafe fn configure(rows: usize) {
+pub(crate) unsafe fn configure(rows: usize) {
     let config = &raw const CONFIGS[rows - 1];
     // SAFETY: the configuration is valid and belongs to this thread until it is released.
     unsafe { asm!("ldtilecfg [{}]", in(reg) config, options(nostack, readonly)) }
@@ -68,7 +68,7 @@ unsafe fn configure(rows: usize) {
 ///
 /// # Safety
 /// AMX is available.
-unsafe fn release() {
+pub(crate) unsafe fn release() {
     // SAFETY: as the caller promises.
     unsafe { asm!("tilerelease", options(nomem, nostack)) }
 }

@@ -21,7 +21,7 @@
 //! from whatever lies there and thrown away.
 
 pub(super) mod dots;
-pub(super) mod weights;
+pub(crate) mod weights;
 
 use std::arch::x86_64::*;
 use std::ops::Range;

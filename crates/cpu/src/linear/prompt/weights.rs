@@ -88,7 +88,7 @@ pub(in super::super) unsafe fn to_tiles_of_floats<W: Float>(
 /// The order that puts the first numbers' sixteen lanes and the second's, side by side, lane by lane.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn lane_by_lane() -> __m512i {
+pub(crate) fn lane_by_lane() -> __m512i {
     let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * PANEL) as u16);
     // SAFETY: both are 64 bytes of plain data.
     unsafe { std::mem::transmute(order) }
@@ -97,7 +97,7 @@ fn lane_by_lane() -> __m512i {
 /// Two numbers of each lane, rounded and side by side.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn bf16_pairs(first: __m512, second: __m512, order: __m512i) -> __m512i {
+pub(crate) fn bf16_pairs(first: __m512, second: __m512, order: __m512i) -> __m512i {
     let both = _mm512_cvtne2ps_pbh(second, first);
     // SAFETY: both are 64 bytes of plain data.
     let both = unsafe { std::mem::transmute::<__m512bh, __m512i>(both) };
