@@ -123,9 +123,9 @@ impl<'a> Planner<'a> {
                 let source = self.source(prelude, *input)?;
                 let mut stage = self.linear(&self.program.ops[at], source)?;
                 let residual = self.residual(at);
-                if let Some(out) = residual {
+                if let Some((out, scale)) = residual {
                     stage.parts[0].out = self.rows(out);
-                    stage.parts[0].accumulate = true;
+                    stage.parts[0].accumulate = Some(scale);
                 }
                 Some((Stage::Linear(stage), skipped + 1 + usize::from(residual.is_some())))
             }
@@ -184,10 +184,10 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The value that the linear layer at `at` may add its product to.
-    fn residual(&self, at: usize) -> Option<Value> {
+    /// The value that the linear layer at `at` may add its product to, and how much of it.
+    fn residual(&self, at: usize) -> Option<(Value, f32)> {
         let Op::Linear { parts, .. } = &self.program.ops[at] else { return None };
-        let Some(Op::Add { left, right, scale: 1.0, out }) = self.program.ops.get(at + 1) else {
+        let Some(Op::Add { left, right, scale, out }) = self.program.ops.get(at + 1) else {
             return None;
         };
         let [part] = parts.as_slice() else { return None };
@@ -195,7 +195,7 @@ impl<'a> Planner<'a> {
             && left != right
             && self.read_once(part.out)
             && self.buffers.same(*left, *out);
-        fits.then_some(*out)
+        fits.then_some((*out, *scale))
     }
 
     fn linear(&self, op: &Op, source: Source) -> Option<LinearStage> {
@@ -205,7 +205,7 @@ impl<'a> Planner<'a> {
             .map(|part| PartStage {
                 matrix: self.weights.matrix(part.weight),
                 bias: self.floats(part.bias),
-                accumulate: false,
+                accumulate: None,
                 out: self.rows(part.out),
             })
             .collect();

@@ -77,8 +77,8 @@ pub struct PartStage {
     pub matrix: PackedMatrix,
     /// `[out]`.
     pub bias: Option<Vec<f32>>,
-    /// Whether the product is added to what `out` holds.
-    pub accumulate: bool,
+    /// How much of the product is added to what `out` holds; `None` replaces it.
+    pub accumulate: Option<f32>,
     /// `[rows, out]`.
     pub out: Rows,
 }

@@ -1,9 +1,11 @@
 //! The command line as data.
 
+use std::convert::Infallible;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lathe_model::adapter::AdapterChoice;
 use lathe_program::KvFormat;
 
 use crate::commands::{QuantizeArguments, RankArguments};
@@ -20,6 +22,7 @@ Examples:
   lathe inspect smollm2-135m --context 4096 --batch 8
   lathe bench smollm2-135m --prompt 512 --generate 128 --json
   lathe convert ./my-model my-model.gguf --to gguf --format q4_0
+  lathe run smollm2-135m --adapter ./my-lora \"Hello\"
   lathe quantize smollm2-135m ./small --format w4a16 --group 64 --method awq --calibration text.txt
 
 MODEL is a folder in Hugging Face layout, a .gguf file, a catalogue name (smollm2-135m, tiny) or a
@@ -60,6 +63,26 @@ pub struct Global {
     #[arg(long, global = true, value_name = "F", help_heading = "Everywhere",
           value_parser = parse_kv_format)]
     pub kv_format: Option<KvFormat>,
+    /// A folder with a LoRA adapter (PEFT's layout) that MODEL is used with, in place of the one that
+    /// its own folder may hold in `adapter/`; `none` leaves that one out
+    #[arg(long, global = true, value_name = "DIR|none", help_heading = "Everywhere",
+          value_parser = parse_adapter)]
+    pub adapter: Option<AdapterChoice>,
+}
+
+impl Global {
+    /// The adapter of MODEL.
+    pub fn adapter(&self) -> AdapterChoice {
+        self.adapter.clone().unwrap_or_default()
+    }
+}
+
+/// No adapter, or the one in a folder.
+fn parse_adapter(text: &str) -> Result<AdapterChoice, Infallible> {
+    Ok(match text {
+        "none" => AdapterChoice::None,
+        folder => AdapterChoice::Folder(folder.into()),
+    })
 }
 
 /// The format of that name, or which there are.
@@ -224,6 +247,10 @@ pub struct EvalArguments {
     /// The base's --kv-format, if it is to be another: with MODEL as --base, what a cache costs
     #[arg(long, value_name = "F", requires = "base", value_parser = parse_kv_format)]
     pub base_kv_format: Option<KvFormat>,
+    /// The base's --adapter, which concerns MODEL alone: with MODEL as --base and `none`, what an
+    /// adapter changes
+    #[arg(long, value_name = "DIR|none", requires = "base", value_parser = parse_adapter)]
+    pub base_adapter: Option<AdapterChoice>,
     /// Tokens in a window; 2048 or what the model allows if not given
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Error;
 use lathe_cpu::CpuBackend;
 use lathe_engine::{Engine, EngineConfig, ScoreError, TextDecoder};
+use lathe_model::adapter::{Adapter, AdapterChoice};
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::tokenizer::Tokenizer;
 use lathe_model::{DecoderSpec, Model};
@@ -70,20 +71,38 @@ pub struct Session {
     pub startup: Startup,
 }
 
-/// Opens the files that MODEL names.
-pub fn open(name: &str) -> Result<Opened, Error> {
+/// Opens the files that MODEL names and those of its adapter, and tells of the latter.
+pub fn open(name: &str, adapter: &AdapterChoice) -> Result<Opened, Error> {
     let located = locate(name)?;
     let started = Instant::now();
-    let mut model = Model::open(&located.path).bad_input()?;
+    let mut model = Model::open_with(&located.path, adapter).bad_input()?;
     if located.origin != Origin::Local {
         // The cache names files by checksums and commits.
         model.name = located.name;
+    }
+    if let Some(adapter) = &model.adapter {
+        eprintln!("{}: with {}", model.name, describe_adapter(adapter));
     }
     let parallel = ParallelArguments::default();
     let tokenizer_ms = model.tokenizer_time.as_secs_f64() * 1000.0;
     let open_ms = milliseconds(started) - tokenizer_ms;
     let startup = Startup { open_ms, tokenizer_ms, ..Startup::default() };
-    Ok(Opened { model, bytes: weight_file_bytes(&located.path), started, startup, parallel })
+    let adapter_bytes = model.adapter.as_ref().map_or(0, Adapter::bytes);
+    let bytes = weight_file_bytes(&located.path) + adapter_bytes;
+    Ok(Opened { model, bytes, started, startup, parallel })
+}
+
+/// An adapter in a line.
+pub fn describe_adapter(adapter: &Adapter) -> String {
+    let ranks = adapter.matrices().values().map(|low_rank| low_rank.rank);
+    let (least, most) = (ranks.clone().min().unwrap_or(0), ranks.max().unwrap_or(0));
+    let ranks = if least == most { most.to_string() } else { format!("{least} to {most}") };
+    format!(
+        "adapter {}: rank {ranks} beside {} matrices, {}",
+        adapter.path().display(),
+        adapter.matrices().len(),
+        human_bytes(adapter.bytes())
+    )
 }
 
 /// The backend that `--device` asks for.
@@ -99,6 +118,17 @@ impl Opened {
     /// The tokenizer, or why the command cannot do without.
     pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         tokenizer_of(&self.model)
+    }
+
+    /// Refuses a model with an adapter, which `command` writes nowhere.
+    pub fn refuse_adapter(&self, command: &str) -> Result<(), Error> {
+        match &self.model.adapter {
+            None => Ok(()),
+            Some(adapter) => Err(bad_input(format!(
+                "{command} would lose the adapter {}, expected --adapter none",
+                adapter.path().display()
+            ))),
+        }
     }
 
     /// The same, to be divided over ranks.

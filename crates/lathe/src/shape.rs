@@ -5,12 +5,13 @@ use std::path::Path;
 
 use anyhow::{Context, Error};
 
+use lathe_model::adapter::AdapterChoice;
 use lathe_model::weights::DummyWeights;
 use lathe_model::{DecoderSpec, Model, read_spec};
 use lathe_program::{Program, Weight, WeightRole, WeightSource};
 use lathe_tensor::{FloatType, Format};
 
-use crate::output::InputContext;
+use crate::output::{InputContext, bad_input};
 use crate::session;
 
 /// Seed of made-up weights; the times do not depend on it.
@@ -34,14 +35,18 @@ pub struct Sizes {
 }
 
 impl Shape {
-    /// The model itself.
-    pub fn open(name: &str) -> Result<Self, Error> {
-        let model = session::open(name)?.model;
+    /// The model itself, with the adapter of `choice`.
+    pub fn open(name: &str, choice: &AdapterChoice) -> Result<Self, Error> {
+        let model = session::open(name, choice)?.model;
         Ok(Self { name: model.name.clone(), source: Source::Model(Box::new(model)) })
     }
 
-    /// The shape of a model, with made-up weights in `format` (bf16 if not given).
-    pub fn dummy(name: &str, format: Option<&str>) -> Result<Self, Error> {
+    /// The shape of a model without an adapter, with made-up weights in `format` (bf16 if not given).
+    pub fn dummy(name: &str, format: Option<&str>, choice: &AdapterChoice) -> Result<Self, Error> {
+        if let AdapterChoice::Folder(folder) = choice {
+            let message = "an adapter is for a model's own weights, and these are made up";
+            return Err(bad_input(format!("--adapter {}: {message}", folder.display())));
+        }
         let format = match format {
             Some(text) => Format::parse(text).bad_input_in("--format")?,
             None => Format::BF16,
@@ -49,18 +54,22 @@ impl Shape {
         let path = Path::new(name);
         let spec = match path.join("config.json").is_file() {
             true => read_spec(path).bad_input_in(name)?,
-            false => session::open(name)?.model.spec,
+            false => session::open(name, &AdapterChoice::None)?.model.spec,
         };
         Ok(Self { name: short_name(name), source: Source::Dummy { spec, format } })
     }
 
     /// The model itself; or its shape, if there is a configuration without weights or if a format
     /// is asked for.
-    pub fn describe(name: &str, format: Option<&str>) -> Result<Self, Error> {
+    pub fn describe(
+        name: &str,
+        format: Option<&str>,
+        choice: &AdapterChoice,
+    ) -> Result<Self, Error> {
         if format.is_some() || has_no_weights(Path::new(name)) {
-            Self::dummy(name, format)
+            Self::dummy(name, format, choice)
         } else {
-            Self::open(name)
+            Self::open(name, choice)
         }
     }
 

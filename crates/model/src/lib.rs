@@ -6,6 +6,7 @@
 //! requests or of HTTP.
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;

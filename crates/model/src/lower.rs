@@ -9,6 +9,7 @@ mod ffn;
 
 use lathe_program::{Op, Program, Value, Weight, WeightRole};
 
+use crate::spec::low_rank::DOWN;
 use crate::spec::{BranchNorms, DecoderSpec, LayerSpec, NormSpec, Residual, SpecError};
 use builder::Builder;
 
@@ -52,14 +53,16 @@ pub fn lower(spec: &DecoderSpec, options: &LowerOptions) -> Result<Program, Spec
     if !spec.inputs.is_empty() {
         check_inputs(spec, options)?;
     }
+    if !spec.adapters.is_empty() {
+        check_adapters(spec, options)?;
+    }
     Ok(lower_valid(spec, options))
 }
 
 /// Whether what is to be done to inputs can be: the names are matrices of ops that read values,
 /// and those of experts that read the same input agree.
 fn check_inputs(spec: &DecoderSpec, options: &LowerOptions) -> Result<(), SpecError> {
-    let plain = DecoderSpec { inputs: Default::default(), ..spec.clone() };
-    let program = lower_valid(&plain, options);
+    let program = lower_valid(&plain(spec), options);
     let linear = |weight: Weight| {
         let reads = |op: &Op| match op {
             Op::Linear { parts, .. } => parts.iter().any(|part| part.weight == weight),
@@ -85,6 +88,45 @@ fn check_inputs(spec: &DecoderSpec, options: &LowerOptions) -> Result<(), SpecEr
         }
     }
     Ok(())
+}
+
+/// Whether what adapters add can be added: their matrices are of linear groups, and those that share
+/// an `A` read one input.
+fn check_adapters(spec: &DecoderSpec, options: &LowerOptions) -> Result<(), SpecError> {
+    let program = lower_valid(&plain(spec), options);
+    let input_of = |name: &str| {
+        let weight = program.weight_named(name)?;
+        program.ops.iter().find_map(|op| match op {
+            Op::Linear { input, parts } => {
+                parts.iter().any(|part| part.weight == weight).then_some(*input)
+            }
+            _ => None,
+        })
+    };
+    for (name, low_rank) in &spec.adapters {
+        let field = |what: &str| format!("{what} of the adapter of {name}");
+        let Some(input) = input_of(name) else {
+            return Err(SpecError::feature(format!("an adapter of {name}")));
+        };
+        if low_rank.rank == 0 {
+            return Err(SpecError::value(field("rank"), 0, "at least 1"));
+        }
+        if !low_rank.scale.is_finite() {
+            return Err(SpecError::value(field("scale"), low_rank.scale, "a finite number"));
+        }
+        let maker = low_rank.down.strip_suffix(DOWN).unwrap_or_default();
+        let shared = spec.adapters.get(maker).filter(|_| input_of(maker) == Some(input));
+        if shared.is_none_or(|it| (it.rank, &it.down) != (low_rank.rank, &low_rank.down)) {
+            let expected = "that of a matrix of the same rank and input";
+            return Err(SpecError::value(field("A"), &low_rank.down, expected));
+        }
+    }
+    Ok(())
+}
+
+/// `spec` with nothing done to inputs and nothing added to products.
+fn plain(spec: &DecoderSpec) -> DecoderSpec {
+    DecoderSpec { inputs: Default::default(), adapters: Default::default(), ..spec.clone() }
 }
 
 fn lower_valid(spec: &DecoderSpec, options: &LowerOptions) -> Program {

@@ -8,12 +8,13 @@ use lathe_program::{InputTransform, Program, Weight, WeightRole};
 use lathe_tensor::gguf::{GgufError, GgufFile};
 use serde_json::Value;
 
+use crate::adapter::{Adapter, AdapterChoice, AdapterError, OWN_FOLDER};
 use crate::chat::ChatTemplate;
 use crate::checkpoint::{Checkpoint, CheckpointError, InputScheme, Quantization};
 use crate::families::{Family, GgufFamily};
 use crate::generation::{GenerationDefaults, read_json};
 use crate::lower::{LowerOptions, lower};
-use crate::names::Rules;
+use crate::names::{Rules, hugging_face};
 use crate::spec::{DecoderSpec, SpecError};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{ModelWeights, WeightsError};
@@ -54,6 +55,9 @@ pub enum ModelError {
     /// Its weights are not what its description says.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// Its adapter cannot be used.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
 }
 
 /// The files that a model came in.
@@ -87,16 +91,48 @@ pub struct Model {
     pub name: String,
     /// What files it came in.
     pub layout: Layout,
+    /// What is added to the products of its matrices; [`DecoderSpec::adapters`] says to which.
+    pub adapter: Option<Adapter>,
     rules: &'static [Rules],
 }
 
 impl Model {
-    /// Opens a Hugging Face directory or a `.gguf` file. Files are mapped, not read.
+    /// Opens a Hugging Face directory or a `.gguf` file, with the adapter that the directory holds, if
+    /// any. Files are mapped, not read.
     ///
     /// # Errors
     /// If the path holds no model, a file is malformed, or the model needs a feature that is not
     /// supported (the error names it).
     pub fn open(path: &Path) -> Result<Model, ModelError> {
+        Self::open_with(path, &AdapterChoice::Own)
+    }
+
+    /// As [`Self::open`], with the adapter of `choice`.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and if the adapter is not one for this model or needs a feature that is
+    /// not supported.
+    pub fn open_with(path: &Path, choice: &AdapterChoice) -> Result<Model, ModelError> {
+        let mut model = Self::open_base(path)?;
+        let folder = match choice {
+            AdapterChoice::None => None,
+            AdapterChoice::Own => Adapter::is_in(path).then(|| path.join(OWN_FOLDER)),
+            AdapterChoice::Folder(folder) => Some(folder.clone()),
+        };
+        if let Some(folder) = folder {
+            // Adapters have the names of Hugging Face's classes; GGUF has its own.
+            let rules = match model.layout {
+                Layout::HuggingFace => model.rules,
+                Layout::Gguf => hugging_face::ALL,
+            };
+            let adapter = Adapter::open(&folder, &model.spec, rules)?;
+            model.spec.adapters = adapter.matrices().clone();
+            model.adapter = Some(adapter);
+        }
+        Ok(model)
+    }
+
+    fn open_base(path: &Path) -> Result<Model, ModelError> {
         if path.is_dir() {
             return Self::open_directory(path);
         }
@@ -145,6 +181,7 @@ impl Model {
             generation: generation.map_err(at)?,
             name: name_of(path),
             layout: Layout::HuggingFace,
+            adapter: None,
             rules: family.rules(),
         })
     }
@@ -176,6 +213,7 @@ impl Model {
             text_problem: problem,
             name: name_of(path),
             layout: Layout::Gguf,
+            adapter: None,
             rules: family.rules(),
             checkpoint: Checkpoint::Gguf(file),
         })
@@ -186,7 +224,8 @@ impl Model {
     /// # Errors
     /// If the checkpoint lacks one or has it in another shape.
     pub fn weights<'a>(&'a self, program: &'a Program) -> Result<ModelWeights<'a>, ModelError> {
-        Ok(ModelWeights::new(&self.checkpoint, &self.spec, self.rules, program)?)
+        let adapter = self.adapter.as_ref();
+        Ok(ModelWeights::new(&self.checkpoint, &self.spec, self.rules, adapter, program)?)
     }
 }
 
@@ -199,7 +238,7 @@ fn inputs_of(
     at: &dyn Fn(SpecError) -> ModelError,
 ) -> Result<BTreeMap<String, InputTransform>, ModelError> {
     let program = lower(spec, &LowerOptions::new(spec.context_max)).map_err(at)?;
-    let weights = ModelWeights::new(checkpoint, spec, rules, &program)?;
+    let weights = ModelWeights::new(checkpoint, spec, rules, None, &program)?;
     let mut inputs = BTreeMap::new();
     for (index, decl) in program.weights.iter().enumerate() {
         let modules = weights.tensors_of(Weight(index as u32)).iter();

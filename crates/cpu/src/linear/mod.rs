@@ -49,8 +49,8 @@ pub struct Part<'a> {
     pub matrix: &'a PackedMatrix,
     /// `[out]`, added to each row.
     pub bias: Option<&'a [f32]>,
-    /// Whether the product is added to what `out` holds (a residual) and does not replace it.
-    pub accumulate: bool,
+    /// How much of the product is added to what `out` holds (a residual); `None` replaces it.
+    pub accumulate: Option<f32>,
     /// `[rows, out]`.
     pub out: &'a mut [f32],
 }
@@ -58,7 +58,7 @@ pub struct Part<'a> {
 impl<'a> Part<'a> {
     /// `out = x * transpose(matrix)`.
     pub fn new(matrix: &'a PackedMatrix, out: &'a mut [f32]) -> Part<'a> {
-        Part { matrix, bias: None, accumulate: false, out }
+        Part { matrix, bias: None, accumulate: None, out }
     }
 }
 
@@ -214,7 +214,7 @@ const UNIT_PANELS: usize = 32;
 struct Output<'a> {
     pointer: *mut f32,
     bias: Option<&'a [f32]>,
-    accumulate: bool,
+    accumulate: Option<f32>,
 }
 
 impl Output<'_> {
@@ -226,7 +226,8 @@ impl Output<'_> {
             if let Some(bias) = self.bias {
                 sum += bias[from + lane];
             }
-            *value = if self.accumulate { *value + sum } else { sum };
+            // Times 1 changes no bit.
+            *value = self.accumulate.map_or(sum, |scale| *value + sum * scale);
         }
     }
 }

@@ -349,13 +349,13 @@ fn bias_residual_and_groups_of_parts() {
         let mut parts: Vec<Part> =
             packed.iter().zip(&mut outs).map(|(m, out)| Part::new(m, out)).collect();
         parts[0].bias = Some(&bias);
-        parts[0].accumulate = true;
+        parts[0].accumulate = Some(0.75);
         matmul(&gang, &mut parts, &activations);
         for (i, out) in outs.iter().enumerate() {
             let mut expected = product(&packed[i], &x, 1);
             if i == 0 {
                 for (j, value) in expected.iter_mut().enumerate() {
-                    *value = before[j] + (*value + bias[j % 70]);
+                    *value = before[j] + (*value + bias[j % 70]) * 0.75;
                 }
             }
             assert_eq!(*out, expected, "part {i} on {isa}");
@@ -391,7 +391,7 @@ fn rows_of_both_forms_lie_beside_each_other() {
                 activations.prepare(&gang, Operands::of([&packed]), x, columns);
                 let mut out = before.to_vec();
                 let mut part = Part::new(&packed, &mut out);
-                (part.bias, part.accumulate) = (Some(bias.as_slice()), true);
+                (part.bias, part.accumulate) = (Some(bias.as_slice()), Some(1.0));
                 matmul(&gang, &mut [part], &activations);
                 out
             };

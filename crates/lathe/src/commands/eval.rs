@@ -45,9 +45,11 @@ struct Comparison {
 /// Evaluates.
 pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let text = read_text(&arguments.text)?;
-    let opened = session::open(&arguments.model)?;
+    let opened = session::open(&arguments.model, &global.adapter())?;
     let tokens = encode_text(opened.tokenizer()?, &text)?;
-    let base = arguments.base.as_deref().map(session::open).transpose()?;
+    let base_adapter = arguments.base_adapter.clone().unwrap_or_default();
+    let open_base = |base| session::open(base, &base_adapter);
+    let base = arguments.base.as_deref().map(open_base).transpose()?;
     if let Some(base) = &base {
         check_base(base, &tokens, &text)?;
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Error;
 use lathe_engine::score::Feed;
+use lathe_model::adapter::Adapter;
 use lathe_model::spec::ParameterCount;
 use lathe_model::{DecoderSpec, Model};
 use lathe_program::cost::{Bound, Cost, SequenceShape, StepShape, count};
@@ -30,6 +31,8 @@ struct Report<'a> {
     active_parameters: u64,
     format: String,
     weight_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<AdapterReport<'a>>,
     kv_format: &'static str,
     kv_bytes_per_token: usize,
     kv_formats: Vec<KvCost>,
@@ -44,6 +47,16 @@ struct Report<'a> {
     /// Where the tokens of `--experts` went.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     experts: Vec<LayerLoad>,
+}
+
+/// The adapter; its bytes are among the weights'.
+#[derive(Serialize)]
+struct AdapterReport<'a> {
+    path: &'a Path,
+    matrices: usize,
+    bytes: u64,
+    #[serde(skip)]
+    line: String,
 }
 
 /// What one step costs, and how long it takes at least.
@@ -86,7 +99,7 @@ struct Fit {
 
 /// Tells.
 pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
-    let shape = Shape::describe(&arguments.model, arguments.format.as_deref())?;
+    let shape = Shape::describe(&arguments.model, arguments.format.as_deref(), &global.adapter())?;
     let spec = shape.spec();
     let (context, batch) = (arguments.context, arguments.batch);
     if context == 0 || batch == 0 {
@@ -122,6 +135,7 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
         active_parameters: parameters.active,
         format: sizes.formats(),
         weight_bytes,
+        adapter: shape.model().and_then(|model| model.adapter.as_ref()).map(AdapterReport::of),
         kv_format: kv_format.name(),
         kv_bytes_per_token: program.kv.bytes_per_token(kv_format),
         kv_formats: KvFormat::ALL.map(|format| held.cost(format, batch, context)).into(),
@@ -179,6 +193,17 @@ fn expert_tokens(model: &Model, text: &str) -> Result<Vec<u32>, Error> {
     match tokens.is_empty() {
         true => Err(bad_input("--experts: no tokens")),
         false => Ok(tokens),
+    }
+}
+
+impl<'a> AdapterReport<'a> {
+    fn of(adapter: &'a Adapter) -> Self {
+        AdapterReport {
+            path: adapter.path(),
+            matrices: adapter.matrices().len(),
+            bytes: adapter.bytes(),
+            line: session::describe_adapter(adapter),
+        }
     }
 }
 
@@ -254,6 +279,9 @@ fn describe(report: &Report) -> String {
         human_bytes(report.kv_bytes_per_token as u64),
         report.kv_format,
     );
+    if let Some(adapter) = &report.adapter {
+        text.push_str(&format!("among these {}\n", adapter.line));
+    }
     if let Some(roofs) = &report.machine {
         text.push_str(&format!(
             "machine     {} threads: read {:.1} GB/s, copy {:.1} GB/s, matmul {}FLOP/s in {}\n",

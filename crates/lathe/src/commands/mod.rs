@@ -31,6 +31,9 @@ pub fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
     {
         return Err(bad_input("--kv-format: this command runs no model and has no KV cache"));
     }
+    if global.adapter.is_some() && matches!(arguments.command, Command::Pull(_)) {
+        return Err(bad_input("--adapter: this command opens no model"));
+    }
     if let Some(threads) = global.threads {
         // What lays weights out and quantizes; the backend's own workers are bounded by themselves.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get());

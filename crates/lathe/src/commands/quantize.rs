@@ -147,7 +147,8 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     check_new(out, target)?;
     let recipe = recipe(arguments)?;
     check_layout(&recipe, target, out)?;
-    let mut opened = session::open(&arguments.model)?;
+    let mut opened = session::open(&arguments.model, &global.adapter())?;
+    opened.refuse_adapter("quantize")?;
     opened.model.spec = quantized(with_inputs(&opened.model.spec, &recipe))?;
     let model = &opened.model;
     let program = session::program_for(&model.spec, model.spec.context_max)?;

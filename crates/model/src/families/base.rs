@@ -97,6 +97,7 @@ pub(super) fn with_attention(
         logits_softcap: None,
         tied_head: c.flag("tie_word_embeddings")?.unwrap_or(defaults.tied),
         inputs: Default::default(),
+        adapters: Default::default(),
     })
 }
 

@@ -7,13 +7,21 @@ use lathe_program::{
     WeightRole,
 };
 
-use crate::spec::{DecoderSpec, NormSpec, RopeSpec};
+use crate::spec::{DecoderSpec, LowRank, NormSpec, RopeSpec};
 
 /// A matrix to declare: its name, its output width, whether it has a bias.
 pub(super) struct Matrix<'a> {
     pub name: &'a str,
     pub out: usize,
     pub bias: bool,
+}
+
+/// A product to make: of the input in some form.
+struct Product {
+    transform: InputTransform,
+    /// What to call the input in that form, in the layer.
+    input_name: String,
+    part: LinearSpec,
 }
 
 pub(super) struct Builder {
@@ -24,13 +32,15 @@ pub(super) struct Builder {
     layer: Option<usize>,
     /// By matrix.
     inputs: BTreeMap<String, InputTransform>,
+    /// By matrix.
+    adapters: BTreeMap<String, LowRank>,
 }
 
 impl Builder {
     pub fn new(spec: &DecoderSpec, context_max: usize, block_tokens: usize) -> Self {
         let program = ProgramBuilder::new(spec.vocabulary, context_max, block_tokens);
-        let (width, inputs) = (spec.width, spec.inputs.clone());
-        Builder { program, width, context_max, layer: None, inputs }
+        let (inputs, adapters) = (spec.inputs.clone(), spec.adapters.clone());
+        Builder { program, width: spec.width, context_max, layer: None, inputs, adapters }
     }
 
     /// Names from here on are those of layer `index`.
@@ -99,25 +109,60 @@ impl Builder {
         self.program.transform(input, transform, name)
     }
 
-    /// The products of `input` with several matrices. Neighbours that read it in the same form
-    /// share an op.
+    /// The products of `input` with several matrices, and what adapters add to them. Neighbours that
+    /// read it in the same form share an op. The `A`s of adapters follow the matrices: they read the
+    /// input as it is, and so share the op of matrices that do.
     pub fn linear<const N: usize>(&mut self, input: Value, matrices: [Matrix; N]) -> [Value; N] {
         let columns = self.program.width(input);
-        let names = matrices.each_ref().map(|matrix| matrix.name.to_owned());
-        let parts = matrices.map(|Matrix { name, out, bias }| {
+        let names = matrices.each_ref().map(|matrix| self.name(matrix.name));
+        let low_ranks = names.each_ref().map(|name| self.adapters.get(name).cloned());
+        let mut products: Vec<Product> = Vec::with_capacity(N);
+        for (Matrix { name, out, bias }, low_rank) in matrices.into_iter().zip(&low_ranks) {
             let weight = self.weight(name, &[out, columns], WeightRole::Linear);
             let bias = bias.then(|| self.vector(&format!("{name}_bias"), out));
-            LinearSpec::new(weight, self.name(name)).bias(bias)
-        });
-        let mut outs = Vec::with_capacity(N);
-        let same = |a: &String, b: &String| self.input_of(a) == self.input_of(b);
-        let runs: Vec<&[String]> = names.chunk_by(same).collect();
-        let mut parts = parts.into_iter();
-        for run in runs {
-            let input = self.transformed(input, &run[0]);
-            outs.extend(self.program.linear(input, parts.by_ref().take(run.len()).collect()));
+            let made = if low_rank.is_some() { format!("{name}.base") } else { name.to_owned() };
+            let part = LinearSpec::new(weight, self.name(&made)).bias(bias);
+            let transform = self.input_of(name);
+            products.push(Product { transform, input_name: format!("{name}_input"), part });
         }
-        outs.try_into().expect("one output for each matrix")
+        for LowRank { rank, down, .. } in low_ranks.iter().flatten() {
+            if products.iter().all(|product| product.part.name != *down) {
+                let weight = self.low_rank_weight(down, [*rank, columns]);
+                let part = LinearSpec::new(weight, down);
+                let transform = InputTransform::default();
+                products.push(Product { transform, input_name: String::new(), part });
+            }
+        }
+        let mut outs = BTreeMap::new();
+        for run in products.chunk_by(|a, b| a.transform == b.transform) {
+            let name = self.name(&run[0].input_name);
+            let input = self.program.transform(input, run[0].transform, name);
+            let parts: Vec<LinearSpec> = run.iter().map(|product| product.part.clone()).collect();
+            let made = self.program.linear(input, parts);
+            outs.extend(run.iter().map(|product| product.part.name.clone()).zip(made));
+        }
+        let mut low_ranks = low_ranks.into_iter();
+        names.map(|name| match low_ranks.next().flatten() {
+            None => outs[&name],
+            Some(low_rank) => {
+                let base = outs[&format!("{name}.base")];
+                self.low_rank(&name, &low_rank, base, outs[&low_rank.down])
+            }
+        })
+    }
+
+    /// `base + scale * B down`: the scale stands in the sum, so that `A` and `B` keep their bits.
+    fn low_rank(&mut self, name: &str, low_rank: &LowRank, base: Value, down: Value) -> Value {
+        let up = LowRank::up_of(name);
+        let weight = self.low_rank_weight(&up, [self.program.width(base), low_rank.rank]);
+        let product = self.program.linear_one(down, LinearSpec::new(weight, up));
+        self.program.add(base, product, low_rank.scale, name)
+    }
+
+    /// Declares a matrix under its full name.
+    fn low_rank_weight(&mut self, name: &str, shape: [usize; 2]) -> Weight {
+        let layer = self.layer.map(|layer| layer as u32);
+        self.program.weight(name, &shape, WeightRole::Linear, layer)
     }
 
     pub fn add(&mut self, name: &str, left: Value, right: Value, scale: f32) -> Value {

@@ -181,3 +181,18 @@ pub static C_NAMES: Rules = &[
 /// The correction of ERNIE's router.
 pub static ERNIE_MOE: Rules =
     &[rule("ffn.router_correction", &[Whole("mlp.moe_statics.e_score_correction_bias")])];
+
+/// The rules of all families: what modules are called where the base's file does not say.
+pub static ALL: &[Rules] = &[
+    COMMON,
+    POST_NORMS,
+    SANDWICH,
+    MIXTRAL,
+    SHARED_EXPERT,
+    GPT_OSS,
+    GRANITE_MOE,
+    GLM4_NORMS,
+    HEAD_LAYERNORMS,
+    C_NAMES,
+    ERNIE_MOE,
+];

@@ -59,6 +59,13 @@ pub struct Rule {
     pub sources: &'static [Source],
 }
 
+impl Rule {
+    /// Its candidates.
+    pub fn sources(&self) -> &'static [Source] {
+        self.sources
+    }
+}
+
 /// Rules of one layout; the first rule with a weight's name counts.
 pub type Rules = &'static [Rule];
 

@@ -5,6 +5,7 @@
 //! flags. [`DecoderSpec::validate`] is the edge where sizes of a file become sizes to rely on.
 
 mod count;
+pub(crate) mod low_rank;
 mod rope;
 mod validate;
 
@@ -15,6 +16,7 @@ use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
 
 pub use count::ParameterCount;
+pub use low_rank::LowRank;
 pub use rope::{RopeScaling, RopeSpec, yarn_magnitude};
 
 /// Why a description of a model could not become a [`DecoderSpec`].
@@ -322,6 +324,8 @@ pub struct DecoderSpec {
     /// What is done to the inputs of matrices, by the matrix's canonical name; nothing to those
     /// that are not named.
     pub inputs: BTreeMap<String, InputTransform>,
+    /// What low-rank adapters add to the products of matrices, by the matrix's canonical name.
+    pub adapters: BTreeMap<String, LowRank>,
 }
 
 impl DecoderSpec {
@@ -342,10 +346,11 @@ impl DecoderSpec {
 
 impl Serialize for DecoderSpec {
     /// Layers that are alike are written once: `layer_kinds` lists them, `layers` says which
-    /// kind each layer is. Of what is done to inputs the number of matrices is written.
+    /// kind each layer is. Of what is done to inputs, and of adapters by rank, the number of
+    /// matrices is written.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let (kinds, which) = self.layer_kinds();
-        let mut out = serializer.serialize_struct("DecoderSpec", 11)?;
+        let mut out = serializer.serialize_struct("DecoderSpec", 12)?;
         out.serialize_field("vocabulary", &self.vocabulary)?;
         out.serialize_field("width", &self.width)?;
         out.serialize_field("context_max", &self.context_max)?;
@@ -362,6 +367,13 @@ impl Serialize for DecoderSpec {
                 *matrices.entry(transform.to_string()).or_default() += 1;
             }
             out.serialize_field("inputs", &matrices)?;
+        }
+        if !self.adapters.is_empty() {
+            let mut matrices: BTreeMap<usize, usize> = BTreeMap::new();
+            for low_rank in self.adapters.values() {
+                *matrices.entry(low_rank.rank).or_default() += 1;
+            }
+            out.serialize_field("adapters", &matrices)?;
         }
         out.end()
     }

@@ -9,12 +9,13 @@ mod locate;
 
 use std::collections::BTreeSet;
 
-use lathe_program::{BackendError, Program, Weight, WeightSource};
+use lathe_program::{BackendError, Program, Weight, WeightDecl, WeightSource};
 use lathe_tensor::{Tensor, TensorError};
 
 pub use dummy::DummyWeights;
 pub use locate::Interleaved;
 
+use crate::adapter::{Adapter, AdapterError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::names::Rules;
 use crate::spec::DecoderSpec;
@@ -50,6 +51,9 @@ pub enum WeightsError {
     /// A tensor cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A weight of the adapter cannot be read.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
     /// The parts of a weight cannot be taken out or put together.
     #[error("tensor {tensor}: {source}")]
     Tensor {
@@ -60,17 +64,27 @@ pub enum WeightsError {
     },
 }
 
-/// The weights of one program in one checkpoint.
+/// Where a weight is.
+#[derive(Debug)]
+enum Place {
+    Checkpoint(Located),
+    /// In the adapter, in a tensor of this name.
+    Adapter([String; 1]),
+}
+
+/// The weights of one program in one checkpoint, and in the adapter that it is run with.
 #[derive(Debug)]
 pub struct ModelWeights<'a> {
     checkpoint: &'a Checkpoint,
     program: &'a Program,
-    located: Vec<Located>,
+    adapter: Option<&'a Adapter>,
+    places: Vec<Place>,
     unused: Vec<String>,
 }
 
 impl<'a> ModelWeights<'a> {
-    /// Finds every weight of `program`, lowered from `spec`, by the `rules` of its family.
+    /// Finds every weight of `program`, lowered from `spec`, by the `rules` of its family, and those
+    /// of adapters in `adapter`.
     ///
     /// # Errors
     /// If a weight is missing, a tensor's shape is not what the weight needs, or a layer of a
@@ -79,14 +93,20 @@ impl<'a> ModelWeights<'a> {
         checkpoint: &'a Checkpoint,
         spec: &'a DecoderSpec,
         rules: &'a [Rules],
+        adapter: Option<&'a Adapter>,
         program: &'a Program,
     ) -> Result<Self, WeightsError> {
         let locator = Locator::new(checkpoint, spec, rules, program);
-        let located = (0..program.weights.len())
-            .map(|index| locator.locate(Weight(index as u32)))
-            .collect::<Result<Vec<_>, _>>()?;
+        let place = |(index, decl): (usize, &WeightDecl)| match adapter
+            .and_then(|adapter| adapter.tensor_of(&decl.name))
+        {
+            Some(tensor) => Ok(Place::Adapter([tensor.clone()])),
+            None => locator.locate(Weight(index as u32)).map(Place::Checkpoint),
+        };
+        let places = program.weights.iter().enumerate().map(place);
+        let places = places.collect::<Result<Vec<_>, WeightsError>>()?;
         let mut used = BTreeSet::new();
-        for name in located.iter().flat_map(|located| &located.tensors) {
+        for name in places.iter().filter_map(Place::located).flat_map(|located| &located.tensors) {
             used.extend(checkpoint.parts_of(name));
         }
         let unused = checkpoint
@@ -98,7 +118,7 @@ impl<'a> ModelWeights<'a> {
         if let Some(tensor) = unused.iter().find(|name| locator.is_of_a_layer(name)) {
             return Err(WeightsError::Unused { tensor: tensor.clone() });
         }
-        Ok(ModelWeights { checkpoint, program, located, unused })
+        Ok(ModelWeights { checkpoint, program, adapter, places, unused })
     }
 
     /// Tensors of the checkpoint that no weight uses, other than those that are known not to
@@ -114,13 +134,16 @@ impl<'a> ModelWeights<'a> {
 
     /// Names of the tensors that `weight` is made of.
     pub fn tensors_of(&self, weight: Weight) -> &[String] {
-        &self.located[weight.0 as usize].tensors
+        match &self.places[weight.0 as usize] {
+            Place::Checkpoint(located) => &located.tensors,
+            Place::Adapter(tensor) => tensor,
+        }
     }
 
     /// Where the rows of `weight`, experts that lie transposed in one tensor of floats, would lie in
     /// gpt-oss's `*_blocks`; `None` for all others.
     pub fn in_blocks(&self, weight: Weight) -> Option<Interleaved> {
-        self.located[weight.0 as usize].in_blocks()
+        self.places[weight.0 as usize].located()?.in_blocks()
     }
 
     /// Gives the memory of what was read so far back (see [`lathe_tensor::Bytes::release`]).
@@ -134,7 +157,20 @@ impl<'a> ModelWeights<'a> {
     /// If a tensor cannot be read.
     pub fn load(&self, weight: Weight) -> Result<Tensor, WeightsError> {
         let decl = self.program.weight(weight);
-        self.located[weight.0 as usize].load(self.checkpoint, &decl.shape)
+        match (&self.places[weight.0 as usize], self.adapter) {
+            (Place::Checkpoint(located), _) => located.load(self.checkpoint, &decl.shape),
+            (Place::Adapter(_), Some(adapter)) => Ok(adapter.tensor(&decl.name)?),
+            (Place::Adapter(tensor), None) => unreachable!("{tensor:?} was found in an adapter"),
+        }
+    }
+}
+
+impl Place {
+    fn located(&self) -> Option<&Located> {
+        match self {
+            Place::Checkpoint(located) => Some(located),
+            Place::Adapter(_) => None,
+        }
     }
 }
 

@@ -291,7 +291,9 @@ impl Writer<'_> {
     }
 
     fn linear(&mut self, input: Value, parts: &[LinearPart]) -> Result<(), String> {
-        let (value, place) = self.settled(input)?;
+        // The product of a sum is a sum, and joins the one that is made later anyway.
+        let stays = parts.iter().all(|part| self.wishes.get(part.out).is_none());
+        let (value, place) = if stays { self.at(input) } else { self.settled(input)? };
         let mut specs = Vec::new();
         let mut places = Vec::new();
         for part in parts {
@@ -300,6 +302,10 @@ impl Writer<'_> {
                 (Place::Columns(columns), _) => {
                     let weight = self.weight_part(part.weight, 1, &columns[self.rank].clone());
                     (weight, self.on_first_rank(part.bias), Place::Partial)
+                }
+                (Place::Partial, _) => {
+                    let bias = self.on_first_rank(part.bias);
+                    (self.whole_weight(part.weight), bias, Place::Partial)
                 }
                 (_, Some(wish)) => {
                     let rows = wish[self.rank].clone();

@@ -103,6 +103,11 @@ impl Wishes {
                 self.0.insert(*gate, columns);
             }
             Op::Rope { input, out, .. } => self.pass(*out, *input),
+            // A product and its low-rank correction.
+            Op::Add { left, right, out, .. } => {
+                self.pass(*out, *left);
+                self.pass(*out, *right);
+            }
             Op::Norm { input, groups, out, .. } => {
                 let wish = self.get(*out);
                 let gathers = wish.is_some_and(|wish| is_even(wish, program.value_width(*out)));

@@ -271,8 +271,9 @@ impl Job<'_> {
                         let bias = _mm512_maskz_loadu_ps(mask, bias.as_ptr().add(from));
                         sum = _mm512_add_ps(sum, bias);
                     }
-                    if self.out.accumulate {
-                        sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum);
+                    if let Some(scale) = self.out.accumulate {
+                        let scaled = _mm512_mul_ps(sum, _mm512_set1_ps(scale));
+                        sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), scaled);
                     }
                     _mm512_mask_storeu_ps(to, mask, sum);
                 }

@@ -148,6 +148,7 @@ pub(super) fn with_attention(
         logits_softcap: None,
         tied_head: m.shape(None, "output.weight").is_none(),
         inputs: Default::default(),
+        adapters: Default::default(),
     })
 }
 
