@@ -125,6 +125,12 @@ fn experts_are_quantized_where_a_recipe_says_so() {
     assert!(found["mean_nll"].as_f64().is_some_and(f64::is_finite), "{found}");
 }
 
+/// The header of a safetensors file, and how many bytes of numbers are behind it.
+fn header_of(file: &[u8]) -> (serde_json::Value, usize) {
+    let length = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
+    (serde_json::from_slice(&file[8..8 + length]).expect("JSON"), file.len() - 8 - length)
+}
+
 /// What corrects a folder's matrices is a PEFT adapter in it, and both reports count it.
 #[test]
 fn corrections_are_an_adapter_in_the_folder() {
@@ -141,15 +147,12 @@ fn corrections_are_an_adapter_in_the_folder() {
         std::fs::write(&recipe, text).expect("writes");
         let out = path(name);
         let words = ["quantize", MODEL, &out, "--recipe", &recipe, "--json"];
-        let words = match end.is_empty() {
-            true => [&words[..], &["--calibration", &tokens]].concat(),
-            false => words.to_vec(),
-        };
+        let seen: &[&str] = if end.is_empty() { &["--calibration", &tokens] } else { &[] };
+        let words = [&words[..], seen].concat();
         let report = run_json(&mut command(home.path(), &words));
         let read = |name: &str| std::fs::read(Path::new(&out).join(name)).expect("reads");
-        let json = |name: &str| -> serde_json::Value {
-            serde_json::from_slice(&read(name)).expect("JSON")
-        };
+        let json =
+            |name: &str| serde_json::from_slice::<serde_json::Value>(&read(name)).expect("JSON");
         assert_eq!(json("provenance.json")["tensors"], report["tensors"]);
         let reports = report["tensors"].as_array().expect("tensors");
         let corrected = reports.iter().filter(|it| !it["correction"].is_null());
@@ -157,14 +160,11 @@ fn corrections_are_an_adapter_in_the_folder() {
         let config = json("adapter/adapter_config.json");
         assert_eq!(
             (&config["peft_type"], &config["base_model_name_or_path"]),
-            (&"LORA".into(), &out.into())
+            (&"LORA".into(), &out.as_str().into())
         );
         assert_eq!((&config["r"], &config["lora_alpha"]), (&32.into(), &32.into()));
-        // A header of JSON behind its length, then the numbers.
-        let file = read("adapter/adapter_model.safetensors");
-        let length = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
-        let header: serde_json::Value = serde_json::from_slice(&file[8..8 + length]).expect("JSON");
-        assert_eq!(file.len() - 8 - length, bytes.sum::<u64>() as usize);
+        let (header, stored) = header_of(&read("adapter/adapter_model.safetensors"));
+        assert_eq!(stored, bytes.sum::<u64>() as usize);
         let shape = |name: &str| {
             header[format!("base_model.model.model.layers.1.{name}.weight")]["shape"].clone()
         };
@@ -195,8 +195,8 @@ fn corrections_are_an_adapter_in_the_folder() {
                 assert!(a.is_null());
             }
         }
-        let codes = reports.iter().map(|it| &it["correction"]["uncorrected"]["sqnr_db"]);
-        for (report, codes) in reports.iter().zip(codes).filter(|it| !it.1.is_null()) {
+        for report in reports.iter().filter(|it| !it["correction"].is_null()) {
+            let codes = &report["correction"]["uncorrected"]["sqnr_db"];
             assert!(report["sqnr_db"].as_f64() > codes.as_f64(), "{report}");
         }
         assert!(report["bits_per_weight"].as_f64().is_some_and(|bits| bits > 12.0), "{report}");

@@ -218,7 +218,8 @@ impl<'a> Steps<'a> {
 
 /// Rounds the matrices of `group` by the first of `steps` and corrects what that loses by the second, as often as
 /// that one says: from the second round on, what is rounded is what the last correction leaves of a matrix. Of
-/// each matrix the round that loses least is kept.
+/// each matrix the round that loses least is kept. NVFP4's second scale stays that of the matrices as they were,
+/// which those that are run as one share.
 fn corrected(
     (rounding, correction): (&TechniqueStep, &TechniqueStep),
     group: &Group<'_>,

@@ -33,7 +33,8 @@ pub(super) static TECHNIQUE: Technique = Technique {
     effect: "adds two thin matrices beside each quantized one, for what rounding lost: a PEFT adapter",
     requires: "a technique that rounds before it; a folder; inputs that are not rounded; no experts; \
                calibration for weighting = \"inputs\"",
-    conflicts: &[],
+    // Its codes make up for inputs that differ from the float model's: a correction towards `W x` would undo it.
+    conflicts: &["gptaq"],
     calibrated: false,
     products: false,
     parameters: &[
