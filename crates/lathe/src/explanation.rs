@@ -28,7 +28,8 @@ adds; <i>scale choice</i> what scales other than those of the range add (a small
 <i>clipping</i> what numbers beyond the last code add; <i>codes</i> what codes that are not the nearest add \
 (negative where they make up for one another). <i>Theory</i> is the noise that is uniform between two \
 neighbours, under exact scales of each block's range. <i>Inputs int8</i> is the error of outputs if inputs were \
-rounded to int8 with a scale a token, and nothing else.";
+rounded to int8 with a scale a token, and nothing else. <i>Corrected</i> is what a low-rank correction leaves of \
+the error; all other columns are of the codes alone. Streams and KL are with it.";
 
 /// The page.
 pub fn html(model: &str, found: &Explanation) -> Result<String, Error> {
@@ -193,6 +194,7 @@ fn tensors(found: &Explanation) -> String {
         "codes",
         "outlier channels",
         "inputs int8",
+        "corrected",
     ];
     let all = found.layers.iter().flat_map(|layer| &layer.tensors);
     rows(
@@ -218,6 +220,8 @@ fn tensors(found: &Explanation) -> String {
             row.extend(sources.parts().map(|(_, part)| share(part)));
             row.push(it.error.outlier_channels.to_string());
             row.push(it.activation_int8.map_or(String::new(), |error| format!("{error:.1e}")));
+            let corrected = it.corrected.map(|it| it.outputs.unwrap_or(it.weights));
+            row.push(corrected.map_or(String::new(), |error| format!("{error:.2e}")));
             row
         }),
     )

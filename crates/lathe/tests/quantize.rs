@@ -125,6 +125,85 @@ fn experts_are_quantized_where_a_recipe_says_so() {
     assert!(found["mean_nll"].as_f64().is_some_and(f64::is_finite), "{found}");
 }
 
+/// The header of a safetensors file, and how many bytes of numbers are behind it.
+fn header_of(file: &[u8]) -> (serde_json::Value, usize) {
+    let length = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
+    (serde_json::from_slice(&file[8..8 + length]).expect("JSON"), file.len() - 8 - length)
+}
+
+/// What corrects a folder's matrices is a PEFT adapter in it, and both reports count it.
+#[test]
+fn corrections_are_an_adapter_in_the_folder() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (tokens, recipe) = (path("tokens.json"), path("recipe.toml"));
+    let ids: Vec<String> = (0..200).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    let ends = ["", "weighting = \"none\"\ntensors = [\"*.ffn.*\", \"*.query\"]\nrank = 40"];
+    for (name, end) in ["all", "some"].into_iter().zip(ends) {
+        let text = format!(
+            "format = \"w8a16\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"low-rank\"\n{end}"
+        );
+        std::fs::write(&recipe, text).expect("writes");
+        let out = path(name);
+        let words = ["quantize", MODEL, &out, "--recipe", &recipe, "--json"];
+        let seen: &[&str] = if end.is_empty() { &["--calibration", &tokens] } else { &[] };
+        let words = [&words[..], seen].concat();
+        let report = run_json(&mut command(home.path(), &words));
+        let read = |name: &str| std::fs::read(Path::new(&out).join(name)).expect("reads");
+        let json =
+            |name: &str| serde_json::from_slice::<serde_json::Value>(&read(name)).expect("JSON");
+        assert_eq!(json("provenance.json")["tensors"], report["tensors"]);
+        let reports = report["tensors"].as_array().expect("tensors");
+        let corrected = reports.iter().filter(|it| !it["correction"].is_null());
+        let bytes = corrected.clone().map(|it| it["correction"]["bytes"].as_u64().expect("bytes"));
+        let config = json("adapter/adapter_config.json");
+        assert_eq!(
+            (&config["peft_type"], &config["base_model_name_or_path"]),
+            (&"LORA".into(), &out.as_str().into())
+        );
+        assert_eq!((&config["r"], &config["lora_alpha"]), (&32.into(), &32.into()));
+        let (header, stored) = header_of(&read("adapter/adapter_model.safetensors"));
+        assert_eq!(stored, bytes.sum::<u64>() as usize);
+        let shape = |name: &str| {
+            header[format!("base_model.model.model.layers.1.{name}.weight")]["shape"].clone()
+        };
+        let sizes = |rank: usize, rows: usize, columns: usize| {
+            [serde_json::json!([rank, columns]), serde_json::json!([rows, rank])]
+        };
+        let of = |module: &str| ["lora_A", "lora_B"].map(|kind| shape(&format!("{module}.{kind}")));
+        assert_eq!(of("mlp.down_proj"), sizes(32, 32, 48));
+        let [a, _] = of("self_attn.o_proj");
+        let targets = config["target_modules"].as_array().expect("names").len();
+        let tensors = header.as_object().expect("an object").len() - 1;
+        match name {
+            // Keys and values have fewer rows than the rank.
+            "all" => {
+                assert_eq!(
+                    (targets, corrected.count(), tensors),
+                    (7, reports.len(), 2 * reports.len())
+                );
+                assert!(
+                    !a.is_null() && !config["rank_pattern"].as_object().expect("ranks").is_empty()
+                );
+            }
+            _ => {
+                assert_eq!(
+                    (targets, corrected.count(), tensors / 2),
+                    (4, reports.len() / 7 * 4, reports.len() / 7 * 4)
+                );
+                assert!(a.is_null());
+            }
+        }
+        for report in reports.iter().filter(|it| !it["correction"].is_null()) {
+            let codes = &report["correction"]["uncorrected"]["sqnr_db"];
+            assert!(report["sqnr_db"].as_f64() > codes.as_f64(), "{report}");
+        }
+        assert!(report["bits_per_weight"].as_f64().is_some_and(|bits| bits > 12.0), "{report}");
+        assert!(!Path::new(&format!("{}.partial", path(name))).exists());
+    }
+}
+
 /// Scores a folder and the floats that its codes stand for, on tokens that it leaves in `tokens.json`.
 fn runs_as_its_floats(home: &Path, folder: &str) {
     let path = |name: &str| home.join(name).display().to_string();
@@ -352,7 +431,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     let recipe = home.path().join("bad.toml");
     std::fs::write(&recipe, "format = \"w8a16\"\nfromat = 3\n").expect("writes");
     let recipe = recipe.display().to_string();
-    let cases: [(&[&str], [&str; 2]); 12] = [
+    let cases: [(&[&str], [&str; 2]); 13] = [
         (&[&out, "--format", "w4a16"], ["layers.0.attention.query", "128"]),
         (&[&out, "--format", "w4a16", "--group", "32"], ["layers.0.ffn.down", "48"]),
         (
@@ -367,6 +446,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         (&[&out, "--format", "w8a16", "--method", "magic"], ["magic", "gptq"]),
         (&[&out, "--format", "w8a16", "--activations", "int3"], ["int3", "int4-token"]),
         (&[&gguf, "--format", "q8_0", "--activations", "mxfp4"], ["activations", "q8_0"]),
+        (&[&gguf, "--format", "q8_0", "--method", "rtn+low-rank"], ["low-rank", "adapter"]),
         (&[&out, "--recipe", &recipe], ["bad.toml", "fromat"]),
     ];
     for (words, expected) in cases {

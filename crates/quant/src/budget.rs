@@ -12,7 +12,7 @@ use lathe_tensor::Format;
 use crate::calibrate::Calibration;
 use crate::error::QuantError;
 use crate::explain::{Explanation, LayerExplanation};
-use crate::job::{Job, Progress};
+use crate::job::{Job, Progress, bits_of_correction, targets};
 use crate::parameters::Parameters;
 use crate::recipe::{Recipe, TechniqueStep};
 use crate::technique::{self, Stage};
@@ -54,7 +54,7 @@ impl Sensitivity {
 /// How many bits a model may take, and in which formats.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Budget {
-    /// Mean bits of the weights that are quantized, scales of groups included.
+    /// Mean bits of the weights that are quantized, scales of groups and low-rank corrections included.
     pub bits: f64,
     /// What a layer may be stored in.
     pub formats: Vec<Format>,
@@ -157,9 +157,16 @@ pub fn planned(
         .map(|layer| found.iter().map(|it| choice(&it.layers[layer])).collect())
         .collect();
     let elements: usize = found[0].layers.iter().map(|layer| layer.elements).sum();
-    let Some(chosen) = knapsack(&choices, budget.bits * elements as f64) else {
+    // They take the same whatever a layer is stored in.
+    let mut corrections = 0.0;
+    for weight in targets(weights.program(), recipe)?.into_keys() {
+        let decl = weights.program().weight(weight);
+        corrections += bits_of_correction(recipe, &decl.name, &decl.shape)?;
+    }
+    let Some(chosen) = knapsack(&choices, budget.bits * elements as f64 - corrections) else {
         let of_format = |it: &Format| it.bits_per_weight();
         let least = budget.formats.iter().map(of_format).fold(f64::INFINITY, f64::min);
+        let least = least + corrections / elements as f64;
         return Err(QuantError::Recipe(format!(
             "a budget of {} bits a weight, the least that its formats take is {least}",
             budget.bits

@@ -6,6 +6,7 @@ mod experts;
 mod explain;
 mod fused;
 mod resume;
+mod rounding;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -20,6 +21,7 @@ use lathe_tensor::{Bytes, Format, Tensor, codec};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::calibrate::{Calibration, Observed, Prefixes, Stream};
+use crate::correction::Correction;
 use crate::error::QuantError;
 use crate::fold::{Fold, fold_of};
 use crate::matrix::{Group, Matrix, Outcome, Report, check_shape};
@@ -32,6 +34,7 @@ use crate::technique::{Apply, Stage};
 pub use experts::CoverageReport;
 use experts::{Coverage, ExpertInputs};
 use resume::Store;
+pub(crate) use rounding::bits_of_correction;
 
 /// The registry's own spelling of a technique's name. Not spelt as the reference that it is where it is
 /// deserialized: it does not borrow from what is read.
@@ -45,9 +48,28 @@ pub struct WeightReport {
     /// The technique that chose its codes.
     #[serde(deserialize_with = "technique_named")]
     pub technique: TechniqueName,
-    /// What it cost.
+    /// What it cost, with its correction if it has one.
     #[serde(flatten)]
     pub report: Report,
+    /// What runs beside it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correction: Option<CorrectionReport>,
+}
+
+/// What runs beside one quantized matrix.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CorrectionReport {
+    /// The technique.
+    #[serde(deserialize_with = "technique_named")]
+    pub technique: TechniqueName,
+    /// Columns of the first matrix and rows of the second.
+    pub rank: usize,
+    /// Bytes of both.
+    pub bytes: usize,
+    /// Which of the technique's rounds lost least, from 1 on.
+    pub round: usize,
+    /// What the codes alone cost.
+    pub uncorrected: Report,
 }
 
 /// What became of the scales of one group's channels.
@@ -93,6 +115,8 @@ pub struct Job<'a> {
     asymmetries: BTreeMap<Value, Asymmetry>,
     /// What is quantized already.
     finished: BTreeMap<Weight, Tensor>,
+    /// What runs beside quantized matrices.
+    corrections: BTreeMap<Weight, Correction>,
     /// The op of each matrix that is quantized.
     targets: BTreeMap<Weight, usize>,
     /// Scales of the input channels of an op.
@@ -207,6 +231,7 @@ impl<'a> Job<'a> {
             seen: Observed::default(),
             asymmetries: BTreeMap::new(),
             finished: BTreeMap::new(),
+            corrections: BTreeMap::new(),
             targets,
             columns: BTreeMap::new(),
             rows: BTreeMap::new(),
@@ -235,7 +260,12 @@ impl<'a> Job<'a> {
             let prepares = |step: &&TechniqueStep| {
                 step.technique.stage == Stage::Prepare && step.applies_to(&decl.name)
             };
-            let mut steps = self.recipe.steps.iter().filter(prepares).chain([rounding]);
+            let correction = self.recipe.correction_of(name)?;
+            if let Some(step) = correction {
+                self.check_correction(step, *weight)?;
+            }
+            let steps = self.recipe.steps.iter().filter(prepares).chain([rounding]);
+            let mut steps = steps.chain(correction);
             if let Some(step) = steps.find(|step| step.needs_calibration() && !calibrated) {
                 let (technique, tensor) = (step.technique.name, decl.name.clone());
                 return Err(QuantError::Unobserved { technique, tensor });
@@ -450,11 +480,16 @@ impl<'a> Job<'a> {
         Ok(Stream { width, values: values.into() })
     }
 
-    /// A weight as far as it has become: quantized, scaled, or what it was.
+    /// A weight as far as it has become: quantized (with its correction, as floats then), scaled, or what it was.
     fn current(&self, weight: Weight) -> Result<Tensor, QuantError> {
-        match self.finished.get(&weight) {
-            Some(tensor) => Ok(tensor.clone()),
-            None => self.unrounded(weight),
+        match (self.finished.get(&weight), self.corrections.get(&weight)) {
+            (Some(tensor), None) => Ok(tensor.clone()),
+            (Some(tensor), Some(correction)) => {
+                let mut values = tensor.to_f32();
+                correction.add_to(&mut values);
+                Ok(Tensor::from_f32_vec(tensor.shape.clone(), values))
+            }
+            (None, _) => self.unrounded(weight),
         }
     }
 
@@ -648,63 +683,6 @@ impl<'a> Job<'a> {
             false => turned::<QuantError>(&tensor.shape, &values, turns, norm)?,
         };
         Ok((tensor.shape, values))
-    }
-
-    /// Quantizes the matrices of one linear op: those that the same step rounds to one format, together.
-    fn round_group(&mut self, op: usize) -> Result<(), QuantError> {
-        let Op::Linear { parts, .. } = &self.program.ops[op] else { return Ok(()) };
-        let ours = |weight: &Weight| {
-            self.targets.get(weight) == Some(&op) && !self.finished.contains_key(weight)
-        };
-        let mut left: Vec<Weight> = parts.iter().map(|part| part.weight).filter(ours).collect();
-        let statistics = self.statistics(op);
-        while let Some(first) = left.first() {
-            let (recipe, first) = (self.recipe, self.name(*first));
-            let step = recipe.rounding_of(&first)?;
-            let format = recipe.format_of(&first);
-            let same = |name: &str| step.applies_to(name) && recipe.format_of(name) == format;
-            let (together, others): (Vec<Weight>, Vec<Weight>) =
-                left.iter().partition(|it| same(&self.name(**it)));
-            self.round(step, &together, statistics.as_deref())?;
-            left = others;
-        }
-        Ok(())
-    }
-
-    fn round(
-        &mut self,
-        step: &TechniqueStep,
-        weights: &[Weight],
-        statistics: Option<&Statistics>,
-    ) -> Result<(), QuantError> {
-        let names: Vec<String> = weights.iter().map(|weight| self.name(*weight)).collect();
-        let values = weights.iter().map(|it| self.load(*it)).collect::<Result<Vec<_>, _>>()?;
-        let fused = weights.iter().map(|weight| self.fused_largest(*weight));
-        let fused = fused.collect::<Result<Vec<_>, _>>()?;
-        let matrices = names.iter().zip(&values).zip(&fused);
-        let matrices = matrices.map(|((name, (shape, values)), fused)| Matrix {
-            name,
-            rows: shape[0],
-            columns: shape[1],
-            values,
-            fused_largest: fused.first().copied(),
-        });
-        let asymmetry = self.targets.get(&weights[0]).and_then(|op| self.asymmetry(*op));
-        let asymmetry = asymmetry.as_ref();
-        let group = Group { matrices: matrices.collect(), statistics, asymmetry, tied: None };
-        let format = self.recipe.format_of(&names[0]);
-        let outcome = (step.technique.group())(&group, format, &step.parameters)?;
-        let Outcome::Quantized(list) = outcome else {
-            let message = format!("{} rounds nothing", step.technique.name);
-            return Err(QuantError::Recipe(message));
-        };
-        self.tell(values.iter().map(|(_, values)| values.len()).sum());
-        for ((weight, tensor), quantized) in weights.iter().zip(names).zip(list) {
-            let (technique, report) = (step.technique.name, quantized.report);
-            self.reports.push(WeightReport { tensor, technique, report });
-            self.finished.insert(*weight, quantized.tensor);
-        }
-        Ok(())
     }
 }
 

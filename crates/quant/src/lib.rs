@@ -9,6 +9,7 @@
 
 pub mod budget;
 pub mod calibrate;
+mod correction;
 mod error;
 pub mod explain;
 mod fold;
@@ -22,8 +23,10 @@ pub mod recipe;
 pub mod rotate;
 mod section;
 mod statistics;
+mod svd;
 pub mod technique;
 
+pub use correction::Correction;
 pub use error::QuantError;
 pub use matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
 pub use parameters::{Kind, Parameter, Parameters};

@@ -145,7 +145,11 @@ const SUMMED_TOGETHER: usize = 1 << 14;
 impl Report {
     /// Compares `tensor` with what it was made of.
     pub fn new(matrix: &Matrix<'_>, tensor: &Tensor, statistics: Option<&Statistics>) -> Self {
-        let found = tensor.to_f32();
+        Report::of(matrix, tensor.to_f32(), statistics)
+    }
+
+    /// Compares `found`, which takes the place of `matrix`, with it.
+    pub fn of(matrix: &Matrix<'_>, found: Vec<f32>, statistics: Option<&Statistics>) -> Self {
         let mut difference = found;
         difference.par_iter_mut().zip(matrix.values).for_each(|(a, b)| *a -= b);
         let (signal, noise) = (squared_sum(matrix.values), squared_sum(&difference));

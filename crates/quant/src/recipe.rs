@@ -117,7 +117,7 @@ pub struct Recipe {
     pub budget: Option<Budget>,
     /// What the inputs of quantized matrices are rounded to while the model runs.
     pub activations: Option<ActivationFormat>,
-    /// In order; those that round come last.
+    /// In order; those that round come last, but for corrections of what they lost.
     pub steps: Vec<TechniqueStep>,
 }
 
@@ -187,7 +187,9 @@ impl Recipe {
             let technique = technique::find("clip")?;
             let mut parameters = Parameters::defaults(technique.parameters);
             parameters.set(technique.parameters, "error", &toml::Value::String("output".into()))?;
-            steps.push(TechniqueStep { technique, parameters, tensors: None });
+            let corrects = |step: &TechniqueStep| step.technique.stage == Stage::Correct;
+            let at = steps.iter().position(corrects).unwrap_or(steps.len());
+            steps.insert(at, TechniqueStep { technique, parameters, tensors: None });
         }
         let recipe = Recipe {
             format,
@@ -301,6 +303,29 @@ impl Recipe {
         }
     }
 
+    /// The step that corrects what rounding loses of tensor `name`, if there is one.
+    ///
+    /// # Errors
+    /// If there is more than one.
+    pub fn correction_of(&self, name: &str) -> Result<Option<&TechniqueStep>, QuantError> {
+        let corrects =
+            |step: &&TechniqueStep| step.technique.stage == Stage::Correct && step.applies_to(name);
+        let mut found = self.steps.iter().filter(corrects);
+        match (found.next(), found.next()) {
+            (found, None) => Ok(found),
+            (_, Some(second)) => Err(wrong(format!(
+                "{} corrects tensor {name} twice, expected once",
+                second.technique.name
+            ))),
+        }
+    }
+
+    /// Whether something is written beside the quantized weights.
+    pub fn corrects(&self) -> Option<&'static Technique> {
+        let mut techniques = self.steps.iter().map(|step| step.technique);
+        techniques.find(|technique| technique.stage == Stage::Correct)
+    }
+
     fn check(&self) -> Result<(), QuantError> {
         if self.steps.is_empty() {
             return Err(wrong("it has no [[technique]]".to_owned()));
@@ -321,8 +346,16 @@ impl Recipe {
         for (index, step) in self.steps.iter().enumerate() {
             let technique = step.technique;
             let rotates = |step: &TechniqueStep| step.technique.stage == Stage::Rotate;
+            let corrects = |step: &TechniqueStep| step.technique.stage == Stage::Correct;
             match technique.stage {
+                Stage::Round | Stage::Prepare if self.steps[..index].iter().any(corrects) => {
+                    let name = technique.name;
+                    return Err(wrong(format!(
+                        "{name} comes after a correction of what rounding loses, expected before"
+                    )));
+                }
                 Stage::Round => rounded = true,
+                Stage::Correct => {}
                 Stage::Rotate if !self.steps[..index].iter().all(rotates) => {
                     let name = technique.name;
                     return Err(wrong(format!(
@@ -408,18 +441,20 @@ impl TechniqueStep {
     /// Whether it needs to have seen the inputs of its tensors.
     pub fn needs_calibration(&self) -> bool {
         self.technique.calibrated
-            || self.error().is_some_and(|error| matches!(error, "channel" | "output"))
+            || self.error().is_some_and(|error| matches!(error, "channel" | "output" | "inputs"))
     }
 
     /// Whether it needs products of different channels of those inputs.
     pub(crate) fn needs_products(&self) -> bool {
-        self.technique.products || self.error().is_some_and(|error| error == "output")
+        self.technique.products
+            || self.error().is_some_and(|error| matches!(error, "output" | "inputs"))
     }
 
     /// The errors that it makes least, if it has a choice.
     fn error(&self) -> Option<&str> {
         let mut parameters = self.technique.parameters.iter();
-        parameters.find(|it| it.name == "error").map(|it| self.parameters.choice(it.name))
+        let chosen = parameters.find(|it| matches!(it.name, "error" | "weighting"));
+        chosen.map(|it| self.parameters.choice(it.name))
     }
 
     /// Whether the step is for tensor `name`.
@@ -584,6 +619,16 @@ mod tests {
         let awq = Recipe::simple(recipe.format, "awq").unwrap();
         assert_eq!(awq.steps[1].technique.name, "clip");
         assert!(awq.needs_products() && awq.to_toml().contains("prefix = \"quantized\""));
+        // A correction comes behind what chooses codes, and weighs by inputs unless it is told not to.
+        let corrected = Recipe::simple(recipe.format, "awq+low-rank").unwrap();
+        let names: Vec<&str> = corrected.steps.iter().map(|it| it.technique.name).collect();
+        assert_eq!(names, ["awq", "clip", "low-rank"]);
+        assert!(Recipe::simple(recipe.format, "rtn+low-rank").unwrap().needs_products());
+        let plain = "format = \"w4a16\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\n\
+                     use = \"low-rank\"\nweighting = \"none\"";
+        let plain = Recipe::parse(plain, None).unwrap();
+        assert!(!plain.needs_calibration());
+        assert_eq!(Recipe::parse(&plain.to_toml(), None).unwrap().to_toml(), plain.to_toml());
         // What weighs columns alone needs neither products nor the errors of layers before.
         let sizes = "format = \"q4_k\"\n[[technique]]\nuse = \"imatrix\"\n";
         let weighed = Recipe::parse(sizes, None).unwrap();
@@ -647,6 +692,14 @@ mod tests {
             (
                 "format = \"q4_0\"\n[[technique]]\nuse = \"rotate\"\ntensors = [\"*\"]",
                 "for the whole model",
+            ),
+            (
+                "format = \"w4a16\"\n[[technique]]\nuse = \"low-rank\"\n[[technique]]\nuse = \"rtn\"",
+                "rtn comes after a correction",
+            ),
+            (
+                "format = \"w4a16\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"low-rank\"\nrank = 0",
+                "from 1 to",
             ),
             ("format = ", "recipe: "),
         ];

@@ -9,18 +9,19 @@ use clap::Args;
 use lathe_cpu::pack::PackedMatrix;
 use lathe_model::Model;
 use lathe_model::export::{
-    ExportError, GgufOptions, Integers, PackedLayout, to_gguf_replacing, to_packed,
+    ExportError, GgufOptions, Integers, LowRank, PackedLayout, to_adapter, to_gguf_replacing,
+    to_packed,
 };
 use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
-use lathe_program::{Backend, BackendError, Program};
+use lathe_program::{Backend, BackendError, Program, Weight};
 use lathe_quant::budget::planned;
 use lathe_quant::calibrate::Calibration;
 use lathe_quant::explain::Explanation;
 use lathe_quant::inputs::with_inputs;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::{Recipe, activations_named, activations_of, format_named};
-use lathe_quant::{QuantError, technique};
+use lathe_quant::{Correction, QuantError, technique};
 use lathe_tensor::{ActivationFormat, Format, GgmlType};
 use serde::Serialize;
 
@@ -54,7 +55,7 @@ pub struct QuantizeArguments {
     /// int4-g64-bf16-asym
     #[arg(long, value_name = "F")]
     pub format: Option<String>,
-    /// Techniques joined by +: rtn, clip, gptq, awq, awq+gptq, imatrix
+    /// Techniques joined by +: rtn, clip, gptq, awq, awq+gptq, imatrix, gptq+low-rank
     #[arg(long, value_name = "M", default_value = "rtn")]
     pub method: String,
     /// A text, or a JSON array of token ids, on which inputs of layers are measured
@@ -88,6 +89,8 @@ struct Provenance<'a> {
     format: String,
     bytes: u64,
     calibration_tokens: usize,
+    /// Of the weights that are quantized: scales, and what corrects them, are counted.
+    bits_per_weight: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     calibration: Option<&'a Path>,
     quantize_ms: f64,
@@ -184,7 +187,7 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     let measured = measured.map(|text| runs(global, &*backend, &text.explain));
     let explanation = measured.map(|text| explain(&mut job, &model.spec, &text)).transpose()?;
     match (&layout, target) {
-        (Some(layout), _) => write_folder(layout, out, &mut job, &recipe)?,
+        (Some(layout), _) => write_folder(layout, &program, out, &mut job, &recipe)?,
         (None, Target::Page) => {}
         (None, _) => exported(to_gguf_replacing(model, out, &gguf_options(&recipe), &mut job))?,
     }
@@ -197,6 +200,7 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
         layout: target.layout(),
         format: formats(&recipe),
         bytes: bytes_under(out),
+        bits_per_weight: quantized(job.bits_per_weight())?,
         calibration_tokens: text.as_ref().map_or(0, |it| it.calibration.len()),
         calibration: arguments.calibration.as_deref().filter(|_| text.is_some()),
         quantize_ms: milliseconds(opened.started),
@@ -328,6 +332,13 @@ fn formats(recipe: &Recipe) -> String {
 /// Which files can hold which formats; a folder's layout says the rest ([`check_targets`]).
 fn check_layout(recipe: &Recipe, target: Target, out: &Path) -> Result<(), Error> {
     let out = out.display();
+    if let Some(technique) = recipe.corrects().filter(|_| target == Target::File) {
+        return Err(bad_input(format!(
+            "{out}: {} writes an adapter beside the weights, which a GGUF file has no place for, expected a \
+             folder",
+            technique.name
+        )));
+    }
     for format in &all_formats(recipe) {
         match (format, target) {
             (_, Target::Page)
@@ -368,6 +379,9 @@ fn check_targets(
             Some(budget) => budget.formats.clone(),
             None => vec![recipe.format_of(&program.weight(*weight).name)],
         };
+        if quantized(recipe.correction_of(&program.weight(*weight).name))?.is_some() {
+            layout.module(program, *weight).bad_input()?;
+        }
         for format in formats {
             layout
                 .check(program, *weight, format)
@@ -488,9 +502,13 @@ fn gguf_options(recipe: &Recipe) -> GgufOptions {
     GgufOptions { format: recipe.format, embedding }
 }
 
+/// Where in a folder what runs beside its weights is.
+const ADAPTER: &str = "adapter";
+
 /// Writes under a temporary name, so that a folder under its own name is always whole.
 fn write_folder(
     layout: &PackedLayout<'_>,
+    program: &Program,
     out: &Path,
     job: &mut Job<'_>,
     recipe: &Recipe,
@@ -498,6 +516,13 @@ fn write_folder(
     let partial = beside(out, ".partial");
     let _ = fs::remove_dir_all(&partial);
     let written = exported(to_packed(layout, &partial, job)).and_then(|()| {
+        let parts = job.corrections().iter();
+        let part = |(weight, it): (&Weight, _)| low_rank(*weight, it);
+        let parts: Vec<LowRank<'_>> = parts.map(part).collect();
+        if !parts.is_empty() {
+            let base = out.display().to_string();
+            exported(to_adapter(layout, program, &partial.join(ADAPTER), &base, &parts))?;
+        }
         let path = partial.join("recipe.toml");
         fs::write(&path, recipe.to_toml()).with_context(|| path.display().to_string())
     });
@@ -506,6 +531,10 @@ fn write_folder(
     }
     written?;
     fs::rename(&partial, out).with_context(|| out.display().to_string())
+}
+
+fn low_rank(weight: Weight, Correction { a, b, .. }: &Correction) -> LowRank<'_> {
+    LowRank { weight, a, b }
 }
 
 /// The path with more behind its name.
@@ -538,12 +567,18 @@ fn describe(report: &Provenance<'_>) -> String {
         (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
     };
     let mut text = format!(
-        "{}: {} in {:.1} s, {count} matrices in {}",
+        "{}: {} in {:.1} s, {count} matrices in {} ({:.2} bits a weight)",
         report.path.display(),
         human_bytes(report.bytes),
         report.quantize_ms / 1000.0,
-        report.format
+        report.format,
+        report.bits_per_weight
     );
+    let corrections = report.tensors.iter().filter_map(|it| it.correction.as_ref());
+    let bytes: usize = corrections.map(|it| it.bytes).sum();
+    if bytes > 0 {
+        text.push_str(&format!(", an adapter of {} among them", human_bytes(bytes as u64)));
+    }
     if let Some(db) = mean(|it| Some(it.report.sqnr_db)) {
         text.push_str(&format!(", {db:.2} dB of signal over noise"));
     }

@@ -1,7 +1,7 @@
 //! A Hugging Face directory whose matrices are quantized: compressed-tensors, with a format for each
 //! weight, or gpt-oss's blocks where all experts of a layer are one tensor.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use lathe_program::{Program, Weight, WeightRole};
@@ -102,6 +102,17 @@ impl<'a> PackedLayout<'a> {
     /// The same, with integers of eight bits as `integers` says.
     pub fn with_integers(self, integers: Integers) -> Self {
         PackedLayout { integers, ..self }
+    }
+
+    /// The tensor of the file that `weight` is, whole.
+    pub(super) fn tensor_of(&self, weight: Weight) -> Option<&str> {
+        self.tensors[weight.0 as usize].as_deref()
+    }
+
+    /// The modules of all weights of the file.
+    pub(super) fn modules(&self) -> BTreeSet<String> {
+        let names = self.model.checkpoint.whole_names();
+        names.iter().filter_map(|name| name.strip_suffix(".weight")).map(str::to_owned).collect()
     }
 
     /// The names under which the weights are written if `replacement` has its way. An embedding and

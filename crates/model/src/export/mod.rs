@@ -3,6 +3,7 @@
 //! Whole files of another family are refused by what they have that the target cannot say; a
 //! weight is read, converted and written before the next, so that memory stays small.
 
+mod adapter;
 mod compressed;
 mod encode;
 mod gguf;
@@ -17,6 +18,7 @@ use lathe_tensor::gguf::GgufError;
 use lathe_tensor::safetensors::SafetensorsError;
 use lathe_tensor::{Bytes, FloatType, Format, Tensor, TensorError, codec};
 
+pub use adapter::{LowRank, to_adapter};
 pub use compressed::{PackedLayout, to_packed};
 pub use encode::Integers;
 pub use gguf::{GgufOptions, to_gguf, to_gguf_replacing};

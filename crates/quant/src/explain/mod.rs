@@ -28,14 +28,30 @@ pub struct TensorExplanation {
     pub format: String,
     /// Numbers in it.
     pub elements: usize,
-    /// Its error.
+    /// The error of its codes, without what may correct it.
     #[serde(flatten)]
     pub error: TensorError,
+    /// What is left of it where something runs beside the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub corrected: Option<Corrected>,
     /// The squared error that the outputs would have if nothing but the inputs were rounded, to int8
     /// with a scale a token, over the outputs' square. No number of the recipe's own.
     pub activation_int8: Option<f64>,
     /// The mean squared length of the outputs.
     pub output_energy: Option<f64>,
+}
+
+/// What a correction leaves of a tensor's error: squared errors over the squared signal.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Corrected {
+    /// The correction's rank.
+    pub rank: usize,
+    /// Its bits a weight.
+    pub bits: f64,
+    /// Of the weights.
+    pub weights: f64,
+    /// Of the outputs, where inputs were seen.
+    pub outputs: Option<f64>,
 }
 
 /// One layer.
@@ -47,7 +63,7 @@ pub struct LayerExplanation {
     pub tensors: Vec<TensorExplanation>,
     /// Numbers in those tensors.
     pub elements: usize,
-    /// Mean bits of those numbers, scales included.
+    /// Mean bits of those numbers, scales and corrections included.
     pub bits: f64,
     /// How far the stream behind the layer is from the float model's, with every layer up to this one
     /// quantized: the root of the mean over tokens of `|error|^2 / |stream|^2`.
@@ -157,6 +173,7 @@ pub(crate) mod tests {
             format: "int4-g64-bf16".to_owned(),
             elements: 1000,
             error,
+            corrected: None,
             activation_int8: None,
             output_energy: None,
         };

@@ -229,7 +229,9 @@ impl Job<'_> {
             };
             for (matrix, quantized) in group.matrices.iter().zip(list) {
                 let (tensor, technique) = (matrix.name.to_owned(), step.technique.name);
-                self.reports.push(WeightReport { tensor, technique, report: quantized.report });
+                let report = quantized.report;
+                let report = WeightReport { tensor, technique, report, correction: None };
+                self.reports.push(report);
                 tensors.push(quantized.tensor);
                 self.tell(matrix.values.len());
             }

@@ -21,7 +21,7 @@ use super::{Job, Progress};
 use crate::calibrate::{Calibration, Stream};
 use crate::error::QuantError;
 use crate::explain::{
-    Distribution, Divergence, DivergenceSum, Explanation, Histogram, LayerExplanation,
+    Corrected, Distribution, Divergence, DivergenceSum, Explanation, Histogram, LayerExplanation,
     TensorExplanation, advise, budgets, explain_tensor, kl_divergence, log_softmax,
 };
 use crate::recipe::Prefix;
@@ -98,7 +98,11 @@ impl Job<'_> {
         let text = Calibration { window, tokens: &text.tokens[..tokens], ..*text };
         let layers = Layers::of(self.program, spec)?;
         let section = Section::new(self.program, layers.before, tokens, &[layers.stream])?;
-        let prepares = self.recipe.steps.iter().any(|it| it.technique.stage != Stage::Round);
+        let prepares = self
+            .recipe
+            .steps
+            .iter()
+            .any(|it| matches!(it.technique.stage, Stage::Rotate | Stage::Prepare));
         let float = self.through(Version::Prepared, &text, &section, None)?;
         let streams = Streams {
             file: prepares
@@ -265,16 +269,13 @@ impl Job<'_> {
         pass.tell(self.work_of_layer(index, &range, tokens));
 
         let elements: usize = tensors.iter().map(|it| it.elements).sum();
-        let bits = |(weight, _): &(Weight, usize)| {
-            let decl = self.program.weight(*weight);
-            let size: usize = decl.shape.iter().product();
-            size as f64 * self.recipe.format_of(&decl.name).bits_per_weight()
-        };
+        let bits = weights.iter().map(|(weight, _)| self.bits_of(*weight));
+        let bits = bits.sum::<Result<f64, QuantError>>()?;
         Ok(LayerExplanation {
             layer: index,
             tensors,
             elements,
-            bits: weights.iter().map(bits).sum::<f64>() / elements.max(1) as f64,
+            bits: bits / elements.max(1) as f64,
             stream_error: errors.0,
             alone_error: errors.1,
             kl: Divergence::default(),
@@ -341,7 +342,8 @@ impl Job<'_> {
         inputs: &BTreeMap<Value, Input>,
     ) -> Result<TensorExplanation, QuantError> {
         let (shape, values) = self.load(weight)?;
-        let quantized = self.current(weight)?;
+        // Codes are taken apart; what a correction makes of their error stands beside.
+        let quantized = &self.finished[&weight];
         let Distribution { before, after } = &mut pass.weights;
         if let Some(after) = after {
             before.add(&self.weights.load(weight)?.to_f32());
@@ -358,11 +360,25 @@ impl Job<'_> {
         let energy = |statistics: &Statistics| statistics.quadratic().sum(&values);
         let whole = input.map(|it| energy(&it.seen));
         let rounded = input.map(|it| energy(&it.rounded));
+        let corrected = self.corrections.get(&weight).map(|correction| {
+            let mut difference = quantized.to_f32();
+            correction.add_to(&mut difference);
+            difference.iter_mut().zip(&values).for_each(|(a, b)| *a -= b);
+            let squares = |all: &[f32]| all.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+            let outputs = input.zip(whole).filter(|(_, whole)| *whole > 0.0);
+            Corrected {
+                rank: correction.rank(),
+                bits: correction.bytes() as f64 * 8.0 / values.len() as f64,
+                weights: squares(&difference) / squares(&values).max(f64::MIN_POSITIVE),
+                outputs: outputs.map(|(it, whole)| it.seen.quadratic().sum(&difference) / whole),
+            }
+        });
         Ok(TensorExplanation {
+            corrected,
             tensor: self.name(weight),
             format: quantized.format.to_string(),
             elements: values.len(),
-            error: explain_tensor(&values, &quantized, input.map(|it| &it.seen)),
+            error: explain_tensor(&values, quantized, input.map(|it| &it.seen)),
             activation_int8: whole
                 .zip(rounded)
                 .map(|(all, part)| if all > 0.0 { part / all } else { 0.0 }),
@@ -438,7 +454,7 @@ impl Job<'_> {
         let step = self.recipe.rounding_of(&self.name(weight))?;
         match self.program.weight(weight).role {
             WeightRole::Experts => self.round_stack(step, weight, &mut |_| Ok(None)),
-            _ => self.round(step, &[weight], None),
+            _ => self.round(&[weight], None),
         }
     }
 }

@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 
 use super::{CoverageReport, Job, PreparedReport, WeightReport};
 use crate::calibrate::{Calibration, Prefixes, Stream};
+use crate::correction::Correction;
 use crate::error::QuantError;
 
 /// Bytes of each weight that tell one model from another.
@@ -259,6 +260,14 @@ impl Job<'_> {
                 }
             }
         }
+        for (weight, correction) in &self.corrections {
+            for (kind, tensor) in [("lora_a", &correction.a), ("lora_b", &correction.b)] {
+                let name = format!("{kind} {}", weight.0);
+                if !store.saved.contains(&name) {
+                    planes.extend(planes_of(&name, tensor));
+                }
+            }
+        }
         let rows = self.rows.iter().map(|(weight, all)| (format!("rows {}", weight.0), all));
         let columns = self.columns.iter().map(|(op, all)| (format!("columns {op}"), all));
         for (name, scales) in rows.chain(columns) {
@@ -301,6 +310,15 @@ impl Job<'_> {
             let known = (number as usize) < self.program.weights.len();
             match kind {
                 "weight" if known => drop(self.finished.insert(Weight(number), tensor()?)),
+                "lora_a" if known => {
+                    let other = tensor_of(&file, &format!("lora_b {number}"));
+                    let (a, b) = (tensor()?, other.ok_or_else(unknown)?);
+                    let rotation = self.rotation_of(Weight(number));
+                    let correction = Correction { a, b, rotation };
+                    self.corrections.insert(Weight(number), correction);
+                }
+                // Read with the other one.
+                "lora_b" if known => {}
                 "norm" if known => drop(self.norms.insert(Weight(number), tensor()?)),
                 "rows" if known => drop(self.rows.insert(Weight(number), scales()?)),
                 "columns" => drop(self.columns.insert(number as usize, scales()?)),

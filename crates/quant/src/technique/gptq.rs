@@ -17,7 +17,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
 use super::clip::{self, Measure};
-use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
+use super::{Apply, POWER_OF_TWO, Stage, Technique, damping, power_of_two};
 use crate::error::QuantError;
 use crate::linalg::{part, square, upper_factor_of_inverse};
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
@@ -27,8 +27,6 @@ use crate::statistics::Statistics;
 const NAME: &str = "gptq";
 /// Rows of a weight that are rounded together, in lanes, and are one thread's work.
 const ROWS_TOGETHER: usize = 32;
-/// Times that the damping is raised before the Hessian is given up.
-const DAMPINGS: usize = 8;
 
 pub(super) static TECHNIQUE: Technique = Technique {
     name: NAME,
@@ -54,11 +52,7 @@ pub(super) const PARAMETERS: [Parameter; 5] = [
         kind: Kind::Whole { default: 128, least: 1, most: 65536 },
         meaning: "columns after which the rest of a row is brought up to date",
     },
-    Parameter {
-        name: "damping",
-        kind: Kind::Number { default: 0.05, least: 0.0, most: 10.0 },
-        meaning: "part of the mean of H's diagonal that is added to it; raised if that is too little",
-    },
+    damping::parameter(0.05),
     Parameter {
         name: "scales",
         kind: Kind::Choice(&["output", "range", "weight", "channel"]),
@@ -128,11 +122,7 @@ impl Factor {
     ) -> Option<Self> {
         let n = statistics.width();
         let mut diagonal: Vec<f64> = (0..n).map(|i| statistics.mean_product(i, i)).collect();
-        let mean = diagonal.iter().sum::<f64>() / n.max(1) as f64;
-        if !mean.is_finite() {
-            return None;
-        }
-        let mean = if mean > 0.0 { mean } else { 1.0 };
+        let mean = damping::mean_of(&diagonal)?;
         // A channel that is always zero: its column meets no other and is rounded to nearest.
         diagonal.iter_mut().filter(|it| **it <= 0.0).for_each(|it| *it = mean);
         let mut order: Vec<usize> = (0..n).collect();
@@ -144,27 +134,11 @@ impl Factor {
             false => statistics.mean_product(i, j),
         });
         let asked = parameters.number("damping");
-        let mut damping = asked;
-        for _ in 0..DAMPINGS {
-            let mut damped = ordered.clone();
-            (0..n).for_each(|i| damped[i * n + i] += damping * mean);
-            if let Ok(upper) = upper_factor_of_inverse(&damped, n) {
-                let raised = damping > asked;
-                let note = format!(
-                    "damping raised from {asked} to {damping}: H was not positive definite"
-                );
-                let lacks = asymmetry
-                    .map(|it| lacks_of(&in_order(&order, |i, j| it[i * n + j]), &upper, n));
-                return Some(Factor {
-                    rows: scaled_rows(&upper, n),
-                    lacks,
-                    order,
-                    note: raised.then_some(note),
-                });
-            }
-            damping = (damping * 10.0).max(1e-4);
-        }
-        None
+        let (upper, note) =
+            damping::damped(&ordered, n, mean, asked, |it| upper_factor_of_inverse(&it, n))?;
+        let lacks =
+            asymmetry.map(|it| lacks_of(&in_order(&order, |i, j| it[i * n + j]), &upper, n));
+        Some(Factor { rows: scaled_rows(&upper, n), lacks, order, note })
     }
 
     /// Brings columns `i + 1 .. end` up to date after column `i`; `left` has these columns,

@@ -2,12 +2,14 @@
 
 mod awq;
 mod clip;
+mod damping;
 mod divergence;
 mod four_over_six;
 mod gptaq;
 mod gptq;
 mod hadamard;
 mod imatrix;
+mod low_rank;
 mod rotate;
 mod rtn;
 mod smooth;
@@ -15,13 +17,15 @@ mod smooth;
 use std::fmt::Write as _;
 
 use lathe_program::{Program, Weight};
-use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::E8m0Rounding;
+use lathe_tensor::{Format, Tensor};
 
+use crate::correction::Correction;
 use crate::error::QuantError;
 use crate::matrix::{Group, Outcome};
 use crate::parameters::{Kind, Parameter, Parameters};
 use crate::rotate::turns::Turns;
+pub(crate) use low_rank::{bits_of as correction_bits, rounds_of as correction_rounds};
 
 /// What every technique is: the matrices that share an input with what calibration saw of it, the
 /// format to reach, parameters; quantized matrices or scales of channels come back.
@@ -34,6 +38,16 @@ pub type ApplyToProgram = fn(&Program, &Parameters) -> Result<Turns, QuantError>
 /// weight, which an op of the program (by its index) reads; `None` leaves it alone.
 pub type ApplyToInput = fn(&Program, Weight, usize, &Parameters) -> Option<usize>;
 
+/// For techniques that make up for what rounding lost: the matrices as they were and as they were rounded, and
+/// the elements of a block of their input that is rotated while the model runs; a correction each comes back,
+/// and what had to be done for it.
+pub type ApplyToErrors = fn(
+    &Group<'_>,
+    &[Tensor],
+    Option<usize>,
+    &Parameters,
+) -> Result<Vec<(Correction, Option<String>)>, QuantError>;
+
 /// What a technique works on.
 #[derive(Debug, Clone, Copy)]
 pub enum Apply {
@@ -45,6 +59,8 @@ pub enum Apply {
     Program(ApplyToProgram),
     /// The input of each matrix.
     Inputs(ApplyToInput),
+    /// Matrices that share an input, and what was lost of them.
+    Errors(ApplyToErrors),
 }
 
 /// What a technique does to a group.
@@ -56,6 +72,8 @@ pub enum Stage {
     Prepare,
     /// Chooses codes: each tensor has one such technique.
     Round,
+    /// Adds something beside the codes for what they lost.
+    Correct,
 }
 
 /// One technique.
@@ -82,13 +100,14 @@ pub struct Technique {
 }
 
 /// Every technique, simplest first.
-pub static TECHNIQUES: [&Technique; 10] = [
+pub static TECHNIQUES: [&Technique; 11] = [
     &rtn::TECHNIQUE,
     &clip::TECHNIQUE,
     &four_over_six::TECHNIQUE,
     &imatrix::TECHNIQUE,
     &gptq::TECHNIQUE,
     &gptaq::TECHNIQUE,
+    &low_rank::TECHNIQUE,
     &awq::TECHNIQUE,
     &smooth::TECHNIQUE,
     &rotate::TECHNIQUE,
@@ -116,11 +135,24 @@ impl Technique {
     /// What it does to a group.
     ///
     /// # Panics
-    /// If it works on whole programs or on inputs.
+    /// If it works on something else.
     pub fn group(&self) -> ApplyToGroup {
         match self.apply {
             Apply::Group(apply) | Apply::Asymmetric(apply) => apply,
-            Apply::Program(_) | Apply::Inputs(_) => panic!("{} works on no group", self.name),
+            Apply::Program(_) | Apply::Inputs(_) | Apply::Errors(_) => {
+                panic!("{} works on no group", self.name)
+            }
+        }
+    }
+
+    /// What it makes of what was lost of a group.
+    ///
+    /// # Panics
+    /// If it works on something else.
+    pub fn errors(&self) -> ApplyToErrors {
+        match self.apply {
+            Apply::Errors(apply) => apply,
+            _ => panic!("{} works on no errors", self.name),
         }
     }
 }

@@ -118,6 +118,40 @@ fn errors_of_outputs_are_those_that_calibration_reports() {
     assert!(before != after);
 }
 
+/// Codes are taken apart without what corrects them; what it leaves, streams and KL are with it.
+#[test]
+fn corrections_are_explained_beside_the_codes() {
+    let (model, program) = open("llama");
+    let weights = model.weights(&program).unwrap();
+    let explained = |method: &str| {
+        let recipe = Recipe::simple(Format::parse("int3-g16-f32").unwrap(), method).unwrap();
+        let recipe = Recipe { prefix: Prefix::Float, ..recipe };
+        let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
+        let backend = ReferenceBackend::new();
+        let all = Calibration { window: 24, ..calibration(&backend, &TOKENS) };
+        job.calibrate(&model.spec, &all).unwrap();
+        let reports = job.reports.clone();
+        (explained(&mut job, &model), reports)
+    };
+    let ((plain, _), (found, reports)) = (explained("rtn"), explained("rtn+low-rank"));
+    let tensors = |of: &Explanation| -> Vec<TensorExplanation> {
+        of.layers.iter().flat_map(|layer| layer.tensors.clone()).collect()
+    };
+    for (before, after) in tensors(&plain).iter().zip(&tensors(&found)) {
+        assert!(before.corrected.is_none() && before.error == after.error);
+        let corrected = after.corrected.expect("it is corrected");
+        let report = reports.iter().find(|it| it.tensor == after.tensor).unwrap();
+        let error = report.report.output_error.unwrap();
+        let outputs = corrected.outputs.expect("its inputs were seen");
+        assert!((outputs - error).abs() < 1e-3 * error + 1e-9, "{outputs} {error}");
+        assert!(outputs < after.error.outputs.unwrap().sources.total);
+        assert!(corrected.bits > 0.0 && corrected.rank > 0);
+    }
+    assert!(found.layers[0].bits > plain.layers[0].bits);
+    assert!(found.kl.mean < plain.kl.mean && !found.weights.before.counts.is_empty());
+    assert!(found.weights.after.is_none(), "a correction prepares no weights");
+}
+
 /// A plan keeps its budget, is the best of all plans by its own measure, and its layers come in its formats.
 #[test]
 fn a_budget_gives_each_layer_a_format() {

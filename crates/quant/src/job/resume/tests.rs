@@ -57,7 +57,12 @@ fn planes(tensor: &Tensor) -> [&[u8]; 3] {
 
 #[test]
 fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
-    for (name, method) in [("llama", "gptq"), ("gemma3", "awq+gptq"), ("llama", "rotate+gptaq")] {
+    for (name, method) in [
+        ("llama", "gptq"),
+        ("gemma3", "awq+gptq"),
+        ("llama", "rotate+gptaq"),
+        ("llama", "gptq+low-rank"),
+    ] {
         let (model, program) = open(name);
         let weights = model.weights(&program).unwrap();
         let recipe = recipe(method);
@@ -66,6 +71,7 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
         whole.calibrate(&model.spec, &calibration(&reference, &TOKENS)).unwrap();
         let reports = whole.reports.clone();
         let expected = result(&mut whole);
+        assert_eq!(whole.corrections().is_empty(), !method.ends_with("low-rank"));
 
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("run");
@@ -98,6 +104,13 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
             assert_eq!((&found.tensor, &found.report), (&expected.tensor, &expected.report));
         }
         let found = result(&mut second);
+        assert_eq!(second.corrections().len(), whole.corrections().len());
+        for (weight, expected) in whole.corrections() {
+            let found = &second.corrections()[weight];
+            for (found, expected) in [(&found.a, &expected.a), (&found.b, &expected.b)] {
+                assert!(found.shape == expected.shape && planes(found) == planes(expected));
+            }
+        }
         drop(second);
         assert!(seen[0] > 0 && seen.is_sorted(), "{seen:?}");
         assert_eq!(found.len(), expected.len());

@@ -1,0 +1,278 @@
+//! Rounds the matrices of a linear op, and adds what corrects them.
+
+use std::collections::BTreeMap;
+
+use lathe_program::{Op, Weight, WeightRole};
+use lathe_tensor::Tensor;
+
+use super::{CorrectionReport, Job, WeightReport};
+use crate::correction::Correction;
+use crate::error::QuantError;
+use crate::inputs::rotated;
+use crate::matrix::{Group, Matrix, Outcome, Quantized, Report};
+use crate::recipe::{Recipe, TechniqueStep};
+use crate::statistics::Statistics;
+use crate::technique::{correction_bits, correction_rounds};
+
+/// What rounds a matrix and what corrects that.
+#[derive(Clone, Copy)]
+struct Steps<'a> {
+    rounding: &'a TechniqueStep,
+    correction: Option<&'a TechniqueStep>,
+}
+
+/// A matrix as it is kept.
+struct Made {
+    tensor: Tensor,
+    /// What it cost, corrected.
+    report: Report,
+    correction: Option<(Correction, CorrectionReport)>,
+}
+
+impl From<Quantized> for Made {
+    fn from(Quantized { tensor, report }: Quantized) -> Self {
+        Made { tensor, report, correction: None }
+    }
+}
+
+/// What is to be least, where two ways to quantize one matrix are compared.
+fn loss(report: &Report) -> f64 {
+    report.output_error.unwrap_or(-report.sqnr_db)
+}
+
+fn quantized(
+    step: &TechniqueStep,
+    group: &Group<'_>,
+    recipe: &Recipe,
+) -> Result<Vec<Quantized>, QuantError> {
+    let format = recipe.format_of(group.matrices[0].name);
+    match (step.technique.group())(group, format, &step.parameters)? {
+        Outcome::Quantized(list) => Ok(list),
+        Outcome::Scaled(_) => {
+            Err(QuantError::Recipe(format!("{} rounds nothing", step.technique.name)))
+        }
+    }
+}
+
+impl Job<'_> {
+    /// Quantizes the matrices of one linear op: those that the same steps round to one format, together.
+    pub(super) fn round_group(&mut self, op: usize) -> Result<(), QuantError> {
+        let Op::Linear { parts, .. } = &self.program.ops[op] else { return Ok(()) };
+        let ours = |weight: &Weight| {
+            self.targets.get(weight) == Some(&op) && !self.finished.contains_key(weight)
+        };
+        let mut left: Vec<Weight> = parts.iter().map(|part| part.weight).filter(ours).collect();
+        let statistics = self.statistics(op);
+        while let Some(first) = left.first() {
+            let (recipe, first) = (self.recipe, self.name(*first));
+            let steps = Steps::of(recipe, &first)?;
+            let format = recipe.format_of(&first);
+            let same = |name: &str| {
+                let correction = recipe.correction_of(name).ok().flatten();
+                let both =
+                    correction.map(std::ptr::from_ref) == steps.correction.map(std::ptr::from_ref);
+                both && steps.rounding.applies_to(name) && recipe.format_of(name) == format
+            };
+            let (together, others): (Vec<Weight>, Vec<Weight>) =
+                left.iter().partition(|it| same(&self.name(**it)));
+            self.round(&together, statistics.as_deref())?;
+            left = others;
+        }
+        Ok(())
+    }
+
+    /// Quantizes `weights`, which have the same steps and format and read one input.
+    pub(super) fn round(
+        &mut self,
+        weights: &[Weight],
+        statistics: Option<&Statistics>,
+    ) -> Result<(), QuantError> {
+        let names: Vec<String> = weights.iter().map(|weight| self.name(*weight)).collect();
+        let values = weights.iter().map(|it| self.load(*it)).collect::<Result<Vec<_>, _>>()?;
+        let fused = weights.iter().map(|weight| self.fused_largest(*weight));
+        let fused = fused.collect::<Result<Vec<_>, _>>()?;
+        let matrices = names.iter().zip(&values).zip(&fused);
+        let matrices = matrices.map(|((name, (shape, values)), fused)| Matrix {
+            name,
+            rows: shape[0],
+            columns: shape[1],
+            values,
+            fused_largest: fused.first().copied(),
+        });
+        let asymmetry = self.targets.get(&weights[0]).and_then(|op| self.asymmetry(*op));
+        let asymmetry = asymmetry.as_ref();
+        let group = Group { matrices: matrices.collect(), statistics, asymmetry, tied: None };
+        let steps = Steps::of(self.recipe, &names[0])?;
+        let technique = steps.rounding.technique.name;
+        let made: Vec<Made> = match steps.correction {
+            None => {
+                let list = quantized(steps.rounding, &group, self.recipe)?;
+                list.into_iter().map(Made::from).collect()
+            }
+            Some(correction) => {
+                let rotation = self.rotation_of(weights[0]);
+                corrected((steps.rounding, correction), &group, rotation, self.recipe)?
+            }
+        };
+        self.tell(values.iter().map(|(_, values)| values.len()).sum());
+        for ((weight, tensor), made) in weights.iter().zip(names).zip(made) {
+            let (correction, report) = made.correction.unzip();
+            self.reports.push(WeightReport {
+                tensor,
+                technique,
+                report: made.report,
+                correction: report,
+            });
+            self.finished.insert(*weight, made.tensor);
+            self.corrections.extend(correction.map(|it| (*weight, it)));
+        }
+        Ok(())
+    }
+
+    /// Refuses a correction of a matrix that no adapter can say.
+    pub(super) fn check_correction(
+        &self,
+        step: &TechniqueStep,
+        weight: Weight,
+    ) -> Result<(), QuantError> {
+        let refuse = |reason: &str| {
+            let (technique, tensor) = (step.technique.name, self.name(weight));
+            Err(QuantError::Technique { technique, tensor, reason: reason.to_owned() })
+        };
+        if self.program.weight(weight).role == WeightRole::Experts {
+            return refuse(
+                "it is a stack of experts, expected matrices that are modules of their own; \
+                 `tensors` of the step can name those",
+            );
+        }
+        let op = &self.program.ops[self.targets[&weight]];
+        let rounded = self.program.ops.iter().any(|maker| match maker {
+            Op::Transform { transform, out, .. } => {
+                transform.format.is_some() && op.inputs().any(|it| it == *out)
+            }
+            _ => false,
+        });
+        match rounded {
+            true => refuse(
+                "its input is rounded while the model runs, and an adapter reads it as it is; \
+                 expected no `activations`",
+            ),
+            false => Ok(()),
+        }
+    }
+
+    /// Elements of a block of the input of `weight` that is rotated while the model runs.
+    pub(super) fn rotation_of(&self, weight: Weight) -> Option<usize> {
+        let mut all = rotated(self.program).into_iter();
+        all.find_map(|(other, block)| (other == weight).then_some(block))
+    }
+
+    /// What runs beside quantized matrices, as far as they are quantized.
+    pub fn corrections(&self) -> &BTreeMap<Weight, Correction> {
+        &self.corrections
+    }
+
+    /// Mean bits of the weights that the recipe quantizes: scales and corrections are counted.
+    ///
+    /// # Errors
+    /// If a weight is corrected twice.
+    pub fn bits_per_weight(&self) -> Result<f64, QuantError> {
+        let (mut bits, mut elements) = (0.0, 0.0);
+        for weight in self.targets.keys() {
+            elements += self.program.weight(*weight).shape.iter().product::<usize>() as f64;
+            bits += self.bits_of(*weight)?;
+        }
+        Ok(bits / elements)
+    }
+
+    /// Bits of one weight when it is quantized, its correction among them.
+    pub(super) fn bits_of(&self, weight: Weight) -> Result<f64, QuantError> {
+        let decl = self.program.weight(weight);
+        let elements: usize = decl.shape.iter().product();
+        let codes = elements as f64 * self.recipe.format_of(&decl.name).bits_per_weight();
+        Ok(codes + bits_of_correction(self.recipe, &decl.name, &decl.shape)?)
+    }
+}
+
+/// Bits of what corrects tensor `name` of `shape`; none, if nothing does.
+///
+/// # Errors
+/// If it is corrected twice.
+pub(crate) fn bits_of_correction(
+    recipe: &Recipe,
+    name: &str,
+    shape: &[usize],
+) -> Result<f64, QuantError> {
+    Ok(match (recipe.correction_of(name)?, shape) {
+        (Some(step), [rows, columns]) => correction_bits(*rows, *columns, &step.parameters),
+        _ => 0.0,
+    })
+}
+
+impl<'a> Steps<'a> {
+    fn of(recipe: &'a Recipe, name: &str) -> Result<Self, QuantError> {
+        let rounding = recipe.rounding_of(name)?;
+        Ok(Steps { rounding, correction: recipe.correction_of(name)? })
+    }
+}
+
+/// Rounds the matrices of `group` by the first of `steps` and corrects what that loses by the second, as often as
+/// that one says: from the second round on, what is rounded is what the last correction leaves of a matrix. Of
+/// each matrix the round that loses least is kept. NVFP4's second scale stays that of the matrices as they were,
+/// which those that are run as one share.
+fn corrected(
+    (rounding, correction): (&TechniqueStep, &TechniqueStep),
+    group: &Group<'_>,
+    rotation: Option<usize>,
+    recipe: &Recipe,
+) -> Result<Vec<Made>, QuantError> {
+    let mut left: Vec<Vec<f32>> = Vec::new();
+    let mut best: Vec<Made> = Vec::new();
+    for round in 1..=correction_rounds(&correction.parameters) {
+        let mut now = group.clone();
+        now.matrices.iter_mut().zip(&left).for_each(|(it, left)| it.values = left);
+        let list = quantized(rounding, &now, recipe)?;
+        let tensors: Vec<Tensor> = list.iter().map(|it| it.tensor.clone()).collect();
+        let apply = correction.technique.errors();
+        let found = apply(group, &tensors, rotation, &correction.parameters)?;
+        let mut made = Vec::new();
+        left.clear();
+        for ((matrix, quantized), (correction_found, note)) in
+            group.matrices.iter().zip(list).zip(found)
+        {
+            let Quantized { tensor, report: rounded } = quantized;
+            let uncorrected = match round {
+                1 => rounded.clone(),
+                _ => Report::new(matrix, &tensor, group.statistics),
+            };
+            let mut values = vec![0f32; matrix.values.len()];
+            correction_found.add_to(&mut values);
+            left.push(matrix.values.iter().zip(&values).map(|(w, it)| w - it).collect());
+            values.iter_mut().zip(tensor.to_f32()).for_each(|(sum, code)| *sum += code);
+            let mut report = Report::of(matrix, values, group.statistics);
+            report.notes.extend(rounded.notes.into_iter().chain(note));
+            let correction_report = CorrectionReport {
+                technique: correction.technique.name,
+                rank: correction_found.rank(),
+                bytes: correction_found.bytes(),
+                round,
+                uncorrected: Report { notes: Vec::new(), ..uncorrected },
+            };
+            let correction = Some((correction_found, correction_report));
+            made.push(Made { tensor, report, correction });
+        }
+        if best.is_empty() {
+            best = made;
+            continue;
+        }
+        for (best, made) in best.iter_mut().zip(made) {
+            if loss(&made.report) < loss(&best.report) {
+                *best = made;
+            }
+        }
+    }
+    Ok(best)
+}
+
+#[cfg(test)]
+mod tests;
