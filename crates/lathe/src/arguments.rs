@@ -55,11 +55,12 @@ pub struct Global {
     /// No activation quantization, f32 accumulation, f32 cache unless --kv-format says otherwise
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub exact: bool,
-    /// Worker threads; every core that this process may use if not given
-    #[arg(long, global = true, value_name = "N", help_heading = "Everywhere")]
+    /// Worker threads, 1 to 1024; every core that this process may use if not given
+    #[arg(long, global = true, value_name = "N", help_heading = "Everywhere",
+          value_parser = parse_threads)]
     pub threads: Option<NonZeroUsize>,
-    /// How keys and values are kept: f32, f16, bf16, fp8, int8 or int4; the device's own choice
-    /// if not given (cpu f16, reference and --exact f32)
+    /// How keys and values are kept: f32, f16, bf16, int16, fp8, int8 or int4; the device's own
+    /// choice if not given (cpu int16, reference and --exact f32)
     #[arg(long, global = true, value_name = "F", help_heading = "Everywhere",
           value_parser = parse_kv_format)]
     pub kv_format: Option<KvFormat>,
@@ -83,6 +84,14 @@ fn parse_adapter(text: &str) -> Result<AdapterChoice, Infallible> {
         "none" => AdapterChoice::None,
         folder => AdapterChoice::Folder(folder.into()),
     })
+}
+
+/// Most worker threads: twice what the largest machines have.
+const THREADS_MAX: usize = 1024;
+
+fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
+    let threads = text.parse().ok().filter(|threads: &NonZeroUsize| threads.get() <= THREADS_MAX);
+    threads.ok_or_else(|| format!("found {text}, expected 1 to {THREADS_MAX}"))
 }
 
 /// The format of that name, or which there are.

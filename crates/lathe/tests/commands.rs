@@ -77,6 +77,7 @@ fn bad_usage_is_one_line_and_code_2() {
         &["run", "tiny", "hi", "--device", "tpu"],
         &["run", "tiny", "hi", "--device", "cuda"],
         &["run", "tiny", "hi", "--threads", "0"],
+        &["run", "tiny", "hi", "--threads", "50000"],
         &["run", "tiny", "hi", "--temperature", "-1"],
         &["run", "tiny", "hi", "--temperature", "hot"],
         &["run", "tiny", "hi", "--top-p", "2"],
