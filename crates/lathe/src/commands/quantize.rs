@@ -8,6 +8,7 @@ use anyhow::{Context, Error};
 use clap::Args;
 use lathe_cpu::pack::PackedMatrix;
 use lathe_model::Model;
+use lathe_model::adapter::OWN_FOLDER;
 use lathe_model::export::{
     ExportError, GgufOptions, Integers, LowRank, PackedLayout, to_adapter, to_gguf_replacing,
     to_packed,
@@ -502,9 +503,6 @@ fn gguf_options(recipe: &Recipe) -> GgufOptions {
     GgufOptions { format: recipe.format, embedding }
 }
 
-/// Where in a folder what runs beside its weights is.
-const ADAPTER: &str = "adapter";
-
 /// Writes under a temporary name, so that a folder under its own name is always whole.
 fn write_folder(
     layout: &PackedLayout<'_>,
@@ -521,7 +519,7 @@ fn write_folder(
         let parts: Vec<LowRank<'_>> = parts.map(part).collect();
         if !parts.is_empty() {
             let base = out.display().to_string();
-            exported(to_adapter(layout, program, &partial.join(ADAPTER), &base, &parts))?;
+            exported(to_adapter(layout, program, &partial.join(OWN_FOLDER), &base, &parts))?;
         }
         let path = partial.join("recipe.toml");
         fs::write(&path, recipe.to_toml()).with_context(|| path.display().to_string())

@@ -32,9 +32,11 @@ pub const CONFIG_NAME: &str = "adapter_config.json";
 pub const WEIGHTS_NAME: &str = "adapter_model.safetensors";
 
 /// Before the path of a module in the names of tensors.
-const PREFIX: &str = "base_model.model.";
-const DOWN: &str = ".lora_A.weight";
-const UP: &str = ".lora_B.weight";
+pub(crate) const PREFIX: &str = "base_model.model.";
+/// Behind a module's path in the name of `A`.
+pub(crate) const DOWN: &str = ".lora_A.weight";
+/// The same of `B`.
+pub(crate) const UP: &str = ".lora_B.weight";
 
 /// Which adapter a model is opened with. Never two at once.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

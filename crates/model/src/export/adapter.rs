@@ -8,12 +8,13 @@ use std::path::Path;
 
 use lathe_program::{Program, Weight};
 use lathe_tensor::safetensors::{Dtype, TensorDeclaration, Writer};
-use lathe_tensor::{FloatType, Format, Tensor};
+use lathe_tensor::{Format, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::compressed::{PackedLayout, module_of};
 use super::hugging_face::write_json;
 use super::{ExportError, io};
+use crate::adapter::{CONFIG_NAME, DOWN, PREFIX, UP, WEIGHTS_NAME};
 
 const TARGET: &str = "a PEFT adapter";
 
@@ -63,8 +64,8 @@ pub fn to_adapter(
     for part in parts {
         let module = layout.module(program, part.weight)?;
         let rank = rank_of(program, part)?;
-        for (kind, tensor) in [("lora_A", part.a), ("lora_B", part.b)] {
-            let name = format!("base_model.model.{module}.{kind}.weight");
+        for (kind, tensor) in [(DOWN, part.a), (UP, part.b)] {
+            let name = format!("{PREFIX}{module}{kind}");
             let (dtype, shape) = (dtype_of(tensor)?, tensor.shape.clone());
             declared.push(TensorDeclaration { name: name.clone(), dtype, shape });
             tensors.push((name, tensor));
@@ -72,20 +73,18 @@ pub fn to_adapter(
         ranks.insert(module, rank);
     }
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    let path = directory.join("adapter_model.safetensors");
+    let path = directory.join(WEIGHTS_NAME);
     let mut writer = Writer::create(&path, &declared, &metadata)?;
     for (name, tensor) in tensors {
         writer.write(&name, &tensor.codes)?;
     }
     writer.finish()?;
-    write_json(directory, "adapter_config.json", &config(&ranks, &layout.modules(), base))
+    write_json(directory, CONFIG_NAME, &config(&ranks, &layout.modules(), base))
 }
 
 fn dtype_of(tensor: &Tensor) -> Result<Dtype, ExportError> {
     match tensor.format {
-        Format::Float(FloatType::F32) => Ok(Dtype::F32),
-        Format::Float(FloatType::F16) => Ok(Dtype::F16),
-        Format::Float(FloatType::BF16) => Ok(Dtype::BF16),
+        Format::Float(float) => Ok(float.into()),
         other => Err(ExportError::Feature { feature: other.to_string(), target: TARGET }),
     }
 }
