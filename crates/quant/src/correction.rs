@@ -2,14 +2,9 @@
 
 use lathe_tensor::hadamard::Hadamard;
 use lathe_tensor::{Bytes, FloatType, Format, Tensor, TensorError, codec};
-use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayView2, ArrayViewMut2};
-use rayon::prelude::*;
+use ndarray::ArrayView2;
 
-use crate::linalg::part;
-
-/// Rows of a product that are one thread's work.
-const ROWS_TOGETHER: usize = 48;
+use crate::linalg::add_product;
 
 /// `B A`, which is added to what a quantized matrix stands for. `A` reads the input of the whole module: where
 /// that is rotated while the model runs, the quantized matrix reads it rotated, and `A` as it was before.
@@ -78,15 +73,7 @@ impl Correction {
         assert_eq!(values.len(), self.b.shape[0] * columns, "a matrix of that shape");
         let a = ArrayView2::from_shape((rank, columns), &a).expect("its shape");
         let b = ArrayView2::from_shape((self.b.shape[0], rank), &b).expect("its shape");
-        values
-            .par_chunks_mut((ROWS_TOGETHER * columns).max(1))
-            .with_max_len(1)
-            .enumerate()
-            .for_each(|(at, out)| {
-                let (first, rows) = (at * ROWS_TOGETHER, out.len() / columns);
-                let mut out = ArrayViewMut2::from_shape((rows, columns), out).expect("whole rows");
-                general_mat_mul(1.0, &part(b, first..first + rows, 0..rank), &a, 1.0, &mut out);
-            });
+        add_product(b, a, values);
     }
 }
 

@@ -30,6 +30,26 @@ pub(crate) fn part<S: RawData>(
     view
 }
 
+/// Rows of [`add_product`] that are one thread's work.
+const ROWS_TOGETHER: usize = 48;
+
+/// Adds `a b` to the row-major `out`, on all threads.
+pub(crate) fn add_product<T: LinalgScalar + Send + Sync>(
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    out: &mut [T],
+) {
+    let columns = b.ncols();
+    assert_eq!(out.len(), a.nrows() * columns, "a matrix of that shape");
+    let blocks = out.par_chunks_mut((ROWS_TOGETHER * columns).max(1)).with_max_len(1);
+    blocks.enumerate().for_each(|(at, out)| {
+        let (first, rows) = (at * ROWS_TOGETHER, out.len() / columns);
+        let mut out = ArrayViewMut2::from_shape((rows, columns), out).expect("whole rows");
+        let a = part(a, first..first + rows, 0..a.ncols());
+        general_mat_mul(T::one(), &a, &b, T::one(), &mut out);
+    });
+}
+
 /// The sum of products, in `LANES` sums that vectors hold.
 #[inline]
 pub(crate) fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -> T {

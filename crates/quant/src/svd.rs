@@ -6,11 +6,10 @@
 //! block is applied in place of powers (Zhou and Saad, "A Chebyshev-Davidson Algorithm", 2007). All of it is in
 //! `f64`, from a fixed seed, and no result depends on how many threads there are.
 
-use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::ArrayView2;
 use rayon::prelude::*;
 
-use crate::linalg::{dot, part, square};
+use crate::linalg::{add_product, dot, square};
 use crate::rotate::orthogonal::SplitMix;
 
 /// Vectors that are iterated beside those that are asked for.
@@ -24,8 +23,6 @@ const GROWTH: f64 = 1e12;
 const STEPS: usize = 12;
 /// The iteration ends when a step adds less than this share to what the leading vectors hold of the squares.
 const TOLERANCE: f64 = 1e-7;
-/// Rows of a product that are one thread's work.
-const ROWS_TOGETHER: usize = 48;
 /// Sweeps of Jacobi's method at most; it converges quadratically, in six or so.
 const SWEEPS: usize = 40;
 const SEED: u64 = 0x6c6f_7772_616e_6b00;
@@ -34,13 +31,7 @@ const SEED: u64 = 0x6c6f_7772_616e_6b00;
 pub(crate) fn product(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> Vec<f64> {
     let (rows, columns) = (a.nrows(), b.ncols());
     let mut out = vec![0.0; rows * columns];
-    out.par_chunks_mut((ROWS_TOGETHER * columns).max(1)).with_max_len(1).enumerate().for_each(
-        |(at, out)| {
-            let (first, rows) = (at * ROWS_TOGETHER, out.len() / columns);
-            let mut out = ArrayViewMut2::from_shape((rows, columns), out).expect("whole rows");
-            general_mat_mul(1.0, &part(a, first..first + rows, 0..a.ncols()), &b, 0.0, &mut out);
-        },
-    );
+    add_product(a, b, &mut out);
     out
 }
 
