@@ -4,13 +4,13 @@ use std::io::IsTerminal;
 
 use anyhow::Error;
 use lathe_engine::eval::{self, Perplexity, Subject, Windows};
+use lathe_session::{Need, Opened, Options, ROWS_MAX, Session, SessionError, encode_text};
 use serde::Serialize;
 
 use super::score::read_text;
 use crate::arguments::{EvalArguments, Global};
+use crate::find::open;
 use crate::output::{bad_input, print, print_json};
-use crate::prompt::encode_text;
-use crate::session::{self, Need, Opened, ROWS_MAX, Session, score_result};
 
 /// Tokens in a window if the caller does not say and the model allows it.
 const CONTEXT: usize = 2048;
@@ -45,10 +45,10 @@ struct Comparison {
 /// Evaluates.
 pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let text = read_text(&arguments.text)?;
-    let opened = session::open(&arguments.model, &global.adapter())?;
+    let opened = open(&arguments.model, &global.adapter())?;
     let tokens = encode_text(opened.tokenizer()?, &text)?;
     let base_adapter = arguments.base_adapter.clone().unwrap_or_default();
-    let open_base = |base| session::open(base, &base_adapter);
+    let open_base = |base| open(base, &base_adapter);
     let base = arguments.base.as_deref().map(open_base).transpose()?;
     if let Some(base) = &base {
         check_base(base, &tokens, &text)?;
@@ -64,20 +64,22 @@ pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let windows = Windows { context, stride };
     let need =
         Need { context: context.clamp(1, tokens.len().max(1)), sequences: 1, rows_max: ROWS_MAX };
-    let mut session = opened.over(arguments.parallel).prepare(global, need)?;
+    let options = global.options();
+    let mut session = opened.over(arguments.parallel.ranks()).prepare(&options, need)?;
     let base_format = arguments.base_kv_format.or(global.kv_format);
-    let base_global = Global { kv_format: base_format, ..global.clone() };
-    let mut base = base.map(|base| base.prepare(&base_global, need)).transpose()?;
+    let base_options = Options { kv_format: base_format, ..options };
+    let mut base = base.map(|base| base.prepare(&base_options, need)).transpose()?;
 
     let mut progress = progress();
     let (perplexity, comparison) = match &mut base {
         None => {
             let found = eval::perplexity(subject(&mut session), &tokens, windows, &mut progress);
-            (score_result(found)?, None)
+            (found.map_err(SessionError::from)?, None)
         }
         Some(base) => {
             let (model, base) = (subject(&mut session), subject(base));
-            let found = score_result(eval::compare(model, base, &tokens, windows, &mut progress))?;
+            let found = eval::compare(model, base, &tokens, windows, &mut progress);
+            let found = found.map_err(SessionError::from)?;
             let comparison = Comparison {
                 kl_mean: found.kl_mean,
                 kl_p99: found.kl_p99,

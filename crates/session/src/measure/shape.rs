@@ -3,16 +3,15 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use anyhow::{Context, Error};
-
 use lathe_model::adapter::AdapterChoice;
 use lathe_model::weights::DummyWeights;
 use lathe_model::{DecoderSpec, Model, read_spec};
 use lathe_program::{Program, Weight, WeightRole, WeightSource};
 use lathe_tensor::{FloatType, Format};
 
-use crate::output::{InputContext, bad_input};
-use crate::session;
+use crate::catalogue::Catalogue;
+use crate::error::SessionError;
+use crate::open::open;
 
 /// Seed of made-up weights; the times do not depend on it.
 const SEED: u64 = 1;
@@ -36,40 +35,61 @@ pub struct Sizes {
 
 impl Shape {
     /// The model itself, with the adapter of `choice`.
-    pub fn open(name: &str, choice: &AdapterChoice) -> Result<Self, Error> {
-        let model = session::open(name, choice)?.model;
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn open(
+        catalogue: &Catalogue<'_>,
+        name: &str,
+        choice: &AdapterChoice,
+    ) -> Result<Self, SessionError> {
+        let model = open(catalogue, name, choice)?.model;
         Ok(Self { name: model.name.clone(), source: Source::Model(Box::new(model)) })
     }
 
     /// The shape of a model without an adapter, with made-up weights in `format` (bf16 if not given).
-    pub fn dummy(name: &str, format: Option<&str>, choice: &AdapterChoice) -> Result<Self, Error> {
+    ///
+    /// # Errors
+    /// If an adapter is asked for, the format does not exist, or as [`open`].
+    pub fn dummy(
+        catalogue: &Catalogue<'_>,
+        name: &str,
+        format: Option<&str>,
+        choice: &AdapterChoice,
+    ) -> Result<Self, SessionError> {
         if let AdapterChoice::Folder(folder) = choice {
-            let message = "an adapter is for a model's own weights, and these are made up";
-            return Err(bad_input(format!("--adapter {}: {message}", folder.display())));
+            return Err(SessionError::AdapterOfDummy(folder.clone()));
         }
         let format = match format {
-            Some(text) => Format::parse(text).bad_input_in("--format")?,
+            Some(text) => Format::parse(text).map_err(SessionError::Format)?,
             None => Format::BF16,
         };
         let path = Path::new(name);
         let spec = match path.join("config.json").is_file() {
-            true => read_spec(path).bad_input_in(name)?,
-            false => session::open(name, &AdapterChoice::None)?.model.spec,
+            true => read_spec(path).map_err(|source| SessionError::Shape {
+                name: name.to_owned(),
+                source: Box::new(source),
+            })?,
+            false => open(catalogue, name, &AdapterChoice::None)?.model.spec,
         };
         Ok(Self { name: short_name(name), source: Source::Dummy { spec, format } })
     }
 
     /// The model itself; or its shape, if there is a configuration without weights or if a format
     /// is asked for.
+    ///
+    /// # Errors
+    /// As [`Shape::open`] and [`Shape::dummy`].
     pub fn describe(
+        catalogue: &Catalogue<'_>,
         name: &str,
         format: Option<&str>,
         choice: &AdapterChoice,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, SessionError> {
         if format.is_some() || has_no_weights(Path::new(name)) {
-            Self::dummy(name, format, choice)
+            Self::dummy(catalogue, name, format, choice)
         } else {
-            Self::open(name, choice)
+            Self::open(catalogue, name, choice)
         }
     }
 
@@ -98,20 +118,20 @@ impl Shape {
     pub fn weights<'a>(
         &'a self,
         program: &'a Program,
-    ) -> Result<Box<dyn WeightSource + 'a>, Error> {
+    ) -> Result<Box<dyn WeightSource + 'a>, SessionError> {
         Ok(match &self.source {
-            Source::Model(model) => Box::new(model.weights(program).bad_input()?),
+            Source::Model(model) => Box::new(model.weights(program)?),
             Source::Dummy { format, .. } => Box::new(DummyWeights::new(program, *format, SEED)),
         })
     }
 
     /// The sizes of the weights as the checkpoint has them.
-    pub fn sizes(&self, program: &Program) -> Result<Sizes, Error> {
+    pub fn sizes(&self, program: &Program) -> Result<Sizes, SessionError> {
         match &self.source {
             Source::Model(model) => Sizes::of_model(model, program),
             Source::Dummy { format, .. } => {
                 let weights = weights_of(program).map(|w| dummy_size(program, w, *format));
-                let weights = weights.collect::<Result<Vec<_>, Error>>()?;
+                let weights = weights.collect::<Result<Vec<_>, SessionError>>()?;
                 Ok(Sizes { weights, tied_head: self.spec().tied_head })
             }
         }
@@ -123,7 +143,11 @@ fn weights_of(program: &Program) -> impl Iterator<Item = Weight> {
 }
 
 /// As [`DummyWeights`] makes them, without making them.
-fn dummy_size(program: &Program, weight: Weight, format: Format) -> Result<(u64, Format), Error> {
+fn dummy_size(
+    program: &Program,
+    weight: Weight,
+    format: Format,
+) -> Result<(u64, Format), SessionError> {
     let decl = program.weight(weight);
     let columns = decl.shape.last().copied().unwrap_or(1);
     let format = match decl.role {
@@ -132,19 +156,21 @@ fn dummy_size(program: &Program, weight: Weight, format: Format) -> Result<(u64,
         _ if columns.is_multiple_of(format.block_len().max(1)) => format,
         _ => Format::BF16,
     };
-    let bytes = format.bytes_for(&decl.shape).with_context(|| decl.name.clone())?;
+    let bytes = format
+        .bytes_for(&decl.shape)
+        .map_err(|source| SessionError::Weight { weight: decl.name.clone(), source })?;
     Ok((bytes as u64, format))
 }
 
 impl Sizes {
     /// The sizes of a model's weights as its files have them.
-    pub fn of_model(model: &Model, program: &Program) -> Result<Self, Error> {
-        let source = model.weights(program).bad_input()?;
+    pub fn of_model(model: &Model, program: &Program) -> Result<Self, SessionError> {
+        let source = model.weights(program)?;
         let size = |weight| {
-            let tensor = source.tensor(weight).bad_input()?;
+            let tensor = source.tensor(weight).map_err(SessionError::Weights)?;
             Ok((tensor.byte_len() as u64, tensor.format))
         };
-        let weights = weights_of(program).map(size).collect::<Result<Vec<_>, Error>>()?;
+        let weights = weights_of(program).map(size).collect::<Result<Vec<_>, SessionError>>()?;
         Ok(Self { weights, tied_head: model.spec.tied_head })
     }
 
