@@ -9,10 +9,10 @@ use std::time::Instant;
 use anyhow::Error;
 use lathe_cpu::CpuBackend;
 use lathe_engine::{Engine, EngineConfig, ScoreError, TextDecoder};
-use lathe_model::adapter::{Adapter, AdapterChoice};
+use lathe_model::adapter::Adapter;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::tokenizer::Tokenizer;
-use lathe_model::{DecoderSpec, Model};
+use lathe_model::{DecoderSpec, Model, OpenOptions};
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::{
     Backend, Executor, ExecutorOptions, KvFormat, KvLayout, Program, WeightSource,
@@ -72,10 +72,10 @@ pub struct Session {
 }
 
 /// Opens the files that MODEL names and those of its adapter, and tells of the latter.
-pub fn open(name: &str, adapter: &AdapterChoice) -> Result<Opened, Error> {
+pub fn open(name: &str, options: &OpenOptions) -> Result<Opened, Error> {
     let located = locate(name)?;
     let started = Instant::now();
-    let mut model = Model::open_with(&located.path, adapter).bad_input()?;
+    let mut model = Model::open_with(&located.path, options).bad_input()?;
     if located.origin != Origin::Local {
         // The cache names files by checksums and commits.
         model.name = located.name;

@@ -7,7 +7,7 @@ use anyhow::{Context, Error};
 
 use lathe_model::adapter::AdapterChoice;
 use lathe_model::weights::DummyWeights;
-use lathe_model::{DecoderSpec, Model, read_spec};
+use lathe_model::{DecoderSpec, Model, OpenOptions, read_spec};
 use lathe_program::{Program, Weight, WeightRole, WeightSource};
 use lathe_tensor::{FloatType, Format};
 
@@ -36,14 +36,14 @@ pub struct Sizes {
 
 impl Shape {
     /// The model itself, with the adapter of `choice`.
-    pub fn open(name: &str, choice: &AdapterChoice) -> Result<Self, Error> {
-        let model = session::open(name, choice)?.model;
+    pub fn open(name: &str, options: &OpenOptions) -> Result<Self, Error> {
+        let model = session::open(name, options)?.model;
         Ok(Self { name: model.name.clone(), source: Source::Model(Box::new(model)) })
     }
 
     /// The shape of a model without an adapter, with made-up weights in `format` (bf16 if not given).
-    pub fn dummy(name: &str, format: Option<&str>, choice: &AdapterChoice) -> Result<Self, Error> {
-        if let AdapterChoice::Folder(folder) = choice {
+    pub fn dummy(name: &str, format: Option<&str>, options: &OpenOptions) -> Result<Self, Error> {
+        if let AdapterChoice::Folder(folder) = &options.adapter {
             let message = "an adapter is for a model's own weights, and these are made up";
             return Err(bad_input(format!("--adapter {}: {message}", folder.display())));
         }
@@ -53,8 +53,15 @@ impl Shape {
         };
         let path = Path::new(name);
         let spec = match path.join("config.json").is_file() {
-            true => read_spec(path).bad_input_in(name)?,
-            false => session::open(name, &AdapterChoice::None)?.model.spec,
+            true => {
+                let (spec, notes) = read_spec(path, options).bad_input_in(name)?;
+                notes.iter().for_each(|note| eprintln!("{name}: {note}"));
+                spec
+            }
+            false => {
+                let options = OpenOptions { adapter: AdapterChoice::None, ..options.clone() };
+                session::open(name, &options)?.model.spec
+            }
         };
         Ok(Self { name: short_name(name), source: Source::Dummy { spec, format } })
     }
@@ -64,12 +71,12 @@ impl Shape {
     pub fn describe(
         name: &str,
         format: Option<&str>,
-        choice: &AdapterChoice,
+        options: &OpenOptions,
     ) -> Result<Self, Error> {
         if format.is_some() || has_no_weights(Path::new(name)) {
-            Self::dummy(name, format, choice)
+            Self::dummy(name, format, options)
         } else {
-            Self::open(name, choice)
+            Self::open(name, options)
         }
     }
 

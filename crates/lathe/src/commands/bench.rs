@@ -116,8 +116,10 @@ struct Prepared {
 pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     check(arguments)?;
     let shape = match arguments.dummy_weights {
-        true => Shape::dummy(&arguments.model, arguments.format.as_deref(), &global.adapter())?,
-        false => Shape::open(&arguments.model, &global.adapter())?,
+        true => {
+            Shape::dummy(&arguments.model, arguments.format.as_deref(), &global.open_options())?
+        }
+        false => Shape::open(&arguments.model, &global.open_options())?,
     };
     let step_tokens = arguments.step_tokens.iter().copied().max().unwrap_or(0);
     let context = arguments.prompt + arguments.generate.max(step_tokens);

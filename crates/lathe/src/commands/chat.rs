@@ -67,7 +67,7 @@ struct Chat<'a> {
 /// Talks until the input ends.
 pub fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
     let interrupts = Interrupts::install(Insist::Ignored)?;
-    let opened = session::open(&arguments.model, &global.adapter())?;
+    let opened = session::open(&arguments.model, &global.open_options_for(arguments.context))?;
     template_of(&opened.model)?;
     let sampling = sampling(&arguments.sampling, &opened.model.generation)?;
     sampling.validate(opened.model.spec.vocabulary).map_err(bad_input)?;
