@@ -175,7 +175,13 @@ impl Model {
         let beside = path.join("hf_quant_config.json");
         let beside =
             read_json(&beside).map_err(|source| ModelError::Read { path: beside, source })?;
-        let quantization = Quantization::of_folder(&config, beside.as_ref()).map_err(at)?;
+        let gptq = path.join("quantize_config.json");
+        let gptq = read_json(&gptq).map_err(|source| ModelError::Read { path: gptq, source })?;
+        let quantization =
+            Quantization::of_folder(&config, beside.as_ref(), gptq.as_ref()).map_err(at)?;
+        if Quantization::scales_a_cache(&config) {
+            notes.push("the scales of `kv_cache_scheme` are not used: --kv-format chooses".into());
+        }
         let mut problem = None;
         let tokenizer_path = path.join("tokenizer.json");
         let started = Instant::now();

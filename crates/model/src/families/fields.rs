@@ -34,6 +34,7 @@ const QUIET: &[&str] = &[
     "auto_map",
     "aux_loss_free",
     "chunk_size_feed_forward",
+    "compression_config",
     "dtype",
     "flash_attention",
     "id2label",
