@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Error;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lathe_model::OpenOptions;
 use lathe_model::adapter::AdapterChoice;
 use lathe_program::KvFormat;
 use lathe_quant::technique;
@@ -71,6 +72,10 @@ pub struct Global {
     #[arg(long, global = true, value_name = "DIR|none", help_heading = "Everywhere",
           value_parser = parse_adapter)]
     pub adapter: Option<AdapterChoice>,
+    /// Ignore this field of config.json, which would be refused because the model's class reads it;
+    /// may be repeated
+    #[arg(long, global = true, value_name = "FIELD", help_heading = "Everywhere")]
+    pub allow_unknown: Vec<String>,
 }
 
 impl Global {
@@ -84,9 +89,18 @@ impl Global {
         }
     }
 
-    /// The adapter of MODEL.
-    pub fn adapter(&self) -> AdapterChoice {
-        self.adapter.clone().unwrap_or_default()
+    /// How to open MODEL.
+    pub fn open_options(&self) -> OpenOptions {
+        OpenOptions {
+            adapter: self.adapter.clone().unwrap_or_default(),
+            allow_unknown: self.allow_unknown.clone(),
+            context: None,
+        }
+    }
+
+    /// As [`Self::open_options`], with so many positions if `context` is given.
+    pub fn open_options_for(&self, context: Option<usize>) -> OpenOptions {
+        OpenOptions { context, ..self.open_options() }
     }
 }
 
@@ -288,6 +302,9 @@ pub struct RunArguments {
     pub system: Option<String>,
     #[command(flatten)]
     pub sampling: SamplingArguments,
+    /// Tokens that prompt and answer may have together, in place of what the model's files say
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
     /// Recompute everything at each token, to see what the KV cache saves
     #[arg(long)]
     pub no_kv_cache: bool,
@@ -308,7 +325,8 @@ pub struct ChatArguments {
     /// A system message
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Tokens that the conversation may grow to; what the model allows, or memory, if not given
+    /// Tokens that the conversation may grow to, in place of what the model's files say; if not
+    /// given, what memory allows of those
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,
     #[command(flatten)]
@@ -327,6 +345,9 @@ pub struct ScoreArguments {
     /// A text file; no special tokens are added
     #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
     pub text: Option<PathBuf>,
+    /// Tokens that a text may have, in place of what the model's files say
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
     /// How many of the last position's logits to show
     #[arg(long, value_name = "K", default_value_t = 10)]
     pub top_k: usize,

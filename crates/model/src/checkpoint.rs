@@ -8,6 +8,7 @@ mod compressed;
 mod fp8;
 mod gptq;
 pub(crate) mod inputs;
+mod int8;
 mod integers;
 mod modelopt;
 mod mxfp4;

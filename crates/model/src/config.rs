@@ -35,6 +35,11 @@ impl Seen {
         self.fields.borrow().contains(&(address(fields), key.to_owned()))
     }
 
+    /// Notes what a user should be told.
+    pub fn note(&self, text: String) {
+        self.notes.borrow_mut().push(text);
+    }
+
     /// What a user should be told, in the order in which it was found.
     pub fn into_notes(self) -> Vec<String> {
         let mut notes: Vec<String> = Vec::new();
@@ -80,7 +85,7 @@ impl<'a> Config<'a> {
     /// Tells the user something about this file.
     pub fn note(&self, text: String) {
         if let Some(seen) = self.seen {
-            seen.notes.borrow_mut().push(text);
+            seen.note(text);
         }
     }
 

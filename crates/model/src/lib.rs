@@ -21,5 +21,5 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use generation::GenerationDefaults;
-pub use model::{Layout, Model, ModelError, read_spec};
+pub use model::{Layout, Model, ModelError, OpenOptions, read_spec};
 pub use spec::{DecoderSpec, SpecError};

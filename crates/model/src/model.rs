@@ -69,6 +69,23 @@ pub enum Layout {
     Gguf,
 }
 
+/// What the caller chooses about a model.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// The adapter that the model is run with.
+    pub adapter: AdapterChoice,
+    /// Fields of `config.json` that are ignored where they would be refused.
+    pub allow_unknown: Vec<String>,
+    /// Positions that the model is to have, in place of what its files say.
+    pub context: Option<usize>,
+}
+
+impl From<AdapterChoice> for OpenOptions {
+    fn from(adapter: AdapterChoice) -> Self {
+        OpenOptions { adapter, ..OpenOptions::default() }
+    }
+}
+
 /// An opened model.
 #[derive(Debug)]
 pub struct Model {
@@ -106,17 +123,22 @@ impl Model {
     /// If the path holds no model, a file is malformed, or the model needs a feature that is not
     /// supported (the error names it).
     pub fn open(path: &Path) -> Result<Model, ModelError> {
-        Self::open_with(path, &AdapterChoice::Own)
+        Self::open_with(path, &OpenOptions::default())
     }
 
-    /// As [`Self::open`], with the adapter of `choice`.
+    /// As [`Self::open`], with what `options` say.
     ///
     /// # Errors
     /// As [`Self::open`], and if the adapter is not one for this model or needs a feature that is
-    /// not supported.
-    pub fn open_with(path: &Path, choice: &AdapterChoice) -> Result<Model, ModelError> {
-        let mut model = Self::open_base(path)?;
-        let folder = match choice {
+    /// not supported, or the model cannot have so many positions.
+    pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Model, ModelError> {
+        let mut model = Self::open_base(path, options)?;
+        if let Some(context) = options.context {
+            let at = |source| ModelError::Spec { path: path.to_owned(), source };
+            let note = model.spec.set_context(context).map_err(at)?;
+            model.notes.extend(note);
+        }
+        let folder = match &options.adapter {
             AdapterChoice::None => None,
             AdapterChoice::Own => Adapter::is_in(path).then(|| path.join(OWN_FOLDER)),
             AdapterChoice::Folder(folder) => Some(folder.clone()),
@@ -134,9 +156,9 @@ impl Model {
         Ok(model)
     }
 
-    fn open_base(path: &Path) -> Result<Model, ModelError> {
+    fn open_base(path: &Path, options: &OpenOptions) -> Result<Model, ModelError> {
         if path.is_dir() {
-            return Self::open_directory(path);
+            return Self::open_directory(path, options);
         }
         if path.is_file() {
             return Self::open_gguf(path);
@@ -144,15 +166,22 @@ impl Model {
         Err(ModelError::NotAModel { path: path.to_owned(), reason: "no such file or directory" })
     }
 
-    fn open_directory(path: &Path) -> Result<Model, ModelError> {
+    fn open_directory(path: &Path, options: &OpenOptions) -> Result<Model, ModelError> {
         let config = read_config(path)?;
         let at = |source| ModelError::Spec { path: path.join("config.json"), source };
         let family = Family::of_config(&config).map_err(at)?;
-        let (mut spec, mut notes) = family.spec_with_notes(&config).map_err(at)?;
+        let (mut spec, mut notes) =
+            family.spec_with_notes(&config, &options.allow_unknown).map_err(at)?;
         let beside = path.join("hf_quant_config.json");
         let beside =
             read_json(&beside).map_err(|source| ModelError::Read { path: beside, source })?;
-        let quantization = Quantization::of_folder(&config, beside.as_ref()).map_err(at)?;
+        let gptq = path.join("quantize_config.json");
+        let gptq = read_json(&gptq).map_err(|source| ModelError::Read { path: gptq, source })?;
+        let quantization =
+            Quantization::of_folder(&config, beside.as_ref(), gptq.as_ref()).map_err(at)?;
+        if Quantization::scales_a_cache(&config) {
+            notes.push("the scales of `kv_cache_scheme` are not used: --kv-format chooses".into());
+        }
         let mut problem = None;
         let tokenizer_path = path.join("tokenizer.json");
         let started = Instant::now();
@@ -273,18 +302,28 @@ fn inputs_of(
     Ok(inputs)
 }
 
-/// The spec of a model whose weights may be absent: a directory with a `config.json`, or a GGUF
-/// file.
+/// The spec of a model whose weights may be absent (a directory with a `config.json`, or a GGUF
+/// file), with what a user should be told about it.
 ///
 /// # Errors
-/// As [`Model::open`].
-pub fn read_spec(path: &Path) -> Result<DecoderSpec, ModelError> {
-    if path.is_dir() {
-        let at = |source| ModelError::Spec { path: path.join("config.json"), source };
-        return DecoderSpec::from_hf_config(&read_config(path)?).map_err(at);
+/// As [`Model::open_with`].
+pub fn read_spec(
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<(DecoderSpec, Vec<String>), ModelError> {
+    let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+    let at = |source| ModelError::Spec { path: file.clone(), source };
+    let (mut spec, mut notes) = if path.is_dir() {
+        let config = read_config(path)?;
+        let family = Family::of_config(&config).map_err(at)?;
+        family.spec_with_notes(&config, &options.allow_unknown).map_err(at)?
+    } else {
+        (DecoderSpec::from_gguf(&GgufFile::open(path)?).map_err(at)?, Vec::new())
+    };
+    if let Some(context) = options.context {
+        notes.extend(spec.set_context(context).map_err(at)?);
     }
-    let at = |source| ModelError::Spec { path: path.to_owned(), source };
-    DecoderSpec::from_gguf(&GgufFile::open(path)?).map_err(at)
+    Ok((spec, notes))
 }
 
 fn read_config(directory: &Path) -> Result<Value, ModelError> {

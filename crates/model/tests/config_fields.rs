@@ -101,3 +101,36 @@ fn a_gemma_that_also_sees_has_no_softcap() {
                       "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text});
     assert_eq!(DecoderSpec::from_hf_config(&both).unwrap().logits_softcap, None);
 }
+
+#[test]
+fn contexts_are_what_scaling_makes_of_them() {
+    let context = |scaling: Value| {
+        let changes = json!({"rope_scaling": scaling, "max_position_embeddings": 64});
+        changed("llama", changes).map(|spec| spec.context_max)
+    };
+    let linear = json!({"rope_type": "linear", "factor": 4.0});
+    assert_eq!(context(linear), Ok(256));
+    let yarn = |factor: f64| json!({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32});
+    assert_eq!(context(yarn(4.0)), Ok(128));
+    assert_eq!(context(yarn(2.0)), Ok(64));
+    assert_eq!(context(json!({"rope_type": "yarn", "factor": 4.0})), Ok(256));
+    assert_eq!(context(json!({"rope_type": "dynamic", "factor": 4.0})), Ok(64));
+    let llama3 = json!({"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
+    assert_eq!(context(llama3), Ok(64));
+}
+
+#[test]
+fn a_context_may_be_asked_for() {
+    let mut spec = changed("llama", json!({})).unwrap();
+    assert_eq!(spec.set_context(64), Ok(None));
+    for context in [16, 1000] {
+        assert!(spec.set_context(context).unwrap().is_some());
+        assert_eq!(spec.context_max, context);
+    }
+    assert!(spec.set_context(0).is_err());
+    let dynamic = json!({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}});
+    let mut spec = changed("llama", dynamic).unwrap();
+    assert!(spec.set_context(65).unwrap_err().to_string().contains("dynamic"));
+    assert!(spec.set_context(64).is_ok());
+}

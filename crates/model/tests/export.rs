@@ -339,9 +339,8 @@ fn what_packed_files_cannot_be_is_refused() {
         q["config_groups"]["group_0"]["weights"][key] = value;
     };
     type Change<'a> = &'a dyn Fn(&mut serde_json::Value);
-    let refused: [(Change<'_>, &str); 5] = [
+    let refused: [(Change<'_>, &str); 4] = [
         (&|q| q["format"] = "float-quantized".into(), "float-quantized weights of type `int`"),
-        (&|q| q["kv_cache_scheme"] = serde_json::json!({"num_bits": 8}), "kv_cache_scheme"),
         (&|q| group(q, "num_bits", 3.into()), "3 bits"),
         (&|q| group(q, "strategy", "block".into()), "block"),
         (

@@ -147,7 +147,7 @@ fn configurations_that_cannot_be_read_are_refused() {
             &|q| q["quantized_layers"] = json!({"a": {"quant_algo": "W4A8_AWQ"}}),
             "`W4A8_AWQ`",
         ),
-        ("bnb-nf4", &|q| q["load_in_8bit"] = true.into(), "bitsandbytes weights of 8 bits"),
+        ("bnb-nf4", &|q| q["load_in_4bit"] = false.into(), "without load_in_4bit"),
         ("ct-mixed", &|q| group(q, "format", Value::Null), "without a format"),
         ("ct-mixed", &|q| group(q, "targets", json!(["re:(("])), "target `re:((`"),
         ("ct-mxfp4", &|q| q["format"] = "sparse-24-bitmask".into(), "`sparse-24-bitmask`"),
@@ -236,4 +236,29 @@ fn files_that_are_not_what_they_say_are_refused() {
         let error = load(name, change);
         assert!(error.contains(expected), "{name}: {error}");
     }
+}
+
+#[test]
+fn gptq_is_known_by_its_other_files() {
+    let matrix = "model.layers.0.mlp.down_proj.weight";
+    let expected = open("gptq-4bit").checkpoint.tensor(matrix).unwrap().to_f32();
+    let check = |path: &Path| {
+        let found = Model::open(path).unwrap().checkpoint.tensor(matrix).unwrap().to_f32();
+        assert_eq!(found, expected);
+    };
+    // AutoGPTQ writes a file of its own.
+    let (_folder, path) = changed("gptq-4bit", &|_| {});
+    let config = path.join("config.json");
+    let mut value = read(&config);
+    let section = value["quantization_config"].take();
+    std::fs::write(path.join("quantize_config.json"), section.to_string()).expect("writes");
+    std::fs::write(&config, value.to_string()).expect("writes");
+    check(&path);
+    // AutoRound packs as GPTQ does.
+    let (_folder, path) = changed("gptq-4bit", &|q| {
+        q["quant_method"] = "auto-round".into();
+        q["packing_format"] = "auto_round:auto_gptq".into();
+        q["extra_config"] = json!({"lm_head": {"bits": 16}});
+    });
+    check(&path);
 }

@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 struct Folder {
     config: Value,
     tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    /// Tensors of other types, with the name of the type.
+    raw: BTreeMap<String, (&'static str, Vec<usize>, Vec<u8>)>,
     directory: tempfile::TempDir,
 }
 
@@ -31,6 +33,7 @@ impl Folder {
         Folder {
             config: serde_json::from_str(&config).expect(name),
             tensors: file.names().map(tensor).collect(),
+            raw: BTreeMap::new(),
             directory: tempfile::tempdir().expect("a folder"),
         }
     }
@@ -43,7 +46,7 @@ impl Folder {
     fn open(&self) -> Model {
         let at = self.directory.path();
         std::fs::write(at.join("config.json"), self.config.to_string()).expect("written");
-        write(&at.join("model.safetensors"), &self.tensors);
+        write(&at.join("model.safetensors"), &self.tensors, &self.raw);
         Model::open(at).expect("opens")
     }
 
@@ -55,9 +58,19 @@ impl Folder {
     }
 }
 
-/// A safetensors file of f32 tensors.
-fn write(path: &Path, tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) {
+/// A safetensors file of f32 tensors, and of raw ones.
+fn write(
+    path: &Path,
+    tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    raw: &BTreeMap<String, (&'static str, Vec<usize>, Vec<u8>)>,
+) {
     let (mut header, mut bytes) = (serde_json::Map::new(), Vec::new());
+    for (name, (dtype, shape, data)) in raw {
+        let start = bytes.len();
+        bytes.extend(data);
+        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, bytes.len()]});
+        header.insert(name.clone(), entry);
+    }
     for (name, (shape, values)) in tensors {
         let start = bytes.len();
         bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
@@ -135,4 +148,84 @@ fn layers_that_predict_further_tokens_pass_where_the_file_says_that_there_are_so
     assert!(folder.refusal().is_some());
     folder.config["num_nextn_predict_layers"] = json!(1);
     assert_eq!(folder.refusal(), None);
+}
+
+/// `llama` with the matrix `down_proj` of layer 1 as codes of one byte: `codes` gives each number's
+/// code and what the code stands for after the row's scale. Its logits, and those of the same
+/// numbers stored as floats.
+fn with_codes(
+    quantization: Value,
+    dtype: &'static str,
+    code: impl Fn(f32) -> (u8, f32),
+    beside: impl Fn(&mut Folder, &str, usize),
+) -> (Vec<f32>, Vec<f32>) {
+    let stem = "model.layers.1.mlp.down_proj";
+    let mut folder = Folder::of("llama");
+    let (shape, values) = folder.tensors[&format!("{stem}.weight")].clone();
+    let (codes, numbers): (Vec<u8>, Vec<f32>) = values.iter().map(|x| code(*x)).unzip();
+    folder.tensors.insert(format!("{stem}.weight"), (shape.clone(), numbers));
+    let expected = logits(&folder.open());
+    folder.tensors.remove(&format!("{stem}.weight"));
+    folder.raw.insert(format!("{stem}.weight"), (dtype, shape.clone(), codes));
+    beside(&mut folder, stem, shape[0]);
+    folder.config["quantization_config"] = quantization;
+    (logits(&folder.open()), expected)
+}
+
+fn assert_close(found: &[f32], expected: &[f32]) {
+    let off = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(off < 1e-5, "off by {off}");
+}
+
+#[test]
+fn fp8_with_one_scale_a_matrix_is_read() {
+    // 0x38 is 1, 0xb8 is -1.
+    let sign = |x: f32| if x < 0.0 { (0xb8, -0.25) } else { (0x38, 0.25) };
+    for (scheme, scale, input) in [
+        ("dynamic", "weight_scale", None),
+        ("static", "weight_scale", Some("input_scale")),
+        ("static", "weight_scale_inv", Some("activation_scale")),
+    ] {
+        let config = json!({"quant_method": "fp8", "activation_scheme": scheme,
+                            "weight_block_size": null});
+        let (found, expected) = with_codes(config, "F8_E4M3", sign, |folder, stem, _| {
+            folder.zeros(&format!("{stem}.{scale}"), &[1], 0.25);
+            if let Some(input) = input {
+                folder.zeros(&format!("{stem}.{input}"), &[], 0.5);
+            }
+        });
+        assert_close(&found, &expected);
+    }
+}
+
+#[test]
+fn bitsandbytes_integers_of_eight_bits_are_read() {
+    let sign = |x: f32| if x < 0.0 { (-127_i8 as u8, -0.25) } else { (127, 0.25) };
+    let config = json!({"quant_method": "bitsandbytes", "load_in_8bit": true});
+    let (found, expected) = with_codes(config, "I8", sign, |folder, stem, rows| {
+        folder.zeros(&format!("{stem}.SCB"), &[rows], 0.25);
+        folder.raw.insert(format!("{stem}.weight_format"), ("U8", vec![], vec![0]));
+    });
+    assert_close(&found, &expected);
+}
+
+#[test]
+fn old_keys_and_scales_of_a_cache_do_not_stand_in_the_way() {
+    let sign = |x: f32| if x < 0.0 { (0xb8, -0.25) } else { (0x38, 0.25) };
+    let config = json!({
+        "quant_method": "compressed-tensors", "format": "float-quantized",
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        "config_groups": {"g": {"targets": ["Linear"], "weights": {
+            "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": true}}},
+    });
+    let beside = |folder: &mut Folder, stem: &str, _| {
+        folder.zeros(&format!("{stem}.weight_scale"), &[1], 0.25);
+        folder.zeros("model.layers.1.self_attn.k_scale", &[1], 0.25);
+        folder.zeros("model.layers.1.self_attn.v_scale", &[1], 0.25);
+    };
+    let (found, expected) = with_codes(config.clone(), "F8_E4M3", sign, beside);
+    assert_close(&found, &expected);
+    let mut folder = Folder::of("llama");
+    folder.config["compression_config"] = config;
+    assert!(folder.open().notes.iter().any(|note| note.contains("kv_cache_scheme")));
 }

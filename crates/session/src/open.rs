@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use lathe_engine::{Engine, EngineConfig};
-use lathe_model::adapter::{Adapter, AdapterChoice};
+use lathe_model::adapter::Adapter;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::tokenizer::Tokenizer;
-use lathe_model::{DecoderSpec, Model};
+use lathe_model::{DecoderSpec, Model, OpenOptions};
 use lathe_program::{Executor, ExecutorOptions, KvLayout, Program, WeightSource};
 
 use crate::catalogue::{Catalogue, Origin};
@@ -74,11 +74,11 @@ pub struct Session {
 pub fn open(
     catalogue: &Catalogue<'_>,
     name: &str,
-    adapter: &AdapterChoice,
+    options: &OpenOptions,
 ) -> Result<Opened, SessionError> {
     let located = catalogue.locate(name)?;
     let started = Instant::now();
-    let mut model = Model::open_with(&located.path, adapter)?;
+    let mut model = Model::open_with(&located.path, options)?;
     if located.origin != Origin::Local {
         // The cache names files by checksums and commits.
         model.name = located.name;

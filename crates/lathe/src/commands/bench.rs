@@ -118,8 +118,8 @@ struct Prepared {
 pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     check(arguments)?;
     let shape = match arguments.dummy_weights {
-        true => dummy_shape(&arguments.model, arguments.format.as_deref(), &global.adapter())?,
-        false => open_shape(&arguments.model, &global.adapter())?,
+        true => dummy_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?,
+        false => open_shape(&arguments.model, &global.open_options())?,
     };
     let step_tokens = arguments.step_tokens.iter().copied().max().unwrap_or(0);
     let context = arguments.prompt + arguments.generate.max(step_tokens);

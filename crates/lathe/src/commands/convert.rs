@@ -33,7 +33,7 @@ pub fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), Error> {
     }
     let format = arguments.format.as_deref().map(Format::parse).transpose();
     let format = format.bad_input_in("--format")?;
-    let opened = open(&arguments.model, &global.adapter())?;
+    let opened = open(&arguments.model, &global.open_options())?;
     opened.refuse_adapter("convert")?;
     let model = &opened.model;
     let layout = match arguments.to {

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 
 use anyhow::Error;
 use lathe_engine::eval::{self, Perplexity, Subject, Windows};
+use lathe_model::OpenOptions;
 use lathe_session::{Need, Opened, Options, ROWS_MAX, Session, SessionError, encode_text};
 use serde::Serialize;
 
@@ -45,10 +46,11 @@ struct Comparison {
 /// Evaluates.
 pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let text = read_text(&arguments.text)?;
-    let opened = open(&arguments.model, &global.adapter())?;
+    let opened = open(&arguments.model, &global.open_options())?;
     let tokens = encode_text(opened.tokenizer()?, &text)?;
     let base_adapter = arguments.base_adapter.clone().unwrap_or_default();
-    let open_base = |base| open(base, &base_adapter);
+    let base_open = OpenOptions { adapter: base_adapter, ..global.open_options() };
+    let open_base = |base| open(base, &base_open);
     let base = arguments.base.as_deref().map(open_base).transpose()?;
     if let Some(base) = &base {
         check_base(base, &tokens, &text)?;

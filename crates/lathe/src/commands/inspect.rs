@@ -100,7 +100,8 @@ struct Fit {
 
 /// Tells.
 pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
-    let shape = describe_shape(&arguments.model, arguments.format.as_deref(), &global.adapter())?;
+    let shape =
+        describe_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?;
     let spec = shape.spec();
     let (context, batch) = (arguments.context, arguments.batch);
     if context == 0 || batch == 0 {

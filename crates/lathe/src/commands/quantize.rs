@@ -106,7 +106,7 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     check_new(out, target)?;
     let recipe = recipe(arguments)?;
     check_layout(&recipe, target, out)?;
-    let mut opened = open(&arguments.model, &global.adapter())?;
+    let mut opened = open(&arguments.model, &global.open_options())?;
     opened.refuse_adapter("quantize")?;
     opened.model.spec = quantized(with_inputs(&opened.model.spec, &recipe))?;
     let model = &opened.model;

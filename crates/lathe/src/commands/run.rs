@@ -40,7 +40,7 @@ pub fn run(global: &Global, arguments: &RunArguments, started: Instant) -> Resul
     refuse_drafting(arguments)?;
     let typed = read_prompt(arguments)?;
     let interrupts = Interrupts::install(Insist::Ends)?;
-    let opened = open(&arguments.model, &global.adapter())?;
+    let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     let prompt = encode(arguments, &opened.model, &typed)?;
     let request = arguments.sampling.choice()?.request(prompt, &opened.model.generation);
     let seed = request.sampling.seed;

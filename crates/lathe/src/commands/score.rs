@@ -29,7 +29,7 @@ struct Top {
 
 /// Scores.
 pub fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Error> {
-    let opened = open(&arguments.model, &global.adapter())?;
+    let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     let tokens = read_tokens(arguments, &opened)?;
     if tokens.len() < 2 {
         let message = format!("{} tokens to score, expected at least 2", tokens.len());

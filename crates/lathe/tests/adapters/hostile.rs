@@ -16,7 +16,7 @@ const QUERY: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 
 fn open(base: &Path, adapter: &Path) -> Result<Model, String> {
     let choice = AdapterChoice::Folder(adapter.to_owned());
-    Model::open_with(base, &choice).map_err(|error| error.to_string())
+    Model::open_with(base, &choice.into()).map_err(|error| error.to_string())
 }
 
 /// Why `peft` is refused.

@@ -30,7 +30,7 @@ fn cpu() -> CpuBackend {
 
 fn with_adapter(base: &Path, made: &Made) -> Model {
     let choice = AdapterChoice::Folder(made.adapter());
-    Model::open_with(base, &choice).unwrap_or_else(|error| panic!("{base:?}: {error}"))
+    Model::open_with(base, &choice.into()).unwrap_or_else(|error| panic!("{base:?}: {error}"))
 }
 
 struct Ready {

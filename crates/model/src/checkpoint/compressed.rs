@@ -118,9 +118,6 @@ impl CompressedTensors {
     /// If it asks for something that is not supported, which the error names.
     pub(super) fn from_hf_config(c: &Config<'_>) -> Result<Self, SpecError> {
         let top = c.text("format")?.unwrap_or("(none given)");
-        if c.get("kv_cache_scheme").is_some_and(|it| it.as_object().is_none_or(|o| !o.is_empty())) {
-            return refuse("kv_cache_scheme");
-        }
         if let Some(sparsity) = c.object("sparsity_config")?
             && sparsity.given().next().is_some()
             && sparsity.text("format")? != Some("dense")

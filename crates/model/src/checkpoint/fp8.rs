@@ -1,23 +1,61 @@
-//! DeepSeek-V3's fp8: e4m3 codes in `*`, one multiplier a tile in `*_scale_inv`.
+//! fp8 e4m3: DeepSeek-V3's, with one multiplier a tile in `*_scale_inv`, and that of AutoFP8 and of
+//! transformers without tiles, with one multiplier a matrix or a row.
+//!
+//! Scales of inputs are not used, as [`super::Quantization`] says.
 
 use lathe_tensor::codec::element::e8m0_to_f32;
-use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
+use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype, RawTensor};
 use lathe_tensor::{
     Block, Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, ZeroPoint,
 };
 
 use super::naming::Naming;
-use super::{CheckpointError, at};
+use super::{CheckpointError, at, unlike};
 use crate::config::Config;
 use crate::spec::SpecError;
 
 pub(super) static NAMING: Naming = Naming { whole: "", codes: &[], beside: &["_scale_inv"] };
 
+/// Names of the multiplier of a whole matrix.
+const WHOLE_SCALES: [&str; 2] = ["weight_scale", "weight_scale_inv"];
+
+pub(super) static OF_TENSORS: Naming = Naming {
+    whole: "weight",
+    codes: &[],
+    beside: &[WHOLE_SCALES[0], WHOLE_SCALES[1], "input_scale", "activation_scale"],
+};
+
+/// Refuses another format of eight bits.
+pub(super) fn check(c: &Config<'_>) -> Result<(), SpecError> {
+    match c.text("fmt")?.filter(|element| *element != "e4m3") {
+        Some(element) => Err(SpecError::feature(format!("fp8 format `{element}`"))),
+        None => Ok(()),
+    }
+}
+
+/// fp8 codes with one multiplier a matrix or a row; other tensors are plain.
+pub(super) fn with_one_scale(
+    files: &SafetensorsFiles,
+    name: &str,
+) -> Result<Tensor, CheckpointError> {
+    let codes = files.raw(name)?;
+    if codes.dtype != Dtype::F8_E4M3 {
+        return Ok(files.tensor(name)?);
+    }
+    let names = WHOLE_SCALES.map(|ending| OF_TENSORS.part(name, ending));
+    let there = names.iter().find(|scale| files.contains(scale)).unwrap_or(&names[0]);
+    let scales = widened(files, there)?;
+    let block = match scales.len() / 4 {
+        1 => Block::Tensor,
+        rows if codes.shape.first() == Some(&rows) => Block::Channel,
+        _ => return Err(unlike(there, files.raw(there)?, "one scale, or one a row")),
+    };
+    of_scales(name, codes, block, scales)
+}
+
 /// Rows and columns of a tile.
 pub(super) fn tile(c: &Config<'_>) -> Result<(u32, u32), SpecError> {
-    if let Some(element) = c.text("fmt")?.filter(|element| *element != "e4m3") {
-        return Err(SpecError::feature(format!("fp8 format `{element}`")));
-    }
+    check(c)?;
     match c.sizes("weight_block_size")?.as_deref() {
         Some(&[rows, columns]) if (1..=4096).contains(&rows) && (1..=4096).contains(&columns) => {
             Ok((rows as u32, columns as u32))
@@ -37,9 +75,18 @@ pub(super) fn tensor(
         return Ok(files.tensor(name)?);
     }
     let scales = widened(files, &NAMING.part(name, "_scale_inv"))?;
+    of_scales(name, codes, Block::Tile(rows, columns), scales)
+}
+
+fn of_scales(
+    name: &str,
+    codes: &RawTensor,
+    block: Block,
+    scales: Bytes,
+) -> Result<Tensor, CheckpointError> {
     let format = Format::Scaled(ScaledFormat {
         element: Element::F8E4M3,
-        block: Block::Tile(rows, columns),
+        block,
         scale: ScaleType::F32,
         zero: ZeroPoint::None,
     });

@@ -34,6 +34,28 @@ pub struct GptqScheme {
 }
 
 impl GptqScheme {
+    /// What a configuration of AutoRound says, whose files are packed as GPTQ's.
+    pub(super) fn from_auto_round(c: &Config<'_>) -> Result<Self, SpecError> {
+        let packing = c.text("packing_format")?.unwrap_or("(none given)");
+        if packing != "auto_round:auto_gptq" {
+            return Err(SpecError::feature(format!("AutoRound packing `{packing}`")));
+        }
+        if let Some(type_) = c.text("data_type")?.filter(|it| *it != "int") {
+            return Err(SpecError::feature(format!("AutoRound data_type `{type_}`")));
+        }
+        let modules = c.object("extra_config")?;
+        for module in modules.iter().flat_map(Config::given) {
+            let own = modules.and_then(|it| it.object(module).ok().flatten());
+            let bits = own.and_then(|own| own.size("bits").ok().flatten());
+            // Modules of 16 bits and more lie as plain tensors.
+            if bits.is_none_or(|bits| bits < 16) {
+                let what = format!("AutoRound extra_config of module {module}");
+                return Err(SpecError::feature(what));
+            }
+        }
+        Self::from_hf_config(c)
+    }
+
     pub(super) fn from_hf_config(c: &Config<'_>) -> Result<Self, SpecError> {
         let refuse = |what: String| Err(SpecError::feature(format!("GPTQ {what}")));
         let bits = match c.need("bits")? {

@@ -8,6 +8,7 @@ use lathe_tensor::ActivationFormat;
 use serde_json::{Value, json};
 
 use super::compressed::refuse;
+use super::quantization::section;
 use super::targets::Targets;
 use crate::config::Config;
 use crate::spec::SpecError;
@@ -37,10 +38,10 @@ impl InputScheme {
     /// # Errors
     /// If it asks for something that is not supported, which the error names.
     pub fn from_hf_config(config: &Value) -> Result<Self, SpecError> {
-        let Some(c) = Config::new(config, "")?.object("quantization_config")? else {
+        let Some(c) = section(&Config::new(config, "")?)? else {
             return Ok(Self::default());
         };
-        if c.text("quant_method")? != Some("compressed-tensors") {
+        if c.text("quant_method")?.is_some_and(|method| method != "compressed-tensors") {
             return Ok(Self::default());
         }
         let mut all = InputScheme {

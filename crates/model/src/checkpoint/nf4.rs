@@ -26,14 +26,15 @@ pub(super) static NAMING: Naming = Naming {
 
 /// Refuses what a configuration asks for that is not supported.
 pub(super) fn check(c: &Config<'_>) -> Result<(), SpecError> {
-    let refuse = |what: &str| Err(SpecError::feature(format!("bitsandbytes {what}")));
-    if c.flag("load_in_8bit")?.or(c.flag("_load_in_8bit")?) == Some(true) {
-        return refuse("weights of 8 bits");
-    }
     match c.flag("load_in_4bit")?.or(c.flag("_load_in_4bit")?) {
         Some(true) => Ok(()),
-        _ => refuse("configuration without load_in_4bit"),
+        _ => Err(SpecError::feature("bitsandbytes configuration without load_in_4bit")),
     }
+}
+
+/// Whether a configuration asks for LLM.int8().
+pub(super) fn is_of_eight_bits(c: &Config<'_>) -> Result<bool, SpecError> {
+    Ok(c.flag("load_in_8bit")?.or(c.flag("_load_in_8bit")?) == Some(true))
 }
 
 /// What `quant_state` says of a weight.

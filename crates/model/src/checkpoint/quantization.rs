@@ -8,7 +8,7 @@ use super::awq::AwqScheme;
 use super::compressed::CompressedTensors;
 use super::gptq::GptqScheme;
 use super::naming::Naming;
-use super::{CheckpointError, awq, compressed, fp8, gptq, modelopt, mxfp4, nf4};
+use super::{CheckpointError, awq, compressed, fp8, gptq, int8, modelopt, mxfp4, nf4};
 use crate::config::Config;
 use crate::spec::SpecError;
 
@@ -26,6 +26,9 @@ pub enum Quantization {
         /// Rows and columns of a tile.
         tile: (u32, u32),
     },
+    /// fp8 e4m3 with one scale a matrix or a row, in `weight_scale` (AutoFP8) or `weight_scale_inv`
+    /// (transformers).
+    Fp8Tensors,
     /// Experts in MXFP4, in `*_blocks` and `*_scales` (gpt-oss).
     Mxfp4Experts,
     /// compressed-tensors.
@@ -38,6 +41,13 @@ pub enum Quantization {
     ModelOpt,
     /// Codes of a table with scales a block, in `weight` and `weight.*` (bitsandbytes NF4 and FP4).
     BitsAndBytes4,
+    /// Integers of eight bits with a scale a row (bitsandbytes LLM.int8()).
+    BitsAndBytes8,
+}
+
+/// The part of a `config.json` that says how numbers are stored, under its name or its old one.
+pub(super) fn section<'a>(config: &Config<'a>) -> Result<Option<Config<'a>>, SpecError> {
+    Ok(config.object("quantization_config")?.or(config.object("compression_config")?))
 }
 
 impl Quantization {
@@ -46,20 +56,28 @@ impl Quantization {
     /// # Errors
     /// If it names a method, or something of one, that is not supported.
     pub fn from_hf_config(config: &Value) -> Result<Quantization, SpecError> {
-        let Some(c) = Config::new(config, "")?.object("quantization_config")? else {
-            return Ok(Quantization::None);
-        };
-        Self::of_method(&c)
+        match section(&Config::new(config, "")?)? {
+            Some(section) => Self::of_method(&section),
+            None => Ok(Quantization::None),
+        }
     }
 
-    /// What a folder says: its `config.json`, or the `hf_quant_config.json` that ModelOpt writes
-    /// beside a configuration that says nothing.
+    /// What a folder says: its `config.json`, or where that says nothing the `hf_quant_config.json`
+    /// that ModelOpt writes beside it, or the `quantize_config.json` of AutoGPTQ.
     ///
     /// # Errors
     /// As [`Self::from_hf_config`].
-    pub fn of_folder(config: &Value, modelopt: Option<&Value>) -> Result<Quantization, SpecError> {
-        match (Self::from_hf_config(config)?, modelopt) {
-            (Quantization::None, Some(beside)) => {
+    pub fn of_folder(
+        config: &Value,
+        modelopt: Option<&Value>,
+        gptq: Option<&Value>,
+    ) -> Result<Quantization, SpecError> {
+        match (Self::from_hf_config(config)?, modelopt, gptq) {
+            (Quantization::None, None, Some(beside)) => {
+                let c = Config::new(beside, "quantize_config.json: ")?;
+                Ok(Quantization::Gptq(GptqScheme::from_hf_config(&c)?))
+            }
+            (Quantization::None, Some(beside), _) => {
                 let beside = Config::new(beside, "hf_quant_config.json: ")?;
                 let Some(c) = beside.object("quantization")? else {
                     let key = "hf_quant_config.json: quantization".to_owned();
@@ -68,25 +86,45 @@ impl Quantization {
                 modelopt::check(&c)?;
                 Ok(Quantization::ModelOpt)
             }
-            (found, _) => Ok(found),
+            (found, ..) => Ok(found),
         }
     }
 
+    /// Whether a `config.json` says how keys and values of a cache are to be rounded.
+    pub fn scales_a_cache(config: &Value) -> bool {
+        let sections = ["quantization_config", "compression_config"].iter();
+        sections.filter_map(|key| config.get(key)?.get("kv_cache_scheme")).any(|scheme| {
+            !scheme.is_null() && scheme.as_object().is_none_or(|fields| !fields.is_empty())
+        })
+    }
+
     fn of_method(c: &Config<'_>) -> Result<Quantization, SpecError> {
-        match c.text("quant_method")?.unwrap_or("(none given)") {
+        let method = match c.text("quant_method")? {
+            Some(method) => method,
+            // Files from before the key was there.
+            None if c.has("config_groups") => "compressed-tensors",
+            None => "(none given)",
+        };
+        match method {
             // Weights are floats; what is done to inputs is the business of `InputScheme`.
             "compressed-tensors" if c.text("format")? == Some("dense") => Ok(Quantization::None),
             "compressed-tensors" => {
                 Ok(Quantization::CompressedTensors(CompressedTensors::from_hf_config(c)?))
             }
             "mxfp4" => Ok(Quantization::Mxfp4Experts),
+            "fp8" if c.get("weight_block_size").is_none() => {
+                fp8::check(c)?;
+                Ok(Quantization::Fp8Tensors)
+            }
             "fp8" => Ok(Quantization::Fp8Tiles { tile: fp8::tile(c)? }),
             "gptq" => Ok(Quantization::Gptq(GptqScheme::from_hf_config(c)?)),
+            "auto-round" => Ok(Quantization::Gptq(GptqScheme::from_auto_round(c)?)),
             "awq" => Ok(Quantization::Awq(AwqScheme::from_hf_config(c)?)),
             "modelopt" => {
                 modelopt::check(c)?;
                 Ok(Quantization::ModelOpt)
             }
+            "bitsandbytes" if nf4::is_of_eight_bits(c)? => Ok(Quantization::BitsAndBytes8),
             "bitsandbytes" => {
                 nf4::check(c)?;
                 Ok(Quantization::BitsAndBytes4)
@@ -100,12 +138,14 @@ impl Quantization {
         match self {
             Quantization::None => &Naming::NONE,
             Quantization::Fp8Tiles { .. } => &fp8::NAMING,
+            Quantization::Fp8Tensors => &fp8::OF_TENSORS,
             Quantization::Mxfp4Experts => &mxfp4::NAMING,
             Quantization::CompressedTensors(_) => &compressed::NAMING,
             Quantization::Gptq(_) => &gptq::NAMING,
             Quantization::Awq(_) => &awq::NAMING,
             Quantization::ModelOpt => &modelopt::NAMING,
             Quantization::BitsAndBytes4 => &nf4::NAMING,
+            Quantization::BitsAndBytes8 => &int8::NAMING,
         }
     }
 
@@ -121,9 +161,10 @@ impl Quantization {
             Quantization::Awq(_) => awq::shape(files, name),
             Quantization::ModelOpt => modelopt::shape(files, name),
             Quantization::BitsAndBytes4 => nf4::shape(files, name),
-            Quantization::None | Quantization::Fp8Tiles { .. } => {
-                Ok(files.raw(name)?.shape.clone())
-            }
+            Quantization::None
+            | Quantization::Fp8Tiles { .. }
+            | Quantization::Fp8Tensors
+            | Quantization::BitsAndBytes8 => Ok(files.raw(name)?.shape.clone()),
             Quantization::Mxfp4Experts => Ok(mxfp4::tensor(files, name)?.shape),
         }
     }
@@ -137,12 +178,14 @@ impl Quantization {
         match self {
             Quantization::None => Ok(files.tensor(name)?),
             Quantization::Fp8Tiles { tile } => fp8::tensor(files, name, *tile),
+            Quantization::Fp8Tensors => fp8::with_one_scale(files, name),
             Quantization::Mxfp4Experts => mxfp4::tensor(files, name),
             Quantization::CompressedTensors(groups) => groups.tensor(files, name),
             Quantization::Gptq(scheme) => gptq::tensor(files, name, scheme),
             Quantization::Awq(scheme) => awq::tensor(files, name, scheme),
             Quantization::ModelOpt => modelopt::tensor(files, name),
             Quantization::BitsAndBytes4 => nf4::tensor(files, name),
+            Quantization::BitsAndBytes8 => int8::tensor(files, name),
         }
     }
 }

@@ -221,7 +221,7 @@ fn llama_config(model: &Model, float: FloatType) -> Result<Value, ExportError> {
         "rms_norm_eps": as_written(llama.epsilon),
         "rope_theta": as_written(llama.rope.theta as f32),
         "vocab_size": spec.vocabulary,
-        "max_position_embeddings": spec.context_max,
+        "max_position_embeddings": unstretched(spec.context_max, llama.rope),
         "tie_word_embeddings": spec.tied_head,
         "attention_bias": attention.qkv_bias,
         "mlp_bias": llama.ffn.bias,
@@ -240,6 +240,14 @@ fn llama_config(model: &Model, float: FloatType) -> Result<Value, ExportError> {
         object.insert("rope_scaling".to_owned(), Value::Object(scaling));
     }
     Ok(config)
+}
+
+/// The positions that a file says where readers stretch them by a linear factor.
+fn unstretched(context: usize, rope: &RopeSpec) -> usize {
+    match rope.scaling {
+        RopeScaling::Linear { factor } => (context as f64 / factor.max(1.0)).ceil() as usize,
+        _ => context,
+    }
 }
 
 fn scaling_config(rope: &RopeSpec) -> Result<Option<Map<String, Value>>, ExportError> {

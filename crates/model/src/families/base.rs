@@ -77,6 +77,15 @@ pub(super) fn with_attention(
     attention: AttentionSpec,
 ) -> Result<DecoderSpec, SpecError> {
     let norm = norm(c, defaults)?;
+    let positions = context(c, defaults)?;
+    let context_max = match &attention {
+        // Where layers turn in different ways, the file's number counts (vLLM's rule for Gemma 3).
+        _ if defaults.rope_by_kind => positions,
+        AttentionSpec::Gqa(gqa) => {
+            gqa.rope.as_ref().map_or(positions, |it| it.stretched(positions))
+        }
+        AttentionSpec::Mla(mla) => mla.rope.stretched(positions),
+    };
     let layer = LayerSpec {
         attention,
         attention_norms: BranchNorms { before: Some(norm), after: None },
@@ -92,7 +101,7 @@ pub(super) fn with_attention(
     Ok(DecoderSpec {
         vocabulary: need(c, "vocab_size", defaults.vocabulary)?,
         width: c.need("hidden_size")?,
-        context_max: context(c, defaults)?,
+        context_max,
         embedding_multiplier: 1.0,
         layers: vec![layer; layer_count(c)?],
         final_norm: norm,

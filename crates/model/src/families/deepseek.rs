@@ -29,6 +29,8 @@ fn mla(
         let expected = format!("{heads}, as many as num_attention_heads");
         return Err(SpecError::value("num_key_value_heads", kv_heads, expected));
     }
+    // The classes set it to `qk_rope_head_dim`.
+    c.idle(&["head_dim"]);
     let (nope_dim, rope_dim) = (c.need("qk_nope_head_dim")?, c.need("qk_rope_head_dim")?);
     let bias = c.flag("attention_bias")?.unwrap_or(false);
     let mut rope = rope::read(c, defaults, rope_dim)?;
@@ -96,6 +98,9 @@ pub(super) fn deepseek_v2(c: &Config) -> Result<DecoderSpec, SpecError> {
     let attention = mla(c, &V2, 1536, RopeStyle::Interleaved)?;
     let mut spec = base::with_attention(c, &V2, AttentionSpec::Mla(attention))?;
     let limited = c.text("topk_method")? == Some("group_limited_greedy");
+    if !limited {
+        c.idle(&["n_group", "topk_group"]);
+    }
     let router = RouterSpec {
         experts: c.size("n_routed_experts")?.unwrap_or(64),
         experts_per_token: c.need("num_experts_per_tok")?,

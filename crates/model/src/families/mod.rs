@@ -70,18 +70,23 @@ impl Family {
     /// # Errors
     /// If a feature is not supported (the error names it), or a field is missing or out of range.
     pub fn spec(&self, config: &Value) -> Result<DecoderSpec, SpecError> {
-        Ok(self.spec_with_notes(config)?.0)
+        Ok(self.spec_with_notes(config, &[])?.0)
     }
 
-    /// As [`Self::spec`], with what a user should be told about the file.
+    /// As [`Self::spec`], with what a user should be told about the file. Fields in
+    /// `allow_unknown` are ignored where they would be refused.
     ///
     /// # Errors
     /// As [`Self::spec`].
-    pub fn spec_with_notes(&self, config: &Value) -> Result<(DecoderSpec, Vec<String>), SpecError> {
+    pub fn spec_with_notes(
+        &self,
+        config: &Value,
+        allow_unknown: &[String],
+    ) -> Result<(DecoderSpec, Vec<String>), SpecError> {
         let seen = Seen::default();
         let spec = (self.spec)(&Config::new(config, "")?.noting(&seen))?;
         spec.validate()?;
-        fields::refuse_unread(config, &seen)?;
+        fields::check_unread(self.architecture, config, &seen, allow_unknown)?;
         Ok((spec, seen.into_notes()))
     }
 }

@@ -347,6 +347,38 @@ impl DecoderSpec {
     }
 }
 
+impl DecoderSpec {
+    /// Changes the number of positions; what a user should be told, if it is another number than
+    /// the files say.
+    ///
+    /// # Errors
+    /// If a rotary embedding has no meaning so far out, or the number is out of range.
+    pub fn set_context(&mut self, context: usize) -> Result<Option<String>, SpecError> {
+        if let Some(limit) = self.context_limit().filter(|limit| context > *limit) {
+            let expected = format!("at most {limit}: rope type `dynamic` is not supported beyond");
+            return Err(SpecError::value("context", context, expected));
+        }
+        let before = std::mem::replace(&mut self.context_max, context);
+        self.validate()?;
+        let note = || format!("a context of {context}, where the model's own is {before}");
+        Ok((before != context).then(note))
+    }
+
+    /// Positions beyond which the tables of some layer would have to change with each token
+    /// (dynamic NTK).
+    fn context_limit(&self) -> Option<usize> {
+        let limits = self.layers.iter().filter_map(|layer| match &layer.attention {
+            AttentionSpec::Gqa(gqa) => gqa.rope.as_ref(),
+            AttentionSpec::Mla(mla) => Some(&mla.rope),
+        });
+        let limit = |rope: &RopeSpec| match rope.scaling {
+            RopeScaling::Dynamic { original, .. } => Some(original),
+            _ => None,
+        };
+        limits.filter_map(limit).min()
+    }
+}
+
 impl Serialize for DecoderSpec {
     /// Layers that are alike are written once: `layer_kinds` lists them, `layers` says which
     /// kind each layer is. Of what is done to inputs, and of adapters by rank, the number of

@@ -90,6 +90,18 @@ impl RopeSpec {
         RopeSpec { theta, rotary, style: RopeStyle::HalfSplit, scaling: RopeScaling::None }
     }
 
+    /// Positions that the scaling makes of `positions`, which the file gives (vLLM's rule: a linear
+    /// factor stretches them, YaRN stretches those of the pretrained context).
+    pub fn stretched(&self, positions: usize) -> usize {
+        match self.scaling {
+            RopeScaling::Linear { factor } => (positions as f64 * factor.max(1.0)) as usize,
+            RopeScaling::Yarn { factor, original, .. } => {
+                positions.max((original as f64 * factor) as usize)
+            }
+            _ => positions,
+        }
+    }
+
     /// Positions beyond which the table depends on the context's length, if it does: dynamic NTK
     /// and LongRoPE have one table up to here and another for longer contexts.
     pub fn switches_at(&self) -> Option<usize> {

@@ -55,6 +55,17 @@ const HEADS: [&str; 3] = ["lm_head.weight", "language_model.lm_head.weight", "ou
 /// Tensors of rotary tables within the layers of older GGUF files.
 const GGUF_TABLES: [&str; 2] = ["rope_freqs.weight", "attn_rot_embd.weight"];
 
+/// Ends of names of scales with which an engine may round keys and values.
+const CACHE_SCALES: [&str; 7] = [
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".kv_scale",
+    ".k_zero_point",
+    ".v_zero_point",
+    ".output_scale",
+];
+
 /// Whether a checkpoint has a head whose numbers are not those of the embedding.
 ///
 /// # Errors
@@ -308,6 +319,7 @@ impl<'a> Locator<'a> {
             || name.starts_with("rope_f")
             || (matches!(self.checkpoint, Checkpoint::Gguf(_))
                 && layer.is_some_and(|(_, rest)| GGUF_TABLES.contains(&rest)));
-        predicts || table || (self.spec.tied_head && HEADS.contains(&name))
+        let of_a_cache = CACHE_SCALES.iter().any(|ending| name.ends_with(ending));
+        predicts || table || of_a_cache || (self.spec.tied_head && HEADS.contains(&name))
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use lathe_model::adapter::AdapterChoice;
 use lathe_model::weights::DummyWeights;
-use lathe_model::{DecoderSpec, Model, read_spec};
+use lathe_model::{DecoderSpec, Model, OpenOptions, read_spec};
 use lathe_program::{Program, Weight, WeightRole, WeightSource};
 use lathe_tensor::{FloatType, Format};
 
@@ -34,16 +34,16 @@ pub struct Sizes {
 }
 
 impl Shape {
-    /// The model itself, with the adapter of `choice`.
+    /// The model itself, with the adapter of `options`.
     ///
     /// # Errors
     /// As [`open`].
     pub fn open(
         catalogue: &Catalogue<'_>,
         name: &str,
-        choice: &AdapterChoice,
+        options: &OpenOptions,
     ) -> Result<Self, SessionError> {
-        let model = open(catalogue, name, choice)?.model;
+        let model = open(catalogue, name, options)?.model;
         Ok(Self { name: model.name.clone(), source: Source::Model(Box::new(model)) })
     }
 
@@ -55,9 +55,9 @@ impl Shape {
         catalogue: &Catalogue<'_>,
         name: &str,
         format: Option<&str>,
-        choice: &AdapterChoice,
+        options: &OpenOptions,
     ) -> Result<Self, SessionError> {
-        if let AdapterChoice::Folder(folder) = choice {
+        if let AdapterChoice::Folder(folder) = &options.adapter {
             return Err(SessionError::AdapterOfDummy(folder.clone()));
         }
         let format = match format {
@@ -66,11 +66,20 @@ impl Shape {
         };
         let path = Path::new(name);
         let spec = match path.join("config.json").is_file() {
-            true => read_spec(path).map_err(|source| SessionError::Shape {
-                name: name.to_owned(),
-                source: Box::new(source),
-            })?,
-            false => open(catalogue, name, &AdapterChoice::None)?.model.spec,
+            true => {
+                let bad = |source| SessionError::Shape {
+                    name: name.to_owned(),
+                    source: Box::new(source),
+                };
+                let (spec, notes) = read_spec(path, options).map_err(bad)?;
+                let tell = |note| catalogue.reporter.line(&format!("{name}: {note}"));
+                notes.iter().for_each(tell);
+                spec
+            }
+            false => {
+                let options = OpenOptions { adapter: AdapterChoice::None, ..options.clone() };
+                open(catalogue, name, &options)?.model.spec
+            }
         };
         Ok(Self { name: short_name(name), source: Source::Dummy { spec, format } })
     }
@@ -84,12 +93,12 @@ impl Shape {
         catalogue: &Catalogue<'_>,
         name: &str,
         format: Option<&str>,
-        choice: &AdapterChoice,
+        options: &OpenOptions,
     ) -> Result<Self, SessionError> {
         if format.is_some() || has_no_weights(Path::new(name)) {
-            Self::dummy(catalogue, name, format, choice)
+            Self::dummy(catalogue, name, format, options)
         } else {
-            Self::open(catalogue, name, choice)
+            Self::open(catalogue, name, options)
         }
     }
 

@@ -85,10 +85,14 @@ impl Checkpoint {
                 let (name, file) = ((*name).to_owned(), file.to_owned());
                 return Err(at_index(SafetensorsProblem::NotInShard { name, file }));
             }
-            // What the index does not name is not part of the checkpoint.
+            // Readers of the format load whole shards, so a tensor that the index forgot is there
+            // too. One that the index gives to another shard is that shard's.
             for name in
-                shard.names().filter(|n| index.weight_map.get(*n).is_some_and(|f| f == file))
+                shard.names().filter(|name| index.weight_map.get(*name).is_none_or(|f| f == file))
             {
+                if owner.contains_key(name) {
+                    continue;
+                }
                 owner.insert(name.to_owned(), files.len());
                 names.push(name.to_owned());
             }
