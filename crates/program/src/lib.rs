@@ -44,6 +44,6 @@ pub use step::{
     Choice, Report, SequenceId, SlotMove, Step, StepError, StepInput, StepSequence, TREE_ROWS_MAX,
     TableChange, TokenSource,
 };
-pub use tables::{BlockTable, SequenceTables};
+pub use tables::{BlockTable, SequenceTables, replace_tables};
 pub use transform::InputTransform;
 pub use validate::ProgramError;

@@ -34,6 +34,19 @@ impl BlockTable {
     }
 }
 
+/// The changes that give `sequence` these tables, one a group, whatever it had before.
+pub fn replace_tables(sequence: SequenceId, tables: &[BlockTable]) -> Vec<TableChange> {
+    let mut changes = vec![TableChange::Clear { sequence }];
+    for (group, table) in (0..).zip(tables) {
+        if table.first > 0 {
+            changes.push(TableChange::Slide { sequence, group, first: table.first });
+        }
+        let pages = table.blocks.clone();
+        changes.push(TableChange::Extend { sequence, group, pages });
+    }
+    changes
+}
+
 /// How to take one change of one table back.
 #[derive(Debug, Clone, Copy)]
 struct Undo {

@@ -307,8 +307,9 @@ impl Sampler {
             }
             let counts = choice.counts.as_deref();
             for &(token, count) in counts.map_or(&[][..], TokenCounts::entries) {
+                let Some(logit) = adjusted.get_mut(token as usize) else { continue };
                 let times = more.iter().find(|(other, _)| *other == token).map_or(0, |it| it.1);
-                penalize(&mut adjusted[token as usize], count + times, sampling);
+                penalize(logit, count + times, sampling);
             }
             for &(token, times) in more.iter() {
                 if !counts.is_some_and(|counts| counts.contains(token)) {
