@@ -27,6 +27,9 @@ pub fn sampling(
         false => 0.0,
     };
     let none = Sampling::default();
+    let own_bias = defaults.suppress_tokens.iter().map(|token| Ok((*token, f32::NEG_INFINITY)));
+    let typed_bias = arguments.logit_bias.iter().map(|text| bias(text));
+    let logit_bias = own_bias.chain(typed_bias).collect::<Result<_, _>>()?;
     let sampling = Sampling {
         temperature: arguments.temperature.unwrap_or(fallback),
         top_k: arguments.top_k.or(defaults.top_k.filter(|_| own)).unwrap_or(none.top_k),
@@ -38,10 +41,17 @@ pub fn sampling(
             .unwrap_or(none.repetition_penalty),
         presence_penalty: arguments.presence_penalty.unwrap_or(none.presence_penalty),
         frequency_penalty: arguments.frequency_penalty.unwrap_or(none.frequency_penalty),
-        logit_bias: arguments.logit_bias.iter().map(|text| bias(text)).collect::<Result<_, _>>()?,
+        logit_bias,
         seed: arguments.seed.unwrap_or_else(clock_seed),
     };
     Ok(sampling)
+}
+
+/// Strings that end an answer: those of the command line and those of the model.
+pub fn stop_strings(arguments: &SamplingArguments, defaults: &GenerationDefaults) -> Vec<String> {
+    // A model's end tokens are left out with `--ignore-eos`, and so are its strings.
+    let own = defaults.stop_strings.iter().filter(|_| !arguments.ignore_eos);
+    arguments.stop.iter().chain(own).cloned().collect()
 }
 
 fn bias(text: &str) -> Result<(u32, f32), Error> {
@@ -81,6 +91,13 @@ mod tests {
         let quiet = GenerationDefaults { sample: false, ..model() };
         let chosen = sampling(&SamplingArguments::default(), &quiet).expect("valid");
         assert_eq!((chosen.temperature, chosen.top_p), (0.0, 1.0));
+    }
+
+    #[test]
+    fn what_the_model_suppresses_is_never_chosen() {
+        let defaults = GenerationDefaults { suppress_tokens: vec![9], ..Default::default() };
+        let chosen = sampling(&SamplingArguments::default(), &defaults).expect("valid");
+        assert_eq!(chosen.logit_bias, [(9, f32::NEG_INFINITY)]);
     }
 
     #[test]

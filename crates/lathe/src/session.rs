@@ -83,6 +83,9 @@ pub fn open(name: &str, adapter: &AdapterChoice) -> Result<Opened, Error> {
     if let Some(adapter) = &model.adapter {
         eprintln!("{}: with {}", model.name, describe_adapter(adapter));
     }
+    for note in &model.notes {
+        eprintln!("{}: {note}", model.name);
+    }
     let parallel = ParallelArguments::default();
     let tokenizer_ms = model.tokenizer_time.as_secs_f64() * 1000.0;
     let open_ms = milliseconds(started) - tokenizer_ms;

@@ -17,18 +17,33 @@ pub struct Config<'a> {
     seen: Option<&'a Seen>,
 }
 
-/// The fields that were read, of all objects of one file.
+/// What reading one file left behind: the fields that were read, of all its objects, and what a
+/// user should be told.
 #[derive(Debug, Default)]
-pub struct Seen(RefCell<HashSet<(usize, String)>>);
+pub struct Seen {
+    fields: RefCell<HashSet<(usize, String)>>,
+    notes: RefCell<Vec<String>>,
+}
 
 impl Seen {
-    fn note(&self, fields: &Map<String, Value>, key: &str) {
-        self.0.borrow_mut().insert((address(fields), key.to_owned()));
+    fn mark(&self, fields: &Map<String, Value>, key: &str) {
+        self.fields.borrow_mut().insert((address(fields), key.to_owned()));
     }
 
     /// Whether `key` of `fields` was read.
     pub fn contains(&self, fields: &Map<String, Value>, key: &str) -> bool {
-        self.0.borrow().contains(&(address(fields), key.to_owned()))
+        self.fields.borrow().contains(&(address(fields), key.to_owned()))
+    }
+
+    /// What a user should be told, in the order in which it was found.
+    pub fn into_notes(self) -> Vec<String> {
+        let mut notes: Vec<String> = Vec::new();
+        for note in self.notes.into_inner() {
+            if !notes.contains(&note) {
+                notes.push(note);
+            }
+        }
+        notes
     }
 }
 
@@ -58,7 +73,14 @@ impl<'a> Config<'a> {
     /// Notes fields that need not be read, because others say that they do not count.
     pub fn idle(&self, keys: &[&str]) {
         if let Some(seen) = self.seen {
-            keys.iter().for_each(|key| seen.note(self.fields, key));
+            keys.iter().for_each(|key| seen.mark(self.fields, key));
+        }
+    }
+
+    /// Tells the user something about this file.
+    pub fn note(&self, text: String) {
+        if let Some(seen) = self.seen {
+            seen.notes.borrow_mut().push(text);
         }
     }
 
@@ -160,7 +182,7 @@ impl<'a> Config<'a> {
 }
 
 /// A value as it stands in the file, cut to a length that fits a message.
-fn shorten(value: &Value) -> String {
+pub(crate) fn shorten(value: &Value) -> String {
     let text = value.to_string();
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{}...", &text[..end]),

@@ -17,7 +17,7 @@ use crate::lower::{LowerOptions, lower};
 use crate::names::{Rules, hugging_face};
 use crate::spec::{DecoderSpec, SpecError};
 use crate::tokenizer::Tokenizer;
-use crate::weights::{ModelWeights, WeightsError};
+use crate::weights::{ModelWeights, WeightsError, has_own_head};
 
 /// Why a model could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +93,8 @@ pub struct Model {
     pub layout: Layout,
     /// What is added to the products of its matrices; [`DecoderSpec::adapters`] says to which.
     pub adapter: Option<Adapter>,
+    /// What a user should be told about the files, a line each.
+    pub notes: Vec<String>,
     rules: &'static [Rules],
 }
 
@@ -146,7 +148,7 @@ impl Model {
         let config = read_config(path)?;
         let at = |source| ModelError::Spec { path: path.join("config.json"), source };
         let family = Family::of_config(&config).map_err(at)?;
-        let spec = family.spec(&config).map_err(at)?;
+        let (mut spec, mut notes) = family.spec_with_notes(&config).map_err(at)?;
         let beside = path.join("hf_quant_config.json");
         let beside =
             read_json(&beside).map_err(|source| ModelError::Read { path: beside, source })?;
@@ -164,10 +166,16 @@ impl Model {
         let generation = read_json(&generation_path)
             .map_err(|source| ModelError::Read { path: generation_path, source })?;
         let generation =
-            GenerationDefaults::from_hf(generation.as_ref(), &config, tokenizer.as_ref());
+            GenerationDefaults::from_hf(generation.as_ref(), &config, tokenizer.as_ref())
+                .map_err(at)?;
+        let told = |it: &String| format!("generation_config.json: `{it}` is not followed");
+        notes.extend(generation.not_followed.iter().map(told));
         let checkpoint = Checkpoint::open_safetensors(path, quantization)?;
+        if spec.tied_head && has_own_head(&checkpoint, family.rules())? {
+            spec.tied_head = false;
+            notes.push("the file's head differs from its embedding and is used".to_owned());
+        }
         let scheme = InputScheme::from_hf_config(&config).map_err(at)?;
-        let mut spec = spec;
         if !scheme.is_empty() {
             spec.inputs = inputs_of(&spec, &checkpoint, family.rules(), &scheme, &at)?;
         }
@@ -178,10 +186,11 @@ impl Model {
             tokenizer_time,
             chat_template,
             text_problem: problem,
-            generation: generation.map_err(at)?,
+            generation,
             name: name_of(path),
             layout: Layout::HuggingFace,
             adapter: None,
+            notes,
             rules: family.rules(),
         })
     }
@@ -214,6 +223,7 @@ impl Model {
             name: name_of(path),
             layout: Layout::Gguf,
             adapter: None,
+            notes: Vec::new(),
             rules: family.rules(),
             checkpoint: Checkpoint::Gguf(file),
         })

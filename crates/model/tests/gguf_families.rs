@@ -460,3 +460,15 @@ fn glm4_moe_and_minicpm3() {
     ];
     check(&minicpm3, "minicpm3", Change::SplitLatents, &long, &factors);
 }
+
+#[test]
+fn a_factor_without_a_type_is_linear() {
+    let model = tiny("llama-tied");
+    let change = Change::PermuteQueriesAndKeys;
+    for key in ["rope.scaling.factor", "rope.scale_linear"] {
+        check(&model, "llama", change, &[(key, number(2.0))], &[]);
+    }
+    // The divisors of each pair come on top.
+    let ones = ("rope_freqs.weight", [1.0; 4].as_slice());
+    check(&model, "llama", change, &[("rope.scaling.factor", number(2.0))], &[ones]);
+}

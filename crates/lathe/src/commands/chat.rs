@@ -17,7 +17,7 @@ use crate::generate::{Generation, generate};
 use crate::interrupt::{Insist, Interrupts};
 use crate::memory;
 use crate::output::{bad_input, human_bytes, is_broken_pipe, one_line, print, print_json};
-use crate::sampling::sampling;
+use crate::sampling::{sampling, stop_strings};
 use crate::session::{self, Need, ROWS_MAX};
 
 /// Tokens of an answer if the caller does not say.
@@ -195,7 +195,8 @@ impl Chat<'_> {
     }
 
     fn turn(&mut self, text: &str) -> Result<(), Error> {
-        let answer_tokens = self.arguments.sampling.max_tokens.unwrap_or(MAX_TOKENS);
+        let typed = self.arguments.sampling.max_tokens;
+        let answer_tokens = typed.or(self.model.generation.max_new_tokens).unwrap_or(MAX_TOKENS);
         let prompt = self.conversation.ask(&self.model, text, self.context, answer_tokens)?;
         if prompt.dropped > 0 {
             eprintln!("note: the oldest {} messages no longer fit the context", prompt.dropped);
@@ -243,7 +244,7 @@ impl Chat<'_> {
             sampling: self.sampling.clone(),
             max_tokens: Some(max_tokens),
             stop_tokens: if chosen.ignore_eos { Vec::new() } else { stop_tokens.clone() },
-            stop_strings: chosen.stop.clone(),
+            stop_strings: stop_strings(chosen, &self.model.generation),
             ignore_stop: false,
             logprobs: None,
         }

@@ -40,6 +40,8 @@ pub(super) struct Defaults {
     /// Whether `alpha` beside the rope type `dynamic` stretches the base once and for all
     /// (Hunyuan).
     pub ntk_alpha: bool,
+    /// Whether `rope_parameters` may hold one object for each kind of layer.
+    pub rope_by_kind: bool,
 }
 
 /// transformers' `LlamaConfig`.
@@ -59,6 +61,7 @@ pub(super) const LLAMA: Defaults = Defaults {
     gated: true,
     epsilon_field: "rms_norm_eps",
     ntk_alpha: false,
+    rope_by_kind: false,
 };
 
 /// A decoder of equal layers: RMS norms before each branch, GQA with full attention over plain
@@ -96,6 +99,7 @@ pub(super) fn with_attention(
         logits_scale: 1.0,
         logits_softcap: None,
         tied_head: c.flag("tie_word_embeddings")?.unwrap_or(defaults.tied),
+        prediction_layers: c.size("num_nextn_predict_layers")?.unwrap_or(0),
         inputs: Default::default(),
         adapters: Default::default(),
     })

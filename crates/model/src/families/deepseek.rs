@@ -33,7 +33,7 @@ fn mla(
     let bias = c.flag("attention_bias")?.unwrap_or(false);
     let mut rope = rope::read(c, defaults, rope_dim)?;
     rope.style = style;
-    let scale = ((nope_dim + rope_dim) as f64).powf(-0.5) * rope::yarn_score_scale(c)?;
+    let scale = ((nope_dim + rope_dim) as f64).powf(-0.5) * rope::yarn_score_scale(c, defaults)?;
     Ok(MlaSpec {
         heads,
         query_rank: base::nullable(c, "q_lora_rank", Some(query_rank))?,

@@ -40,7 +40,12 @@ pub(super) fn ernie4_5_moe(c: &Config) -> Result<DecoderSpec, SpecError> {
     base::refuse_unless(c, "use_bias", &["false"])?;
     base::refuse_unless(c, "moe_gate", &["topk"])?;
     // Of training: how much an expert takes at most, and how the correction is learnt.
-    c.idle(&["moe_capacity", "moe_use_aux_free", "moe_norm_min"]);
+    c.idle(&["moe_capacity", "moe_use_aux_free"]);
+    // The chosen scores are divided by their sum, or by this number where the sum is smaller. No
+    // sum is as small as the default.
+    if let Some(least) = c.number("moe_norm_min")?.filter(|least| *least > 1e-12) {
+        return Err(SpecError::feature(format!("moe_norm_min `{least}`")));
+    }
     let mut spec = ernie(c, &ERNIE_MOE)?;
     let hidden = c.size("moe_intermediate_size")?.unwrap_or(1536);
     let shared = c.size("moe_num_shared_experts")?.unwrap_or(2);

@@ -1,4 +1,5 @@
-//! Gemma: weights of norms counted from 1, scaled embeddings; 2 and 3 have norms around each branch, weights counted from 1, scaled embeddings.
+//! Gemma: weights of norms are counted from 1, and embeddings are scaled. Gemma 2 and 3 have norms
+//! around each branch.
 
 use lathe_program::{Activation, NormKind};
 
@@ -17,8 +18,13 @@ const GEMMA2: Defaults = Defaults {
     activation: ("hidden_activation", "gelu_pytorch_tanh"),
     ..LLAMA
 };
-const GEMMA3: Defaults =
-    Defaults { theta: 1e6, context: 131_072, vocabulary: Some(262_208), ..GEMMA2 };
+const GEMMA3: Defaults = Defaults {
+    theta: 1e6,
+    context: 131_072,
+    vocabulary: Some(262_208),
+    rope_by_kind: true,
+    ..GEMMA2
+};
 
 const GEMMA: Defaults = Defaults {
     tied: true,
@@ -110,6 +116,12 @@ pub(super) fn gemma3_text_of(c: &Config) -> Result<DecoderSpec, SpecError> {
     let text = c.object("text_config")?;
     let text = text.ok_or_else(|| SpecError::Missing("text_config".to_owned()))?;
     let mut spec = gemma3(&text)?;
+    // The class that also sees has a head of its own, which knows no softcap.
+    if let Some(cap) = spec.logits_softcap.take() {
+        text.note(format!(
+            "`final_logit_softcapping: {cap}` is ignored, as this architecture of the reference does"
+        ));
+    }
     spec.tied_head = c.flag("tie_word_embeddings")?.unwrap_or(spec.tied_head);
     Ok(spec)
 }

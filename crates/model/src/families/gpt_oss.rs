@@ -18,7 +18,8 @@ const GPT_OSS: Defaults = Defaults {
 };
 
 pub(super) fn gpt_oss(c: &Config) -> Result<DecoderSpec, SpecError> {
-    // The reference fixes both numbers.
+    // transformers 5.17 fixes both numbers, 5.24 reads them. Other numbers have no agreed meaning.
+    base::refuse_unless(c, "swiglu_alpha", &["1.702"])?;
     base::refuse_unless(c, "swiglu_limit", &["7.0", "7"])?;
     base::refuse_unless(c, "hidden_act", &["silu"])?;
     let mut spec = base::decoder(c, &GPT_OSS)?;

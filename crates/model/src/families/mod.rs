@@ -66,12 +66,23 @@ impl Family {
     }
 
     /// The spec that a `config.json` of this family describes, within limits.
+    ///
+    /// # Errors
+    /// If a feature is not supported (the error names it), or a field is missing or out of range.
     pub fn spec(&self, config: &Value) -> Result<DecoderSpec, SpecError> {
+        Ok(self.spec_with_notes(config)?.0)
+    }
+
+    /// As [`Self::spec`], with what a user should be told about the file.
+    ///
+    /// # Errors
+    /// As [`Self::spec`].
+    pub fn spec_with_notes(&self, config: &Value) -> Result<(DecoderSpec, Vec<String>), SpecError> {
         let seen = Seen::default();
         let spec = (self.spec)(&Config::new(config, "")?.noting(&seen))?;
         spec.validate()?;
         fields::refuse_unread(config, &seen)?;
-        Ok(spec)
+        Ok((spec, seen.into_notes()))
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) fn olmo(c: &Config) -> Result<DecoderSpec, SpecError> {
 }
 
 const OLMO2: Defaults = Defaults { epsilon: 1e-5, ..LLAMA };
-const OLMO3: Defaults = Defaults { theta: 500_000.0, ..OLMO2 };
+const OLMO3: Defaults = Defaults { theta: 500_000.0, rope_by_kind: true, ..OLMO2 };
 const FLEX_OLMO: Defaults = Defaults { theta: 500_000.0, context: 4096, ..LLAMA };
 const OLMOE: Defaults = Defaults { context: 4096, ..OLMO2 };
 

@@ -36,7 +36,7 @@ pub(super) fn read(
     defaults: &Defaults,
     head_dim: usize,
 ) -> Result<RopeSpec, SpecError> {
-    let parameters = parameters(c, "full_attention")?;
+    let parameters = parameters(c, defaults, "full_attention")?;
     read_from(c, parameters, ("rope_theta", defaults.theta), defaults, head_dim)
 }
 
@@ -44,14 +44,14 @@ pub(super) fn read(
 /// the base where they do not, and its default.
 fn read_from(
     c: &Config,
-    parameters: Option<Config>,
+    parameters: Option<Parameters>,
     theta: (&str, f64),
     defaults: &Defaults,
     head_dim: usize,
 ) -> Result<RopeSpec, SpecError> {
     // What stands inside the object wins over what stands beside it, which then is not read.
     c.idle(&["rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]);
-    let number = |key: &str| parameters.map_or(Ok(None), |parameters| parameters.number(key));
+    let number = |key: &str| parameters.map_or(Ok(None), |it| it.own.number(key));
     let base = match number("rope_theta")? {
         Some(base) => base,
         None => c.number(theta.0)?.unwrap_or(theta.1),
@@ -63,12 +63,12 @@ fn read_from(
     let rotary = rotary(head_dim, partial, defaults)?;
     let mut rope = RopeSpec::plain(base, rotary);
     if let Some(parameters) = parameters {
-        if let Some(alpha) = ntk_alpha(defaults, &parameters)? {
+        if let Some(alpha) = ntk_alpha(defaults, &parameters.own)? {
             let dim = rotary as f64;
             rope.theta *= alpha.powf(dim / (dim - 2.0));
             return Ok(rope);
         }
-        if let Some(key) = parameters.given().find(|key| !KNOWN.contains(key)) {
+        if let Some(key) = parameters.own.given().find(|key| !KNOWN.contains(key)) {
             return Err(SpecError::feature(format!("rope parameter `{key}`")));
         }
         rope.scaling = read_scaling(c, defaults, &parameters)?;
@@ -100,24 +100,64 @@ fn rotary(head_dim: usize, partial: Option<f64>, defaults: &Defaults) -> Result<
     }
 }
 
-/// The object that holds the scaling: `rope_scaling` if there is one, else `rope_parameters`, of
-/// which there may be one for each kind of layer.
-fn parameters<'a>(c: &Config<'a>, kind: &str) -> Result<Option<Config<'a>>, SpecError> {
-    let old = c.object("rope_scaling")?;
-    let Some(parameters) = old.or(c.object("rope_parameters")?) else { return Ok(None) };
-    if !by_kind(&parameters) {
-        return Ok(Some(parameters));
-    }
-    let missing = || SpecError::Missing(format!("rope_parameters.{kind}"));
-    parameters.object(kind)?.ok_or_else(missing).map(Some)
+/// What a file says about rotation.
+#[derive(Clone, Copy)]
+struct Parameters<'a> {
+    /// The parameters of one kind of layer, or of all.
+    own: Config<'a>,
+    /// The object in which `own` lies, if there is one object for each kind of layer.
+    around: Option<Config<'a>>,
 }
 
-/// Whether `parameters` are one object a kind of layer.
+impl Parameters<'_> {
+    /// YaRN's `truncate`. The reference looks for it beside the kinds of layers and never within
+    /// one of them.
+    fn truncate(&self) -> Result<bool, SpecError> {
+        let Some(around) = self.around else {
+            return Ok(self.own.flag("truncate")?.unwrap_or(true));
+        };
+        if let Some(ignored) = self.own.flag("truncate")? {
+            self.own.note(format!(
+                "`truncate: {ignored}` within one kind of layer is ignored, as the reference does"
+            ));
+        }
+        Ok(around.flag("truncate")?.unwrap_or(true))
+    }
+}
+
+/// The object that holds the scaling: `rope_scaling` if there is one with a field, else
+/// `rope_parameters`. Families whose layers turn in different ways have one for each `kind`.
+fn parameters<'a>(
+    c: &Config<'a>,
+    defaults: &Defaults,
+    kind: &str,
+) -> Result<Option<Parameters<'a>>, SpecError> {
+    let old = c.object("rope_scaling")?.filter(|old| old.given().next().is_some());
+    let Some(all) = old.or(c.object("rope_parameters")?) else { return Ok(None) };
+    if !by_kind(&all) {
+        return Ok(Some(Parameters { own: all, around: None }));
+    }
+    if !defaults.rope_by_kind {
+        return Err(SpecError::feature(
+            "`rope_parameters` for each kind of layer in this architecture",
+        ));
+    }
+    let missing = || SpecError::Missing(format!("rope_parameters.{kind}"));
+    let own = all.object(kind)?.ok_or_else(missing)?;
+    Ok(Some(Parameters { own, around: Some(all) }))
+}
+
+/// Whether `parameters` are one object for each kind of layer.
 fn by_kind(parameters: &Config) -> bool {
     ["full_attention", "sliding_attention"].iter().any(|kind| parameters.has(kind))
 }
 
-fn read_scaling(c: &Config, defaults: &Defaults, p: &Config) -> Result<RopeScaling, SpecError> {
+fn read_scaling(
+    c: &Config,
+    defaults: &Defaults,
+    parameters: &Parameters,
+) -> Result<RopeScaling, SpecError> {
+    let p = &parameters.own;
     let kind = match p.text("rope_type")? {
         Some(kind) => kind,
         None => p.text("type")?.unwrap_or("default"),
@@ -136,7 +176,7 @@ fn read_scaling(c: &Config, defaults: &Defaults, p: &Config) -> Result<RopeScali
         "default" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: need("factor")? }),
         "dynamic" => Ok(RopeScaling::Dynamic { factor: need("factor")?, original: context }),
-        "yarn" => yarn(p, context, original),
+        "yarn" => yarn(parameters, context, original),
         "llama3" => Ok(RopeScaling::Llama3 {
             factor: need("factor")?,
             original,
@@ -153,7 +193,12 @@ fn factor(p: &Config, context: usize, original: usize) -> Result<f64, SpecError>
     Ok(p.number("factor")?.unwrap_or(context as f64 / original.max(1) as f64))
 }
 
-fn yarn(p: &Config, context: usize, original: usize) -> Result<RopeScaling, SpecError> {
+fn yarn(
+    parameters: &Parameters,
+    context: usize,
+    original: usize,
+) -> Result<RopeScaling, SpecError> {
+    let p = &parameters.own;
     let factor = factor(p, context, original)?;
     let nonzero =
         |key: &str| -> Result<Option<f64>, SpecError> { Ok(p.number(key)?.filter(|x| *x != 0.0)) };
@@ -168,7 +213,7 @@ fn yarn(p: &Config, context: usize, original: usize) -> Result<RopeScaling, Spec
         original,
         beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
         beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
-        truncate: p.flag("truncate")?.unwrap_or(true),
+        truncate: parameters.truncate()?,
         magnitude,
     })
 }
@@ -204,7 +249,10 @@ pub(super) fn set_local(
 ) -> Result<(), SpecError> {
     c.idle(&[theta.0]);
     let parameters = match c.object("rope_parameters")? {
-        Some(new) if by_kind(&new) => new.object("sliding_attention")?,
+        Some(new) if by_kind(&new) => {
+            let own = new.object("sliding_attention")?;
+            own.map(|own| Parameters { own, around: Some(new) })
+        }
         Some(_) => return Err(SpecError::feature("rope_parameters without kinds of layers")),
         None => None,
     };
@@ -221,8 +269,9 @@ pub(super) fn set_local(
 }
 
 /// What YaRN's `mscale_all_dim` multiplies latent attention's scores by (DeepSeek).
-pub(super) fn yarn_score_scale(c: &Config) -> Result<f64, SpecError> {
-    let Some(p) = parameters(c, "full_attention")? else { return Ok(1.0) };
+pub(super) fn yarn_score_scale(c: &Config, defaults: &Defaults) -> Result<f64, SpecError> {
+    let Some(parameters) = parameters(c, defaults, "full_attention")? else { return Ok(1.0) };
+    let p = parameters.own;
     let kind = p.text("rope_type")?.or(p.text("type")?).unwrap_or("default");
     let all = p.number("mscale_all_dim")?.unwrap_or(0.0);
     if kind == "default" || all == 0.0 {

@@ -321,6 +321,9 @@ pub struct DecoderSpec {
     pub logits_softcap: Option<f32>,
     /// Whether the head is the embedding.
     pub tied_head: bool,
+    /// Layers that a file may hold after the last one, to predict further tokens. Nothing runs
+    /// them.
+    pub prediction_layers: usize,
     /// What is done to the inputs of matrices, by the matrix's canonical name; nothing to those
     /// that are not named.
     pub inputs: BTreeMap<String, InputTransform>,

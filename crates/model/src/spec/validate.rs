@@ -135,6 +135,26 @@ fn validate_rope(rope: &RopeSpec, head_dim: usize) -> Result<(), SpecError> {
         }
         Err(SpecError::value(field, found, format!("a number of at least {least}")))
     };
+    validate_scaling(rope, pairs, at_least)?;
+    // Angles are products of positions and frequencies in f32.
+    let longest = rope.switches_at().unwrap_or(1);
+    for context in [1, longest.saturating_add(1)] {
+        let table = rope.table(context);
+        let largest = CONTEXT_MAX as f32;
+        let bad = |frequency: &&f32| !(**frequency * largest).is_finite();
+        if let Some(frequency) = table.inverse_frequencies.iter().find(bad) {
+            let expected = "a finite number for every position";
+            return Err(SpecError::value("rotary frequency", frequency, expected));
+        }
+    }
+    Ok(())
+}
+
+fn validate_scaling(
+    rope: &RopeSpec,
+    pairs: usize,
+    at_least: impl Fn(&str, f64, f64) -> Result<(), SpecError>,
+) -> Result<(), SpecError> {
     match &rope.scaling {
         RopeScaling::None => Ok(()),
         RopeScaling::Linear { factor } => at_least("rope factor", *factor, f64::MIN_POSITIVE),

@@ -52,6 +52,33 @@ const ROOTS: [&str; 4] = ["model.", "language_model.model.", "model.language_mod
 /// Names of the head, which does not lie under the prefix.
 const HEADS: [&str; 3] = ["lm_head.weight", "language_model.lm_head.weight", "output.weight"];
 
+/// Tensors of rotary tables within the layers of older GGUF files.
+const GGUF_TABLES: [&str; 2] = ["rope_freqs.weight", "attn_rot_embd.weight"];
+
+/// Whether a checkpoint has a head whose numbers are not those of the embedding.
+///
+/// # Errors
+/// If one of the two cannot be read.
+pub(crate) fn has_own_head(checkpoint: &Checkpoint, rules: &[Rules]) -> Result<bool, WeightsError> {
+    let embedding = ROOTS.iter().find_map(|root| {
+        let names = sources_of(rules, "embedding").iter().filter_map(Source::name);
+        names.map(|name| format!("{root}{name}")).find(|name| checkpoint.contains(name))
+    });
+    let head = HEADS.into_iter().find(|name| checkpoint.contains(name));
+    let (Some(embedding), Some(head)) = (embedding, head) else { return Ok(false) };
+    let (embedding, head) = (checkpoint.tensor(&embedding)?, checkpoint.tensor(head)?);
+    let parts = |it: &Tensor| [it.codes.clone(), it.scales.clone(), it.zeros.clone()];
+    let same_bits = embedding.format == head.format
+        && embedding.global == head.global
+        && parts(&embedding).iter().zip(&parts(&head)).all(|(a, b)| a[..] == b[..]);
+    let same_numbers = || embedding.to_f32() == head.to_f32();
+    Ok(embedding.shape != head.shape || !(same_bits || same_numbers()))
+}
+
+fn missing(weight: &str, tried: Vec<String>) -> WeightsError {
+    WeightsError::Missing { weight: weight.to_owned(), tried }
+}
+
 /// Knows a checkpoint's prefixes and a family's rules.
 pub(super) struct Locator<'a> {
     checkpoint: &'a Checkpoint,
@@ -73,7 +100,10 @@ impl<'a> Locator<'a> {
         let (root, layer) = match checkpoint {
             Checkpoint::Gguf(_) => ("", "blk."),
             Checkpoint::Safetensors { .. } => {
-                let has = |root: &&str| checkpoint.contains(&format!("{root}embed_tokens.weight"));
+                let has = |root: &&str| {
+                    let names = ["embed_tokens.weight", "norm.weight"];
+                    names.iter().any(|name| checkpoint.contains(&format!("{root}{name}")))
+                };
                 (ROOTS.into_iter().find(has).unwrap_or("model."), "layers.")
             }
         };
@@ -108,7 +138,11 @@ impl<'a> Locator<'a> {
             }
             tried.push(tensors[0].clone());
         }
-        Err(WeightsError::Missing { weight: decl.name.clone(), tried })
+        if name == "embedding" && self.spec.tied_head {
+            // Some files of tied models hold the head alone.
+            return self.locate_head(&decl.shape).map_err(|_| missing(&decl.name, tried));
+        }
+        Err(missing(&decl.name, tried))
     }
 
     fn locate_head(&self, shape: &[usize]) -> Result<Located, WeightsError> {
@@ -117,10 +151,7 @@ impl<'a> Locator<'a> {
                 self.check(name, shape)?;
                 Ok(Located { tensors: vec![name.to_owned()], layout: Layout::Whole, blocks: false })
             }
-            None => Err(WeightsError::Missing {
-                weight: "head".to_owned(),
-                tried: HEADS.map(str::to_owned).into(),
-            }),
+            None => Err(missing("head", HEADS.map(str::to_owned).into())),
         }
     }
 
@@ -256,24 +287,27 @@ impl<'a> Locator<'a> {
         Err(WeightsError::Shape { tensor, found, expected })
     }
 
-    /// Whether a tensor lies in a layer of a Hugging Face checkpoint. llama.cpp's files have
-    /// tensors there that repeat metadata.
-    pub fn is_of_a_layer(&self, name: &str) -> bool {
-        let layers = format!("{}{}", self.root, self.layer);
-        matches!(self.checkpoint, Checkpoint::Safetensors { .. }) && name.starts_with(&layers)
+    /// Whether a tensor is one of the decoder's, and not of a part that sees or hears.
+    pub fn is_of_the_decoder(&self, name: &str) -> bool {
+        let has_other_parts = !["", "model."].contains(&self.root);
+        let prefixes = [self.root, "lm_head.", "language_model."];
+        !has_other_parts || prefixes.iter().any(|prefix| name.starts_with(prefix))
     }
 
     /// Whether a tensor that nothing uses is known not to matter.
     pub fn ignorable(&self, name: &str) -> bool {
-        let beyond = |prefix: &str| {
-            let number = name.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok()?;
-            Some(number >= self.spec.layers.len())
-        };
         let layers = format!("{}{}", self.root, self.layer);
-        // Layers after the last one predict further tokens.
-        beyond(&layers).unwrap_or(false)
-            || name.ends_with("rotary_emb.inv_freq")
+        let layer = name.strip_prefix(&layers).and_then(|rest| rest.split_once('.'));
+        let predicts =
+            layer.and_then(|(number, _)| number.parse::<usize>().ok()).is_some_and(|n| {
+                let count = self.spec.layers.len();
+                (count..count.saturating_add(self.spec.prediction_layers)).contains(&n)
+            });
+        // Repeats of what configuration and metadata say.
+        let table = name.ends_with("rotary_emb.inv_freq")
             || name.starts_with("rope_f")
-            || (self.spec.tied_head && HEADS.contains(&name))
+            || (matches!(self.checkpoint, Checkpoint::Gguf(_))
+                && layer.is_some_and(|(_, rest)| GGUF_TABLES.contains(&rest)));
+        predicts || table || (self.spec.tied_head && HEADS.contains(&name))
     }
 }

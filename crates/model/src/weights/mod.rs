@@ -14,6 +14,7 @@ use lathe_tensor::{Tensor, TensorError};
 
 pub use dummy::DummyWeights;
 pub use locate::Interleaved;
+pub(crate) use locate::has_own_head;
 
 use crate::adapter::{Adapter, AdapterError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -42,7 +43,7 @@ pub enum WeightsError {
         /// The shape that its weight needs.
         expected: Vec<usize>,
     },
-    /// Tensors of the decoder's layers that the model's description has no place for.
+    /// A tensor of the decoder that the model's description has no place for.
     #[error("tensor {tensor} is not supported: no weight of this architecture uses it")]
     Unused {
         /// The first of their names in the file.
@@ -87,8 +88,8 @@ impl<'a> ModelWeights<'a> {
     /// of adapters in `adapter`.
     ///
     /// # Errors
-    /// If a weight is missing, a tensor's shape is not what the weight needs, or a layer of a
-    /// Hugging Face checkpoint has a tensor that no weight uses: it would compute something else.
+    /// If a weight is missing, a tensor's shape is not what the weight needs, or the decoder has a
+    /// tensor that no weight uses: it would compute something else.
     pub fn new(
         checkpoint: &'a Checkpoint,
         spec: &'a DecoderSpec,
@@ -115,8 +116,10 @@ impl<'a> ModelWeights<'a> {
             .filter(|name| !used.contains(*name) && !locator.ignorable(name))
             .map(str::to_owned)
             .collect::<Vec<_>>();
-        if let Some(tensor) = unused.iter().find(|name| locator.is_of_a_layer(name)) {
-            return Err(WeightsError::Unused { tensor: tensor.clone() });
+        for tensor in unused.iter().filter(|name| locator.is_of_the_decoder(name)) {
+            if !adds_nothing(checkpoint, tensor)? {
+                return Err(WeightsError::Unused { tensor: tensor.clone() });
+            }
         }
         Ok(ModelWeights { checkpoint, program, adapter, places, unused })
     }
@@ -163,6 +166,14 @@ impl<'a> ModelWeights<'a> {
             (Place::Adapter(tensor), None) => unreachable!("{tensor:?} was found in an adapter"),
         }
     }
+}
+
+/// Whether a tensor is a bias of zeros, which some quantizers write beside every matrix.
+fn adds_nothing(checkpoint: &Checkpoint, tensor: &str) -> Result<bool, WeightsError> {
+    if !tensor.ends_with(".bias") {
+        return Ok(false);
+    }
+    Ok(checkpoint.tensor(tensor)?.to_f32().iter().all(|value| *value == 0.0))
 }
 
 impl Place {

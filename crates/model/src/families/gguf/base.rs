@@ -147,6 +147,7 @@ pub(super) fn with_attention(
         logits_scale: 1.0,
         logits_softcap: None,
         tied_head: m.shape(None, "output.weight").is_none(),
+        prediction_layers: later,
         inputs: Default::default(),
         adapters: Default::default(),
     })

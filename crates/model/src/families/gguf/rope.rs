@@ -14,7 +14,7 @@ pub(super) fn read(m: &Meta, head_dim: usize) -> Result<RopeSpec, SpecError> {
     let short = m.numbers("rope_factors_short.weight")?;
     rope.scaling = match (long, short, m.numbers("rope_freqs.weight")?) {
         (Some(long), Some(short), _) => longrope(m, long, short)?,
-        (_, _, Some(divisors)) => RopeScaling::Divisors { divisors },
+        (_, _, Some(divisors)) => divided(divisors, scaling(m)?)?,
         _ => scaling(m)?,
     };
     Ok(rope)
@@ -27,16 +27,28 @@ fn original(m: &Meta) -> Result<usize, SpecError> {
     }
 }
 
+/// Divisors of each pair, on top of a factor for all.
+fn divided(divisors: Vec<f32>, scaling: RopeScaling) -> Result<RopeScaling, SpecError> {
+    match scaling {
+        RopeScaling::None => Ok(RopeScaling::Divisors { divisors }),
+        RopeScaling::Linear { factor } => {
+            let divisors = divisors.into_iter().map(|d| d * factor as f32).collect();
+            Ok(RopeScaling::Divisors { divisors })
+        }
+        _ => Err(SpecError::feature("rope_freqs.weight beside rope.scaling.type `yarn`")),
+    }
+}
+
+/// As llama.cpp's loader reads it: a missing type is linear, the older key `scale_linear` counts
+/// where `scaling.factor` is missing, and a factor of 0 is none.
 fn scaling(m: &Meta) -> Result<RopeScaling, SpecError> {
-    let factor = m.number("rope.scaling.factor")?;
-    match m.text("rope.scaling.type")?.unwrap_or("none") {
-        "none" => match m.number("rope.scale_linear")? {
-            Some(factor) if factor != 1.0 => Ok(RopeScaling::Linear { factor }),
-            _ => Ok(RopeScaling::None),
-        },
-        "linear" => Ok(RopeScaling::Linear { factor: factor.unwrap_or(1.0) }),
+    let factor = m.number("rope.scaling.factor")?.or(m.number("rope.scale_linear")?);
+    let factor = factor.filter(|factor| *factor != 0.0).unwrap_or(1.0);
+    match m.text("rope.scaling.type")?.unwrap_or("linear") {
+        "none" => Ok(RopeScaling::None),
+        "linear" if factor == 1.0 => Ok(RopeScaling::None),
+        "linear" => Ok(RopeScaling::Linear { factor }),
         "yarn" => {
-            let factor = factor.unwrap_or(1.0);
             let attention = m.number("rope.scaling.attn_factor")?.unwrap_or(1.0);
             Ok(RopeScaling::Yarn {
                 factor,

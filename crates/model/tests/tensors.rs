@@ -1,0 +1,138 @@
+//! Which tensors of a checkpoint count: a head beside a tied embedding, and tensors that no weight
+//! uses.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lathe_model::Model;
+use lathe_model::lower::{LowerOptions, lower};
+use lathe_tensor::safetensors::SafetensorsFile;
+use serde_json::{Value, json};
+
+/// A folder with the configuration and the tensors of a tiny checkpoint, both changed.
+struct Folder {
+    config: Value,
+    tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    directory: tempfile::TempDir,
+}
+
+impl Folder {
+    fn of(name: &str) -> Self {
+        let source: PathBuf =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny").join(name);
+        let config = std::fs::read_to_string(source.join("config.json")).expect(name);
+        let file = SafetensorsFile::open(&source.join("model.safetensors")).expect(name);
+        let tensor = |name: &str| {
+            let tensor = file.tensor(name).expect("a tensor");
+            (name.to_owned(), (tensor.shape.clone(), tensor.to_f32()))
+        };
+        Folder {
+            config: serde_json::from_str(&config).expect(name),
+            tensors: file.names().map(tensor).collect(),
+            directory: tempfile::tempdir().expect("a folder"),
+        }
+    }
+
+    fn zeros(&mut self, name: &str, shape: &[usize], value: f32) {
+        let count = shape.iter().product();
+        self.tensors.insert(name.to_owned(), (shape.to_vec(), vec![value; count]));
+    }
+
+    fn open(&self) -> Model {
+        let at = self.directory.path();
+        std::fs::write(at.join("config.json"), self.config.to_string()).expect("written");
+        write(&at.join("model.safetensors"), &self.tensors);
+        Model::open(at).expect("opens")
+    }
+
+    /// Why the weights cannot be used, if they cannot.
+    fn refusal(&self) -> Option<String> {
+        let model = self.open();
+        let program = lower(&model.spec, &LowerOptions::new(16)).expect("lowers");
+        model.weights(&program).err().map(|error| error.to_string())
+    }
+}
+
+/// A safetensors file of f32 tensors.
+fn write(path: &Path, tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) {
+    let (mut header, mut bytes) = (serde_json::Map::new(), Vec::new());
+    for (name, (shape, values)) in tensors {
+        let start = bytes.len();
+        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": [start, bytes.len()]});
+        header.insert(name.clone(), entry);
+    }
+    let header = Value::Object(header).to_string();
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.extend(bytes);
+    std::fs::write(path, file).expect("written");
+}
+
+/// Logits of the last of three tokens.
+fn logits(model: &Model) -> Vec<f32> {
+    support::run(&mut *support::prepare(model, 16), 0, &[3, 5, 7], 2..3)
+}
+
+#[test]
+fn a_head_that_differs_from_a_tied_embedding_is_used() {
+    let mut folder = Folder::of("llama-tied");
+    // The file is mapped and will be written again, so it is read before that.
+    let expected: Vec<f32> = logits(&folder.open()).iter().map(|logit| 2.0 * logit).collect();
+    let (shape, values) = folder.tensors["model.embed_tokens.weight"].clone();
+    folder.tensors.insert("lm_head.weight".into(), (shape.clone(), values.clone()));
+    let same = folder.open();
+    assert!(same.spec.tied_head && same.notes.is_empty());
+    let doubled = values.iter().map(|value| 2.0 * value).collect();
+    folder.tensors.insert("lm_head.weight".into(), (shape, doubled));
+    let other = folder.open();
+    assert!(!other.spec.tied_head && other.notes.len() == 1, "{:?}", other.notes);
+    assert_eq!(logits(&other), expected);
+}
+
+#[test]
+fn a_tied_model_may_hold_the_head_alone() {
+    let mut folder = Folder::of("llama-tied");
+    let expected = logits(&folder.open());
+    let embedding = folder.tensors.remove("model.embed_tokens.weight").expect("there");
+    folder.tensors.insert("lm_head.weight".into(), embedding);
+    assert_eq!(logits(&folder.open()), expected);
+}
+
+#[test]
+fn tensors_that_nothing_uses_are_refused_wherever_they_are() {
+    for name in [
+        "lm_head.bias",
+        "model.embed_layer_norm.weight",
+        "model.layers.4.input_layernorm.weight",
+        "model.layers.1.self_attn.surplus.weight",
+        "v_head.weight",
+    ] {
+        let mut folder = Folder::of("llama");
+        folder.zeros(name, &[8], 1.0);
+        let message = folder.refusal().unwrap_or_else(|| panic!("{name} was not refused"));
+        assert!(message.contains(name), "{message}");
+    }
+}
+
+#[test]
+fn tensors_that_change_nothing_pass() {
+    let mut folder = Folder::of("mistral");
+    folder.zeros("model.layers.1.self_attn.q_proj.bias", &[48], 0.0);
+    folder.zeros("model.layers.1.self_attn.rotary_emb.inv_freq", &[6], 1.0);
+    assert_eq!(folder.refusal(), None);
+    folder.zeros("model.layers.1.self_attn.q_proj.bias", &[48], 0.5);
+    assert!(folder.refusal().is_some());
+}
+
+#[test]
+fn layers_that_predict_further_tokens_pass_where_the_file_says_that_there_are_some() {
+    let mut folder = Folder::of("glm4-moe");
+    folder.zeros("model.layers.4.eh_proj.weight", &[8, 8], 1.0);
+    folder.config["num_nextn_predict_layers"] = json!(0);
+    assert!(folder.refusal().is_some());
+    folder.config["num_nextn_predict_layers"] = json!(1);
+    assert_eq!(folder.refusal(), None);
+}
