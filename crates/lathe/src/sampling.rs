@@ -3,11 +3,32 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Error;
-use lathe_engine::Sampling;
+use lathe_engine::{Sampling, SamplingError};
 use lathe_model::GenerationDefaults;
+use lathe_program::sampling::validate_bias;
 
 use crate::arguments::SamplingArguments;
 use crate::output::bad_input;
+
+/// How tokens are chosen.
+#[derive(Debug, Clone)]
+pub struct Chosen {
+    /// The parameters.
+    pub sampling: Sampling,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+}
+
+impl Chosen {
+    /// Checks everything for a model of `vocabulary` tokens.
+    ///
+    /// # Errors
+    /// The first number or token that is out of range.
+    pub fn validate(&self, vocabulary: usize) -> Result<(), SamplingError> {
+        self.sampling.validate()?;
+        validate_bias(&self.logit_bias, vocabulary)
+    }
+}
 
 /// The sampling that `arguments` ask for.
 ///
@@ -17,7 +38,7 @@ use crate::output::bad_input;
 pub fn sampling(
     arguments: &SamplingArguments,
     defaults: &GenerationDefaults,
-) -> Result<Sampling, Error> {
+) -> Result<Chosen, Error> {
     let truncates =
         arguments.top_p.is_some() || arguments.top_k.is_some() || arguments.min_p.is_some();
     let own = defaults.sample;
@@ -41,10 +62,9 @@ pub fn sampling(
             .unwrap_or(none.repetition_penalty),
         presence_penalty: arguments.presence_penalty.unwrap_or(none.presence_penalty),
         frequency_penalty: arguments.frequency_penalty.unwrap_or(none.frequency_penalty),
-        logit_bias,
         seed: arguments.seed.unwrap_or_else(clock_seed),
     };
-    Ok(sampling)
+    Ok(Chosen { sampling, logit_bias })
 }
 
 /// Strings that end an answer: those of the command line and those of the model.
@@ -85,12 +105,12 @@ mod tests {
     fn greedy_unless_asked() {
         let none = GenerationDefaults::default();
         let chosen = sampling(&SamplingArguments::default(), &none).expect("valid");
-        assert_eq!((chosen.temperature, chosen.top_p), (0.0, 1.0));
+        assert_eq!((chosen.sampling.temperature, chosen.sampling.top_p), (0.0, 1.0));
         let arguments = SamplingArguments { top_p: Some(0.5), ..Default::default() };
-        assert_eq!(sampling(&arguments, &none).expect("valid").temperature, 1.0);
+        assert_eq!(sampling(&arguments, &none).expect("valid").sampling.temperature, 1.0);
         let quiet = GenerationDefaults { sample: false, ..model() };
         let chosen = sampling(&SamplingArguments::default(), &quiet).expect("valid");
-        assert_eq!((chosen.temperature, chosen.top_p), (0.0, 1.0));
+        assert_eq!((chosen.sampling.temperature, chosen.sampling.top_p), (0.0, 1.0));
     }
 
     #[test]
@@ -103,7 +123,7 @@ mod tests {
     #[test]
     fn the_command_line_wins() {
         let chosen = sampling(&SamplingArguments::default(), &model()).expect("valid");
-        assert_eq!((chosen.temperature, chosen.top_p), (0.6, 0.9));
+        assert_eq!((chosen.sampling.temperature, chosen.sampling.top_p), (0.6, 0.9));
         let arguments = SamplingArguments {
             temperature: Some(0.0),
             logit_bias: vec!["5=-2.5".into()],
@@ -111,7 +131,7 @@ mod tests {
             ..Default::default()
         };
         let chosen = sampling(&arguments, &model()).expect("valid");
-        assert_eq!((chosen.temperature, chosen.seed), (0.0, 7));
+        assert_eq!((chosen.sampling.temperature, chosen.sampling.seed), (0.0, 7));
         assert_eq!(chosen.logit_bias, [(5, -2.5)]);
         let arguments = SamplingArguments { logit_bias: vec!["x".into()], ..Default::default() };
         assert!(sampling(&arguments, &model()).is_err());

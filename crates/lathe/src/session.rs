@@ -63,8 +63,6 @@ pub struct Session {
     pub model: Model,
     /// Runs steps.
     pub executor: Box<dyn Executor>,
-    /// What the executor was prepared with.
-    pub options: ExecutorOptions,
     /// From the start of opening to ready.
     pub load_ms: f64,
     /// What that time went to.
@@ -146,10 +144,10 @@ impl Opened {
         let program = program_for(&model.spec, need.context)?;
         let weights = model.weights(&program).bad_input()?;
         check_memory(&program, bytes, global, need, parallel)?;
-        let (executor, options) = prepare_program(&program, &weights, global, need, parallel)?;
+        let executor = prepare_program(&program, &weights, global, need, parallel)?;
         startup.pack_ms = milliseconds(prepared);
         let load_ms = milliseconds(started);
-        Ok(Session { model, executor, options, load_ms, startup })
+        Ok(Session { model, executor, load_ms, startup })
     }
 }
 
@@ -170,7 +168,7 @@ pub fn prepare_program(
     global: &Global,
     need: Need,
     parallel: ParallelArguments,
-) -> Result<(Box<dyn Executor>, ExecutorOptions), Error> {
+) -> Result<Box<dyn Executor>, Error> {
     let rows_max = need.rows(program);
     let options = ExecutorOptions {
         kv_blocks: kv_blocks(&program.kv, need, rows_max),
@@ -183,7 +181,7 @@ pub fn prepare_program(
         .backend(global.device)?
         .prepare(Arc::clone(program), weights, &options)
         .map_err(|error| parallel.explain(error))?;
-    Ok((executor, options))
+    Ok(executor)
 }
 
 /// Refuses what cannot be divided or cannot fit before anything is loaded, and says what it would
@@ -276,13 +274,7 @@ pub fn largest(limit: usize, fits: impl Fn(usize) -> bool) -> Option<usize> {
 impl Session {
     /// An engine around the executor, and the rest of the session.
     pub fn into_engine(self, kv_cache: bool, sequences: usize) -> Result<(Engine, Model), Error> {
-        let config = EngineConfig {
-            rows_max: self.options.rows_max,
-            sequences_max: sequences,
-            kv_blocks: self.options.kv_blocks,
-            kv_cache,
-            ..EngineConfig::default()
-        };
+        let config = EngineConfig { sequences_max: sequences, kv_cache, ..EngineConfig::default() };
         Ok((Engine::new(self.executor, config)?, self.model))
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Error;
 use lathe_engine::score::Feed;
-use lathe_program::{Executor, ExecutorOptions};
+use lathe_program::Executor;
 use serde::Serialize;
 
 use crate::measure::median;
@@ -29,14 +29,13 @@ pub struct StepTime {
 /// drift of the machine's speed meets all of them.
 pub fn measure(
     executor: &mut dyn Executor,
-    options: &ExecutorOptions,
     prompt: usize,
     sizes: &[usize],
 ) -> Result<Vec<StepTime>, Error> {
     let vocabulary = executor.program().vocabulary;
     let longest = sizes.iter().copied().max().unwrap_or(1).max(1);
     let tokens: Vec<u32> = (0..prompt + longest).map(|i| (i * 7919 % vocabulary) as u32).collect();
-    let mut feed = score_result(Feed::new(executor, options, &tokens, prompt))?;
+    let mut feed = score_result(Feed::new(executor, &tokens, prompt))?;
     let mut computed = 0;
     while computed < prompt {
         let rows = feed.rows();

@@ -314,7 +314,6 @@ impl<'a> Job<'a> {
         mut store: Option<Store>,
     ) -> Result<(), QuantError> {
         let layers = Layers::of(self.program, spec)?;
-        let tokens = calibration.tokens.len();
         let section = Section::new(self.program, layers.before, &[layers.stream])?;
         let restored = store.as_mut().map(|store| self.restore(store)).transpose()?.flatten();
         let (first, mut prefixes) = match restored {
@@ -355,7 +354,6 @@ impl<'a> Job<'a> {
         let Prefixes { stream, float } = prefixes;
         let ops: BTreeSet<usize> =
             self.targets.values().copied().filter(|op| range.contains(op)).collect();
-        let tokens = calibration.tokens.len();
         let plain = Section::new(self.program, range.clone(), &[out])?;
         if ops.is_empty() {
             let through = |it: &Stream| self.stream_of(&plain, calibration, Some(it));

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufRead, IsTerminal, Write};
 
 use anyhow::{Context, Error};
-use lathe_engine::{Engine, FinishReason, Request, Sampling};
+use lathe_engine::{Engine, FinishReason, Request};
 use lathe_model::Model;
 use lathe_model::chat::Message;
 use rustyline::DefaultEditor;
@@ -17,7 +17,7 @@ use crate::generate::{Generation, generate};
 use crate::interrupt::{Insist, Interrupts};
 use crate::memory;
 use crate::output::{bad_input, human_bytes, is_broken_pipe, one_line, print, print_json};
-use crate::sampling::{sampling, stop_strings};
+use crate::sampling::{Chosen, sampling, stop_strings};
 use crate::session::{self, Need, ROWS_MAX};
 
 /// Tokens of an answer if the caller does not say.
@@ -56,7 +56,7 @@ struct Chat<'a> {
     engine: Engine,
     model: Model,
     conversation: Conversation,
-    sampling: Sampling,
+    sampling: Chosen,
     arguments: &'a ChatArguments,
     interrupts: Interrupts,
     context: usize,
@@ -241,7 +241,8 @@ impl Chat<'_> {
         let stop_tokens = &self.model.generation.stop_tokens;
         Request {
             prompt,
-            sampling: self.sampling.clone(),
+            sampling: self.sampling.sampling,
+            logit_bias: self.sampling.logit_bias.clone(),
             max_tokens: Some(max_tokens),
             stop_tokens: if chosen.ignore_eos { Vec::new() } else { stop_tokens.clone() },
             stop_strings: stop_strings(chosen, &self.model.generation),

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use anyhow::Error;
-use lathe_engine::eval::{self, Perplexity, Subject, Windows};
+use lathe_engine::eval::{self, Perplexity, Windows};
 use serde::Serialize;
 
 use super::score::read_text;
@@ -72,11 +72,12 @@ pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let mut progress = progress();
     let (perplexity, comparison) = match &mut base {
         None => {
-            let found = eval::perplexity(subject(&mut session), &tokens, windows, &mut progress);
+            let executor = &mut *session.executor;
+            let found = eval::perplexity(executor, &tokens, windows, &mut progress);
             (score_result(found)?, None)
         }
         Some(base) => {
-            let (model, base) = (subject(&mut session), subject(base));
+            let (model, base) = (&mut *session.executor, &mut *base.executor);
             let found = score_result(eval::compare(model, base, &tokens, windows, &mut progress))?;
             let comparison = Comparison {
                 kl_mean: found.kl_mean,
@@ -104,10 +105,6 @@ fn check_base(base: &Opened, tokens: &[u32], text: &str) -> Result<(), Error> {
         )));
     }
     Ok(())
-}
-
-fn subject(session: &mut Session) -> Subject<'_> {
-    Subject { executor: &mut *session.executor, options: &session.options }
 }
 
 /// Says on stderr how far it is: on a terminal all the time, elsewhere for each tenth.

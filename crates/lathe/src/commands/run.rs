@@ -14,7 +14,7 @@ use crate::interrupt::{Insist, Interrupts};
 use crate::memory;
 use crate::output::{InputContext, Interrupted, bad_input, human_bytes, print, print_json};
 use crate::prompt::{encode_chat, encode_raw, parse_ids, question};
-use crate::sampling::{sampling, stop_strings};
+use crate::sampling::{Chosen, sampling, stop_strings};
 use crate::session::{self, Need, ROWS_MAX, milliseconds};
 use crate::startup::Startup;
 
@@ -157,9 +157,11 @@ fn has_no_template(model: &Model) -> bool {
 fn request(arguments: &RunArguments, model: &Model, prompt: Vec<u32>) -> Result<Request, Error> {
     let chosen = &arguments.sampling;
     let own = &model.generation;
+    let Chosen { sampling, logit_bias } = sampling(chosen, own)?;
     Ok(Request {
         prompt,
-        sampling: sampling(chosen, own)?,
+        sampling,
+        logit_bias,
         max_tokens: Some(chosen.max_tokens.or(own.max_new_tokens).unwrap_or(MAX_TOKENS)),
         stop_tokens: if chosen.ignore_eos { Vec::new() } else { own.stop_tokens.clone() },
         stop_strings: stop_strings(chosen, own),

@@ -293,7 +293,6 @@ impl Job<'_> {
             ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
         let taps: Vec<Value> = taps.into_iter().collect();
         let Some(last) = ops.last() else { return Ok(BTreeMap::new()) };
-        let tokens = pass.text.tokens.len();
         // What comes after the last input is not run.
         let section = Section::new(self.program, range.start..*last, &taps)?;
         let width = |value: Value| self.program.value_width(value);
