@@ -27,7 +27,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lathe_program::{KvLayout, Step, StepSequence};
+use lathe_program::{KvLayout, Step, StepSequence, TokenSource};
 
 use crate::kv::{KvCache, SequenceBlocks};
 use crate::request::RequestId;
@@ -92,8 +92,9 @@ pub struct PlannedSequence {
     pub request: RequestId,
     /// Tokens computed.
     pub rows: usize,
-    /// Whether the last row is the last token, whose logits choose the next one.
-    pub samples: bool,
+    /// The step's row of the last token, whose logits choose the next one; `None` if the rows end
+    /// before it.
+    pub choice_row: Option<u32>,
 }
 
 /// A step and whose rows it has.
@@ -101,7 +102,7 @@ pub struct PlannedSequence {
 pub struct Plan {
     /// For the executor.
     pub step: Step,
-    /// In the order of the step's sequences; those that sample are in the order of its logits.
+    /// In the order of the step's sequences; those with a choice are in the order of its choices.
     pub sequences: Vec<PlannedSequence>,
 }
 
@@ -138,7 +139,8 @@ impl Scheduler {
     pub fn new(config: SchedulerConfig, layout: &KvLayout) -> Self {
         assert!(config.rows_max > 0 && config.sequences_max > 0);
         let prefix_seed = config.prefix_seed.filter(|_| config.kv_cache);
-        let cache = KvCache::new(layout, config.kv_blocks, prefix_seed);
+        let sequences_max = config.sequences_max.min(config.rows_max);
+        let cache = KvCache::new(layout, config.kv_blocks, sequences_max, prefix_seed);
         let (sequences, waiting, running) = Default::default();
         Scheduler { config, cache, sequences, waiting, running, counts: SchedulerCounts::default() }
     }
@@ -208,6 +210,9 @@ impl Scheduler {
             self.advance(request, &mut plan);
         }
         self.admit(&mut plan);
+        if !plan.sequences.is_empty() {
+            self.cache.take_changes(&mut plan.step.tables);
+        }
         assert!(!plan.sequences.is_empty() || self.sequences.is_empty(), "a plan without progress");
         plan
     }
@@ -269,6 +274,11 @@ impl Scheduler {
         }
     }
 
+    /// Takes note that no executor has the plan's changes of tables.
+    pub fn refused(&mut self, plan: Plan) {
+        self.cache.restore_changes(plan.step.tables);
+    }
+
     /// Takes note that the plan's step has run.
     pub fn commit(&mut self, plan: &Plan) {
         for part in &plan.sequences {
@@ -312,20 +322,19 @@ impl Plan {
     fn push(&mut self, request: RequestId, sequence: &Sequence, rows: usize) {
         let computed = sequence.computed;
         let end = computed + rows;
-        let samples = end == sequence.tokens.len();
         self.step.sequences.push(StepSequence {
+            id: sequence.blocks.id(),
             first_row: self.step.tokens.len() as u32,
             rows: rows as u32,
             cached: computed as u32,
-            tables: sequence.blocks.tables.clone(),
             expanded: sequence.expanded as u32,
             ancestors: None,
         });
-        self.step.tokens.extend_from_slice(&sequence.tokens[computed..end]);
+        let tokens = sequence.tokens[computed..end].iter();
+        self.step.tokens.extend(tokens.map(|token| TokenSource::Given(*token)));
         self.step.positions.extend(computed as u32..end as u32);
-        if samples {
-            self.step.logits_rows.push(self.step.tokens.len() as u32 - 1);
-        }
-        self.sequences.push(PlannedSequence { request, rows, samples });
+        let chooses = end == sequence.tokens.len();
+        let choice_row = chooses.then(|| self.step.tokens.len() as u32 - 1);
+        self.sequences.push(PlannedSequence { request, rows, choice_row });
     }
 }

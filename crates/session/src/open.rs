@@ -58,8 +58,6 @@ pub struct Session {
     pub model: Model,
     /// Runs steps.
     pub executor: Box<dyn Executor>,
-    /// What the executor was prepared with.
-    pub options: ExecutorOptions,
     /// From the start of opening to ready.
     pub load_ms: f64,
     /// What that time went to.
@@ -147,10 +145,10 @@ impl Opened {
         let program = program_for(&model.spec, need.context)?;
         let weights = model.weights(&program)?;
         check_memory(&program, bytes, options, need, ranks)?;
-        let (executor, options) = prepare_program(&program, &weights, options, need, ranks)?;
+        let executor = prepare_program(&program, &weights, options, need, ranks)?;
         startup.pack_ms = milliseconds(prepared);
         let load_ms = milliseconds(started);
-        Ok(Session { model, executor, options, load_ms, startup })
+        Ok(Session { model, executor, load_ms, startup })
     }
 }
 
@@ -176,7 +174,7 @@ pub fn prepare_program(
     options: &Options,
     need: Need,
     ranks: Ranks,
-) -> Result<(Box<dyn Executor>, ExecutorOptions), SessionError> {
+) -> Result<Box<dyn Executor>, SessionError> {
     let rows_max = need.rows(program);
     let prepared = ExecutorOptions {
         kv_blocks: kv_blocks(&program.kv, need, rows_max),
@@ -185,11 +183,10 @@ pub fn prepare_program(
         threads: ranks.threads(options),
         exact: options.exact,
     };
-    let executor = ranks
+    ranks
         .backend(options.device)?
         .prepare(Arc::clone(program), weights, &prepared)
-        .map_err(|error| ranks.explain(error))?;
-    Ok((executor, prepared))
+        .map_err(|error| ranks.explain(error))
 }
 
 /// Refuses what cannot be divided or cannot fit before anything is loaded, and says what it would
@@ -281,13 +278,7 @@ impl Session {
         kv_cache: bool,
         sequences: usize,
     ) -> Result<(Engine, Model), SessionError> {
-        let config = EngineConfig {
-            rows_max: self.options.rows_max,
-            sequences_max: sequences,
-            kv_blocks: self.options.kv_blocks,
-            kv_cache,
-            ..EngineConfig::default()
-        };
+        let config = EngineConfig { sequences_max: sequences, kv_cache, ..EngineConfig::default() };
         Ok((Engine::new(self.executor, config)?, self.model))
     }
 }

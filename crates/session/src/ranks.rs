@@ -8,7 +8,7 @@ use lathe_cpu::CpuBackend;
 use lathe_cpu::gang::available_cores;
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::shard::{ExpertSplit, ShardOptions, ShardedBackend, shard};
-use lathe_program::{Backend, BackendError, Collective, KvLayout, Op, Program};
+use lathe_program::{Backend, BackendError, HostCollective, KvLayout, Op, Program};
 
 use crate::error::{RanksReason, SessionError};
 use crate::options::{Device, Options, backend};
@@ -80,10 +80,10 @@ impl Ranks {
         if self.count.get() == 1 {
             return backend(device);
         }
-        let reference = |end: Arc<dyn Collective>| -> Box<dyn Backend> {
+        let reference = |end: Arc<HostCollective>| -> Box<dyn Backend> {
             Box::new(ReferenceBackend::new().collective(end))
         };
-        let cpu = |end: Arc<dyn Collective>| -> Box<dyn Backend> {
+        let cpu = |end: Arc<HostCollective>| -> Box<dyn Backend> {
             Box::new(CpuBackend::new(Default::default()).collective(end))
         };
         match device {

@@ -2,8 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use lathe_engine::{Request, Sampling};
+use lathe_engine::{Request, Sampling, SamplingError};
 use lathe_model::GenerationDefaults;
+use lathe_program::sampling::validate_bias;
 
 /// Tokens of an answer if neither the caller nor the model says: long enough for an answer, and an
 /// end for models that never stop.
@@ -54,7 +55,6 @@ impl SamplingChoice {
             false => 0.0,
         };
         let none = Sampling::default();
-        let own_bias = defaults.suppress_tokens.iter().map(|token| (*token, f32::NEG_INFINITY));
         Sampling {
             temperature: self.temperature.unwrap_or(fallback),
             top_k: self.top_k.or(defaults.top_k.filter(|_| own)).unwrap_or(none.top_k),
@@ -66,9 +66,28 @@ impl SamplingChoice {
                 .unwrap_or(none.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(none.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(none.frequency_penalty),
-            logit_bias: own_bias.chain(self.logit_bias.iter().copied()).collect(),
             seed: self.seed.unwrap_or_else(clock_seed),
         }
+    }
+
+    /// What is added to logits: the caller's biases, and minus infinity for what the model
+    /// suppresses.
+    pub fn logit_bias(&self, defaults: &GenerationDefaults) -> Vec<(u32, f32)> {
+        let own = defaults.suppress_tokens.iter().map(|token| (*token, f32::NEG_INFINITY));
+        own.chain(self.logit_bias.iter().copied()).collect()
+    }
+
+    /// Checks everything for a model of `vocabulary` tokens.
+    ///
+    /// # Errors
+    /// The first number or token that is out of range.
+    pub fn validate(
+        &self,
+        defaults: &GenerationDefaults,
+        vocabulary: usize,
+    ) -> Result<(), SamplingError> {
+        self.sampling(defaults).validate()?;
+        validate_bias(&self.logit_bias(defaults), vocabulary)
     }
 
     /// Strings that end an answer: the caller's and the model's. A model's end tokens do not count
@@ -89,6 +108,7 @@ impl SamplingChoice {
         Request {
             prompt,
             sampling: self.sampling(defaults),
+            logit_bias: self.logit_bias(defaults),
             max_tokens: Some(self.answer_tokens(defaults)),
             stop_tokens,
             stop_strings: self.stop_strings(defaults),
@@ -133,8 +153,8 @@ mod tests {
     #[test]
     fn what_the_model_suppresses_is_never_chosen() {
         let defaults = GenerationDefaults { suppress_tokens: vec![9], ..Default::default() };
-        let chosen = SamplingChoice::default().sampling(&defaults);
-        assert_eq!(chosen.logit_bias, [(9, f32::NEG_INFINITY)]);
+        let request = SamplingChoice::default().request(vec![1], &defaults);
+        assert_eq!(request.logit_bias, [(9, f32::NEG_INFINITY)]);
     }
 
     #[test]
@@ -149,7 +169,7 @@ mod tests {
         };
         let chosen = choice.sampling(&model());
         assert_eq!((chosen.temperature, chosen.seed), (0.0, 7));
-        assert_eq!(chosen.logit_bias, [(5, -2.5)]);
+        assert_eq!(choice.logit_bias(&model()), [(5, -2.5)]);
     }
 
     #[test]

@@ -2,13 +2,14 @@
 //! a naive model that knows neither pages nor batches.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use lathe_program::{Choice, Sampler, TokenCounts};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::fake::{FakeExecutor, layout, naive_logits};
-use crate::sampler::Scratch;
 use crate::*;
 
 const OPERATIONS: usize = 10_000;
@@ -26,6 +27,7 @@ struct Fuzz {
     windows: Vec<Option<usize>>,
     block_tokens: usize,
     config: EngineConfig,
+    kv_blocks: usize,
     engine: Engine,
     live: BTreeMap<RequestId, Expected>,
     /// Texts that are over: what chats continue.
@@ -42,22 +44,32 @@ impl Fuzz {
         let windows: Vec<_> = (0..random.random_range(1..4)).map(|_| window(&mut random)).collect();
         let block_tokens = random.random_range(1..6);
         let alone = pages_alone(CONTEXT_MAX, block_tokens, &windows);
+        let rows_max = random.random_range(1..24);
         let config = EngineConfig {
-            rows_max: random.random_range(1..24),
             sequences_max: random.random_range(2..9),
             waiting_max: random.random_range(1..9),
-            // Some requests never fit, and not many fit at a time.
-            kv_blocks: random.random_range(alone * 5 / 6 + 1..alone * 2 + 2),
             prefix_cache: random.random_bool(0.8),
             prefix_seed: random.random(),
             kv_cache,
         };
+        // Some requests never fit, and not many fit at a time.
+        let kv_blocks = random.random_range(alone * 5 / 6 + 1..alone * 2 + 2);
         let kv = layout(block_tokens, &windows);
-        let executor =
-            FakeExecutor::new(kv, CONTEXT_MAX, config.rows_max, config.kv_blocks).failing(40);
+        let executor = FakeExecutor::new(kv, CONTEXT_MAX, rows_max, kv_blocks).failing(40);
         let engine = Engine::new(Box::new(executor), config.clone()).unwrap();
         let (live, past, refused) = Default::default();
-        Fuzz { random, windows, block_tokens, config, engine, live, past, refused, failures: 0 }
+        Fuzz {
+            random,
+            windows,
+            block_tokens,
+            config,
+            kv_blocks,
+            engine,
+            live,
+            past,
+            refused,
+            failures: 0,
+        }
     }
 
     fn operate(&mut self) {
@@ -110,7 +122,7 @@ impl Fuzz {
             pages_alone(request.prompt.len() + wanted - 1, self.block_tokens, &self.windows);
         match self.engine.add(request.clone(), None) {
             Ok(id) => {
-                assert!(waiting < self.config.waiting_max && needed <= self.config.kv_blocks);
+                assert!(waiting < self.config.waiting_max && needed <= self.kv_blocks);
                 self.live.insert(id, Expected { request, tokens: Vec::new(), cancelled: false });
             }
             Err(AddError::QueueFull { waiting: found, .. }) => {
@@ -118,7 +130,7 @@ impl Fuzz {
                 self.refused[0] += 1;
             }
             Err(AddError::TooFewBlocks { needed: found, available }) => {
-                assert_eq!((found, available), (needed, self.config.kv_blocks));
+                assert_eq!((found, available), (needed, self.kv_blocks));
                 assert!(needed > available);
                 self.refused[1] += 1;
             }
@@ -165,24 +177,26 @@ impl Fuzz {
     /// The text must be the naive model's, and must end where it should.
     fn compare(&mut self, live: Expected, reason: FinishReason) {
         let Expected { request, tokens, .. } = live;
-        let mut sampler = Sampler::new(request.sampling.clone(), &request.prompt);
+        let mut sampler = Sampler::default();
+        let mut counts = TokenCounts::new(&request.prompt);
         let mut text = request.prompt.clone();
         for &token in &tokens {
             let logits = naive_logits(&text, &self.windows);
-            assert_eq!(
-                sampler.sample(&logits, text.len(), &mut Scratch::default()),
-                Some(token),
-                "after {text:?}"
-            );
-            sampler.record(token);
+            let choice = Choice {
+                counts: Some(Arc::new(counts.clone())),
+                ..Choice::sample(0, request.sampling, text.len() as u64)
+            };
+            let expected = sampler.choose(&choice, &[], &logits);
+            assert_eq!(expected, Some(token), "after {text:?}");
+            counts.record(token);
             text.push(token);
         }
         let stop = tokens.iter().position(|token| request.stop_tokens.contains(token));
         match reason {
             FinishReason::Stop => assert_eq!(stop, Some(tokens.len() - 1)),
             FinishReason::Length => {
-                let full = pages_alone(text.len(), self.block_tokens, &self.windows)
-                    > self.config.kv_blocks;
+                let full =
+                    pages_alone(text.len(), self.block_tokens, &self.windows) > self.kv_blocks;
                 assert!(
                     full || text.len() == CONTEXT_MAX || Some(tokens.len()) == request.max_tokens
                 );

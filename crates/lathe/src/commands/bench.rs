@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Error;
 use lathe_engine::{Engine, EngineConfig};
 use lathe_program::cost::{RoutingLoad, StepShape, count};
-use lathe_program::{ExecutorOptions, KvFormat, Program};
+use lathe_program::{KvFormat, Program};
 use lathe_session::measure::experts::{self, ExpertTap, LayerLoad};
 use lathe_session::measure::roofs::Roofs;
 use lathe_session::measure::shape::{Shape, Sizes};
@@ -110,7 +110,6 @@ struct Growth {
 /// An engine to measure, and what it took to get it.
 struct Prepared {
     engine: Engine,
-    options: ExecutorOptions,
     load_ms: f64,
 }
 
@@ -143,11 +142,11 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         run.growth = Some(Growth::of(&cached.timings[0], &run.timings[0]));
         runs.push(run);
     }
-    let Prepared { engine, options, load_ms } = prepared;
+    let Prepared { engine, load_ms } = prepared;
     let mut executor = engine.into_executor();
     let steps = match arguments.step_tokens.as_slice() {
         [] => Vec::new(),
-        sizes => steps::measure(&mut *executor, &options, arguments.prompt, sizes)?,
+        sizes => steps::measure(&mut *executor, arguments.prompt, sizes)?,
     };
     let measured = Measured {
         device: backend(global.options().device)?.name(),
@@ -274,17 +273,15 @@ fn prepare(
 ) -> Result<Prepared, Error> {
     let start = Instant::now();
     let weights = shape.weights(program)?;
-    let (executor, options) = prepare_program(program, &*weights, &options, need, ranks)?;
+    let executor = prepare_program(program, &*weights, &options, need, ranks)?;
     let config = EngineConfig {
-        rows_max: options.rows_max,
         sequences_max: need.sequences,
-        kv_blocks: options.kv_blocks,
         prefix_cache: false,
         kv_cache,
         ..EngineConfig::default()
     };
     let load_ms = milliseconds(start);
-    Ok(Prepared { engine: Engine::new(executor, config)?, options, load_ms })
+    Ok(Prepared { engine: Engine::new(executor, config)?, load_ms })
 }
 
 fn check(arguments: &BenchArguments) -> Result<(), Error> {

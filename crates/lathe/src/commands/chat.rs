@@ -70,8 +70,10 @@ pub fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     template_of(&opened.model)?;
     let choice = arguments.sampling.choice()?;
-    let sampling = choice.sampling(&opened.model.generation);
-    sampling.validate(opened.model.spec.vocabulary).map_err(bad_input)?;
+    let (own, vocabulary) = (&opened.model.generation, opened.model.spec.vocabulary);
+    choice.validate(own, vocabulary).map_err(bad_input)?;
+    // One seed for the whole conversation.
+    let sampling = choice.sampling(own);
     let (options, ranks) = (global.options(), arguments.parallel.ranks());
     let context = match arguments.context {
         Some(context) => context,
@@ -240,7 +242,7 @@ impl Chat {
 
     fn request(&self, prompt: Vec<u32>, max_tokens: usize) -> Request {
         Request {
-            sampling: self.sampling.clone(),
+            sampling: self.sampling,
             max_tokens: Some(max_tokens),
             ..self.choice.request(prompt, &self.model.generation)
         }

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use anyhow::Error;
-use lathe_engine::eval::{self, Perplexity, Subject, Windows};
+use lathe_engine::eval::{self, Perplexity, Windows};
 use lathe_model::OpenOptions;
 use lathe_session::{Need, Opened, Options, ROWS_MAX, Session, SessionError, encode_text};
 use serde::Serialize;
@@ -75,11 +75,12 @@ pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let mut progress = progress();
     let (perplexity, comparison) = match &mut base {
         None => {
-            let found = eval::perplexity(subject(&mut session), &tokens, windows, &mut progress);
+            let executor = &mut *session.executor;
+            let found = eval::perplexity(executor, &tokens, windows, &mut progress);
             (found.map_err(SessionError::from)?, None)
         }
         Some(base) => {
-            let (model, base) = (subject(&mut session), subject(base));
+            let (model, base) = (&mut *session.executor, &mut *base.executor);
             let found = eval::compare(model, base, &tokens, windows, &mut progress);
             let found = found.map_err(SessionError::from)?;
             let comparison = Comparison {
@@ -108,10 +109,6 @@ fn check_base(base: &Opened, tokens: &[u32], text: &str) -> Result<(), Error> {
         )));
     }
     Ok(())
-}
-
-fn subject(session: &mut Session) -> Subject<'_> {
-    Subject { executor: &mut *session.executor, options: &session.options }
 }
 
 /// Says on stderr how far it is: on a terminal all the time, elsewhere for each tenth.

@@ -168,9 +168,9 @@ fn expert_loads(global: &Global, shape: &Shape, text: &str) -> Result<Vec<LayerL
     let mut tap = ExpertTap::new(&program)
         .ok_or_else(|| bad_input(format!("--experts: {} has no experts", model.name)))?;
     let weights = model.weights(&program).bad_input()?;
-    let (mut executor, options) =
+    let mut executor =
         prepare_program(&program, &weights, &global.options(), need, Ranks::default())?;
-    let feed = Feed::new(&*executor, &options, &tokens, tokens.len());
+    let feed = Feed::new(&*executor, &tokens, tokens.len());
     let mut feed = feed.map_err(SessionError::from)?;
     loop {
         let rows = feed.rows();

@@ -37,7 +37,7 @@ pub fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Error> {
     }
     let need = Need { context: tokens.len(), sequences: 1, rows_max: ROWS_MAX };
     let mut session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
-    let scored = score(&mut *session.executor, &session.options, &tokens, arguments.top_k);
+    let scored = score(&mut *session.executor, &tokens, arguments.top_k);
     let scored = scored.map_err(SessionError::from)?;
     let (ids, logits) = scored.top.iter().copied().unzip();
     if global.json {

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use lathe_engine::score::Feed;
-use lathe_program::{Executor, ExecutorOptions};
+use lathe_program::Executor;
 use serde::Serialize;
 
 use crate::error::SessionError;
@@ -32,14 +32,13 @@ pub struct StepTime {
 /// If the steps do not fit context or cache, or the device fails.
 pub fn measure(
     executor: &mut dyn Executor,
-    options: &ExecutorOptions,
     prompt: usize,
     sizes: &[usize],
 ) -> Result<Vec<StepTime>, SessionError> {
     let vocabulary = executor.program().vocabulary;
     let longest = sizes.iter().copied().max().unwrap_or(1).max(1);
     let tokens: Vec<u32> = (0..prompt + longest).map(|i| (i * 7919 % vocabulary) as u32).collect();
-    let mut feed = Feed::new(executor, options, &tokens, prompt)?;
+    let mut feed = Feed::new(executor, &tokens, prompt)?;
     let mut computed = 0;
     while computed < prompt {
         let rows = feed.rows();
