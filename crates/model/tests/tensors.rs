@@ -229,3 +229,24 @@ fn old_keys_and_scales_of_a_cache_do_not_stand_in_the_way() {
     folder.config["compression_config"] = config;
     assert!(folder.open().notes.iter().any(|note| note.contains("kv_cache_scheme")));
 }
+
+#[test]
+fn experts_stored_transposed_are_the_same() {
+    let mut folder = Folder::of("qwen3-vl-moe");
+    let expected = logits(&folder.open());
+    let stacked = |name: &String| name.contains(".mlp.experts.");
+    let names: Vec<String> = folder.tensors.keys().filter(|name| stacked(name)).cloned().collect();
+    for name in names {
+        let (shape, values) = folder.tensors[&name].clone();
+        let [experts, rows, columns] = shape[..] else { panic!("{name}: {shape:?}") };
+        let at = |expert: usize, row: usize, column: usize| {
+            values[(expert * rows + row) * columns + column]
+        };
+        let places = (0..experts).flat_map(|e| {
+            (0..columns).flat_map(move |column| (0..rows).map(move |row| (e, row, column)))
+        });
+        let transposed = places.map(|(e, row, column)| at(e, row, column)).collect();
+        folder.tensors.insert(name, (vec![experts, columns, rows], transposed));
+    }
+    assert_eq!(logits(&folder.open()), expected);
+}

@@ -6,7 +6,7 @@ use super::rope;
 use crate::config::Config;
 use crate::spec::{
     AttentionSpec, BranchNorms, DecoderSpec, DenseSpec, FfnSpec, GqaSpec, LayerSpec, NormSpec,
-    QkNorm, QkOrder, QkScope, Residual, SpecError,
+    QkNorm, QkOrder, QkScope, Residual, RopeSpec, SpecError,
 };
 
 /// What a family assumes where its `config.json` is silent (transformers' class defaults), and
@@ -42,6 +42,11 @@ pub(super) struct Defaults {
     pub ntk_alpha: bool,
     /// Whether `rope_parameters` may hold one object for each kind of layer.
     pub rope_by_kind: bool,
+    /// Whether positions of pictures have three parts (`mrope_section`). Those of text are equal, so
+    /// that text turns as everywhere.
+    pub rope_sections: bool,
+    /// Whether `rope_parameters` may say that queries grow with their position.
+    pub query_scaling: bool,
 }
 
 /// transformers' `LlamaConfig`.
@@ -62,6 +67,8 @@ pub(super) const LLAMA: Defaults = Defaults {
     epsilon_field: "rms_norm_eps",
     ntk_alpha: false,
     rope_by_kind: false,
+    rope_sections: false,
+    query_scaling: false,
 };
 
 /// A decoder of equal layers: RMS norms before each branch, GQA with full attention over plain
@@ -78,14 +85,14 @@ pub(super) fn with_attention(
 ) -> Result<DecoderSpec, SpecError> {
     let norm = norm(c, defaults)?;
     let positions = context(c, defaults)?;
-    let context_max = match &attention {
-        // Where layers turn in different ways, the file's number counts (vLLM's rule for Gemma 3).
-        _ if defaults.rope_by_kind => positions,
-        AttentionSpec::Gqa(gqa) => {
-            gqa.rope.as_ref().map_or(positions, |it| it.stretched(positions))
-        }
-        AttentionSpec::Mla(mla) => mla.rope.stretched(positions),
+    let rope = match &attention {
+        AttentionSpec::Gqa(gqa) => gqa.rope.as_ref(),
+        AttentionSpec::Mla(mla) => Some(&mla.rope),
     };
+    let context_limit = rope.and_then(RopeSpec::limit);
+    // Where layers turn in different ways, the file's number counts (vLLM's rule for Gemma 3).
+    let stretches = rope.filter(|_| !defaults.rope_by_kind);
+    let context_max = stretches.map_or(positions, |rope| rope.stretched(positions));
     let layer = LayerSpec {
         attention,
         attention_norms: BranchNorms { before: Some(norm), after: None },
@@ -102,6 +109,7 @@ pub(super) fn with_attention(
         vocabulary: need(c, "vocab_size", defaults.vocabulary)?,
         width: c.need("hidden_size")?,
         context_max,
+        context_limit,
         embedding_multiplier: 1.0,
         layers: vec![layer; layer_count(c)?],
         final_norm: norm,

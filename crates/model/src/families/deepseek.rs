@@ -162,6 +162,78 @@ pub(super) fn glm4_moe(c: &Config) -> Result<DecoderSpec, SpecError> {
     Ok(spec)
 }
 
+const GLM4_MOE_LITE: Defaults =
+    Defaults { epsilon: 1e-5, context: 202_752, partial: Some(1.0), ..LLAMA };
+
+/// The attention of DeepSeek-V3 and the router of GLM 4.5.
+pub(super) fn glm4_moe_lite(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let style = match c.flag("rope_interleave")?.unwrap_or(true) {
+        true => RopeStyle::Interleaved,
+        false => RopeStyle::HalfSplit,
+    };
+    let attention = mla(c, &GLM4_MOE_LITE, 768, style)?;
+    let mut spec = base::with_attention(c, &GLM4_MOE_LITE, AttentionSpec::Mla(attention))?;
+    let groups = groups(c, (1, 1), GroupScore::TopTwoSum)?;
+    let router = RouterSpec {
+        experts_per_token: c.size("num_experts_per_tok")?.unwrap_or(4),
+        ..sigmoid_router(c, groups, 1.8)?
+    };
+    let dense = spec.layers.clone();
+    experts(c, &mut spec, router, (1, 1))?;
+    // The class reads this list and not `first_k_dense_replace`, which then says the same.
+    if let Some(kinds) = c.texts("mlp_layer_types")? {
+        let layers = dense.len();
+        if kinds.len() != layers {
+            let (found, expected) = (format!("{} kinds", kinds.len()), format!("{layers} layers"));
+            return Err(SpecError::value("mlp_layer_types", found, expected));
+        }
+        let moe = spec.layers.last().map(|layer| layer.ffn);
+        for ((layer, plain), kind) in spec.layers.iter_mut().zip(&dense).zip(kinds) {
+            layer.ffn = match (kind, moe) {
+                ("dense", _) => plain.ffn,
+                ("sparse", Some(moe @ FfnSpec::Moe(_))) => moe,
+                (other, _) => {
+                    return Err(SpecError::feature(format!("mlp_layer_types `{other}`")));
+                }
+            };
+        }
+    }
+    Ok(spec)
+}
+
+const MINIMAX_M2: Defaults = Defaults {
+    theta: 5e6,
+    context: 196_608,
+    kv_heads: Some(8),
+    head_dim: Some(128),
+    partial: Some(1.0),
+    ..LLAMA
+};
+
+/// Norms of whole rows of queries and keys, and V3's router over all experts.
+pub(super) fn minimax_m2(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = base::decoder(c, &MINIMAX_M2)?;
+    base::qk_norms(&mut spec, QkScope::WholeRow, QkOrder::BeforeRope);
+    let moe = MoeSpec {
+        router: RouterSpec {
+            experts: c.size("num_local_experts")?.or(c.size("num_experts")?).unwrap_or(256),
+            experts_per_token: c.size("num_experts_per_tok")?.unwrap_or(8),
+            score: RouterScore::Sigmoid,
+            normalise: true,
+            scaling: 1.0,
+            groups: None,
+            bias: false,
+            correction: true,
+        },
+        hidden: c.need("intermediate_size")?,
+        activation: base::activation(c, &MINIMAX_M2)?,
+        bias: false,
+        shared: None,
+    };
+    spec.layers.iter_mut().for_each(|layer| layer.ffn = FfnSpec::Moe(moe));
+    Ok(spec)
+}
+
 const DOTS1: Defaults = Defaults { kv_heads: Some(32), ..LLAMA };
 
 /// The router of V3 after attention with norms of each head and windows on late layers.

@@ -3,6 +3,7 @@
 use lathe_program::RouterScore;
 
 use super::base::{self, Defaults, LLAMA};
+use super::rope;
 use crate::config::Config;
 use crate::spec::{DecoderSpec, FfnSpec, MoeSpec, RouterSpec, SpecError};
 
@@ -35,6 +36,68 @@ pub(super) fn ministral(c: &Config) -> Result<DecoderSpec, SpecError> {
     let window = base::nullable(c, "sliding_window", Some(4096))?;
     let sliding = base::sliding_layers(c, spec.layers.len(), |_| window.is_some())?;
     base::set_windows(&mut spec, &sliding, window)?;
+    Ok(spec)
+}
+
+const MINISTRAL3: Defaults = Defaults {
+    theta: 1e6,
+    epsilon: 1e-5,
+    context: 262_144,
+    kv_heads: Some(8),
+    head_dim: Some(128),
+    query_scaling: true,
+    ..LLAMA
+};
+
+/// Queries grow with their position from the original context on; up to there this is a Mistral.
+pub(super) fn ministral3(c: &Config) -> Result<DecoderSpec, SpecError> {
+    // The class has a scaling by default; published files have theirs.
+    if c.get("rope_parameters").or(c.get("rope_scaling")).is_none() {
+        return Err(SpecError::Missing("rope_parameters".to_owned()));
+    }
+    let mut spec = one_window(c, base::decoder(c, &MINISTRAL3)?, None)?;
+    if let Some(original) = rope::query_scaling_starts(c, &MINISTRAL3)? {
+        spec.context_limit = Some(original);
+        if spec.context_max > original {
+            let whole = std::mem::replace(&mut spec.context_max, original);
+            c.note(format!(
+                "a context of {original} of {whole}: llama_4_scaling_beta is not supported beyond"
+            ));
+        }
+    }
+    Ok(spec)
+}
+
+/// The text part of a Mistral that also sees; its other tensors are left alone.
+pub(super) fn mistral3_text_of(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let text = c.object("text_config")?;
+    let text = text.ok_or_else(|| SpecError::Missing("text_config".to_owned()))?;
+    let mut spec = match text.text("model_type")?.unwrap_or("mistral") {
+        "mistral" => mistral(&text)?,
+        "ministral3" => ministral3(&text)?,
+        other => return Err(SpecError::Architecture(other.to_owned())),
+    };
+    // The class ties by default, whatever its text part says.
+    spec.tied_head = c.flag("tie_word_embeddings")?.unwrap_or(true);
+    Ok(spec)
+}
+
+const HELIUM: Defaults = Defaults {
+    theta: 100_000.0,
+    epsilon: 1e-8,
+    context: 4096,
+    kv_heads: Some(20),
+    head_dim: Some(128),
+    ..LLAMA
+};
+
+/// Neighbouring elements turn; the output matrix has no bias.
+pub(super) fn helium(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let mut spec = base::decoder(c, &HELIUM)?;
+    let bias = c.flag("attention_bias")?.unwrap_or(false);
+    base::each_gqa(&mut spec, |_, gqa| gqa.qkv_bias = bias);
+    base::mlp_bias(c, &mut spec)?;
+    base::interleaved(&mut spec);
     Ok(spec)
 }
 

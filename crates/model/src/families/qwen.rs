@@ -29,6 +29,78 @@ fn late_windows(c: &Config, spec: &mut DecoderSpec) -> Result<(), SpecError> {
     base::set_windows(spec, &sliding, window)
 }
 
+const QWEN2_VL: Defaults = Defaults {
+    theta: 1e6,
+    epsilon: 1e-5,
+    context: 32_768,
+    kv_heads: Some(8),
+    rope_sections: true,
+    ..LLAMA
+};
+const QWEN3_VL: Defaults = Defaults {
+    theta: 500_000.0,
+    context: 128_000,
+    kv_heads: Some(32),
+    head_dim: Some(128),
+    rope_sections: true,
+    ..LLAMA
+};
+const QWEN3_VL_MOE: Defaults = Defaults { kv_heads: Some(16), head_dim: None, ..QWEN3_VL };
+
+/// The text part of a model that also sees, in an object of its own or, in older files, beside the
+/// rest.
+fn text_of<'a>(c: &Config<'a>) -> Result<Config<'a>, SpecError> {
+    Ok(c.object("text_config")?.unwrap_or(*c))
+}
+
+/// Whether the head is tied: the whole model's field counts, or the text's in older files.
+fn tie(c: &Config, spec: &mut DecoderSpec) -> Result<(), SpecError> {
+    spec.tied_head |= c.flag("tie_word_embeddings")?.unwrap_or(false);
+    Ok(())
+}
+
+/// The text part of Qwen 2 and 2.5 that see.
+pub(super) fn qwen2_vl(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let text = text_of(c)?;
+    let mut spec = base::decoder(&text, &QWEN2_VL)?;
+    base::each_gqa(&mut spec, |_, gqa| gqa.qkv_bias = true);
+    let window = window(&text)?;
+    let first = text.size("max_window_layers")?.unwrap_or(80);
+    let slides = |layer| window.is_some() && layer >= first;
+    let sliding = base::sliding_layers(&text, spec.layers.len(), slides)?;
+    base::set_windows(&mut spec, &sliding, window)?;
+    tie(c, &mut spec)?;
+    Ok(spec)
+}
+
+/// The text part of Qwen 3 that sees.
+pub(super) fn qwen3_vl(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let text = text_of(c)?;
+    let mut spec = base::decoder(&text, &QWEN3_VL)?;
+    base::attention_bias(&text, &mut spec, false)?;
+    head_norms(&mut spec);
+    tie(c, &mut spec)?;
+    Ok(spec)
+}
+
+/// The text part of Qwen 3 with experts that sees.
+pub(super) fn qwen3_vl_moe(c: &Config) -> Result<DecoderSpec, SpecError> {
+    let text = text_of(c)?;
+    let mut spec = base::decoder(&text, &QWEN3_VL_MOE)?;
+    base::attention_bias(&text, &mut spec, false)?;
+    head_norms(&mut spec);
+    // The class always divides the chosen scores by their sum.
+    text.idle(&["norm_topk_prob"]);
+    experts(&text, &mut spec, &QWEN3_VL_MOE, None)?;
+    for layer in &mut spec.layers {
+        if let FfnSpec::Moe(moe) = &mut layer.ffn {
+            moe.router.normalise = true;
+        }
+    }
+    tie(c, &mut spec)?;
+    Ok(spec)
+}
+
 fn head_norms(spec: &mut DecoderSpec) {
     base::qk_norms(spec, QkScope::PerHead, QkOrder::BeforeRope);
 }

@@ -30,6 +30,24 @@ const KNOWN: [&str; 18] = [
     "finetuned",
 ];
 
+/// How the parts of a picture's positions share the pairs of a head.
+const SECTIONS: [&str; 2] = ["mrope_section", "mrope_interleaved"];
+/// How fast queries grow with the position.
+const QUERY_SCALING: &str = "llama_4_scaling_beta";
+
+/// Positions up to which queries are not scaled by their position, if they are at all
+/// (`1 + beta * ln(1 + floor(position / original))`, Llama 4).
+pub(super) fn query_scaling_starts(
+    c: &Config,
+    defaults: &Defaults,
+) -> Result<Option<usize>, SpecError> {
+    let Some(parameters) = parameters(c, defaults, "full_attention")? else { return Ok(None) };
+    match parameters.own.number(QUERY_SCALING)?.filter(|beta| *beta != 0.0) {
+        Some(_) => parameters.own.need("original_max_position_embeddings").map(Some),
+        None => Ok(None),
+    }
+}
+
 /// The rotary embedding of heads of `head_dim` elements.
 pub(super) fn read(
     c: &Config,
@@ -68,7 +86,12 @@ fn read_from(
             rope.theta *= alpha.powf(dim / (dim - 2.0));
             return Ok(rope);
         }
-        if let Some(key) = parameters.own.given().find(|key| !KNOWN.contains(key)) {
+        let known = |key: &str| {
+            KNOWN.contains(&key)
+                || (defaults.rope_sections && SECTIONS.contains(&key))
+                || (defaults.query_scaling && key == QUERY_SCALING)
+        };
+        if let Some(key) = parameters.own.given().find(|key| !known(key)) {
             return Err(SpecError::feature(format!("rope parameter `{key}`")));
         }
         rope.scaling = read_scaling(c, defaults, &parameters)?;
@@ -174,6 +197,7 @@ fn read_scaling(
     let kind = if defaults.longrope.contains(&kind) { "longrope" } else { kind };
     match kind {
         "default" => Ok(RopeScaling::None),
+        "mrope" if defaults.rope_sections => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: need("factor")? }),
         "dynamic" => Ok(RopeScaling::Dynamic { factor: need("factor")?, original: context }),
         "yarn" => yarn(parameters, context, original),

@@ -2,8 +2,8 @@
 
 use super::{Family, cohere, deepseek, dense, ernie, gemma, gpt_oss, granite, llama, olmo, qwen};
 use crate::names::hugging_face::{
-    C_NAMES, COMMON, ERNIE_MOE, GLM4_NORMS, GPT_OSS, GRANITE_MOE, HEAD_LAYERNORMS, MIXTRAL,
-    POST_NORMS, SANDWICH, SHARED_EXPERT,
+    C_NAMES, COMMON, ERNIE_MOE, GLM4_NORMS, GPT_OSS, GRANITE_MOE, HEAD_LAYERNORMS, MINIMAX_M2,
+    MIXTRAL, POST_NORMS, QWEN3_VL_MOE, SANDWICH, SHARED_EXPERT,
 };
 
 pub(super) static TABLE: &[Family] = &[
@@ -252,5 +252,59 @@ pub(super) static TABLE: &[Family] = &[
         architecture: "Dots1ForCausalLM",
         spec: deepseek::dots1,
         rules: &[COMMON],
+    },
+    Family {
+        model_types: &["ministral3"],
+        architecture: "Ministral3ForCausalLM",
+        spec: llama::ministral3,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["mistral3"],
+        architecture: "Mistral3ForConditionalGeneration",
+        spec: llama::mistral3_text_of,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["helium"],
+        architecture: "HeliumForCausalLM",
+        spec: llama::helium,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["glm4_moe_lite"],
+        architecture: "Glm4MoeLiteForCausalLM",
+        spec: deepseek::glm4_moe_lite,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["minimax_m2"],
+        architecture: "MiniMaxM2ForCausalLM",
+        spec: deepseek::minimax_m2,
+        rules: &[MINIMAX_M2, MIXTRAL, COMMON],
+    },
+    Family {
+        model_types: &["qwen2_vl"],
+        architecture: "Qwen2VLForConditionalGeneration",
+        spec: qwen::qwen2_vl,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["qwen2_5_vl"],
+        architecture: "Qwen2_5_VLForConditionalGeneration",
+        spec: qwen::qwen2_vl,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["qwen3_vl"],
+        architecture: "Qwen3VLForConditionalGeneration",
+        spec: qwen::qwen3_vl,
+        rules: &[COMMON],
+    },
+    Family {
+        model_types: &["qwen3_vl_moe"],
+        architecture: "Qwen3VLMoeForConditionalGeneration",
+        spec: qwen::qwen3_vl_moe,
+        rules: &[QWEN3_VL_MOE, COMMON],
     },
 ];

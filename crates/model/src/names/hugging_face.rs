@@ -1,7 +1,8 @@
 //! Tensor names of Hugging Face checkpoints.
 
 use super::Source::{
-    Alternate, AlternateTransposed, EachExpert, Part, PartOfEachHead, Transposed, Whole,
+    Alternate, AlternateTransposed, EachExpert, Part, PartOfEachHead, PartTransposed, Transposed,
+    Whole,
 };
 use super::{Rules, rule};
 
@@ -120,6 +121,22 @@ pub static MIXTRAL: Rules = &[
     ),
 ];
 
+/// Experts of Qwen 3 that sees, each as it is or, as published, transposed: the shape says which.
+pub static QWEN3_VL_MOE: Rules = &[
+    rule("ffn.experts.gate", &[Part(STACKED, EXPERTS), PartTransposed(STACKED, EXPERTS)]),
+    rule("ffn.experts.up", &[Part(STACKED, EXPERTS), PartTransposed(STACKED, EXPERTS)]),
+    rule(
+        "ffn.experts.down",
+        &[Whole("mlp.experts.down_proj"), Transposed("mlp.experts.down_proj")],
+    ),
+];
+
+/// The correction of MiniMax M2's router.
+pub static MINIMAX_M2: Rules = &[rule(
+    "ffn.router_correction",
+    &[Whole("block_sparse_moe.e_score_correction_bias"), Whole("mlp.e_score_correction_bias")],
+)];
+
 /// One shared expert with a gate (Qwen 2 with experts).
 pub static SHARED_EXPERT: Rules = &[
     rule("ffn.shared.gate", &[Whole("mlp.shared_expert.gate_proj.weight")]),
@@ -195,4 +212,6 @@ pub static ALL: &[Rules] = &[
     HEAD_LAYERNORMS,
     C_NAMES,
     ERNIE_MOE,
+    MINIMAX_M2,
+    QWEN3_VL_MOE,
 ];

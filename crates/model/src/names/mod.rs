@@ -24,6 +24,9 @@ pub enum Source {
     /// `[experts, in, 2 * out]`: each expert is transposed and its columns are two parts that
     /// take turns.
     AlternateTransposed(&'static str, &'static [&'static str]),
+    /// `[experts, in, sum of out]`: each expert is transposed and its columns are parts side by
+    /// side.
+    PartTransposed(&'static str, &'static [&'static str]),
     /// One tensor an expert; `{}` is the expert's number.
     EachExpert(&'static str),
     /// Query or key rows in the order that GGUF's converter gives Llama: the two halves of a
@@ -44,13 +47,15 @@ impl Source {
             | Source::Alternate(name, _)
             | Source::Transposed(name)
             | Source::AlternateTransposed(name, _)
+            | Source::PartTransposed(name, _)
             | Source::Unpermuted(name)
             | Source::TransposedHeads(name) => Some(name),
         }
     }
 }
 
-/// Where one weight may be: the first source whose tensors are in the file is taken.
+/// Where one weight may be: the first source whose tensors are in the file, in the shape that the
+/// source says, is taken.
 #[derive(Debug, Clone, Copy)]
 pub struct Rule {
     /// The canonical name, without `layers.N.`.

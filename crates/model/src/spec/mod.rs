@@ -309,6 +309,9 @@ pub struct DecoderSpec {
     pub width: usize,
     /// Positions that the model was made for.
     pub context_max: usize,
+    /// Positions beyond which attention would have to change in a way that is not implemented, if
+    /// there are some; at least `context_max`.
+    pub context_limit: Option<usize>,
     /// Multiplies the embedding (Gemma, Granite); 1 otherwise.
     pub embedding_multiplier: f32,
     /// The layers, in order.
@@ -354,28 +357,14 @@ impl DecoderSpec {
     /// # Errors
     /// If a rotary embedding has no meaning so far out, or the number is out of range.
     pub fn set_context(&mut self, context: usize) -> Result<Option<String>, SpecError> {
-        if let Some(limit) = self.context_limit().filter(|limit| context > *limit) {
-            let expected = format!("at most {limit}: rope type `dynamic` is not supported beyond");
+        if let Some(limit) = self.context_limit.filter(|limit| context > *limit) {
+            let expected = format!("at most {limit}, where rotation or attention would change");
             return Err(SpecError::value("context", context, expected));
         }
         let before = std::mem::replace(&mut self.context_max, context);
         self.validate()?;
         let note = || format!("a context of {context}, where the model's own is {before}");
         Ok((before != context).then(note))
-    }
-
-    /// Positions beyond which the tables of some layer would have to change with each token
-    /// (dynamic NTK).
-    fn context_limit(&self) -> Option<usize> {
-        let limits = self.layers.iter().filter_map(|layer| match &layer.attention {
-            AttentionSpec::Gqa(gqa) => gqa.rope.as_ref(),
-            AttentionSpec::Mla(mla) => Some(&mla.rope),
-        });
-        let limit = |rope: &RopeSpec| match rope.scaling {
-            RopeScaling::Dynamic { original, .. } => Some(original),
-            _ => None,
-        };
-        limits.filter_map(limit).min()
     }
 }
 

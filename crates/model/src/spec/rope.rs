@@ -102,6 +102,15 @@ impl RopeSpec {
         }
     }
 
+    /// Positions beyond which the table would have to change with each token, if it would (dynamic
+    /// NTK).
+    pub fn limit(&self) -> Option<usize> {
+        match self.scaling {
+            RopeScaling::Dynamic { original, .. } => Some(original),
+            _ => None,
+        }
+    }
+
     /// Positions beyond which the table depends on the context's length, if it does: dynamic NTK
     /// and LongRoPE have one table up to here and another for longer contexts.
     pub fn switches_at(&self) -> Option<usize> {

@@ -21,8 +21,9 @@ pub(super) enum Layout {
         run: usize,
         step: usize,
     },
-    /// Transpose each matrix and take every `step`th row of the result, from `first` on.
-    Transposed { first: usize, step: usize },
+    /// Transpose each matrix of `columns` columns and take every `step`th row of the result, from
+    /// `first` on.
+    Transposed { columns: usize, first: usize, step: usize },
     /// Undo the order of query and key rows of GGUF's Llama; `head` rows belong together.
     Unpermuted {
         /// Rows are elements of a vector.
@@ -82,13 +83,14 @@ pub(super) fn arrange(
             let rows: Vec<usize> = (0..tensor.rows()).map(place).collect();
             fit(gather(&tensor, &rows)?, shape)
         }
-        Layout::Transposed { first, step } => {
-            let [matrices, out, inner] = [shape[0], shape[1], shape[2]];
-            fit(transpose(&tensor, [matrices, inner, out * step], *first, *step)?, shape)
+        Layout::Transposed { columns, first, step } => {
+            let [matrices, inner] = [shape[0], shape[2]];
+            let whole = transpose(&tensor, [matrices, inner, *columns], (shape[1], *first, *step))?;
+            fit(whole, shape)
         }
         Layout::TransposedHeads { heads } => {
             let out = shape[0] / heads;
-            fit(transpose(&tensor, [*heads, shape[1], out], 0, 1)?, shape)
+            fit(transpose(&tensor, [*heads, shape[1], out], (out, 0, 1))?, shape)
         }
     }
 }
@@ -193,19 +195,17 @@ fn join(parts: &[Tensor], shape: Vec<usize>, global: GlobalScale) -> Result<Tens
     Tensor::new_scaled(shape, parts[0].format, codes, scales, zeros, global)
 }
 
-/// Rows `first`, `first + step`, .. of the transposes of `matrices` matrices `[inner, columns]`.
+/// `out` rows `first`, `first + step`, .. of the transposes of `matrices` matrices `[inner, columns]`.
 fn transpose(
     tensor: &Tensor,
     [matrices, inner, columns]: [usize; 3],
-    first: usize,
-    step: usize,
+    (out, first, step): (usize, usize, usize),
 ) -> Result<Tensor, TensorError> {
     let tensor = match tensor.format {
         Format::Float(_) => tensor.clone(),
         _ => plain(tensor),
     };
     let element = tensor.format.row_bytes(1)?;
-    let out = columns / step;
     let mut bytes = vec![0; matrices * out * inner * element];
     for matrix in 0..matrices {
         let from = &tensor.codes[matrix * inner * columns * element..];

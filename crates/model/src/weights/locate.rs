@@ -33,7 +33,9 @@ impl Located {
     /// The place of the weight's rows in `*_blocks`, if it could lie there.
     pub fn in_blocks(&self) -> Option<Interleaved> {
         match self.layout {
-            Layout::Transposed { first, step } if self.blocks => Some(Interleaved { first, step }),
+            Layout::Transposed { first, step, .. } if self.blocks => {
+                Some(Interleaved { first, step })
+            }
             _ => None,
         }
     }
@@ -51,6 +53,16 @@ impl Located {
 const ROOTS: [&str; 4] = ["model.", "language_model.model.", "model.language_model.", ""];
 /// Names of the head, which does not lie under the prefix.
 const HEADS: [&str; 3] = ["lm_head.weight", "language_model.lm_head.weight", "output.weight"];
+
+/// Prefixes of the parts that see or hear.
+const OTHER_PARTS: [&str; 6] = [
+    "visual.",
+    "vision_tower.",
+    "vision_model.",
+    "multi_modal_projector.",
+    "audio_tower.",
+    "embed_vision.",
+];
 
 /// Tensors of rotary tables within the layers of older GGUF files.
 const GGUF_TABLES: [&str; 2] = ["rope_freqs.weight", "attn_rot_embd.weight"];
@@ -136,10 +148,19 @@ impl<'a> Locator<'a> {
             (_, None) => &decl.name,
         };
         let mut tried = Vec::new();
+        let mut misshapen = None;
         for source in sources_of(self.rules, name) {
             let tensors = self.tensors(source, decl.layer, decl.shape[0]);
             if self.checkpoint.contains(&tensors[0]) {
-                let layout = self.layout(source, name, weight, &tensors)?;
+                let layout = match self.layout(source, name, weight, &tensors) {
+                    Ok(layout) => layout,
+                    // The next source may be the same tensor in another shape.
+                    Err(error @ WeightsError::Shape { .. }) => {
+                        misshapen.get_or_insert(error);
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
                 let blocks = source.name().is_some_and(|plain| {
                     let blocks = format!("{plain}_blocks");
                     let all = sources_of(self.rules, name).iter();
@@ -148,6 +169,9 @@ impl<'a> Locator<'a> {
                 return Ok(Located { tensors, layout, blocks });
             }
             tried.push(tensors[0].clone());
+        }
+        if let Some(error) = misshapen {
+            return Err(error);
         }
         if name == "embedding" && self.spec.tied_head {
             // Some files of tied models hold the head alone.
@@ -231,12 +255,17 @@ impl<'a> Locator<'a> {
             }
             Source::Transposed(_) => {
                 self.check(tensor, &[shape[0], shape[2], shape[1]])?;
-                Ok(Layout::Transposed { first: 0, step: 1 })
+                Ok(Layout::Transposed { columns: shape[1], first: 0, step: 1 })
             }
             Source::AlternateTransposed(_, parts) => {
                 self.check(tensor, &[shape[0], shape[2], shape[1] * parts.len()])?;
                 let first = parts.iter().position(|part| *part == name).unwrap_or(0);
-                Ok(Layout::Transposed { first, step: parts.len() })
+                Ok(Layout::Transposed { columns: shape[1] * parts.len(), first, step: parts.len() })
+            }
+            Source::PartTransposed(_, parts) => {
+                let (first, total) = self.rows_of(parts, name, decl.layer);
+                self.check(tensor, &[shape[0], shape[2], total])?;
+                Ok(Layout::Transposed { columns: total, first, step: 1 })
             }
             Source::Unpermuted(_) => {
                 self.check(tensor, shape)?;
@@ -300,6 +329,9 @@ impl<'a> Locator<'a> {
 
     /// Whether a tensor is one of the decoder's, and not of a part that sees or hears.
     pub fn is_of_the_decoder(&self, name: &str) -> bool {
+        if OTHER_PARTS.iter().any(|part| name.starts_with(part)) {
+            return false;
+        }
         let has_other_parts = !["", "model."].contains(&self.root);
         let prefixes = [self.root, "lm_head.", "language_model."];
         !has_other_parts || prefixes.iter().any(|prefix| name.starts_with(prefix))

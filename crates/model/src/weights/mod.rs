@@ -113,10 +113,13 @@ impl<'a> ModelWeights<'a> {
         let unused = checkpoint
             .names()
             .into_iter()
-            .filter(|name| !used.contains(*name) && !locator.ignorable(name))
+            .filter(|name| {
+                let counts = locator.is_of_the_decoder(name) && !locator.ignorable(name);
+                counts && !used.contains(*name)
+            })
             .map(str::to_owned)
             .collect::<Vec<_>>();
-        for tensor in unused.iter().filter(|name| locator.is_of_the_decoder(name)) {
+        for tensor in &unused {
             if !adds_nothing(checkpoint, tensor)? {
                 return Err(WeightsError::Unused { tensor: tensor.clone() });
             }
@@ -124,8 +127,8 @@ impl<'a> ModelWeights<'a> {
         Ok(ModelWeights { checkpoint, program, adapter, places, unused })
     }
 
-    /// Tensors of the checkpoint that no weight uses, other than those that are known not to
-    /// matter to the computation (rotary tables, layers for multi-token prediction).
+    /// Tensors of the decoder that no weight uses and that add nothing: biases of zeros. Those that
+    /// are known not to matter (rotary tables, layers for multi-token prediction) are left out.
     pub fn unused(&self) -> &[String] {
         &self.unused
     }

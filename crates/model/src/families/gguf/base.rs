@@ -141,6 +141,7 @@ pub(super) fn with_attention(
         vocabulary: embedding.and_then(|shape| shape.first().copied()).ok_or_else(missing)?,
         width: m.need("embedding_length")?,
         context_max: m.need("context_length")?,
+        context_limit: None,
         embedding_multiplier: 1.0,
         layers: vec![layer; layers],
         final_norm: norm,
