@@ -1,13 +1,13 @@
 //! `Engine`: the loop around scheduler, executor and texts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use lathe_program::sampling::validate_bias;
 use lathe_program::{BackendError, Choice, Executor, Report, TokenCounts, TokenLogprobs};
 
 use crate::request::{AddError, Event, FinishReason, Request, RequestId};
-use crate::scheduler::{Plan, PlannedSequence, Scheduler, SchedulerConfig};
+use crate::scheduler::{Plan, Scheduler, SchedulerConfig};
 use crate::text::{TextDecoder, TextOutput};
 
 /// Limits and switches of an engine.
@@ -119,6 +119,10 @@ pub struct Engine {
     outputs: BTreeMap<RequestId, Output>,
     /// Events of [`Engine::cancel`], handed out by the next step.
     pending: Vec<Event>,
+    /// Plans whose steps are submitted and not collected, the oldest first.
+    in_flight: VecDeque<Plan>,
+    /// Plans that may be in flight: two, so that the next step is there when one is done.
+    in_flight_max: usize,
     config: EngineConfig,
     stats: Stats,
 }
@@ -147,8 +151,19 @@ impl Engine {
             kv_cache: config.kv_cache,
         };
         let scheduler = Scheduler::new(scheduling, &executor.program().kv);
-        let (outputs, pending, stats) = Default::default();
-        Ok(Engine { executor, scheduler, outputs, pending, config, stats })
+        // Without a cache the next step begins with the first token again, once all are known.
+        let in_flight_max = if config.kv_cache { limits.steps_in_flight.clamp(1, 2) } else { 1 };
+        let (outputs, pending, in_flight, stats) = Default::default();
+        Ok(Engine {
+            executor,
+            scheduler,
+            outputs,
+            pending,
+            in_flight,
+            in_flight_max,
+            config,
+            stats,
+        })
     }
 
     /// Queues a request. Text deltas need a `decoder`; without one they are empty.
@@ -162,7 +177,9 @@ impl Engine {
         self.stats.requests += 1;
         self.stats.prompt_tokens += request.prompt.len() as u64;
         let expanded = self.executor.expanded_until(request.prompt.len());
-        self.scheduler.add(id, request.prompt.clone(), expanded);
+        // The last token that is generated is never computed.
+        let length_max = request.prompt.len() + tokens_max - 1;
+        self.scheduler.add(id, request.prompt.clone(), expanded, length_max);
         let penalties = request.sampling.has_penalties();
         let bias = &request.logit_bias;
         let output = Output {
@@ -242,48 +259,99 @@ impl Engine {
 
     /// Whether there is nothing to do and nothing to report.
     pub fn is_idle(&self) -> bool {
-        self.outputs.is_empty() && self.pending.is_empty()
+        self.outputs.is_empty() && self.pending.is_empty() && self.in_flight.is_empty()
     }
 
-    /// Schedules rows, runs them, samples and commits: the whole loop. Returns what happened, in
-    /// order of arrival within the step. Without requests it does nothing.
+    /// Schedules rows, submits them, collects the oldest step and commits it: the whole loop. Returns
+    /// what happened, in order of arrival within the step. Without requests it does nothing.
+    ///
+    /// # Errors
+    /// [`EngineError`] if the executor failed. No request has advanced by what was in flight.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
-        let plan = self.scheduler.schedule();
-        let chosen = if plan.sequences.is_empty() { Vec::new() } else { self.run(plan)? };
+        while self.in_flight.len() < self.in_flight_max {
+            let plan = self.scheduler.schedule();
+            if plan.sequences.is_empty() {
+                break;
+            }
+            self.submit(plan)?;
+        }
+        let chosen = self.collect()?;
         let mut events = std::mem::take(&mut self.pending);
         chosen.into_iter().for_each(|chosen| self.report(chosen, &mut events));
         Ok(events)
     }
 
-    /// Runs a plan's step; the tokens that were chosen, in the order of the plan.
-    fn run(&mut self, mut plan: Plan) -> Result<Vec<Chosen>, EngineError> {
-        let choosing = plan.sequences.iter().filter_map(|part| part.choice_row.zip(Some(part)));
-        let choice = |(row, part): (u32, &PlannedSequence)| self.outputs[&part.request].choice(row);
-        plan.step.choices.extend(choosing.map(choice));
-        if let Err(error) = self.executor.submit(&plan.step) {
-            if matches!(error, BackendError::Step(_)) {
-                self.scheduler.refused(plan);
+    /// Hands a plan's step to the executor.
+    fn submit(&mut self, mut plan: Plan) -> Result<(), EngineError> {
+        for part in &plan.sequences {
+            if let Some(row) = part.choice_row {
+                plan.step.choices.push(self.outputs[&part.request].choice(row, part.position));
             }
-            return Err(error.into());
         }
-        let output = self.executor.collect()?;
-        let (found, expected) = (output.tokens.len(), plan.step.choices.len());
-        if found != expected || output.logprobs.len() != expected {
-            return Err(EngineError::Choices { found, expected });
+        match self.executor.submit(&plan.step) {
+            Ok(()) => {
+                // What penalties count is then shared with nobody.
+                plan.step.choices.clear();
+                self.in_flight.push_back(plan);
+                Ok(())
+            }
+            Err(error) => {
+                match error {
+                    BackendError::Step(_) => self.scheduler.refused(plan),
+                    _ => self.scheduler.take_back(plan),
+                }
+                self.drain();
+                Err(error.into())
+            }
         }
-        let made = output.tokens.iter().zip(output.logprobs);
+    }
+
+    /// Takes back all plans in flight, the latest first, and drops what their steps made.
+    fn drain(&mut self) {
+        for _ in 0..self.in_flight.len() {
+            // An error of theirs follows from the one that is being told.
+            drop(self.executor.collect());
+        }
+        while let Some(plan) = self.in_flight.pop_back() {
+            self.scheduler.take_back(plan);
+        }
+    }
+
+    /// Waits for the oldest step; the tokens that it chose, in the order of its plan.
+    fn collect(&mut self) -> Result<Vec<Chosen>, EngineError> {
+        let Some(plan) = self.in_flight.front() else { return Ok(Vec::new()) };
         let choosing = plan.sequences.iter().filter(|part| part.choice_row.is_some());
-        let chosen = |(part, (token, logprobs)): (&PlannedSequence, (&Option<u32>, &Option<_>))| {
-            Chosen { request: part.request, token: *token, logprobs: logprobs.clone() }
-        };
-        let chosen = choosing.zip(made).map(chosen).collect();
-        self.scheduler.commit(&plan);
-        Ok(chosen)
+        let expected = choosing.clone().count();
+        let result = self.executor.collect().map_err(EngineError::from).and_then(|output| {
+            let (found, reported) = (output.tokens.len(), output.logprobs.len());
+            if found != expected || reported != expected {
+                return Err(EngineError::Choices { found: found.min(reported), expected });
+            }
+            let made = output.tokens.iter().zip(output.logprobs);
+            let chosen = choosing.zip(made).map(|(part, (token, logprobs))| Chosen {
+                request: part.request,
+                token: *token,
+                logprobs: logprobs.clone(),
+            });
+            Ok(chosen.collect())
+        });
+        let plan = self.in_flight.pop_front().expect("it is the oldest");
+        if result.is_err() {
+            self.drain();
+            self.scheduler.take_back(plan);
+        } else {
+            self.scheduler.commit(&plan);
+        }
+        result
     }
 
     /// Appends a chosen token to its text and tells what came of it.
     fn report(&mut self, chosen: Chosen, events: &mut Vec<Event>) {
         let Chosen { request, token, logprobs } = chosen;
+        if !self.outputs.contains_key(&request) {
+            // It ended while this token was in flight.
+            return;
+        }
         let Some(token) = token else {
             events.push(self.finish(request, FinishReason::InvalidLogits));
             return;
@@ -300,12 +368,14 @@ impl Engine {
 
     fn finish(&mut self, request: RequestId, reason: FinishReason) -> Event {
         let output = self.outputs.remove(&request).expect("an unfinished request");
-        let sequence = self.scheduler.remove(request).expect("an unfinished request");
+        let sequence = self.scheduler.sequence(request).expect("an unfinished request");
+        let cached_tokens = sequence.cached.unwrap_or(0);
+        self.scheduler.remove(request);
         Event::Finished {
             request,
             reason,
             prompt_tokens: output.request.prompt.len(),
-            cached_tokens: sequence.cached.unwrap_or(0),
+            cached_tokens,
             generated_tokens: output.generated,
         }
     }
@@ -336,7 +406,8 @@ impl Engine {
     }
 
     /// Gives the executor back; requests that still run are lost.
-    pub fn into_executor(self) -> Box<dyn Executor> {
+    pub fn into_executor(mut self) -> Box<dyn Executor> {
+        self.drain();
         self.executor
     }
 
@@ -354,13 +425,13 @@ struct Chosen {
 }
 
 impl Output {
-    /// How the next token is chosen, by the logits of a row.
-    fn choice(&self, row: u32) -> Choice {
-        let Request { prompt, sampling, logprobs, .. } = &self.request;
+    /// How the token at `position` of the text is chosen, by the logits of a row.
+    fn choice(&self, row: u32, position: usize) -> Choice {
+        let Request { sampling, logprobs, .. } = &self.request;
         Choice {
             row,
             sampling: Some(*sampling),
-            counter: (prompt.len() + self.generated) as u64,
+            counter: position as u64,
             counts: self.counts.clone(),
             bias: self.bias.clone(),
             mask: None,

@@ -2,13 +2,14 @@
 //! tables. Each position's entry depends on all entries before it that its windows show, as the
 //! keys of a deep model do, so that a wrong page anywhere changes every later token.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use lathe_program::kv::KvLayerDecl;
 use lathe_program::{
     BackendError, Chooser, Executor, ExecutorLimits, KvFormat, KvGroup, KvLayer, KvLayerShape,
     KvLayout, LatentSpec, Op, Program, SequenceTables, SlotMove, Step, StepOutput, StepSequence,
-    Value, Weight,
+    TokenLogprobs, Value, Weight,
 };
 
 pub const VOCABULARY: usize = 61;
@@ -21,13 +22,22 @@ pub struct FakeExecutor {
     pages: Vec<Vec<u64>>,
     chooser: Chooser,
     logits: Vec<f32>,
-    /// What the step in flight came to.
-    outcome: Option<Result<(), BackendError>>,
+    /// What the steps in flight came to, the oldest first.
+    outcomes: VecDeque<Result<Made, BackendError>>,
+    collected: Made,
     /// A row sees all of its window, or only some of it (for very long texts).
     thorough: bool,
     /// About one step in so many fails half-way; 0 means none.
     failing: u64,
     steps: u64,
+}
+
+/// What a step made.
+#[derive(Default)]
+struct Made {
+    tokens: Vec<Option<u32>>,
+    logprobs: Vec<Option<TokenLogprobs>>,
+    logits: Vec<f32>,
 }
 
 /// A cache of one layer a group, with these windows.
@@ -65,7 +75,8 @@ impl FakeExecutor {
             pages,
             chooser: Chooser::default(),
             logits: Vec::new(),
-            outcome: None,
+            outcomes: VecDeque::new(),
+            collected: Made::default(),
             thorough: true,
             failing: 0,
             steps: 0,
@@ -90,6 +101,12 @@ impl FakeExecutor {
         let (query, layer, out) = (Value(0), KvLayer(0), Value(0));
         let program = Arc::get_mut(&mut self.program).expect("not shared yet");
         program.ops.push(Op::AttendLatent { query, layer, spec, out });
+        self
+    }
+
+    /// Takes this many steps before the first is collected.
+    pub fn steps_in_flight(mut self, steps: usize) -> Self {
+        self.limits.steps_in_flight = steps;
         self
     }
 
@@ -158,7 +175,7 @@ impl FakeExecutor {
 }
 
 impl FakeExecutor {
-    fn run_step(&mut self, step: &Step) -> Result<(), BackendError> {
+    fn run_step(&mut self, step: &Step) -> Result<Made, BackendError> {
         self.logits.clear();
         self.chooser.begin(step);
         self.steps += 1;
@@ -182,7 +199,11 @@ impl FakeExecutor {
             }
         }
         self.chooser.choose(step, VOCABULARY, &mut self.logits);
-        Ok(())
+        Ok(Made {
+            tokens: self.chooser.tokens().to_vec(),
+            logprobs: self.chooser.logprobs().to_vec(),
+            logits: self.logits[..self.chooser.logits_rows() * VOCABULARY].to_vec(),
+        })
     }
 }
 
@@ -200,17 +221,21 @@ impl Executor for FakeExecutor {
     }
 
     fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
-        assert!(self.outcome.is_none(), "one step at a time");
+        assert!(self.outcomes.len() < self.limits.steps_in_flight, "steps in flight");
         self.tables.accept(step, &self.program, &self.limits).unwrap();
         self.check(step);
-        self.outcome = Some(self.run_step(step));
+        let after_a_failure = self.outcomes.iter().any(Result::is_err);
+        let made = self.run_step(step);
+        self.outcomes.push_back(match after_a_failure {
+            true => Err(BackendError::Device("the step before failed".into())),
+            false => made,
+        });
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput<'_>, BackendError> {
-        self.outcome.take().expect("a step in flight")?;
-        let logits = &self.logits[..self.chooser.logits_rows() * VOCABULARY];
-        let (tokens, logprobs) = (self.chooser.tokens(), self.chooser.logprobs());
+        self.collected = self.outcomes.pop_front().expect("a step in flight")?;
+        let Made { tokens, logprobs, logits } = &self.collected;
         Ok(StepOutput { tokens, logprobs, logits, captures: Vec::new() })
     }
 

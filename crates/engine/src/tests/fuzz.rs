@@ -37,7 +37,7 @@ struct Fuzz {
 }
 
 impl Fuzz {
-    fn new(seed: u64, kv_cache: bool) -> Self {
+    fn new(seed: u64, kv_cache: bool, steps_in_flight: usize) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let window =
             |random: &mut ChaCha8Rng| random.random_bool(0.5).then(|| random.random_range(1..14));
@@ -55,7 +55,9 @@ impl Fuzz {
         // Some requests never fit, and not many fit at a time.
         let kv_blocks = random.random_range(alone * 5 / 6 + 1..alone * 2 + 2);
         let kv = layout(block_tokens, &windows);
-        let executor = FakeExecutor::new(kv, CONTEXT_MAX, rows_max, kv_blocks).failing(40);
+        let executor = FakeExecutor::new(kv, CONTEXT_MAX, rows_max, kv_blocks)
+            .failing(40)
+            .steps_in_flight(steps_in_flight);
         let engine = Engine::new(Box::new(executor), config.clone()).unwrap();
         let (live, past, refused) = Default::default();
         Fuzz {
@@ -233,8 +235,8 @@ fn pages_alone(length: usize, block_tokens: usize, windows: &[Option<usize>]) ->
     windows.iter().map(held).sum()
 }
 
-fn fuzz(seed: u64, kv_cache: bool) -> Stats {
-    let mut fuzz = Fuzz::new(seed, kv_cache);
+fn fuzz(seed: u64, kv_cache: bool, steps_in_flight: usize) -> Stats {
+    let mut fuzz = Fuzz::new(seed, kv_cache, steps_in_flight);
     for _ in 0..OPERATIONS {
         fuzz.operate();
     }
@@ -254,17 +256,19 @@ fn fuzz(seed: u64, kv_cache: bool) -> Stats {
 
 #[test]
 fn random_operations_never_change_a_text() {
-    let stats: Vec<Stats> = (0..16).map(|seed| fuzz(seed, true)).collect();
-    // The fuzz is worth something only if it reaches what it is about.
-    let sum = |count: fn(&Stats) -> u64| stats.iter().map(count).sum::<u64>();
-    assert!(sum(|stats| stats.preemptions) > 500);
-    assert!(sum(|stats| stats.prefix_hit_tokens) > 10_000);
-    assert!(sum(|stats| stats.resumed_hit_tokens) > 1_000);
+    for steps_in_flight in [1, 2, 3] {
+        let stats: Vec<Stats> = (0..16).map(|seed| fuzz(seed, true, steps_in_flight)).collect();
+        // The fuzz is worth something only if it reaches what it is about.
+        let sum = |count: fn(&Stats) -> u64| stats.iter().map(count).sum::<u64>();
+        assert!(sum(|stats| stats.preemptions) > 500);
+        assert!(sum(|stats| stats.prefix_hit_tokens) > 10_000);
+        assert!(sum(|stats| stats.resumed_hit_tokens) > 1_000);
+    }
 }
 
 #[test]
 fn random_operations_without_cache() {
     for seed in 100..103 {
-        assert_eq!(fuzz(seed, false).prefix_hit_tokens, 0);
+        assert_eq!(fuzz(seed, false, 2).prefix_hit_tokens, 0);
     }
 }
