@@ -134,3 +134,14 @@ fn any_value_of_any_field_is_survived() {
         }
     }
 }
+
+#[test]
+fn the_page_on_models_lists_every_family() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/models.md");
+    let page = std::fs::read_to_string(page).expect("the page");
+    let runs: Vec<&str> = page.split("## What is missing").next().unwrap_or("").lines().collect();
+    for (model_type, class) in lathe_model::families::names() {
+        let row = format!("| {model_type} | {class} |");
+        assert!(runs.iter().any(|line| line.starts_with(&row)), "no row {row}");
+    }
+}

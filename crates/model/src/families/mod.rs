@@ -91,6 +91,14 @@ impl Family {
     }
 }
 
+/// `model_type` and class of every family of Hugging Face checkpoints.
+pub fn names() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let of_row = |row: &'static Family| {
+        row.model_types.iter().map(|model_type| (*model_type, row.architecture))
+    };
+    rows::TABLE.iter().flat_map(of_row)
+}
+
 impl DecoderSpec {
     /// The spec that a `config.json` describes.
     ///
