@@ -9,9 +9,9 @@ use std::time::Instant;
 use lathe_cpu::machine::measure_bandwidth;
 use lathe_cpu::{CpuBackend, CpuOptions};
 use lathe_program::{
-    Activation, AttendSpec, Backend, BackendError, BlockTable, Executor, ExecutorOptions,
-    KvLayerShape, LinearSpec, Program, ProgramBuilder, Rope, RopeStyle, RopeTable, Step,
-    StepSequence, Value, Weight, WeightRole, WeightSource,
+    Activation, AttendSpec, Backend, BackendError, BlockTable, Choice, Executor, ExecutorOptions,
+    KvLayerShape, LinearSpec, Program, ProgramBuilder, Rope, RopeStyle, RopeTable, SequenceId,
+    Step, StepSequence, TokenSource, Value, Weight, WeightRole, WeightSource, replace_tables,
 };
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 
@@ -168,18 +168,23 @@ fn block(b: &mut ProgramBuilder, shape: &Shape, x: Value, layer: u32, rope: Rope
 
 fn step(cached: usize, rows: usize) -> Step {
     let blocks = (cached + rows).div_ceil(BLOCK_TOKENS) as u32;
+    let table = BlockTable { first: 0, blocks: (0..blocks).collect() };
     Step {
-        tokens: (0..rows as u32).map(|i| (cached as u32 + i) * 7 % 1000).collect(),
+        tokens: (0..rows as u32)
+            .map(|i| TokenSource::Given((cached as u32 + i) * 7 % 1000))
+            .collect(),
         positions: (cached as u32..(cached + rows) as u32).collect(),
         sequences: vec![StepSequence {
+            id: SequenceId(0),
             first_row: 0,
             rows: rows as u32,
             cached: cached as u32,
-            tables: vec![BlockTable { first: 0, blocks: (0..blocks).collect() }],
             expanded: 0,
             ancestors: None,
         }],
-        logits_rows: vec![rows as u32 - 1],
+        tables: replace_tables(SequenceId(0), &[table]),
+        choices: vec![Choice::logits_of(rows as u32 - 1)],
+        inputs: Vec::new(),
     }
 }
 

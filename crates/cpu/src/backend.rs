@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use lathe_program::{
-    Backend, BackendError, Collective, Executor, ExecutorOptions, KvFormat, Op, Program,
-    SingleRank, WeightSource, check_program,
+    Backend, BackendError, Chooser, DeviceMemory, Executor, ExecutorLimits, ExecutorOptions,
+    HostCollective, KvFormat, Missing, Op, Program, SequenceTables, SingleRank, WeightSource,
+    check_program,
 };
 
 use crate::attend::Attention;
@@ -17,7 +18,7 @@ use crate::isa::Isa;
 use crate::lanes::Width;
 use crate::latent::{LatentScratch, LatentStage};
 use crate::linear::Activations;
-use crate::plan::{Buffers, Planner, attend_shape};
+use crate::plan::{Buffers, Planner, attend_shape, unsupported};
 use crate::profile::Profile;
 use crate::ranks::Ranks;
 use crate::stage::Stage;
@@ -34,7 +35,7 @@ pub struct CpuOptions {
 #[derive(Debug, Clone)]
 pub struct CpuBackend {
     options: CpuOptions,
-    collective: Arc<dyn Collective>,
+    collective: Arc<HostCollective>,
 }
 
 impl CpuBackend {
@@ -45,7 +46,7 @@ impl CpuBackend {
 
     /// The same as one rank of several, each with threads of its own; its programs are one rank's
     /// programs.
-    pub fn collective(self, collective: Arc<dyn Collective>) -> Self {
+    pub fn collective(self, collective: Arc<HostCollective>) -> Self {
         Self { collective, ..self }
     }
 }
@@ -53,6 +54,29 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn supports(&self, program: &Program, options: &ExecutorOptions) -> Result<(), Missing> {
+        let format = options.kv_format.unwrap_or(default_format(options.exact));
+        let mut missing = Vec::new();
+        let found = Isa::select(self.options.isa).map(drop);
+        for result in [found, crate::cache::code::check(format, &program.kv)] {
+            match result {
+                Err(BackendError::Unsupported { feature, .. }) => missing.push(feature),
+                Err(error) => missing.push(error.to_string()),
+                Ok(()) => {}
+            }
+        }
+        missing.extend(program.ops.iter().filter_map(unsupported));
+        if missing.is_empty() { Ok(()) } else { Err(Missing(missing)) }
+    }
+
+    fn memory(&self) -> Result<DeviceMemory, BackendError> {
+        DeviceMemory::of_host()
+    }
+
+    fn default_kv_format(&self, _: &Program, exact: bool) -> KvFormat {
+        default_format(exact)
     }
 
     fn prepare(
@@ -84,7 +108,13 @@ impl Backend for CpuBackend {
                 || stages.iter().any(Stage::has_prefill_form),
             stages,
             weight_bytes,
-            rows_max,
+            limits: ExecutorLimits {
+                rows_max,
+                sequences_max: rows_max,
+                kv_blocks: options.kv_blocks,
+                steps_in_flight: 1,
+            },
+            in_flight: None,
             state,
             _buffers: buffers,
         }))
@@ -151,7 +181,8 @@ fn state(
         sequence_of: Vec::with_capacity(rows_max),
         prefill: Vec::with_capacity(rows_max),
         absorbed: Vec::with_capacity(rows_max),
-        pages: Vec::new(),
+        tables: SequenceTables::new(&program.kv, rows_max),
+        chooser: Chooser::default(),
         profile: Profile::from_environment(),
     })
 }

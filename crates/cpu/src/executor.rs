@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lathe_program::{
-    BackendError, Executor, KvFormat, ObservedRouting, Op, Program, RopeTable, Routing, Step,
-    StepError, StepOutput,
+    BackendError, Chooser, Executor, ExecutorLimits, KvFormat, Op, Program, RopeTable,
+    RoutedExperts, Routing, SequenceTables, SlotMove, Step, StepError, StepOutput,
 };
 
 use crate::attend::{AttendJob, Attention, RowForm};
@@ -45,7 +45,9 @@ pub struct CpuExecutor {
     /// Whether products of prompts' rows differ from those of decoding rows.
     pub(crate) prefill_form: bool,
     pub(crate) weight_bytes: usize,
-    pub(crate) rows_max: usize,
+    pub(crate) limits: ExecutorLimits,
+    /// Rows of a step that ran and is not collected, or why it failed.
+    pub(crate) in_flight: Option<Result<usize, BackendError>>,
     pub(crate) state: State,
     /// The stages point into it.
     pub(crate) _buffers: Buffers,
@@ -77,8 +79,10 @@ pub(crate) struct State {
     pub prefill: Vec<bool>,
     /// Stretches of the step's rows whose latent attention is absorbed.
     pub absorbed: Vec<Range<usize>>,
-    /// Page numbers of a step, while it is checked.
-    pub pages: Vec<u32>,
+    /// The sequences' block tables.
+    pub tables: SequenceTables,
+    /// The tokens of rows, and those that are chosen.
+    pub chooser: Chooser,
     pub profile: Profile,
 }
 
@@ -123,32 +127,52 @@ impl Executor for CpuExecutor {
         }
     }
 
-    fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
-        step.validate_with(&self.program, &mut self.state.pages)?;
-        step.check_blocks(self.state.cache.pages())?;
-        if step.rows() > self.rows_max {
-            let (rows, most) = (step.rows(), self.rows_max);
-            return Err(StepError(format!("{rows} rows, this executor was made for {most}")).into());
+    fn limits(&self) -> ExecutorLimits {
+        self.limits
+    }
+
+    /// The step runs to its end; whether it did well is told when it is collected.
+    fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
+        if self.in_flight.is_some() {
+            return Err(StepError("a step is in flight already".to_owned()).into());
         }
-        self.state.begin(&self.program, step);
-        for stage in &self.stages {
-            let start = self.state.profile.start();
-            self.state.run(stage, step)?;
-            self.state.profile.stop(stage, step.rows(), start);
-        }
-        self.state.profile.step(step.rows());
-        let logits_width = self.state.logits_width;
-        let captures = self.state.captures.iter().zip(&self.state.capture_widths);
+        self.state.tables.accept(step, &self.program, &self.limits)?;
+        self.in_flight = Some(self.run_stages(step).map(|()| step.rows()));
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput<'_>, BackendError> {
+        let in_flight = self.in_flight.take();
+        let rows = in_flight.ok_or_else(|| StepError("no step is in flight".to_owned()))??;
+        let State { chooser, logits, logits_width, captures, capture_widths, .. } = &self.state;
+        let captures = captures.iter().zip(capture_widths);
         Ok(StepOutput {
-            logits: &self.state.logits[..step.logits_rows.len() * logits_width],
-            captures: captures.map(|(all, width)| &all[..step.rows() * width]).collect(),
+            tokens: chooser.tokens(),
+            logprobs: chooser.logprobs(),
+            logits: &logits[..chooser.logits_rows() * logits_width],
+            captures: captures.map(|(all, width)| &all[..rows * width]).collect(),
         })
     }
 
-    fn routing(&self, routing: Routing) -> Option<ObservedRouting<'_>> {
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<(), BackendError> {
+        let State { tables, cache, .. } = &mut self.state;
+        tables.check_moves(moves, &self.program.kv)?;
+        let tokens = cache.block_tokens();
+        for SlotMove { sequence, from, to } in moves {
+            for group in 0..self.program.kv.groups.len() {
+                let table = tables.table(*sequence, group);
+                let (from, to) =
+                    (table.locate(*from as usize, tokens), table.locate(*to as usize, tokens));
+                cache.copy_slot(group, from, to);
+            }
+        }
+        Ok(())
+    }
+
+    fn routing(&self, routing: Routing) -> Option<RoutedExperts<'_>> {
         let choice = self.state.choices.get(routing.0 as usize)?;
         let pairs = self.state.sequence_of.len() * choice.per_row;
-        (pairs > 0).then(|| ObservedRouting {
+        (pairs > 0).then(|| RoutedExperts {
             experts: &choice.experts[..pairs],
             weights: &choice.weights[..pairs],
             experts_per_token: choice.per_row,
@@ -164,9 +188,27 @@ impl Executor for CpuExecutor {
     }
 }
 
+impl CpuExecutor {
+    /// Runs an accepted step: its stages, then its choices.
+    fn run_stages(&mut self, step: &Step) -> Result<(), BackendError> {
+        let Self { program, stages, state, .. } = self;
+        state.begin(program, step);
+        for stage in stages.iter() {
+            let start = state.profile.start();
+            state.run(stage, step)?;
+            state.profile.stop(stage, step.rows(), start);
+        }
+        state.profile.step(step.rows());
+        let State { chooser, logits, logits_width, .. } = state;
+        chooser.choose(step, *logits_width, logits);
+        Ok(())
+    }
+}
+
 impl State {
     /// What a step's stages share: the sequence of each row, angles, room for logits.
     fn begin(&mut self, program: &Program, step: &Step) {
+        self.chooser.begin(step);
         self.sequence_of.clear();
         for (index, sequence) in step.sequences.iter().enumerate() {
             let rows = self.sequence_of.len() + sequence.rows as usize;
@@ -203,7 +245,7 @@ impl State {
                 }
             });
         }
-        let logits = step.logits_rows.len() * self.logits_width;
+        let logits = step.choices.len() * self.logits_width;
         if self.logits.len() < logits {
             self.logits.resize(logits, 0.0);
         }
@@ -224,14 +266,19 @@ impl State {
         match stage {
             Stage::Embed { table, first_token, multiplier, out } => {
                 let (table, first, multiplier, out) = (table, *first_token, *multiplier, *out);
+                let tokens = self.chooser.row_tokens();
                 self.by_rows(count, out.width(), |rows| {
                     for row in rows {
                         // SAFETY: the row is this worker's.
                         let to =
                             unsafe { std::slice::from_raw_parts_mut(out.row(row), out.width()) };
-                        embed(table, step.tokens[row], first, multiplier, to);
+                        embed(table, tokens[row], first, multiplier, to);
                     }
                 });
+            }
+            Stage::Input { input, out } => {
+                // SAFETY: the buffer holds the step's rows; the gang is idle.
+                unsafe { out.slices_mut(count) }.copy_from_slice(&step.inputs[*input].values);
             }
             Stage::Norm(norm) => self.by_rows(count, norm.input.width(), |rows| {
                 run_norm(width, norm, norm.input, norm.out, rows);
@@ -328,10 +375,11 @@ impl State {
     }
 
     fn write(&mut self, layer: usize, first: Rows, second: Rows, step: &Step) {
-        let (cache, sequence_of) = (&self.cache, self.sequence_of.as_slice());
+        let (cache, tables) = (&self.cache, &self.tables);
+        let sequence_of = self.sequence_of.as_slice();
         let layer = cache.layer(layer);
         self.by_rows(step.rows(), 4 * (first.width() + second.width()), |rows| {
-            let write = Write { cache, layer, step, sequence_of, first, second, rows };
+            let write = Write { cache, layer, step, tables, sequence_of, first, second, rows };
             dispatch(self.width, write);
         });
     }
@@ -342,6 +390,7 @@ impl State {
             cache: &self.cache,
             layer: self.cache.layer(stage.layer),
             step,
+            tables: &self.tables,
             query: stage.query,
             sinks: stage.sinks.as_deref(),
             out: stage.out,
@@ -361,6 +410,7 @@ impl State {
             cache: &self.cache,
             layer: self.cache.layer(stage.layer),
             step,
+            tables: &self.tables,
             query,
             sinks: None,
             out,
@@ -409,18 +459,18 @@ impl State {
     }
 
     fn logits(&mut self, stage: &LogitsStage, step: &Step) -> Result<(), BackendError> {
-        let (width, asked) = (self.width, &step.logits_rows);
+        let (width, asked) = (self.width, &step.choices);
         if asked.is_empty() {
             return Ok(());
         }
         let columns = stage.matrix.columns();
-        self.activations.set_forms(asked.iter().map(|&row| self.prefill[row as usize]));
+        self.activations.set_forms(asked.iter().map(|choice| self.prefill[choice.row as usize]));
         self.activations.prepare_with(
             &self.gang,
             stage.operands,
             (asked.len(), columns),
             |i, out| {
-                let row = asked[i] as usize;
+                let row = asked[i].row as usize;
                 match &stage.source {
                     Source::Norm(norm) => {
                         let out = window(out, row);

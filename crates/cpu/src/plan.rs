@@ -20,6 +20,16 @@ use crate::stage::{
 use crate::transform::{Transform, TransformStage};
 use crate::weights::Weights;
 
+/// What keeps the stages from running `op`, if anything does.
+pub fn unsupported(op: &Op) -> Option<String> {
+    let Op::Route { spec, .. } = op else { return None };
+    let many = spec.groups.is_some_and(|groups| groups.groups > ROUTER_GROUPS_MAX);
+    many.then(|| format!("routers with more than {ROUTER_GROUPS_MAX} groups of experts"))
+}
+
+/// Groups of experts that a router may have.
+const ROUTER_GROUPS_MAX: usize = 256;
+
 /// The buffers of a program's values.
 #[derive(Debug)]
 pub struct Buffers {
@@ -221,6 +231,9 @@ impl<'a> Planner<'a> {
                 multiplier: *multiplier,
                 out: self.rows(*out),
             },
+            Op::Input { input, out } => {
+                Stage::Input { input: *input as usize, out: self.rows(*out) }
+            }
             Op::Norm { .. } => Stage::Norm(self.norm(op)),
             Op::Transform { input, transform, out } => Stage::Transform(TransformStage {
                 input: self.rows(*input),
@@ -342,8 +355,7 @@ impl<'a> Planner<'a> {
 
     fn route(&self, op: &Op) -> Result<RouteStage, BackendError> {
         let Op::Route { input, spec, out } = op else { unreachable!("called for routers") };
-        if spec.groups.is_some_and(|g| g.groups > 256) {
-            let feature = "routers with more than 256 groups of experts".to_owned();
+        if let Some(feature) = unsupported(op) {
             return Err(BackendError::Unsupported { backend: "cpu", feature });
         }
         let matrix = self.weights.matrix(spec.weight);

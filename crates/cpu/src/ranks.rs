@@ -6,14 +6,14 @@
 
 use std::sync::Arc;
 
-use lathe_program::{Collective, CollectiveError};
+use lathe_program::{CollectiveError, HostCollective};
 
 use crate::stage::Stage;
 
 /// One rank's end of a group, and its buffers.
 #[derive(Debug)]
 pub struct Ranks {
-    collective: Arc<dyn Collective>,
+    collective: Arc<HostCollective>,
     /// This rank's logits, `[asked, tokens of this rank]`.
     logits: Vec<f32>,
     /// The same at the width of the widest rank.
@@ -24,7 +24,7 @@ pub struct Ranks {
 
 impl Ranks {
     /// Room for what `stages` gather in steps of `rows_max` rows; logits take theirs when asked for.
-    pub fn new(collective: Arc<dyn Collective>, stages: &[Stage], rows_max: usize) -> Self {
+    pub fn new(collective: Arc<HostCollective>, stages: &[Stage], rows_max: usize) -> Self {
         let width = stages.iter().map(|stage| match stage {
             Stage::AllGather { out, .. } => out.width(),
             _ => 0,
@@ -90,7 +90,7 @@ impl Ranks {
 }
 
 fn gather(
-    collective: &dyn Collective,
+    collective: &HostCollective,
     gathered: &mut Vec<f32>,
     part: &[f32],
     width: usize,

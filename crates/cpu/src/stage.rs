@@ -159,6 +159,13 @@ pub enum Stage {
         /// `[rows, width]`.
         out: Rows,
     },
+    /// A value from outside.
+    Input {
+        /// Which of the step's inputs.
+        input: usize,
+        /// `[rows, n]`.
+        out: Rows,
+    },
     /// A norm.
     Norm(NormStage),
     /// A linear group with what precedes and follows it.
@@ -245,7 +252,7 @@ impl Stage {
     }
 
     /// Names of the kinds, by [`Stage::kind`].
-    pub const KINDS: [&str; 18] = [
+    pub const KINDS: [&str; 19] = [
         "embed",
         "norm",
         "linear",
@@ -264,6 +271,7 @@ impl Stage {
         "all_reduce",
         "all_gather",
         "transform",
+        "input",
     ];
 
     /// Which kind of stage it is: an index into [`Stage::KINDS`].
@@ -287,6 +295,7 @@ impl Stage {
             Stage::AllReduce { .. } => 15,
             Stage::AllGather { .. } => 16,
             Stage::Transform(_) => 17,
+            Stage::Input { .. } => 18,
         }
     }
 }

@@ -2,14 +2,14 @@
 
 use lathe_cpu::{CpuBackend, CpuOptions, Isa};
 use lathe_program::KvFormat;
-use lathe_program::conformance::{Report, Settings, Tolerance, batch_invariance, check};
+use lathe_program::conformance::{Settings, Summary, Tolerance, batch_invariance, check};
 use lathe_tensor::{Format, GgmlType};
 
-fn run(settings: &Settings) -> Report {
+fn run(settings: &Settings) -> Summary {
     run_with(None, settings)
 }
 
-fn run_with(isa: Option<Isa>, settings: &Settings) -> Report {
+fn run_with(isa: Option<Isa>, settings: &Settings) -> Summary {
     let backend = CpuBackend::new(CpuOptions { isa });
     let report =
         check(&backend, settings).unwrap_or_else(|failure| panic!("{settings:?}: {failure}"));

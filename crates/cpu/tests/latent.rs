@@ -5,7 +5,10 @@ use std::sync::Arc;
 use lathe_cpu::{CpuBackend, CpuOptions};
 use lathe_program::conformance::SeededWeights;
 use lathe_program::conformance::models::SmallDecoder;
-use lathe_program::{Backend, BlockTable, ExecutorOptions, KvFormat, Program, Step, StepSequence};
+use lathe_program::{
+    Backend, BlockTable, Choice, ExecutorOptions, KvFormat, Program, SequenceId, Step,
+    StepSequence, TokenSource, replace_tables,
+};
 use lathe_tensor::Format;
 
 const TOKENS: usize = 200;
@@ -32,19 +35,23 @@ fn logits(
     let mut all = Vec::new();
     for chunk in [0..130, 130..TOKENS] {
         let rows = chunk.len() as u32;
+        let id = SequenceId(0);
+        let table = BlockTable { first: 0, blocks: (0..blocks as u32).rev().collect() };
         let sequence = StepSequence {
+            id,
             first_row: 0,
             rows,
             cached: chunk.start as u32,
-            tables: vec![BlockTable { first: 0, blocks: (0..blocks as u32).rev().collect() }],
             expanded: expanded as u32,
             ancestors: None,
         };
         let step = Step {
-            tokens: chunk.clone().map(|at| (at * at % 83) as u32).collect(),
+            tokens: chunk.clone().map(|at| TokenSource::Given((at * at % 83) as u32)).collect(),
             positions: chunk.map(|at| at as u32).collect(),
             sequences: vec![sequence],
-            logits_rows: (0..rows).collect(),
+            tables: replace_tables(id, &[table]),
+            choices: (0..rows).map(Choice::logits_of).collect(),
+            inputs: Vec::new(),
         };
         all.extend_from_slice(executor.run(&step).unwrap().logits);
     }

@@ -8,8 +8,8 @@ use lathe_program::conformance::models::{GroupedStyle, SmallAttention, SmallDeco
 use lathe_program::conformance::{Random, Schedule, SeededWeights};
 use lathe_program::shard::{ExpertSplit, RankWeights, ShardOptions, ShardedBackend, shard};
 use lathe_program::{
-    Backend, BackendError, Collective, CollectiveError, Executor, ExecutorOptions, Program, Step,
-    ThreadRank, WeightSource,
+    Backend, BackendError, CollectiveError, Executor, ExecutorOptions, HostCollective, Program,
+    Step, ThreadRank, WeightSource,
 };
 use lathe_tensor::{Format, GgmlType};
 
@@ -20,7 +20,7 @@ fn backend() -> CpuBackend {
     CpuBackend::new(CpuOptions::default())
 }
 
-fn rank(end: Arc<dyn Collective>) -> Box<dyn Backend> {
+fn rank(end: Arc<HostCollective>) -> Box<dyn Backend> {
     Box::new(backend().collective(end))
 }
 
@@ -200,7 +200,7 @@ fn a_program_of_another_rank_is_refused() {
     };
     let alone = prepare(backend(), 0).expect("it is refused").to_string();
     assert!(alone.contains("not that of rank 0 of 1"), "{alone}");
-    let three: Vec<Arc<dyn Collective>> =
+    let three: Vec<Arc<HostCollective>> =
         ThreadRank::group(3, 3).into_iter().map(|end| Arc::new(end) as _).collect();
     let error = prepare(backend().collective(Arc::clone(&three[1])), 1).expect("it is refused");
     assert!(matches!(error, BackendError::Collective(CollectiveError::Program { .. })), "{error}");

@@ -1,26 +1,23 @@
-//! `Engine`: the loop around scheduler, executor, samplers and texts.
+//! `Engine`: the loop around scheduler, executor and texts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
-use lathe_program::{BackendError, Executor};
+use lathe_program::sampling::validate_bias;
+use lathe_program::{BackendError, Choice, Executor, Report, TokenCounts, TokenLogprobs};
 
-use crate::math;
-use crate::request::{AddError, Event, FinishReason, Request, RequestId, TokenLogprobs};
-use crate::sampler::{Sampler, Scratch};
+use crate::request::{AddError, Event, FinishReason, Request, RequestId};
 use crate::scheduler::{Plan, Scheduler, SchedulerConfig};
 use crate::text::{TextDecoder, TextOutput};
 
 /// Limits and switches of an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Rows of a step at most; no more than the executor was prepared for.
-    pub rows_max: usize,
-    /// Sequences that run at a time at most (and never more than `rows_max`).
+    /// Sequences that run at a time at most (and never more than a step has rows, or the executor
+    /// holds).
     pub sequences_max: usize,
     /// Requests that wait at most.
     pub waiting_max: usize,
-    /// Pages of the KV cache; as many as the executor was prepared with.
-    pub kv_blocks: usize,
     /// Keep blocks of finished texts for requests that begin alike.
     pub prefix_cache: bool,
     /// Seed of the prefix hashes. No text depends on it.
@@ -32,10 +29,8 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         EngineConfig {
-            rows_max: 512,
             sequences_max: 64,
             waiting_max: 1024,
-            kv_blocks: 1024,
             prefix_cache: true,
             prefix_seed: 0,
             kv_cache: true,
@@ -46,21 +41,21 @@ impl Default for EngineConfig {
 /// Why the engine could not be made or could not step.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// A configuration that cannot run anything.
+    /// A configuration or an executor that cannot run anything.
     #[error("{name} is 0, expected at least 1")]
     Config {
-        /// Which field of [`EngineConfig`].
+        /// Which field of [`EngineConfig`] or of the executor's limits.
         name: &'static str,
     },
     /// The executor failed. No request has advanced; the step may be tried again.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// The executor returned logits of another shape.
-    #[error("the executor returned {found} logits, expected {expected}")]
-    Logits {
-        /// Numbers returned.
+    /// The executor returned another number of tokens than there were choices.
+    #[error("the executor made {found} choices, expected {expected}")]
+    Choices {
+        /// Choices returned.
         found: usize,
-        /// Rows asked for times vocabulary.
+        /// Choices asked for.
         expected: usize,
     },
 }
@@ -107,7 +102,9 @@ impl Stats {
 
 /// One request's side of the output.
 struct Output {
-    sampler: Sampler,
+    /// What penalties look at, if there are any.
+    counts: Option<Arc<TokenCounts>>,
+    bias: Option<Arc<[(u32, f32)]>>,
     text: TextOutput,
     request: Request,
     /// Tokens to generate at most, the room in context and cache included.
@@ -122,32 +119,51 @@ pub struct Engine {
     outputs: BTreeMap<RequestId, Output>,
     /// Events of [`Engine::cancel`], handed out by the next step.
     pending: Vec<Event>,
-    scratch: Scratch,
+    /// Plans whose steps are submitted and not collected, the oldest first.
+    in_flight: VecDeque<Plan>,
+    /// Plans that may be in flight: two, so that the next step is there when one is done.
+    in_flight_max: usize,
     config: EngineConfig,
     stats: Stats,
 }
 
 impl Engine {
-    /// An engine without requests. `executor` was prepared for `config`'s rows and pages.
+    /// An engine without requests; rows and pages are those of the executor.
+    ///
+    /// # Errors
+    /// [`EngineError::Config`] names a limit that is 0.
     pub fn new(executor: Box<dyn Executor>, config: EngineConfig) -> Result<Engine, EngineError> {
-        let limits = [
-            ("rows_max", config.rows_max),
-            ("sequences_max", config.sequences_max),
-            ("kv_blocks", config.kv_blocks),
+        let limits = executor.limits();
+        let sequences_max = config.sequences_max.min(limits.sequences_max);
+        let needed = [
+            ("rows_max", limits.rows_max),
+            ("sequences_max", sequences_max),
+            ("kv_blocks", limits.kv_blocks),
         ];
-        if let Some(&(name, _)) = limits.iter().find(|(_, value)| *value == 0) {
+        if let Some(&(name, _)) = needed.iter().find(|(_, value)| *value == 0) {
             return Err(EngineError::Config { name });
         }
-        let limits = SchedulerConfig {
-            rows_max: config.rows_max,
-            sequences_max: config.sequences_max,
-            kv_blocks: config.kv_blocks,
+        let scheduling = SchedulerConfig {
+            rows_max: limits.rows_max,
+            sequences_max,
+            kv_blocks: limits.kv_blocks,
             prefix_seed: config.prefix_cache.then_some(config.prefix_seed),
             kv_cache: config.kv_cache,
         };
-        let scheduler = Scheduler::new(limits, &executor.program().kv);
-        let (outputs, pending, scratch, stats) = Default::default();
-        Ok(Engine { executor, scheduler, outputs, pending, scratch, config, stats })
+        let scheduler = Scheduler::new(scheduling, &executor.program().kv);
+        // Without a cache the next step begins with the first token again, once all are known.
+        let in_flight_max = if config.kv_cache { limits.steps_in_flight.clamp(1, 2) } else { 1 };
+        let (outputs, pending, in_flight, stats) = Default::default();
+        Ok(Engine {
+            executor,
+            scheduler,
+            outputs,
+            pending,
+            in_flight,
+            in_flight_max,
+            config,
+            stats,
+        })
     }
 
     /// Queues a request. Text deltas need a `decoder`; without one they are empty.
@@ -161,9 +177,14 @@ impl Engine {
         self.stats.requests += 1;
         self.stats.prompt_tokens += request.prompt.len() as u64;
         let expanded = self.executor.expanded_until(request.prompt.len());
-        self.scheduler.add(id, request.prompt.clone(), expanded);
+        // The last token that is generated is never computed.
+        let length_max = request.prompt.len() + tokens_max - 1;
+        self.scheduler.add(id, request.prompt.clone(), expanded, length_max);
+        let penalties = request.sampling.has_penalties();
+        let bias = &request.logit_bias;
         let output = Output {
-            sampler: Sampler::new(request.sampling.clone(), &request.prompt),
+            counts: penalties.then(|| Arc::new(TokenCounts::new(&request.prompt))),
+            bias: (!bias.is_empty()).then(|| bias.as_slice().into()),
             text: TextOutput::new(decoder, request.stop_strings.clone()),
             request,
             tokens_max,
@@ -196,7 +217,8 @@ impl Engine {
         if tokens >= context_max {
             return Err(AddError::PromptTooLong { tokens, context_max });
         }
-        request.sampling.validate(vocabulary)?;
+        request.sampling.validate()?;
+        validate_bias(&request.logit_bias, vocabulary)?;
         if let Some(index) = request.stop_strings.iter().position(String::is_empty) {
             return Err(AddError::EmptyStopString { index });
         }
@@ -237,49 +259,99 @@ impl Engine {
 
     /// Whether there is nothing to do and nothing to report.
     pub fn is_idle(&self) -> bool {
-        self.outputs.is_empty() && self.pending.is_empty()
+        self.outputs.is_empty() && self.pending.is_empty() && self.in_flight.is_empty()
     }
 
-    /// Schedules rows, runs them, samples and commits: the whole loop. Returns what happened, in
-    /// order of arrival within the step. Without requests it does nothing.
+    /// Schedules rows, submits them, collects the oldest step and commits it: the whole loop. Returns
+    /// what happened, in order of arrival within the step. Without requests it does nothing.
+    ///
+    /// # Errors
+    /// [`EngineError`] if the executor failed. No request has advanced by what was in flight.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
-        let plan = self.scheduler.schedule();
-        let chosen = self.run_and_sample(&plan)?;
-        self.scheduler.commit(&plan);
+        while self.in_flight.len() < self.in_flight_max {
+            let plan = self.scheduler.schedule();
+            if plan.sequences.is_empty() {
+                break;
+            }
+            self.submit(plan)?;
+        }
+        let chosen = self.collect()?;
         let mut events = std::mem::take(&mut self.pending);
         chosen.into_iter().for_each(|chosen| self.report(chosen, &mut events));
         Ok(events)
     }
 
-    /// Runs the step and chooses a token for each sequence that samples.
-    fn run_and_sample(&mut self, plan: &Plan) -> Result<Vec<Chosen>, EngineError> {
-        if plan.sequences.is_empty() {
-            return Ok(Vec::new());
-        }
-        let vocabulary = self.executor.program().vocabulary;
-        let logits = self.executor.run(&plan.step)?.logits;
-        let expected = plan.step.logits_rows.len() * vocabulary;
-        if logits.len() != expected {
-            return Err(EngineError::Logits { found: logits.len(), expected });
-        }
-        let sampling = plan.sequences.iter().filter(|part| part.samples).map(|part| part.request);
-        let choose = |(request, logits): (RequestId, &[f32])| {
-            let output = &self.outputs[&request];
-            let position = output.request.prompt.len() + output.generated;
-            let token = output.sampler.sample(logits, position, &mut self.scratch);
-            let report = output.request.logprobs.zip(token);
-            Chosen {
-                request,
-                token,
-                logprobs: report.map(|(count, token)| logprobs(logits, token, count)),
+    /// Hands a plan's step to the executor.
+    fn submit(&mut self, mut plan: Plan) -> Result<(), EngineError> {
+        for part in &plan.sequences {
+            if let Some(row) = part.choice_row {
+                plan.step.choices.push(self.outputs[&part.request].choice(row, part.position));
             }
-        };
-        Ok(sampling.zip(logits.chunks_exact(vocabulary)).map(choose).collect())
+        }
+        match self.executor.submit(&plan.step) {
+            Ok(()) => {
+                // What penalties count is then shared with nobody.
+                plan.step.choices.clear();
+                self.in_flight.push_back(plan);
+                Ok(())
+            }
+            Err(error) => {
+                match error {
+                    BackendError::Step(_) => self.scheduler.refused(plan),
+                    _ => self.scheduler.take_back(plan),
+                }
+                self.drain();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Takes back all plans in flight, the latest first, and drops what their steps made.
+    fn drain(&mut self) {
+        for _ in 0..self.in_flight.len() {
+            // An error of theirs follows from the one that is being told.
+            drop(self.executor.collect());
+        }
+        while let Some(plan) = self.in_flight.pop_back() {
+            self.scheduler.take_back(plan);
+        }
+    }
+
+    /// Waits for the oldest step; the tokens that it chose, in the order of its plan.
+    fn collect(&mut self) -> Result<Vec<Chosen>, EngineError> {
+        let Some(plan) = self.in_flight.front() else { return Ok(Vec::new()) };
+        let choosing = plan.sequences.iter().filter(|part| part.choice_row.is_some());
+        let expected = choosing.clone().count();
+        let result = self.executor.collect().map_err(EngineError::from).and_then(|output| {
+            let (found, reported) = (output.tokens.len(), output.logprobs.len());
+            if found != expected || reported != expected {
+                return Err(EngineError::Choices { found: found.min(reported), expected });
+            }
+            let made = output.tokens.iter().zip(output.logprobs);
+            let chosen = choosing.zip(made).map(|(part, (token, logprobs))| Chosen {
+                request: part.request,
+                token: *token,
+                logprobs: logprobs.clone(),
+            });
+            Ok(chosen.collect())
+        });
+        let plan = self.in_flight.pop_front().expect("it is the oldest");
+        if result.is_err() {
+            self.drain();
+            self.scheduler.take_back(plan);
+        } else {
+            self.scheduler.commit(&plan);
+        }
+        result
     }
 
     /// Appends a chosen token to its text and tells what came of it.
     fn report(&mut self, chosen: Chosen, events: &mut Vec<Event>) {
         let Chosen { request, token, logprobs } = chosen;
+        if !self.outputs.contains_key(&request) {
+            // It ended while this token was in flight.
+            return;
+        }
         let Some(token) = token else {
             events.push(self.finish(request, FinishReason::InvalidLogits));
             return;
@@ -296,12 +368,14 @@ impl Engine {
 
     fn finish(&mut self, request: RequestId, reason: FinishReason) -> Event {
         let output = self.outputs.remove(&request).expect("an unfinished request");
-        let sequence = self.scheduler.remove(request).expect("an unfinished request");
+        let sequence = self.scheduler.sequence(request).expect("an unfinished request");
+        let cached_tokens = sequence.cached.unwrap_or(0);
+        self.scheduler.remove(request);
         Event::Finished {
             request,
             reason,
             prompt_tokens: output.request.prompt.len(),
-            cached_tokens: sequence.cached.unwrap_or(0),
+            cached_tokens,
             generated_tokens: output.generated,
         }
     }
@@ -332,7 +406,8 @@ impl Engine {
     }
 
     /// Gives the executor back; requests that still run are lost.
-    pub fn into_executor(self) -> Box<dyn Executor> {
+    pub fn into_executor(mut self) -> Box<dyn Executor> {
+        self.drain();
         self.executor
     }
 
@@ -350,10 +425,26 @@ struct Chosen {
 }
 
 impl Output {
+    /// How the token at `position` of the text is chosen, by the logits of a row.
+    fn choice(&self, row: u32, position: usize) -> Choice {
+        let Request { sampling, logprobs, .. } = &self.request;
+        Choice {
+            row,
+            sampling: Some(*sampling),
+            counter: position as u64,
+            counts: self.counts.clone(),
+            bias: self.bias.clone(),
+            mask: None,
+            report: Report { logprobs: logprobs.map(|count| count as u32), logits: false },
+        }
+    }
+
     /// Takes the next token: its text delta, and the reason if the text ends with it.
     fn push(&mut self, token: u32) -> (String, Option<FinishReason>) {
         self.generated += 1;
-        self.sampler.record(token);
+        if let Some(counts) = &mut self.counts {
+            Arc::make_mut(counts).record(token);
+        }
         let stops = !self.request.ignore_stop;
         if stops && self.request.stop_tokens.contains(&token) {
             return (self.text.finish().0, Some(FinishReason::Stop));
@@ -370,13 +461,4 @@ impl Output {
         let reason = if stops && found { FinishReason::Stop } else { FinishReason::Length };
         (text, Some(reason))
     }
-}
-
-fn logprobs(logits: &[f32], token: u32, count: usize) -> TokenLogprobs {
-    let sum = math::log_sum_exp(logits);
-    let logprob = |logit: f32| (f64::from(math::finite(logit)) - sum) as f32;
-    let mut top = Vec::new();
-    math::top(logits, count, &mut top);
-    let top = top.into_iter().map(|(logit, token)| (token, logprob(logit))).collect();
-    TokenLogprobs { logprob: logprob(logits[token as usize]), top }
 }

@@ -3,18 +3,10 @@
 
 use std::ops::Range;
 
-use lathe_program::{Executor, ExecutorOptions};
+use lathe_program::Executor;
+use lathe_program::logits::{argmax, exp_negative, finite, log_sum_exp};
 
-use crate::math::{argmax, exp_negative, finite, log_sum_exp};
 use crate::score::{Feed, ScoreError, logprob};
-
-/// An executor, whose cache evaluation overwrites, and the options that it was prepared with.
-pub struct Subject<'a> {
-    /// Runs the model.
-    pub executor: &'a mut dyn Executor,
-    /// Its rows and pages.
-    pub options: &'a ExecutorOptions,
-}
 
 /// How a long text is cut: each window starts from an empty cache, and its first token is not
 /// scored. Of overlapping windows each scores only tokens that the one before did not.
@@ -96,9 +88,9 @@ pub struct Comparison {
     pub top1_agreement: f64,
 }
 
-/// The perplexity of `tokens`; `progress` hears how many tokens are scored and how many there are.
+/// The perplexity of `tokens`. The executor's cache is overwritten; `progress` hears how many tokens are scored and how many there are.
 pub fn perplexity(
-    subject: Subject<'_>,
+    executor: &mut dyn Executor,
     tokens: &[u32],
     windows: Windows,
     progress: &mut dyn FnMut(usize, usize),
@@ -106,9 +98,9 @@ pub fn perplexity(
     let mut total = Perplexity::default();
     for (window, skipped) in windows.cut(tokens.len())? {
         let text = &tokens[window];
-        let mut feed = Feed::new(subject.executor, subject.options, text, skipped - 1)?;
+        let mut feed = Feed::new(executor, text, skipped - 1)?;
         while feed.rows() > 0 {
-            let (first, logits) = feed.run(subject.executor, feed.rows())?;
+            let (first, logits) = feed.run(executor, feed.rows())?;
             let rows = logits.chunks_exact(feed.vocabulary);
             text[first + 1..].iter().zip(rows).for_each(|(&next, row)| total.take(row, next));
             progress(total.tokens, tokens.len());
@@ -117,16 +109,17 @@ pub fn perplexity(
     Ok(total)
 }
 
-/// Compares a model with a base of the same vocabulary over `tokens`, row by row.
+/// Compares a model with a base of the same vocabulary over `tokens`, row by row. Both executors'
+/// caches are overwritten.
 pub fn compare(
-    model: Subject<'_>,
-    base: Subject<'_>,
+    model: &mut dyn Executor,
+    base: &mut dyn Executor,
     tokens: &[u32],
     windows: Windows,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Comparison, ScoreError> {
-    let vocabulary = base.executor.program().vocabulary;
-    let found = model.executor.program().vocabulary;
+    let vocabulary = base.program().vocabulary;
+    let found = model.program().vocabulary;
     if found != vocabulary {
         return Err(ScoreError::Vocabularies { found, expected: vocabulary });
     }
@@ -134,17 +127,14 @@ pub fn compare(
     let (mut divergences, mut agreements) = (Vec::new(), 0);
     for (window, skipped) in windows.cut(tokens.len())? {
         let text = &tokens[window];
-        let mut feeds = [
-            Feed::new(model.executor, model.options, text, skipped - 1)?,
-            Feed::new(base.executor, base.options, text, skipped - 1)?,
-        ];
+        let mut feeds = [Feed::new(model, text, skipped - 1)?, Feed::new(base, text, skipped - 1)?];
         loop {
             let rows = feeds[0].rows().min(feeds[1].rows());
             if rows == 0 {
                 break;
             }
-            let (first, ours) = feeds[0].run(model.executor, rows)?;
-            let (_, theirs) = feeds[1].run(base.executor, rows)?;
+            let (first, ours) = feeds[0].run(model, rows)?;
+            let (_, theirs) = feeds[1].run(base, rows)?;
             let [ours, theirs] = [ours, theirs].map(|all| all.chunks_exact(vocabulary));
             for ((&next, ours), theirs) in text[first + 1..].iter().zip(ours).zip(theirs) {
                 perplexities[0].take(ours, next);
@@ -188,10 +178,6 @@ mod tests {
     use super::*;
     use crate::tests::fake::{FakeExecutor, layout, naive_logits};
 
-    fn options(rows_max: usize) -> ExecutorOptions {
-        ExecutorOptions { kv_blocks: 40, kv_format: None, rows_max, threads: None, exact: true }
-    }
-
     fn executor(windows: &[Option<usize>], rows_max: usize) -> FakeExecutor {
         FakeExecutor::new(layout(4, windows), 100, rows_max, 40)
     }
@@ -231,10 +217,8 @@ mod tests {
                 }
             }
             for rows_max in [1, 5, 64] {
-                let options = options(rows_max);
                 let mut executor = executor(&[None, Some(6)], rows_max);
-                let subject = Subject { executor: &mut executor, options: &options };
-                let found = perplexity(subject, &tokens, windows, &mut |_, _| ()).unwrap();
+                let found = perplexity(&mut executor, &tokens, windows, &mut |_, _| ()).unwrap();
                 assert_eq!(found, expected);
             }
         }
@@ -245,10 +229,7 @@ mod tests {
         let tokens: Vec<u32> = (0..50).map(|n| n * n % 61).collect();
         let run = |windows: &[Option<usize>], rows: [usize; 2]| {
             let (mut ours, mut theirs) = (executor(windows, rows[0]), executor(&[None], rows[1]));
-            let options = rows.map(options);
-            let ours = Subject { executor: &mut ours, options: &options[0] };
-            let theirs = Subject { executor: &mut theirs, options: &options[1] };
-            compare(ours, theirs, &tokens, Windows::of(30), &mut |_, _| ()).unwrap()
+            compare(&mut ours, &mut theirs, &tokens, Windows::of(30), &mut |_, _| ()).unwrap()
         };
         let same = run(&[None], [7, 16]);
         assert_eq!((same.kl_mean, same.kl_p99, same.top1_agreement), (0.0, 0.0, 1.0));

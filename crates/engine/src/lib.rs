@@ -1,9 +1,8 @@
 //! The engine: requests in, text out.
 //!
 //! [`Engine::step`] is the whole loop: the [`Scheduler`] turns waiting and running sequences into
-//! one [`Step`](lathe_program::Step), an [`Executor`](lathe_program::Executor) runs it, each
-//! sequence's [`Sampler`] draws a token, and the [`TextOutput`] of each request turns tokens into
-//! text deltas. Everything but the executor is deterministic and touches no device:
+//! one [`Step`](lathe_program::Step), an [`Executor`](lathe_program::Executor) runs it and chooses
+//! tokens, and the [`TextOutput`] of each request turns tokens into text deltas. Everything but the executor is deterministic and touches no device:
 //! [`BlockPool`](kv::BlockPool) hands out pages, [`KvCache`](kv::KvCache) keeps each sequence's
 //! block tables and the prefixes that later requests may share.
 //!
@@ -13,9 +12,7 @@
 pub mod engine;
 pub mod eval;
 pub mod kv;
-pub mod math;
 pub mod request;
-pub mod sampler;
 pub mod scheduler;
 pub mod score;
 pub mod text;
@@ -24,9 +21,9 @@ pub mod text;
 mod tests;
 
 pub use engine::{Engine, EngineConfig, EngineError, Stats};
-pub use eval::{Comparison, Perplexity, Subject, Windows, compare, perplexity};
-pub use request::{AddError, Event, FinishReason, Request, RequestId, TokenLogprobs};
-pub use sampler::{Sampler, Sampling, SamplingError};
+pub use eval::{Comparison, Perplexity, Windows, compare, perplexity};
+pub use lathe_program::{Sampling, SamplingError, TokenLogprobs};
+pub use request::{AddError, Event, FinishReason, Request, RequestId};
 pub use scheduler::Scheduler;
 pub use score::{Score, ScoreError, score};
 pub use text::{TextDecoder, TextOutput};

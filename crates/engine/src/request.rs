@@ -1,6 +1,6 @@
 //! What callers give to and get from the engine. Knows nothing of blocks or steps.
 
-use crate::sampler::{Sampling, SamplingError};
+use lathe_program::{Sampling, SamplingError, TokenLogprobs};
 
 /// Names a request; numbers grow in order of arrival, so comparing them compares arrivals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -13,6 +13,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How tokens are chosen; the default is greedy.
     pub sampling: Sampling,
+    /// Added to the logits of these tokens; minus infinity forbids one.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Tokens to generate at most; `None` goes on until the context or the cache is full.
     pub max_tokens: Option<usize>,
     /// Tokens that end the text. The stop token itself is reported, but adds nothing to the text.
@@ -36,16 +38,6 @@ pub enum FinishReason {
     Cancelled,
     /// The model gave no logit that is a number, so that nothing could be chosen.
     InvalidLogits,
-}
-
-/// Log-probabilities of one step, of the model's own distribution: before penalties, bias,
-/// temperature and truncation. Natural logarithms.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TokenLogprobs {
-    /// Of the token that was chosen.
-    pub logprob: f32,
-    /// The most probable tokens, best first; ties by lower id.
-    pub top: Vec<(u32, f32)>,
 }
 
 /// Something that happened to a request.

@@ -18,6 +18,13 @@
 //! alone. Of the running sequences the earliest can preempt all others, so that every step has
 //! at least one row, and every sequence has an end.
 //!
+//! **One step ahead.** A device must not wait for the host: a plan may be made while an earlier one is
+//! in flight. A sequence whose token that one chooses gets its next row all the same, with
+//! [`TokenSource::Chosen`] in the token's place ([`Sequence`] counts such tokens as awaited). What is
+//! in flight is neither preempted nor given back: who needs its blocks waits, and no later arrival
+//! is planned meanwhile. A sequence that turns out to have ended has one row in vain; its blocks go
+//! back when that row's step has been collected.
+//!
 //! **Room for speculation.** A draft tree would be a part with more rows than pending tokens and
 //! `ancestors` in its [`StepSequence`]. Nothing here assumes one row a decode: rows are given by
 //! budget and affordable length, and `computed` moves only in [`Scheduler::commit`]. Accepting
@@ -27,7 +34,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lathe_program::{KvLayout, Step, StepSequence};
+use lathe_program::{KvLayout, Step, StepSequence, TokenSource};
 
 use crate::kv::{KvCache, SequenceBlocks};
 use crate::request::RequestId;
@@ -56,6 +63,16 @@ pub struct Sequence {
     pub computed: usize,
     /// Positions that were in the cache when the sequence first ran.
     pub cached: Option<usize>,
+    /// Positions that are computed or in flight.
+    scheduled: usize,
+    /// Tokens after [`Sequence::tokens`] that steps in flight choose.
+    awaited: usize,
+    /// The choice, in the plan made last, that chooses the last awaited token.
+    choice: u32,
+    /// Plans in flight that have rows of the sequence.
+    in_flight: usize,
+    /// Positions that the sequence computes at most.
+    length_max: usize,
     blocks: SequenceBlocks,
     /// Positions below this one are computed by the expanded form of latent attention.
     expanded: usize,
@@ -67,21 +84,28 @@ pub struct Sequence {
 const EXPANDED: u32 = 1 << 31;
 
 impl Sequence {
-    /// A text of which the first `expanded` rows are expanded.
-    fn new(tokens: Vec<u32>, expanded: usize) -> Self {
+    /// A text of which the first `expanded` rows are expanded, and `length_max` are computed.
+    fn new(tokens: Vec<u32>, expanded: usize, length_max: usize) -> Self {
         let mut keys = tokens.clone();
         keys[..expanded].iter_mut().for_each(|key| *key |= EXPANDED);
-        Sequence { tokens, keys, expanded, ..Sequence::default() }
+        Sequence { tokens, keys, expanded, length_max, ..Sequence::default() }
     }
 
+    /// Tokens that are known or chosen by a step in flight.
+    fn length(&self) -> usize {
+        self.tokens.len() + self.awaited
+    }
+
+    /// Rows that it wants.
     fn pending(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.length().min(self.length_max) - self.scheduled
     }
 
-    /// Gives all blocks back and starts over.
+    /// Gives all blocks back and starts over. Nothing of it is in flight.
     fn rewind(&mut self, cache: &mut KvCache) {
+        debug_assert_eq!((self.in_flight, self.awaited), (0, 0), "nothing is in flight");
         cache.release(&mut self.blocks, &self.keys[..self.computed]);
-        self.computed = 0;
+        (self.computed, self.scheduled) = (0, 0);
     }
 }
 
@@ -92,8 +116,11 @@ pub struct PlannedSequence {
     pub request: RequestId,
     /// Tokens computed.
     pub rows: usize,
-    /// Whether the last row is the last token, whose logits choose the next one.
-    pub samples: bool,
+    /// The step's row of the last token, whose logits choose the next one; `None` if the rows end
+    /// before it.
+    pub choice_row: Option<u32>,
+    /// The place in its text of the token that is chosen.
+    pub position: usize,
 }
 
 /// A step and whose rows it has.
@@ -101,8 +128,10 @@ pub struct PlannedSequence {
 pub struct Plan {
     /// For the executor.
     pub step: Step,
-    /// In the order of the step's sequences; those that sample are in the order of its logits.
+    /// In the order of the step's sequences; those with a choice are in the order of its choices.
     pub sequences: Vec<PlannedSequence>,
+    /// Sequences with a choice so far.
+    choices: u32,
 }
 
 /// Counts since the start.
@@ -130,7 +159,20 @@ pub struct Scheduler {
     sequences: BTreeMap<RequestId, Sequence>,
     waiting: BTreeSet<RequestId>,
     running: BTreeSet<RequestId>,
+    /// Requests that are over, but for rows in flight.
+    ended: BTreeSet<RequestId>,
+    /// Plans that are neither committed nor taken back.
+    in_flight: usize,
     counts: SchedulerCounts,
+}
+
+/// Whether a plan may take more sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// It may.
+    Open,
+    /// A sequence waits for blocks that are in flight: nobody who came later may go first.
+    Closed,
 }
 
 impl Scheduler {
@@ -138,9 +180,10 @@ impl Scheduler {
     pub fn new(config: SchedulerConfig, layout: &KvLayout) -> Self {
         assert!(config.rows_max > 0 && config.sequences_max > 0);
         let prefix_seed = config.prefix_seed.filter(|_| config.kv_cache);
-        let cache = KvCache::new(layout, config.kv_blocks, prefix_seed);
-        let (sequences, waiting, running) = Default::default();
-        Scheduler { config, cache, sequences, waiting, running, counts: SchedulerCounts::default() }
+        let sequences_max = config.sequences_max.min(config.rows_max);
+        let cache = KvCache::new(layout, config.kv_blocks, sequences_max, prefix_seed);
+        let (sequences, waiting, running, ended, counts) = Default::default();
+        Scheduler { config, cache, sequences, waiting, running, ended, in_flight: 0, counts }
     }
 
     /// The cache.
@@ -168,29 +211,50 @@ impl Scheduler {
         self.counts
     }
 
-    /// Queues a sequence, which fits the pool alone at its greatest length; `expanded` is its
-    /// [`StepSequence::expanded`].
-    pub fn add(&mut self, request: RequestId, tokens: Vec<u32>, expanded: usize) {
-        assert!(!tokens.is_empty());
-        let sequence = Sequence::new(tokens, expanded);
+    /// Queues a sequence, which fits the pool alone at `length_max`, the most positions that it will
+    /// compute; `expanded` is its [`StepSequence::expanded`].
+    pub fn add(
+        &mut self,
+        request: RequestId,
+        tokens: Vec<u32>,
+        expanded: usize,
+        length_max: usize,
+    ) {
+        assert!(!tokens.is_empty() && tokens.len() <= length_max);
+        let sequence = Sequence::new(tokens, expanded, length_max);
         assert!(self.sequences.insert(request, sequence).is_none(), "{request:?} exists");
         self.waiting.insert(request);
     }
 
-    /// Ends a sequence, whatever its state; `None` if there is none. Not between
-    /// [`Scheduler::schedule`] and [`Scheduler::commit`].
-    pub fn remove(&mut self, request: RequestId) -> Option<Sequence> {
-        let mut sequence = self.sequences.remove(&request)?;
-        sequence.rewind(&mut self.cache);
-        self.waiting.remove(&request);
-        self.running.remove(&request);
-        Some(sequence)
+    /// Ends a sequence, whatever its state. What it holds goes back when nothing of it is in flight
+    /// any more.
+    ///
+    /// # Panics
+    /// If there is no such sequence, or it has ended.
+    pub fn remove(&mut self, request: RequestId) {
+        let known = self.waiting.remove(&request) || self.running.remove(&request);
+        assert!(known, "{request:?} waits or runs");
+        self.ended.insert(request);
+        let sequence = self.sequences.get_mut(&request).expect("it waits or runs");
+        sequence.awaited = 0;
+        self.bury(request);
     }
 
-    /// Appends the token that a step's logits chose.
+    /// Forgets a sequence that has ended, once nothing of it is in flight.
+    fn bury(&mut self, request: RequestId) {
+        let sequence = self.sequences.get_mut(&request).expect("a sequence that ended");
+        if sequence.in_flight == 0 {
+            sequence.rewind(&mut self.cache);
+            self.sequences.remove(&request);
+            self.ended.remove(&request);
+        }
+    }
+
+    /// Appends the token that a committed plan chose.
     pub fn append(&mut self, request: RequestId, token: u32) {
         let sequence = self.sequences.get_mut(&request).expect("a sequence of the plan");
-        assert_eq!(sequence.pending(), 0, "a token is chosen once all before it are computed");
+        assert!(sequence.computed == sequence.tokens.len(), "all tokens before it are computed");
+        sequence.awaited = sequence.awaited.saturating_sub(1);
         sequence.tokens.push(token);
         sequence.keys.push(token);
         if !self.config.kv_cache {
@@ -198,46 +262,73 @@ impl Scheduler {
         }
     }
 
-    /// Chooses the rows of the next step and gives them blocks. Empty only if there are no
-    /// sequences. A plan that is not committed (the step failed) may be made again.
+    /// Chooses the rows of the next step and gives them blocks. Each plan is committed or taken back,
+    /// in the order in which they were made. Empty only if there are no sequences, or those that
+    /// there are wait for plans in flight.
     pub fn schedule(&mut self) -> Plan {
         let mut plan = Plan::default();
-        let (decoding, filling): (Vec<RequestId>, Vec<RequestId>) =
-            self.running.iter().partition(|request| self.sequences[request].pending() == 1);
+        let wants = |request: &&RequestId| self.sequences[request].pending() > 0;
+        let (decoding, filling): (Vec<RequestId>, Vec<RequestId>) = self
+            .running
+            .iter()
+            .filter(wants)
+            .partition(|request| self.sequences[request].pending() == 1);
+        let mut next = Next::Open;
         for request in decoding.into_iter().chain(filling) {
-            self.advance(request, &mut plan);
+            if next == Next::Open {
+                next = self.advance(request, &mut plan);
+            }
         }
-        self.admit(&mut plan);
-        assert!(!plan.sequences.is_empty() || self.sequences.is_empty(), "a plan without progress");
+        if next == Next::Open {
+            self.admit(&mut plan);
+        }
+        if plan.sequences.is_empty() {
+            let waits = self.sequences.is_empty() || self.in_flight > 0;
+            assert!(waits, "a plan without progress");
+        } else {
+            self.cache.take_changes(&mut plan.step.tables);
+            self.in_flight += 1;
+        }
         plan
     }
 
     /// Gives a running sequence as many rows as budget and blocks allow.
-    fn advance(&mut self, request: RequestId, plan: &mut Plan) {
+    fn advance(&mut self, request: RequestId, plan: &mut Plan) -> Next {
         // It may have been preempted by an earlier one of this step.
         let budget = self.config.rows_max - plan.step.tokens.len();
         if budget == 0 || !self.running.contains(&request) {
-            return;
+            return Next::Open;
         }
-        let computed = self.sequences[&request].computed;
-        while self.cache.length_affordable(&self.sequences[&request].blocks) <= computed {
-            if !self.preempt_after(request, plan) {
-                return;
+        let scheduled = self.sequences[&request].scheduled;
+        while self.cache.length_affordable(&self.sequences[&request].blocks) <= scheduled {
+            if self.preempt_after(request, plan) {
+                continue;
             }
+            return if self.would_free_blocks(request) { Next::Closed } else { Next::Open };
         }
         let sequence = self.sequences.get_mut(&request).expect("running");
-        let affordable = self.cache.length_affordable(&sequence.blocks) - computed;
+        let affordable = self.cache.length_affordable(&sequence.blocks) - scheduled;
         let rows = sequence.pending().min(budget).min(affordable);
-        self.cache.grow(&mut sequence.blocks, computed + rows);
+        self.cache.grow(&mut sequence.blocks, scheduled + rows);
         plan.push(request, sequence, rows);
+        Next::Open
     }
 
-    /// Preempts the latest arrival after `request` that is not part of the plan.
+    /// Whether there will be blocks for `request` once what is in flight has been collected.
+    fn would_free_blocks(&self, request: RequestId) -> bool {
+        let later = self.running.iter().rev().take_while(|&&victim| victim > request);
+        let in_flight = |victim: &RequestId| self.sequences[victim].in_flight > 0;
+        !self.ended.is_empty() || later.copied().any(|victim| in_flight(&victim))
+    }
+
+    /// Preempts the latest arrival after `request` that is neither part of the plan nor in flight.
     fn preempt_after(&mut self, request: RequestId, plan: &Plan) -> bool {
-        let planned =
-            |victim: &RequestId| plan.sequences.iter().any(|part| part.request == *victim);
+        let busy = |victim: &RequestId| {
+            let planned = plan.sequences.iter().any(|part| part.request == *victim);
+            planned || self.sequences[victim].in_flight > 0
+        };
         let victim = self.running.iter().rev().take_while(|&&victim| victim > request);
-        let Some(victim) = victim.copied().find(|victim| !planned(victim)) else { return false };
+        let Some(victim) = victim.copied().find(|victim| !busy(victim)) else { return false };
         let sequence = self.sequences.get_mut(&victim).expect("running");
         sequence.rewind(&mut self.cache);
         self.running.remove(&victim);
@@ -250,48 +341,87 @@ impl Scheduler {
     fn admit(&mut self, plan: &mut Plan) {
         let sequences_max = self.config.sequences_max.min(self.config.rows_max);
         while let Some(&request) = self.waiting.first() {
-            if self.running.len() == sequences_max || plan.step.tokens.len() == self.config.rows_max
-            {
+            let held = self.running.len() + self.ended.len();
+            if held >= sequences_max || plan.step.tokens.len() == self.config.rows_max {
                 return;
             }
             let sequence = self.sequences.get_mut(&request).expect("waiting");
             let hit = self.cache.find(&sequence.keys);
             let needed = self.cache.pages_for(sequence.tokens.len()).saturating_sub(hit.shared);
-            if needed > self.cache.pool().available() && !self.running.is_empty() {
+            let alone = self.running.is_empty() && self.ended.is_empty();
+            if needed > self.cache.pool().available() && !alone {
                 return;
             }
             self.counts.take_hit(sequence, hit.length);
-            sequence.computed = hit.length;
+            (sequence.computed, sequence.scheduled) = (hit.length, hit.length);
             sequence.blocks = self.cache.acquire(hit);
             self.waiting.remove(&request);
             self.running.insert(request);
-            self.advance(request, plan);
+            if self.advance(request, plan) == Next::Closed {
+                return;
+            }
         }
     }
 
-    /// Takes note that the plan's step has run.
-    pub fn commit(&mut self, plan: &Plan) {
-        for part in &plan.sequences {
+    /// Takes back the plan made last, which no executor accepted: its changes of tables are still to
+    /// be told.
+    pub fn refused(&mut self, mut plan: Plan) {
+        self.cache.restore_changes(std::mem::take(&mut plan.step.tables));
+        self.take_back(plan);
+    }
+
+    /// Takes back the plan made last, whose step failed: its rows are computed again.
+    pub fn take_back(&mut self, plan: Plan) {
+        self.in_flight -= 1;
+        for part in plan.sequences {
             let sequence = self.sequences.get_mut(&part.request).expect("a sequence of the plan");
+            sequence.scheduled -= part.rows;
+            sequence.awaited -= usize::from(part.choice_row.is_some() && sequence.awaited > 0);
+            sequence.in_flight -= 1;
+            if self.ended.contains(&part.request) {
+                sequence.awaited = 0;
+                self.bury(part.request);
+            }
+        }
+    }
+
+    /// Takes note that the step of the oldest plan in flight has run. Tokens that it chose for
+    /// sequences that have not ended are appended next.
+    pub fn commit(&mut self, plan: &Plan) {
+        self.in_flight -= 1;
+        for part in &plan.sequences {
+            self.counts.rows += part.rows as u64;
+            let sequence = self.sequences.get_mut(&part.request).expect("a sequence of the plan");
+            sequence.in_flight -= 1;
+            if self.ended.contains(&part.request) {
+                sequence.awaited = 0;
+                self.bury(part.request);
+                continue;
+            }
             sequence.computed += part.rows;
             self.cache.commit(&mut sequence.blocks, &sequence.keys[..sequence.computed]);
-            self.counts.rows += part.rows as u64;
         }
-        self.counts.steps += u64::from(!plan.sequences.is_empty());
+        self.counts.steps += 1;
     }
 
     /// Panics unless pool, tables and queues agree. For tests.
     pub fn validate(&self) {
         self.cache.validate(self.sequences.values().map(|sequence| &sequence.blocks));
-        assert_eq!(self.waiting.len() + self.running.len(), self.sequences.len());
+        let known = self.waiting.len() + self.running.len() + self.ended.len();
+        assert_eq!(known, self.sequences.len());
         assert!(self.running.len() <= self.config.sequences_max);
         for (request, sequence) in &self.sequences {
-            assert_ne!(self.waiting.contains(request), self.running.contains(request));
-            assert!(
-                self.running.contains(request) || sequence.computed == 0,
-                "{request:?} waits with blocks"
-            );
+            let sets = [&self.waiting, &self.running, &self.ended];
+            assert_eq!(sets.iter().filter(|set| set.contains(request)).count(), 1);
+            let waits = self.waiting.contains(request);
+            assert!(!waits || sequence.scheduled == 0, "{request:?} waits with blocks");
             assert!(sequence.computed <= sequence.tokens.len());
+            assert!(sequence.computed <= sequence.scheduled);
+            assert!(sequence.in_flight <= self.in_flight);
+            assert!(!self.ended.contains(request) || sequence.in_flight > 0);
+            if sequence.in_flight == 0 {
+                assert_eq!((sequence.awaited, sequence.scheduled), (0, sequence.computed));
+            }
         }
     }
 }
@@ -309,23 +439,33 @@ impl SchedulerCounts {
 }
 
 impl Plan {
-    fn push(&mut self, request: RequestId, sequence: &Sequence, rows: usize) {
-        let computed = sequence.computed;
-        let end = computed + rows;
-        let samples = end == sequence.tokens.len();
+    fn push(&mut self, request: RequestId, sequence: &mut Sequence, rows: usize) {
+        let first = sequence.scheduled;
+        let end = first + rows;
         self.step.sequences.push(StepSequence {
+            id: sequence.blocks.id(),
             first_row: self.step.tokens.len() as u32,
             rows: rows as u32,
-            cached: computed as u32,
-            tables: sequence.blocks.tables.clone(),
+            cached: first as u32,
             expanded: sequence.expanded as u32,
             ancestors: None,
         });
-        self.step.tokens.extend_from_slice(&sequence.tokens[computed..end]);
-        self.step.positions.extend(computed as u32..end as u32);
-        if samples {
-            self.step.logits_rows.push(self.step.tokens.len() as u32 - 1);
+        // At most the last token is still to be chosen: by the plan made just before.
+        let token = |position: usize| match sequence.tokens.get(position) {
+            Some(token) => TokenSource::Given(*token),
+            None => TokenSource::Chosen(sequence.choice),
+        };
+        self.step.tokens.extend((first..end).map(token));
+        self.step.positions.extend(first as u32..end as u32);
+        let chooses = end == sequence.length();
+        let choice_row = chooses.then(|| self.step.tokens.len() as u32 - 1);
+        sequence.scheduled = end;
+        sequence.in_flight += 1;
+        if chooses {
+            sequence.awaited += 1;
+            sequence.choice = self.choices;
+            self.choices += 1;
         }
-        self.sequences.push(PlannedSequence { request, rows, samples });
+        self.sequences.push(PlannedSequence { request, rows, choice_row, position: end });
     }
 }

@@ -1,9 +1,8 @@
 //! Log-probabilities of given tokens, in chunks, so that memory stays bounded.
 
-use lathe_program::{BackendError, Executor, ExecutorOptions, Step, StepSequence};
+use lathe_program::{BackendError, Choice, Executor, Step, StepSequence, TokenSource, logits};
 
 use crate::kv::{KvCache, SequenceBlocks};
-use crate::math;
 
 /// Logits held at a time at most, as numbers; a step has fewer rows if the vocabulary is large.
 const LOGITS_MAX: usize = 1 << 24;
@@ -84,23 +83,25 @@ impl Score {
     }
 }
 
-/// Scores `tokens` from an empty cache; `options` are those that the executor was prepared with.
-/// The cache's contents are overwritten: not for an executor that an engine owns.
+/// Scores `tokens` from an empty cache. The cache's contents are overwritten: not for an executor
+/// that an engine owns.
+///
+/// # Errors
+/// [`ScoreError`] if the tokens do not fit the model or its cache, or the executor fails.
 pub fn score(
     executor: &mut dyn Executor,
-    options: &ExecutorOptions,
     tokens: &[u32],
     top_k: usize,
 ) -> Result<Score, ScoreError> {
     let mut logprobs = Vec::with_capacity(tokens.len());
     let mut top = Vec::new();
-    let mut feed = Feed::new(executor, options, tokens, 0)?;
+    let mut feed = Feed::new(executor, tokens, 0)?;
     while feed.rows() > 0 {
         let (first, logits) = feed.run(executor, feed.rows())?;
         for (position, row) in (first..).zip(logits.chunks_exact(feed.vocabulary)) {
             match tokens.get(position + 1) {
                 Some(&next) => logprobs.push(logprob(row, next)),
-                None => math::top(row, top_k, &mut top),
+                None => logits::top(row, top_k, &mut top),
             }
         }
     }
@@ -109,7 +110,7 @@ pub fn score(
 
 /// Natural log-probability of `token` under a row of logits.
 pub fn logprob(logits: &[f32], token: u32) -> f64 {
-    f64::from(math::finite(logits[token as usize])) - math::log_sum_exp(logits)
+    f64::from(logits::finite(logits[token as usize])) - logits::log_sum_exp(logits)
 }
 
 /// Feeds one text to an executor chunk by chunk, from an empty cache.
@@ -130,7 +131,6 @@ impl<'a> Feed<'a> {
     /// Checks the tokens; runs nothing yet. Logits are made for the rows from `wanted` on.
     pub fn new(
         executor: &dyn Executor,
-        options: &ExecutorOptions,
         tokens: &'a [u32],
         wanted: usize,
     ) -> Result<Self, ScoreError> {
@@ -143,12 +143,13 @@ impl<'a> Feed<'a> {
             let token = tokens[position];
             return Err(ScoreError::TokenOutOfRange { token, position, vocabulary });
         }
-        let cache = KvCache::new(&program.kv, options.kv_blocks, None);
+        let limits = executor.limits();
+        let cache = KvCache::new(&program.kv, limits.kv_blocks, 1, None);
         let length_max = cache.length_max(program.context_max);
         if tokens.len() > length_max {
             return Err(ScoreError::TooLong { tokens: tokens.len(), length_max });
         }
-        let (rows_max, blocks) = (options.rows_max.max(1), SequenceBlocks::default());
+        let (rows_max, blocks) = (limits.rows_max, SequenceBlocks::default());
         Ok(Feed { tokens, wanted, rows_max, vocabulary, cache, blocks, computed: 0 })
     }
 
@@ -184,22 +185,25 @@ impl<'a> Feed<'a> {
     ) -> Result<(usize, &'e [f32]), ScoreError> {
         let (first, end) = (self.computed, self.computed + rows);
         self.cache.grow(&mut self.blocks, end);
-        let logits_rows = if first < self.wanted { 0 } else { rows as u32 };
-        let step = Step {
-            tokens: self.tokens[first..end].to_vec(),
+        let wanted = if first < self.wanted { 0 } else { rows as u32 };
+        let given = self.tokens[first..end].iter().map(|token| TokenSource::Given(*token));
+        let mut step = Step {
+            tokens: given.collect(),
             positions: (first as u32..end as u32).collect(),
             sequences: vec![StepSequence {
+                id: self.blocks.id(),
                 first_row: 0,
                 rows: rows as u32,
                 cached: first as u32,
-                tables: self.blocks.tables.clone(),
                 expanded: executor.expanded_until(self.tokens.len()) as u32,
                 ancestors: None,
             }],
-            logits_rows: (0..logits_rows).collect(),
+            choices: (0..wanted).map(Choice::logits_of).collect(),
+            ..Step::default()
         };
+        self.cache.take_changes(&mut step.tables);
         let logits = executor.run(&step)?.logits;
-        let expected = logits_rows as usize * self.vocabulary;
+        let expected = wanted as usize * self.vocabulary;
         if logits.len() != expected {
             return Err(ScoreError::Logits { found: logits.len(), expected });
         }

@@ -17,12 +17,17 @@ use rand_chacha::ChaCha8Rng;
 
 type Text = Vec<(u32, TokenLogprobs)>;
 
-fn engine(program: &Arc<Program>, format: KvFormat, config: &EngineConfig) -> Engine {
+fn engine(
+    program: &Arc<Program>,
+    format: KvFormat,
+    (rows_max, kv_blocks): (usize, usize),
+    config: &EngineConfig,
+) -> Engine {
     let weights = SeededWeights { program, format: Format::F32, seed: 5 };
     let options = ExecutorOptions {
-        kv_blocks: config.kv_blocks,
+        kv_blocks,
         kv_format: Some(format),
-        rows_max: config.rows_max,
+        rows_max,
         threads: Some(1),
         exact: true,
     };
@@ -74,15 +79,9 @@ fn requests(random: &mut ChaCha8Rng) -> Vec<Request> {
 fn schedules_agree(decoder: SmallDecoder, format: KvFormat, seed: u64) -> Stats {
     let program = Arc::new(decoder.program());
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let roomy = EngineConfig {
-        rows_max: 64,
-        sequences_max: 1,
-        kv_blocks: 64,
-        prefix_cache: false,
-        ..EngineConfig::default()
-    };
+    let roomy = EngineConfig { sequences_max: 1, prefix_cache: false, ..EngineConfig::default() };
     let requests = requests(&mut random);
-    let mut one_by_one = engine(&program, format, &roomy);
+    let mut one_by_one = engine(&program, format, (64, 64), &roomy);
     let alone = requests.iter().map(|request| {
         one_by_one.add(request.clone(), None).unwrap();
         finish(&mut one_by_one, None).into_values().next().unwrap()
@@ -90,16 +89,16 @@ fn schedules_agree(decoder: SmallDecoder, format: KvFormat, seed: u64) -> Stats 
     let alone: Vec<_> = alone.collect();
     let mut last = Stats::default();
     for round in 0..6 {
+        let rows_max = random.random_range(1..24);
         let config = EngineConfig {
-            rows_max: random.random_range(1..24),
             sequences_max: random.random_range(1..8),
-            // The longest request needs 14 full blocks and 3 of the window.
-            kv_blocks: random.random_range(17..40),
             prefix_cache: round > 0,
             kv_cache: round != 1,
             ..EngineConfig::default()
         };
-        let mut engine = engine(&program, format, &config);
+        // The longest request needs 14 full blocks and 3 of the window.
+        let kv_blocks = random.random_range(17..40);
+        let mut engine = engine(&program, format, (rows_max, kv_blocks), &config);
         // Twice, so that the second time finds what the first one left.
         for repeat in 0..2 {
             for request in &requests {

@@ -4,13 +4,15 @@ use std::convert::Infallible;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use anyhow::Error;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lathe_model::OpenOptions;
 use lathe_model::adapter::AdapterChoice;
 use lathe_program::KvFormat;
+use lathe_quant::technique;
+use lathe_session::{Options, Ranks, SamplingChoice};
 
-use crate::commands::{QuantizeArguments, RankArguments};
-use crate::parallel::ParallelArguments;
+use crate::output::bad_input;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -77,6 +79,16 @@ pub struct Global {
 }
 
 impl Global {
+    /// How a model is to be run.
+    pub fn options(&self) -> Options {
+        Options {
+            device: self.device.into(),
+            exact: self.exact,
+            threads: self.threads,
+            kv_format: self.kv_format,
+        }
+    }
+
     /// How to open MODEL.
     pub fn open_options(&self) -> OpenOptions {
         OpenOptions {
@@ -127,6 +139,17 @@ pub enum Device {
     Cuda,
     /// The best that this machine and build have
     Auto,
+}
+
+impl From<Device> for lathe_session::Device {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Reference => Self::Reference,
+            Device::Cpu => Self::Cpu,
+            Device::Cuda => Self::Cuda,
+            Device::Auto => Self::Auto,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -191,6 +214,74 @@ pub struct SamplingArguments {
     /// Go on when the model says that it is done
     #[arg(long, help_heading = "Sampling")]
     pub ignore_eos: bool,
+}
+
+impl SamplingArguments {
+    /// The same, as the library has it.
+    pub fn choice(&self) -> Result<SamplingChoice, Error> {
+        Ok(SamplingChoice {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.iter().map(|text| bias(text)).collect::<Result<_, _>>()?,
+            seed: self.seed,
+            stop: self.stop.clone(),
+            ignore_eos: self.ignore_eos,
+        })
+    }
+}
+
+/// `ID=NUMBER`.
+fn bias(text: &str) -> Result<(u32, f32), Error> {
+    let parts = text
+        .split_once('=')
+        .and_then(|(token, value)| Some((token.trim().parse().ok()?, value.trim().parse().ok()?)));
+    parts.ok_or_else(|| bad_input(format!("--logit-bias {text}: expected ID=NUMBER")))
+}
+
+/// How a model is divided over ranks, which are threads of this process.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct ParallelArguments {
+    /// Divide the model over N ranks: heads, hidden elements and the vocabulary. On the CPU a rank
+    /// has an equal share of --threads, at least one: with fewer threads than ranks there is one a
+    /// rank, and they take turns on the cores
+    #[arg(long, value_name = "N", default_value = "1", help_heading = "Ranks")]
+    pub tensor_parallel: NonZeroUsize,
+    /// Give each rank some experts whole, not some columns of each; needs --tensor-parallel
+    #[arg(long, help_heading = "Ranks")]
+    pub expert_parallel: bool,
+}
+
+impl ParallelArguments {
+    /// The same, as the library has it.
+    pub fn ranks(&self) -> Ranks {
+        Ranks { count: self.tensor_parallel, by_expert: self.expert_parallel }
+    }
+}
+
+/// The ranks to predict for, and what they are like.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct RankArguments {
+    #[command(flatten)]
+    pub parallel: ParallelArguments,
+    /// What a rank can send, in 10^9 bytes a second: 25 is what PCIe 4.0 x16 brings across
+    #[arg(long, value_name = "X", default_value_t = 25.0, help_heading = "Ranks")]
+    pub link_gb_s: f64,
+    /// What each collective takes however little it carries, in microseconds
+    #[arg(long, value_name = "X", default_value_t = 5.0, help_heading = "Ranks")]
+    pub link_us: f64,
+    /// Memory bandwidth of one rank, in 10^9 bytes a second; an equal part of what this machine
+    /// was measured to have if not given, as ranks on its threads share it
+    #[arg(long, value_name = "X", help_heading = "Ranks")]
+    pub rank_read_gb_s: Option<f64>,
+    /// Arithmetic of one rank, in 10^9 operations a second; likewise
+    #[arg(long, value_name = "X", help_heading = "Ranks")]
+    pub rank_gflop_s: Option<f64>,
 }
 
 #[derive(Debug, Args)]
@@ -378,8 +469,88 @@ pub enum Layout {
     Gguf,
 }
 
+/// Tokens of calibration if the caller does not say.
+const CALIBRATION_TOKENS: usize = 16 * 1024;
+/// Tokens that errors are measured on if the caller does not say.
+pub const EXPLAIN_TOKENS: usize = 512;
+
+#[derive(Debug, Args)]
+#[command(after_help = technique::help())]
+pub struct QuantizeArguments {
+    /// Folder of plain floats, .gguf file, catalogue name or Hub id
+    pub model: String,
+    /// A folder (compressed-tensors; MXFP4 experts as gpt-oss has them), a .gguf file, or with
+    /// --explain a .html file for the report alone; must not exist
+    pub out: PathBuf,
+    /// A TOML file that lists techniques, their parameters and the tensors that they are for
+    #[arg(long, value_name = "FILE", required_unless_present = "format",
+          conflicts_with_all = ["format", "method"])]
+    pub recipe: Option<PathBuf>,
+    /// w4a16, w8a16, fp8, fp8_block, mxfp4, nvfp4, q4_0, q4_k, ... or a format's own name such as
+    /// int4-g64-bf16-asym
+    #[arg(long, value_name = "F")]
+    pub format: Option<String>,
+    /// Techniques joined by +: rtn, clip, gptq, awq, awq+gptq, imatrix, gptq+low-rank
+    #[arg(long, value_name = "M", default_value = "rtn")]
+    pub method: String,
+    /// A text, or a JSON array of token ids, on which inputs of layers are measured
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+    /// Tokens of it to use at most, from its start, in windows of 512
+    #[arg(long, value_name = "N", default_value_t = CALIBRATION_TOKENS, requires = "calibration")]
+    pub calibration_tokens: usize,
+    /// What inputs of quantized matrices are rounded to while the model runs: int4-token,
+    /// int8-token, fp8-token, mxfp8, mxfp4 or nvfp4
+    #[arg(long, value_name = "F", conflicts_with = "recipe")]
+    pub activations: Option<String>,
+    /// Weights that share a scale, in place of the format's own number
+    #[arg(long, value_name = "N")]
+    pub group: Option<u32>,
+    /// Measure where errors come from and what each layer costs, on text of --calibration that is
+    /// not calibrated with: report.html and report.json beside the weights
+    #[arg(long, requires = "calibration")]
+    pub explain: bool,
+    /// Tokens to measure on, after those of the calibration, in windows of 512
+    #[arg(long, value_name = "N", default_value_t = EXPLAIN_TOKENS, requires = "explain")]
+    pub explain_tokens: usize,
+}
+
 #[derive(Debug, Args)]
 pub struct PullArguments {
     /// A catalogue name or Hub id
     pub name: String,
+}
+
+/// The ids of `1,2,3`.
+pub fn parse_ids(text: &str) -> Result<Vec<u32>, Error> {
+    let parts = text.split(',').map(str::trim);
+    let ids: Result<Vec<u32>, Error> = parts
+        .map(|part| {
+            part.parse().map_err(|_| {
+                bad_input(format!("--prompt-ids: {part:?} found, expected token ids as in 1,2,3"))
+            })
+        })
+        .collect();
+    ids
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn biases() {
+        assert_eq!(bias("5=-2.5").expect("a bias"), (5, -2.5));
+        for bad in ["x", "5", "5=", "=1", "a=1"] {
+            assert!(bias(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ids() {
+        assert_eq!(parse_ids("1, 2,3").expect("ids"), [1, 2, 3]);
+        for bad in ["", "1,", "a", "-1", "4294967296", "1.5"] {
+            assert!(parse_ids(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -1,30 +1,17 @@
 //! The `lathe` command: from words to a command, from its outcome to an exit code.
 //!
 //! The way in: [`arguments`] is the command line as data, [`commands`] has one file a command,
-//! [`catalogue`] turns the word MODEL into files, and [`session`] turns files into an engine.
+//! and [`find`] opens what the word MODEL names. All else is the library's, `lathe_session`.
 #![forbid(unsafe_code)]
 
 mod arguments;
-mod catalogue;
 mod commands;
-mod conversation;
-mod experts;
 mod explanation;
-mod generate;
+mod find;
 mod interrupt;
-mod measure;
-mod memory;
 mod output;
-mod parallel;
 mod plot;
 mod progress;
-mod prompt;
-mod roofs;
-mod sampling;
-mod session;
-mod shape;
-mod startup;
-mod steps;
 mod usage;
 
 use std::process::ExitCode;

@@ -4,9 +4,8 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 use anyhow::Error;
+use lathe_session::{CatalogueError, SessionError};
 use serde::Serialize;
-
-use crate::catalogue::CatalogueError;
 
 /// The caller's mistake: bad usage or bad input, exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +63,8 @@ pub fn exit_code(error: &Error) -> u8 {
         return 130;
     }
     let input = error.is::<InputError>()
-        || error.downcast_ref::<CatalogueError>().is_some_and(CatalogueError::is_input);
+        || error.downcast_ref::<CatalogueError>().is_some_and(CatalogueError::is_input)
+        || error.downcast_ref::<SessionError>().is_some_and(SessionError::is_input);
     if input { 2 } else { 1 }
 }
 
@@ -88,20 +88,6 @@ pub fn print(text: &str) -> Result<(), Error> {
     out.write_all(text.as_bytes())?;
     out.flush()?;
     Ok(())
-}
-
-/// Bytes for people: `1.23 GB`.
-pub fn human_bytes(bytes: u64) -> String {
-    let mut value = bytes as f64;
-    let mut unit = "B";
-    for next in ["kB", "MB", "GB", "TB"] {
-        if value < 1000.0 {
-            break;
-        }
-        value /= 1000.0;
-        unit = next;
-    }
-    if unit == "B" { format!("{bytes} B") } else { format!("{value:.3} {unit}") }
 }
 
 /// Numbers for people: `1.23 G`.
@@ -131,7 +117,8 @@ mod tests {
         assert_eq!(exit_code(&Interrupted.into()), 130);
         assert_eq!(exit_code(&io::Error::from(io::ErrorKind::BrokenPipe).into()), 0);
         let refused = CatalogueError::Refused { what: "a".into(), status: 404, hint: "b".into() };
-        assert_eq!(exit_code(&refused.into()), 2);
+        assert_eq!(exit_code(&SessionError::from(refused).into()), 2);
+        assert_eq!(exit_code(&SessionError::Context { needed: 2, limit: 1 }.into()), 2);
     }
 
     #[test]
@@ -144,8 +131,6 @@ mod tests {
 
     #[test]
     fn for_people() {
-        assert_eq!(human_bytes(999), "999 B");
-        assert_eq!(human_bytes(98_362_432), "98.362 MB");
         assert_eq!(human_count(1.5e9), "1.50 G");
     }
 }

@@ -4,33 +4,30 @@ use std::cell::Cell;
 use std::io::IsTerminal;
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use lathe_session::{Progress, Reporter};
 
-/// How progress is shown.
+/// How stderr shows progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reporter {
+pub enum Terminal {
     /// A bar that moves.
     Bar,
     /// Plain lines.
     Lines,
-    /// Nothing.
-    Silent,
 }
 
-impl Reporter {
+impl Terminal {
     /// A bar if stderr is a terminal, lines if it is a file or a pipe.
     pub fn for_stderr() -> Self {
         if std::io::stderr().is_terminal() { Self::Bar } else { Self::Lines }
     }
+}
 
-    /// Says something.
-    pub fn line(&self, text: &str) {
-        if *self != Self::Silent {
-            eprintln!("{text}");
-        }
+impl Reporter for Terminal {
+    fn line(&self, text: &str) {
+        eprintln!("{text}");
     }
 
-    /// Starts to show the progress of `name`, of which `have` bytes are there.
-    pub fn start(&self, name: &str, bytes: Option<u64>, have: u64) -> Progress {
+    fn start(&self, name: &str, bytes: Option<u64>, have: u64) -> Box<dyn Progress> {
         let total = bytes.map_or("unknown size".to_owned(), |bytes| HumanBytes(bytes).to_string());
         let resumed =
             if have > 0 { format!(", resuming at {}", HumanBytes(have)) } else { String::new() };
@@ -48,13 +45,13 @@ impl Reporter {
             eprintln!("downloading {name} ({total}{resumed})");
         }
         let lines = *self == Self::Lines;
-        Progress { name: name.to_owned(), bytes, bar, lines, tenths: Cell::new(0) }
+        Box::new(Shown { name: name.to_owned(), bytes, bar, lines, tenths: Cell::new(0) })
     }
 }
 
 /// The progress of one file.
 #[derive(Debug)]
-pub struct Progress {
+struct Shown {
     name: String,
     bytes: Option<u64>,
     bar: Option<ProgressBar>,
@@ -62,9 +59,8 @@ pub struct Progress {
     tenths: Cell<u64>,
 }
 
-impl Progress {
-    /// So many bytes are there now.
-    pub fn set(&self, have: u64) {
+impl Progress for Shown {
+    fn set(&self, have: u64) {
         if let Some(bar) = &self.bar {
             bar.set_position(have);
         }
@@ -78,8 +74,7 @@ impl Progress {
         self.tenths.set(tenths);
     }
 
-    /// All is there.
-    pub fn finish(&self) {
+    fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -88,8 +83,7 @@ impl Progress {
         }
     }
 
-    /// It will not be finished.
-    pub fn abandon(&self) {
+    fn abandon(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }

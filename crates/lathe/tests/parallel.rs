@@ -12,8 +12,9 @@ use lathe_model::Model;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_program::shard::{ExpertSplit, ShardOptions, ShardedBackend};
 use lathe_program::{
-    Backend, BackendError, BlockTable, Collective, Executor, ExecutorOptions, Op, Program, Step,
-    StepSequence, Weight, WeightRole, WeightSource,
+    Backend, BackendError, BlockTable, Choice, Executor, ExecutorOptions, HostCollective, Op,
+    Program, SequenceId, Step, StepSequence, TokenSource, Weight, WeightRole, WeightSource,
+    replace_tables,
 };
 use lathe_tensor::codec::scaled::{E8m0Rounding, quantize};
 use lathe_tensor::{Bytes, Format, Tensor, codec};
@@ -111,27 +112,30 @@ impl Tiny {
     /// Logits of every row of `tokens`, which follow `cached` others.
     fn logits(&self, executor: &mut dyn Executor, cached: usize, tokens: &[u32]) -> Vec<f32> {
         let count = self.blocks();
-        let tables = (0..self.program.kv.groups.len() as u32)
-            .map(|g| BlockTable { first: 0, blocks: (g * count..(g + 1) * count).collect() });
+        let tables: Vec<BlockTable> = (0..self.program.kv.groups.len() as u32)
+            .map(|g| BlockTable { first: 0, blocks: (g * count..(g + 1) * count).collect() })
+            .collect();
         let rows = tokens.len() as u32;
         let step = Step {
-            tokens: tokens.to_vec(),
+            tokens: tokens.iter().map(|token| TokenSource::Given(*token)).collect(),
             positions: (cached as u32..cached as u32 + rows).collect(),
             sequences: vec![StepSequence {
+                id: SequenceId(0),
                 first_row: 0,
                 rows,
                 cached: cached as u32,
-                tables: tables.collect(),
                 expanded: 0,
                 ancestors: None,
             }],
-            logits_rows: (0..rows).collect(),
+            tables: replace_tables(SequenceId(0), &tables),
+            choices: (0..rows).map(Choice::logits_of).collect(),
+            inputs: Vec::new(),
         };
         executor.run(&step).expect("it runs").logits.to_vec()
     }
 }
 
-fn rank(end: Arc<dyn Collective>) -> Box<dyn Backend> {
+fn rank(end: Arc<HostCollective>) -> Box<dyn Backend> {
     Box::new(CpuBackend::new(Default::default()).collective(end))
 }
 

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use lathe_tensor::Tensor;
 
 use crate::kv::KvFormat;
-use crate::observe::{ObservedRouting, Observer};
 use crate::op::{Routing, Weight};
 use crate::program::Program;
-use crate::step::Step;
+use crate::sampling::TokenLogprobs;
+use crate::step::{SlotMove, Step};
 
 /// Where a program's weights come from.
 pub trait WeightSource: Sync {
@@ -17,12 +17,13 @@ pub trait WeightSource: Sync {
     fn tensor(&self, weight: Weight) -> Result<Tensor, BackendError>;
 }
 
-/// What the caller chooses when a program is prepared.
+/// What the caller asks for when a program is prepared. What the executor then grants is
+/// [`Executor::limits`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExecutorOptions {
     /// Pages of the KV cache.
     pub kv_blocks: usize,
-    /// How the cache stores numbers; `None` lets the backend choose.
+    /// How the cache stores numbers; `None`: [`Backend::default_kv_format`].
     pub kv_format: Option<KvFormat>,
     /// Rows that a step may have.
     pub rows_max: usize,
@@ -73,20 +74,101 @@ pub enum BackendError {
     Device(String),
 }
 
-/// What a step produced; valid until the next step.
+/// What an executor holds and takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExecutorLimits {
+    /// Rows of a step.
+    pub rows_max: usize,
+    /// Sequences that have tables at a time: ids of sequences are below it.
+    pub sequences_max: usize,
+    /// Pages of the KV cache: page numbers are below it.
+    pub kv_blocks: usize,
+    /// Steps that may be submitted and not yet collected, at least 1.
+    pub steps_in_flight: usize,
+}
+
+/// The memory that a backend's weights and cache live in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Bytes that the device has.
+    pub total_bytes: u64,
+    /// Bytes that nobody uses now.
+    pub free_bytes: u64,
+}
+
+impl DeviceMemory {
+    /// The memory of this computer, as Linux reports it.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] where `/proc/meminfo` cannot be read.
+    pub fn of_host() -> Result<DeviceMemory, BackendError> {
+        let path = "/proc/meminfo";
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| BackendError::Device(format!("{path}: {error}")))?;
+        Self::parse_meminfo(&text)
+            .ok_or_else(|| BackendError::Device(format!("{path}: no MemTotal or MemAvailable")))
+    }
+
+    fn parse_meminfo(text: &str) -> Option<DeviceMemory> {
+        let bytes = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+        };
+        let (total_bytes, free_bytes) = (bytes("MemTotal")?, bytes("MemAvailable")?);
+        Some(DeviceMemory { total_bytes, free_bytes })
+    }
+}
+
+/// What a step produced; valid until the executor is used again.
 #[derive(Debug)]
 pub struct StepOutput<'a> {
-    /// `[logits_rows, vocabulary]`.
+    /// By choice: the token, where one was asked for and some logit is above minus infinity.
+    pub tokens: &'a [Option<u32>],
+    /// By choice: log-probabilities, where they were asked for and a token was chosen.
+    pub logprobs: &'a [Option<TokenLogprobs>],
+    /// `[choices that ask for logits, vocabulary]`, in the order of the choices.
     pub logits: &'a [f32],
     /// By tap, `[rows, width]`.
     pub captures: Vec<&'a [f32]>,
 }
 
+/// What a router chose for the rows of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct RoutedExperts<'a> {
+    /// `[rows, experts_per_token]`, best first.
+    pub experts: &'a [u32],
+    /// As `experts`: the weights.
+    pub weights: &'a [f32],
+    /// Choices of a row.
+    pub experts_per_token: usize,
+}
+
+/// What a backend lacks to run a program: features as in [`BackendError::Unsupported`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not supported: {}", .0.join(", "))]
+pub struct Missing(pub Vec<String>);
+
 /// A way to run programs.
 pub trait Backend {
     /// `reference`, `cpu`, `cuda`.
     fn name(&self) -> &'static str;
+    /// Whether the backend can run `program` with `options`. Weights may still be in a format that
+    /// [`Backend::prepare`] refuses.
+    ///
+    /// # Errors
+    /// [`Missing`] names all that it lacks.
+    fn supports(&self, program: &Program, options: &ExecutorOptions) -> Result<(), Missing>;
+    /// The memory that weights and cache will live in.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] where it cannot be known.
+    fn memory(&self) -> Result<DeviceMemory, BackendError>;
+    /// How the cache stores numbers if [`ExecutorOptions::kv_format`] does not say; `exact` as there.
+    fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat;
     /// Loads weights, lays them out, and allocates the cache.
+    ///
+    /// # Errors
+    /// [`BackendError`] says what is missing, does not fit or could not be had.
     fn prepare(
         &self,
         program: Arc<Program>,
@@ -95,10 +177,16 @@ pub trait Backend {
     ) -> Result<Box<dyn Executor>, BackendError>;
 }
 
-/// A prepared program.
+/// A prepared program, with the cache and the block tables of its sequences.
+///
+/// Steps run in the order in which they are submitted, and are collected in that order. A device
+/// need not wait for the host: up to [`ExecutorLimits::steps_in_flight`] steps may be submitted
+/// before the first of them is collected.
 pub trait Executor: Send {
     /// The program.
     fn program(&self) -> &Arc<Program>;
+    /// What it holds and takes.
+    fn limits(&self) -> ExecutorLimits;
     /// How the cache stores numbers.
     fn kv_format(&self) -> KvFormat;
     /// The [`crate::StepSequence::expanded`] of a request with `given` tokens. A function of the
@@ -106,27 +194,38 @@ pub trait Executor: Send {
     fn expanded_until(&self, given: usize) -> usize {
         self.program().expanded_until(given)
     }
-    /// Runs one step: writes its rows into the cache and makes the logits asked for.
-    fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError>;
-    /// As [`Self::run`], and hands what goes into each op to `observer`, in the order of the
-    /// program's ops, on this thread, as `f32` and before any quantization of activations. The
-    /// result is the same as without an observer; fusions that would hide an op's input are off.
+    /// Applies the step's table changes and begins to run its rows.
     ///
     /// # Errors
-    /// As [`Self::run`]; [`BackendError::Unsupported`] where a backend cannot be observed (the
-    /// default).
-    fn run_observed(
-        &mut self,
-        step: &Step,
-        observer: &mut dyn Observer,
-    ) -> Result<StepOutput<'_>, BackendError> {
-        let _ = (step, observer);
-        Err(BackendError::Unsupported { backend: "chosen", feature: "observers".to_owned() })
+    /// [`BackendError::Step`] if the step is malformed or too many are in flight: then nothing of it
+    /// happened, its table changes included. Any other error is that of [`Executor::collect`], come
+    /// early: the tables have changed, the step counts as collected.
+    fn submit(&mut self, step: &Step) -> Result<(), BackendError>;
+    /// Waits for the oldest step that is not collected yet, and hands out what it made.
+    ///
+    /// # Errors
+    /// If the step failed. Its table changes have been applied, its rows may or may not be in the
+    /// cache; steps that were submitted after it fail as well. [`BackendError::Step`] if no step is
+    /// in flight.
+    fn collect(&mut self) -> Result<StepOutput<'_>, BackendError>;
+    /// [`Executor::submit`] and [`Executor::collect`], where nothing else is in flight.
+    ///
+    /// # Errors
+    /// As those.
+    fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
+        self.submit(step)?;
+        self.collect()
     }
-    /// What a router chose for the rows of the last step, for statistics: it is read where the
-    /// step left it, so that nobody pays who does not ask. `None` before the first step, and (the
-    /// default) where a backend does not keep it in this process's memory.
-    fn routing(&self, routing: Routing) -> Option<ObservedRouting<'_>> {
+    /// Copies tokens' places in the cache, one after the other, after all steps submitted so far
+    /// and before any later one. The stored codes are copied; nothing is computed again.
+    ///
+    /// # Errors
+    /// [`BackendError::Step`] if a slot is not in its sequence's tables: then nothing is moved.
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<(), BackendError>;
+    /// What a router chose for the rows of the step collected last, for statistics: it is read where
+    /// the step left it, so that nobody pays who does not ask. `None` before the first step, and
+    /// (the default) where a backend does not keep it in this process's memory.
+    fn routing(&self, routing: Routing) -> Option<RoutedExperts<'_>> {
         let _ = routing;
         None
     }
@@ -134,4 +233,20 @@ pub trait Executor: Send {
     fn weight_bytes(&self) -> usize;
     /// Bytes of the cache.
     fn kv_bytes(&self) -> usize;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_in_kilobytes() {
+        let text = "MemTotal:       24620000 kB\nMemFree: 1 kB\nMemAvailable:   23000000 kB\n";
+        let memory = DeviceMemory::parse_meminfo(text);
+        let expected =
+            DeviceMemory { total_bytes: 24_620_000 * 1024, free_bytes: 23_000_000 * 1024 };
+        assert_eq!(memory, Some(expected));
+        assert_eq!(DeviceMemory::parse_meminfo("MemTotal: 5 kB"), None);
+        assert_eq!(DeviceMemory::parse_meminfo("MemTotal: x kB\nMemAvailable: 5 kB"), None);
+    }
 }

@@ -148,6 +148,14 @@ impl ProgramBuilder {
         out
     }
 
+    /// [`Op::Input`]: the next value that is fed from outside.
+    pub fn input(&mut self, width: usize, name: impl Into<String>) -> Value {
+        let input = self.program.inputs() as u32;
+        let out = self.value(name, width);
+        self.push(Op::Input { input, out });
+        out
+    }
+
     /// [`Op::Norm`] of the whole row by its root mean square.
     pub fn rms_norm(
         &mut self,
@@ -348,7 +356,7 @@ impl ProgramBuilder {
     /// The program, as far as it was written.
     ///
     /// # Panics
-    /// If a declared value was never made, or taps do not count from 0.
+    /// If a declared value was never made, or taps or inputs do not count from 0.
     pub fn finish(self) -> Program {
         if let Err(error) = self.program.validate() {
             panic!("{error}");

@@ -36,35 +36,43 @@ pub enum CollectiveError {
 
 /// One rank's end of a group of ranks. Calls of one rank come one at a time.
 pub trait Collective: Send + Sync + std::fmt::Debug {
+    /// What is summed and gathered: `[f32]` on the host, memory of a device elsewhere.
+    type Buffer: ?Sized;
     /// This rank, from 0 on.
     fn rank(&self) -> usize;
     /// How many there are.
     fn ranks(&self) -> usize;
     /// Replaces `values` by the sum over all ranks, added in an order that the group fixes, so that
     /// every rank gets the same bits each time. All ranks give the same length.
-    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), CollectiveError>;
+    ///
+    /// # Errors
+    /// [`CollectiveError`] if another rank has gone or made another call.
+    fn all_reduce_sum(&self, values: &mut Self::Buffer) -> Result<(), CollectiveError>;
     /// Fills `whole` with every rank's `part`, rank 0 first; `whole` is `ranks` parts long, and all
     /// ranks give the same length.
-    fn all_gather(&self, part: &[f32], whole: &mut [f32]) -> Result<(), CollectiveError>;
-    /// Gives rank `r` the next `send_counts[r]` floats of `send`, and fills `receive` with what
-    /// each rank gave to this one, rank 0 first: `receive_counts[r]` floats from rank `r`.
-    fn all_to_all(
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`].
+    fn all_gather(
         &self,
-        send: &[f32],
-        send_counts: &[usize],
-        receive: &mut [f32],
-        receive_counts: &[usize],
+        part: &Self::Buffer,
+        whole: &mut Self::Buffer,
     ) -> Result<(), CollectiveError>;
     /// Leaves the group for good: calls of the others that this rank has not joined yet fail
     /// instead of waiting for it, and so do all later ones.
     fn leave(&self);
 }
 
+/// A rank whose buffers are floats in this process's memory.
+pub type HostCollective = dyn Collective<Buffer = [f32]>;
+
 /// The only rank.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SingleRank;
 
 impl Collective for SingleRank {
+    type Buffer = [f32];
+
     fn rank(&self) -> usize {
         0
     }
@@ -83,20 +91,6 @@ impl Collective for SingleRank {
         Ok(())
     }
 
-    fn all_to_all(
-        &self,
-        send: &[f32],
-        send_counts: &[usize],
-        receive: &mut [f32],
-        receive_counts: &[usize],
-    ) -> Result<(), CollectiveError> {
-        check_counts("sent", send, send_counts, 1)?;
-        check_counts("received", receive, receive_counts, 1)?;
-        same_length("floats for itself", send.len(), receive.len())?;
-        receive.copy_from_slice(send);
-        Ok(())
-    }
-
     fn leave(&self) {}
 }
 
@@ -107,25 +101,14 @@ fn same_length(what: &str, found: usize, expected: usize) -> Result<(), Collecti
     Err(CollectiveError::Mismatch(format!("{found} {what}, expected {expected}")))
 }
 
-/// One count a rank, which add up to what there is.
-fn check_counts(
-    what: &str,
-    values: &[f32],
-    counts: &[usize],
-    ranks: usize,
-) -> Result<(), CollectiveError> {
-    same_length(&format!("counts of floats {what}"), counts.len(), ranks)?;
-    same_length(&format!("floats {what}"), values.len(), counts.iter().sum())
-}
-
 /// Checks that `program` is one that this rank of this group can run: what is gathered fills what
 /// it is gathered into, and the head has this rank's rows.
 ///
 /// # Errors
 /// [`CollectiveError::Program`].
-pub fn check_program(
+pub fn check_program<B: ?Sized>(
     program: &Program,
-    collective: &dyn Collective,
+    collective: &dyn Collective<Buffer = B>,
 ) -> Result<(), CollectiveError> {
     let (rank, ranks) = (collective.rank(), collective.ranks());
     let check = |op: &Op| match op {

@@ -253,7 +253,7 @@ impl Counter<'_> {
             Op::AllReduce { input, .. } => {
                 cost.flops = self.elements(*input) * self.others() / self.ranks();
             }
-            Op::AllGather { .. } | Op::Slice { .. } | Op::Capture { .. } => {}
+            Op::Input { .. } | Op::AllGather { .. } | Op::Slice { .. } | Op::Capture { .. } => {}
         }
         cost
     }

@@ -314,6 +314,13 @@ pub enum Op {
         /// `[rows, width]`.
         out: Value,
     },
+    /// A value that comes from outside: [`crate::Step::inputs`].
+    Input {
+        /// Which of the step's inputs, from 0 on.
+        input: u32,
+        /// `[rows, width]`.
+        out: Value,
+    },
     /// Normalises each of `groups` equal parts of a row by itself.
     Norm {
         /// `[rows, groups * n]`.
@@ -499,11 +506,162 @@ pub enum Op {
     },
 }
 
+/// Something that an op names.
+#[derive(Debug)]
+pub enum Operand<'a> {
+    /// A value that it reads; an op reads two at most.
+    Input(&'a Value),
+    /// A value that it makes.
+    Output(&'a Value),
+    /// A weight that it reads.
+    Weight(&'a Weight),
+    /// The layer of the KV cache that it writes or reads.
+    Layer(&'a KvLayer),
+    /// A routing that it makes or reads.
+    Routing(&'a Routing),
+    /// A rotary table that it reads.
+    Rope(&'a Rope),
+}
+
+/// As [`Operand`], to be changed.
+#[derive(Debug)]
+pub enum OperandMut<'a> {
+    /// As [`Operand::Input`].
+    Input(&'a mut Value),
+    /// As [`Operand::Output`].
+    Output(&'a mut Value),
+    /// As [`Operand::Weight`].
+    Weight(&'a mut Weight),
+    /// As [`Operand::Layer`].
+    Layer(&'a mut KvLayer),
+    /// As [`Operand::Routing`].
+    Routing(&'a mut Routing),
+    /// As [`Operand::Rope`].
+    Rope(&'a mut Rope),
+}
+
+/// The one place that knows what each op names: a match that serves `&Op` and `&mut Op` alike.
+macro_rules! walk {
+    ($op:expr, $visit:ident, $Operand:ident, $($reference:tt)+) => {
+        match $op {
+            Op::Embed { table, out, .. } => {
+                $visit($Operand::Weight(table));
+                $visit($Operand::Output(out));
+            }
+            Op::Input { out, .. } => $visit($Operand::Output(out)),
+            Op::Norm { input, weight, bias, out, .. } => {
+                $visit($Operand::Input(input));
+                if let Some(weight) = weight {
+                    $visit($Operand::Weight(weight));
+                }
+                if let Some(bias) = bias {
+                    $visit($Operand::Weight(bias));
+                }
+                $visit($Operand::Output(out));
+            }
+            Op::Linear { input, parts } => {
+                $visit($Operand::Input(input));
+                for LinearPart { weight, bias, out } in parts {
+                    $visit($Operand::Weight(weight));
+                    if let Some(bias) = bias {
+                        $visit($Operand::Weight(bias));
+                    }
+                    $visit($Operand::Output(out));
+                }
+            }
+            Op::Rope { input, rope, out, .. } => {
+                $visit($Operand::Input(input));
+                $visit($Operand::Rope(rope));
+                $visit($Operand::Output(out));
+            }
+            Op::Transform { input, out, .. }
+            | Op::AllReduce { input, out }
+            | Op::AllGather { input, out }
+            | Op::Slice { input, out, .. } => {
+                $visit($Operand::Input(input));
+                $visit($Operand::Output(out));
+            }
+            Op::WriteKv { key: first, value: second, layer }
+            | Op::WriteLatent { latent: first, rope_key: second, layer } => {
+                $visit($Operand::Input(first));
+                $visit($Operand::Input(second));
+                $visit($Operand::Layer(layer));
+            }
+            Op::Attend { query, layer, spec, out } => {
+                $visit($Operand::Input(query));
+                $visit($Operand::Layer(layer));
+                if let Some(sinks) = $($reference)+ spec.sinks {
+                    $visit($Operand::Weight(sinks));
+                }
+                $visit($Operand::Output(out));
+            }
+            Op::AttendLatent { query, layer, spec, out } => {
+                $visit($Operand::Input(query));
+                $visit($Operand::Layer(layer));
+                $visit($Operand::Weight($($reference)+ spec.key_up));
+                $visit($Operand::Weight($($reference)+ spec.value_up));
+                $visit($Operand::Output(out));
+            }
+            Op::Activate { gate, up, out, .. } => {
+                $visit($Operand::Input(gate));
+                if let Some(up) = up {
+                    $visit($Operand::Input(up));
+                }
+                $visit($Operand::Output(out));
+            }
+            Op::Route { input, spec, out } => {
+                $visit($Operand::Input(input));
+                $visit($Operand::Weight($($reference)+ spec.weight));
+                if let Some(bias) = $($reference)+ spec.bias {
+                    $visit($Operand::Weight(bias));
+                }
+                if let Some(correction) = $($reference)+ spec.correction {
+                    $visit($Operand::Weight(correction));
+                }
+                $visit($Operand::Routing(out));
+            }
+            Op::Experts { input, routing, spec, out } => {
+                $visit($Operand::Input(input));
+                $visit($Operand::Routing(routing));
+                $visit($Operand::Weight($($reference)+ spec.gate));
+                $visit($Operand::Weight($($reference)+ spec.up));
+                $visit($Operand::Weight($($reference)+ spec.down));
+                if let Some(bias) = $($reference)+ spec.gate_bias {
+                    $visit($Operand::Weight(bias));
+                }
+                if let Some(bias) = $($reference)+ spec.up_bias {
+                    $visit($Operand::Weight(bias));
+                }
+                if let Some(bias) = $($reference)+ spec.down_bias {
+                    $visit($Operand::Weight(bias));
+                }
+                $visit($Operand::Output(out));
+            }
+            Op::Add { left, right, out, .. } => {
+                $visit($Operand::Input(left));
+                $visit($Operand::Input(right));
+                $visit($Operand::Output(out));
+            }
+            Op::Gate { input, gate, out, .. } => {
+                $visit($Operand::Input(input));
+                $visit($Operand::Input(gate));
+                $visit($Operand::Output(out));
+            }
+            Op::Logits { input, head, .. } => {
+                $visit($Operand::Input(input));
+                $visit($Operand::Weight(head));
+            }
+            Op::Capture { input, .. } => $visit($Operand::Input(input)),
+        }
+    };
+}
+
 impl Op {
     /// The op's kind in snake case: `linear`, `attend_latent`.
     pub fn kind(&self) -> &'static str {
         match self {
             Op::Embed { .. } => "embed",
+            Op::Input { .. } => "input",
             Op::Norm { .. } => "norm",
             Op::Linear { .. } => "linear",
             Op::Transform { .. } => "transform",
@@ -525,99 +683,61 @@ impl Op {
         }
     }
 
+    /// Shows `visit` everything that the op names, in the order of its fields, weights' matrices
+    /// before their biases.
+    pub fn visit(&self, visit: &mut dyn FnMut(Operand<'_>)) {
+        walk!(self, visit, Operand, &);
+    }
+
+    /// As [`Op::visit`], for changing what the op names.
+    pub fn visit_mut(&mut self, visit: &mut dyn FnMut(OperandMut<'_>)) {
+        walk!(self, visit, OperandMut, &mut);
+    }
+
     /// The values that the op reads, in the order of its fields.
     pub fn inputs(&self) -> impl Iterator<Item = Value> + use<> {
-        let pair = match *self {
-            Op::Embed { .. } => [None, None],
-            Op::Norm { input, .. }
-            | Op::Linear { input, .. }
-            | Op::Transform { input, .. }
-            | Op::Rope { input, .. }
-            | Op::Route { input, .. }
-            | Op::Experts { input, .. }
-            | Op::AllReduce { input, .. }
-            | Op::AllGather { input, .. }
-            | Op::Slice { input, .. }
-            | Op::Logits { input, .. }
-            | Op::Capture { input, .. } => [Some(input), None],
-            Op::WriteKv { key, value, .. } => [Some(key), Some(value)],
-            Op::WriteLatent { latent, rope_key, .. } => [Some(latent), Some(rope_key)],
-            Op::Attend { query, .. } | Op::AttendLatent { query, .. } => [Some(query), None],
-            Op::Activate { gate, up, .. } => [Some(gate), up],
-            Op::Add { left, right, .. } => [Some(left), Some(right)],
-            Op::Gate { input, gate, .. } => [Some(input), Some(gate)],
-        };
+        let mut pair = [None, None];
+        let mut next = 0;
+        self.visit(&mut |operand| {
+            if let Operand::Input(value) = operand {
+                pair[next] = Some(*value);
+                next += 1;
+            }
+        });
         pair.into_iter().flatten()
     }
 
     /// The values that the op makes.
-    pub fn outputs(&self) -> impl Iterator<Item = Value> + '_ {
-        let (one, parts): (Option<Value>, &[LinearPart]) = match self {
-            Op::Linear { parts, .. } => (None, parts),
-            Op::Embed { out, .. }
-            | Op::Norm { out, .. }
-            | Op::Transform { out, .. }
-            | Op::Rope { out, .. }
-            | Op::Attend { out, .. }
-            | Op::AttendLatent { out, .. }
-            | Op::Activate { out, .. }
-            | Op::Experts { out, .. }
-            | Op::Add { out, .. }
-            | Op::Gate { out, .. }
-            | Op::AllReduce { out, .. }
-            | Op::AllGather { out, .. }
-            | Op::Slice { out, .. } => (Some(*out), &[]),
-            Op::WriteKv { .. }
-            | Op::WriteLatent { .. }
-            | Op::Route { .. }
-            | Op::Logits { .. }
-            | Op::Capture { .. } => (None, &[]),
-        };
-        one.into_iter().chain(parts.iter().map(|part| part.out))
+    pub fn outputs(&self) -> impl Iterator<Item = Value> + use<> {
+        let mut outputs = Vec::new();
+        self.visit(&mut |operand| {
+            if let Operand::Output(value) = operand {
+                outputs.push(*value);
+            }
+        });
+        outputs.into_iter()
     }
 
     /// The weights that the op reads, matrices before their biases.
     pub fn weights(&self) -> Vec<Weight> {
-        match self {
-            Op::Embed { table, .. } => vec![*table],
-            Op::Norm { weight, bias, .. } => weight.iter().chain(bias).copied().collect(),
-            Op::Linear { parts, .. } => {
-                parts.iter().flat_map(|p| [Some(p.weight), p.bias]).flatten().collect()
+        let mut weights = Vec::new();
+        self.visit(&mut |operand| {
+            if let Operand::Weight(weight) = operand {
+                weights.push(*weight);
             }
-            Op::Attend { spec, .. } => spec.sinks.into_iter().collect(),
-            Op::AttendLatent { spec, .. } => vec![spec.key_up, spec.value_up],
-            Op::Route { spec, .. } => {
-                [Some(spec.weight), spec.bias, spec.correction].into_iter().flatten().collect()
-            }
-            Op::Experts { spec, .. } => {
-                let biases = [spec.gate_bias, spec.up_bias, spec.down_bias];
-                let matrices = [Some(spec.gate), Some(spec.up), Some(spec.down)];
-                matrices.into_iter().chain(biases).flatten().collect()
-            }
-            Op::Logits { head, .. } => vec![*head],
-            Op::Transform { .. }
-            | Op::Rope { .. }
-            | Op::WriteKv { .. }
-            | Op::WriteLatent { .. }
-            | Op::Activate { .. }
-            | Op::Add { .. }
-            | Op::Gate { .. }
-            | Op::AllReduce { .. }
-            | Op::AllGather { .. }
-            | Op::Slice { .. }
-            | Op::Capture { .. } => Vec::new(),
-        }
+        });
+        weights
     }
 
     /// The layer of the KV cache that the op writes or reads.
     pub fn kv_layer(&self) -> Option<KvLayer> {
-        match self {
-            Op::WriteKv { layer, .. }
-            | Op::Attend { layer, .. }
-            | Op::WriteLatent { layer, .. }
-            | Op::AttendLatent { layer, .. } => Some(*layer),
-            _ => None,
-        }
+        let mut found = None;
+        self.visit(&mut |operand| {
+            if let Operand::Layer(layer) = operand {
+                found = Some(*layer);
+            }
+        });
+        found
     }
 
     /// The inputs whose buffer the op's output may take over when they die here: each element of

@@ -96,6 +96,28 @@ impl Program {
         taps.into_iter().map(|(_, width)| width).collect()
     }
 
+    /// How many values are fed from outside ([`Op::Input`]).
+    pub fn inputs(&self) -> usize {
+        self.ops.iter().filter(|op| matches!(op, Op::Input { .. })).count()
+    }
+
+    /// Width of each fed value, by number.
+    pub fn input_widths(&self) -> Vec<usize> {
+        let mut inputs: Vec<(u32, usize)> = Vec::new();
+        for op in &self.ops {
+            if let Op::Input { input, out } = op {
+                inputs.push((*input, self.value_width(*out)));
+            }
+        }
+        inputs.sort_unstable();
+        inputs.into_iter().map(|(_, width)| width).collect()
+    }
+
+    /// Whether rows have logits to choose from.
+    pub fn makes_logits(&self) -> bool {
+        self.ops.iter().any(|op| matches!(op, Op::Logits { .. }))
+    }
+
     /// The lifetime of each value, by value.
     pub fn liveness(&self) -> Vec<Lifetime> {
         let mut lifetimes = vec![Lifetime { made: 0, last_use: 0 }; self.values.len()];

@@ -26,6 +26,7 @@ pub(crate) struct Defined {
     routings: Vec<Option<(usize, usize)>>,
     logits: bool,
     taps: Vec<u32>,
+    inputs: Vec<u32>,
 }
 
 impl Program {
@@ -42,12 +43,8 @@ impl Program {
         let last = self.ops.len().saturating_sub(1);
         let kind = self.ops.last().map_or("none", Op::kind);
         let at = |reason| ProgramError { index: last, kind, reason };
-        let mut taps = defined.taps.clone();
-        taps.sort_unstable();
-        ensure(taps.iter().enumerate().all(|(i, tap)| i == *tap as usize), || {
-            format!("taps {taps:?} do not count from 0")
-        })
-        .map_err(at)?;
+        count_from_0("taps", &defined.taps).map_err(at)?;
+        count_from_0("inputs", &defined.inputs).map_err(at)?;
         match (0..self.values.len()).find(|i| !defined.has(Value(*i as u32))) {
             Some(i) => Err(at(format!("value {} is never made", self.values[i].name))),
             None => Ok(()),
@@ -114,6 +111,11 @@ pub(crate) fn check_op(program: &Program, op: &Op, defined: &mut Defined) -> Che
             ensure(!std::mem::replace(&mut defined.logits, true), || "a second one".to_owned())?;
             shapes.logits(*input, *head, *gather)
         }
+        Op::Input { input, .. } => {
+            ensure(!defined.inputs.contains(input), || format!("input {input} is used twice"))?;
+            defined.inputs.push(*input);
+            Ok(())
+        }
         Op::Capture { tap, .. } => {
             ensure(!defined.taps.contains(tap), || format!("tap {tap} is used twice"))?;
             defined.taps.push(*tap);
@@ -121,6 +123,14 @@ pub(crate) fn check_op(program: &Program, op: &Op, defined: &mut Defined) -> Che
         }
         _ => shapes.elementwise(op),
     }
+}
+
+fn count_from_0(what: &str, numbers: &[u32]) -> Checked {
+    let mut numbers = numbers.to_vec();
+    numbers.sort_unstable();
+    ensure(numbers.iter().enumerate().all(|(i, number)| i == *number as usize), || {
+        format!("{what} {numbers:?} do not count from 0")
+    })
 }
 
 fn define_routing(defined: &mut Defined, out: Routing, spec: &RouterSpec, max: usize) -> Checked {

@@ -11,7 +11,7 @@ use lathe_program::shard::{ExpertSplit, ShardOptions, ShardedBackend, shard};
 use lathe_program::*;
 use lathe_tensor::Format;
 
-fn reference_rank(collective: Arc<dyn Collective>) -> Box<dyn Backend> {
+fn reference_rank(collective: Arc<HostCollective>) -> Box<dyn Backend> {
     Box::new(ReferenceBackend::new().collective(collective))
 }
 

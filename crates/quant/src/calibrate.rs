@@ -1,7 +1,7 @@
 //! Calibration: runs the served program, one layer at a time, and keeps [`Statistics`] of what its
 //! linear layers read.
 //!
-//! A layer is a [`Section`] whose table is the stream that the layers before it made, so that memory
+//! A layer is a [`Section`] whose input is the stream that the layers before it made, so that memory
 //! is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's size, and any
 //! backend will do. Each window of the text begins with an empty cache.
 
@@ -10,10 +10,11 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use lathe_program::{
-    Backend, BackendError, BlockTable, Executor, ExecutorOptions, KvFormat, Program, Routing, Step,
-    StepSequence, Value, Weight, WeightSource,
+    Backend, BackendError, BlockTable, Executor, ExecutorOptions, KvFormat, Program, Routing,
+    SequenceId, Step, StepInput, StepSequence, TokenSource, Value, Weight, WeightSource,
+    replace_tables,
 };
-use lathe_tensor::{Bytes, Format, Tensor};
+use lathe_tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::error::QuantError;
@@ -68,10 +69,9 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    fn table(&self) -> Tensor {
-        let shape = vec![self.values.len() / self.width.max(1), self.width];
-        let bytes = Bytes::new(self.values.clone());
-        Tensor::new(shape, Format::F32, bytes).expect("whole rows")
+    /// Some of its rows.
+    fn rows(&self, rows: std::ops::Range<usize>) -> StepInput {
+        StepInput { values: self.values[rows.start * self.width..rows.end * self.width].to_vec() }
     }
 }
 
@@ -93,7 +93,7 @@ pub(crate) struct Seen<'a> {
     pub routings: &'a [Vec<u32>],
 }
 
-/// The weights of a section: the table of inputs, and what the job makes of the others.
+/// The weights of a section, as the job makes them.
 struct SectionWeights(Vec<Tensor>);
 
 impl WeightSource for SectionWeights {
@@ -149,12 +149,8 @@ impl Calibration<'_> {
         weight: &mut dyn FnMut(Weight) -> Result<Tensor, QuantError>,
     ) -> Result<Prepared<'_>, QuantError> {
         let program = Arc::new(section.program.clone());
-        let one = |origin: &Option<Weight>| match (origin, stream) {
-            (Some(origin), _) => weight(*origin),
-            (None, Some(stream)) => Ok(stream.table()),
-            (None, None) => unreachable!("a section with a table has inputs"),
-        };
-        let weights = SectionWeights(section.weights.iter().map(one).collect::<Result<_, _>>()?);
+        let tensors = section.weights.iter().map(|origin| weight(*origin));
+        let weights = SectionWeights(tensors.collect::<Result<_, _>>()?);
         let window = self.window.clamp(1, program.context_max);
         let stride = window.div_ceil(program.kv.block_tokens);
         let options = ExecutorOptions {
@@ -165,8 +161,8 @@ impl Calibration<'_> {
             exact: self.exact,
         };
         let executor = self.backend.prepare(Arc::clone(&program), &weights, &options)?;
-        let (tokens, from_table) = (self.tokens, stream.is_some());
-        Ok(Prepared { executor, program, tokens, from_table, window, stride })
+        let (tokens, stream) = (self.tokens, stream.cloned());
+        Ok(Prepared { executor, program, tokens, stream, window, stride })
     }
 }
 
@@ -175,8 +171,8 @@ pub(crate) struct Prepared<'a> {
     executor: Box<dyn Executor>,
     program: Arc<Program>,
     tokens: &'a [u32],
-    /// Whether rows of a table are the tokens.
-    from_table: bool,
+    /// What is fed, if the section has an input.
+    stream: Option<Stream>,
     window: usize,
     stride: usize,
 }
@@ -192,19 +188,16 @@ impl Prepared<'_> {
     /// # Errors
     /// If the backend fails.
     pub fn run(&mut self, index: usize, seen: &mut dyn FnMut(Seen<'_>)) -> Result<(), QuantError> {
-        let Self { executor, program, tokens, from_table, window, stride } = self;
+        let Self { executor, program, tokens, stream, window, stride } = self;
         let first = index * *window;
         let text = &tokens[first..tokens.len().min(first + *window)];
-        let rows: Vec<u32> = match from_table {
-            true => (first as u32..(first + text.len()) as u32).collect(),
-            false => text.to_vec(),
-        };
         let expanded = executor.expanded_until(text.len());
-        let step = step_of(program, &rows, expanded, *stride as u32);
+        let mut step = step_of(program, text, expanded, *stride as u32);
+        step.inputs = stream.iter().map(|it| it.rows(first..first + text.len())).collect();
         let taps: Vec<Vec<f32>> =
             executor.run(&step)?.captures.iter().map(|tap| tap.to_vec()).collect();
         let width = |tap: usize| program.capture_widths()[tap];
-        let rows = rows.len();
+        let rows = text.len();
         let taps: Vec<&[f32]> =
             taps.iter().enumerate().map(|(tap, it)| &it[..rows * width(tap)]).collect();
         let chosen = |index| {
@@ -222,25 +215,27 @@ impl Prepared<'_> {
 pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride: u32) -> Step {
     let rows = tokens.len();
     let pages = rows.div_ceil(program.kv.block_tokens) as u32;
-    let tables = (0..program.kv.groups.len() as u32)
+    let tables: Vec<BlockTable> = (0..program.kv.groups.len() as u32)
         .map(|group| BlockTable {
             first: 0,
             blocks: (0..pages).map(|p| group * stride + p).collect(),
         })
         .collect();
+    let id = SequenceId(0);
     let sequence = StepSequence {
+        id,
         first_row: 0,
         rows: rows as u32,
         cached: 0,
-        tables,
         expanded: expanded as u32,
         ancestors: None,
     };
     Step {
-        tokens: tokens.to_vec(),
+        tokens: tokens.iter().map(|token| TokenSource::Given(*token)).collect(),
         positions: (0..rows as u32).collect(),
         sequences: vec![sequence],
-        logits_rows: Vec::new(),
+        tables: replace_tables(id, &tables),
+        ..Step::default()
     }
 }
 

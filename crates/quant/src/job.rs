@@ -314,8 +314,7 @@ impl<'a> Job<'a> {
         mut store: Option<Store>,
     ) -> Result<(), QuantError> {
         let layers = Layers::of(self.program, spec)?;
-        let tokens = calibration.tokens.len();
-        let section = Section::new(self.program, layers.before, tokens, &[layers.stream])?;
+        let section = Section::new(self.program, layers.before, &[layers.stream])?;
         let restored = store.as_mut().map(|store| self.restore(store)).transpose()?.flatten();
         let (first, mut prefixes) = match restored {
             Some(found) => found,
@@ -355,8 +354,7 @@ impl<'a> Job<'a> {
         let Prefixes { stream, float } = prefixes;
         let ops: BTreeSet<usize> =
             self.targets.values().copied().filter(|op| range.contains(op)).collect();
-        let tokens = calibration.tokens.len();
-        let plain = Section::new(self.program, range.clone(), tokens, &[out])?;
+        let plain = Section::new(self.program, range.clone(), &[out])?;
         if ops.is_empty() {
             let through = |it: &Stream| self.stream_of(&plain, calibration, Some(it));
             let float = float.as_ref().map(through).transpose()?;
@@ -398,7 +396,7 @@ impl<'a> Job<'a> {
             true => range,
             false => range.start..self.end_of_inputs(range, &inputs),
         };
-        let section = Section::new(self.program, section, calibration.tokens.len(), &taps)?;
+        let section = Section::new(self.program, section, &taps)?;
         let width = |value: &Value| (*value, self.program.value_width(*value));
         let mut seen = Observed::new(inputs.iter().map(width), self.recipe.needs_products());
         let mut experts = ExpertInputs::new(self.program, ops);

@@ -1,9 +1,8 @@
-//! A run of a program's ops as a program of its own: one layer, fed from a table.
+//! A run of a program's ops as a program of its own: one layer, fed from outside.
 //!
 //! What the layer reads of those before it is one value, the residual stream. In the section it is
-//! an embedding whose table holds that value for every row, so that "token" `i` is row `i` and
-//! any backend runs a layer alone, with the executor and the kernels that serve. Logits are one more
-//! tap: as an op of their own they are as many as a program has "tokens", rows of the table here.
+//! an input ([`Op::Input`]), so that any backend runs a layer alone, with the executor and the
+//! kernels that serve. Logits are one more tap: what the head makes for every row.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -11,8 +10,8 @@ use std::ops::Range;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::spec::DecoderSpec;
 use lathe_program::{
-    KvLayer, KvLayout, LinearPart, Op, Program, Routing, Value, ValueDecl, Weight, WeightDecl,
-    WeightRole,
+    KvLayer, KvLayout, LinearPart, Op, OperandMut, Program, Routing, Value, ValueDecl, Weight,
+    WeightDecl,
 };
 
 use crate::error::QuantError;
@@ -22,22 +21,17 @@ use crate::error::QuantError;
 pub struct Section {
     /// The ops, with a capture for each value that was asked for, in that order.
     pub program: Program,
-    /// By weight of the section: the whole program's weight; `None` for the table of inputs.
-    pub weights: Vec<Option<Weight>>,
+    /// By weight of the section: the whole program's weight.
+    pub weights: Vec<Weight>,
 }
 
 impl Section {
-    /// Ops `range` of `program` for a table of `rows` rows; `taps` are handed out, and after them
-    /// what the head makes, if it is among the ops: logits without their scale and softcap.
+    /// Ops `range` of `program`; `taps` are handed out, and after them what the head makes, if it is
+    /// among the ops: logits without their scale and softcap.
     ///
     /// # Errors
     /// If the ops read more than one value that is made outside of them.
-    pub fn new(
-        program: &Program,
-        range: Range<usize>,
-        rows: usize,
-        taps: &[Value],
-    ) -> Result<Self, QuantError> {
+    pub fn new(program: &Program, range: Range<usize>, taps: &[Value]) -> Result<Self, QuantError> {
         let ops = &program.ops[range];
         let made: Vec<Value> = ops.iter().flat_map(|op| op.outputs().collect::<Vec<_>>()).collect();
         let read = ops.iter().flat_map(Op::inputs).chain(taps.iter().copied());
@@ -52,10 +46,7 @@ impl Section {
         let mut numbers = Numbers::new(program);
         let mut section = Vec::new();
         if let Some(input) = input {
-            let width = program.value_width(input);
-            let table = numbers.table(rows, width);
-            let out = numbers.value(input);
-            section.push(Op::Embed { table, first_token: 0, multiplier: 1.0, out });
+            section.push(Op::Input { input: 0, out: numbers.value(input) });
         }
         let mut logits = None;
         for op in ops {
@@ -76,7 +67,6 @@ impl Section {
         if let Some(input) = logits {
             section.push(Op::Capture { input, tap: taps.len() as u32 });
         }
-        let vocabulary = if input.is_some() { rows } else { program.vocabulary };
         Ok(Section {
             program: Program {
                 ops: section,
@@ -85,7 +75,7 @@ impl Section {
                 ropes: program.ropes.clone(),
                 kv: KvLayout::new(&numbers.kv_layers, program.kv.block_tokens),
                 routings: numbers.routing_of.len(),
-                vocabulary,
+                vocabulary: program.vocabulary,
                 context_max: program.context_max,
             },
             weights: numbers.origins,
@@ -98,7 +88,7 @@ struct Numbers<'a> {
     whole: &'a Program,
     values: Vec<ValueDecl>,
     weights: Vec<WeightDecl>,
-    origins: Vec<Option<Weight>>,
+    origins: Vec<Weight>,
     kv_layers: Vec<(lathe_program::KvLayerShape, Option<usize>)>,
     value_of: BTreeMap<Value, Value>,
     weight_of: BTreeMap<Weight, Weight>,
@@ -121,14 +111,6 @@ impl<'a> Numbers<'a> {
         }
     }
 
-    fn table(&mut self, rows: usize, width: usize) -> Weight {
-        let role = WeightRole::Embedding;
-        let shape = vec![rows, width];
-        self.weights.push(WeightDecl { name: "inputs".to_owned(), shape, role, layer: None });
-        self.origins.push(None);
-        Weight(self.weights.len() as u32 - 1)
-    }
-
     fn value(&mut self, old: Value) -> Value {
         let Self { whole, values, value_of, .. } = self;
         *value_of.entry(old).or_insert_with(|| {
@@ -147,7 +129,7 @@ impl<'a> Numbers<'a> {
         let Self { whole, weights, origins, weight_of, .. } = self;
         *weight_of.entry(old).or_insert_with(|| {
             weights.push(whole.weight(old).clone());
-            origins.push(Some(old));
+            origins.push(old);
             Weight(weights.len() as u32 - 1)
         })
     }
@@ -166,92 +148,14 @@ impl<'a> Numbers<'a> {
     }
 
     fn renumber(&mut self, op: &mut Op) {
-        match op {
-            Op::Embed { table, out, .. } => {
-                self.put_weight(table);
-                self.put(out);
-            }
-            Op::Norm { input, weight, bias, out, .. } => {
-                self.put_all([input, out]);
-                weight.iter_mut().chain(bias).for_each(|it| self.put_weight(it));
-            }
-            Op::Linear { input, parts } => {
-                self.put(input);
-                for part in parts {
-                    self.put(&mut part.out);
-                    self.put_weight(&mut part.weight);
-                    part.bias.iter_mut().for_each(|it| self.put_weight(it));
-                }
-            }
-            Op::Transform { input, out, .. }
-            | Op::Rope { input, out, .. }
-            | Op::AllReduce { input, out }
-            | Op::AllGather { input, out }
-            | Op::Slice { input, out, .. } => self.put_all([input, out]),
-            Op::WriteKv { key: first, value: second, layer }
-            | Op::WriteLatent { latent: first, rope_key: second, layer } => {
-                self.put_all([first, second]);
-                *layer = self.layer(*layer);
-            }
-            Op::Attend { query, layer, spec, out } => {
-                self.put_all([query, out]);
-                *layer = self.layer(*layer);
-                spec.sinks.iter_mut().for_each(|it| self.put_weight(it));
-            }
-            Op::AttendLatent { query, layer, spec, out } => {
-                self.put_all([query, out]);
-                *layer = self.layer(*layer);
-                self.put_weight(&mut spec.key_up);
-                self.put_weight(&mut spec.value_up);
-            }
-            Op::Activate { gate, up, out, .. } => {
-                self.put_all([gate, out]);
-                up.iter_mut().for_each(|it| self.put(it));
-            }
-            Op::Add { left, right, out, .. } => self.put_all([left, right, out]),
-            Op::Gate { input, gate, out, .. } => self.put_all([input, gate, out]),
-            Op::Route { .. } | Op::Experts { .. } => self.renumber_experts(op),
-            Op::Logits { input, head, .. } => {
-                self.put(input);
-                self.put_weight(head);
-            }
-            Op::Capture { input, .. } => self.put(input),
-        }
-    }
-
-    fn renumber_experts(&mut self, op: &mut Op) {
-        match op {
-            Op::Route { input, spec, out } => {
-                self.put(input);
-                *out = self.routing(*out);
-                self.put_weight(&mut spec.weight);
-                let vectors = spec.bias.iter_mut().chain(&mut spec.correction);
-                vectors.for_each(|it| self.put_weight(it));
-            }
-            Op::Experts { input, routing, spec, out } => {
-                self.put_all([input, out]);
-                *routing = self.routing(*routing);
-                for matrix in [&mut spec.gate, &mut spec.up, &mut spec.down] {
-                    self.put_weight(matrix);
-                }
-                for bias in [&mut spec.gate_bias, &mut spec.up_bias, &mut spec.down_bias] {
-                    bias.iter_mut().for_each(|it| self.put_weight(it));
-                }
-            }
-            _ => unreachable!("called for routers and experts"),
-        }
-    }
-
-    fn put(&mut self, value: &mut Value) {
-        *value = self.value(*value);
-    }
-
-    fn put_all<const N: usize>(&mut self, values: [&mut Value; N]) {
-        values.into_iter().for_each(|value| self.put(value));
-    }
-
-    fn put_weight(&mut self, weight: &mut Weight) {
-        *weight = self.weight(*weight);
+        op.visit_mut(&mut |operand| match operand {
+            OperandMut::Input(value) | OperandMut::Output(value) => *value = self.value(*value),
+            OperandMut::Weight(weight) => *weight = self.weight(*weight),
+            OperandMut::Layer(layer) => *layer = self.layer(*layer),
+            OperandMut::Routing(routing) => *routing = self.routing(*routing),
+            // A section keeps all tables.
+            OperandMut::Rope(_) => {}
+        });
     }
 }
 

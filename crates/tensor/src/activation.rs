@@ -4,8 +4,8 @@
 use std::fmt;
 
 use crate::codec::scaled::{self, E8m0Rounding};
+use crate::error::TensorError;
 use crate::format::{Block, Element, ScaleType, ScaledFormat, ZeroPoint};
-use crate::tensor::TensorError;
 
 /// How a row of activations is rounded. All are symmetric, with scales made from the numbers at
 /// hand ("dynamic"); integers follow compressed-tensors (`largest / ((2^bits - 1) / 2)`).

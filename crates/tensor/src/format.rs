@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use crate::tensor::TensorError;
+use crate::error::TensorError;
 
 /// A plain floating-point type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

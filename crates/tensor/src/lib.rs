@@ -9,6 +9,7 @@
 pub mod activation;
 pub mod bytes;
 pub mod codec;
+mod error;
 pub mod format;
 pub mod gguf;
 pub mod hadamard;
@@ -21,7 +22,8 @@ pub mod tensor;
 
 pub use activation::ActivationFormat;
 pub use bytes::Bytes;
+pub use error::TensorError;
 pub use format::{
     Block, Element, FloatType, Format, GgmlType, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint,
 };
-pub use tensor::{GlobalScale, Tensor, TensorError};
+pub use tensor::{GlobalScale, Tensor};

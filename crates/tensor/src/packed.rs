@@ -5,8 +5,9 @@
 //! but down the rows: word `w` of a column of groups holds those of rows `w * 32 / bits` onwards.
 
 use crate::bytes::Bytes;
+use crate::error::TensorError;
 use crate::format::{Block, Element, Format, ScaleType, ScaledFormat, ZeroPoint};
-use crate::tensor::{GlobalScale, Tensor, TensorError};
+use crate::tensor::{GlobalScale, Tensor};
 
 /// Bytes of a word.
 const WORD: usize = 4;

@@ -9,12 +9,16 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("lathe-engine", &["lathe-model", "lathe-program", "lathe-tensor"]),
     ("lathe-quant", &["lathe-model", "lathe-program", "lathe-tensor"]),
     (
+        "lathe-session",
+        &["lathe-engine", "lathe-model", "lathe-cpu", "lathe-program", "lathe-tensor"],
+    ),
+    (
         "lathe",
         &[
+            "lathe-session",
             "lathe-engine",
             "lathe-quant",
             "lathe-model",
-            "lathe-cpu",
             "lathe-program",
             "lathe-tensor",
         ],
@@ -27,7 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
 ];
 
 /// Edges that only tests may have, beyond the allowed ones.
-const ALLOWED_IN_TESTS: &[(&str, &str)] = &[];
+const ALLOWED_IN_TESTS: &[(&str, &str)] = &[("lathe", "lathe-cpu")];
 
 pub(super) fn check(metadata: &serde_json::Value) -> Vec<String> {
     let packages: Vec<&serde_json::Value> =

@@ -1,9 +1,11 @@
 //! `cargo xtask tidy`: what the design forbids, as checks.
 
+mod circles;
 mod edges;
 mod ratchet;
 mod sources;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -20,14 +22,50 @@ pub(crate) fn run(root: &Path, update: bool) -> anyhow::Result<Vec<String>> {
     problems.extend(check_architecture(root));
 
     let mut found = sources::Findings::default();
+    let mut crates: BTreeMap<String, circles::Crate> = BTreeMap::new();
     for path in rust_files(root)? {
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().replace('\\', "/");
         sources::check(&name, &text, &mut found)?;
+        if let Some((source, file)) = in_crate(&name) {
+            let syntax = syn::parse_file(&text).with_context(|| name.clone())?;
+            crates.entry(source.to_owned()).or_default().add(module_path(file), &name, &syntax);
+        }
+    }
+    let mut chains = Vec::new();
+    for (source, tree) in &crates {
+        let kinds = [("files", tree.file_circles()), ("folders", tree.folder_circles())];
+        for (kind, circles) in kinds {
+            let name = format!("{source}::{kind} in circles");
+            found.lengths.insert(name.clone(), circles.iter().map(|circle| circle.size).sum());
+            let texts = circles.into_iter().map(|circle| circle.chain).collect::<Vec<_>>();
+            chains.push((name, texts.join("\n")));
+        }
     }
     problems.extend(found.problems);
-    problems.extend(ratchet::check(root, &found.lengths, update)?);
+    let lengths = ratchet::check(root, &found.lengths, update)?;
+    // What closes a circle is told beside its number.
+    chains.retain(|(name, _)| lengths.iter().any(|problem| problem.starts_with(name)));
+    problems.extend(lengths);
+    problems.extend(chains.into_iter().map(|(name, chain)| format!("{name}:\n{chain}")));
     Ok(problems)
+}
+
+/// The source folder of the crate that the file is part of, and its path there. Tests, examples and
+/// build scripts are crates of their own.
+fn in_crate(name: &str) -> Option<(&str, &str)> {
+    let at = name.find("/src/")?;
+    Some((&name[..at + 4], &name[at + 5..]))
+}
+
+/// The module of a file in a source folder.
+fn module_path(file: &str) -> Vec<String> {
+    let path = file.strip_suffix(".rs").unwrap_or(file);
+    let path = path.strip_suffix("/mod").unwrap_or(path);
+    match path {
+        "lib" | "main" => Vec::new(),
+        _ => path.split('/').map(str::to_owned).collect(),
+    }
 }
 
 /// Every crate takes part in the workspace's lints, so that `missing_docs` holds everywhere.

@@ -1,6 +1,7 @@
 //! Lengths, with a list of exceptions that can only shrink.
 //!
-//! A line of `xtask/exceptions.txt` is a length and a name (`path` or `path::function`). What is
+//! A line of `xtask/exceptions.txt` is a length and a name (`path` or `path::function`), or a number
+//! of files or folders and `path::files in circles` or `path::folders in circles`. What is
 //! longer than its entry, or long without one, is a problem; an entry that allows more than is
 //! needed is one too, until `cargo xtask tidy --update` lowers or removes it.
 
@@ -13,9 +14,12 @@ use anyhow::Context;
 
 const FILE_LINES_MAX: usize = 800;
 const FUNCTION_LINES_MAX: usize = 70;
+/// Ends the names of what is counted in files or folders.
+const CIRCLES: &str = " in circles";
 
 const HEADER: &str = "\
-# Files over 800 lines and functions over 70, each with its present length. This list only shrinks:
+# Files over 800 lines, functions over 70, and import circles, each with its present size. This list
+# only shrinks:
 # `cargo xtask tidy --update` lowers and removes entries, and nothing adds any.
 ";
 
@@ -49,7 +53,11 @@ fn parse(text: &str) -> anyhow::Result<BTreeMap<String, usize>> {
 }
 
 fn limit(name: &str) -> usize {
-    if name.contains("::") { FUNCTION_LINES_MAX } else { FILE_LINES_MAX }
+    match name {
+        _ if name.ends_with(CIRCLES) => 0,
+        _ if name.contains("::") => FUNCTION_LINES_MAX,
+        _ => FILE_LINES_MAX,
+    }
 }
 
 /// The exceptions that are still needed, none larger than before.
@@ -72,7 +80,8 @@ fn problems(
     for (name, lines) in lengths {
         let allowed = exceptions.get(name).copied().unwrap_or_else(|| limit(name));
         if *lines > allowed {
-            problems.push(format!("{name}: {lines} lines, at most {allowed}"));
+            let unit = if name.ends_with(CIRCLES) { "" } else { " lines" };
+            problems.push(format!("{name}: {lines}{unit}, at most {allowed}"));
         }
     }
     for (name, lines) in exceptions {

@@ -19,7 +19,7 @@ mod tile;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use lathe_program::{BackendError, KvLayerShape, KvLayout, Step, StepSequence};
+use lathe_program::{BackendError, KvLayerShape, KvLayout, SequenceTables, Step, StepSequence};
 
 use crate::cache::{KvCache, LayerPlace, TileBuffers};
 use crate::gang::{Gang, share};
@@ -103,8 +103,10 @@ pub struct AttendJob<'a> {
     pub cache: &'a KvCache,
     /// The layer of the cache.
     pub layer: &'a LayerPlace,
-    /// The rows, their sequences and tables.
+    /// The rows and their sequences.
     pub step: &'a Step,
+    /// Where the sequences' positions lie in the cache.
+    pub tables: &'a SequenceTables,
     /// `[rows, kv_heads * group * key_dim]`.
     pub query: Rows,
     /// A logit for each query head that joins the denominator.

@@ -444,7 +444,8 @@ impl Piece<'_> {
     }
 
     fn table(&self) -> &BlockTable {
-        &self.job.step.sequences[self.task.sequence].tables[self.job.layer.group]
+        let id = self.job.step.sequences[self.task.sequence].id;
+        self.job.tables.table(id, self.job.layer.group)
     }
 
     fn load(&self, positions: Range<usize>, to: TileBuffers) -> LoadTile<'_> {

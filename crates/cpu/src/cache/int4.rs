@@ -134,6 +134,9 @@ impl KvStore for Int4 {
     type Columns = Columns;
     type Rows = Rows;
     const SCALES_APART: bool = false;
+    const CODE_UNIT: usize = 1;
+    const SCALE_UNIT: usize = size_of::<u16>();
+    const SCALE_PLANES: usize = 2;
 
     #[inline(always)]
     fn code_bytes(dims: usize) -> usize {

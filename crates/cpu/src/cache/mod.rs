@@ -8,6 +8,7 @@
 
 pub mod code;
 pub mod int4;
+mod moves;
 mod read;
 pub mod store;
 mod write;
@@ -96,11 +97,6 @@ impl KvCache {
     /// Positions in a page.
     pub fn block_tokens(&self) -> usize {
         self.block_tokens
-    }
-
-    /// Number of pages.
-    pub fn pages(&self) -> usize {
-        self.pages
     }
 
     /// Where `layer` lies.

@@ -32,6 +32,12 @@ pub trait KvStore {
     type Rows: Matrix;
     /// Whether each vector has an `f32` scale that the matrices leave out.
     const SCALES_APART: bool;
+    /// Bytes of codes that lie side by side in a column of a plane in columns.
+    const CODE_UNIT: usize;
+    /// Bytes of one scale (or zero).
+    const SCALE_UNIT: usize;
+    /// Planes of as many slots that scales lie in one after the other: scales, then zeros.
+    const SCALE_PLANES: usize;
 
     /// Bytes of a vector's codes.
     fn code_bytes(dims: usize) -> usize;
@@ -104,6 +110,9 @@ impl<C: Code> KvStore for C {
     type Columns = Plain<C>;
     type Rows = Plain<C>;
     const SCALES_APART: bool = C::SCALED;
+    const CODE_UNIT: usize = C::BYTES;
+    const SCALE_UNIT: usize = size_of::<f32>();
+    const SCALE_PLANES: usize = 1;
 
     #[inline(always)]
     fn code_bytes(dims: usize) -> usize {

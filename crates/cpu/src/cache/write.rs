@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use lathe_program::kv_codec::KvVector;
-use lathe_program::{KvLayerShape, Step};
+use lathe_program::{KvLayerShape, SequenceTables, Step};
 
 use super::code::with_store;
 use super::store::KvStore;
@@ -19,6 +19,8 @@ pub struct Write<'a> {
     pub layer: &'a LayerPlace,
     /// The step.
     pub step: &'a Step,
+    /// Where its sequences' positions lie.
+    pub tables: &'a SequenceTables,
     /// The sequence of each row of the step.
     pub sequence_of: &'a [u32],
     /// Keys of all heads, or latents.
@@ -38,7 +40,8 @@ impl Kernel for Write<'_> {
             let sequence = &self.step.sequences[self.sequence_of[row] as usize];
             let slot = sequence.cached as usize + row - sequence.first_row as usize;
             let tokens = self.cache.block_tokens;
-            let (page, slot) = sequence.tables[self.layer.group].locate(slot, tokens);
+            let table = self.tables.table(sequence.id, self.layer.group);
+            let (page, slot) = table.locate(slot, tokens);
             // SAFETY: the page has room for each slot of the layer's shape, and the rows hold as
             // many elements as the layer stores.
             unsafe {

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use lathe_cpu::{CpuBackend, CpuOptions};
 use lathe_program::{
-    Activation, AttendSpec, Backend, BackendError, BlockTable, Executor, ExecutorOptions, KvFormat,
-    KvLayerShape, LinearSpec, Program, ProgramBuilder, RopeStyle, RopeTable, Step, StepSequence,
-    Value, Weight, WeightRole, WeightSource,
+    Activation, AttendSpec, Backend, BackendError, BlockTable, Choice, Executor, ExecutorOptions,
+    KvFormat, KvLayerShape, LinearSpec, Program, ProgramBuilder, RopeStyle, RopeTable, SequenceId,
+    Step, StepSequence, TokenSource, Value, Weight, WeightRole, WeightSource, replace_tables,
 };
 use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};
 
@@ -177,18 +177,21 @@ pub fn step(parts: &mut [(&mut Sequence, usize)]) -> Step {
     for (sequence, rows) in parts.iter_mut() {
         let (cached, first_row) = (sequence.cached, step.tokens.len() as u32);
         let next = cached..cached + *rows;
-        step.tokens.extend(&sequence.tokens[next.clone()]);
+        let tokens = sequence.tokens[next.clone()].iter();
+        step.tokens.extend(tokens.map(|token| TokenSource::Given(*token)));
         step.positions.extend(next.map(|p| p as u32));
+        let id = SequenceId(step.sequences.len() as u32);
+        step.tables.extend(replace_tables(id, &sequence.tables));
         step.sequences.push(StepSequence {
+            id,
             first_row,
             rows: *rows as u32,
             cached: cached as u32,
-            tables: sequence.tables.clone(),
             expanded: 0,
             ancestors: None,
         });
         sequence.cached += *rows;
     }
-    step.logits_rows = (0..step.tokens.len() as u32).collect();
+    step.choices = (0..step.tokens.len() as u32).map(Choice::logits_of).collect();
     step
 }

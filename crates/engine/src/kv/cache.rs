@@ -1,7 +1,7 @@
 //! `KvCache`: block tables of sequences over one pool, and the texts whose blocks are kept. Knows
 //! nothing of requests or of steps.
 
-use lathe_program::{BlockTable, KvLayout};
+use lathe_program::{BlockTable, KvLayout, SequenceId, TableChange};
 
 use super::pool::BlockPool;
 use super::prefix::{PrefixIndex, ROOT};
@@ -10,8 +10,10 @@ use super::prefix::{PrefixIndex, ROOT};
 /// block; those of windowed groups begin later.
 #[derive(Debug, Default)]
 pub struct SequenceBlocks {
-    /// By group; empty before the first block.
-    pub tables: Vec<BlockTable>,
+    /// The executor's name for the sequence; `None` while it holds nothing.
+    id: Option<SequenceId>,
+    /// By group; as long as there is an id.
+    tables: Vec<BlockTable>,
     /// Full blocks that the prefix index knows.
     indexed: usize,
     /// The prefix index's node of the last of them.
@@ -19,9 +21,17 @@ pub struct SequenceBlocks {
 }
 
 impl SequenceBlocks {
+    /// The executor's name for the sequence.
+    ///
+    /// # Panics
+    /// If it holds nothing.
+    pub fn id(&self) -> SequenceId {
+        self.id.expect("a sequence with blocks has an id")
+    }
+
     /// Blocks from position 0 to the end of the tables, slid-out ones included.
     pub fn end(&self) -> usize {
-        self.tables.first().map_or(0, |table| table.first as usize + table.blocks.len())
+        self.tables.first().map_or(0, |table| table.end() as usize)
     }
 }
 
@@ -37,7 +47,7 @@ pub struct PrefixHit {
     tail: Option<u32>,
 }
 
-/// The pool and the shape of the tables over it.
+/// The pool and the shape of the tables over it, and what an executor has still to be told of them.
 #[derive(Debug)]
 pub struct KvCache {
     block_tokens: usize,
@@ -45,18 +55,42 @@ pub struct KvCache {
     windows: Vec<Option<usize>>,
     pool: BlockPool,
     index: Option<PrefixIndex>,
+    /// Ids that no sequence has, the lowest last.
+    free_ids: Vec<u32>,
+    /// Changes of tables since [`KvCache::take_changes`].
+    changes: Vec<TableChange>,
 }
 
 impl KvCache {
-    /// An empty cache of `pages` pages. With `prefix_seed` it keeps the blocks of texts for those
-    /// that begin alike; the seed goes into the hashes and changes nothing that can be observed.
-    pub fn new(layout: &KvLayout, pages: usize, prefix_seed: Option<u64>) -> Self {
+    /// An empty cache of `pages` pages for `sequences_max` sequences at a time. With `prefix_seed` it
+    /// keeps the blocks of texts for those that begin alike; the seed goes into the hashes and
+    /// changes nothing that can be observed.
+    pub fn new(
+        layout: &KvLayout,
+        pages: usize,
+        sequences_max: usize,
+        prefix_seed: Option<u64>,
+    ) -> Self {
         let windows: Vec<_> = layout.groups.iter().map(|group| group.window).collect();
         let block_tokens = layout.block_tokens;
         let index = |seed| PrefixIndex::new(seed, block_tokens, windows.len(), pages);
         // Without groups there is nothing to keep.
         let index = prefix_seed.filter(|_| !windows.is_empty()).map(index);
-        KvCache { block_tokens, windows, pool: BlockPool::new(pages), index }
+        let free_ids = (0..sequences_max as u32).rev().collect();
+        let (pool, changes) = (BlockPool::new(pages), Vec::new());
+        KvCache { block_tokens, windows, pool, index, free_ids, changes }
+    }
+
+    /// Moves all changes of tables since the last call to the end of `changes`, in order: the next
+    /// step that an executor gets must have them.
+    pub fn take_changes(&mut self, changes: &mut Vec<TableChange>) {
+        changes.append(&mut self.changes);
+    }
+
+    /// Takes back changes that no executor has applied.
+    pub fn restore_changes(&mut self, mut changes: Vec<TableChange>) {
+        changes.append(&mut self.changes);
+        self.changes = changes;
     }
 
     /// The pool.
@@ -158,36 +192,55 @@ impl KvCache {
     /// Takes the pages of a hit, which is as [`KvCache::find`] just returned it. Nothing is copied:
     /// full blocks are shared, and a tail's pages change owner.
     pub fn acquire(&mut self, hit: PrefixHit) -> SequenceBlocks {
-        if hit.length == 0 {
-            return SequenceBlocks::default();
-        }
-        let table = |group| {
+        let mut held = self.open();
+        for group in 0..self.windows.len() {
             let (first, blocks) = self.pages_of(&hit, group);
-            BlockTable { first: first as u32, blocks: blocks.collect() }
-        };
-        let mut tables: Vec<BlockTable> = (0..self.windows.len()).map(table).collect();
-        tables.iter().flat_map(|table| &table.blocks).for_each(|&page| self.pool.retain(page));
-        let index = self.index.as_mut().expect("a hit comes from the index");
-        let node = hit.path.last().copied().unwrap_or(ROOT);
-        index.stand(node);
-        for (table, page) in
-            tables.iter_mut().zip(hit.tail.map(|tail| index.take_tail(tail)).unwrap_or_default())
-        {
-            self.pool.retain(page);
-            self.pool.forget(page);
-            table.blocks.push(page);
+            held.tables[group] = BlockTable { first: first as u32, blocks: blocks.collect() };
         }
-        SequenceBlocks { tables, indexed: hit.path.len(), node }
+        let pages = held.tables.iter().flat_map(|table| &table.blocks);
+        pages.for_each(|&page| self.pool.retain(page));
+        let node = hit.path.last().copied().unwrap_or(ROOT);
+        if let Some(index) = &mut self.index {
+            index.leave(ROOT);
+            index.stand(node);
+            let tail = hit.tail.map(|tail| index.take_tail(tail)).unwrap_or_default();
+            for (table, page) in held.tables.iter_mut().zip(tail) {
+                self.pool.retain(page);
+                self.pool.forget(page);
+                table.blocks.push(page);
+            }
+        }
+        (held.indexed, held.node) = (hit.path.len(), node);
+        let sequence = held.id();
+        for (group, table) in (0..).zip(&held.tables) {
+            if table.first > 0 {
+                self.changes.push(TableChange::Slide { sequence, group, first: table.first });
+            }
+            if !table.blocks.is_empty() {
+                let pages = table.blocks.clone();
+                self.changes.push(TableChange::Extend { sequence, group, pages });
+            }
+        }
+        held
+    }
+
+    /// Empty tables for a sequence that begins.
+    fn open(&mut self) -> SequenceBlocks {
+        let id = SequenceId(self.free_ids.pop().expect("no more sequences than the cache has ids"));
+        self.changes.push(TableChange::Clear { sequence: id });
+        if let Some(index) = &mut self.index {
+            index.stand(ROOT);
+        }
+        let tables = vec![BlockTable::default(); self.windows.len()];
+        SequenceBlocks { id: Some(id), tables, indexed: 0, node: ROOT }
     }
 
     /// Gives every table of `held` blocks for `length` positions, which are affordable.
     pub fn grow(&mut self, held: &mut SequenceBlocks, length: usize) {
-        if held.tables.is_empty() {
-            held.tables.resize_with(self.windows.len(), BlockTable::default);
-            if let Some(index) = &mut self.index {
-                index.stand(ROOT);
-            }
+        if held.id.is_none() {
+            *held = self.open();
         }
+        let before = held.end();
         for _ in held.end()..length.div_ceil(self.block_tokens) {
             for table in &mut held.tables {
                 let (page, evicted) = self.pool.allocate().expect("the length is affordable");
@@ -197,12 +250,20 @@ impl KvCache {
                 table.blocks.push(page);
             }
         }
+        let (sequence, end) = (held.id(), held.end());
+        if end > before {
+            for (group, table) in (0..).zip(&held.tables) {
+                let pages = table.blocks[before - table.first as usize..].to_vec();
+                self.changes.push(TableChange::Extend { sequence, group, pages });
+            }
+        }
     }
 
     /// Tells that `tokens`, all of a sequence from position 0, are computed: full blocks become
     /// known, and blocks that slid out of their group's window return to the pool.
     pub fn commit(&mut self, held: &mut SequenceBlocks, tokens: &[u32]) {
-        if let Some(index) = self.index.as_mut().filter(|_| !held.tables.is_empty()) {
+        let Some(sequence) = held.id else { return };
+        if let Some(index) = self.index.as_mut() {
             for block in tokens.chunks_exact(self.block_tokens).skip(held.indexed) {
                 held.node = index.advance(held.node, block);
                 for (group, table) in held.tables.iter().enumerate() {
@@ -214,22 +275,25 @@ impl KvCache {
                 held.indexed += 1;
             }
         }
-        for (table, window) in held.tables.iter_mut().zip(&self.windows) {
+        for (group, (table, window)) in (0..).zip(held.tables.iter_mut().zip(&self.windows)) {
             let first = first_block(*window, tokens.len(), self.block_tokens);
             let gone = first.saturating_sub(table.first as usize).min(table.blocks.len());
+            if gone == 0 {
+                continue;
+            }
             for page in table.blocks.drain(..gone) {
                 self.pool.release(page);
             }
             table.first += gone as u32;
+            self.changes.push(TableChange::Slide { sequence, group, first: table.first });
         }
     }
 
     /// Gives all blocks back; `tokens` are those computed, as last told to [`KvCache::commit`]. The
     /// last blocks go first, so that of known texts the ends are evicted before the beginnings.
     pub fn release(&mut self, held: &mut SequenceBlocks, tokens: &[u32]) {
-        if held.tables.is_empty() {
-            return;
-        }
+        let Some(SequenceId(id)) = held.id else { return };
+        self.free_ids.push(id);
         self.keep_tail(held, tokens);
         for block in (0..held.end()).rev() {
             for table in held.tables.iter_mut().filter(|table| block >= table.first as usize) {
@@ -261,7 +325,9 @@ impl KvCache {
     pub fn validate<'a>(&self, sequences: impl Iterator<Item = &'a SequenceBlocks>) {
         let mut references = vec![0; self.pool.pages()];
         let mut standing = Vec::new();
-        for held in sequences.filter(|held| !held.tables.is_empty()) {
+        let mut ids = self.free_ids.clone();
+        for held in sequences.filter(|held| held.id.is_some()) {
+            ids.push(held.id().0);
             assert_eq!(held.tables.len(), self.windows.len(), "a table for each group");
             for table in &held.tables {
                 assert_eq!(
@@ -273,6 +339,8 @@ impl KvCache {
             }
             standing.push(held.node);
         }
+        ids.sort_unstable();
+        assert!(ids.iter().zip(0..).all(|(id, n)| *id == n), "each id is free or one sequence's");
         self.pool.validate(&references);
         if let Some(index) = &self.index {
             index.validate(

@@ -10,9 +10,12 @@ use crate::*;
 /// Rows of a block that is expanded as a whole.
 const UNIT: usize = 64;
 
-fn engine(windows: &[Option<usize>], config: &EngineConfig) -> Engine {
-    let executor =
-        FakeExecutor::new(layout(16, windows), 600, config.rows_max, config.kv_blocks).latent();
+fn engine(
+    windows: &[Option<usize>],
+    (rows_max, kv_blocks): (usize, usize),
+    config: &EngineConfig,
+) -> Engine {
+    let executor = FakeExecutor::new(layout(16, windows), 600, rows_max, kv_blocks).latent();
     Engine::new(Box::new(executor), config.clone()).unwrap()
 }
 
@@ -21,7 +24,7 @@ fn expected(prompt: &[u32], tokens: usize, windows: &[Option<usize>]) -> Vec<u32
     let mut text = prompt.to_vec();
     text[..prompt.len() / UNIT * UNIT].iter_mut().for_each(|token| *token |= 1 << 31);
     let next = |_| {
-        text.push(math::argmax(&naive_logits(&text, windows)).unwrap());
+        text.push(lathe_program::logits::argmax(&naive_logits(&text, windows)).unwrap());
         *text.last().unwrap()
     };
     (0..tokens).map(next).collect()
@@ -34,14 +37,12 @@ fn schedules_and_prefix_hits_do_not_change_the_form() {
     let system: Vec<u32> = (0..150).map(|n| n * 7 % 61).collect();
     let (mut hits, mut preemptions) = (0, 0);
     for _ in 0..12 {
-        let config = EngineConfig {
-            rows_max: random.random_range(1..100),
-            sequences_max: random.random_range(1..5),
-            // The longest of them needs 26 and 4.
-            kv_blocks: random.random_range(31..70),
-            ..EngineConfig::default()
-        };
-        let mut engine = engine(&windows, &config);
+        let rows_max = random.random_range(1..100);
+        let config =
+            EngineConfig { sequences_max: random.random_range(1..5), ..EngineConfig::default() };
+        // The longest of them needs 26 and 4.
+        let kv_blocks = random.random_range(31..70);
+        let mut engine = engine(&windows, (rows_max, kv_blocks), &config);
         for _ in 0..3 {
             let mut asked = Vec::new();
             for _ in 0..4 {
@@ -77,8 +78,7 @@ fn schedules_and_prefix_hits_do_not_change_the_form() {
 /// completes no block, and the blocks that were already whole after that.
 #[test]
 fn a_chat_computes_again_only_what_becomes_a_whole_block() {
-    let config = EngineConfig { rows_max: 64, kv_blocks: 100, ..EngineConfig::default() };
-    let mut engine = engine(&[None], &config);
+    let mut engine = engine(&[None], (64, 100), &EngineConfig::default());
     let mut run = |prompt: &[u32]| {
         let request =
             Request { prompt: prompt.to_vec(), max_tokens: Some(10), ..Request::default() };

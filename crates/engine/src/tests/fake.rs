@@ -2,27 +2,42 @@
 //! tables. Each position's entry depends on all entries before it that its windows show, as the
 //! keys of a deep model do, so that a wrong page anywhere changes every later token.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use lathe_program::kv::KvLayerDecl;
 use lathe_program::{
-    BackendError, Executor, KvFormat, KvGroup, KvLayer, KvLayerShape, KvLayout, LatentSpec, Op,
-    Program, Step, StepOutput, StepSequence, Value, Weight,
+    BackendError, Chooser, Executor, ExecutorLimits, KvFormat, KvGroup, KvLayer, KvLayerShape,
+    KvLayout, LatentSpec, Op, Program, SequenceTables, SlotMove, Step, StepOutput, StepSequence,
+    TokenLogprobs, Value, Weight,
 };
 
 pub const VOCABULARY: usize = 61;
 
 pub struct FakeExecutor {
     program: Arc<Program>,
-    rows_max: usize,
+    limits: ExecutorLimits,
+    tables: SequenceTables,
     /// `[page][slot]`.
     pages: Vec<Vec<u64>>,
+    chooser: Chooser,
     logits: Vec<f32>,
+    /// What the steps in flight came to, the oldest first.
+    outcomes: VecDeque<Result<Made, BackendError>>,
+    collected: Made,
     /// A row sees all of its window, or only some of it (for very long texts).
     thorough: bool,
     /// About one step in so many fails half-way; 0 means none.
     failing: u64,
     steps: u64,
+}
+
+/// What a step made.
+#[derive(Default)]
+struct Made {
+    tokens: Vec<Option<u32>>,
+    logprobs: Vec<Option<TokenLogprobs>>,
+    logits: Vec<f32>,
 }
 
 /// A cache of one layer a group, with these windows.
@@ -36,19 +51,32 @@ pub fn layout(block_tokens: usize, windows: &[Option<usize>]) -> KvLayout {
 }
 
 pub fn program(kv: KvLayout, context_max: usize) -> Program {
-    let (ops, values, weights, ropes) = Default::default();
+    let (values, weights, ropes) = Default::default();
+    let (input, head) = (Value(0), Weight(0));
+    let ops = vec![Op::Logits { input, head, gather: false, scale: 1.0, softcap: None }];
     Program { ops, values, weights, ropes, kv, routings: 0, vocabulary: VOCABULARY, context_max }
 }
 
 impl FakeExecutor {
     pub fn new(kv: KvLayout, context_max: usize, rows_max: usize, pages: usize) -> Self {
+        let limits = ExecutorLimits {
+            rows_max,
+            sequences_max: rows_max,
+            kv_blocks: pages,
+            steps_in_flight: 1,
+        };
+        let tables = SequenceTables::new(&kv, limits.sequences_max);
         let pages = vec![vec![0; kv.block_tokens]; pages];
         let program = Arc::new(program(kv, context_max));
         FakeExecutor {
             program,
-            rows_max,
+            limits,
+            tables,
             pages,
+            chooser: Chooser::default(),
             logits: Vec::new(),
+            outcomes: VecDeque::new(),
+            collected: Made::default(),
             thorough: true,
             failing: 0,
             steps: 0,
@@ -76,6 +104,12 @@ impl FakeExecutor {
         self
     }
 
+    /// Takes this many steps before the first is collected.
+    pub fn steps_in_flight(mut self, steps: usize) -> Self {
+        self.limits.steps_in_flight = steps;
+        self
+    }
+
     pub fn hasty(mut self) -> Self {
         self.thorough = false;
         self
@@ -87,17 +121,15 @@ impl FakeExecutor {
     }
 
     fn entry(&mut self, sequence: &StepSequence, group: usize, position: usize) -> &mut u64 {
-        let table = &sequence.tables[group];
-        let block = position / self.program.kv.block_tokens;
-        let index = block.checked_sub(table.first as usize).expect("a block that slid out");
-        let slot = position % self.program.kv.block_tokens;
-        &mut self.pages[table.blocks[index] as usize][slot]
+        let table = self.tables.table(sequence.id, group);
+        let (page, slot) = table.locate(position, self.program.kv.block_tokens);
+        &mut self.pages[page][slot]
     }
 
     /// Everything that the row at `position` can see but itself.
     fn seen(&mut self, sequence: &StepSequence, position: usize) -> u64 {
         let mut hash = 7;
-        for group in 0..sequence.tables.len() {
+        for group in 0..self.program.kv.groups.len() {
             let window = self.program.kv.groups[group].window.unwrap_or(usize::MAX);
             let first = (position + 1).saturating_sub(window);
             let visible = position - first;
@@ -110,17 +142,14 @@ impl FakeExecutor {
     }
 
     fn check(&self, step: &Step) {
-        step.validate(&self.program).unwrap();
-        step.check_blocks(self.pages.len()).unwrap();
-        assert!(
-            !step.tokens.is_empty() && step.tokens.len() <= self.rows_max,
-            "{} rows",
-            step.tokens.len()
-        );
         let block_tokens = self.program.kv.block_tokens;
         // Pages that a sequence writes are in nobody else's tables.
         let mut holders = vec![0; self.pages.len()];
-        let tables = |sequence: &StepSequence| sequence.tables.clone().into_iter();
+        let groups = self.program.kv.groups.len();
+        let tables = |sequence: &StepSequence| {
+            let id = sequence.id;
+            (0..groups).map(move |group| self.tables.table(id, group))
+        };
         for table in step.sequences.iter().flat_map(tables) {
             table.blocks.iter().for_each(|&page| holders[page as usize] += 1);
         }
@@ -130,7 +159,7 @@ impl FakeExecutor {
             next_row += sequence.rows;
             let (first, end) =
                 (sequence.cached as usize, (sequence.cached + sequence.rows) as usize);
-            for table in &sequence.tables {
+            for table in tables(sequence) {
                 assert!(
                     (table.first as usize + table.blocks.len()) * block_tokens >= end,
                     "table too short"
@@ -145,18 +174,10 @@ impl FakeExecutor {
     }
 }
 
-impl Executor for FakeExecutor {
-    fn program(&self) -> &Arc<Program> {
-        &self.program
-    }
-
-    fn kv_format(&self) -> KvFormat {
-        KvFormat::F32
-    }
-
-    fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
-        self.check(step);
+impl FakeExecutor {
+    fn run_step(&mut self, step: &Step) -> Result<Made, BackendError> {
         self.logits.clear();
+        self.chooser.begin(step);
         self.steps += 1;
         let fails = self.failing > 0 && mix(self.steps, 0).is_multiple_of(self.failing);
         for (index, sequence) in step.sequences.iter().enumerate() {
@@ -168,16 +189,58 @@ impl Executor for FakeExecutor {
                 assert_eq!(position, sequence.cached + row - sequence.first_row);
                 let seen = self.seen(sequence, position as usize);
                 let form = u32::from(position < sequence.expanded) << 31;
-                let own = own(seen, position, step.tokens[row as usize] | form);
-                for group in 0..sequence.tables.len() {
+                let own = own(seen, position, self.chooser.row_tokens()[row as usize] | form);
+                for group in 0..self.program.kv.groups.len() {
                     *self.entry(sequence, group, position as usize) = mix(own, group as u64);
                 }
-                if step.logits_rows.contains(&row) {
+                if step.choices.iter().any(|choice| choice.row == row) {
                     self.logits.extend(logits(own));
                 }
             }
         }
-        Ok(StepOutput { logits: &self.logits, captures: Vec::new() })
+        self.chooser.choose(step, VOCABULARY, &mut self.logits);
+        Ok(Made {
+            tokens: self.chooser.tokens().to_vec(),
+            logprobs: self.chooser.logprobs().to_vec(),
+            logits: self.logits[..self.chooser.logits_rows() * VOCABULARY].to_vec(),
+        })
+    }
+}
+
+impl Executor for FakeExecutor {
+    fn program(&self) -> &Arc<Program> {
+        &self.program
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        KvFormat::F32
+    }
+
+    fn limits(&self) -> ExecutorLimits {
+        self.limits
+    }
+
+    fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
+        assert!(self.outcomes.len() < self.limits.steps_in_flight, "steps in flight");
+        self.tables.accept(step, &self.program, &self.limits).unwrap();
+        self.check(step);
+        let after_a_failure = self.outcomes.iter().any(Result::is_err);
+        let made = self.run_step(step);
+        self.outcomes.push_back(match after_a_failure {
+            true => Err(BackendError::Device("the step before failed".into())),
+            false => made,
+        });
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput<'_>, BackendError> {
+        self.collected = self.outcomes.pop_front().expect("a step in flight")?;
+        let Made { tokens, logprobs, logits } = &self.collected;
+        Ok(StepOutput { tokens, logprobs, logits, captures: Vec::new() })
+    }
+
+    fn move_slots(&mut self, _: &[SlotMove]) -> Result<(), BackendError> {
+        unreachable!("no drafts yet")
     }
 
     fn weight_bytes(&self) -> usize {

@@ -2,13 +2,14 @@
 //! a naive model that knows neither pages nor batches.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use lathe_program::{Choice, Sampler, TokenCounts};
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::fake::{FakeExecutor, layout, naive_logits};
-use crate::sampler::Scratch;
 use crate::*;
 
 const OPERATIONS: usize = 10_000;
@@ -26,6 +27,7 @@ struct Fuzz {
     windows: Vec<Option<usize>>,
     block_tokens: usize,
     config: EngineConfig,
+    kv_blocks: usize,
     engine: Engine,
     live: BTreeMap<RequestId, Expected>,
     /// Texts that are over: what chats continue.
@@ -35,29 +37,41 @@ struct Fuzz {
 }
 
 impl Fuzz {
-    fn new(seed: u64, kv_cache: bool) -> Self {
+    fn new(seed: u64, kv_cache: bool, steps_in_flight: usize) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let window =
             |random: &mut ChaCha8Rng| random.random_bool(0.5).then(|| random.random_range(1..14));
         let windows: Vec<_> = (0..random.random_range(1..4)).map(|_| window(&mut random)).collect();
         let block_tokens = random.random_range(1..6);
         let alone = pages_alone(CONTEXT_MAX, block_tokens, &windows);
+        let rows_max = random.random_range(1..24);
         let config = EngineConfig {
-            rows_max: random.random_range(1..24),
             sequences_max: random.random_range(2..9),
             waiting_max: random.random_range(1..9),
-            // Some requests never fit, and not many fit at a time.
-            kv_blocks: random.random_range(alone * 5 / 6 + 1..alone * 2 + 2),
             prefix_cache: random.random_bool(0.8),
             prefix_seed: random.random(),
             kv_cache,
         };
+        // Some requests never fit, and not many fit at a time.
+        let kv_blocks = random.random_range(alone * 5 / 6 + 1..alone * 2 + 2);
         let kv = layout(block_tokens, &windows);
-        let executor =
-            FakeExecutor::new(kv, CONTEXT_MAX, config.rows_max, config.kv_blocks).failing(40);
+        let executor = FakeExecutor::new(kv, CONTEXT_MAX, rows_max, kv_blocks)
+            .failing(40)
+            .steps_in_flight(steps_in_flight);
         let engine = Engine::new(Box::new(executor), config.clone()).unwrap();
         let (live, past, refused) = Default::default();
-        Fuzz { random, windows, block_tokens, config, engine, live, past, refused, failures: 0 }
+        Fuzz {
+            random,
+            windows,
+            block_tokens,
+            config,
+            kv_blocks,
+            engine,
+            live,
+            past,
+            refused,
+            failures: 0,
+        }
     }
 
     fn operate(&mut self) {
@@ -110,7 +124,7 @@ impl Fuzz {
             pages_alone(request.prompt.len() + wanted - 1, self.block_tokens, &self.windows);
         match self.engine.add(request.clone(), None) {
             Ok(id) => {
-                assert!(waiting < self.config.waiting_max && needed <= self.config.kv_blocks);
+                assert!(waiting < self.config.waiting_max && needed <= self.kv_blocks);
                 self.live.insert(id, Expected { request, tokens: Vec::new(), cancelled: false });
             }
             Err(AddError::QueueFull { waiting: found, .. }) => {
@@ -118,7 +132,7 @@ impl Fuzz {
                 self.refused[0] += 1;
             }
             Err(AddError::TooFewBlocks { needed: found, available }) => {
-                assert_eq!((found, available), (needed, self.config.kv_blocks));
+                assert_eq!((found, available), (needed, self.kv_blocks));
                 assert!(needed > available);
                 self.refused[1] += 1;
             }
@@ -165,24 +179,26 @@ impl Fuzz {
     /// The text must be the naive model's, and must end where it should.
     fn compare(&mut self, live: Expected, reason: FinishReason) {
         let Expected { request, tokens, .. } = live;
-        let mut sampler = Sampler::new(request.sampling.clone(), &request.prompt);
+        let mut sampler = Sampler::default();
+        let mut counts = TokenCounts::new(&request.prompt);
         let mut text = request.prompt.clone();
         for &token in &tokens {
             let logits = naive_logits(&text, &self.windows);
-            assert_eq!(
-                sampler.sample(&logits, text.len(), &mut Scratch::default()),
-                Some(token),
-                "after {text:?}"
-            );
-            sampler.record(token);
+            let choice = Choice {
+                counts: Some(Arc::new(counts.clone())),
+                ..Choice::sample(0, request.sampling, text.len() as u64)
+            };
+            let expected = sampler.choose(&choice, &[], &logits);
+            assert_eq!(expected, Some(token), "after {text:?}");
+            counts.record(token);
             text.push(token);
         }
         let stop = tokens.iter().position(|token| request.stop_tokens.contains(token));
         match reason {
             FinishReason::Stop => assert_eq!(stop, Some(tokens.len() - 1)),
             FinishReason::Length => {
-                let full = pages_alone(text.len(), self.block_tokens, &self.windows)
-                    > self.config.kv_blocks;
+                let full =
+                    pages_alone(text.len(), self.block_tokens, &self.windows) > self.kv_blocks;
                 assert!(
                     full || text.len() == CONTEXT_MAX || Some(tokens.len()) == request.max_tokens
                 );
@@ -219,8 +235,8 @@ fn pages_alone(length: usize, block_tokens: usize, windows: &[Option<usize>]) ->
     windows.iter().map(held).sum()
 }
 
-fn fuzz(seed: u64, kv_cache: bool) -> Stats {
-    let mut fuzz = Fuzz::new(seed, kv_cache);
+fn fuzz(seed: u64, kv_cache: bool, steps_in_flight: usize) -> Stats {
+    let mut fuzz = Fuzz::new(seed, kv_cache, steps_in_flight);
     for _ in 0..OPERATIONS {
         fuzz.operate();
     }
@@ -240,17 +256,19 @@ fn fuzz(seed: u64, kv_cache: bool) -> Stats {
 
 #[test]
 fn random_operations_never_change_a_text() {
-    let stats: Vec<Stats> = (0..16).map(|seed| fuzz(seed, true)).collect();
-    // The fuzz is worth something only if it reaches what it is about.
-    let sum = |count: fn(&Stats) -> u64| stats.iter().map(count).sum::<u64>();
-    assert!(sum(|stats| stats.preemptions) > 500);
-    assert!(sum(|stats| stats.prefix_hit_tokens) > 10_000);
-    assert!(sum(|stats| stats.resumed_hit_tokens) > 1_000);
+    for steps_in_flight in [1, 2, 3] {
+        let stats: Vec<Stats> = (0..16).map(|seed| fuzz(seed, true, steps_in_flight)).collect();
+        // The fuzz is worth something only if it reaches what it is about.
+        let sum = |count: fn(&Stats) -> u64| stats.iter().map(count).sum::<u64>();
+        assert!(sum(|stats| stats.preemptions) > 500);
+        assert!(sum(|stats| stats.prefix_hit_tokens) > 10_000);
+        assert!(sum(|stats| stats.resumed_hit_tokens) > 1_000);
+    }
 }
 
 #[test]
 fn random_operations_without_cache() {
     for seed in 100..103 {
-        assert_eq!(fuzz(seed, false).prefix_hit_tokens, 0);
+        assert_eq!(fuzz(seed, false, 2).prefix_hit_tokens, 0);
     }
 }

@@ -5,7 +5,7 @@ use crate::*;
 
 fn engine(windows: &[Option<usize>], kv_blocks: usize, prefix_cache: bool) -> Engine {
     let executor = FakeExecutor::new(layout(4, windows), 400, 16, kv_blocks);
-    let config = EngineConfig { rows_max: 16, kv_blocks, prefix_cache, ..EngineConfig::default() };
+    let config = EngineConfig { prefix_cache, ..EngineConfig::default() };
     Engine::new(Box::new(executor), config).unwrap()
 }
 
@@ -43,7 +43,10 @@ fn a_chat_computes_only_what_is_new() {
             rows += text.len() - cached + tokens.len() - 1;
             assert_eq!(engine.stats().rows, rows as u64);
             for token in tokens {
-                assert_eq!(Some(token), math::argmax(&naive_logits(&text, windows)));
+                assert_eq!(
+                    Some(token),
+                    lathe_program::logits::argmax(&naive_logits(&text, windows))
+                );
                 text.push(token);
             }
         }
@@ -99,7 +102,10 @@ fn a_hit_needs_only_the_blocks_inside_the_window() {
     let longer = [&text[..], &[5, 6]].concat();
     let (tokens, cached) = run(&mut engine, &longer, 1);
     assert_eq!(cached, 41);
-    assert_eq!(tokens.first().copied(), math::argmax(&naive_logits(&longer, &windows)));
+    assert_eq!(
+        tokens.first().copied(),
+        lathe_program::logits::argmax(&naive_logits(&longer, &windows))
+    );
     // A full group beside it needs them all.
     let windows = [None, Some(6)];
     let mut engine = super::prefix::engine(&windows, 17, true);

@@ -4,19 +4,16 @@ use super::fake::{FakeExecutor, VOCABULARY, layout};
 use crate::*;
 
 fn engine(config: EngineConfig) -> Engine {
-    let executor =
-        FakeExecutor::new(layout(4, &[None, Some(6)]), 100, config.rows_max, config.kv_blocks);
+    engine_with(64, config)
+}
+
+fn engine_with(kv_blocks: usize, config: EngineConfig) -> Engine {
+    let executor = FakeExecutor::new(layout(4, &[None, Some(6)]), 100, 8, kv_blocks);
     Engine::new(Box::new(executor), config).unwrap()
 }
 
 fn config() -> EngineConfig {
-    EngineConfig {
-        rows_max: 8,
-        sequences_max: 4,
-        waiting_max: 8,
-        kv_blocks: 64,
-        ..EngineConfig::default()
-    }
+    EngineConfig { sequences_max: 4, waiting_max: 8, ..EngineConfig::default() }
 }
 
 fn request(prompt: &[u32], max_tokens: usize) -> Request {
@@ -94,7 +91,7 @@ fn without_cache_the_text_is_the_same_and_the_rows_grow() {
 
 #[test]
 fn bad_requests_are_refused() {
-    let mut engine = engine(EngineConfig { kv_blocks: 20, waiting_max: 1, ..config() });
+    let mut engine = engine_with(20, EngineConfig { waiting_max: 1, ..config() });
     let mut add = |request| engine.add(request, None).map(drop);
     assert_eq!(add(request(&[], 1)), Err(AddError::EmptyPrompt));
     assert_eq!(add(request(&[1], 0)), Err(AddError::NothingToGenerate));
@@ -142,14 +139,7 @@ fn score_is_the_same_in_any_chunks() {
     let tokens: Vec<u32> = (0..57).map(|n| n * 7 % 61).collect();
     let run = |rows_max| {
         let mut executor = FakeExecutor::new(layout(4, &[None, Some(6)]), 100, rows_max, 40);
-        let options = lathe_program::ExecutorOptions {
-            kv_blocks: 40,
-            kv_format: None,
-            rows_max,
-            threads: None,
-            exact: true,
-        };
-        score(&mut executor, &options, &tokens, 3).unwrap()
+        score(&mut executor, &tokens, 3).unwrap()
     };
     let whole = run(57);
     assert_eq!(whole.logprobs.len(), 56);
@@ -232,14 +222,7 @@ fn reported_logprobs_are_those_of_scoring() {
         }
     }
     let mut executor = FakeExecutor::new(layout(4, &[None, Some(6)]), 100, 8, 40);
-    let options = lathe_program::ExecutorOptions {
-        kv_blocks: 40,
-        kv_format: None,
-        rows_max: 8,
-        threads: None,
-        exact: true,
-    };
-    let scored = score(&mut executor, &options, &tokens, 0).unwrap();
+    let scored = score(&mut executor, &tokens, 0).unwrap();
     for (reported, scored) in reported.iter().zip(&scored.logprobs[2..]) {
         assert_eq!(reported.logprob, *scored as f32);
         assert_eq!(reported.top.len(), 4);

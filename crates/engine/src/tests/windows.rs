@@ -10,14 +10,9 @@ fn a_long_generation_keeps_the_pages_of_its_window_constant() {
     let kv = layout(block_tokens, &[Some(window)]);
     // What one window can touch, and not a page more.
     let pages = (window - 1).div_ceil(block_tokens) + 1;
-    let config = EngineConfig {
-        rows_max: 64,
-        sequences_max: 1,
-        kv_blocks: pages,
-        ..EngineConfig::default()
-    };
+    let config = EngineConfig { sequences_max: 1, ..EngineConfig::default() };
     for prefix_cache in [true, false] {
-        let executor = FakeExecutor::new(kv.clone(), tokens + 300, config.rows_max, pages).hasty();
+        let executor = FakeExecutor::new(kv.clone(), tokens + 300, 64, pages).hasty();
         let mut engine =
             Engine::new(Box::new(executor), EngineConfig { prefix_cache, ..config.clone() })
                 .unwrap();
@@ -40,8 +35,7 @@ fn a_long_generation_keeps_the_pages_of_its_window_constant() {
 #[test]
 fn only_full_groups_grow() {
     let executor = FakeExecutor::new(layout(4, &[None, Some(8)]), 401, 16, 110);
-    let config = EngineConfig { rows_max: 16, kv_blocks: 110, ..EngineConfig::default() };
-    let mut engine = Engine::new(Box::new(executor), config).unwrap();
+    let mut engine = Engine::new(Box::new(executor), EngineConfig::default()).unwrap();
     engine
         .add(Request { prompt: vec![1; 20], max_tokens: Some(380), ..Request::default() }, None)
         .unwrap();

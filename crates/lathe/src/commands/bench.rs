@@ -6,20 +6,22 @@ use std::time::Instant;
 use anyhow::Error;
 use lathe_engine::{Engine, EngineConfig};
 use lathe_program::cost::{RoutingLoad, StepShape, count};
-use lathe_program::{ExecutorOptions, KvFormat, Program};
+use lathe_program::{KvFormat, Program};
+use lathe_session::measure::experts::{self, ExpertTap, LayerLoad};
+use lathe_session::measure::roofs::Roofs;
+use lathe_session::measure::shape::{Shape, Sizes};
+use lathe_session::measure::steps::{self, StepTime};
+use lathe_session::measure::timing::{self, Timing, Workload, growth_exponent, median};
+use lathe_session::{
+    Need, Options, ROWS_MAX, Ranks, SessionError, backend, check_memory, human_bytes, memory,
+    milliseconds, prepare_program, program_for,
+};
 use serde::Serialize;
 
-use crate::arguments::{BenchArguments, Global};
-use crate::experts::{self, ExpertTap, LayerLoad};
-use crate::measure::{self, Timing, Workload, growth_exponent, median};
-use crate::memory;
-use crate::output::{bad_input, human_bytes, print, print_json};
-use crate::parallel::ParallelArguments;
+use crate::arguments::{BenchArguments, Global, ParallelArguments};
+use crate::find::{dummy_shape, open_shape};
+use crate::output::{bad_input, print, print_json};
 use crate::plot::{Curve, Mark, draw};
-use crate::roofs::Roofs;
-use crate::session::{self, Need, ROWS_MAX, milliseconds};
-use crate::shape::{Shape, Sizes};
-use crate::steps::{self, StepTime};
 
 #[derive(Serialize)]
 struct Report {
@@ -108,7 +110,6 @@ struct Growth {
 /// An engine to measure, and what it took to get it.
 struct Prepared {
     engine: Engine,
-    options: ExecutorOptions,
     load_ms: f64,
 }
 
@@ -116,19 +117,17 @@ struct Prepared {
 pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     check(arguments)?;
     let shape = match arguments.dummy_weights {
-        true => {
-            Shape::dummy(&arguments.model, arguments.format.as_deref(), &global.open_options())?
-        }
-        false => Shape::open(&arguments.model, &global.open_options())?,
+        true => dummy_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?,
+        false => open_shape(&arguments.model, &global.open_options())?,
     };
     let step_tokens = arguments.step_tokens.iter().copied().max().unwrap_or(0);
     let context = arguments.prompt + arguments.generate.max(step_tokens);
-    let program = session::program_for(shape.spec(), context)?;
+    let program = program_for(shape.spec(), context)?;
     let sequences = arguments.batch.iter().copied().max().unwrap_or(1);
     let need = Need { context, sequences, rows_max: ROWS_MAX };
     let sizes = shape.sizes(&program)?;
-    session::check_memory(&program, sizes.total(&program), global, need, arguments.parallel)?;
-    let place = (global, arguments.parallel);
+    let place = (global.options(), arguments.parallel.ranks());
+    check_memory(&program, sizes.total(&program), &place.0, need, place.1)?;
     let prepare = |kv_cache| prepare(&shape, &program, place, need, kv_cache);
     let mut prepared = prepare(true)?;
     let mut runs = Vec::new();
@@ -143,14 +142,14 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         run.growth = Some(Growth::of(&cached.timings[0], &run.timings[0]));
         runs.push(run);
     }
-    let Prepared { engine, options, load_ms } = prepared;
+    let Prepared { engine, load_ms } = prepared;
     let mut executor = engine.into_executor();
     let steps = match arguments.step_tokens.as_slice() {
         [] => Vec::new(),
-        sizes => steps::measure(&mut *executor, &options, arguments.prompt, sizes)?,
+        sizes => steps::measure(&mut *executor, arguments.prompt, sizes)?,
     };
     let measured = Measured {
-        device: session::backend(global.device)?.name(),
+        device: backend(global.options().device)?.name(),
         parallel: arguments.parallel,
         weight_bytes: executor.weight_bytes(),
         kv_bytes: executor.kv_bytes(),
@@ -160,7 +159,7 @@ pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
         peak_memory_bytes: memory::peak_bytes(),
     };
     drop(executor);
-    let roofs = Roofs::measure(global, &sizes)?;
+    let roofs = Roofs::measure(&global.options(), &sizes)?;
     let report = |run| measured.report(&shape, &program, &sizes, &roofs, run);
     let reports: Vec<Report> = runs.into_iter().map(report).collect();
     let first = &reports[0];
@@ -254,11 +253,11 @@ impl Run {
         let (prompt, generate) = (arguments.prompt, arguments.generate);
         let workload = Workload { prompt, generate, batch, vocabulary: program.vocabulary };
         let warm = Workload { prompt: prompt.min(16), generate: generate.min(4), ..workload };
-        measure::run(engine, &warm, u64::MAX, None)?;
+        timing::run(engine, &warm, u64::MAX, None)?;
         let mut tap = ExpertTap::new(&program);
         let rounds = 0..repeat as u64;
-        let timings = rounds.map(|round| measure::run(engine, &workload, round, tap.as_mut()));
-        let timings = timings.collect::<Result<Vec<_>, Error>>()?;
+        let timings = rounds.map(|round| timing::run(engine, &workload, round, tap.as_mut()));
+        let timings = timings.collect::<Result<Vec<_>, SessionError>>()?;
         let experts = tap.map_or(Vec::new(), |tap| tap.loads());
         Ok(Self { workload, timings, experts, growth: None })
     }
@@ -268,23 +267,21 @@ impl Run {
 fn prepare(
     shape: &Shape,
     program: &Arc<Program>,
-    (global, parallel): (&Global, ParallelArguments),
+    (options, ranks): (Options, Ranks),
     need: Need,
     kv_cache: bool,
 ) -> Result<Prepared, Error> {
     let start = Instant::now();
     let weights = shape.weights(program)?;
-    let (executor, options) = session::prepare_program(program, &*weights, global, need, parallel)?;
+    let executor = prepare_program(program, &*weights, &options, need, ranks)?;
     let config = EngineConfig {
-        rows_max: options.rows_max,
         sequences_max: need.sequences,
-        kv_blocks: options.kv_blocks,
         prefix_cache: false,
         kv_cache,
         ..EngineConfig::default()
     };
     let load_ms = milliseconds(start);
-    Ok(Prepared { engine: Engine::new(executor, config)?, options, load_ms })
+    Ok(Prepared { engine: Engine::new(executor, config)?, load_ms })
 }
 
 fn check(arguments: &BenchArguments) -> Result<(), Error> {
@@ -314,9 +311,9 @@ impl Place {
         Self {
             device: device.to_owned(),
             threads: roofs.threads,
-            tensor_parallel: parallel.ranks(),
+            tensor_parallel: parallel.tensor_parallel.get(),
             expert_parallel: parallel.expert_parallel,
-            ranks: parallel.ranks(),
+            ranks: parallel.tensor_parallel.get(),
         }
     }
 

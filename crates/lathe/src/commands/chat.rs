@@ -7,18 +7,18 @@ use anyhow::{Context, Error};
 use lathe_engine::{Engine, FinishReason, Request, Sampling};
 use lathe_model::Model;
 use lathe_model::chat::Message;
+use lathe_session::{
+    Conversation, Generation, Need, ROWS_MAX, SamplingChoice, context_that_fits, decoder, generate,
+    human_bytes, memory, template_of,
+};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde::Serialize;
 
 use crate::arguments::{ChatArguments, Global};
-use crate::conversation::{Conversation, template_of};
-use crate::generate::{Generation, generate};
+use crate::find::open;
 use crate::interrupt::{Insist, Interrupts};
-use crate::memory;
-use crate::output::{bad_input, human_bytes, is_broken_pipe, one_line, print, print_json};
-use crate::sampling::{sampling, stop_strings};
-use crate::session::{self, Need, ROWS_MAX};
+use crate::output::{bad_input, is_broken_pipe, one_line, print, print_json};
 
 /// Tokens of an answer if the caller does not say.
 const MAX_TOKENS: usize = 1024;
@@ -52,12 +52,12 @@ struct Report {
     kv_bytes: usize,
 }
 
-struct Chat<'a> {
+struct Chat {
     engine: Engine,
     model: Model,
     conversation: Conversation,
+    choice: SamplingChoice,
     sampling: Sampling,
-    arguments: &'a ChatArguments,
     interrupts: Interrupts,
     context: usize,
     turns: Vec<Turn>,
@@ -67,16 +67,20 @@ struct Chat<'a> {
 /// Talks until the input ends.
 pub fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
     let interrupts = Interrupts::install(Insist::Ignored)?;
-    let opened = session::open(&arguments.model, &global.open_options_for(arguments.context))?;
+    let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     template_of(&opened.model)?;
-    let sampling = sampling(&arguments.sampling, &opened.model.generation)?;
-    sampling.validate(opened.model.spec.vocabulary).map_err(bad_input)?;
+    let choice = arguments.sampling.choice()?;
+    let (own, vocabulary) = (&opened.model.generation, opened.model.spec.vocabulary);
+    choice.validate(own, vocabulary).map_err(bad_input)?;
+    // One seed for the whole conversation.
+    let sampling = choice.sampling(own);
+    let (options, ranks) = (global.options(), arguments.parallel.ranks());
     let context = match arguments.context {
         Some(context) => context,
-        None => session::context_that_fits(&opened.model, global, arguments.parallel)?,
+        None => context_that_fits(&opened.model, &options, ranks)?,
     };
     let need = Need { context, sequences: 1, rows_max: ROWS_MAX };
-    let session = opened.over(arguments.parallel).prepare(global, need)?;
+    let session = opened.over(ranks).prepare(&options, need)?;
     let load_ms = session.load_ms;
     let (engine, model) = session.into_engine(true, 1)?;
     let kv_bytes = engine.executor().kv_bytes();
@@ -89,7 +93,7 @@ pub fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
     let turns = Vec::new();
     let json = global.json;
     let mut chat =
-        Chat { engine, model, conversation, sampling, arguments, interrupts, context, turns, json };
+        Chat { engine, model, conversation, choice, sampling, interrupts, context, turns, json };
     chat.talk()?;
     if !json {
         return Ok(());
@@ -146,7 +150,7 @@ impl Input {
     }
 }
 
-impl Chat<'_> {
+impl Chat {
     fn talk(&mut self) -> Result<(), Error> {
         let mut input = Input::open()?;
         while let Some(line) = input.next()? {
@@ -195,19 +199,19 @@ impl Chat<'_> {
     }
 
     fn turn(&mut self, text: &str) -> Result<(), Error> {
-        let typed = self.arguments.sampling.max_tokens;
-        let answer_tokens = typed.or(self.model.generation.max_new_tokens).unwrap_or(MAX_TOKENS);
+        let own = self.model.generation.max_new_tokens;
+        let answer_tokens = self.choice.max_tokens.or(own).unwrap_or(MAX_TOKENS);
         let prompt = self.conversation.ask(&self.model, text, self.context, answer_tokens)?;
         if prompt.dropped > 0 {
             eprintln!("note: the oldest {} messages no longer fit the context", prompt.dropped);
         }
         let room = self.context - prompt.ids.len();
         let request = self.request(prompt.ids.clone(), answer_tokens.min(room));
-        let decoder = self.model.tokenizer.as_ref().map(session::decoder);
+        let decoder = self.model.tokenizer.as_ref().map(decoder);
         let working = self.interrupts.begin();
         let json = self.json;
         let show = |text: &str| if json { Ok(()) } else { print(text) };
-        let generated = generate(&mut self.engine, request, decoder, &working, show);
+        let generated = generate(&mut self.engine, request, decoder, || working.stopped(), show);
         drop(working);
         let generation = match generated {
             Ok(generation) => generation,
@@ -237,16 +241,10 @@ impl Chat<'_> {
     }
 
     fn request(&self, prompt: Vec<u32>, max_tokens: usize) -> Request {
-        let chosen = &self.arguments.sampling;
-        let stop_tokens = &self.model.generation.stop_tokens;
         Request {
-            prompt,
-            sampling: self.sampling.clone(),
+            sampling: self.sampling,
             max_tokens: Some(max_tokens),
-            stop_tokens: if chosen.ignore_eos { Vec::new() } else { stop_tokens.clone() },
-            stop_strings: stop_strings(chosen, &self.model.generation),
-            ignore_stop: false,
-            logprobs: None,
+            ..self.choice.request(prompt, &self.model.generation)
         }
     }
 

@@ -7,13 +7,14 @@ use anyhow::{Context, Error};
 use lathe_model::Model;
 use lathe_model::export::{ExportError, GgufOptions, HuggingFaceOptions, to_gguf, to_hugging_face};
 use lathe_program::WeightRole;
+use lathe_session::measure::shape::Sizes;
+use lathe_session::{bytes_under, human_bytes, milliseconds, program_for};
 use lathe_tensor::Format;
 use serde::Serialize;
 
 use crate::arguments::{ConvertArguments, Global, Layout};
-use crate::output::{InputContext, bad_input, human_bytes, print, print_json};
-use crate::session::{self, bytes_under, milliseconds};
-use crate::shape::Sizes;
+use crate::find::open;
+use crate::output::{InputContext, bad_input, print, print_json};
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -32,7 +33,7 @@ pub fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), Error> {
     }
     let format = arguments.format.as_deref().map(Format::parse).transpose();
     let format = format.bad_input_in("--format")?;
-    let opened = session::open(&arguments.model, &global.open_options())?;
+    let opened = open(&arguments.model, &global.open_options())?;
     opened.refuse_adapter("convert")?;
     let model = &opened.model;
     let layout = match arguments.to {
@@ -62,7 +63,7 @@ fn gguf_options(model: &Model, format: Option<Format>) -> Result<GgufOptions, Er
     if let Some(format) = format {
         return Ok(GgufOptions { format, embedding: None });
     }
-    let program = session::program_for(&model.spec, model.spec.context_max)?;
+    let program = program_for(&model.spec, model.spec.context_max)?;
     let sizes = Sizes::of_model(model, &program)?;
     let linear = |role| matches!(role, WeightRole::Linear | WeightRole::Experts);
     let format = sizes.main_format_of(&program, linear);

@@ -3,15 +3,15 @@
 use std::io::IsTerminal;
 
 use anyhow::Error;
-use lathe_engine::eval::{self, Perplexity, Subject, Windows};
+use lathe_engine::eval::{self, Perplexity, Windows};
 use lathe_model::OpenOptions;
+use lathe_session::{Need, Opened, Options, ROWS_MAX, Session, SessionError, encode_text};
 use serde::Serialize;
 
 use super::score::read_text;
 use crate::arguments::{EvalArguments, Global};
+use crate::find::open;
 use crate::output::{bad_input, print, print_json};
-use crate::prompt::encode_text;
-use crate::session::{self, Need, Opened, ROWS_MAX, Session, score_result};
 
 /// Tokens in a window if the caller does not say and the model allows it.
 const CONTEXT: usize = 2048;
@@ -46,11 +46,11 @@ struct Comparison {
 /// Evaluates.
 pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let text = read_text(&arguments.text)?;
-    let opened = session::open(&arguments.model, &global.open_options())?;
+    let opened = open(&arguments.model, &global.open_options())?;
     let tokens = encode_text(opened.tokenizer()?, &text)?;
     let base_adapter = arguments.base_adapter.clone().unwrap_or_default();
-    let base_options = OpenOptions { adapter: base_adapter, ..global.open_options() };
-    let open_base = |base| session::open(base, &base_options);
+    let base_open = OpenOptions { adapter: base_adapter, ..global.open_options() };
+    let open_base = |base| open(base, &base_open);
     let base = arguments.base.as_deref().map(open_base).transpose()?;
     if let Some(base) = &base {
         check_base(base, &tokens, &text)?;
@@ -66,20 +66,23 @@ pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let windows = Windows { context, stride };
     let need =
         Need { context: context.clamp(1, tokens.len().max(1)), sequences: 1, rows_max: ROWS_MAX };
-    let mut session = opened.over(arguments.parallel).prepare(global, need)?;
+    let options = global.options();
+    let mut session = opened.over(arguments.parallel.ranks()).prepare(&options, need)?;
     let base_format = arguments.base_kv_format.or(global.kv_format);
-    let base_global = Global { kv_format: base_format, ..global.clone() };
-    let mut base = base.map(|base| base.prepare(&base_global, need)).transpose()?;
+    let base_options = Options { kv_format: base_format, ..options };
+    let mut base = base.map(|base| base.prepare(&base_options, need)).transpose()?;
 
     let mut progress = progress();
     let (perplexity, comparison) = match &mut base {
         None => {
-            let found = eval::perplexity(subject(&mut session), &tokens, windows, &mut progress);
-            (score_result(found)?, None)
+            let executor = &mut *session.executor;
+            let found = eval::perplexity(executor, &tokens, windows, &mut progress);
+            (found.map_err(SessionError::from)?, None)
         }
         Some(base) => {
-            let (model, base) = (subject(&mut session), subject(base));
-            let found = score_result(eval::compare(model, base, &tokens, windows, &mut progress))?;
+            let (model, base) = (&mut *session.executor, &mut *base.executor);
+            let found = eval::compare(model, base, &tokens, windows, &mut progress);
+            let found = found.map_err(SessionError::from)?;
             let comparison = Comparison {
                 kl_mean: found.kl_mean,
                 kl_p99: found.kl_p99,
@@ -106,10 +109,6 @@ fn check_base(base: &Opened, tokens: &[u32], text: &str) -> Result<(), Error> {
         )));
     }
     Ok(())
-}
-
-fn subject(session: &mut Session) -> Subject<'_> {
-    Subject { executor: &mut *session.executor, options: &session.options }
 }
 
 /// Says on stderr how far it is: on a terminal all the time, elsewhere for each tenth.

@@ -9,19 +9,20 @@ use lathe_model::spec::ParameterCount;
 use lathe_model::{DecoderSpec, Model};
 use lathe_program::cost::{Bound, Cost, SequenceShape, StepShape, count};
 use lathe_program::{KvFormat, Program};
+use lathe_session::measure::experts::{self, ExpertTap, LayerLoad};
+use lathe_session::measure::roofs::Roofs;
+use lathe_session::measure::shape::Shape;
+use lathe_session::{
+    Need, ROWS_MAX, Ranks, SessionError, describe_adapter, encode_text, human_bytes, largest,
+    memory, prepare_program, program_for, tokenizer_of,
+};
 use serde::Serialize;
 
 use super::score::read_text;
 use crate::arguments::{Global, InspectArguments};
 use crate::commands::inspect_parallel::{self, Subject};
-use crate::experts::{self, ExpertTap, LayerLoad};
-use crate::memory;
-use crate::output::{InputContext, bad_input, human_bytes, human_count, print, print_json};
-use crate::parallel::ParallelArguments;
-use crate::prompt::encode_text;
-use crate::roofs::Roofs;
-use crate::session::{self, Need, ROWS_MAX, largest};
-use crate::shape::Shape;
+use crate::find::describe_shape;
+use crate::output::{InputContext, bad_input, human_count, print, print_json};
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -100,7 +101,7 @@ struct Fit {
 /// Tells.
 pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
     let shape =
-        Shape::describe(&arguments.model, arguments.format.as_deref(), &global.open_options())?;
+        describe_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?;
     let spec = shape.spec();
     let (context, batch) = (arguments.context, arguments.batch);
     if context == 0 || batch == 0 {
@@ -112,11 +113,11 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
         })?),
         None => memory::available_bytes(),
     };
-    let program = session::program_for(spec, context)?;
-    let kv_format = session::kv_format(global);
+    let program = program_for(spec, context)?;
+    let kv_format = global.options().cache_format();
     let sizes = shape.sizes(&program)?;
     let parameters = ParameterCount::of(spec, &program);
-    let measure = || Roofs::measure(global, &sizes);
+    let measure = || Roofs::measure(&global.options(), &sizes);
     let roofs = (!arguments.no_measure).then(measure).transpose()?;
     let weight_bytes = sizes.total(&program);
     let subject = Subject { program: &program, sizes: &sizes, kv_format, context };
@@ -163,20 +164,20 @@ fn expert_loads(global: &Global, shape: &Shape, text: &str) -> Result<Vec<LayerL
     })?;
     let tokens = expert_tokens(model, text)?;
     let need = Need { context: tokens.len(), sequences: 1, rows_max: ROWS_MAX };
-    let program = session::program_for(&model.spec, tokens.len())?;
+    let program = program_for(&model.spec, tokens.len())?;
     let mut tap = ExpertTap::new(&program)
         .ok_or_else(|| bad_input(format!("--experts: {} has no experts", model.name)))?;
     let weights = model.weights(&program).bad_input()?;
-    let (mut executor, options) =
-        session::prepare_program(&program, &weights, global, need, ParallelArguments::default())?;
-    let feed = Feed::new(&*executor, &options, &tokens, tokens.len());
-    let mut feed = session::score_result(feed)?;
+    let mut executor =
+        prepare_program(&program, &weights, &global.options(), need, Ranks::default())?;
+    let feed = Feed::new(&*executor, &tokens, tokens.len());
+    let mut feed = feed.map_err(SessionError::from)?;
     loop {
         let rows = feed.rows();
         if rows == 0 {
             return Ok(tap.loads());
         }
-        session::score_result(feed.run(&mut *executor, rows))?;
+        feed.run(&mut *executor, rows).map_err(SessionError::from)?;
         if tap.read(&*executor).is_none() {
             return Err(bad_input("--experts: this device does not tell where tokens went"));
         }
@@ -189,7 +190,7 @@ fn expert_tokens(model: &Model, text: &str) -> Result<Vec<u32>, Error> {
     let content = if path.is_file() { read_text(path)? } else { text.to_owned() };
     let tokens = match serde_json::from_str(&content) {
         Ok(ids) if path.is_file() => ids,
-        _ => encode_text(session::tokenizer_of(model)?, &content)?,
+        _ => encode_text(tokenizer_of(model)?, &content)?,
     };
     match tokens.is_empty() {
         true => Err(bad_input("--experts: no tokens")),
@@ -203,7 +204,7 @@ impl<'a> AdapterReport<'a> {
             path: adapter.path(),
             matrices: adapter.matrices().len(),
             bytes: adapter.bytes(),
-            line: session::describe_adapter(adapter),
+            line: describe_adapter(adapter),
         }
     }
 }

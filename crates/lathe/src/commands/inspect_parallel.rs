@@ -2,41 +2,20 @@
 //! column and by expert, which of the two is faster at which batch, and where that changes.
 
 use anyhow::Error;
-use clap::Args;
 use lathe_program::cost::StepShape;
 use lathe_program::cost::parallel::{Communication, Division, RankRoofs, RankStep, crossover};
 use lathe_program::shard::{ExpertSplit, ShardOptions};
 use lathe_program::{KvFormat, Program, Weight};
+use lathe_session::measure::roofs::Roofs;
+use lathe_session::measure::shape::Sizes;
+use lathe_session::{ROWS_MAX, has_experts, human_bytes};
 use serde::Serialize;
 
-use crate::output::{bad_input, human_bytes, human_count};
-use crate::parallel::{ParallelArguments, has_experts};
-use crate::roofs::Roofs;
-use crate::session::ROWS_MAX;
-use crate::shape::Sizes;
+use crate::arguments::RankArguments;
+use crate::output::{bad_input, human_count};
 
 /// Batches that are shown.
 const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
-
-/// The ranks to predict for, and what they are like.
-#[derive(Debug, Clone, Copy, Args)]
-pub struct RankArguments {
-    #[command(flatten)]
-    pub parallel: ParallelArguments,
-    /// What a rank can send, in 10^9 bytes a second: 25 is what PCIe 4.0 x16 brings across
-    #[arg(long, value_name = "X", default_value_t = 25.0, help_heading = "Ranks")]
-    pub link_gb_s: f64,
-    /// What each collective takes however little it carries, in microseconds
-    #[arg(long, value_name = "X", default_value_t = 5.0, help_heading = "Ranks")]
-    pub link_us: f64,
-    /// Memory bandwidth of one rank, in 10^9 bytes a second; an equal part of what this machine
-    /// was measured to have if not given, as ranks on its threads share it
-    #[arg(long, value_name = "X", help_heading = "Ranks")]
-    pub rank_read_gb_s: Option<f64>,
-    /// Arithmetic of one rank, in 10^9 operations a second; likewise
-    #[arg(long, value_name = "X", help_heading = "Ranks")]
-    pub rank_gflop_s: Option<f64>,
-}
 
 /// One way to divide the experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -109,19 +88,20 @@ impl RankArguments {
         machine: Option<&Roofs>,
     ) -> Result<Option<Report>, Error> {
         self.check()?;
-        self.parallel.check(subject.program)?;
-        if self.parallel.ranks() == 1 {
+        self.parallel.ranks().check(subject.program)?;
+        if self.parallel.tensor_parallel.get() == 1 {
             return Ok(None);
         }
         let bytes_of = |weight: Weight| subject.sizes.of(weight);
         let chunk = subject.context.min(ROWS_MAX);
         let rows_max = chunk.max(BATCHES[BATCHES.len() - 1]);
         let divide = |experts| {
-            let options = ShardOptions { experts, ..ShardOptions::new(self.parallel.ranks()) };
+            let options =
+                ShardOptions { experts, ..ShardOptions::new(self.parallel.tensor_parallel.get()) };
             let format_of = |weight| Ok(subject.sizes.format_of(weight));
             let (program, kv_format) = (subject.program, subject.kv_format);
             Division::new(program, &options, &format_of, &bytes_of, kv_format, rows_max)
-                .map_err(|error| self.parallel.explain(error))
+                .map_err(|error| self.parallel.ranks().explain(error))
         };
         let expert = has_experts(subject.program).then(|| divide(ExpertSplit::ByExpert));
         let divisions = Divisions {
@@ -132,7 +112,7 @@ impl RankArguments {
         let decode = |batch| StepShape::decode(batch, subject.context - 1);
         let lines = BATCHES.map(|batch| divisions.line(batch, &decode(batch)));
         Ok(Some(Report {
-            tensor_parallel: self.parallel.ranks(),
+            tensor_parallel: self.parallel.tensor_parallel.get(),
             expert_parallel: self.parallel.expert_parallel,
             roofs: divisions.roofs,
             decode: lines.into(),
@@ -162,7 +142,8 @@ impl RankArguments {
     }
 
     fn roofs(&self, machine: Option<&Roofs>) -> Option<RankRoofs> {
-        let part = |of: fn(&Roofs) -> f64| Some(of(machine?) / self.parallel.ranks() as f64);
+        let part =
+            |of: fn(&Roofs) -> f64| Some(of(machine?) / self.parallel.tensor_parallel.get() as f64);
         Some(RankRoofs {
             read_gb_s: self.rank_read_gb_s.or_else(|| part(|roofs| roofs.read_gb_s))?,
             gflop_s: self.rank_gflop_s.or_else(|| part(|roofs| roofs.matmul_gflop_s))?,

@@ -11,17 +11,12 @@ mod quantize;
 mod run;
 mod score;
 
-pub use inspect_parallel::RankArguments;
-pub use quantize::QuantizeArguments;
-
 use std::time::Instant;
 
 use anyhow::{Context, Error};
 
 use crate::arguments::{Arguments, Command};
-use crate::catalogue::{self, Environment, Located};
 use crate::output::bad_input;
-use crate::progress::Reporter;
 
 /// Runs the command that the words ask for; the process began at `started`.
 pub fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
@@ -50,14 +45,4 @@ pub fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
         Command::Quantize(command) => quantize::run(global, command),
         Command::Pull(command) => pull::run(global, command),
     }
-}
-
-/// Finds, or fetches, what the word MODEL names, and says what its user should know.
-pub fn locate(model: &str) -> Result<Located, Error> {
-    let reporter = Reporter::for_stderr();
-    let located = catalogue::resolve(model, &Environment::from_process(), &reporter)?;
-    if let Some(notice) = located.notice {
-        reporter.line(&format!("note: {notice}"));
-    }
-    Ok(located)
 }

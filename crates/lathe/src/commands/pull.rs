@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use anyhow::Error;
+use lathe_session::catalogue::Origin;
+use lathe_session::{bytes_under, human_bytes};
 use serde::Serialize;
 
 use crate::arguments::{Global, PullArguments};
-use crate::catalogue::Origin;
-use crate::output::{human_bytes, print, print_json};
-use crate::session::bytes_under;
+use crate::find::locate;
+use crate::output::{print, print_json};
 
 #[derive(Serialize)]
 struct Pulled<'a> {
@@ -20,7 +21,7 @@ struct Pulled<'a> {
 
 /// Fetches, unless it is there, and says where.
 pub fn run(global: &Global, arguments: &PullArguments) -> Result<(), Error> {
-    let located = super::locate(&arguments.name)?;
+    let located = locate(&arguments.name)?;
     let bytes = bytes_under(&located.path);
     if global.json {
         return print_json(&Pulled {

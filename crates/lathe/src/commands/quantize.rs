@@ -5,8 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error};
-use clap::Args;
-use lathe_cpu::pack::PackedMatrix;
 use lathe_model::Model;
 use lathe_model::adapter::OWN_FOLDER;
 use lathe_model::export::{
@@ -22,64 +20,21 @@ use lathe_quant::explain::Explanation;
 use lathe_quant::inputs::with_inputs;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::{Recipe, activations_named, activations_of, format_named};
-use lathe_quant::{Correction, QuantError, technique};
+use lathe_quant::{Correction, QuantError};
+use lathe_session::{
+    Opened, backend, bytes_under, check_format, encode_text, human_bytes, milliseconds, program_for,
+};
 use lathe_tensor::{ActivationFormat, Format, GgmlType};
 use serde::Serialize;
 
 use super::score::read_text;
-use crate::arguments::{Device, Global};
+use crate::arguments::{Device, EXPLAIN_TOKENS, Global, QuantizeArguments};
 use crate::explanation;
-use crate::output::{InputContext, bad_input, human_bytes, print, print_json};
-use crate::prompt::encode_text;
-use crate::session::{self, Opened, bytes_under, milliseconds};
+use crate::find::open;
+use crate::output::{InputContext, bad_input, print, print_json};
 
 /// Tokens of calibration that see one another.
 const WINDOW: usize = 512;
-/// Tokens of calibration if the caller does not say.
-const CALIBRATION_TOKENS: usize = 16 * 1024;
-/// Tokens that errors are measured on if the caller does not say.
-const EXPLAIN_TOKENS: usize = 512;
-
-#[derive(Debug, Args)]
-#[command(after_help = technique::help())]
-pub struct QuantizeArguments {
-    /// Folder of plain floats, .gguf file, catalogue name or Hub id
-    pub model: String,
-    /// A folder (compressed-tensors; MXFP4 experts as gpt-oss has them), a .gguf file, or with
-    /// --explain a .html file for the report alone; must not exist
-    pub out: PathBuf,
-    /// A TOML file that lists techniques, their parameters and the tensors that they are for
-    #[arg(long, value_name = "FILE", required_unless_present = "format",
-          conflicts_with_all = ["format", "method"])]
-    pub recipe: Option<PathBuf>,
-    /// w4a16, w8a16, fp8, fp8_block, mxfp4, nvfp4, q4_0, q4_k, ... or a format's own name such as
-    /// int4-g64-bf16-asym
-    #[arg(long, value_name = "F")]
-    pub format: Option<String>,
-    /// Techniques joined by +: rtn, clip, gptq, awq, awq+gptq, imatrix, gptq+low-rank
-    #[arg(long, value_name = "M", default_value = "rtn")]
-    pub method: String,
-    /// A text, or a JSON array of token ids, on which inputs of layers are measured
-    #[arg(long, value_name = "FILE")]
-    pub calibration: Option<PathBuf>,
-    /// Tokens of it to use at most, from its start, in windows of 512
-    #[arg(long, value_name = "N", default_value_t = CALIBRATION_TOKENS, requires = "calibration")]
-    pub calibration_tokens: usize,
-    /// What inputs of quantized matrices are rounded to while the model runs: int4-token,
-    /// int8-token, fp8-token, mxfp8, mxfp4 or nvfp4
-    #[arg(long, value_name = "F", conflicts_with = "recipe")]
-    pub activations: Option<String>,
-    /// Weights that share a scale, in place of the format's own number
-    #[arg(long, value_name = "N")]
-    pub group: Option<u32>,
-    /// Measure where errors come from and what each layer costs, on text of --calibration that is
-    /// not calibrated with: report.html and report.json beside the weights
-    #[arg(long, requires = "calibration")]
-    pub explain: bool,
-    /// Tokens to measure on, after those of the calibration, in windows of 512
-    #[arg(long, value_name = "N", default_value_t = EXPLAIN_TOKENS, requires = "explain")]
-    pub explain_tokens: usize,
-}
 
 /// What is printed, and recorded beside the weights.
 #[derive(Serialize)]
@@ -151,11 +106,11 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     check_new(out, target)?;
     let recipe = recipe(arguments)?;
     check_layout(&recipe, target, out)?;
-    let mut opened = session::open(&arguments.model, &global.open_options())?;
+    let mut opened = open(&arguments.model, &global.open_options())?;
     opened.refuse_adapter("quantize")?;
     opened.model.spec = quantized(with_inputs(&opened.model.spec, &recipe))?;
     let model = &opened.model;
-    let program = session::program_for(&model.spec, model.spec.context_max)?;
+    let program = program_for(&model.spec, model.spec.context_max)?;
     let weights = model.weights(&program).bad_input()?;
     let layout = layout_of(target, &recipe, model, &weights)?;
     let recipe = if target == Target::File { with_fallbacks(&program, recipe)? } else { recipe };
@@ -165,7 +120,7 @@ pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> 
     }
     check_device(global.device, &program, &recipe)?;
     let text = read_tokens(arguments, &opened, &recipe)?;
-    let backend = session::backend(global.device)?;
+    let backend = backend(global.device.into())?;
     let recipe = plan(
         &recipe,
         &weights,
@@ -419,16 +374,15 @@ fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Recipe, Error
 
 /// Refuses what the device could not run afterwards; the reference runs every format.
 fn check_device(device: Device, program: &Program, recipe: &Recipe) -> Result<(), Error> {
-    if device == Device::Reference {
-        return Ok(());
-    }
     for weight in job::targets(program, recipe).bad_input()?.keys() {
         let decl = program.weight(*weight);
         let columns = decl.shape.last().copied().unwrap_or(1);
-        PackedMatrix::check(recipe.format_of(&decl.name), columns).bad_input_in(format!(
-            "tensor {} could only be run, and quantized, with --device reference",
-            decl.name
-        ))?;
+        check_format(device.into(), recipe.format_of(&decl.name), columns).bad_input_in(
+            format!(
+                "tensor {} could only be run, and quantized, with --device reference",
+                decl.name
+            ),
+        )?;
     }
     Ok(())
 }

@@ -6,21 +6,16 @@ use std::time::Instant;
 use anyhow::{Context, Error};
 use lathe_engine::{FinishReason, Request};
 use lathe_model::Model;
+use lathe_session::{
+    Generation, Need, ROWS_MAX, Startup, decoder, encode_chat, encode_raw, generate, human_bytes,
+    memory, milliseconds, question,
+};
 use serde::Serialize;
 
-use crate::arguments::{Global, RunArguments};
-use crate::generate::{Generation, generate};
+use crate::arguments::{Global, RunArguments, parse_ids};
+use crate::find::open;
 use crate::interrupt::{Insist, Interrupts};
-use crate::memory;
-use crate::output::{InputContext, Interrupted, bad_input, human_bytes, print, print_json};
-use crate::prompt::{encode_chat, encode_raw, parse_ids, question};
-use crate::sampling::{sampling, stop_strings};
-use crate::session::{self, Need, ROWS_MAX, milliseconds};
-use crate::startup::Startup;
-
-/// Tokens to generate if the caller does not say: long enough for an answer, and an end for models
-/// that never stop.
-const MAX_TOKENS: usize = 512;
+use crate::output::{InputContext, Interrupted, bad_input, print, print_json};
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -45,20 +40,20 @@ pub fn run(global: &Global, arguments: &RunArguments, started: Instant) -> Resul
     refuse_drafting(arguments)?;
     let typed = read_prompt(arguments)?;
     let interrupts = Interrupts::install(Insist::Ends)?;
-    let opened = session::open(&arguments.model, &global.open_options_for(arguments.context))?;
+    let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     let prompt = encode(arguments, &opened.model, &typed)?;
-    let request = request(arguments, &opened.model, prompt)?;
+    let request = arguments.sampling.choice()?.request(prompt, &opened.model.generation);
     let seed = request.sampling.seed;
     let need = need(&opened.model, &request)?;
-    let session = opened.over(arguments.parallel).prepare(global, need)?;
+    let session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
     let (load_ms, mut startup) = (session.load_ms, session.startup);
     let (mut engine, model) = session.into_engine(!arguments.no_kv_cache, 1)?;
 
     let working = interrupts.begin();
-    let decoder = model.tokenizer.as_ref().map(session::decoder);
+    let decoder = model.tokenizer.as_ref().map(decoder);
     let before_ms = milliseconds(started);
     let show = |text: &str| if global.json { Ok(()) } else { print(text) };
-    let generation = generate(&mut engine, request, decoder, &working, show)?;
+    let generation = generate(&mut engine, request, decoder, || working.stopped(), show)?;
     startup.first_token(before_ms, generation.ttft_ms);
     let kv_bytes = engine.executor().kv_bytes();
     if global.json {
@@ -139,12 +134,12 @@ fn not_empty(text: String) -> Result<Typed, Error> {
 fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<u32>, Error> {
     match typed {
         Typed::Ids(ids) => Ok(ids.clone()),
-        Typed::Text(text) if arguments.raw => encode_raw(model, text),
+        Typed::Text(text) if arguments.raw => Ok(encode_raw(model, text)?),
         Typed::Text(text) if has_no_template(model) && arguments.system.is_none() => {
             eprintln!("note: {} has no chat template, so it continues the text itself", model.name);
-            encode_raw(model, text)
+            Ok(encode_raw(model, text)?)
         }
-        Typed::Text(text) => encode_chat(model, &question(arguments.system.as_deref(), text)),
+        Typed::Text(text) => Ok(encode_chat(model, &question(arguments.system.as_deref(), text))?),
     }
 }
 
@@ -152,20 +147,6 @@ fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<
 /// broken.
 fn has_no_template(model: &Model) -> bool {
     model.chat_template.is_none() && model.text_problem.is_none()
-}
-
-fn request(arguments: &RunArguments, model: &Model, prompt: Vec<u32>) -> Result<Request, Error> {
-    let chosen = &arguments.sampling;
-    let own = &model.generation;
-    Ok(Request {
-        prompt,
-        sampling: sampling(chosen, own)?,
-        max_tokens: Some(chosen.max_tokens.or(own.max_new_tokens).unwrap_or(MAX_TOKENS)),
-        stop_tokens: if chosen.ignore_eos { Vec::new() } else { own.stop_tokens.clone() },
-        stop_strings: stop_strings(chosen, own),
-        ignore_stop: false,
-        logprobs: None,
-    })
 }
 
 /// A cache for prompt and answer, and no more.

@@ -5,12 +5,12 @@ use std::path::Path;
 
 use anyhow::Error;
 use lathe_engine::score::score;
+use lathe_session::{Need, Opened, ROWS_MAX, SessionError, encode_text};
 use serde::Serialize;
 
 use crate::arguments::{Global, ScoreArguments};
+use crate::find::open;
 use crate::output::{InputContext, bad_input, print, print_json};
-use crate::prompt::encode_text;
-use crate::session::{self, Need, Opened, ROWS_MAX};
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -29,16 +29,16 @@ struct Top {
 
 /// Scores.
 pub fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Error> {
-    let opened = session::open(&arguments.model, &global.open_options_for(arguments.context))?;
+    let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     let tokens = read_tokens(arguments, &opened)?;
     if tokens.len() < 2 {
         let message = format!("{} tokens to score, expected at least 2", tokens.len());
         return Err(bad_input(message));
     }
     let need = Need { context: tokens.len(), sequences: 1, rows_max: ROWS_MAX };
-    let mut session = opened.over(arguments.parallel).prepare(global, need)?;
-    let scored = score(&mut *session.executor, &session.options, &tokens, arguments.top_k);
-    let scored = session::score_result(scored)?;
+    let mut session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
+    let scored = score(&mut *session.executor, &tokens, arguments.top_k);
+    let scored = scored.map_err(SessionError::from)?;
     let (ids, logits) = scored.top.iter().copied().unzip();
     if global.json {
         return print_json(&Report {
@@ -70,7 +70,7 @@ fn read_tokens(arguments: &ScoreArguments, opened: &Opened) -> Result<Vec<u32>, 
             .bad_input_in(format!("{}: expected a JSON array of token ids", path.display()));
     }
     let path = arguments.text.as_deref().expect("one of the two is required");
-    encode_text(opened.tokenizer()?, &read_text(path)?)
+    Ok(encode_text(opened.tokenizer()?, &read_text(path)?)?)
 }
 
 /// The text of a file that the caller named.

@@ -13,8 +13,9 @@ use lathe_program::conformance::Random;
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::shard::{ShardOptions, ShardedBackend};
 use lathe_program::{
-    Backend, BackendError, BlockTable, Collective, Executor, ExecutorOptions, InputTransform, Op,
-    Program, Step, StepSequence, Weight, WeightSource,
+    Backend, BackendError, BlockTable, Choice, Executor, ExecutorOptions, HostCollective,
+    InputTransform, Op, Program, SequenceId, Step, StepSequence, TokenSource, Weight, WeightSource,
+    replace_tables,
 };
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 
@@ -71,20 +72,23 @@ impl Ready {
         let mut logits = Vec::new();
         for (index, tokens) in self.tokens.chunks(chunk).enumerate() {
             let (cached, rows) = ((index * chunk) as u32, tokens.len() as u32);
-            let tables = (0..program.kv.groups.len() as u32)
-                .map(|g| BlockTable { first: 0, blocks: (g * count..(g + 1) * count).collect() });
+            let tables: Vec<BlockTable> = (0..program.kv.groups.len() as u32)
+                .map(|g| BlockTable { first: 0, blocks: (g * count..(g + 1) * count).collect() })
+                .collect();
             let step = Step {
-                tokens: tokens.to_vec(),
+                tokens: tokens.iter().map(|token| TokenSource::Given(*token)).collect(),
                 positions: (cached..cached + rows).collect(),
                 sequences: vec![StepSequence {
+                    id: SequenceId(0),
                     first_row: 0,
                     rows,
                     cached,
-                    tables: tables.collect(),
                     expanded: 0,
                     ancestors: None,
                 }],
-                logits_rows: (0..rows).collect(),
+                tables: replace_tables(SequenceId(0), &tables),
+                choices: (0..rows).map(Choice::logits_of).collect(),
+                inputs: Vec::new(),
             };
             logits.extend_from_slice(self.executor.run(&step).expect("runs").logits);
         }
@@ -150,11 +154,11 @@ fn rows_are_the_same_in_any_company() {
     }
 }
 
-fn cpu_rank(end: Arc<dyn Collective>) -> Box<dyn Backend> {
+fn cpu_rank(end: Arc<HostCollective>) -> Box<dyn Backend> {
     Box::new(cpu().collective(end))
 }
 
-fn reference_rank(end: Arc<dyn Collective>) -> Box<dyn Backend> {
+fn reference_rank(end: Arc<HostCollective>) -> Box<dyn Backend> {
     Box::new(ReferenceBackend::new().collective(end))
 }
 

@@ -23,7 +23,7 @@ fn engine(model: &Model, backend: &dyn Backend, exact: bool, kv_blocks: usize) -
     let rows_max = 64;
     let options = ExecutorOptions { kv_blocks, kv_format: None, rows_max, threads: Some(2), exact };
     let executor = backend.prepare(Arc::clone(&program), &weights, &options).expect("an executor");
-    let config = EngineConfig { rows_max, kv_blocks, ..EngineConfig::default() };
+    let config = EngineConfig::default();
     Engine::new(executor, config).expect("an engine")
 }
 

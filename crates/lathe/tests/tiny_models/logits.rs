@@ -34,7 +34,7 @@ fn logits(model: &Model, tokens: &[u32], rows: usize, exact: bool) -> Vec<f32> {
     let program = program(model, 4);
     let options = options(200, 64, exact);
     let mut executor: Box<dyn Executor> = executor(model, &program, &options);
-    let mut feed = Feed::new(&*executor, &options, tokens, 0).expect("fits");
+    let mut feed = Feed::new(&*executor, tokens, 0).expect("fits");
     let mut logits = Vec::new();
     while feed.rows() > 0 {
         let rows = feed.rows().min(rows);

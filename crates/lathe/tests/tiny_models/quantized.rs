@@ -49,7 +49,7 @@ fn logits(path: &Path, exact: Option<bool>) -> Vec<f32> {
         }
         Some(_) => executor(&model, &program, &options),
     };
-    let mut feed = Feed::new(&*executor, &options, &TOKENS, 0).expect("fits");
+    let mut feed = Feed::new(&*executor, &TOKENS, 0).expect("fits");
     let mut logits = Vec::new();
     while feed.rows() > 0 {
         let rows = feed.rows();

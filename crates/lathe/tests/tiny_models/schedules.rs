@@ -20,8 +20,13 @@ type Text = Vec<(u32, TokenLogprobs)>;
 const PROMPT: usize = 34;
 const ANSWER: usize = 16;
 
-fn engine(model: &Model, program: &Arc<Program>, config: &EngineConfig) -> Engine {
-    let executor = executor(model, program, &options(config.kv_blocks, config.rows_max, false));
+fn engine(
+    model: &Model,
+    program: &Arc<Program>,
+    (rows_max, kv_blocks): (usize, usize),
+    config: &EngineConfig,
+) -> Engine {
+    let executor = executor(model, program, &options(kv_blocks, rows_max, false));
     Engine::new(executor, config.clone()).expect("an engine")
 }
 
@@ -70,16 +75,10 @@ fn requests(vocabulary: usize, random: &mut Random) -> Vec<Request> {
 /// Runs the requests alone, then in random schedules; what those met.
 fn schedules_agree(model: &Model, random: &mut Random) -> Stats {
     let program = program(model, 4);
-    let least = KvCache::new(&program.kv, 1 << 20, None).pages_for(PROMPT + ANSWER);
+    let least = KvCache::new(&program.kv, 1 << 20, 1, None).pages_for(PROMPT + ANSWER);
     let requests = requests(program.vocabulary, random);
-    let roomy = EngineConfig {
-        rows_max: 64,
-        sequences_max: 1,
-        kv_blocks: 4 * least,
-        prefix_cache: false,
-        ..EngineConfig::default()
-    };
-    let mut one_by_one = engine(model, &program, &roomy);
+    let roomy = EngineConfig { sequences_max: 1, prefix_cache: false, ..EngineConfig::default() };
+    let mut one_by_one = engine(model, &program, (64, 4 * least), &roomy);
     let alone = requests.iter().map(|request| {
         one_by_one.add(request.clone(), None).expect("fits");
         finish(&mut one_by_one, None).into_values().next().expect("a text").0
@@ -87,15 +86,15 @@ fn schedules_agree(model: &Model, random: &mut Random) -> Stats {
     let alone: Vec<Text> = alone.collect();
     let mut met = Stats::default();
     for round in 0..3 {
+        let rows_max = random.between(1, 24);
         let config = EngineConfig {
-            rows_max: random.between(1, 24),
             sequences_max: random.between(1, 6),
-            kv_blocks: least + random.between(1, least),
             prefix_cache: round > 0,
             kv_cache: round != 1,
             ..EngineConfig::default()
         };
-        let mut engine = engine(model, &program, &config);
+        let kv_blocks = least + random.between(1, least);
+        let mut engine = engine(model, &program, (rows_max, kv_blocks), &config);
         // Twice, so that the second time finds what the first one left.
         for repeat in 0..2 {
             for request in &requests {

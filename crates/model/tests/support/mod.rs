@@ -9,8 +9,8 @@ use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::weights::ModelWeights;
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::{
-    Backend, BackendError, BlockTable, Executor, ExecutorOptions, Program, Step, StepSequence,
-    Weight, WeightSource,
+    Backend, BackendError, BlockTable, Choice, Executor, ExecutorOptions, Program, SequenceId,
+    Step, StepSequence, TokenSource, Weight, WeightSource, replace_tables,
 };
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 
@@ -65,24 +65,27 @@ pub fn run(
 ) -> Vec<f32> {
     let program = Arc::clone(executor.program());
     let count = blocks(&program, program.context_max) as u32;
-    let tables = (0..program.kv.groups.len() as u32).map(|group| BlockTable {
+    let table = |group: u32| BlockTable {
         first: 0,
         blocks: (group * count..(group + 1) * count).collect(),
-    });
+    };
+    let tables: Vec<BlockTable> = (0..program.kv.groups.len() as u32).map(table).collect();
+    let id = SequenceId(0);
     let step = Step {
-        tokens: tokens.to_vec(),
+        tokens: tokens.iter().map(|token| TokenSource::Given(*token)).collect(),
         positions: (cached as u32..(cached + tokens.len()) as u32).collect(),
         sequences: vec![StepSequence {
+            id,
             first_row: 0,
             rows: tokens.len() as u32,
             cached: cached as u32,
-            tables: tables.collect(),
             expanded: 0,
             ancestors: None,
         }],
-        logits_rows: (wanted.start as u32..wanted.end as u32).collect(),
+        tables: replace_tables(id, &tables),
+        choices: (wanted.start as u32..wanted.end as u32).map(Choice::logits_of).collect(),
+        inputs: Vec::new(),
     };
-    step.validate(&program).expect("valid step");
     executor.run(&step).expect("runs").logits.to_vec()
 }
 

@@ -15,7 +15,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use super::{Collective, CollectiveError, check_counts, same_length};
+use super::{Collective, CollectiveError, same_length};
 
 /// Turns of the waiting loop before a rank that has a core to itself offers it to others.
 const SPINS: u32 = 1 << 12;
@@ -30,7 +30,6 @@ enum Call {
     None,
     Reduce(usize),
     Gather(usize),
-    Exchange,
 }
 
 /// What a rank gives to a call.
@@ -38,8 +37,6 @@ enum Call {
 struct Slot {
     call: Call,
     values: Vec<f32>,
-    /// Floats for each rank, in an exchange.
-    counts: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -83,12 +80,7 @@ impl ThreadRank {
     }
 
     /// Gives `values` to call `call`, and returns every rank's slot when all have given theirs.
-    fn meet(
-        &self,
-        call: Call,
-        values: &[f32],
-        counts: &[usize],
-    ) -> Result<&[RwLock<Slot>], CollectiveError> {
+    fn meet(&self, call: Call, values: &[f32]) -> Result<&[RwLock<Slot>], CollectiveError> {
         // Only the completion of a call that this rank is in changes the number.
         let number = self.shared.barrier.load(Ordering::Acquire) >> CALL;
         let slots = &self.shared.slots[(number & 1) as usize];
@@ -97,8 +89,6 @@ impl ThreadRank {
             slot.call = call;
             slot.values.clear();
             slot.values.extend_from_slice(values);
-            slot.counts.clear();
-            slot.counts.extend_from_slice(counts);
         }
         self.shared.arrive(self.ranks as u64)?;
         match (0..self.ranks).find(|rank| read(&slots[*rank]).call != call) {
@@ -174,6 +164,8 @@ impl Drop for ThreadRank {
 }
 
 impl Collective for ThreadRank {
+    type Buffer = [f32];
+
     fn rank(&self) -> usize {
         self.rank
     }
@@ -183,7 +175,7 @@ impl Collective for ThreadRank {
     }
 
     fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), CollectiveError> {
-        let slots = self.meet(Call::Reduce(values.len()), values, &[])?;
+        let slots = self.meet(Call::Reduce(values.len()), values)?;
         values.copy_from_slice(&read(&slots[0]).values);
         for slot in &slots[1..] {
             values.iter_mut().zip(&read(slot).values).for_each(|(sum, x)| *sum += x);
@@ -193,31 +185,9 @@ impl Collective for ThreadRank {
 
     fn all_gather(&self, part: &[f32], whole: &mut [f32]) -> Result<(), CollectiveError> {
         same_length("floats to gather into", whole.len(), part.len() * self.ranks)?;
-        let slots = self.meet(Call::Gather(part.len()), part, &[])?;
+        let slots = self.meet(Call::Gather(part.len()), part)?;
         for (slot, out) in slots.iter().zip(whole.chunks_exact_mut(part.len().max(1))) {
             out.copy_from_slice(&read(slot).values);
-        }
-        Ok(())
-    }
-
-    fn all_to_all(
-        &self,
-        send: &[f32],
-        send_counts: &[usize],
-        receive: &mut [f32],
-        receive_counts: &[usize],
-    ) -> Result<(), CollectiveError> {
-        check_counts("sent", send, send_counts, self.ranks)?;
-        check_counts("received", receive, receive_counts, self.ranks)?;
-        let slots = self.meet(Call::Exchange, send, send_counts)?;
-        let mut rest = receive;
-        for (slot, expected) in slots.iter().zip(receive_counts) {
-            let slot = read(slot);
-            same_length("floats from a rank", slot.counts[self.rank], *expected)?;
-            let start: usize = slot.counts[..self.rank].iter().sum();
-            let (out, later) = rest.split_at_mut(*expected);
-            out.copy_from_slice(&slot.values[start..start + expected]);
-            rest = later;
         }
         Ok(())
     }
@@ -266,23 +236,12 @@ mod tests {
     }
 
     #[test]
-    fn gathers_and_exchanges() {
+    fn gathers_in_rank_order() {
         on_threads(3, |rank| {
             let me = rank.rank() as f32;
             let mut whole = vec![0.0; 6];
             rank.all_gather(&[me, me + 10.0], &mut whole).unwrap();
             assert_eq!(whole, [0.0, 10.0, 1.0, 11.0, 2.0, 12.0]);
-            // To rank 0 two floats, to rank 1 one, to rank 2 none.
-            let expected = [2, 1, 0][rank.rank()];
-            let mut received = vec![0.0; 3 * expected];
-            let send = [me, me + 10.0, me + 20.0];
-            rank.all_to_all(&send, &[2, 1, 0], &mut received, &[expected; 3]).unwrap();
-            let offset = [0.0, 20.0, 0.0][rank.rank()];
-            let from = |from: f32| (0..expected).map(move |i| from + offset + 10.0 * i as f32);
-            assert_eq!(
-                received,
-                [0.0, 1.0, 2.0].map(from).into_iter().flatten().collect::<Vec<_>>()
-            );
         });
     }
 
@@ -308,10 +267,5 @@ mod tests {
             _ => rank.all_gather(&[1.0], &mut [0.0; 2]),
         });
         assert!(kinds.iter().all(Result::is_err), "{kinds:?}");
-        let counts = on_threads(2, |rank| {
-            let (sent, expected) = (1 + rank.rank(), 2);
-            rank.all_to_all(&vec![1.0; 2 * sent], &[sent; 2], &mut [0.0; 4], &[expected; 2])
-        });
-        assert!(counts.iter().all(Result::is_err), "{counts:?}");
     }
 }

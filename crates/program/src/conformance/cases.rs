@@ -24,8 +24,9 @@ pub struct Case {
 type Make = fn(&mut Maker);
 
 /// Each kind of case.
-const KINDS: [(&str, Make); 14] = [
+const KINDS: [(&str, Make); 15] = [
     ("embed", Maker::embed),
+    ("input", Maker::fed),
     ("norm", Maker::norm),
     ("linear", Maker::linear),
     ("transform", Maker::transform),
@@ -119,6 +120,16 @@ impl Maker {
         let out = self.builder.value("part", width);
         self.builder.push(Op::Embed { table: part, first_token: 10, multiplier, out });
         self.capture(out);
+    }
+
+    fn fed(&mut self) {
+        for _ in 0..self.random.between(1, 3) {
+            let width = self.width();
+            let input = self.builder.input(width, "fed");
+            let sum = self.builder.add(input, input, 0.5, "sum");
+            self.capture(sum);
+            self.capture(input);
+        }
     }
 
     fn norm(&mut self) {

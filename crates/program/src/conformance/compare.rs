@@ -56,7 +56,7 @@ impl Default for Settings {
 
 /// What was run.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Report {
+pub struct Summary {
     /// Cases that agreed.
     pub cases: usize,
     /// Numbers that were compared.
@@ -81,8 +81,8 @@ pub struct Failure {
 ///
 /// # Errors
 /// [`Failure`] is the first case that does not agree or that fails on either side.
-pub fn check(backend: &dyn Backend, settings: &Settings) -> Result<Report, Failure> {
-    let mut report = Report::default();
+pub fn check(backend: &dyn Backend, settings: &Settings) -> Result<Summary, Failure> {
+    let mut report = Summary::default();
     for case in cases(settings.seeds, settings.format.block_len()) {
         check_case(backend, settings, &case, &mut report)?;
     }
@@ -97,7 +97,7 @@ pub fn check_case(
     backend: &dyn Backend,
     settings: &Settings,
     case: &Case,
-    report: &mut Report,
+    report: &mut Summary,
 ) -> Result<(), Failure> {
     let failure = |reason: String| Failure { case: case.name.clone(), reason };
     let program = Arc::new(case.program.clone());
@@ -157,7 +157,7 @@ fn steps(case: &Case) -> Vec<Step> {
         steps.push(schedule.random_tree(0, rows, &mut random));
     }
     if let Some(step) = steps.last_mut() {
-        step.logits_rows.retain(|row| row % 2 == 0);
+        step.choices.retain(|choice| choice.row % 2 == 0);
     }
     steps
 }
@@ -167,7 +167,7 @@ fn compare_step(
     tested: &mut dyn Executor,
     step: &Step,
     settings: &Settings,
-    report: &mut Report,
+    report: &mut Summary,
 ) -> Result<(), String> {
     let expected = reference.run(step).map_err(|error| format!("reference: {error}"))?;
     let found = tested.run(step).map_err(|error| error.to_string())?;

@@ -10,7 +10,7 @@ mod schedule;
 mod weights;
 
 pub use cases::{Case, cases};
-pub use compare::{Failure, Report, Settings, Tolerance, check, check_case};
+pub use compare::{Failure, Settings, Summary, Tolerance, check, check_case};
 pub use invariance::batch_invariance;
 pub use random::Random;
 pub use schedule::{Chunk, Schedule};

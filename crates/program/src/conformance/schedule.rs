@@ -3,7 +3,8 @@
 
 use super::random::Random;
 use crate::program::Program;
-use crate::step::{BlockTable, Step, StepSequence};
+use crate::step::{Choice, SequenceId, Step, StepInput, StepSequence, TableChange, TokenSource};
+use crate::tables::BlockTable;
 
 /// Sequences that grow step by step, and the free pages.
 #[derive(Debug, Clone)]
@@ -63,15 +64,20 @@ impl<'a> Schedule<'a> {
         self.sequences[sequence].done
     }
 
-    /// The step of `chunks`, with the logits of all rows.
+    /// The step of `chunks`, with the logits of all rows if the program makes any, and random numbers
+    /// near 1 for its inputs.
     ///
     /// # Panics
     /// If pages run out, or a chunk is longer than what is left of its sequence.
     pub fn step(&mut self, chunks: &[Chunk]) -> Step {
         let mut step = Step::default();
         for chunk in chunks {
-            self.give_back(chunk.sequence);
-            self.take(chunk.sequence, chunk.rows);
+            if self.sequences[chunk.sequence].tables.iter().all(|table| table.blocks.is_empty()) {
+                let sequence = SequenceId(chunk.sequence as u32);
+                step.tables.push(TableChange::Clear { sequence });
+            }
+            self.give_back(chunk.sequence, &mut step);
+            self.take(chunk.sequence, chunk.rows, &mut step);
             let growing = &mut self.sequences[chunk.sequence];
             let cached = growing.done;
             let mut ancestors = chunk.tree.as_ref().map(|_| Vec::new());
@@ -80,26 +86,30 @@ impl<'a> Schedule<'a> {
                     for (i, (parent, token)) in tree.iter().enumerate() {
                         let above = parent.map_or(0, |parent| masks[parent]);
                         masks.push(above | 1u64 << i);
-                        step.tokens.push(*token);
+                        step.tokens.push(TokenSource::Given(*token));
                         step.positions.push((cached + above.count_ones() as usize) as u32);
                     }
                 }
                 _ => {
-                    step.tokens.extend(&growing.tokens[cached..cached + chunk.rows]);
+                    let tokens = &growing.tokens[cached..cached + chunk.rows];
+                    step.tokens.extend(tokens.iter().map(|token| TokenSource::Given(*token)));
                     step.positions.extend(cached as u32..(cached + chunk.rows) as u32);
                     growing.done += chunk.rows;
                 }
             }
             step.sequences.push(StepSequence {
+                id: SequenceId(chunk.sequence as u32),
                 first_row: (step.tokens.len() - chunk.rows) as u32,
                 rows: chunk.rows as u32,
                 cached: cached as u32,
-                tables: growing.tables.clone(),
                 expanded: growing.expanded,
                 ancestors,
             });
         }
-        step.logits_rows = (0..step.tokens.len() as u32).collect();
+        if self.program.makes_logits() {
+            step.choices = (0..step.rows() as u32).map(Choice::logits_of).collect();
+        }
+        step.inputs = self.inputs(&step);
         step
     }
 
@@ -133,25 +143,60 @@ impl<'a> Schedule<'a> {
         self.step(&[Chunk { sequence, rows, tree: Some(tree) }])
     }
 
-    fn give_back(&mut self, index: usize) {
+    /// Numbers that depend on the rows' positions and tokens alone, so that chunks do not matter.
+    fn inputs(&self, step: &Step) -> Vec<StepInput> {
+        let widths = self.program.input_widths();
+        let input = |(index, width): (usize, usize)| {
+            let mut values = Vec::with_capacity(step.rows() * width);
+            for (token, position) in step.tokens.iter().zip(&step.positions) {
+                let token = match *token {
+                    TokenSource::Given(token) | TokenSource::Chosen(token) => token,
+                };
+                let seed = u64::from(token) << 32 | u64::from(*position);
+                let mut random = Random::named(seed, &format!("input {index}"));
+                values.extend((0..width).map(|_| random.normal()));
+            }
+            StepInput { values }
+        };
+        widths.into_iter().enumerate().map(input).collect()
+    }
+
+    fn give_back(&mut self, index: usize, step: &mut Step) {
         let layout = &self.program.kv;
         let sequence = &mut self.sequences[index];
         for (group, table) in sequence.tables.iter_mut().enumerate() {
             let first = layout.first_visible(group, sequence.done) / layout.block_tokens;
+            let before = table.first;
             while (table.first as usize) < first && !table.blocks.is_empty() {
                 self.free.insert(0, table.blocks.remove(0));
                 table.first += 1;
             }
+            if table.first > before {
+                step.tables.push(TableChange::Slide {
+                    sequence: SequenceId(index as u32),
+                    group: group as u32,
+                    first: table.first,
+                });
+            }
         }
     }
 
-    fn take(&mut self, index: usize, rows: usize) {
+    fn take(&mut self, index: usize, rows: usize, step: &mut Step) {
         let sequence = &mut self.sequences[index];
         let blocks = (sequence.done + rows).div_ceil(self.program.kv.block_tokens);
-        for table in &mut sequence.tables {
-            while table.first as usize + table.blocks.len() < blocks {
-                table.blocks.push(self.free.pop().expect("pages enough for the schedule"));
+        for (group, table) in sequence.tables.iter_mut().enumerate() {
+            let missing = blocks.saturating_sub(table.end() as usize);
+            if missing == 0 {
+                continue;
             }
+            let page = |_| self.free.pop().expect("pages enough for the schedule");
+            let pages: Vec<u32> = (0..missing).map(page).collect();
+            table.blocks.extend(&pages);
+            step.tables.push(TableChange::Extend {
+                sequence: SequenceId(index as u32),
+                group: group as u32,
+                pages,
+            });
         }
     }
 }

@@ -7,6 +7,7 @@ use super::cache::Cache;
 use super::math::{dot, matmul, softcap};
 use crate::op::{AttendSpec, KvLayer, LatentSpec};
 use crate::step::{Step, StepSequence};
+use crate::tables::SequenceTables;
 
 /// The rows of `step`, each with its sequence's index and its place in the sequence.
 fn rows(step: &Step) -> Vec<(usize, usize)> {
@@ -45,9 +46,16 @@ fn softmax(scores: &mut [f32], sink: Option<f32>) {
     scores.iter_mut().for_each(|score| *score *= inverse);
 }
 
+/// The rows of a step, and the tables and cache that they see.
+#[derive(Clone, Copy)]
+pub(super) struct Seen<'a> {
+    pub(super) step: &'a Step,
+    pub(super) tables: &'a SequenceTables,
+    pub(super) cache: &'a Cache,
+}
+
 pub(super) fn attend(
-    step: &Step,
-    cache: &Cache,
+    Seen { step, tables, cache }: Seen<'_>,
     layer: KvLayer,
     group: usize,
     spec: &AttendSpec,
@@ -60,7 +68,7 @@ pub(super) fn attend(
     let work = out.par_chunks_mut(heads * value_dim).zip(query.par_chunks(heads * head_dim));
     work.zip(&rows).for_each(|((out, query), (index, i))| {
         let sequence = &step.sequences[*index];
-        let table = &sequence.tables[group];
+        let table = tables.table(sequence.id, group);
         let slots = visible(step, sequence, *i, spec.window);
         let tokens: Vec<(&[f32], &[f32])> =
             slots.iter().map(|slot| cache.read(layer, table, *slot)).collect();
@@ -89,8 +97,7 @@ pub(super) struct LatentWeights<'a> {
 }
 
 pub(super) fn attend_latent(
-    step: &Step,
-    cache: &Cache,
+    seen: Seen<'_>,
     layer: KvLayer,
     group: usize,
     spec: &LatentSpec,
@@ -98,7 +105,7 @@ pub(super) fn attend_latent(
     query: &[f32],
     form: LatentForm,
 ) -> Vec<f32> {
-    let latent = Latent { step, cache, layer, group, spec, weights };
+    let latent = Latent { seen, layer, group, spec, weights };
     match form {
         LatentForm::Expanded => latent.expanded(query),
         LatentForm::Absorbed => latent.absorbed(query),
@@ -106,8 +113,7 @@ pub(super) fn attend_latent(
 }
 
 struct Latent<'a> {
-    step: &'a Step,
-    cache: &'a Cache,
+    seen: Seen<'a>,
     layer: KvLayer,
     group: usize,
     spec: &'a LatentSpec,
@@ -124,10 +130,12 @@ impl Latent<'_> {
         let LatentSpec { heads, rank, nope_dim, value_dim, .. } = *self.spec;
         let width = heads * self.query_dim();
         let mut out = vec![0f32; query.len() / width * heads * value_dim];
-        for sequence in &self.step.sequences {
-            let first_slot = visible(self.step, sequence, 0, self.spec.window)[0];
+        let Seen { step, tables, cache } = self.seen;
+        for sequence in &step.sequences {
+            let first_slot = visible(step, sequence, 0, self.spec.window)[0];
             let slots = first_slot..sequence.slots_end();
-            let read = |slot| self.cache.read(self.layer, &sequence.tables[self.group], slot);
+            let table = tables.table(sequence.id, self.group);
+            let read = |slot| cache.read(self.layer, table, slot);
             let latents: Vec<f32> = slots.clone().flat_map(|slot| read(slot).0.to_vec()).collect();
             let keys = matmul(self.weights.key_up, None, &latents, rank);
             let values = matmul(self.weights.value_up, None, &latents, rank);
@@ -135,7 +143,7 @@ impl Latent<'_> {
             let out = &mut out[first * heads * value_dim..(first + rows) * heads * value_dim];
             out.par_chunks_mut(heads * value_dim).enumerate().for_each(|(i, out)| {
                 let query = &query[(first + i) * width..(first + i + 1) * width];
-                let slots = visible(self.step, sequence, i, self.spec.window);
+                let slots = visible(step, sequence, i, self.spec.window);
                 for (head, out) in out.chunks_exact_mut(value_dim).enumerate() {
                     let query = &query[head * self.query_dim()..(head + 1) * self.query_dim()];
                     let (nope, rope) = query.split_at(nope_dim);
@@ -158,16 +166,17 @@ impl Latent<'_> {
     /// `q . (K c) = (K^T q) . c`: each head attends to the latents themselves.
     fn absorbed(&self, query: &[f32]) -> Vec<f32> {
         let LatentSpec { heads, rank, nope_dim, value_dim, .. } = *self.spec;
-        let rows = rows(self.step);
+        let Seen { step, tables, cache } = self.seen;
+        let rows = rows(step);
         let mut out = vec![0f32; rows.len() * heads * value_dim];
         let work = out.par_chunks_mut(heads * value_dim);
         let work = work.zip(query.par_chunks(heads * self.query_dim())).zip(&rows);
         work.for_each(|((out, query), (index, i))| {
-            let sequence = &self.step.sequences[*index];
-            let table = &sequence.tables[self.group];
-            let slots = visible(self.step, sequence, *i, self.spec.window);
+            let sequence = &step.sequences[*index];
+            let table = tables.table(sequence.id, self.group);
+            let slots = visible(step, sequence, *i, self.spec.window);
             let tokens: Vec<(&[f32], &[f32])> =
-                slots.iter().map(|slot| self.cache.read(self.layer, table, *slot)).collect();
+                slots.iter().map(|slot| cache.read(self.layer, table, *slot)).collect();
             for (head, out) in out.chunks_exact_mut(value_dim).enumerate() {
                 let query = &query[head * self.query_dim()..(head + 1) * self.query_dim()];
                 let (nope, rope) = query.split_at(nope_dim);

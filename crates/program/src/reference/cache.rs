@@ -5,7 +5,7 @@ use crate::backend::BackendError;
 use crate::kv::{KvFormat, KvLayout};
 use crate::kv_codec::{KvVector, round_trip};
 use crate::op::KvLayer;
-use crate::step::BlockTable;
+use crate::tables::BlockTable;
 
 /// Bytes of the cache's own numbers.
 const F32_BYTES: usize = 4;
@@ -13,7 +13,6 @@ const F32_BYTES: usize = 4;
 pub(super) struct Cache {
     layout: KvLayout,
     format: KvFormat,
-    blocks: usize,
     page: usize,
     cells: Vec<f32>,
 }
@@ -31,15 +30,11 @@ impl Cache {
             .try_reserve_exact(blocks.saturating_mul(page))
             .map_err(|_| BackendError::Memory { what: "the KV cache", bytes })?;
         cells.resize(blocks * page, 0.0);
-        Ok(Self { layout: layout.clone(), format, blocks, page, cells })
+        Ok(Self { layout: layout.clone(), format, page, cells })
     }
 
     pub(super) fn format(&self) -> KvFormat {
         self.format
-    }
-
-    pub(super) fn blocks(&self) -> usize {
-        self.blocks
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -80,6 +75,19 @@ impl Cache {
             self.layout.layer(layer).shape.vectors().map(|(count, elements)| count * elements);
         let start = self.start(layer, table, slot);
         self.cells[start..start + first + second].split_at(first)
+    }
+
+    /// Copies what `from` holds to `to`, in all layers of a group.
+    pub(super) fn copy_slot(&mut self, group: usize, table: &BlockTable, from: usize, to: usize) {
+        for index in 0..self.layout.layers.len() {
+            let layer = KvLayer(index as u32);
+            let decl = self.layout.layer(layer);
+            if decl.group as usize == group {
+                let elements = decl.shape.elements_per_token();
+                let (from, to) = (self.start(layer, table, from), self.start(layer, table, to));
+                self.cells.copy_within(from..from + elements, to);
+            }
+        }
     }
 
     fn start(&self, layer: KvLayer, table: &BlockTable, slot: usize) -> usize {

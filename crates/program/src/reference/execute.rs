@@ -1,38 +1,55 @@
 //! Runs a program op by op.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::ReferenceBackend;
-use super::attention::{LatentWeights, attend, attend_latent};
+use super::attention::{LatentWeights, Seen, attend, attend_latent};
 use super::cache::Cache;
-use super::experts::{self, Choices};
+use super::experts::{self, Routed};
 use super::math::{activate, matmul, norm, rope, sigmoid, softcap};
 use super::router;
 use super::weights::Weights;
-use crate::backend::{BackendError, Executor, StepOutput};
+use crate::backend::{BackendError, Executor, ExecutorLimits, RoutedExperts, StepOutput};
 use crate::kv::KvFormat;
-use crate::observe::{ObservedInput, ObservedRouting, Observer};
 use crate::op::*;
 use crate::program::{Lifetime, Program};
-use crate::step::{Step, StepError};
+use crate::sampling::{Chooser, TokenLogprobs};
+use crate::step::{Choice, SlotMove, Step, StepError};
+use crate::tables::SequenceTables;
 
 /// A program on the reference backend.
 pub struct ReferenceExecutor {
     program: Arc<Program>,
     weights: Weights,
     cache: Cache,
-    rows_max: usize,
+    tables: SequenceTables,
+    limits: ExecutorLimits,
     pool: Option<rayon::ThreadPool>,
     backend: ReferenceBackend,
     lifetimes: Vec<Lifetime>,
+    chooser: Chooser,
     run: Run,
+    /// Steps that ran and are not collected yet, the oldest first.
+    submitted: VecDeque<Result<Made, BackendError>>,
+    collected: Made,
 }
 
-/// What a step leaves behind.
+/// What the ops of a step have made so far.
 #[derive(Default)]
 struct Run {
     values: Vec<Vec<f32>>,
-    routings: Vec<Choices>,
+    routings: Vec<Routed>,
+    logits: Vec<f32>,
+    captures: Vec<Vec<f32>>,
+}
+
+/// What a step hands out.
+#[derive(Default)]
+struct Made {
+    routings: Vec<Routed>,
+    tokens: Vec<Option<u32>>,
+    logprobs: Vec<Option<TokenLogprobs>>,
     logits: Vec<f32>,
     captures: Vec<Vec<f32>>,
 }
@@ -49,80 +66,66 @@ impl ReferenceExecutor {
         program: Arc<Program>,
         weights: Weights,
         cache: Cache,
-        rows_max: usize,
+        limits: ExecutorLimits,
         pool: Option<rayon::ThreadPool>,
         backend: ReferenceBackend,
     ) -> Self {
         let lifetimes = program.liveness();
-        let run = Run::default();
-        Self { program, weights, cache, rows_max, pool, backend, lifetimes, run }
+        let tables = SequenceTables::new(&program.kv, limits.sequences_max);
+        let (chooser, run, submitted, collected) = Default::default();
+        Self {
+            program,
+            weights,
+            cache,
+            tables,
+            limits,
+            pool,
+            backend,
+            lifetimes,
+            chooser,
+            run,
+            submitted,
+            collected,
+        }
     }
 
-    fn run_all(
-        &mut self,
-        step: &Step,
-        observer: Option<&mut (dyn Observer + '_)>,
-    ) -> Result<StepOutput<'_>, BackendError> {
-        step.validate(&self.program)?;
-        step.check_blocks(self.cache.blocks())?;
-        if step.rows() > self.rows_max {
-            let reason = format!("{} rows, at most {} fit", step.rows(), self.rows_max);
-            return Err(StepError(reason).into());
-        }
+    /// Runs an accepted step to its end.
+    fn run_step(&mut self, step: &Step) -> Result<Made, BackendError> {
         self.run = Run {
             values: vec![Vec::new(); self.program.values.len()],
-            routings: vec![Choices::default(); self.program.routings],
+            routings: vec![Routed::default(); self.program.routings],
             logits: Vec::new(),
             captures: vec![Vec::new(); self.program.capture_widths().len()],
         };
-        match (self.pool.take(), observer) {
-            // An observer is not `Send`: it stays on this thread, the loops on the common pool.
-            (Some(pool), None) => {
-                let done = pool.install(|| self.run_ops(step, None));
+        self.chooser.begin(step);
+        match self.pool.take() {
+            Some(pool) => {
+                let done = pool.install(|| self.run_ops(step));
                 self.pool = Some(pool);
                 done?;
             }
-            (pool, observer) => {
-                self.pool = pool;
-                self.run_ops(step, observer)?;
-            }
+            None => self.run_ops(step)?,
         }
-        let captures = self.run.captures.iter().map(Vec::as_slice).collect();
-        Ok(StepOutput { logits: &self.run.logits, captures })
+        let Run { routings, mut logits, captures, .. } = std::mem::take(&mut self.run);
+        let vocabulary = self.program.vocabulary;
+        self.chooser.choose(step, vocabulary, &mut logits);
+        logits.truncate(self.chooser.logits_rows() * vocabulary);
+        let (tokens, logprobs) = (self.chooser.tokens().to_vec(), self.chooser.logprobs().to_vec());
+        Ok(Made { routings, tokens, logprobs, logits, captures })
     }
 
-    fn run_ops(
-        &mut self,
-        step: &Step,
-        mut observer: Option<&mut (dyn Observer + '_)>,
-    ) -> Result<(), BackendError> {
+    fn run_ops(&mut self, step: &Step) -> Result<(), BackendError> {
         let program = Arc::clone(&self.program);
         for (index, op) in program.ops.iter().enumerate() {
-            if let Some(observer) = observer.as_deref_mut() {
-                let inputs: Vec<ObservedInput<'_>> =
-                    op.inputs().map(|value| self.observed(value)).collect();
-                observer.op(index, op, &inputs);
-            }
             match op {
                 Op::Route { input, spec, out } => {
-                    let choices = self.route(*input, spec);
-                    if let Some(observer) = observer.as_deref_mut() {
-                        let Choices { experts, weights, experts_per_token } = &choices;
-                        let experts_per_token = *experts_per_token;
-                        let routing = ObservedRouting { experts, weights, experts_per_token };
-                        observer.routing(index, op, routing);
-                    }
-                    self.run.routings[out.0 as usize] = choices;
+                    self.run.routings[out.0 as usize] = self.route(*input, spec);
                 }
                 Op::Experts { input, routing, spec, out } => {
                     let widths = [program.value_width(*input), program.value_width(*out)];
                     let choices = &self.run.routings[routing.0 as usize];
                     let input = self.value(*input);
-                    let sum = experts::run(spec, &self.weights, input, widths, choices, |expert| {
-                        if let Some(observer) = observer.as_deref_mut() {
-                            observer.expert(index, op, expert);
-                        }
-                    });
+                    let sum = experts::run(spec, &self.weights, input, widths, choices);
                     self.run.values[out.0 as usize] = sum;
                 }
                 _ => self.run_op(op, step)?,
@@ -136,8 +139,8 @@ impl ReferenceExecutor {
         Ok(())
     }
 
-    fn observed(&self, value: Value) -> ObservedInput<'_> {
-        ObservedInput { value, data: self.value(value), width: self.program.value_width(value) }
+    fn seen<'a>(&'a self, step: &'a Step) -> Seen<'a> {
+        Seen { step, tables: &self.tables, cache: &self.cache }
     }
 
     fn value(&self, value: Value) -> &[f32] {
@@ -194,8 +197,9 @@ impl ReferenceExecutor {
         let width = |value: Value| program.value_width(value);
         match op {
             Op::Embed { table, first_token, multiplier, out } => {
-                self.embed(step, *table, *first_token, *multiplier, width(*out))
+                self.embed(*table, *first_token, *multiplier, width(*out))
             }
+            Op::Input { input, .. } => step.inputs[*input as usize].values.clone(),
             Op::Norm { input, weight, bias, kind, epsilon, groups, .. } => {
                 let vectors = [self.optional(*weight), self.optional(*bias)];
                 let shape = [width(*input), *groups];
@@ -213,7 +217,7 @@ impl ReferenceExecutor {
             Op::Attend { query, layer, spec, .. } => {
                 let (query, sinks) = (self.value(*query), self.optional(spec.sinks));
                 let group = program.kv.layer(*layer).group as usize;
-                attend(step, &self.cache, *layer, group, spec, sinks, query)
+                attend(self.seen(step), *layer, group, spec, sinks, query)
             }
             Op::AttendLatent { query, layer, spec, .. } => {
                 self.attend_latent(step, *query, *layer, spec)
@@ -242,10 +246,11 @@ impl ReferenceExecutor {
         }
     }
 
-    fn embed(&self, step: &Step, table: Weight, first: u32, multiplier: f32, n: usize) -> Vec<f32> {
+    fn embed(&self, table: Weight, first: u32, multiplier: f32, n: usize) -> Vec<f32> {
         let table = self.weights.get(table);
-        let mut out = Vec::with_capacity(step.rows() * n);
-        for token in &step.tokens {
+        let tokens = self.chooser.row_tokens();
+        let mut out = Vec::with_capacity(tokens.len() * n);
+        for token in tokens {
             let row = token.checked_sub(first).and_then(|row| {
                 let row = row as usize;
                 table.get(row * n..(row + 1) * n)
@@ -269,7 +274,7 @@ impl ReferenceExecutor {
                 let slot = sequence.cached as usize + i;
                 self.cache.write(
                     layer,
-                    &sequence.tables[group],
+                    self.tables.table(sequence.id, group),
                     slot,
                     &self.run.values[first][row * first_width..(row + 1) * first_width],
                     &self.run.values[second][row * second_width..(row + 1) * second_width],
@@ -291,17 +296,17 @@ impl ReferenceExecutor {
         };
         let (query, form) = (self.value(query), self.backend.latent_form);
         let group = self.program.kv.layer(layer).group as usize;
-        attend_latent(step, &self.cache, layer, group, spec, &weights, query, form)
+        attend_latent(self.seen(step), layer, group, spec, &weights, query, form)
     }
 
-    fn route(&self, input: Value, spec: &RouterSpec) -> Choices {
+    fn route(&self, input: Value, spec: &RouterSpec) -> Routed {
         let (bias, width) = (self.optional(spec.bias), self.program.value_width(input));
         let logits = matmul(self.weights.get(spec.weight), bias, self.value(input), width);
         let correction = self.optional(spec.correction);
         let rows = logits.chunks_exact(spec.experts);
         let chosen = rows.flat_map(|logits| router::choose(spec, correction, logits));
         let (experts, weights) = chosen.unzip();
-        Choices { experts, weights, experts_per_token: spec.experts_per_token }
+        Routed { experts, weights, experts_per_token: spec.experts_per_token }
     }
 
     fn logits(
@@ -313,11 +318,11 @@ impl ReferenceExecutor {
         (scale, cap): (f32, Option<f32>),
     ) -> Result<Vec<f32>, BackendError> {
         let width = self.program.value_width(input);
-        let row = |row: &u32| &self.value(input)[*row as usize * width..][..width];
-        let rows: Vec<f32> = step.logits_rows.iter().flat_map(row).copied().collect();
+        let row = |choice: &Choice| &self.value(input)[choice.row as usize * width..][..width];
+        let rows: Vec<f32> = step.choices.iter().flat_map(row).copied().collect();
         let mut logits = matmul(self.weights.get(head), None, &rows, width);
         if gather {
-            logits = self.gather_logits(&logits, step.logits_rows.len(), head)?;
+            logits = self.gather_logits(&logits, step.choices.len(), head)?;
         }
         logits.iter_mut().for_each(|x| *x = softcap(cap, *x * scale));
         Ok(logits)
@@ -367,23 +372,46 @@ impl Executor for ReferenceExecutor {
         self.cache.format()
     }
 
-    fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
-        self.run_all(step, None)
+    fn limits(&self) -> ExecutorLimits {
+        self.limits
     }
 
-    fn run_observed(
-        &mut self,
-        step: &Step,
-        observer: &mut dyn Observer,
-    ) -> Result<StepOutput<'_>, BackendError> {
-        self.run_all(step, Some(observer))
+    /// The step runs at once; what it made waits until it is collected.
+    fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
+        let most = self.limits.steps_in_flight;
+        if self.submitted.len() == most {
+            return Err(StepError(format!("{most} steps are in flight already")).into());
+        }
+        self.tables.accept(step, &self.program, &self.limits)?;
+        let made = self.run_step(step);
+        self.submitted.push_back(made);
+        Ok(())
     }
 
-    fn routing(&self, routing: Routing) -> Option<ObservedRouting<'_>> {
-        let Choices { experts, weights, experts_per_token } =
-            self.run.routings.get(routing.0 as usize)?;
+    fn collect(&mut self) -> Result<StepOutput<'_>, BackendError> {
+        let made = self.submitted.pop_front();
+        self.collected = made.ok_or_else(|| StepError("no step is in flight".to_owned()))??;
+        let Made { tokens, logprobs, logits, captures, .. } = &self.collected;
+        let captures = captures.iter().map(Vec::as_slice).collect();
+        Ok(StepOutput { tokens, logprobs, logits, captures })
+    }
+
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<(), BackendError> {
+        self.tables.check_moves(moves, &self.program.kv)?;
+        for SlotMove { sequence, from, to } in moves {
+            for group in 0..self.program.kv.groups.len() {
+                let table = self.tables.table(*sequence, group);
+                self.cache.copy_slot(group, table, *from as usize, *to as usize);
+            }
+        }
+        Ok(())
+    }
+
+    fn routing(&self, routing: Routing) -> Option<RoutedExperts<'_>> {
+        let Routed { experts, weights, experts_per_token } =
+            self.collected.routings.get(routing.0 as usize)?;
         let experts_per_token = *experts_per_token;
-        Some(ObservedRouting { experts, weights, experts_per_token })
+        Some(RoutedExperts { experts, weights, experts_per_token })
     }
 
     fn weight_bytes(&self) -> usize {

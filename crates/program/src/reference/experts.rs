@@ -3,25 +3,23 @@
 
 use super::math::{activate, matmul};
 use super::weights::Weights;
-use crate::observe::ObservedExpert;
 use crate::op::ExpertsSpec;
 
 /// A routing as it lies in memory: `[rows, experts_per_token]`, best first.
 #[derive(Default, Clone)]
-pub(super) struct Choices {
+pub(super) struct Routed {
     pub(super) experts: Vec<u32>,
     pub(super) weights: Vec<f32>,
     pub(super) experts_per_token: usize,
 }
 
-/// `observe` sees each expert that has rows.
+/// The sum of each row's experts, `[rows, out]`.
 pub(super) fn run(
     spec: &ExpertsSpec,
     weights: &Weights,
     input: &[f32],
     [width, out_width]: [usize; 2],
-    choices: &Choices,
-    mut observe: impl FnMut(ObservedExpert<'_>),
+    choices: &Routed,
 ) -> Vec<f32> {
     let mut outputs = vec![0f32; choices.experts.len() * out_width];
     for expert in 0..spec.experts {
@@ -52,7 +50,6 @@ pub(super) fn run(
         let mut inner: Vec<f32> =
             gate.iter().zip(&up).map(|(gate, up)| activate(spec.activation, *gate, *up)).collect();
         spec.hidden_transform.apply(&mut inner, hidden);
-        observe(ObservedExpert { expert, rows: &rows, input: &gathered, hidden: &inner });
         let down_bias = bias(spec.down_bias, out_width);
         let down = matmul(matrix(spec.down, out_width, hidden), down_bias, &inner, hidden);
         for (slot, down) in slots.iter().zip(down.chunks_exact(out_width)) {
@@ -62,7 +59,7 @@ pub(super) fn run(
     sum_choices(&outputs, out_width, choices, spec.weigh_input)
 }
 
-fn sum_choices(outputs: &[f32], width: usize, choices: &Choices, weighed: bool) -> Vec<f32> {
+fn sum_choices(outputs: &[f32], width: usize, choices: &Routed, weighed: bool) -> Vec<f32> {
     let rows = choices.experts.len() / choices.experts_per_token;
     let mut sums = vec![0f32; rows * width];
     for (slot, output) in outputs.chunks_exact(width).enumerate() {

@@ -14,8 +14,11 @@ mod weights;
 
 use std::sync::Arc;
 
-use crate::backend::{Backend, BackendError, Executor, ExecutorOptions, WeightSource};
-use crate::collective::{Collective, SingleRank, check_program};
+use crate::backend::{
+    Backend, BackendError, DeviceMemory, Executor, ExecutorLimits, ExecutorOptions, Missing,
+    WeightSource,
+};
+use crate::collective::{HostCollective, SingleRank, check_program};
 use crate::kv::KvFormat;
 use crate::program::Program;
 
@@ -35,12 +38,14 @@ pub enum LatentForm {
 #[derive(Clone)]
 pub struct ReferenceBackend {
     latent_form: LatentForm,
-    collective: Arc<dyn Collective>,
+    collective: Arc<HostCollective>,
+    steps_in_flight: usize,
 }
 
 impl Default for ReferenceBackend {
     fn default() -> Self {
-        Self { latent_form: LatentForm::default(), collective: Arc::new(SingleRank) }
+        let latent_form = LatentForm::default();
+        Self { latent_form, collective: Arc::new(SingleRank), steps_in_flight: 1 }
     }
 }
 
@@ -56,8 +61,18 @@ impl ReferenceBackend {
     }
 
     /// The same as one rank of several; its programs are one rank's programs.
-    pub fn collective(self, collective: Arc<dyn Collective>) -> Self {
+    pub fn collective(self, collective: Arc<HostCollective>) -> Self {
         Self { collective, ..self }
+    }
+
+    /// The same with executors that take this many steps before the first is collected, as a device
+    /// does: for tests of what is above an executor.
+    ///
+    /// # Panics
+    /// If `steps` is 0.
+    pub fn steps_in_flight(self, steps: usize) -> Self {
+        assert!(steps > 0, "an executor takes at least one step");
+        Self { steps_in_flight: steps, ..self }
     }
 
     /// As [`Backend::prepare`], with the executor's own type.
@@ -71,17 +86,37 @@ impl ReferenceBackend {
         options: &ExecutorOptions,
     ) -> Result<ReferenceExecutor, BackendError> {
         check_program(&program, &*self.collective)?;
-        let format = options.kv_format.unwrap_or(KvFormat::F32);
+        let default_format = self.default_kv_format(&program, options.exact);
+        let format = options.kv_format.unwrap_or(default_format);
         let weights = weights::Weights::load(&program, source)?;
         let cache = cache::Cache::new(&program.kv, options.kv_blocks, format)?;
         let pool = execute::pool(options.threads)?;
-        Ok(ReferenceExecutor::new(program, weights, cache, options.rows_max, pool, self.clone()))
+        let limits = ExecutorLimits {
+            rows_max: options.rows_max,
+            sequences_max: options.rows_max,
+            kv_blocks: options.kv_blocks,
+            steps_in_flight: self.steps_in_flight,
+        };
+        Ok(ReferenceExecutor::new(program, weights, cache, limits, pool, self.clone()))
     }
 }
 
 impl Backend for ReferenceBackend {
     fn name(&self) -> &'static str {
         "reference"
+    }
+
+    /// The reference defines every op, so that it lacks none.
+    fn supports(&self, _: &Program, _: &ExecutorOptions) -> Result<(), Missing> {
+        Ok(())
+    }
+
+    fn memory(&self) -> Result<DeviceMemory, BackendError> {
+        DeviceMemory::of_host()
+    }
+
+    fn default_kv_format(&self, _: &Program, _exact: bool) -> KvFormat {
+        KvFormat::F32
     }
 
     fn prepare(

@@ -5,11 +5,15 @@ use std::sync::Arc;
 
 use super::crew::Crew;
 use super::{RankProgram, RankWeights, ShardOptions, shard_fitting};
-use crate::backend::{Backend, BackendError, Executor, ExecutorOptions, StepOutput, WeightSource};
-use crate::collective::{Collective, ThreadRank};
+use crate::backend::{
+    Backend, BackendError, DeviceMemory, Executor, ExecutorLimits, ExecutorOptions, Missing,
+    StepOutput, WeightSource,
+};
+use crate::collective::{HostCollective, SingleRank, ThreadRank};
 use crate::kv::KvFormat;
 use crate::program::Program;
-use crate::step::Step;
+use crate::step::{SlotMove, Step, StepError};
+use crate::tables::SequenceTables;
 
 /// Runs a program over several ranks, each a backend of its own with an equal share of the
 /// threads, at least one: fewer threads than ranks take turns on the cores.
@@ -18,16 +22,34 @@ pub struct ShardedBackend<F> {
     rank_backend: F,
 }
 
-impl<F: Fn(Arc<dyn Collective>) -> Box<dyn Backend>> ShardedBackend<F> {
+impl<F: Fn(Arc<HostCollective>) -> Box<dyn Backend>> ShardedBackend<F> {
     /// `rank_backend` makes the backend of one rank from its end of the group.
     pub fn new(options: ShardOptions, rank_backend: F) -> Self {
         Self { options, rank_backend }
     }
+
+    /// The backend of a rank that is the only one.
+    fn alone(&self) -> Box<dyn Backend> {
+        (self.rank_backend)(Arc::new(SingleRank))
+    }
 }
 
-impl<F: Fn(Arc<dyn Collective>) -> Box<dyn Backend>> Backend for ShardedBackend<F> {
+impl<F: Fn(Arc<HostCollective>) -> Box<dyn Backend>> Backend for ShardedBackend<F> {
     fn name(&self) -> &'static str {
         "sharded"
+    }
+
+    /// What the backend of a rank says of the whole program: a rank's has the same ops.
+    fn supports(&self, program: &Program, options: &ExecutorOptions) -> Result<(), Missing> {
+        self.alone().supports(program, options)
+    }
+
+    fn memory(&self) -> Result<DeviceMemory, BackendError> {
+        self.alone().memory()
+    }
+
+    fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat {
+        self.alone().default_kv_format(program, exact)
     }
 
     /// As [`Backend::prepare`]; also [`BackendError::Shard`] where the program or its weights'
@@ -46,7 +68,7 @@ impl<F: Fn(Arc<dyn Collective>) -> Box<dyn Backend>> Backend for ShardedBackend<
         let options = ExecutorOptions { threads: Some(threads), ..options.clone() };
         let mut crew = Vec::new();
         for (end, rank) in ThreadRank::group(ranks, threads * ranks).into_iter().zip(programs) {
-            let end: Arc<dyn Collective> = Arc::new(end);
+            let end: Arc<HostCollective> = Arc::new(end);
             let backend = (self.rank_backend)(Arc::clone(&end));
             let executor = prepare_rank(&*backend, &rank, weights, &options)?;
             crew.push(Rank { end, executor });
@@ -66,25 +88,42 @@ fn prepare_rank(
 
 /// One rank: its end of the group, and what runs its program.
 pub(super) struct Rank {
-    end: Arc<dyn Collective>,
+    end: Arc<HostCollective>,
     executor: Box<dyn Executor>,
 }
 
 impl Rank {
-    /// Runs its part of a step. If that does not end well, be it by a panic, the rank leaves its
-    /// group, so that the others do not wait for it.
-    pub(super) fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
+    /// Runs its part of a step to the end.
+    pub(super) fn run(&mut self, step: &Step) -> Result<(), BackendError> {
+        self.attempt(|executor| executor.run(step).map(drop))
+    }
+
+    fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
+        self.attempt(|executor| executor.submit(step))
+    }
+
+    fn collect(&mut self) -> Result<StepOutput<'_>, BackendError> {
+        self.attempt(|executor| executor.collect())
+    }
+
+    pub(super) fn move_slots(&mut self, moves: &[SlotMove]) -> Result<(), BackendError> {
+        self.attempt(|executor| executor.move_slots(moves))
+    }
+
+    /// If `work` does not end well, be it by a panic, the rank leaves its group, so that the others
+    /// do not wait for it.
+    fn attempt<'a, T>(
+        &'a mut self,
+        work: impl FnOnce(&'a mut dyn Executor) -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
         let Self { end, executor } = self;
-        let run = move || {
-            let executor = executor;
-            executor.run(step)
-        };
-        let output = catch_unwind(AssertUnwindSafe(run))
+        let executor = &mut **executor;
+        let result = catch_unwind(AssertUnwindSafe(move || work(executor)))
             .unwrap_or_else(|_| Err(BackendError::Device("a rank panicked".to_owned())));
-        if output.is_err() {
+        if result.is_err() {
             end.leave();
         }
-        output
+        result
     }
 }
 
@@ -94,6 +133,12 @@ pub struct ShardedExecutor {
     program: Arc<Program>,
     first: Rank,
     others: Crew,
+    limits: ExecutorLimits,
+    /// Checks steps before any rank sees them.
+    tables: SequenceTables,
+    /// What the last step chose: the other ranks make no choices of their own.
+    chosen: Vec<Option<u32>>,
+    in_flight: bool,
     kv_format: KvFormat,
     weight_bytes: usize,
     kv_bytes: usize,
@@ -104,15 +149,44 @@ impl ShardedExecutor {
         let sum = |of: fn(&dyn Executor) -> usize| ranks.iter().map(|r| of(&*r.executor)).sum();
         let (weight_bytes, kv_bytes) = (sum(|e| e.weight_bytes()), sum(|e| e.kv_bytes()));
         let kv_format = ranks[0].executor.kv_format();
+        let limits = ExecutorLimits { steps_in_flight: 1, ..ranks[0].executor.limits() };
+        let tables = SequenceTables::new(&program.kv, limits.sequences_max);
         let first = ranks.remove(0);
         let others = Crew::new(ranks)?;
-        Ok(Self { program, first, others, kv_format, weight_bytes, kv_bytes })
+        let (chosen, in_flight) = (Vec::new(), false);
+        Ok(Self {
+            program,
+            first,
+            others,
+            limits,
+            tables,
+            chosen,
+            in_flight,
+            kv_format,
+            weight_bytes,
+            kv_bytes,
+        })
+    }
+}
+
+/// The error of all ranks together: a rank's own says more than the others' complaint that it has
+/// gone.
+fn cause(own: Option<BackendError>, others: Option<BackendError>) -> Option<BackendError> {
+    let is_cause = |error: &BackendError| !matches!(error, BackendError::Collective(_));
+    match (own, others) {
+        (Some(own), Some(other)) if is_cause(&other) && !is_cause(&own) => Some(other),
+        (Some(own), _) => Some(own),
+        (None, other) => other,
     }
 }
 
 impl Executor for ShardedExecutor {
     fn program(&self) -> &Arc<Program> {
         &self.program
+    }
+
+    fn limits(&self) -> ExecutorLimits {
+        self.limits
     }
 
     fn kv_format(&self) -> KvFormat {
@@ -123,19 +197,43 @@ impl Executor for ShardedExecutor {
         self.first.executor.expanded_until(given)
     }
 
-    fn run(&mut self, step: &Step) -> Result<StepOutput<'_>, BackendError> {
-        // A malformed step is refused before any rank runs, and harms none.
-        step.validate(&self.program)?;
-        self.others.start(step);
-        let output = self.first.run(step);
-        // A rank's own error says more than the others' complaint that it has gone.
-        let is_cause = |error: &BackendError| !matches!(error, BackendError::Collective(_));
-        match (output, self.others.finish()) {
-            (Err(own), Some(other)) if is_cause(&other) && !is_cause(&own) => Err(other),
-            (Err(own), _) => Err(own),
-            (Ok(_), Some(other)) => Err(other),
-            (Ok(output), None) => Ok(output),
+    fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
+        if self.in_flight {
+            return Err(StepError("a step is in flight already".to_owned()).into());
         }
+        // A malformed step is refused before any rank runs, and harms none.
+        self.tables.accept(step, &self.program, &self.limits)?;
+        self.others.start(step, &self.chosen);
+        match self.first.submit(step) {
+            Ok(()) => {
+                self.in_flight = true;
+                Ok(())
+            }
+            Err(own) => Err(cause(Some(own), self.others.finish()).expect("there is one")),
+        }
+    }
+
+    fn collect(&mut self) -> Result<StepOutput<'_>, BackendError> {
+        if !std::mem::take(&mut self.in_flight) {
+            return Err(StepError("no step is in flight".to_owned()).into());
+        }
+        let Self { first, others, chosen, .. } = self;
+        let output = first.collect();
+        match (output, others.finish()) {
+            (Ok(output), None) => {
+                chosen.clear();
+                chosen.extend_from_slice(output.tokens);
+                Ok(output)
+            }
+            (output, other) => Err(cause(output.err(), other).expect("one of them failed")),
+        }
+    }
+
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<(), BackendError> {
+        self.tables.check_moves(moves, &self.program.kv)?;
+        self.others.start_moves(moves);
+        let own = self.first.move_slots(moves).err();
+        cause(own, self.others.finish()).map_or(Ok(()), Err)
     }
 
     fn weight_bytes(&self) -> usize {

@@ -1,7 +1,7 @@
 //! The ranks beside the first, each on a thread that lasts as long as the executor: a decode step
 //! takes less time than starting threads does.
 //!
-//! A step is put on a board, the board's number of steps goes up, and every rank runs it once. A
+//! A step is put on a board, the board's number of tasks goes up, and every rank runs it once. A
 //! rank that has nothing to do looks at the number for a while, then sleeps until it is woken.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,23 +11,31 @@ use std::time::{Duration, Instant};
 
 use super::backend::Rank;
 use crate::backend::BackendError;
-use crate::step::Step;
+use crate::step::{Choice, Report, SlotMove, Step, TokenSource};
 
-/// How long a rank looks for the next step before it sleeps: longer than a sampler takes.
+/// How long a rank looks for the next task before it sleeps: longer than a sampler takes.
 const LOOK: Duration = Duration::from_micros(300);
+
+/// What ranks do next.
+#[derive(Default)]
+struct Task {
+    step: Step,
+    /// If there are any, they are the task, and not the step.
+    moves: Vec<SlotMove>,
+}
 
 #[derive(Default)]
 struct Board {
-    step: RwLock<Step>,
-    /// Steps that were put on the board.
-    steps: AtomicU64,
+    task: RwLock<Task>,
+    /// Tasks that were put on the board.
+    tasks: AtomicU64,
     stop: AtomicBool,
 }
 
 /// What a rank has done so far.
 #[derive(Default)]
 struct Progress {
-    steps: AtomicU64,
+    tasks: AtomicU64,
     error: Mutex<Option<BackendError>>,
 }
 
@@ -58,28 +66,44 @@ impl Crew {
         Ok(crew)
     }
 
-    /// Has every rank run `step`; [`Crew::finish`] must follow before the next.
-    pub(super) fn start(&mut self, step: &Step) {
+    /// Has every rank run `step`, whose rows' chosen tokens are those in `chosen`;
+    /// [`Crew::finish`] must follow before the next.
+    pub(super) fn start(&mut self, step: &Step, chosen: &[Option<u32>]) {
         if self.members.is_empty() {
             return;
         }
-        self.board.step.write().unwrap_or_else(PoisonError::into_inner).clone_from(step);
+        let mut task = self.board.task.write().unwrap_or_else(PoisonError::into_inner);
+        task.moves.clear();
+        copy_without_choosing(&mut task.step, step, chosen);
+        drop(task);
+        self.announce();
+    }
+
+    /// Has every rank move slots; [`Crew::finish`] must follow before the next.
+    pub(super) fn start_moves(&mut self, moves: &[SlotMove]) {
+        if self.members.is_empty() || moves.is_empty() {
+            return;
+        }
+        let mut task = self.board.task.write().unwrap_or_else(PoisonError::into_inner);
+        task.moves.clear();
+        task.moves.extend_from_slice(moves);
+        drop(task);
         self.announce();
     }
 
     fn announce(&self) {
-        self.board.steps.fetch_add(1, Ordering::Release);
+        self.board.tasks.fetch_add(1, Ordering::Release);
         for thread in self.members.iter().filter_map(|member| member.thread.as_ref()) {
             thread.thread().unpark();
         }
     }
 
-    /// Waits until every rank has run the step; the first error that is a rank's own, else any.
+    /// Waits until every rank has done its task; the first error that is a rank's own, else any.
     pub(super) fn finish(&mut self) -> Option<BackendError> {
-        let expected = self.board.steps.load(Ordering::Relaxed);
+        let expected = self.board.tasks.load(Ordering::Relaxed);
         let mut found = None;
         for member in &self.members {
-            while member.progress.steps.load(Ordering::Acquire) != expected {
+            while member.progress.tasks.load(Ordering::Acquire) != expected {
                 std::thread::yield_now();
             }
             let mut error =
@@ -107,32 +131,58 @@ impl Drop for Crew {
 fn serve(mut rank: Rank, board: &Board, progress: &Progress) {
     let mut seen = 0;
     loop {
-        seen = next_step(board, seen);
+        seen = next_task(board, seen);
         if board.stop.load(Ordering::Acquire) {
             return;
         }
-        let step = board.step.read().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = rank.run(&step) {
+        let task = board.task.read().unwrap_or_else(PoisonError::into_inner);
+        let done = match task.moves.is_empty() {
+            true => rank.run(&task.step),
+            false => rank.move_slots(&task.moves),
+        };
+        if let Err(error) = done {
             *progress.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
-        drop(step);
-        progress.steps.store(seen, Ordering::Release);
+        drop(task);
+        progress.tasks.store(seen, Ordering::Release);
     }
 }
 
 /// Waits until the board's number differs from `seen`; the new number.
-fn next_step(board: &Board, seen: u64) -> u64 {
+fn next_task(board: &Board, seen: u64) -> u64 {
     let start = Instant::now();
     loop {
-        let steps = board.steps.load(Ordering::Acquire);
-        if steps != seen {
-            return steps;
+        let tasks = board.tasks.load(Ordering::Acquire);
+        if tasks != seen {
+            return tasks;
         }
         if start.elapsed() < LOOK {
             std::thread::yield_now();
         } else {
-            // Waking leaves a token, so a step announced since the look ends this at once.
+            // Waking leaves a token, so a task announced since the look ends this at once.
             std::thread::park();
         }
     }
+}
+
+/// Copies a step for ranks whose choices nobody reads: they make the logits that the first rank
+/// chooses from, and get its choices as given tokens. The memory of `to` is kept.
+fn copy_without_choosing(to: &mut Step, step: &Step, chosen: &[Option<u32>]) {
+    to.tokens.clear();
+    to.tokens.extend(step.tokens.iter().map(|source| match *source {
+        TokenSource::Chosen(choice) => {
+            TokenSource::Given(chosen.get(choice as usize).copied().flatten().unwrap_or(0))
+        }
+        given => given,
+    }));
+    to.positions.clone_from(&step.positions);
+    to.sequences.clone_from(&step.sequences);
+    to.tables.clone_from(&step.tables);
+    to.inputs.clone_from(&step.inputs);
+    let silent = |choice: &Choice| {
+        let report = Report::default();
+        Choice { report, ..Choice::logits_of(choice.row) }
+    };
+    to.choices.clear();
+    to.choices.extend(step.choices.iter().map(silent));
 }

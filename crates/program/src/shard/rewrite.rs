@@ -81,6 +81,11 @@ impl Writer<'_> {
     fn write(&mut self, op: &Op) -> Result<(), String> {
         match op {
             Op::Embed { table, multiplier, out, .. } => self.embed(*table, *multiplier, *out),
+            Op::Input { input, out } => {
+                let made = self.builder.value(self.name(*out), self.program.value_width(*out));
+                self.builder.push(Op::Input { input: *input, out: made });
+                self.place(*out, made, Place::Whole)
+            }
             Op::Norm { .. } => self.norm(op),
             Op::Linear { input, parts } => self.linear(*input, parts),
             Op::Transform { input, transform, out } => self.transform(*input, transform, *out),

@@ -91,7 +91,7 @@ impl Job<'_> {
     ) -> Result<(), QuantError> {
         let Op::Experts { input, spec, .. } = &self.program.ops[op] else { return Ok(()) };
         let seen = self.statistics(op);
-        let hidden = self.hidden_program(spec, *input, calibration.tokens.len());
+        let hidden = self.hidden_program(spec, *input);
         for weight in [spec.down, spec.gate, spec.up] {
             if !self.targets.contains_key(&weight) || self.finished.contains_key(&weight) {
                 continue;
@@ -117,7 +117,7 @@ impl Job<'_> {
             let experts = spec.experts;
             let mut statistics = |expert: usize| {
                 let mut part = |weight: Weight| {
-                    let shape = &hidden.program.weights[1 + weight.0 as usize].shape;
+                    let shape = &hidden.program.weights[weight.0 as usize].shape;
                     let len = loaded[weight.0 as usize].len() / experts;
                     let values = &loaded[weight.0 as usize][expert * len..][..len];
                     Ok(Tensor::from_f32(shape, values))
@@ -132,12 +132,11 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// What one expert makes of a table of inputs: weights 0 to 3 are gate, up and their biases.
-    fn hidden_program(&self, spec: &ExpertsSpec, input: Value, rows: usize) -> Section {
+    /// What one expert makes of its inputs: weights 0 to 3 are gate, up and their biases.
+    fn hidden_program(&self, spec: &ExpertsSpec, input: Value) -> Section {
         let (width, hidden) = (self.program.value_width(input), spec.hidden);
-        let context = self.program.context_max;
-        let mut b = ProgramBuilder::new(rows, context, self.program.kv.block_tokens);
-        let table = b.weight("inputs", &[rows, width], WeightRole::Embedding, None);
+        let Program { vocabulary, context_max, kv, .. } = self.program;
+        let mut b = ProgramBuilder::new(*vocabulary, *context_max, kv.block_tokens);
         let mut matrix = |name: &str| b.weight(name, &[hidden, width], WeightRole::Linear, None);
         let (gate, up) = (matrix("gate"), matrix("up"));
         let mut bias = |name: &str, there: Option<Weight>| {
@@ -145,7 +144,7 @@ impl Job<'_> {
         };
         let gate_bias = bias("gate_bias", spec.gate_bias);
         let up_bias = bias("up_bias", spec.up_bias);
-        let x = b.embed(table, 1.0, "inputs");
+        let x = b.input(width, "inputs");
         let parts = vec![
             LinearSpec::new(gate, "gate").bias(gate_bias),
             LinearSpec::new(up, "up").bias(up_bias),
@@ -155,8 +154,8 @@ impl Job<'_> {
         let out = b.transform(out, spec.hidden_transform, "hidden_input");
         b.capture(out, 0);
         let program = b.finish();
-        let others = (0..program.weights.len() as u32 - 1).map(|index| Some(Weight(index)));
-        Section { weights: [None].into_iter().chain(others).collect(), program }
+        let weights = (0..program.weights.len() as u32).map(Weight).collect();
+        Section { weights, program }
     }
 
     /// Quantizes a stack whose matrices read the same input.

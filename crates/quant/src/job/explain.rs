@@ -97,7 +97,7 @@ impl Job<'_> {
         let tokens = text.tokens.len() / window * window;
         let text = Calibration { window, tokens: &text.tokens[..tokens], ..*text };
         let layers = Layers::of(self.program, spec)?;
-        let section = Section::new(self.program, layers.before, tokens, &[layers.stream])?;
+        let section = Section::new(self.program, layers.before, &[layers.stream])?;
         let prepares = self
             .recipe
             .steps
@@ -218,7 +218,7 @@ impl Job<'_> {
         let (table, rows) = joined(streams);
         // Tokens only say how many rows there are: the table has the numbers.
         let text = Calibration { tokens: &vec![0; rows], ..*text };
-        let section = Section::new(self.program, range, rows, &[out])?;
+        let section = Section::new(self.program, range, &[out])?;
         let made = self.through(version, &text, &section, Some(&table))?;
         let part = rows / streams.len().max(1) * made.width;
         let parts = made.values.chunks(part.max(1));
@@ -293,9 +293,8 @@ impl Job<'_> {
             ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
         let taps: Vec<Value> = taps.into_iter().collect();
         let Some(last) = ops.last() else { return Ok(BTreeMap::new()) };
-        let tokens = pass.text.tokens.len();
         // What comes after the last input is not run.
-        let section = Section::new(self.program, range.start..*last, tokens, &taps)?;
+        let section = Section::new(self.program, range.start..*last, &taps)?;
         let width = |value: Value| self.program.value_width(value);
         let mut inputs: BTreeMap<Value, Input> = taps
             .iter()
@@ -412,7 +411,7 @@ impl Job<'_> {
         });
         let table = Stream { width, values: parts.flatten().copied().collect::<Vec<f32>>().into() };
         let all = tokens * streams.len();
-        let section = Section::new(self.program, first_op..end, all, &[])?;
+        let section = Section::new(self.program, first_op..end, &[])?;
         let text = Calibration { tokens: &vec![0; all], window: rows, ..pass.text };
         let vocabulary = self.program.vocabulary;
         let final_logit = |x: f32| match softcap {

@@ -8,8 +8,7 @@ use lathe_model::Model;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::{
-    Backend, BackendError, Executor, ExecutorOptions, KvFormat, ObservedInput, Observer,
-    WeightSource,
+    Backend, BackendError, Choice, Executor, ExecutorOptions, KvFormat, WeightSource,
 };
 
 use super::*;
@@ -63,24 +62,23 @@ impl WeightSource for Prepared {
     }
 }
 
-/// The input of the head, for every row.
-#[derive(Default)]
-struct LastHidden(Vec<f32>);
-
-impl Observer for LastHidden {
-    fn op(&mut self, _: usize, op: &Op, inputs: &[ObservedInput<'_>]) {
-        if matches!(op, Op::Logits { .. }) {
-            self.0 = inputs[0].data.to_vec();
-        }
-    }
+/// What a run of the text makes of some values, by value.
+fn seen(program: &Arc<Program>, weights: &dyn WeightSource, values: &[Value]) -> Vec<Vec<f32>> {
+    let mut tapped = Program::clone(program);
+    let taps = values.iter().zip(0..).map(|(input, tap)| Op::Capture { input: *input, tap });
+    tapped.ops.extend(taps);
+    let tapped = Arc::new(tapped);
+    let mut executor = executor(&tapped, weights);
+    let step = calibrate::step_of(&tapped, &TOKENS, executor.expanded_until(24), 2);
+    let captures = executor.run(&step).expect("runs").captures;
+    captures.into_iter().map(<[f32]>::to_vec).collect()
 }
 
+/// The input of the head, for every row.
 fn last_hidden(program: &Arc<Program>, weights: &dyn WeightSource) -> Vec<f32> {
-    let mut executor = executor(program, weights);
-    let step = calibrate::step_of(program, &TOKENS, executor.expanded_until(24), 2);
-    let mut seen = LastHidden::default();
-    executor.run_observed(&step, &mut seen).expect("runs");
-    seen.0
+    let head = program.ops.iter().find(|op| matches!(op, Op::Logits { .. })).expect("a head");
+    let input: Vec<Value> = head.inputs().collect();
+    seen(program, weights, &input).remove(0)
 }
 
 #[test]
@@ -115,29 +113,20 @@ fn folded_scales_change_no_output() {
     }
 }
 
-/// What the whole program's linear ops read, as an observer of the reference sees it.
-#[derive(Default)]
-struct Inputs(BTreeMap<Value, Vec<f32>>);
-
-impl Observer for Inputs {
-    fn op(&mut self, _: usize, op: &Op, inputs: &[ObservedInput<'_>]) {
-        if let (Op::Linear { .. }, [input]) = (op, inputs) {
-            self.0.insert(input.value, input.data.to_vec());
-        }
-    }
-}
-
-/// Layers one by one, each fed from a table, are the whole model: every kind of layer, and of
+/// Layers one by one, each fed with the stream of those before it, are the whole model: every kind of layer, and of
 /// attention, and routers.
 #[test]
 fn sections_are_the_program_in_pieces() {
     for name in ["llama", "gemma3", "cohere", "gpt-oss", "deepseek-v3", "qwen3-moe", "olmo2"] {
         let (model, program) = open(name);
         let weights = model.weights(&program).unwrap();
-        let mut executor = executor(&program, &weights);
-        let step = calibrate::step_of(&program, &TOKENS, executor.expanded_until(24), 2);
-        let mut whole = Inputs::default();
-        executor.run_observed(&step, &mut whole).expect("runs");
+        let inputs = program.ops.iter().filter_map(|op| match op {
+            Op::Linear { input, .. } => Some(*input),
+            _ => None,
+        });
+        let inputs: Vec<Value> = inputs.collect::<BTreeSet<Value>>().into_iter().collect();
+        let whole = seen(&program, &weights, &inputs);
+        let whole: BTreeMap<Value, Vec<f32>> = inputs.into_iter().zip(whole).collect();
 
         let options = LowerOptions {
             captures: (0..=model.spec.layers.len()).collect(),
@@ -159,7 +148,7 @@ fn sections_are_the_program_in_pieces() {
             taps.sort_unstable();
             taps.dedup();
             taps.push(out);
-            let section = Section::new(&program, range, 24, &taps).expect(name);
+            let section = Section::new(&program, range, &taps).expect(name);
             section.program.validate().expect(name);
             let mut made = Vec::new();
             calibration
@@ -168,7 +157,7 @@ fn sections_are_the_program_in_pieces() {
                 })
                 .expect(name);
             for (value, found) in taps.iter().zip(&made) {
-                let Some(expected) = whole.0.get(value) else { continue };
+                let Some(expected) = whole.get(value) else { continue };
                 let most = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
                 let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * most;
                 assert!(found.iter().zip(expected).all(near), "{name}: {value:?}");
@@ -177,7 +166,7 @@ fn sections_are_the_program_in_pieces() {
             let values = made.pop().expect("the stream");
             stream = Some(Stream { width: program.value_width(out), values: values.into() });
         }
-        assert_eq!(compared.len(), whole.0.len(), "{name}: every input of every linear op");
+        assert_eq!(compared.len(), whole.len(), "{name}: every input of every linear op");
     }
 }
 
@@ -185,7 +174,7 @@ fn sections_are_the_program_in_pieces() {
 fn logits(program: &Arc<Program>, weights: &dyn WeightSource) -> Vec<f32> {
     let mut executor = executor(program, weights);
     let mut step = calibrate::step_of(program, &TOKENS, executor.expanded_until(24), 2);
-    step.logits_rows = vec![23];
+    step.choices = vec![Choice::logits_of(23)];
     executor.run(&step).expect("runs").logits.to_vec()
 }
 
@@ -453,7 +442,7 @@ fn experts_are_calibrated_by_all_tokens() {
     };
     let (input, spec) = (0..program.ops.len()).find_map(found).unwrap();
     let end = program.ops.iter().position(|op| op.inputs().any(|it| it == input)).unwrap();
-    let section = Section::new(&program, 0..end, 24, &[input]).unwrap();
+    let section = Section::new(&program, 0..end, &[input]).unwrap();
     let (mut x, mut load) = (Vec::new(), |weight| Ok(weights.load(weight)?));
     calibration
         .run(&section, None, &mut load, &mut |window| x.extend_from_slice(window.taps[0]))

@@ -9,8 +9,9 @@ pub use super::nearest::{encode_block, round_block, round_each};
 pub use super::scale::{BlockScale, E8m0Rounding, Span, encode, fit, fit_shrunken, round};
 use super::{element, scale};
 use crate::bytes::Bytes;
+use crate::error::TensorError;
 use crate::format::{Element, Format, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint};
-use crate::tensor::{GlobalScale, Tensor, TensorError};
+use crate::tensor::{GlobalScale, Tensor};
 
 /// Dequantizes one row of the `[rows, columns]` view; `tensor.format` is `format`.
 pub(crate) fn dequantize_row(tensor: &Tensor, format: &ScaledFormat, row: usize, out: &mut [f32]) {

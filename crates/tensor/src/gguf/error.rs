@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::GgufType;
-use crate::tensor::TensorError;
+use crate::error::TensorError;
 
 /// A problem and the file that has it.
 #[derive(Debug)]

@@ -144,8 +144,20 @@ fn read_array(cursor: &mut Cursor<'_>, key: &str, depth: usize) -> Result<MetaAr
     Ok(MetaArray { kind, len: count as usize, data: cursor.file.slice(start..cursor.at) })
 }
 
+impl MetaArray {
+    /// The elements, if they are arrays themselves.
+    pub fn arrays(&self) -> Option<Vec<MetaArray>> {
+        if self.kind != MetaType::Array {
+            return None;
+        }
+        let mut at = 0;
+        let inner = (0..self.len).map(|_| inner_array(&self.data, &mut at));
+        inner.collect()
+    }
+}
+
 /// Array at `at` of the elements of an array of arrays that was checked at opening.
-pub(super) fn inner_array(data: &Bytes, at: &mut usize) -> Option<MetaArray> {
+fn inner_array(data: &Bytes, at: &mut usize) -> Option<MetaArray> {
     let mut cursor = Cursor { file: data, at: *at };
     let array = read_array(&mut cursor, "", 1).ok()?;
     *at = cursor.at;

@@ -271,16 +271,6 @@ impl MetaArray {
         (self.kind == MetaType::Bool).then(|| self.data.iter().map(|&b| b != 0).collect())
     }
 
-    /// The elements, if they are arrays themselves.
-    pub fn arrays(&self) -> Option<Vec<MetaArray>> {
-        if self.kind != MetaType::Array {
-            return None;
-        }
-        let mut at = 0;
-        let inner = (0..self.len).map(|_| super::read::inner_array(&self.data, &mut at));
-        inner.collect()
-    }
-
     fn numbers<const N: usize, T>(&self, decode: impl Fn([u8; N]) -> T) -> Vec<T> {
         self.data.as_chunks::<N>().0.iter().map(|bytes| decode(*bytes)).collect()
     }

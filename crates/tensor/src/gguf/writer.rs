@@ -130,7 +130,7 @@ fn declare(
     }
     let size = tensor.format.bytes_for(&tensor.shape);
     let size = size.map_err(|source| GgufProblem::Tensor { name: name.clone(), source })?;
-    let unknown = crate::tensor::TensorError::UnknownFormat { name: tensor.format.to_string() };
+    let unknown = crate::error::TensorError::UnknownFormat { name: tensor.format.to_string() };
     let kind = GgufType::of(tensor.format)
         .ok_or(GgufProblem::Tensor { name: name.clone(), source: unknown })?;
     encode_string(name.as_bytes(), header);
@@ -139,7 +139,7 @@ fn declare(
     header.extend(kind.0.to_le_bytes());
     let start = end.next_multiple_of(ALIGNMENT_DEFAULT);
     header.extend(start.to_le_bytes());
-    let overflow = || crate::tensor::TensorError::Overflow { shape: tensor.shape.clone() };
+    let overflow = || crate::error::TensorError::Overflow { shape: tensor.shape.clone() };
     // Half of the range stays free for the header and padding.
     let end = start.checked_add(size as u64).filter(|&end| end < 1 << 62);
     let end = end.ok_or_else(|| GgufProblem::Tensor { name, source: overflow() })?;

@@ -36,7 +36,7 @@ fn mixed(job: &Job<'_>, quantized: impl Fn(&str) -> bool) -> Mixed {
 fn whole(program: &Arc<Program>, weights: &Mixed) -> Vec<Vec<f64>> {
     let mut executor = executor(program, weights);
     let mut step = step_of(program, &TOKENS, executor.expanded_until(24), 2);
-    step.logits_rows = (0..24).collect();
+    step.choices = (0..24).map(lathe_program::Choice::logits_of).collect();
     let logits = executor.run(&step).expect("runs").logits.to_vec();
     logits.chunks(program.vocabulary).map(log_softmax).collect()
 }

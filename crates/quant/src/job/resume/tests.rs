@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use lathe_model::export::Replacement;
 use lathe_program::reference::ReferenceBackend;
-use lathe_program::{Backend, BackendError, Executor, ExecutorOptions, Program, WeightSource};
+use lathe_program::{
+    Backend, BackendError, DeviceMemory, Executor, ExecutorOptions, KvFormat, Missing, Program,
+    WeightSource,
+};
 
 use super::super::tests::{TOKENS, open};
 use super::*;
@@ -20,6 +23,18 @@ struct Failing {
 impl Backend for Failing {
     fn name(&self) -> &'static str {
         self.reference.name()
+    }
+
+    fn supports(&self, program: &Program, options: &ExecutorOptions) -> Result<(), Missing> {
+        self.reference.supports(program, options)
+    }
+
+    fn memory(&self) -> Result<DeviceMemory, BackendError> {
+        self.reference.memory()
+    }
+
+    fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat {
+        self.reference.default_kv_format(program, exact)
     }
 
     fn prepare(

@@ -1,14 +1,14 @@
 //! What this machine can do, measured now: the roofs that a step's cost is held against.
 
-use anyhow::Error;
 use lathe_cpu::Isa;
 use lathe_cpu::machine::{measure_bandwidth, measure_matmul};
 use lathe_program::cost::{Cost, Roofline, roofline};
 use lathe_tensor::{Element, Format};
 use serde::Serialize;
 
-use crate::arguments::Global;
-use crate::shape::Sizes;
+use crate::error::SessionError;
+use crate::measure::shape::Sizes;
+use crate::options::Options;
 
 /// Rates of this machine with some threads.
 #[derive(Debug, Clone, Serialize)]
@@ -27,16 +27,19 @@ pub struct Roofs {
 
 impl Roofs {
     /// Measures, in about a second. Which arithmetic counts depends on the weights' format and on
-    /// `--exact`.
-    pub fn measure(global: &Global, sizes: &Sizes) -> Result<Self, Error> {
-        let threads = match global.threads {
+    /// [`Options::exact`].
+    ///
+    /// # Errors
+    /// If the machine does not say how many processors it has, or lacks the memory to measure.
+    pub fn measure(options: &Options, sizes: &Sizes) -> Result<Self, SessionError> {
+        let threads = match options.threads {
             Some(threads) => threads.get(),
-            None => std::thread::available_parallelism()?.get(),
+            None => std::thread::available_parallelism().map_err(SessionError::Processors)?.get(),
         };
-        let bandwidth = measure_bandwidth(threads)?;
-        let matmul = measure_matmul(threads, Isa::select(None)?);
+        let bandwidth = measure_bandwidth(threads).map_err(SessionError::Measure)?;
+        let matmul = measure_matmul(threads, Isa::select(None).map_err(SessionError::Measure)?);
         let (matmul_gflop_s, matmul_numbers) = match sizes.main_format() {
-            _ if global.exact => (matmul.f32_gop_s, "f32"),
+            _ if options.exact => (matmul.f32_gop_s, "f32"),
             Format::Float(_) => (matmul.f32_gop_s, "f32"),
             format if is_float_code(format) => (matmul.f32_gop_s, "f32"),
             _ => (matmul.int8_gop_s, "int8"),

@@ -3,16 +3,15 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use anyhow::{Context, Error};
-
 use lathe_model::adapter::AdapterChoice;
 use lathe_model::weights::DummyWeights;
 use lathe_model::{DecoderSpec, Model, OpenOptions, read_spec};
 use lathe_program::{Program, Weight, WeightRole, WeightSource};
 use lathe_tensor::{FloatType, Format};
 
-use crate::output::{InputContext, bad_input};
-use crate::session;
+use crate::catalogue::Catalogue;
+use crate::error::SessionError;
+use crate::open::open;
 
 /// Seed of made-up weights; the times do not depend on it.
 const SEED: u64 = 1;
@@ -35,32 +34,51 @@ pub struct Sizes {
 }
 
 impl Shape {
-    /// The model itself, with the adapter of `choice`.
-    pub fn open(name: &str, options: &OpenOptions) -> Result<Self, Error> {
-        let model = session::open(name, options)?.model;
+    /// The model itself, with the adapter of `options`.
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn open(
+        catalogue: &Catalogue<'_>,
+        name: &str,
+        options: &OpenOptions,
+    ) -> Result<Self, SessionError> {
+        let model = open(catalogue, name, options)?.model;
         Ok(Self { name: model.name.clone(), source: Source::Model(Box::new(model)) })
     }
 
     /// The shape of a model without an adapter, with made-up weights in `format` (bf16 if not given).
-    pub fn dummy(name: &str, format: Option<&str>, options: &OpenOptions) -> Result<Self, Error> {
+    ///
+    /// # Errors
+    /// If an adapter is asked for, the format does not exist, or as [`open`].
+    pub fn dummy(
+        catalogue: &Catalogue<'_>,
+        name: &str,
+        format: Option<&str>,
+        options: &OpenOptions,
+    ) -> Result<Self, SessionError> {
         if let AdapterChoice::Folder(folder) = &options.adapter {
-            let message = "an adapter is for a model's own weights, and these are made up";
-            return Err(bad_input(format!("--adapter {}: {message}", folder.display())));
+            return Err(SessionError::AdapterOfDummy(folder.clone()));
         }
         let format = match format {
-            Some(text) => Format::parse(text).bad_input_in("--format")?,
+            Some(text) => Format::parse(text).map_err(SessionError::Format)?,
             None => Format::BF16,
         };
         let path = Path::new(name);
         let spec = match path.join("config.json").is_file() {
             true => {
-                let (spec, notes) = read_spec(path, options).bad_input_in(name)?;
-                notes.iter().for_each(|note| eprintln!("{name}: {note}"));
+                let bad = |source| SessionError::Shape {
+                    name: name.to_owned(),
+                    source: Box::new(source),
+                };
+                let (spec, notes) = read_spec(path, options).map_err(bad)?;
+                let tell = |note| catalogue.reporter.line(&format!("{name}: {note}"));
+                notes.iter().for_each(tell);
                 spec
             }
             false => {
                 let options = OpenOptions { adapter: AdapterChoice::None, ..options.clone() };
-                session::open(name, &options)?.model.spec
+                open(catalogue, name, &options)?.model.spec
             }
         };
         Ok(Self { name: short_name(name), source: Source::Dummy { spec, format } })
@@ -68,15 +86,19 @@ impl Shape {
 
     /// The model itself; or its shape, if there is a configuration without weights or if a format
     /// is asked for.
+    ///
+    /// # Errors
+    /// As [`Shape::open`] and [`Shape::dummy`].
     pub fn describe(
+        catalogue: &Catalogue<'_>,
         name: &str,
         format: Option<&str>,
         options: &OpenOptions,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, SessionError> {
         if format.is_some() || has_no_weights(Path::new(name)) {
-            Self::dummy(name, format, options)
+            Self::dummy(catalogue, name, format, options)
         } else {
-            Self::open(name, options)
+            Self::open(catalogue, name, options)
         }
     }
 
@@ -105,20 +127,20 @@ impl Shape {
     pub fn weights<'a>(
         &'a self,
         program: &'a Program,
-    ) -> Result<Box<dyn WeightSource + 'a>, Error> {
+    ) -> Result<Box<dyn WeightSource + 'a>, SessionError> {
         Ok(match &self.source {
-            Source::Model(model) => Box::new(model.weights(program).bad_input()?),
+            Source::Model(model) => Box::new(model.weights(program)?),
             Source::Dummy { format, .. } => Box::new(DummyWeights::new(program, *format, SEED)),
         })
     }
 
     /// The sizes of the weights as the checkpoint has them.
-    pub fn sizes(&self, program: &Program) -> Result<Sizes, Error> {
+    pub fn sizes(&self, program: &Program) -> Result<Sizes, SessionError> {
         match &self.source {
             Source::Model(model) => Sizes::of_model(model, program),
             Source::Dummy { format, .. } => {
                 let weights = weights_of(program).map(|w| dummy_size(program, w, *format));
-                let weights = weights.collect::<Result<Vec<_>, Error>>()?;
+                let weights = weights.collect::<Result<Vec<_>, SessionError>>()?;
                 Ok(Sizes { weights, tied_head: self.spec().tied_head })
             }
         }
@@ -130,7 +152,11 @@ fn weights_of(program: &Program) -> impl Iterator<Item = Weight> {
 }
 
 /// As [`DummyWeights`] makes them, without making them.
-fn dummy_size(program: &Program, weight: Weight, format: Format) -> Result<(u64, Format), Error> {
+fn dummy_size(
+    program: &Program,
+    weight: Weight,
+    format: Format,
+) -> Result<(u64, Format), SessionError> {
     let decl = program.weight(weight);
     let columns = decl.shape.last().copied().unwrap_or(1);
     let format = match decl.role {
@@ -139,19 +165,21 @@ fn dummy_size(program: &Program, weight: Weight, format: Format) -> Result<(u64,
         _ if columns.is_multiple_of(format.block_len().max(1)) => format,
         _ => Format::BF16,
     };
-    let bytes = format.bytes_for(&decl.shape).with_context(|| decl.name.clone())?;
+    let bytes = format
+        .bytes_for(&decl.shape)
+        .map_err(|source| SessionError::Weight { weight: decl.name.clone(), source })?;
     Ok((bytes as u64, format))
 }
 
 impl Sizes {
     /// The sizes of a model's weights as its files have them.
-    pub fn of_model(model: &Model, program: &Program) -> Result<Self, Error> {
-        let source = model.weights(program).bad_input()?;
+    pub fn of_model(model: &Model, program: &Program) -> Result<Self, SessionError> {
+        let source = model.weights(program)?;
         let size = |weight| {
-            let tensor = source.tensor(weight).bad_input()?;
+            let tensor = source.tensor(weight).map_err(SessionError::Weights)?;
             Ok((tensor.byte_len() as u64, tensor.format))
         };
-        let weights = weights_of(program).map(size).collect::<Result<Vec<_>, Error>>()?;
+        let weights = weights_of(program).map(size).collect::<Result<Vec<_>, SessionError>>()?;
         Ok(Self { weights, tied_head: model.spec.tied_head })
     }
 

@@ -2,11 +2,11 @@
 
 use std::time::Instant;
 
-use anyhow::{Error, bail};
 use lathe_engine::{Engine, Event, Request};
 
-use crate::experts::{ExpertTap, StepLoad};
-use crate::session::milliseconds;
+use crate::error::SessionError;
+use crate::measure::experts::{ExpertTap, StepLoad};
+use crate::startup::milliseconds;
 
 /// What to measure.
 #[derive(Debug, Clone, Copy)]
@@ -54,12 +54,15 @@ impl Workload {
 }
 
 /// Runs the workload once; `tap` reads the routers between the steps that are timed.
+///
+/// # Errors
+/// If the engine fails, or a sequence ends early.
 pub fn run(
     engine: &mut Engine,
     workload: &Workload,
     round: u64,
     mut tap: Option<&mut ExpertTap>,
-) -> Result<Timing, Error> {
+) -> Result<Timing, SessionError> {
     let mut generated = vec![0_usize; workload.batch];
     let mut ids = Vec::new();
     let start = Instant::now();
@@ -82,7 +85,10 @@ pub fn run(
                 }
                 Event::Finished { reason, generated_tokens, .. } => {
                     if *generated_tokens < workload.generate {
-                        bail!("a sequence ended after {generated_tokens} tokens: {reason:?}");
+                        return Err(SessionError::EndedEarly {
+                            generated: *generated_tokens,
+                            reason: format!("{reason:?}"),
+                        });
                     }
                 }
             }

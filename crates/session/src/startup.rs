@@ -1,5 +1,7 @@
 //! Where the time from the process's start to the first token goes.
 
+use std::time::Instant;
+
 use serde::Serialize;
 
 /// Times of the steps to the first token, in milliseconds. Their sum is a little less than the total,
@@ -25,4 +27,9 @@ impl Startup {
         self.first_token_ms = ttft_ms;
         self.total_ms = before_ms + ttft_ms;
     }
+}
+
+/// Milliseconds since `start`.
+pub fn milliseconds(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1000.0
 }

@@ -1,30 +1,25 @@
-//! From the word MODEL to something that runs: model, program, backend, executor, engine. The only
-//! place that names a backend.
+//! From a model's name to something that runs: files, program, executor, engine.
 
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Error;
-use lathe_cpu::CpuBackend;
-use lathe_engine::{Engine, EngineConfig, ScoreError, TextDecoder};
+use lathe_engine::{Engine, EngineConfig};
 use lathe_model::adapter::Adapter;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::tokenizer::Tokenizer;
 use lathe_model::{DecoderSpec, Model, OpenOptions};
-use lathe_program::reference::ReferenceBackend;
-use lathe_program::{
-    Backend, Executor, ExecutorOptions, KvFormat, KvLayout, Program, WeightSource,
-};
+use lathe_program::{Executor, ExecutorOptions, KvLayout, Program, WeightSource};
 
-use crate::arguments::{Device, Global};
-use crate::catalogue::Origin;
-use crate::commands::locate;
+use crate::catalogue::{Catalogue, Origin};
+use crate::error::SessionError;
 use crate::memory;
-use crate::output::{InputContext, bad_input, human_bytes};
-use crate::parallel::ParallelArguments;
-use crate::startup::Startup;
+use crate::options::Options;
+use crate::ranks::Ranks;
+use crate::startup::{Startup, milliseconds};
+use crate::text::tokenizer_of;
+use crate::units::human_bytes;
 
 /// Rows of a step at most, unless a command has a reason for another number: enough for the
 /// matrix products to be compute-bound, few enough that activations stay small.
@@ -43,10 +38,10 @@ pub struct Opened {
     /// What opening took.
     pub startup: Startup,
     /// How it is to be divided.
-    pub parallel: ParallelArguments,
+    pub ranks: Ranks,
 }
 
-/// What a command needs to run.
+/// How large a cache has to be.
 #[derive(Debug, Clone, Copy)]
 pub struct Need {
     /// Tokens that a sequence may reach.
@@ -63,36 +58,40 @@ pub struct Session {
     pub model: Model,
     /// Runs steps.
     pub executor: Box<dyn Executor>,
-    /// What the executor was prepared with.
-    pub options: ExecutorOptions,
     /// From the start of opening to ready.
     pub load_ms: f64,
     /// What that time went to.
     pub startup: Startup,
 }
 
-/// Opens the files that MODEL names and those of its adapter, and tells of the latter.
-pub fn open(name: &str, options: &OpenOptions) -> Result<Opened, Error> {
-    let located = locate(name)?;
+/// Finds the model that `name` names, fetches it if need be, and opens its files and those of its
+/// adapter. The catalogue's reporter is told of the adapter and of what a user should know.
+///
+/// # Errors
+/// If the model is not found, cannot be fetched, or its files are not what they should be.
+pub fn open(
+    catalogue: &Catalogue<'_>,
+    name: &str,
+    options: &OpenOptions,
+) -> Result<Opened, SessionError> {
+    let located = catalogue.locate(name)?;
     let started = Instant::now();
-    let mut model = Model::open_with(&located.path, options).bad_input()?;
+    let mut model = Model::open_with(&located.path, options)?;
     if located.origin != Origin::Local {
         // The cache names files by checksums and commits.
         model.name = located.name;
     }
+    let tell = |text: &str| catalogue.reporter.line(&format!("{}: {text}", model.name));
     if let Some(adapter) = &model.adapter {
-        eprintln!("{}: with {}", model.name, describe_adapter(adapter));
+        tell(&format!("with {}", describe_adapter(adapter)));
     }
-    for note in &model.notes {
-        eprintln!("{}: {note}", model.name);
-    }
-    let parallel = ParallelArguments::default();
+    model.notes.iter().for_each(|note| tell(note));
     let tokenizer_ms = model.tokenizer_time.as_secs_f64() * 1000.0;
     let open_ms = milliseconds(started) - tokenizer_ms;
     let startup = Startup { open_ms, tokenizer_ms, ..Startup::default() };
     let adapter_bytes = model.adapter.as_ref().map_or(0, Adapter::bytes);
     let bytes = weight_file_bytes(&located.path) + adapter_bytes;
-    Ok(Opened { model, bytes, started, startup, parallel })
+    Ok(Opened { model, bytes, started, startup, ranks: Ranks::default() })
 }
 
 /// An adapter in a line.
@@ -108,110 +107,110 @@ pub fn describe_adapter(adapter: &Adapter) -> String {
     )
 }
 
-/// The backend that `--device` asks for.
-pub fn backend(device: Device) -> Result<Box<dyn Backend>, Error> {
-    match device {
-        Device::Reference => Ok(Box::new(ReferenceBackend::new())),
-        Device::Cpu | Device::Auto => Ok(Box::new(CpuBackend::new(Default::default()))),
-        Device::Cuda => Err(bad_input("--device cuda: this build of lathe has no CUDA backend")),
-    }
-}
-
 impl Opened {
-    /// The tokenizer, or why the command cannot do without.
-    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// If the model comes without one, or with a damaged one.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, SessionError> {
         tokenizer_of(&self.model)
     }
 
-    /// Refuses a model with an adapter, which `command` writes nowhere.
-    pub fn refuse_adapter(&self, command: &str) -> Result<(), Error> {
+    /// Refuses a model with an adapter, which `what` writes nowhere.
+    ///
+    /// # Errors
+    /// [`SessionError::AdapterLost`].
+    pub fn refuse_adapter(&self, what: &str) -> Result<(), SessionError> {
         match &self.model.adapter {
             None => Ok(()),
-            Some(adapter) => Err(bad_input(format!(
-                "{command} would lose the adapter {}, expected --adapter none",
-                adapter.path().display()
-            ))),
+            Some(adapter) => Err(SessionError::AdapterLost {
+                what: what.to_owned(),
+                path: adapter.path().to_owned(),
+            }),
         }
     }
 
-    /// The same, to be divided over ranks.
-    pub fn over(self, parallel: ParallelArguments) -> Self {
-        Self { parallel, ..self }
+    /// The same model, to be divided over ranks.
+    pub fn over(self, ranks: Ranks) -> Self {
+        Self { ranks, ..self }
     }
 
     /// Lays the weights out for the device and makes a cache as large as `need` says.
-    pub fn prepare(self, global: &Global, need: Need) -> Result<Session, Error> {
-        let Opened { model, bytes, started, mut startup, parallel } = self;
+    ///
+    /// # Errors
+    /// If the model does not fit its context, the memory, the ranks or the device.
+    pub fn prepare(self, options: &Options, need: Need) -> Result<Session, SessionError> {
+        let Opened { model, bytes, started, mut startup, ranks } = self;
         let prepared = Instant::now();
         let program = program_for(&model.spec, need.context)?;
-        let weights = model.weights(&program).bad_input()?;
-        check_memory(&program, bytes, global, need, parallel)?;
-        let (executor, options) = prepare_program(&program, &weights, global, need, parallel)?;
+        let weights = model.weights(&program)?;
+        check_memory(&program, bytes, options, need, ranks)?;
+        let executor = prepare_program(&program, &weights, options, need, ranks)?;
         startup.pack_ms = milliseconds(prepared);
         let load_ms = milliseconds(started);
-        Ok(Session { model, executor, options, load_ms, startup })
+        Ok(Session { model, executor, load_ms, startup })
     }
 }
 
 /// The program that serves a model of `spec` for up to `context` tokens a sequence.
-pub fn program_for(spec: &DecoderSpec, context: usize) -> Result<Arc<Program>, Error> {
+///
+/// # Errors
+/// If the model's context holds fewer, or the spec cannot be lowered.
+pub fn program_for(spec: &DecoderSpec, context: usize) -> Result<Arc<Program>, SessionError> {
     let limit = spec.context_max;
     if context > limit {
-        let message = format!("{context} tokens are needed, the model's context holds {limit}");
-        return Err(bad_input(message));
+        return Err(SessionError::Context { needed: context, limit });
     }
-    Ok(Arc::new(lower(spec, &LowerOptions::new(context)).bad_input()?))
+    Ok(Arc::new(lower(spec, &LowerOptions::new(context))?))
 }
 
 /// An executor of `program`, with a cache as large as `need` says.
+///
+/// # Errors
+/// If the device lacks something that the program needs, or the weights cannot be had.
 pub fn prepare_program(
     program: &Arc<Program>,
     weights: &dyn WeightSource,
-    global: &Global,
+    options: &Options,
     need: Need,
-    parallel: ParallelArguments,
-) -> Result<(Box<dyn Executor>, ExecutorOptions), Error> {
+    ranks: Ranks,
+) -> Result<Box<dyn Executor>, SessionError> {
     let rows_max = need.rows(program);
-    let options = ExecutorOptions {
+    let prepared = ExecutorOptions {
         kv_blocks: kv_blocks(&program.kv, need, rows_max),
-        kv_format: global.kv_format,
+        kv_format: options.kv_format,
         rows_max,
-        threads: parallel.threads(global),
-        exact: global.exact,
+        threads: ranks.threads(options),
+        exact: options.exact,
     };
-    let executor = parallel
-        .backend(global.device)?
-        .prepare(Arc::clone(program), weights, &options)
-        .map_err(|error| parallel.explain(error))?;
-    Ok((executor, options))
+    ranks
+        .backend(options.device)?
+        .prepare(Arc::clone(program), weights, &prepared)
+        .map_err(|error| ranks.explain(error))
 }
 
 /// Refuses what cannot be divided or cannot fit before anything is loaded, and says what it would
 /// take.
+///
+/// # Errors
+/// [`SessionError::Ranks`] or [`SessionError::Memory`].
 pub fn check_memory(
     program: &Program,
     weight_bytes: u64,
-    global: &Global,
+    options: &Options,
     need: Need,
-    parallel: ParallelArguments,
-) -> Result<(), Error> {
-    parallel.check(program)?;
+    ranks: Ranks,
+) -> Result<(), SessionError> {
+    ranks.check(program)?;
     let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
-    let page_bytes = parallel.kv_total(program, |kv| kv.page_bytes(kv_format(global)));
+    let page_bytes = ranks.kv_total(program, |kv| kv.page_bytes(options.cache_format()));
     let kv_bytes = blocks.saturating_mul(page_bytes as u64);
-    let Some(available) = memory::available_bytes() else { return Ok(()) };
-    if weight_bytes.saturating_add(kv_bytes) <= available {
+    let Some(available_bytes) = memory::available_bytes() else { return Ok(()) };
+    if weight_bytes.saturating_add(kv_bytes) <= available_bytes {
         return Ok(());
     }
-    anyhow::bail!(
-        "not enough memory: the weights take {} and the KV cache for {} x {} tokens {}, {} are \
-         available",
-        human_bytes(weight_bytes),
-        need.sequences,
-        need.context,
-        human_bytes(kv_bytes),
-        human_bytes(available)
-    )
+    let Need { sequences, context, .. } = need;
+    Err(SessionError::Memory { weight_bytes, kv_bytes, available_bytes, sequences, context })
 }
 
 impl Need {
@@ -220,12 +219,6 @@ impl Need {
         let all = self.context.min(program.context_max).saturating_mul(self.sequences);
         self.rows_max.clamp(1, all.max(1))
     }
-}
-
-/// The format of the cache: what was asked for, or what the backend chooses by itself.
-pub fn kv_format(global: &Global) -> KvFormat {
-    let wide = global.exact || global.device == Device::Reference;
-    global.kv_format.unwrap_or(if wide { KvFormat::F32 } else { KvFormat::Int16 })
 }
 
 /// Pages that `need.sequences` sequences of `need.context` tokens hold at most, in any order of
@@ -243,19 +236,21 @@ fn kv_blocks(layout: &KvLayout, need: Need, rows_max: usize) -> usize {
 
 /// The longest context, up to the model's own, whose cache takes no more than half of the memory
 /// that is available.
+///
+/// # Errors
+/// If the model cannot be lowered.
 pub fn context_that_fits(
     model: &Model,
-    global: &Global,
-    parallel: ParallelArguments,
-) -> Result<usize, Error> {
+    options: &Options,
+    ranks: Ranks,
+) -> Result<usize, SessionError> {
     let limit = model.spec.context_max;
-    let program = lower(&model.spec, &LowerOptions::new(limit)).bad_input()?;
+    let program = lower(&model.spec, &LowerOptions::new(limit))?;
     let Some(available) = memory::available_bytes() else { return Ok(limit) };
     let bytes = (available as f64 * KV_MEMORY_SHARE) as u64;
-    let format = kv_format(global);
-    let fits = |tokens: usize| {
-        parallel.kv_total(&program, |kv| kv.bytes_for(tokens, format)) as u64 <= bytes
-    };
+    let format = options.cache_format();
+    let fits =
+        |tokens: usize| ranks.kv_total(&program, |kv| kv.bytes_for(tokens, format)) as u64 <= bytes;
     Ok(largest(limit, fits).unwrap_or(1))
 }
 
@@ -275,42 +270,17 @@ pub fn largest(limit: usize, fits: impl Fn(usize) -> bool) -> Option<usize> {
 
 impl Session {
     /// An engine around the executor, and the rest of the session.
-    pub fn into_engine(self, kv_cache: bool, sequences: usize) -> Result<(Engine, Model), Error> {
-        let config = EngineConfig {
-            rows_max: self.options.rows_max,
-            sequences_max: sequences,
-            kv_blocks: self.options.kv_blocks,
-            kv_cache,
-            ..EngineConfig::default()
-        };
+    ///
+    /// # Errors
+    /// If `sequences` is 0.
+    pub fn into_engine(
+        self,
+        kv_cache: bool,
+        sequences: usize,
+    ) -> Result<(Engine, Model), SessionError> {
+        let config = EngineConfig { sequences_max: sequences, kv_cache, ..EngineConfig::default() };
         Ok((Engine::new(self.executor, config)?, self.model))
     }
-}
-
-/// The model's tokenizer, or why a command cannot do without.
-pub fn tokenizer_of(model: &Model) -> Result<&Tokenizer, Error> {
-    model.tokenizer.as_ref().ok_or_else(|| match &model.text_problem {
-        Some(problem) => bad_input(format!("{}: {problem}", model.name)),
-        None => bad_input(format!("{} has no tokenizer; give token ids instead", model.name)),
-    })
-}
-
-/// Since `start`.
-pub fn milliseconds(start: Instant) -> f64 {
-    start.elapsed().as_secs_f64() * 1000.0
-}
-
-/// Turns the tokens of one answer into text, without control tokens.
-pub fn decoder(tokenizer: &Tokenizer) -> Box<dyn TextDecoder> {
-    Box::new(tokenizer.decode_stream(true))
-}
-
-/// Tokens that cannot be scored are bad input; a device that fails is not.
-pub fn score_result<T>(result: Result<T, ScoreError>) -> Result<T, Error> {
-    result.map_err(|error| match error {
-        ScoreError::Backend(_) | ScoreError::Logits { .. } => error.into(),
-        _ => bad_input(error),
-    })
 }
 
 /// Bytes of a GGUF file, or of the safetensors in a folder, which may hold much else.

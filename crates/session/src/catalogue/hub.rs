@@ -76,7 +76,7 @@ pub fn find_cached(environment: &Environment, reference: &HubReference) -> Optio
 pub fn fetch(
     environment: &Environment,
     reference: &HubReference,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<PathBuf, CatalogueError> {
     let client = Client::new(&environment.endpoint, environment.token.as_deref())?;
     let repository = environment.cache.repository(&reference.repository);
@@ -97,7 +97,7 @@ struct Fetcher<'a> {
     reference: &'a HubReference,
     repository: CachedRepository,
     listing: Listing,
-    reporter: &'a Reporter,
+    reporter: &'a dyn Reporter,
 }
 
 impl Fetcher<'_> {

@@ -2,12 +2,10 @@
 
 use std::time::Instant;
 
-use anyhow::Error;
 use lathe_engine::{Engine, Event, FinishReason, Request, TextDecoder};
 
-use crate::interrupt::Working;
-use crate::output::InputContext;
-use crate::session::milliseconds;
+use crate::error::SessionError;
+use crate::startup::milliseconds;
 
 /// What came of a request.
 #[derive(Debug, Clone)]
@@ -46,18 +44,21 @@ impl Generation {
     }
 }
 
-/// Runs one request to its end or to a Ctrl-C, handing out text as it becomes certain. If
-/// `on_text` fails the request is cancelled.
-pub fn generate(
+/// Runs one request to its end, or until `stopped` says so, and hands out text as it becomes
+/// certain. If `on_text` fails the request is cancelled.
+///
+/// # Errors
+/// If the engine refuses the request or fails, or `on_text` fails.
+pub fn generate<E: From<SessionError>>(
     engine: &mut Engine,
     request: Request,
     decoder: Option<Box<dyn TextDecoder>>,
-    working: &Working,
-    mut on_text: impl FnMut(&str) -> Result<(), Error>,
-) -> Result<Generation, Error> {
+    stopped: impl Fn() -> bool,
+    mut on_text: impl FnMut(&str) -> Result<(), E>,
+) -> Result<Generation, E> {
     let start = Instant::now();
     let prompt_tokens = request.prompt.len();
-    let id = engine.add(request, decoder).bad_input()?;
+    let id = engine.add(request, decoder).map_err(SessionError::from)?;
     let mut generation = Generation {
         text: String::new(),
         tokens: Vec::new(),
@@ -68,10 +69,10 @@ pub fn generate(
         decode_ms: 0.0,
     };
     while !engine.is_idle() {
-        if working.stopped() {
+        if stopped() {
             engine.cancel(id);
         }
-        for event in engine.step()? {
+        for event in engine.step().map_err(SessionError::from)? {
             match event {
                 Event::Token { token, text, .. } => {
                     if generation.tokens.is_empty() {

@@ -3,13 +3,13 @@
 
 use std::time::Instant;
 
-use anyhow::Error;
 use lathe_engine::score::Feed;
-use lathe_program::{Executor, ExecutorOptions};
+use lathe_program::Executor;
 use serde::Serialize;
 
-use crate::measure::median;
-use crate::session::{milliseconds, score_result};
+use crate::error::SessionError;
+use crate::measure::timing::median;
+use crate::startup::milliseconds;
 
 /// Steps of each size in a measurement.
 const ROUNDS: usize = 9;
@@ -27,20 +27,22 @@ pub struct StepTime {
 
 /// Times steps of each of `sizes` after a prompt of `prompt` tokens; sizes take turns, so that a
 /// drift of the machine's speed meets all of them.
+///
+/// # Errors
+/// If the steps do not fit context or cache, or the device fails.
 pub fn measure(
     executor: &mut dyn Executor,
-    options: &ExecutorOptions,
     prompt: usize,
     sizes: &[usize],
-) -> Result<Vec<StepTime>, Error> {
+) -> Result<Vec<StepTime>, SessionError> {
     let vocabulary = executor.program().vocabulary;
     let longest = sizes.iter().copied().max().unwrap_or(1).max(1);
     let tokens: Vec<u32> = (0..prompt + longest).map(|i| (i * 7919 % vocabulary) as u32).collect();
-    let mut feed = score_result(Feed::new(executor, options, &tokens, prompt))?;
+    let mut feed = Feed::new(executor, &tokens, prompt)?;
     let mut computed = 0;
     while computed < prompt {
         let rows = feed.rows();
-        score_result(feed.run(executor, rows))?;
+        feed.run(executor, rows)?;
         computed += rows;
     }
     let mut all: Vec<usize> = sizes.to_vec();
@@ -49,7 +51,7 @@ pub fn measure(
     for round in 0..=ROUNDS {
         for (size, times) in all.iter().zip(&mut times) {
             let start = Instant::now();
-            score_result(feed.rehearse(executor, *size))?;
+            feed.rehearse(executor, *size)?;
             // The first round meets cold buffers.
             if round > 0 {
                 times.push(milliseconds(start));

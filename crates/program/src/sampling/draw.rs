@@ -5,13 +5,13 @@ use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Sampling;
-use crate::math::{best_first, exp_negative, finite, maximum, sum, top};
+use crate::logits::{best_first, exp_negative, finite, maximum, sum, top};
 
 /// A number in `[0, 1)` that depends on its arguments alone: ChaCha8 keyed by the seed, at the
-/// stream of the position.
-pub fn uniform(seed: u64, position: u64) -> f64 {
+/// stream of the counter: the first 64 bits of that stream, the upper 53 of them times 2^-53.
+pub fn uniform(seed: u64, counter: u64) -> f64 {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    random.set_stream(position);
+    random.set_stream(counter);
     (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 

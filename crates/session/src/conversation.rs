@@ -4,14 +4,13 @@
 //! computed before (an answer need not be spelt as the tokenizer would spell it), so that the
 //! engine finds them in its cache and only the new words are computed.
 
-use anyhow::Error;
 use lathe_model::Model;
 use lathe_model::chat::{ChatTemplate, Message};
 use lathe_model::tokenizer::Tokenizer;
 use serde_json::Value;
 
-use crate::output::{InputContext, bad_input};
-use crate::session::tokenizer_of;
+use crate::error::SessionError;
+use crate::text::{template_of, tokenizer_of};
 
 /// What was said, and what of it the cache holds.
 #[derive(Debug, Default)]
@@ -67,13 +66,17 @@ impl Conversation {
 
     /// Adds what the user said and makes the prompt. The oldest turns are forgotten until the
     /// prompt leaves `answer_tokens` of `context` free. If it fails the conversation is as before.
+    ///
+    /// # Errors
+    /// If the model has no tokenizer or template, the template refuses the conversation, or the
+    /// message alone does not fit.
     pub fn ask(
         &mut self,
         model: &Model,
         text: &str,
         context: usize,
         answer_tokens: usize,
-    ) -> Result<Prompt, Error> {
+    ) -> Result<Prompt, SessionError> {
         let tokenizer = tokenizer_of(model)?;
         let template = template_of(model)?;
         let room = context.saturating_sub(answer_tokens.min(context / 4).max(1));
@@ -90,10 +93,8 @@ impl Conversation {
                 Ok(_) if dropped + 2 < self.turns.len() => dropped += 2,
                 Ok(prompt) => {
                     self.turns.truncate(before);
-                    return Err(bad_input(format!(
-                        "this message makes a prompt of {} tokens, the context holds {context}",
-                        prompt.ids.len()
-                    )));
+                    let tokens = prompt.ids.len();
+                    return Err(SessionError::MessageTooLong { tokens, context });
                 }
                 Err(error) => {
                     self.turns.truncate(before);
@@ -108,7 +109,7 @@ impl Conversation {
         tokenizer: &Tokenizer,
         template: &ChatTemplate,
         dropped: usize,
-    ) -> Result<Prompt, Error> {
+    ) -> Result<Prompt, SessionError> {
         let mut messages = self.messages();
         let first = messages.len() - self.turns.len();
         messages.drain(first..first + dropped);
@@ -120,8 +121,8 @@ impl Conversation {
                 *text = protected;
             }
         }
-        let text = template.render(&messages, true, Value::Null).bad_input()?;
-        let whole = tokenizer.encode_rendered(&text).bad_input()?;
+        let text = template.render(&messages, true, Value::Null)?;
+        let whole = tokenizer.encode_rendered(&text)?;
         let ids = self.continued(tokenizer, &text, &whole).unwrap_or(whole);
         Ok(Prompt { ids, dropped, text })
     }
@@ -148,13 +149,4 @@ impl Conversation {
         self.known_ids = prompt.ids;
         self.known_ids.extend_from_slice(ids);
     }
-}
-
-/// The model's chat template, or why a command cannot do without.
-pub fn template_of(model: &Model) -> Result<&ChatTemplate, Error> {
-    let missing = || match &model.text_problem {
-        Some(problem) => bad_input(format!("{}: {problem}", model.name)),
-        None => bad_input(format!("{} has no chat template; try lathe run --raw", model.name)),
-    };
-    model.chat_template.as_ref().ok_or_else(missing)
 }

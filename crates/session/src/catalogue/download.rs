@@ -34,7 +34,7 @@ pub fn download(
     client: &Client,
     repository: &CachedRepository,
     blob: &Blob,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<(), CatalogueError> {
     let target = repository.blob(blob.etag);
     if target.exists() {
@@ -59,7 +59,7 @@ fn gather(
     client: &Client,
     blob: &Blob,
     partial: &Path,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<(), CatalogueError> {
     let mut file = File::options()
         .create(true)
@@ -74,7 +74,7 @@ fn gather(
     let progress = reporter.start(blob.name, blob.bytes, have);
     let mut failures = 0;
     while blob.bytes.is_none_or(|bytes| have < bytes) {
-        match attempt(client, blob, &mut file, partial, &mut have, &progress) {
+        match attempt(client, blob, &mut file, partial, &mut have, &*progress) {
             Ok(Outcome::Whole) => break,
             Ok(Outcome::Advanced) => failures = 0,
             Ok(Outcome::Stuck(reason)) => {
@@ -108,7 +108,7 @@ fn attempt(
     file: &mut File,
     partial: &Path,
     have: &mut u64,
-    progress: &Progress,
+    progress: &dyn Progress,
 ) -> Result<Outcome, CatalogueError> {
     let response = match client.get(blob.url, *have) {
         Ok(response) => response,

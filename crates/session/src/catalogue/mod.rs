@@ -66,11 +66,34 @@ impl Origin {
     }
 }
 
-/// Finds the model that `text` names, fetching it if need be.
-pub fn resolve(
+/// Where models are looked for, and who is told about it.
+#[derive(Clone, Copy)]
+pub struct Catalogue<'a> {
+    /// The cache and the Hub.
+    pub environment: &'a Environment,
+    /// Is told of downloads and of what a user should know.
+    pub reporter: &'a dyn Reporter,
+}
+
+impl Catalogue<'_> {
+    /// Finds the model that `name` names, fetching it if need be, and tells what its user should
+    /// know. `name` is a folder, a `.gguf` file, a catalogue name or a Hub id.
+    ///
+    /// # Errors
+    /// If there is no such model, or it cannot be fetched.
+    pub fn locate(&self, name: &str) -> Result<Located, CatalogueError> {
+        let located = resolve(name, self.environment, self.reporter)?;
+        if let Some(notice) = located.notice {
+            self.reporter.line(&format!("note: {notice}"));
+        }
+        Ok(located)
+    }
+}
+
+fn resolve(
     text: &str,
     environment: &Environment,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<Located, CatalogueError> {
     let located = |path, origin, notice| Located { path, name: text.to_owned(), origin, notice };
     match Reference::parse(text)? {
@@ -96,7 +119,7 @@ pub fn resolve(
 fn resolve_entry(
     entry: &Entry,
     environment: &Environment,
-    reporter: &Reporter,
+    reporter: &dyn Reporter,
 ) -> Result<(PathBuf, Origin), CatalogueError> {
     let (repository, commit, file, sha256, bytes, wheel) = match entry.source {
         Source::Asset { file } => return Ok((asset::find(environment, file)?, Origin::Asset)),

@@ -1,0 +1,99 @@
+//! `Chooser`: the choices of whole steps, for executors on the host.
+
+use super::{Sampler, TokenLogprobs};
+use crate::step::{Step, StepSequence, TokenSource};
+
+/// Tokens and reports of one step after the other, in memory that is kept.
+#[derive(Debug, Default)]
+pub struct Chooser {
+    sampler: Sampler,
+    /// By row: token ids, those that were chosen included.
+    row_tokens: Vec<u32>,
+    /// By choice.
+    tokens: Vec<Option<u32>>,
+    logprobs: Vec<Option<TokenLogprobs>>,
+    generated: Vec<u32>,
+    logits_rows: usize,
+}
+
+impl Chooser {
+    /// Takes a step that follows the one chosen last: resolves [`TokenSource::Chosen`], and forgets
+    /// the choices before.
+    pub fn begin(&mut self, step: &Step) {
+        let Self { row_tokens, tokens, logprobs, .. } = self;
+        row_tokens.clear();
+        row_tokens.extend(step.tokens.iter().map(|source| match *source {
+            TokenSource::Given(token) => token,
+            TokenSource::Chosen(choice) => {
+                tokens.get(choice as usize).copied().flatten().unwrap_or(0)
+            }
+        }));
+        tokens.clear();
+        logprobs.clear();
+        self.logits_rows = 0;
+    }
+
+    /// The token of each row of the step.
+    pub fn row_tokens(&self) -> &[u32] {
+        &self.row_tokens
+    }
+
+    /// Makes the choices of the step from `logits`, `[choices, vocabulary]`. The rows of logits that
+    /// are to be handed out are then the first ones of `logits`.
+    pub fn choose(&mut self, step: &Step, vocabulary: usize, logits: &mut [f32]) {
+        let mut sequences = step.sequences.iter();
+        let mut sequence = sequences.next();
+        for (index, choice) in step.choices.iter().enumerate() {
+            while let Some(passed) =
+                sequence.filter(|it| !it.row_range().contains(&(choice.row as usize)))
+            {
+                debug_assert!(passed.first_row <= choice.row, "choices ascend");
+                sequence = sequences.next();
+            }
+            let row = &logits[index * vocabulary..(index + 1) * vocabulary];
+            let penalties = choice.sampling.is_some_and(|sampling| sampling.has_penalties());
+            self.generated.clear();
+            if let Some(sequence) = sequence.filter(|_| penalties) {
+                self.see(step, sequence, choice.row as usize);
+            }
+            let token = self.sampler.choose(choice, &self.generated, row);
+            let report = choice.report.logprobs.zip(token);
+            self.logprobs
+                .push(report.map(|(count, token)| TokenLogprobs::of(row, token, count as usize)));
+            self.tokens.push(token);
+            if choice.report.logits {
+                let (from, to) = (index * vocabulary, self.logits_rows * vocabulary);
+                if from != to {
+                    logits.copy_within(from..from + vocabulary, to);
+                }
+                self.logits_rows += 1;
+            }
+        }
+    }
+
+    /// Collects the tokens of the chosen rows that `row` of the step sees.
+    fn see(&mut self, step: &Step, sequence: &StepSequence, row: usize) {
+        let first = sequence.first_row as usize;
+        for other in sequence.row_range() {
+            let chosen = matches!(step.tokens[other], TokenSource::Chosen(_));
+            if chosen && sequence.sees(row - first, other - first) {
+                self.generated.push(self.row_tokens[other]);
+            }
+        }
+    }
+
+    /// By choice: the token, where one was asked for and could be chosen.
+    pub fn tokens(&self) -> &[Option<u32>] {
+        &self.tokens
+    }
+
+    /// By choice: log-probabilities, where they were asked for and a token was chosen.
+    pub fn logprobs(&self) -> &[Option<TokenLogprobs>] {
+        &self.logprobs
+    }
+
+    /// Rows of logits that are to be handed out.
+    pub fn logits_rows(&self) -> usize {
+        self.logits_rows
+    }
+}

@@ -1,0 +1,73 @@
+//! What a caller chooses about the device. Only this file and [`crate::ranks`] name a backend.
+
+use std::num::NonZeroUsize;
+
+use lathe_cpu::CpuBackend;
+use lathe_cpu::pack::PackedMatrix;
+use lathe_program::reference::ReferenceBackend;
+use lathe_program::{Backend, KvFormat};
+use lathe_tensor::Format;
+
+use crate::error::SessionError;
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Device {
+    /// Scalar `f32`. Slow, and what every other device is compared with.
+    Reference,
+    /// The processor, with its vector instructions and threads.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The best that this machine and build have.
+    #[default]
+    Auto,
+}
+
+/// How a model is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// What computes.
+    pub device: Device,
+    /// No rounding of activations, `f32` accumulation, `f32` cache unless `kv_format` is given.
+    pub exact: bool,
+    /// Worker threads. `None` takes every core that this process may use.
+    pub threads: Option<NonZeroUsize>,
+    /// How keys and values are kept. `None` takes the device's own choice.
+    pub kv_format: Option<KvFormat>,
+}
+
+impl Options {
+    /// The format of the cache: the one that was asked for, or the one that the backend chooses by
+    /// itself.
+    pub fn cache_format(&self) -> KvFormat {
+        let wide = self.exact || self.device == Device::Reference;
+        self.kv_format.unwrap_or(if wide { KvFormat::F32 } else { KvFormat::Int16 })
+    }
+}
+
+/// The backend of `device`, on one rank.
+///
+/// # Errors
+/// [`SessionError::NoDevice`] if this build lacks it.
+pub fn backend(device: Device) -> Result<Box<dyn Backend>, SessionError> {
+    match device {
+        Device::Reference => Ok(Box::new(ReferenceBackend::new())),
+        Device::Cpu | Device::Auto => Ok(Box::new(CpuBackend::new(Default::default()))),
+        Device::Cuda => Err(SessionError::NoDevice("cuda", "CUDA")),
+    }
+}
+
+/// Refuses a number format that `device` could not run in a matrix of `columns` columns. The
+/// reference runs every format.
+///
+/// # Errors
+/// [`SessionError::NotRun`] says what the device takes.
+pub fn check_format(device: Device, format: Format, columns: usize) -> Result<(), SessionError> {
+    match device {
+        Device::Reference => Ok(()),
+        Device::Cpu | Device::Cuda | Device::Auto => {
+            PackedMatrix::check(format, columns).map_err(SessionError::NotRun)
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Texts and conversations as token ids.
+
+use lathe_model::Model;
+use lathe_model::chat::Message;
+use lathe_model::tokenizer::Tokenizer;
+
+use crate::error::SessionError;
+use crate::text::{template_of, tokenizer_of};
+
+/// The conversation as the model wants it: its chat template, up to where its answer begins.
+/// Control tokens that a user typed stay text.
+///
+/// # Errors
+/// If the model has no tokenizer or template, or the template refuses the conversation.
+pub fn encode_chat(model: &Model, messages: &[Message]) -> Result<Vec<u32>, SessionError> {
+    let tokenizer = tokenizer_of(model)?;
+    Ok(template_of(model)?.encode(tokenizer, messages, true, serde_json::Value::Null)?)
+}
+
+/// A text for the model to continue. It is the caller's own prompt, so names of control tokens in
+/// it are those tokens; what begins every sequence of this model is added unless it is there.
+///
+/// # Errors
+/// If the model has no tokenizer, or the text cannot be encoded.
+pub fn encode_raw(model: &Model, text: &str) -> Result<Vec<u32>, SessionError> {
+    let tokenizer = tokenizer_of(model)?;
+    let mut tokens = tokenizer.encode_rendered(text)?;
+    let beginning = tokenizer.frame().beginning;
+    let added = tokenizer.encode("", true)?.first().copied();
+    if added.is_some() && added == beginning && tokens.first().copied() != beginning {
+        tokens.splice(0..0, beginning);
+    }
+    Ok(tokens)
+}
+
+/// The tokens of a text to score. Nothing is added, and names of control tokens in the text are
+/// those tokens, as with Hugging Face's `tokenizer(text, add_special_tokens=False)`.
+///
+/// # Errors
+/// If the text cannot be encoded.
+pub fn encode_text(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, SessionError> {
+    Ok(tokenizer.encode_rendered(text)?)
+}
+
+/// The conversation of one question.
+pub fn question(system: Option<&str>, text: &str) -> Vec<Message> {
+    let system = system.map(|system| Message::new("system", system));
+    system.into_iter().chain([Message::new("user", text)]).collect()
+}

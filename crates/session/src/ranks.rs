@@ -1,0 +1,112 @@
+//! One model divided over ranks that are threads of this process, and what of that is impossible,
+//! said before anything is loaded.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lathe_cpu::CpuBackend;
+use lathe_cpu::gang::available_cores;
+use lathe_program::reference::ReferenceBackend;
+use lathe_program::shard::{ExpertSplit, ShardOptions, ShardedBackend, shard};
+use lathe_program::{Backend, BackendError, HostCollective, KvLayout, Op, Program};
+
+use crate::error::{RanksReason, SessionError};
+use crate::options::{Device, Options, backend};
+
+/// How a model is divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranks {
+    /// Ranks. Heads, hidden elements and the vocabulary are divided over them.
+    pub count: NonZeroUsize,
+    /// Whether each rank has some experts whole, and not some columns of each.
+    pub by_expert: bool,
+}
+
+impl Default for Ranks {
+    fn default() -> Self {
+        Self { count: NonZeroUsize::MIN, by_expert: false }
+    }
+}
+
+impl Ranks {
+    /// The division.
+    pub fn options(&self) -> ShardOptions {
+        let experts = match self.by_expert {
+            true => ExpertSplit::ByExpert,
+            false => ExpertSplit::ByColumn,
+        };
+        ShardOptions { experts, ..ShardOptions::new(self.count.get()) }
+    }
+
+    /// Refuses what cannot be, whatever the weights' formats are.
+    ///
+    /// # Errors
+    /// [`SessionError::Ranks`].
+    pub fn check(&self, program: &Program) -> Result<(), SessionError> {
+        if self.by_expert && !has_experts(program) {
+            return Err(self.error(RanksReason::NoExperts));
+        }
+        if self.by_expert && self.count.get() == 1 {
+            return Err(self.error(RanksReason::OneRank));
+        }
+        if self.count.get() > 1 {
+            shard(program, &self.options()).map_err(|error| self.error(error.into()))?;
+        }
+        Ok(())
+    }
+
+    /// The sum of `of` over the caches of all ranks, which share KV heads or keep whole latents
+    /// each. Where the program cannot be divided, which [`Self::check`] refuses, it is that of the
+    /// whole program.
+    pub fn kv_total(&self, program: &Program, of: impl Fn(&KvLayout) -> usize) -> usize {
+        match shard(program, &self.options()) {
+            Ok(ranks) if self.count.get() > 1 => ranks.iter().map(|it| of(&it.program.kv)).sum(),
+            _ => of(&program.kv),
+        }
+    }
+
+    /// Worker threads of all ranks together. `None` leaves the choice to the backend. Ranks share
+    /// the physical cores, as a single rank would have them.
+    pub fn threads(&self, options: &Options) -> Option<usize> {
+        let cores = || (self.count.get() > 1).then(|| available_cores().count);
+        options.threads.map(NonZeroUsize::get).or_else(cores)
+    }
+
+    /// The backend of `device` over these ranks.
+    ///
+    /// # Errors
+    /// [`SessionError::NoDevice`] if this build lacks it.
+    pub fn backend(&self, device: Device) -> Result<Box<dyn Backend>, SessionError> {
+        if self.count.get() == 1 {
+            return backend(device);
+        }
+        let reference = |end: Arc<HostCollective>| -> Box<dyn Backend> {
+            Box::new(ReferenceBackend::new().collective(end))
+        };
+        let cpu = |end: Arc<HostCollective>| -> Box<dyn Backend> {
+            Box::new(CpuBackend::new(Default::default()).collective(end))
+        };
+        match device {
+            Device::Reference => Ok(Box::new(ShardedBackend::new(self.options(), reference))),
+            Device::Cpu | Device::Auto => Ok(Box::new(ShardedBackend::new(self.options(), cpu))),
+            Device::Cuda => Err(SessionError::NoDevice("cuda", "CUDA")),
+        }
+    }
+
+    /// What preparing a model found: a division that its weights do not allow is bad input.
+    pub fn explain(&self, error: BackendError) -> SessionError {
+        match error {
+            BackendError::Shard(reason) => self.error(reason.into()),
+            other => SessionError::Prepare(other),
+        }
+    }
+
+    fn error(&self, reason: RanksReason) -> SessionError {
+        SessionError::Ranks { ranks: self.count.get(), by_expert: self.by_expert, reason }
+    }
+}
+
+/// Whether some layer has experts.
+pub fn has_experts(program: &Program) -> bool {
+    program.ops.iter().any(|op| matches!(op, Op::Experts { .. }))
+}
