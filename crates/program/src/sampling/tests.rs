@@ -254,11 +254,11 @@ fn strange_logits_are_never_chosen() {
     let warm = Sampling { temperature: 1.0, ..Sampling::default() };
     let variants = [
         Sampling::default(),
-        warm.clone(),
-        Sampling { top_k: 2, ..warm.clone() },
-        Sampling { top_p: 0.0, ..warm.clone() },
-        Sampling { top_p: 0.5, min_p: 1.0, ..warm.clone() },
-        Sampling { temperature: f32::MIN_POSITIVE, ..warm.clone() },
+        warm,
+        Sampling { top_k: 2, ..warm },
+        Sampling { top_p: 0.0, ..warm },
+        Sampling { top_p: 0.5, min_p: 1.0, ..warm },
+        Sampling { temperature: f32::MIN_POSITIVE, ..warm },
         Sampling { presence_penalty: f32::MAX, ..warm },
     ];
     for sampling in variants {
