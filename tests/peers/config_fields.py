@@ -2,10 +2,13 @@
 sources of its modelling and configuration files, and writes them with their defaults as the table
 crates/model/src/families/reference_fields.json.
 
-usage: python config_fields.py            (transformers 5.17 or later; run by hand)
+usage: python config_fields.py [--add]    (transformers 5.17 or later; run by hand)
 
-A field counts as read if the text model's code has `config.FIELD`, `self.config.FIELD` or
-`getattr(config, "FIELD", ...)`, in the family's own files or in the shared code that every model
+With `--add` the fields join those of the table as it is: versions of transformers read different fields,
+and a field that any of them reads counts. The table is that of 5.17 and 5.24.
+
+A field counts as read if the text model's code has `config.FIELD`, `self.config.FIELD`,
+`getattr(config, "FIELD", ...)` or `kwargs.get("FIELD")`, in the family's own files or in the shared code that every model
 runs through (masks and rotary embeddings). Classes that see or hear are left out: their fields
 lie in objects of their own. Fields that only training, file handling or output options read are
 not listed."""
@@ -15,6 +18,7 @@ import importlib
 import json
 import pathlib
 import re
+import sys
 
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -33,7 +37,7 @@ CACHES = {"layer_types", "sliding_window", "attention_chunk_size", "num_kv_share
 # fields of other modalities that shared code looks at.
 NO_EFFECT = re.compile(
     r"dropout|pdrop|_jitter|initializer|_implementation$|^output_|^return_dict|^use_cache$|_coef$|"
-    r"loss|^problem_type$|^num_labels$|pad_token_id|bos_token_id|eos_token_id|^dtype$|torch_dtype|"
+    r"loss|^problem_type$|^num_labels$|_token_id$|^dtype$|torch_dtype|"
     r"^pretraining_tp$|^to_dict$|^get_text_config$|^model_type$|^name_or_path$|^is_encoder_decoder$|"
     r"^_|^use_return_dict$|^chunk_size_feed_forward$|^quantization_config$|^architectures$|"
     r"^to_diff_dict$|^standardize|^validate|^convert|^ignore_keys|^rope_parameters$|^rope_scaling$|"
@@ -61,6 +65,11 @@ def reads(tree, of_self):
             target, name = node.args[0], node.args[1]
             own = of_self and isinstance(target, ast.Name) and target.id == "self"
             if (is_config(target) or own) and isinstance(name, ast.Constant):
+                found.add(name.value)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            method, target, name = node.func.attr, node.func.value, node.args[0]
+            keyed = method in ("get", "pop", "setdefault") and isinstance(target, ast.Name) and target.id == "kwargs"
+            if of_self and keyed and isinstance(name, ast.Constant):
                 found.add(name.value)
     return found
 
@@ -115,9 +124,14 @@ def main():
             missing.append(kind)
             continue
         table[architecture] = fields(architecture)
+    version = transformers.__version__
+    if sys.argv[1:] == ["--add"]:
+        before = json.loads(TABLE.read_text())
+        version = f"{before['transformers']}, {version}"
+        for name, known in before["classes"].items():
+            table[name] = dict(sorted({**table.get(name, {}), **known}.items()))
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in sorted(table))
-    version = json.dumps(transformers.__version__)
-    TABLE.write_text(f'{{"transformers": {version}, "classes": {{\n{lines}\n}}}}\n')
+    TABLE.write_text(f'{{"transformers": "{version}", "classes": {{\n{lines}\n}}}}\n')
     print(f"{len(table)} classes, {sum(map(len, table.values()))} fields; not in transformers: {missing}")
 
 

@@ -24,13 +24,25 @@ pub fn parse(words: impl IntoIterator<Item = std::ffi::OsString>) -> Parsed {
         Err(error) => error,
     };
     match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+        ErrorKind::DisplayVersion => Parsed::Text(version()),
+        ErrorKind::DisplayHelp => {
             let text = error.render();
             let colours = std::io::stdout().is_terminal();
             Parsed::Text(if colours { text.ansi().to_string() } else { text.to_string() })
         }
         _ => Parsed::Wrong(one_line(&error)),
     }
+}
+
+/// The program's version, the commit that it was built from, and the instructions that its kernels
+/// use on this machine.
+fn version() -> String {
+    let commit = match env!("LATHE_COMMIT") {
+        "" => String::new(),
+        commit => format!("commit {commit}, "),
+    };
+    let instructions = lathe_session::instruction_set().unwrap_or_else(|error| error.to_string());
+    format!("lathe {} ({commit}{instructions})\n", env!("CARGO_PKG_VERSION"))
 }
 
 /// clap's message without its paragraphs on usage and help, and with its suggestion if it has one.

@@ -65,6 +65,11 @@ fn help_and_version() {
     let (code, out, _) = run(&mut home.lathe(&["--version"]));
     assert_eq!(code, 0);
     assert!(out.starts_with("lathe "));
+    let built_from = env!("LATHE_COMMIT");
+    assert!(out.contains(built_from), "{out} names commit {built_from:?}");
+    let (code, out, _) = run(home.lathe(&["--version"]).env("LATHE_ISA", "portable"));
+    assert_eq!(code, 0);
+    assert!(out.ends_with("portable)\n"), "{out}");
 }
 
 #[test]

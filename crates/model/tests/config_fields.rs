@@ -134,3 +134,12 @@ fn a_context_may_be_asked_for() {
     assert!(spec.set_context(65).unwrap_err().to_string().contains("at most 64"));
     assert!(spec.set_context(64).is_ok());
 }
+
+#[test]
+fn minimax_m2_may_say_how_many_elements_turn() {
+    let rotary = |changes: Value| ropes(&changed("minimax-m2", changes).unwrap())[0].rotary;
+    let plain = json!({"rope_type": "default", "rope_theta": 10000.0});
+    assert_eq!(rotary(json!({"rope_parameters": plain})), 12);
+    assert_eq!(rotary(json!({"rope_parameters": plain, "rotary_dim": 8})), 8);
+    assert_eq!(rotary(json!({"rotary_dim": 8})), 6);
+}

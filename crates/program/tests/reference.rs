@@ -5,6 +5,7 @@ use std::sync::Arc;
 use lathe_program::conformance::models::SmallDecoder;
 use lathe_program::conformance::{
     Case, SeededWeights, Settings, Summary, Tolerance, batch_invariance, cases, check, check_case,
+    choices, trees,
 };
 use lathe_program::reference::{LatentForm, ReferenceBackend};
 use lathe_program::*;
@@ -18,6 +19,30 @@ fn every_case_runs_and_agrees_with_itself() {
     let report = check(&ReferenceBackend::new(), &settings).unwrap();
     assert_eq!(report.cases, 15 * 12);
     assert!(report.unsupported.is_empty());
+}
+
+#[test]
+fn choices_are_those_of_the_sampler_with_steps_in_flight() {
+    let settings = Settings { seeds: 4, ..Settings::default() };
+    for steps in [1, 2] {
+        choices(&ReferenceBackend::new().steps_in_flight(steps), &settings).unwrap();
+    }
+}
+
+/// The reference adds up what a row sees in the order of slots, which is that of positions in a
+/// chain and in an accepted branch alike: all bits are those of plain decoding.
+#[test]
+fn trees_are_plain_decoding_to_the_bit() {
+    let exact = Tolerance { absolute: 0.0, relative: 0.0 };
+    for form in [LatentForm::Expanded, LatentForm::Absorbed] {
+        let backend = ReferenceBackend::new().latent_form(form);
+        let settings = Settings { tolerance: exact, seeds: 2, ..Settings::default() };
+        trees(&backend, &settings).unwrap();
+    }
+    for kv_format in KvFormat::ALL {
+        let settings = Settings { kv_format, tolerance: exact, seeds: 1, ..Settings::default() };
+        trees(&ReferenceBackend::new(), &settings).unwrap();
+    }
 }
 
 #[test]

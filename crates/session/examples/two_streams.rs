@@ -47,10 +47,11 @@ pub fn main() -> Result<(), SessionError> {
         readers.push(reader);
     }
     drop(submit);
+    // The second reader goes away.
+    drop(readers.pop());
     let tokenizer = model.tokenizer.as_ref().expect("tiny has a tokenizer");
     scope(|scope| {
         scope.spawn(|| serve(&mut engine, tokenizer, jobs));
-        drop(readers.pop());
         readers.iter().flatten().for_each(|text| print!("{text}"));
     });
     assert_eq!(engine.stats().blocks_used, 0);

@@ -52,7 +52,7 @@ pub use open::{
     Need, Opened, ROWS_MAX, Session, bytes_under, check_memory, context_that_fits,
     describe_adapter, largest, open, prepare_program, program_for,
 };
-pub use options::{Device, Options, backend, check_format};
+pub use options::{Device, Options, backend, check_format, instruction_set};
 pub use progress::{Progress, Reporter, Silent};
 pub use prompt::{encode_chat, encode_raw, encode_text, question};
 pub use ranks::{Ranks, has_experts};

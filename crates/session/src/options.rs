@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use lathe_cpu::CpuBackend;
+use lathe_cpu::{CpuBackend, Isa};
 use lathe_cpu::pack::PackedMatrix;
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::{Backend, KvFormat};
@@ -70,4 +70,13 @@ pub fn check_format(device: Device, format: Format, columns: usize) -> Result<()
             PackedMatrix::check(format, columns).map_err(SessionError::NotRun)
         }
     }
+}
+
+/// The name of the instruction set that the CPU backend's kernels use: the best that this machine
+/// has, or the one that `LATHE_ISA` names.
+///
+/// # Errors
+/// [`SessionError::NotRun`] if `LATHE_ISA` names one that this machine lacks.
+pub fn instruction_set() -> Result<String, SessionError> {
+    Ok(Isa::select(None).map_err(SessionError::NotRun)?.to_string())
 }

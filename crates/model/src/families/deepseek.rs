@@ -121,7 +121,8 @@ fn sigmoid_router(
     groups: Option<GroupLimit>,
     scaling: f64,
 ) -> Result<RouterSpec, SpecError> {
-    base::refuse_unless(c, "scoring_func", &["sigmoid"])?;
+    // `noaux_tc` is the name of the whole router, and a published dots.llm1 has it here.
+    base::refuse_unless(c, "scoring_func", &["sigmoid", "noaux_tc"])?;
     base::refuse_unless(c, "topk_method", &["noaux_tc"])?;
     Ok(RouterSpec {
         experts: c.need("n_routed_experts")?,
@@ -213,6 +214,15 @@ const MINIMAX_M2: Defaults = Defaults {
 /// Norms of whole rows of queries and keys, and V3's router over all experts.
 pub(super) fn minimax_m2(c: &Config) -> Result<DecoderSpec, SpecError> {
     let mut spec = base::decoder(c, &MINIMAX_M2)?;
+    // Published files say how many elements turn instead of which part (transformers 5.24).
+    let scaling = c.object("rope_parameters")?.or(c.object("rope_scaling")?);
+    let has_part = c.has("partial_rotary_factor")
+        || scaling.is_some_and(|scaling| scaling.has("partial_rotary_factor"));
+    if let Some(rotary) = c.size("rotary_dim")?.filter(|_| !has_part) {
+        base::each_gqa(&mut spec, |_, gqa| {
+            gqa.rope.iter_mut().for_each(|rope| rope.rotary = rotary);
+        });
+    }
     base::qk_norms(&mut spec, QkScope::WholeRow, QkOrder::BeforeRope);
     let moe = MoeSpec {
         router: RouterSpec {

@@ -2,16 +2,20 @@
 //! reference; and batch invariance, compared with the backend itself.
 
 mod cases;
+mod choices;
 mod compare;
 mod invariance;
 pub mod models;
 mod random;
 mod schedule;
+mod trees;
 mod weights;
 
 pub use cases::{Case, cases};
+pub use choices::choices;
 pub use compare::{Failure, Settings, Summary, Tolerance, check, check_case};
 pub use invariance::batch_invariance;
 pub use random::Random;
 pub use schedule::{Chunk, Schedule};
+pub use trees::trees;
 pub use weights::SeededWeights;
