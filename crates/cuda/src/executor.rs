@@ -79,6 +79,9 @@ impl CudaExecutor {
         let kv_suffix = cache::suffix(format)
             .ok_or_else(|| unsupported(format!("a KV cache in {}", format.name())))?;
         let allocate = |elements: usize, what| device.allocate(rows_max * elements * 4, what);
+        let rows_of = |widths: &[usize], what| -> Result<Vec<Memory>, BackendError> {
+            widths.iter().map(|width| allocate(*width, what)).collect()
+        };
         let plan = program.buffer_plan();
         let activations = "the activations";
         let capture_widths = program.capture_widths();
@@ -92,21 +95,11 @@ impl CudaExecutor {
             hadamards: hadamards(&device, &program)?,
             routings: routings(&device, &program, rows_max)?,
             scratch: [allocate(scratch, activations)?, allocate(scratch, activations)?],
-            logits: allocate(
-                if program.makes_logits() { program.vocabulary } else { 0 },
-                "the logits",
-            )?,
-            captures: capture_widths
-                .iter()
-                .map(|width| allocate(*width, "the captures"))
-                .collect::<Result<_, _>>()?,
+            logits: allocate(logits_width(&program), "the logits")?,
+            captures: rows_of(&capture_widths, "the captures")?,
             rows: 0,
             choices: 0,
-            buffers: plan
-                .slot_widths
-                .iter()
-                .map(|width| allocate(*width, activations))
-                .collect::<Result<_, _>>()?,
+            buffers: rows_of(&plan.slot_widths, activations)?,
             plan,
             limits,
             tables: SequenceTables::new(&program.kv, limits.sequences_max),
@@ -133,8 +126,7 @@ impl CudaExecutor {
     }
 
     fn read_back(&mut self) -> Result<(), BackendError> {
-        let vocabulary = if self.program.makes_logits() { self.program.vocabulary } else { 0 };
-        self.logits_host.resize(self.choices * vocabulary, 0.0);
+        self.logits_host.resize(self.choices * logits_width(&self.program), 0.0);
         self.logits.read(0, &mut self.logits_host)?;
         let widths = self.program.capture_widths();
         for ((host, memory), width) in self.captures_host.iter_mut().zip(&self.captures).zip(widths)
@@ -144,6 +136,11 @@ impl CudaExecutor {
         }
         self.device.synchronize()
     }
+}
+
+/// Logits of a row, if the program makes any.
+fn logits_width(program: &Program) -> usize {
+    if program.makes_logits() { program.vocabulary } else { 0 }
 }
 
 /// Elements a row of each scratch buffer: the widest of what is kept between two kernels.

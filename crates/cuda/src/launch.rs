@@ -1,8 +1,8 @@
 //! From an op to its kernels.
 
 use lathe_program::{
-    Activation, AttendSpec, BackendError, ExpertsSpec, GroupScore, LatentSpec, NormKind, Op,
-    RopeStyle, RouterScore, RouterSpec, Value, Weight,
+    Activation, AttendSpec, BackendError, ExpertsSpec, GroupScore, KvLayer, LatentSpec, LinearPart,
+    NormKind, Op, RopeStyle, RouterScore, RouterSpec, Value, Weight,
 };
 
 use crate::executor::CudaExecutor;
@@ -83,128 +83,196 @@ impl CudaExecutor {
     }
 
     /// Submits the kernels of `op` for the rows of the step uploaded last.
-    pub(crate) fn launch(&mut self, op: &Op) -> Result<(), BackendError> {
-        let rows = self.rows;
+    pub(crate) fn launch(&self, op: &Op) -> Result<(), BackendError> {
         match op {
-            Op::Embed { table, first_token, multiplier, out } => {
-                let (address, stored) = self.matrix(*table);
-                let parameters = Embed {
-                    rows: self.step.rows(),
-                    table: address,
-                    out: self.value(*out),
-                    width: self.width(*out) as u32,
-                    first_token: *first_token,
-                    tokens: self.program.weight(*table).shape[0] as u32,
-                    multiplier: *multiplier,
-                };
-                let kernel = format!("embed_{}", stored.suffix());
-                self.device.launch(&kernel, [rows, 1], (THREADS, 0), &parameters)
-            }
+            Op::Embed { .. } => self.embed(op),
             Op::Input { input, out } => {
-                let bytes = rows * self.width(*out) * 4;
-                self.device.copy(self.step.input(*input), self.value(*out), bytes)
+                self.device.copy(self.step.input(*input), self.value(*out), self.row_bytes(*out))
             }
-            Op::Norm { input, weight, bias, kind, epsilon, groups, out } => {
-                let n = self.width(*input) / groups;
-                let whole = |vector: Option<Weight>| {
-                    let length = vector.map(|vector| self.program.weight(vector).shape[0]);
-                    u32::from(length.is_some_and(|length| length != n))
-                };
-                let parameters = Norm {
-                    input: self.value(*input),
-                    weight: self.weights.optional(*weight),
-                    bias: self.weights.optional(*bias),
-                    out: self.value(*out),
-                    n: n as u32,
-                    groups: *groups as u32,
-                    weight_per_element: whole(*weight),
-                    bias_per_element: whole(*bias),
-                    layer: u32::from(*kind == NormKind::Layer),
-                    offset: if let NormKind::Rms { offset } = kind { *offset } else { 0.0 },
-                    epsilon: *epsilon,
-                };
-                self.device.launch("normalise", [rows * groups, 1], (THREADS, 0), &parameters)
+            Op::Norm { .. } => self.normalise(op),
+            Op::Linear { input, parts } => {
+                parts.iter().try_for_each(|part| self.linear(*input, part))
             }
-            Op::Linear { input, parts } => parts.iter().try_for_each(|part| {
-                self.product(&Product {
-                    input: self.value(*input),
-                    matrix: self.matrix(part.weight),
-                    bias: self.weights.optional(part.bias),
-                    pick: 0,
-                    out: self.value(part.out),
-                    sizes: [rows, self.width(part.out), self.width(*input)],
-                    scale: 1.0,
-                    cap: 0.0,
-                })
-            }),
             Op::Transform { input, transform, out } => {
-                let elements = rows * self.width(*out);
                 let (from, to) = (self.value(*input), self.value(*out));
                 match transform.hadamard {
-                    Some(block) => self.hadamard(from, to, block, elements),
-                    None => self.device.copy(from, to, elements * 4),
+                    Some(block) => self.hadamard(from, to, block, self.elements(*out)),
+                    None => self.device.copy(from, to, self.row_bytes(*out)),
                 }
             }
-            Op::Rope { input, heads, offset, rope, out } => {
-                let table = &self.program.ropes[rope.0 as usize];
-                let parameters = RopeTurn {
-                    rows: self.step.rows(),
-                    input: self.value(*input),
-                    frequencies: self.ropes[rope.0 as usize].address(),
-                    out: self.value(*out),
-                    heads: *heads as u32,
-                    head_width: (self.width(*input) / heads) as u32,
-                    offset: *offset as u32,
-                    pairs: table.inverse_frequencies.len() as u32,
-                    interleaved: u32::from(table.style == RopeStyle::Interleaved),
-                    magnitude: table.magnitude,
-                };
-                self.device.launch("rope", [rows, 1], (THREADS, 0), &parameters)
-            }
+            Op::Rope { .. } => self.turn(op),
             Op::WriteKv { key: first, value: second, layer }
             | Op::WriteLatent { latent: first, rope_key: second, layer } => {
-                let shape = self.program.kv.layer(*layer).shape;
-                let [(first_count, first_dim), (second_count, second_dim)] = shape.vectors();
-                let parameters = WriteKv {
-                    cache: self.cache.view(*layer, &self.step),
-                    rows: self.step.rows(),
-                    first: self.value(*first),
-                    second: self.value(*second),
-                    first_count: first_count as u32,
-                    first_dim: first_dim as u32,
-                    second_count: second_count as u32,
-                    second_dim: second_dim as u32,
-                };
-                let kernel = format!("write_kv_{}", self.kv_suffix);
-                self.device.launch(&kernel, [rows, 1], (THREADS, 0), &parameters)
+                self.write_kv(*layer, [*first, *second])
             }
             Op::Attend { query, layer, spec, out } => {
-                let AttendSpec { heads, kv_heads, head_dim, value_dim, .. } = *spec;
-                self.attend(&Attend {
-                    cache: self.cache.view(*layer, &self.step),
-                    rows: self.step.rows(),
-                    query: self.value(*query),
-                    query_rope: 0,
-                    sinks: self.weights.optional(spec.sinks),
-                    out: self.value(*out),
-                    heads: heads as u32,
-                    kv_heads: kv_heads as u32,
-                    key_dim: head_dim as u32,
-                    value_dim: value_dim as u32,
-                    rope_dim: 0,
-                    rope_stride: 0,
-                    rope_head_stride: 0,
-                    window: spec.window.unwrap_or(0) as u32,
-                    scale: spec.scale,
-                    cap: spec.softcap.unwrap_or(0.0),
-                })
+                self.attend_heads(self.cache.view(*layer, &self.step), *query, spec, *out)
             }
             Op::AttendLatent { query, layer, spec, out } => {
                 let cache = self.cache.view(*layer, &self.step);
                 self.attend_latent(cache, self.value(*query), spec, self.value(*out))
             }
+            Op::Activate { .. } | Op::Add { .. } | Op::Gate { .. } | Op::Slice { .. } => {
+                self.elementwise(op)
+            }
+            Op::Route { input, spec, out } => self.route(self.value(*input), *input, spec, out.0),
+            Op::Experts { input, routing, spec, out } => {
+                let addresses = [self.value(*input), self.value(*out)];
+                self.experts(spec, addresses, [self.width(*input), self.width(*out)], routing.0)
+            }
+            Op::AllReduce { input, out } | Op::AllGather { input, out } => {
+                self.device.copy(self.value(*input), self.value(*out), self.row_bytes(*out))
+            }
+            Op::Logits { .. } => self.make_logits(op),
+            Op::Capture { input, tap } => {
+                let to = self.captures[*tap as usize].address();
+                self.device.copy(self.value(*input), to, self.row_bytes(*input))
+            }
+        }
+    }
+
+    fn elements(&self, value: Value) -> usize {
+        self.rows * self.width(value)
+    }
+
+    fn row_bytes(&self, value: Value) -> usize {
+        self.elements(value) * 4
+    }
+
+    fn make_logits(&self, op: &Op) -> Result<(), BackendError> {
+        let Op::Logits { input, head, scale, softcap, .. } = op else { return Ok(()) };
+        self.product(&Product {
+            input: self.value(*input),
+            matrix: self.matrix(*head),
+            bias: 0,
+            pick: self.step.pick(),
+            out: self.logits.address(),
+            sizes: [self.choices, self.program.vocabulary, self.width(*input)],
+            scale: *scale,
+            cap: softcap.unwrap_or(0.0),
+        })
+    }
+
+    fn embed(&self, op: &Op) -> Result<(), BackendError> {
+        let Op::Embed { table, first_token, multiplier, out } = op else { return Ok(()) };
+        let (address, stored) = self.matrix(*table);
+        let parameters = Embed {
+            rows: self.step.rows(),
+            table: address,
+            out: self.value(*out),
+            width: self.width(*out) as u32,
+            first_token: *first_token,
+            tokens: self.program.weight(*table).shape[0] as u32,
+            multiplier: *multiplier,
+        };
+        let kernel = format!("embed_{}", stored.suffix());
+        self.device.launch(&kernel, [self.rows, 1], (THREADS, 0), &parameters)
+    }
+
+    fn normalise(&self, op: &Op) -> Result<(), BackendError> {
+        let Op::Norm { input, weight, bias, kind, epsilon, groups, out } = op else {
+            return Ok(());
+        };
+        let n = self.width(*input) / groups;
+        let whole = |vector: Option<Weight>| {
+            let length = vector.map(|vector| self.program.weight(vector).shape[0]);
+            u32::from(length.is_some_and(|length| length != n))
+        };
+        let parameters = Norm {
+            input: self.value(*input),
+            weight: self.weights.optional(*weight),
+            bias: self.weights.optional(*bias),
+            out: self.value(*out),
+            n: n as u32,
+            groups: *groups as u32,
+            weight_per_element: whole(*weight),
+            bias_per_element: whole(*bias),
+            layer: u32::from(*kind == NormKind::Layer),
+            offset: if let NormKind::Rms { offset } = kind { *offset } else { 0.0 },
+            epsilon: *epsilon,
+        };
+        self.device.launch("normalise", [self.rows * groups, 1], (THREADS, 0), &parameters)
+    }
+
+    fn turn(&self, op: &Op) -> Result<(), BackendError> {
+        let Op::Rope { input, heads, offset, rope, out } = op else { return Ok(()) };
+        let table = &self.program.ropes[rope.0 as usize];
+        let parameters = RopeTurn {
+            rows: self.step.rows(),
+            input: self.value(*input),
+            frequencies: self.ropes[rope.0 as usize].address(),
+            out: self.value(*out),
+            heads: *heads as u32,
+            head_width: (self.width(*input) / heads) as u32,
+            offset: *offset as u32,
+            pairs: table.inverse_frequencies.len() as u32,
+            interleaved: u32::from(table.style == RopeStyle::Interleaved),
+            magnitude: table.magnitude,
+        };
+        self.device.launch("rope", [self.rows, 1], (THREADS, 0), &parameters)
+    }
+
+    fn linear(&self, input: Value, part: &LinearPart) -> Result<(), BackendError> {
+        self.product(&Product {
+            input: self.value(input),
+            matrix: self.matrix(part.weight),
+            bias: self.weights.optional(part.bias),
+            pick: 0,
+            out: self.value(part.out),
+            sizes: [self.rows, self.width(part.out), self.width(input)],
+            scale: 1.0,
+            cap: 0.0,
+        })
+    }
+
+    fn write_kv(&self, layer: KvLayer, [first, second]: [Value; 2]) -> Result<(), BackendError> {
+        let shape = self.program.kv.layer(layer).shape;
+        let [(first_count, first_dim), (second_count, second_dim)] = shape.vectors();
+        let parameters = WriteKv {
+            cache: self.cache.view(layer, &self.step),
+            rows: self.step.rows(),
+            first: self.value(first),
+            second: self.value(second),
+            first_count: first_count as u32,
+            first_dim: first_dim as u32,
+            second_count: second_count as u32,
+            second_dim: second_dim as u32,
+        };
+        let kernel = format!("write_kv_{}", self.kv_suffix);
+        self.device.launch(&kernel, [self.rows, 1], (THREADS, 0), &parameters)
+    }
+
+    fn attend_heads(
+        &self,
+        cache: CacheView,
+        query: Value,
+        spec: &AttendSpec,
+        out: Value,
+    ) -> Result<(), BackendError> {
+        self.attend(&Attend {
+            cache,
+            rows: self.step.rows(),
+            query: self.value(query),
+            query_rope: 0,
+            sinks: self.weights.optional(spec.sinks),
+            out: self.value(out),
+            heads: spec.heads as u32,
+            kv_heads: spec.kv_heads as u32,
+            key_dim: spec.head_dim as u32,
+            value_dim: spec.value_dim as u32,
+            rope_dim: 0,
+            rope_stride: 0,
+            rope_head_stride: 0,
+            window: spec.window.unwrap_or(0) as u32,
+            scale: spec.scale,
+            cap: spec.softcap.unwrap_or(0.0),
+        })
+    }
+
+    fn elementwise(&self, op: &Op) -> Result<(), BackendError> {
+        match op {
             Op::Activate { gate, up, kind, out } => {
-                let elements = rows * self.width(*out);
+                let elements = self.elements(*out);
                 let (kind, alpha, limit) = activation(*kind);
                 let (gate, out) = (self.value(*gate), self.value(*out));
                 let up = up.map_or(gate, |up| self.value(up));
@@ -212,13 +280,8 @@ impl CudaExecutor {
                     Activate { gate, up, out, elements: elements as u64, kind, alpha, limit };
                 self.per_element("activate", elements, &parameters)
             }
-            Op::Route { input, spec, out } => self.route(self.value(*input), *input, spec, out.0),
-            Op::Experts { input, routing, spec, out } => {
-                let addresses = [self.value(*input), self.value(*out)];
-                self.experts(spec, addresses, [self.width(*input), self.width(*out)], routing.0)
-            }
             Op::Add { left, right, scale, out } => {
-                let elements = rows * self.width(*out);
+                let elements = self.elements(*out);
                 let parameters = AddScaled {
                     left: self.value(*left),
                     right: self.value(*right),
@@ -229,7 +292,7 @@ impl CudaExecutor {
                 self.per_element("add_scaled", elements, &parameters)
             }
             Op::Gate { input, gate, out, .. } => {
-                let elements = rows * self.width(*out);
+                let elements = self.elements(*out);
                 let parameters = GateRows {
                     input: self.value(*input),
                     gate: self.value(*gate),
@@ -239,12 +302,8 @@ impl CudaExecutor {
                 };
                 self.per_element("gate_sigmoid", elements, &parameters)
             }
-            Op::AllReduce { input, out } | Op::AllGather { input, out } => {
-                let bytes = rows * self.width(*out) * 4;
-                self.device.copy(self.value(*input), self.value(*out), bytes)
-            }
             Op::Slice { input, start, out } => {
-                let elements = rows * self.width(*out);
+                let elements = self.elements(*out);
                 let parameters = SliceRows {
                     input: self.value(*input),
                     out: self.value(*out),
@@ -255,21 +314,7 @@ impl CudaExecutor {
                 };
                 self.per_element("slice", elements, &parameters)
             }
-            Op::Logits { input, head, scale, softcap, .. } => self.product(&Product {
-                input: self.value(*input),
-                matrix: self.matrix(*head),
-                bias: 0,
-                pick: self.step.pick(),
-                out: self.logits.address(),
-                sizes: [self.choices, self.program.vocabulary, self.width(*input)],
-                scale: *scale,
-                cap: softcap.unwrap_or(0.0),
-            }),
-            Op::Capture { input, tap } => {
-                let bytes = rows * self.width(*input) * 4;
-                let to = self.captures[*tap as usize].address();
-                self.device.copy(self.value(*input), to, bytes)
-            }
+            _ => Ok(()),
         }
     }
 

@@ -4,13 +4,16 @@
 //! driver is loaded when a device is opened, and what is absent is said by name. The way in is
 //! [`CudaBackend`]; `executor.rs` runs a step, `launch.rs` maps ops to kernels, `device.rs` is the
 //! only file that calls the driver.
+#![deny(unsafe_code)]
 #![cfg(feature = "device")]
 
 mod backend;
 mod cache;
+#[allow(unsafe_code)] // Calls of the driver.
 mod device;
 mod executor;
 mod launch;
+#[allow(unsafe_code)] // Vouches for the layout of the kernels' arguments.
 mod parameters;
 mod step_data;
 mod weights;

@@ -4,7 +4,7 @@
 
 use lathe_cuda::CudaBackend;
 use lathe_program::KvFormat;
-use lathe_program::conformance::{Settings, Tolerance, batch_invariance, check};
+use lathe_program::conformance::{Settings, Tolerance, batch_invariance, check, choices, trees};
 use lathe_tensor::Format;
 
 fn backend(test: &str) -> Option<CudaBackend> {
@@ -63,6 +63,30 @@ fn steps_do_not_change_results() {
     for kv_format in [KvFormat::F32, KvFormat::BF16] {
         let settings = Settings { kv_format, ..Settings::default() };
         batch_invariance(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
+    }
+}
+
+#[test]
+fn choices_are_those_of_the_sampler() {
+    let Some(backend) = backend("choices_are_those_of_the_sampler") else { return };
+    let settings = Settings { seeds: 4, ..Settings::default() };
+    choices(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+/// The bounds are those of the CPU backend's test: an accepted branch's rows saw their ancestors
+/// in other slots, which is another order of a sum.
+#[test]
+fn trees_are_plain_decoding() {
+    let Some(backend) = backend("trees_are_plain_decoding") else { return };
+    for (kv_format, coarse) in [
+        (KvFormat::F32, 2e-5),
+        (KvFormat::Int16, 1e-3),
+        (KvFormat::BF16, 2e-2),
+        (KvFormat::F8E4M3, 0.2),
+    ] {
+        let tolerance = Tolerance { absolute: coarse, relative: coarse };
+        let settings = Settings { kv_format, tolerance, seeds: 2, ..Settings::default() };
+        trees(&backend, &settings).unwrap_or_else(|failure| panic!("{kv_format:?}: {failure}"));
     }
 }
 

@@ -185,8 +185,9 @@ extern "C" __global__ void rope(const __grid_constant__ RopeTurn p) {
         u32 a = head * p.head_width + p.offset + (p.interleaved ? 2 * pair : pair);
         u32 b = a + (p.interleaved ? 1 : p.pairs);
         float x = in[a], y = in[b];
-        out[a] = x * c - y * s;
-        out[b] = y * c + x * s;
+        // Not fused, as the reference: a code of the cache may hang on the last bit.
+        out[a] = __fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s));
+        out[b] = __fadd_rn(__fmul_rn(y, c), __fmul_rn(x, s));
     }
 }
 
@@ -335,9 +336,11 @@ __device__ inline void attend(const Attend& p) {
     float most = -INFINITY, total = 0.f;
     u32 begin = p.window && row.position + 1 > p.window ? row.position + 1 - p.window : 0;
     // A tree's rows lie at slots behind `cached`, whatever their positions.
-    begin = min(begin, row.cached);
+    if (row.tree) begin = min(begin, row.cached);
     u32 end = row.cached + (row.tree ? 64 : row.place + 1);
-    for (u32 slot = begin + warp; slot < end; slot += ATTEND_WARPS) {
+    // A slot always goes to the same warp, so that no schedule changes the order of a sum.
+    for (u32 slot = begin / ATTEND_WARPS * ATTEND_WARPS + warp; slot < end; slot += ATTEND_WARPS) {
+        if (slot < begin) continue;
         u32 position = slot;
         if (slot >= row.cached && row.tree) {
             u32 other = slot - row.cached;
