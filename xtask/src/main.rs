@@ -1,6 +1,7 @@
 //! The rules of the workspace that a machine can check, and other chores of its developers.
 #![forbid(unsafe_code)]
 
+mod cuda_toolkit;
 mod licences;
 mod neon;
 mod tidy;
@@ -27,6 +28,8 @@ enum Command {
     },
     /// Checks every dependency's licence against deny.toml
     Licences,
+    /// Brings the pinned CUDA compiler from Python wheels and prints its CUDA_HOME
+    CudaToolkit,
     /// Builds the CPU backend's tests for 64-bit Arm and runs the kernels' under qemu-user
     Neon {
         /// Says what is missing on this machine and succeeds, where something is
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Tidy { update } => tidy::run(&root, update),
         Command::Licences => licences::run(&root),
+        Command::CudaToolkit => cuda_toolkit::run(&root),
         Command::Neon { if_possible } => neon::run(&root, if_possible),
     };
     match outcome {
