@@ -32,7 +32,8 @@ pub enum DeviceError {
     },
     /// The kernels do not run on it.
     #[error(
-        "{name} has compute capability {major}.{minor}; Lathe's kernels are compiled for 9.0 (Hopper)"
+        "{name} has compute capability {major}.{minor}; Lathe's kernels are compiled for 9.0 \
+         (Hopper)"
     )]
     Capability {
         /// The device's name.

@@ -18,7 +18,10 @@ macro_rules! parameters {
 }
 
 parameters! {
-    Embed { rows: u64, table: u64, out: u64, width: u32, first_token: u32, tokens: u32, multiplier: f32 }
+    Embed {
+        rows: u64, table: u64, out: u64, width: u32, first_token: u32, tokens: u32,
+        multiplier: f32,
+    }
     Norm {
         input: u64, weight: u64, bias: u64, out: u64, n: u32, groups: u32,
         weight_per_element: u32, bias_per_element: u32, layer: u32, offset: f32, epsilon: f32,
@@ -45,7 +48,10 @@ parameters! {
         heads: u32, kv_heads: u32, key_dim: u32, value_dim: u32, rope_dim: u32,
         rope_stride: u32, rope_head_stride: u32, window: u32, scale: f32, cap: f32,
     }
-    LatentTurn { query: u64, key_up: u64, out: u64, heads: u32, query_dim: u32, nope_dim: u32, rank: u32 }
+    LatentTurn {
+        query: u64, key_up: u64, out: u64,
+        heads: u32, query_dim: u32, nope_dim: u32, rank: u32,
+    }
     LatentMix { mixed: u64, value_up: u64, out: u64, heads: u32, value_dim: u32, rank: u32 }
     Activate { gate: u64, up: u64, out: u64, elements: u64, kind: u32, alpha: f32, limit: f32 }
     AddScaled { left: u64, right: u64, out: u64, elements: u64, scale: f32 }
