@@ -16,6 +16,9 @@ const MODULES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/modules.rs
 /// The compute capability that the kernels are compiled for.
 const CAPABILITY: (i32, i32) = (9, 0);
 
+/// Bytes of the widest access to shared memory.
+const SHARED_UNIT: usize = 16;
+
 /// Why no device could be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -146,6 +149,8 @@ impl Device {
             BackendError::Device(format!("the kernel {kernel} is not in this binary"))
         })?;
         let grid = (grid[0] as u32, grid[1] as u32, 1);
+        // The compiler reads shared memory in wider units than a number.
+        let shared_bytes = shared_bytes.next_multiple_of(SHARED_UNIT);
         let mut arguments = [std::ptr::from_ref(parameters) as *mut c_void];
         // SAFETY: `parameters` has the layout of the kernel's only argument (`parameters.rs`), and
         // the driver copies it before the call returns.
