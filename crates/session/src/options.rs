@@ -1,9 +1,10 @@
-//! What a caller chooses about the device. Only this file and [`crate::ranks`] name a backend.
+//! What a caller chooses about the device. Only this file, [`crate::ranks`] and what measures the
+//! machine ([`crate::measure::roofs`]) name a backend.
 
 use std::num::NonZeroUsize;
 
-use lathe_cpu::{CpuBackend, Isa};
 use lathe_cpu::pack::PackedMatrix;
+use lathe_cpu::{CpuBackend, Isa};
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::{Backend, KvFormat};
 use lathe_tensor::Format;
@@ -66,7 +67,8 @@ pub fn backend(device: Device) -> Result<Box<dyn Backend>, SessionError> {
 pub fn check_format(device: Device, format: Format, columns: usize) -> Result<(), SessionError> {
     match device {
         Device::Reference => Ok(()),
-        Device::Cpu | Device::Cuda | Device::Auto => {
+        Device::Cuda => backend(device).map(drop),
+        Device::Cpu | Device::Auto => {
             PackedMatrix::check(format, columns).map_err(SessionError::NotRun)
         }
     }
