@@ -2,8 +2,8 @@
 
 use std::num::NonZeroUsize;
 
-use lathe_cpu::{CpuBackend, Isa};
 use lathe_cpu::pack::PackedMatrix;
+use lathe_cpu::{CpuBackend, Isa};
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::{Backend, KvFormat};
 use lathe_tensor::Format;
