@@ -1,8 +1,9 @@
 //! The rules of the workspace that a machine can check, and other chores of its developers.
 #![forbid(unsafe_code)]
 
-mod licences;
+mod dependencies;
 mod neon;
+mod source;
 mod tidy;
 
 use std::path::PathBuf;
@@ -25,8 +26,8 @@ enum Command {
         #[arg(long)]
         update: bool,
     },
-    /// Checks every dependency's licence against deny.toml
-    Licences,
+    /// Checks bans, sources and licences against deny.toml, and finds unused dependencies
+    Dependencies,
     /// Builds the CPU backend's tests for 64-bit Arm and runs the kernels' under qemu-user
     Neon {
         /// Says what is missing on this machine and succeeds, where something is
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
     let root = workspace_root();
     let outcome = match arguments.command {
         Command::Tidy { update } => tidy::run(&root, update),
-        Command::Licences => licences::run(&root),
+        Command::Dependencies => dependencies::run(&root),
         Command::Neon { if_possible } => neon::run(&root, if_possible),
     };
     match outcome {
