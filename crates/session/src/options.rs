@@ -43,20 +43,32 @@ impl Options {
     /// itself.
     pub fn cache_format(&self) -> KvFormat {
         let wide = self.exact || self.device == Device::Reference;
-        self.kv_format.unwrap_or(if wide { KvFormat::F32 } else { KvFormat::Int16 })
+        let narrow = if self.device == Device::Cuda { KvFormat::BF16 } else { KvFormat::Int16 };
+        self.kv_format.unwrap_or(if wide { KvFormat::F32 } else { narrow })
     }
 }
 
 /// The backend of `device`, on one rank.
 ///
 /// # Errors
-/// [`SessionError::NoDevice`] if this build lacks it.
+/// [`SessionError::NoDevice`] if this build lacks it, [`SessionError::Prepare`] if this machine does.
 pub fn backend(device: Device) -> Result<Box<dyn Backend>, SessionError> {
     match device {
         Device::Reference => Ok(Box::new(ReferenceBackend::new())),
         Device::Cpu | Device::Auto => Ok(Box::new(CpuBackend::new(Default::default()))),
-        Device::Cuda => Err(SessionError::NoDevice("cuda", "CUDA")),
+        Device::Cuda => cuda(),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Result<Box<dyn Backend>, SessionError> {
+    let opened = lathe_cuda::CudaBackend::open(0);
+    Ok(Box::new(opened.map_err(|error| SessionError::Prepare(error.into()))?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Result<Box<dyn Backend>, SessionError> {
+    Err(SessionError::NoDevice("cuda", "CUDA"))
 }
 
 /// Refuses a number format that `device` could not run in a matrix of `columns` columns. The
