@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod cuda_toolkit;
-mod licences;
+mod dependencies;
 mod neon;
+mod source;
 mod tidy;
 
 use std::path::PathBuf;
@@ -26,8 +27,8 @@ enum Command {
         #[arg(long)]
         update: bool,
     },
-    /// Checks every dependency's licence against deny.toml
-    Licences,
+    /// Checks bans, sources and licences against deny.toml, and finds unused dependencies
+    Dependencies,
     /// Brings the pinned CUDA compiler from Python wheels and prints its CUDA_HOME
     CudaToolkit,
     /// Builds the CPU backend's tests for 64-bit Arm and runs the kernels' under qemu-user
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
     let root = workspace_root();
     let outcome = match arguments.command {
         Command::Tidy { update } => tidy::run(&root, update),
-        Command::Licences => licences::run(&root),
+        Command::Dependencies => dependencies::run(&root),
         Command::CudaToolkit => cuda_toolkit::run(&root),
         Command::Neon { if_possible } => neon::run(&root, if_possible),
     };

@@ -10,6 +10,7 @@ use lathe_program::{
     BackendError, Chooser, Executor, ExecutorLimits, KvFormat, Op, Program, RopeTable,
     RoutedExperts, Routing, SequenceTables, SlotMove, Step, StepError, StepOutput,
 };
+use lathe_tensor::Tensor;
 
 use crate::attend::{AttendJob, Attention, RowForm};
 use crate::cache::{KvCache, Write};
@@ -265,16 +266,7 @@ impl State {
         let (width, count) = (self.width, step.rows());
         match stage {
             Stage::Embed { table, first_token, multiplier, out } => {
-                let (table, first, multiplier, out) = (table, *first_token, *multiplier, *out);
-                let tokens = self.chooser.row_tokens();
-                self.by_rows(count, out.width(), |rows| {
-                    for row in rows {
-                        // SAFETY: the row is this worker's.
-                        let to =
-                            unsafe { std::slice::from_raw_parts_mut(out.row(row), out.width()) };
-                        embed(table, tokens[row], first, multiplier, to);
-                    }
-                });
+                self.embed(table, *first_token, *multiplier, *out, count);
             }
             Stage::Input { input, out } => {
                 // SAFETY: the buffer holds the step's rows; the gang is idle.
@@ -334,6 +326,17 @@ impl State {
             }
         }
         Ok(())
+    }
+
+    fn embed(&self, table: &Tensor, first: u32, multiplier: f32, out: Rows, count: usize) {
+        let tokens = self.chooser.row_tokens();
+        self.by_rows(count, out.width(), |rows| {
+            for row in rows {
+                // SAFETY: the row is this worker's.
+                let to = unsafe { std::slice::from_raw_parts_mut(out.row(row), out.width()) };
+                embed(table, tokens[row], first, multiplier, to);
+            }
+        });
     }
 
     fn add(&self, stage: &AddStage, count: usize) {
@@ -573,7 +576,7 @@ fn run_activate(width: Width, stage: &ActivateStage, out: Rows, rows: Range<usiz
     dispatch(width, Activate { gate, up, kind, out, rows, columns: 0..out.width() });
 }
 
-fn embed(table: &lathe_tensor::Tensor, token: u32, first: u32, multiplier: f32, to: &mut [f32]) {
+fn embed(table: &Tensor, token: u32, first: u32, multiplier: f32, to: &mut [f32]) {
     match token.checked_sub(first).filter(|t| (*t as usize) < table.rows()) {
         Some(row) => table.row_into(row as usize, to),
         None => to.fill(0.0),

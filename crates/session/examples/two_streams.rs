@@ -47,8 +47,7 @@ pub fn main() -> Result<(), SessionError> {
         readers.push(reader);
     }
     drop(submit);
-    // The second reader goes away.
-    drop(readers.pop());
+    drop(readers.pop()); // The second reader goes away.
     let tokenizer = model.tokenizer.as_ref().expect("tiny has a tokenizer");
     scope(|scope| {
         scope.spawn(|| serve(&mut engine, tokenizer, jobs));

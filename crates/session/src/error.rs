@@ -201,7 +201,24 @@ impl SessionError {
             | Self::Weight { .. }
             | Self::Engine(_)
             | Self::EndedEarly { .. } => false,
-            _ => true,
+            Self::Model(_)
+            | Self::Shape { .. }
+            | Self::Spec(_)
+            | Self::Weights(_)
+            | Self::Format(_)
+            | Self::Context { .. }
+            | Self::MessageTooLong { .. }
+            | Self::NoDevice(..)
+            | Self::Ranks { .. }
+            | Self::NotRun(_)
+            | Self::NoTokenizer { .. }
+            | Self::NoChatTemplate { .. }
+            | Self::Text { .. }
+            | Self::Tokenize(_)
+            | Self::Chat(_)
+            | Self::AdapterLost { .. }
+            | Self::AdapterOfDummy(_)
+            | Self::Add(_) => true,
         }
     }
 }

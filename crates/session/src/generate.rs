@@ -68,11 +68,17 @@ pub fn generate<E: From<SessionError>>(
         ttft_ms: 0.0,
         decode_ms: 0.0,
     };
-    while !engine.is_idle() {
+    let mut running = true;
+    while running {
         if stopped() {
             engine.cancel(id);
         }
-        for event in engine.step().map_err(SessionError::from)? {
+        let events = engine.step().map_err(|error| {
+            engine.cancel(id);
+            SessionError::from(error)
+        })?;
+        // Another caller's requests may run beside this one.
+        for event in events.into_iter().filter(|event| event.request() == id) {
             match event {
                 Event::Token { token, text, .. } => {
                     if generation.tokens.is_empty() {
@@ -88,6 +94,7 @@ pub fn generate<E: From<SessionError>>(
                     }
                 }
                 Event::Finished { reason, cached_tokens, .. } => {
+                    running = false;
                     generation.reason = reason;
                     generation.cached_tokens = cached_tokens;
                 }

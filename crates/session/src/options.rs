@@ -1,4 +1,5 @@
-//! What a caller chooses about the device. Only this file and [`crate::ranks`] name a backend.
+//! What a caller chooses about the device. Only this file, [`crate::ranks`] and what measures the
+//! machine ([`crate::measure::roofs`]) name a backend.
 
 use std::num::NonZeroUsize;
 
@@ -78,7 +79,8 @@ fn cuda() -> Result<Box<dyn Backend>, SessionError> {
 pub fn check_format(device: Device, format: Format, columns: usize) -> Result<(), SessionError> {
     match device {
         Device::Reference => Ok(()),
-        Device::Cpu | Device::Cuda | Device::Auto => {
+        Device::Cuda => backend(device).map(drop),
+        Device::Cpu | Device::Auto => {
             PackedMatrix::check(format, columns).map_err(SessionError::NotRun)
         }
     }

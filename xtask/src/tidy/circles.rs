@@ -9,6 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use syn::visit::{self, Visit};
 
+use crate::source::is_test;
+
 /// The files of one crate by the path of their module (`["linear", "amx"]`; the root is empty).
 #[derive(Default)]
 pub(super) struct Crate {
@@ -222,16 +224,6 @@ impl Paths {
             self.module.names.push((name, path));
         }
     }
-}
-
-fn is_test(attributes: &[syn::Attribute]) -> bool {
-    attributes.iter().any(|attribute| match &attribute.meta {
-        syn::Meta::List(list) if list.path.is_ident("cfg") => {
-            list.tokens.to_string().split(|c: char| !c.is_alphanumeric()).any(|word| word == "test")
-        }
-        syn::Meta::Path(path) => path.is_ident("test"),
-        _ => false,
-    })
 }
 
 impl<'a> Visit<'a> for Paths {

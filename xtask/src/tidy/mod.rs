@@ -23,7 +23,7 @@ pub(crate) fn run(root: &Path, update: bool) -> anyhow::Result<Vec<String>> {
 
     let mut found = sources::Findings::default();
     let mut crates: BTreeMap<String, circles::Crate> = BTreeMap::new();
-    for path in rust_files(root)? {
+    for path in crate::source::rust_files(root)? {
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().replace('\\', "/");
         sources::check(&name, &text, &mut found)?;
@@ -93,26 +93,4 @@ fn check_architecture(root: &Path) -> Option<String> {
     let lines = text.lines().count();
     let long = lines > ARCHITECTURE_LINES_MAX;
     long.then(|| format!("ARCHITECTURE.md: {lines} lines, at most {ARCHITECTURE_LINES_MAX}"))
-}
-
-/// All Rust files of the project, in the order of their names. Build outputs (`target*`) and hidden
-/// folders are not part of it.
-fn rust_files(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let (mut files, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
-            let entry = entry?;
-            let (path, name) = (entry.path(), entry.file_name());
-            let name = name.to_string_lossy();
-            if entry.file_type()?.is_dir() {
-                if !name.starts_with('.') && !name.starts_with("target") {
-                    folders.push(path);
-                }
-            } else if name.ends_with(".rs") {
-                files.push(path);
-            }
-        }
-    }
-    files.sort();
-    Ok(files)
 }

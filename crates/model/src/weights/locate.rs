@@ -225,14 +225,9 @@ impl<'a> Locator<'a> {
         };
         let rows = shape[rows_at];
         match source {
-            Source::Whole(_) => {
-                self.check(tensor, shape)?;
-                Ok(Layout::Whole)
-            }
+            Source::Whole(_) => self.check(tensor, shape).map(|()| Layout::Whole),
             Source::EachExpert(_) => {
-                for tensor in tensors {
-                    self.check(tensor, &shape[1..])?;
-                }
+                tensors.iter().try_for_each(|tensor| self.check(tensor, &shape[1..]))?;
                 Ok(Layout::Stack)
             }
             Source::Part(_, parts) => {

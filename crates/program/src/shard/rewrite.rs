@@ -81,11 +81,7 @@ impl Writer<'_> {
     fn write(&mut self, op: &Op) -> Result<(), String> {
         match op {
             Op::Embed { table, multiplier, out, .. } => self.embed(*table, *multiplier, *out),
-            Op::Input { input, out } => {
-                let made = self.builder.value(self.name(*out), self.program.value_width(*out));
-                self.builder.push(Op::Input { input: *input, out: made });
-                self.place(*out, made, Place::Whole)
-            }
+            Op::Input { input, out } => self.input(*input, *out),
             Op::Norm { .. } => self.norm(op),
             Op::Linear { input, parts } => self.linear(*input, parts),
             Op::Transform { input, transform, out } => self.transform(*input, transform, *out),
@@ -250,6 +246,12 @@ impl Writer<'_> {
             return Err(format!("{rows} tokens leave a rank without"));
         }
         Ok(vocabulary_part(rows, self.rank, ranks))
+    }
+
+    fn input(&mut self, input: u32, out: Value) -> Result<(), String> {
+        let made = self.builder.value(self.name(out), self.program.value_width(out));
+        self.builder.push(Op::Input { input, out: made });
+        self.place(out, made, Place::Whole)
     }
 
     fn embed(&mut self, table: Weight, multiplier: f32, out: Value) -> Result<(), String> {

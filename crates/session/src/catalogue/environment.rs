@@ -2,13 +2,14 @@
 //! Python's `huggingface_hub`.
 
 use std::env;
+use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 
 use super::cache::Cache;
 
 /// Where models are looked for.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Environment {
     /// The cache.
     pub cache: Cache,
@@ -18,6 +19,19 @@ pub struct Environment {
     pub token: Option<String>,
     /// Whether the Hub must not be asked.
     pub offline: bool,
+}
+
+/// Secrets are left out: the token, and a password that the address may hold.
+impl fmt::Debug for Environment {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let host = self.endpoint.rsplit('@').next().unwrap_or_default();
+        out.debug_struct("Environment")
+            .field("cache", &self.cache)
+            .field("endpoint", &host)
+            .field("token", &self.token.as_ref().map(|_| "..."))
+            .field("offline", &self.offline)
+            .finish()
+    }
 }
 
 impl Environment {
@@ -79,4 +93,22 @@ fn token(home: &std::path::Path) -> Option<String> {
             fs::read_to_string(file).ok().and_then(clean)
         },
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let environment = Environment {
+            cache: Cache::new(PathBuf::from("/cache")),
+            endpoint: "https://me:password@hub.example".into(),
+            token: Some("hf_secret".into()),
+            offline: false,
+        };
+        let text = format!("{environment:?}");
+        assert!(text.contains("hub.example"), "{text}");
+        assert!(!text.contains("secret") && !text.contains("password"), "{text}");
+    }
 }

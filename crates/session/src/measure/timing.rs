@@ -76,7 +76,7 @@ pub fn run(
         let step_ms = milliseconds(step_start);
         let before = generated.iter().all(|&count| count > 0);
         let mut advanced = 0;
-        for event in &events {
+        for event in events.iter().filter(|event| ids.contains(&event.request())) {
             match event {
                 Event::Token { request, .. } => {
                     let index = ids.iter().position(|id| id == request).expect("our request");

@@ -1,53 +1,13 @@
-//! `cargo xtask licences`: every dependency's licence is one that deny.toml allows.
-//!
-//! `cargo deny` checks the same and more; this needs no installed tool, so that it can run everywhere.
+//! Whether a licence, an SPDX expression, is one that deny.toml allows.
 
-use std::fs;
-use std::path::Path;
-
-use anyhow::Context;
-
-pub(crate) fn run(root: &Path) -> anyhow::Result<Vec<String>> {
-    let deny = fs::read_to_string(root.join("deny.toml")).context("deny.toml")?;
-    let allowed = allowed_licences(&deny)?;
-    // All platforms' dependencies, if they are here or can be fetched; else those of this machine.
-    let metadata = match crate::metadata(root, &["--locked"]) {
-        Ok(metadata) => metadata,
-        Err(_) => crate::metadata(root, &["--offline", "--filter-platform", &host()?])?,
-    };
-    let mut problems = Vec::new();
-    for package in metadata["packages"].as_array().into_iter().flatten() {
-        let (name, version) = (text(package, "name"), text(package, "version"));
-        match package["license"].as_str() {
-            Some(expression) => match accepts(expression, &allowed) {
-                Ok(true) => {}
-                Ok(false) => problems.push(format!("{name} {version}: {expression}")),
-                Err(error) => problems.push(format!("{name} {version}: {error}")),
-            },
-            None => problems.push(format!("{name} {version}: names no licence")),
-        }
+/// What is wrong with a package's licence; `None` if it is allowed.
+pub(super) fn problem(expression: Option<&str>, allowed: &[String]) -> Option<String> {
+    let Some(expression) = expression else { return Some("names no licence".into()) };
+    match accepts(expression, allowed) {
+        Ok(true) => None,
+        Ok(false) => Some(format!("its licence {expression} is not allowed")),
+        Err(error) => Some(format!("its licence {expression}: {error}")),
     }
-    Ok(problems)
-}
-
-/// The triple of this machine.
-fn host() -> anyhow::Result<String> {
-    let output = std::process::Command::new("rustc").arg("-vV").output()?;
-    let text = String::from_utf8(output.stdout)?;
-    let line = text.lines().find_map(|line| line.strip_prefix("host: "));
-    Ok(line.context("rustc -vV names no host")?.to_owned())
-}
-
-fn text<'a>(value: &'a serde_json::Value, key: &str) -> &'a str {
-    value[key].as_str().unwrap_or_default()
-}
-
-/// The list `allow` of the table `[licenses]`.
-fn allowed_licences(deny: &str) -> anyhow::Result<Vec<String>> {
-    let table = deny.split("\n[licenses]").nth(1).context("deny.toml has no [licenses]")?;
-    let list = table.split_once("allow = [").context("[licenses] has no `allow`")?.1;
-    let list = list.split(']').next().unwrap_or_default();
-    Ok(list.split('"').skip(1).step_by(2).map(str::to_owned).collect())
 }
 
 /// Whether an SPDX expression can be satisfied with allowed licences alone. Old manifests write
@@ -121,12 +81,5 @@ mod tests {
             assert_eq!(accepts(expression, &allowed), Ok(false), "{expression}");
         }
         assert!(accepts("(MIT", &allowed).is_err() && accepts("MIT MIT", &allowed).is_err());
-    }
-
-    #[test]
-    fn list_is_read() {
-        let deny =
-            "[a]\nallow = [\"x\"]\n\n[licenses]\nallow = [\n  \"MIT\", # note\n  \"ISC\",\n]\n";
-        assert_eq!(allowed_licences(deny).unwrap(), ["MIT", "ISC"]);
     }
 }
