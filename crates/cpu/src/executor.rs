@@ -31,8 +31,8 @@ use crate::stage::{
 };
 use crate::transform::TransformStage;
 
-/// Whole blocks of as many rows of a prompt are in the prefill form: decoding weights for fewer does
-/// not pay, and pages of the cache do not straddle them.
+/// Whole blocks of as many rows of a prompt are in the prefill form: decoding weights for fewer
+/// does not pay, and pages of the cache do not straddle them.
 const PREFILL_ROWS: usize = 64;
 
 /// Floats below which a piece of elementwise work is not worth waking the gang.

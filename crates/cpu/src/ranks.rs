@@ -23,7 +23,8 @@ pub struct Ranks {
 }
 
 impl Ranks {
-    /// Room for what `stages` gather in steps of `rows_max` rows; logits take theirs when asked for.
+    /// Room for what `stages` gather in steps of `rows_max` rows; logits take theirs when asked
+    /// for.
     pub fn new(collective: Arc<HostCollective>, stages: &[Stage], rows_max: usize) -> Self {
         let width = stages.iter().map(|stage| match stage {
             Stage::AllGather { out, .. } => out.width(),

@@ -67,8 +67,8 @@ pub struct Global {
     #[arg(long, global = true, value_name = "F", help_heading = "Everywhere",
           value_parser = parse_kv_format)]
     pub kv_format: Option<KvFormat>,
-    /// A folder with a LoRA adapter (PEFT's layout) that MODEL is used with, in place of the one that
-    /// its own folder may hold in `adapter/`; `none` leaves that one out
+    /// A folder with a LoRA adapter (PEFT's layout) that MODEL is used with, in place of the one
+    /// that its own folder may hold in `adapter/`; `none` leaves that one out
     #[arg(long, global = true, value_name = "DIR|none", help_heading = "Everywhere",
           value_parser = parse_adapter)]
     pub adapter: Option<AdapterChoice>,

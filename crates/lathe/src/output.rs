@@ -12,7 +12,8 @@ use serde::Serialize;
 #[error("{0}")]
 pub struct InputError(pub String);
 
-/// The caller stopped the command with Ctrl-C, exit code 130 as for a process that the signal ended.
+/// The caller stopped the command with Ctrl-C, exit code 130 as for a process that the signal
+/// ended.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub struct Interrupted;

@@ -1,9 +1,9 @@
 //! Calibration: runs the served program, one layer at a time, and keeps [`Statistics`] of what its
 //! linear layers read.
 //!
-//! A layer is a [`Section`] whose input is the stream that the layers before it made, so that memory
-//! is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's size, and any
-//! backend will do. Each window of the text begins with an empty cache.
+//! A layer is a [`Section`] whose input is the stream that the layers before it made, so that
+//! memory is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's
+//! size, and any backend will do. Each window of the text begins with an empty cache.
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -244,7 +244,8 @@ pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride
 pub(crate) struct Observed(BTreeMap<Value, Arc<Statistics>>);
 
 impl Observed {
-    /// Nothing yet, of `values` with their widths, with `products` of different channels or without.
+    /// Nothing yet, of `values` with their widths, with `products` of different channels or
+    /// without.
     pub fn new(values: impl Iterator<Item = (Value, usize)>, products: bool) -> Self {
         let new = if products { Statistics::new } else { Statistics::without_products };
         Self(values.map(|(value, width)| (value, Arc::new(new(width)))).collect())

@@ -26,8 +26,8 @@ pub struct Section {
 }
 
 impl Section {
-    /// Ops `range` of `program`; `taps` are handed out, and after them what the head makes, if it is
-    /// among the ops: logits without their scale and softcap.
+    /// Ops `range` of `program`; `taps` are handed out, and after them what the head makes, if it
+    /// is among the ops: logits without their scale and softcap.
     ///
     /// # Errors
     /// If the ops read more than one value that is made outside of them.

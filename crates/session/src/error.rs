@@ -86,7 +86,10 @@ pub enum SessionError {
     #[error("--device {0}: this build of lathe has no {1} backend")]
     NoDevice(&'static str, &'static str),
     /// The program cannot be divided over ranks as asked.
-    #[error("--tensor-parallel {ranks}{}: {reason}", if *.by_expert { " --expert-parallel" } else { "" })]
+    #[error(
+        "--tensor-parallel {ranks}{}: {reason}",
+        if *.by_expert { " --expert-parallel" } else { "" }
+    )]
     Ranks {
         /// Ranks that were asked for.
         ranks: usize,

@@ -4,8 +4,8 @@
 //! sees. Positions are walked in tiles of 64 and segments of 512, both aligned to absolute
 //! positions; a segment starts from nothing, and segments are merged in order. So a row gives the
 //! same bits alone and in a chunk, on one worker and on many, wherever its blocks lie. Positions
-//! that a row does not see contribute exactly nothing. Rows in the prefill form have products of their own where the machine
-//! has AMX ([`split`]).
+//! that a row does not see contribute exactly nothing. Rows in the prefill form have products of
+//! their own where the machine has AMX ([`split`]).
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -38,7 +38,8 @@ pub const SEGMENT: usize = 512;
 /// Query vectors that share one pass over the keys: rows of a task times query heads of a key head.
 const VECTORS_MAX: usize = 64;
 
-/// The same for rows whose products are split ([`split`]): keys and values are split once for all of them.
+/// The same for rows whose products are split ([`split`]): keys and values are split once for all
+/// of them.
 const VECTORS_SPLIT: usize = 192;
 
 /// The same where keys are made from latents.
@@ -211,7 +212,8 @@ impl Attention {
     ///
     /// # Safety
     /// The job's rows are valid for the step's rows, `out` overlaps nothing else and nobody else
-    /// touches it; nobody writes the cache meanwhile; the tables hold every position that a row sees.
+    /// touches it; nobody writes the cache meanwhile; the tables hold every position that a row
+    /// sees.
     pub unsafe fn run(&mut self, gang: &Gang, job: &AttendJob<'_>) {
         let shape = job.shape;
         let capacity = self.partials.bytes() / size_of::<f32>() / shape.partial_stride();

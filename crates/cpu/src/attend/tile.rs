@@ -299,7 +299,8 @@ impl Piece<'_> {
         unsafe { split::multiply(products, (queries, keys, chunks), (scores, TILE), true) };
     }
 
-    /// Adds the values of the tile's positions `filled` by some rows' weights, which are in `columns`.
+    /// Adds the values of the tile's positions `filled` by some rows' weights, which are in
+    /// `columns`.
     unsafe fn split_sums(
         &self,
         products: SplitProducts,

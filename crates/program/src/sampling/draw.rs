@@ -10,8 +10,8 @@ use crate::logits::{best_first, exp_negative, finite, maximum, sum, top};
 /// A number in `[0, 1)` that depends on its arguments alone: the first 64 bits of a ChaCha8 stream,
 /// the upper 53 of them times 2^-53.
 ///
-/// The stream number (the 64-bit nonce) is the counter, and the block counter starts at 0. The eight
-/// words of the key come from PCG32 with the seed as its state, as `rand_core::SeedableRng`'s
+/// The stream number (the 64-bit nonce) is the counter, and the block counter starts at 0. The
+/// eight words of the key come from PCG32 with the seed as its state, as `rand_core::SeedableRng`'s
 /// `seed_from_u64` has it: the state becomes `state * 6364136223846793005 + 11634580027462260723`,
 /// then the word is `((state >> 18 ^ state) >> 27) as u32`, rotated right by `state >> 59`.
 pub fn uniform(seed: u64, counter: u64) -> f64 {

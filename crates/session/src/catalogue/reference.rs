@@ -28,8 +28,8 @@ pub struct HubReference {
 }
 
 impl Reference {
-    /// Understands `text`: a catalogue name, an existing path, or a Hub id. (A folder that happens to
-    /// be called like a catalogue entry is reached as `./name`.)
+    /// Understands `text`: a catalogue name, an existing path, or a Hub id. (A folder that happens
+    /// to be called like a catalogue entry is reached as `./name`.)
     pub fn parse(text: &str) -> Result<Self, CatalogueError> {
         let unknown =
             |reason: String| CatalogueError::Unknown { reference: text.to_owned(), reason };

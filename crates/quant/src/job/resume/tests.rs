@@ -90,7 +90,8 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
 
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("run");
-        // One section makes the stream; a layer is two, and one more where the float model's runs too.
+        // One section makes the stream; a layer is two, and one more where the float model's runs
+        // too.
         let a_layer = if method.ends_with("gptaq") { 3 } else { 2 };
         let left = Cell::new(2 * a_layer);
         let failing = Failing { reference: ReferenceBackend::new(), left };
