@@ -40,7 +40,7 @@ const ALONE_FLOATS: usize = 8192;
 
 /// A prepared program on the CPU.
 #[derive(Debug)]
-pub struct CpuExecutor {
+pub(crate) struct CpuExecutor {
     pub(crate) program: Arc<Program>,
     pub(crate) stages: Vec<Stage>,
     /// Whether products of prompts' rows differ from those of decoding rows.
@@ -100,7 +100,7 @@ pub(crate) struct Angles {
 
 impl Angles {
     /// Room for `rows_max` rows.
-    pub fn new(table: &RopeTable, rows_max: usize) -> Result<Self, BackendError> {
+    pub(crate) fn new(table: &RopeTable, rows_max: usize) -> Result<Self, BackendError> {
         let pairs = table.inverse_frequencies.len();
         let memory = Memory::zeroed(rows_max * 2 * pairs * size_of::<f32>(), "rotary angles")?;
         Ok(Self { memory, pairs })

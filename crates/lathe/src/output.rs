@@ -10,21 +10,21 @@ use serde::Serialize;
 /// The caller's mistake: bad usage or bad input, exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct InputError(pub String);
+pub(crate) struct InputError(pub String);
 
 /// The caller stopped the command with Ctrl-C, exit code 130 as for a process that the signal
 /// ended.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
-pub struct Interrupted;
+pub(crate) struct Interrupted;
 
 /// An error that says that the input is bad.
-pub fn bad_input(message: impl Display) -> Error {
+pub(crate) fn bad_input(message: impl Display) -> Error {
     InputError(message.to_string()).into()
 }
 
 /// Marks errors as the input's fault.
-pub trait InputContext<T> {
+pub(crate) trait InputContext<T> {
     /// As an input error whose text is the error's own.
     fn bad_input(self) -> Result<T, Error>;
     /// As an input error that begins with `what`.
@@ -42,7 +42,7 @@ impl<T, E: Into<Error>> InputContext<T> for Result<T, E> {
 }
 
 /// The error and its causes on one line.
-pub fn one_line(error: &Error) -> String {
+pub(crate) fn one_line(error: &Error) -> String {
     let mut parts: Vec<String> = Vec::new();
     for cause in error.chain() {
         let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
@@ -55,7 +55,7 @@ pub fn one_line(error: &Error) -> String {
 }
 
 /// How the process ends because of `error`.
-pub fn exit_code(error: &Error) -> u8 {
+pub(crate) fn exit_code(error: &Error) -> u8 {
     if is_broken_pipe(error) {
         // The reader of our output went away (`lathe run ... | head`): nobody is left to tell.
         return 0;
@@ -70,21 +70,21 @@ pub fn exit_code(error: &Error) -> u8 {
 }
 
 /// Whether stdout has no reader any more.
-pub fn is_broken_pipe(error: &Error) -> bool {
+pub(crate) fn is_broken_pipe(error: &Error) -> bool {
     error.chain().any(|cause| {
         cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
     })
 }
 
 /// Writes the command's one JSON object.
-pub fn print_json(value: &impl Serialize) -> Result<(), Error> {
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Error> {
     let mut text = serde_json::to_string(value)?;
     text.push('\n');
     print(&text)
 }
 
 /// Writes to stdout at once, whatever it is.
-pub fn print(text: &str) -> Result<(), Error> {
+pub(crate) fn print(text: &str) -> Result<(), Error> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()?;
@@ -92,7 +92,7 @@ pub fn print(text: &str) -> Result<(), Error> {
 }
 
 /// Numbers for people: `1.23 G`.
-pub fn human_count(count: f64) -> String {
+pub(crate) fn human_count(count: f64) -> String {
     let mut value = count;
     let mut unit = "";
     for next in ["k", "M", "G", "T", "P"] {

@@ -179,7 +179,7 @@ pub(crate) struct Prepared<'a> {
 
 impl Prepared<'_> {
     /// How many windows the text has.
-    pub fn windows(&self) -> usize {
+    pub(crate) fn windows(&self) -> usize {
         self.tokens.len().div_ceil(self.window)
     }
 
@@ -187,7 +187,11 @@ impl Prepared<'_> {
     ///
     /// # Errors
     /// If the backend fails.
-    pub fn run(&mut self, index: usize, seen: &mut dyn FnMut(Seen<'_>)) -> Result<(), QuantError> {
+    pub(crate) fn run(
+        &mut self,
+        index: usize,
+        seen: &mut dyn FnMut(Seen<'_>),
+    ) -> Result<(), QuantError> {
         let Self { executor, program, tokens, stream, window, stride } = self;
         let first = index * *window;
         let text = &tokens[first..tokens.len().min(first + *window)];
@@ -246,13 +250,13 @@ pub(crate) struct Observed(BTreeMap<Value, Arc<Statistics>>);
 impl Observed {
     /// Nothing yet, of `values` with their widths, with `products` of different channels or
     /// without.
-    pub fn new(values: impl Iterator<Item = (Value, usize)>, products: bool) -> Self {
+    pub(crate) fn new(values: impl Iterator<Item = (Value, usize)>, products: bool) -> Self {
         let new = if products { Statistics::new } else { Statistics::without_products };
         Self(values.map(|(value, width)| (value, Arc::new(new(width)))).collect())
     }
 
     /// Adds what one window made of each of `values`; those that are not observed are passed over.
-    pub fn add(&mut self, values: &[Value], rows: &[&[f32]]) {
+    pub(crate) fn add(&mut self, values: &[Value], rows: &[&[f32]]) {
         let rows: BTreeMap<&Value, &&[f32]> = values.iter().zip(rows).collect();
         let all: Vec<(&Value, &mut Arc<Statistics>)> = self.0.iter_mut().collect();
         // Together: a narrow input alone does not keep all threads busy.
@@ -263,7 +267,7 @@ impl Observed {
         });
     }
 
-    pub fn of(&self, value: Value) -> Option<&Arc<Statistics>> {
+    pub(crate) fn of(&self, value: Value) -> Option<&Arc<Statistics>> {
         self.0.get(&value)
     }
 }

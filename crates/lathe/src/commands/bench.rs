@@ -114,7 +114,7 @@ struct Prepared {
 }
 
 /// Measures.
-pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     check(arguments)?;
     let shape = match arguments.dummy_weights {
         true => dummy_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?,

@@ -99,7 +99,7 @@ struct Fit {
 }
 
 /// Tells.
-pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
     let shape =
         describe_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?;
     let spec = shape.spec();

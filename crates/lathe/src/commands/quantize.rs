@@ -101,7 +101,7 @@ impl Target {
 }
 
 /// Quantizes.
-pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
     let out = &arguments.out;
     let target = Target::of(arguments)?;
     check_new(out, target)?;

@@ -36,7 +36,11 @@ struct Report<'a> {
 }
 
 /// Answers; the process began at `started`.
-pub fn run(global: &Global, arguments: &RunArguments, started: Instant) -> Result<(), Error> {
+pub(super) fn run(
+    global: &Global,
+    arguments: &RunArguments,
+    started: Instant,
+) -> Result<(), Error> {
     refuse_drafting(arguments)?;
     let typed = read_prompt(arguments)?;
     let interrupts = Interrupts::install(Insist::Ends)?;

@@ -22,7 +22,12 @@ pub fn uniform(seed: u64, counter: u64) -> f64 {
 
 /// Draws a token by inverting the cumulative distribution at `point` in `[0, 1)`; `None` if
 /// nothing can be drawn.
-pub fn draw(logits: &[f32], sampling: &Sampling, point: f64, buffers: &mut Buffers) -> Option<u32> {
+pub(super) fn draw(
+    logits: &[f32],
+    sampling: &Sampling,
+    point: f64,
+    buffers: &mut Buffers,
+) -> Option<u32> {
     let best = maximum(logits);
     if best == f32::NEG_INFINITY {
         return None;
@@ -59,7 +64,7 @@ pub fn draw(logits: &[f32], sampling: &Sampling, point: f64, buffers: &mut Buffe
 
 /// Scratch memory, so that drawing allocates nothing.
 #[derive(Debug, Default)]
-pub struct Buffers {
+pub(super) struct Buffers {
     /// `[vocabulary]`, each token's probability relative to the best one's.
     weights: Vec<f32>,
     /// Tokens that may be drawn, with their weights.

@@ -160,7 +160,7 @@ pub(crate) mod tests {
     use super::*;
 
     /// A model of layers with these KLs, whose one tensor each has an error of these parts.
-    pub fn explanation(kls: &[f64], sources: Sources) -> Explanation {
+    pub(crate) fn explanation(kls: &[f64], sources: Sources) -> Explanation {
         let measured = Measured { sqnr_db: 20.0, theory_sqnr_db: 20.0, sources };
         let error = TensorError {
             weights: measured,

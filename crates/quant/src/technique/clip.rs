@@ -65,7 +65,11 @@ pub(super) enum Measure {
 
 impl Measure {
     /// The measure called `error` for blocks of `block_columns`.
-    pub fn new(error: &str, statistics: Option<&Statistics>, block_columns: usize) -> Option<Self> {
+    pub(super) fn new(
+        error: &str,
+        statistics: Option<&Statistics>,
+        block_columns: usize,
+    ) -> Option<Self> {
         match error {
             "channel" => statistics.map(|it| Measure::Channel(it.squares())),
             "output" => statistics.map(|it| Measure::Output(blocks_of(it, block_columns))),
@@ -78,7 +82,7 @@ impl Measure {
     ///
     /// # Errors
     /// [`QuantError::Unobserved`] if it asks for statistics and there are none.
-    pub fn of_inputs(
+    pub(super) fn of_inputs(
         technique: &'static str,
         error: &str,
         statistics: Option<&Statistics>,
