@@ -41,11 +41,31 @@ impl<T, E: Into<Error>> InputContext<T> for Result<T, E> {
     }
 }
 
+/// The library's error in the words of the command line: with the flag that is at fault, or that
+/// helps. `None` where the library's own words say it all.
+fn in_flags(error: &SessionError) -> Option<String> {
+    Some(match error {
+        SessionError::Format(_) => format!("--format: {error}"),
+        SessionError::NoDevice(_) => format!("--device cuda: {error}"),
+        SessionError::Ranks { ranks, by_expert, reason } => {
+            let experts = if *by_expert { " --expert-parallel" } else { "" };
+            format!("--tensor-parallel {ranks}{experts}: {reason}")
+        }
+        SessionError::NoTokenizer { .. } => format!("{error}; give token ids instead"),
+        SessionError::NoChatTemplate { .. } => format!("{error}; try lathe run --raw"),
+        SessionError::AdapterLost { .. } => format!("{error}, expected --adapter none"),
+        SessionError::AdapterOfDummy(_) => format!("--{error}"),
+        _ => return None,
+    })
+}
+
 /// The error and its causes on one line.
 pub(crate) fn one_line(error: &Error) -> String {
     let mut parts: Vec<String> = Vec::new();
     for cause in error.chain() {
-        let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        let flags = cause.downcast_ref::<SessionError>().and_then(in_flags);
+        let text = flags.unwrap_or_else(|| cause.to_string());
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         // Many errors repeat their cause in their own text.
         if !parts.last().is_some_and(|last| last.contains(&text)) {
             parts.push(text);

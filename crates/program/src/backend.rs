@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use lathe_tensor::Tensor;
+use lathe_tensor::{Format, Tensor};
 
 use crate::kv::KvFormat;
 use crate::op::{Routing, Weight};
@@ -179,6 +179,11 @@ pub trait Backend {
     /// How the cache stores numbers if [`ExecutorOptions::kv_format`] does not say; `exact` as
     /// there.
     fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat;
+    /// Whether a matrix of `columns` columns may have its numbers in `format`.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] or [`BackendError::Weight`] say what the backend takes.
+    fn runs_format(&self, format: Format, columns: usize) -> Result<(), BackendError>;
     /// Loads weights, lays them out, and allocates the cache.
     ///
     /// # Errors

@@ -114,7 +114,7 @@ pub(super) fn run(global: &Global, arguments: &InspectArguments) -> Result<(), E
         None => memory::available_bytes(),
     };
     let program = program_for(spec, context)?;
-    let kv_format = global.options().cache_format();
+    let kv_format = global.options().cache_format(&program)?;
     let sizes = shape.sizes(&program)?;
     let parameters = ParameterCount::of(spec, &program);
     let measure = || Roofs::measure(&global.options(), &sizes);

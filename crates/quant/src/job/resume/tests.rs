@@ -9,6 +9,7 @@ use lathe_program::{
     Backend, BackendError, DeviceMemory, Executor, ExecutorOptions, KvFormat, Missing, Program,
     WeightSource,
 };
+use lathe_tensor::Format;
 
 use super::super::tests::{TOKENS, open};
 use super::*;
@@ -35,6 +36,10 @@ impl Backend for Failing {
 
     fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat {
         self.reference.default_kv_format(program, exact)
+    }
+
+    fn runs_format(&self, format: Format, columns: usize) -> Result<(), BackendError> {
+        self.reference.runs_format(format, columns)
     }
 
     fn prepare(
