@@ -7,6 +7,7 @@ use lathe_program::{
     HostCollective, KvFormat, Missing, Op, Program, SequenceTables, SingleRank, WeightSource,
     check_program,
 };
+use lathe_tensor::Format;
 
 use crate::attend::Attention;
 use crate::attend::split::SplitProducts;
@@ -18,6 +19,7 @@ use crate::isa::Isa;
 use crate::lanes::Width;
 use crate::latent::{LatentScratch, LatentStage};
 use crate::linear::Activations;
+use crate::pack::PackedMatrix;
 use crate::plan::{Buffers, Planner, attend_shape, unsupported};
 use crate::profile::Profile;
 use crate::ranks::Ranks;
@@ -77,6 +79,10 @@ impl Backend for CpuBackend {
 
     fn default_kv_format(&self, _: &Program, exact: bool) -> KvFormat {
         default_format(exact)
+    }
+
+    fn runs_format(&self, format: Format, columns: usize) -> Result<(), BackendError> {
+        PackedMatrix::check(format, columns)
     }
 
     fn prepare(

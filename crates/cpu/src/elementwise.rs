@@ -11,7 +11,7 @@ use crate::lanes::{Kernel, LANES, Lanes, math};
 use crate::rows::Rows;
 
 /// [`lathe_program::Op::Norm`].
-pub struct Norm<'a> {
+pub(crate) struct Norm<'a> {
     /// `[rows, groups * n]`.
     pub input: Rows,
     /// `[n]` or `[groups * n]`.
@@ -124,7 +124,7 @@ fn vectors(n: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 /// [`lathe_program::Op::Add`].
-pub struct Add {
+pub(crate) struct Add {
     /// `[rows, n]`.
     pub left: Rows,
     /// `[rows, n]`.
@@ -157,7 +157,7 @@ impl Kernel for Add {
 }
 
 /// [`lathe_program::Op::Activate`].
-pub struct Activate {
+pub(crate) struct Activate {
     /// `[rows, n]`.
     pub gate: Rows,
     /// `[rows, n]`, for the gated kinds.
@@ -215,7 +215,7 @@ impl Activate {
 }
 
 /// [`lathe_program::Op::Gate`] with a sigmoid.
-pub struct SigmoidGate {
+pub(crate) struct SigmoidGate {
     /// `[rows, n]`.
     pub input: Rows,
     /// `[rows, m]`, `m` divides `n`.
@@ -256,7 +256,7 @@ impl Kernel for SigmoidGate {
 }
 
 /// [`lathe_program::Op::Rope`].
-pub struct Rotate {
+pub(crate) struct Rotate {
     /// `[rows, heads * head_dim]`.
     pub input: Rows,
     /// Heads in a row.
@@ -336,7 +336,7 @@ impl Rotate {
 ///
 /// # Safety
 /// `rows` of `out` are valid and this call's own.
-pub unsafe fn fill_angles(
+pub(crate) unsafe fn fill_angles(
     frequencies: &[f32],
     magnitude: f32,
     positions: &[u32],

@@ -31,8 +31,8 @@ use crate::stage::{
 };
 use crate::transform::TransformStage;
 
-/// Whole blocks of as many rows of a prompt are in the prefill form: decoding weights for fewer does
-/// not pay, and pages of the cache do not straddle them.
+/// Whole blocks of as many rows of a prompt are in the prefill form: decoding weights for fewer
+/// does not pay, and pages of the cache do not straddle them.
 const PREFILL_ROWS: usize = 64;
 
 /// Floats below which a piece of elementwise work is not worth waking the gang.
@@ -40,7 +40,7 @@ const ALONE_FLOATS: usize = 8192;
 
 /// A prepared program on the CPU.
 #[derive(Debug)]
-pub struct CpuExecutor {
+pub(crate) struct CpuExecutor {
     pub(crate) program: Arc<Program>,
     pub(crate) stages: Vec<Stage>,
     /// Whether products of prompts' rows differ from those of decoding rows.
@@ -100,7 +100,7 @@ pub(crate) struct Angles {
 
 impl Angles {
     /// Room for `rows_max` rows.
-    pub fn new(table: &RopeTable, rows_max: usize) -> Result<Self, BackendError> {
+    pub(crate) fn new(table: &RopeTable, rows_max: usize) -> Result<Self, BackendError> {
         let pairs = table.inverse_frequencies.len();
         let memory = Memory::zeroed(rows_max * 2 * pairs * size_of::<f32>(), "rotary angles")?;
         Ok(Self { memory, pairs })

@@ -80,7 +80,7 @@ impl HeadMatrices {
 
 /// One latent attention, ready to run.
 #[derive(Debug)]
-pub struct LatentStage {
+pub(crate) struct LatentStage {
     /// The numbers of the attention over latents.
     pub shape: AttendShape,
     /// The numbers of the attention over keys and values made from them.
@@ -102,7 +102,7 @@ impl LatentStage {
     /// Lays the matrices out; `key_up` is `[heads * nope_dim, rank]` and `value_up`
     /// `[heads * value_dim, rank]`. Where the cache's latents are `rotated` (int4), both are too,
     /// once and for all: `K c = (K H)(H c)`.
-    pub fn new(
+    pub(crate) fn new(
         spec: &LatentSpec,
         layer: usize,
         (query, out): (Rows, Rows),
@@ -131,7 +131,7 @@ impl LatentStage {
 
     /// The attention over latents as one over a single key head, and that over the keys and values
     /// that are made from them.
-    pub fn shapes(spec: &LatentSpec) -> [AttendShape; 2] {
+    pub(crate) fn shapes(spec: &LatentSpec) -> [AttendShape; 2] {
         let absorbed = AttendShape {
             kv_heads: 1,
             group: spec.heads,
@@ -154,7 +154,7 @@ impl LatentStage {
     }
 
     /// Bytes of the matrices as laid out.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.key_up.bytes() + self.value_up.bytes()
     }
 
@@ -162,7 +162,7 @@ impl LatentStage {
     ///
     /// # Safety
     /// The query and `scratch.query` are valid for these rows, and nobody else touches the latter.
-    pub unsafe fn absorb(
+    pub(crate) unsafe fn absorb(
         &self,
         (width, gang): (Width, &Gang),
         rows: Range<usize>,
@@ -197,7 +197,7 @@ impl LatentStage {
     ///
     /// # Safety
     /// As [`LatentStage::absorb`], for `scratch.latents` and the output.
-    pub unsafe fn expand(
+    pub(crate) unsafe fn expand(
         &self,
         (width, gang): (Width, &Gang),
         rows: Range<usize>,
@@ -221,7 +221,7 @@ impl LatentStage {
     }
 
     /// The query and output of the attention over latents.
-    pub fn latent_rows(&self, scratch: &LatentScratch) -> (Rows, Rows) {
+    pub(crate) fn latent_rows(&self, scratch: &LatentScratch) -> (Rows, Rows) {
         let spec = &self.spec;
         let query =
             Rows::new(scratch.query.pointer().cast(), spec.heads * (spec.rank + spec.rope_dim));
@@ -291,7 +291,7 @@ impl Expand for LatentStage {
 
 /// Memory for queries in the latent space and weighted latents of a step.
 #[derive(Debug)]
-pub struct LatentScratch {
+pub(crate) struct LatentScratch {
     query: Memory,
     latents: Memory,
 }
@@ -301,7 +301,7 @@ impl LatentScratch {
     ///
     /// # Errors
     /// [`BackendError::Memory`].
-    pub fn new<'a>(
+    pub(crate) fn new<'a>(
         specs: impl Iterator<Item = &'a LatentSpec>,
         rows_max: usize,
     ) -> Result<Self, BackendError> {

@@ -7,7 +7,7 @@ use lathe_program::BackendError;
 
 /// Start of the memory, of pages of the cache and of activation buffers: a cache line, and the
 /// widest register.
-pub const ALIGNMENT: usize = 64;
+pub(crate) const ALIGNMENT: usize = 64;
 
 // What the allocator promises anyway. Asking for more would make it clear the memory by hand,
 // which touches every page; so the first aligned byte is found here instead.
@@ -15,7 +15,7 @@ const ASKED_ALIGNMENT: usize = 16;
 
 /// Zeroed bytes that several workers may read and write at disjoint places.
 #[derive(Debug)]
-pub struct Memory {
+pub(crate) struct Memory {
     start: NonNull<u8>,
     layout: Layout,
     bytes: usize,
@@ -32,7 +32,7 @@ impl Memory {
     ///
     /// # Errors
     /// [`BackendError::Memory`] if the system does not have them.
-    pub fn zeroed(bytes: usize, what: &'static str) -> Result<Self, BackendError> {
+    pub(crate) fn zeroed(bytes: usize, what: &'static str) -> Result<Self, BackendError> {
         let error = BackendError::Memory { what, bytes };
         let Some(asked) = bytes.checked_add(ALIGNMENT) else { return Err(error) };
         let Ok(layout) = Layout::from_size_align(asked, ASKED_ALIGNMENT) else { return Err(error) };
@@ -43,13 +43,13 @@ impl Memory {
     }
 
     /// Number of bytes.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// The first byte, aligned to [`ALIGNMENT`]; `bytes()` of them may be read and written as
     /// long as no two threads touch the same byte at once while one of them writes.
-    pub fn pointer(&self) -> *mut u8 {
+    pub(crate) fn pointer(&self) -> *mut u8 {
         let start = self.start.as_ptr();
         // SAFETY: the allocation has `ALIGNMENT` bytes more than `bytes`.
         unsafe { start.add(start.align_offset(ALIGNMENT)) }

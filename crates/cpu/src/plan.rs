@@ -21,7 +21,7 @@ use crate::transform::{Transform, TransformStage};
 use crate::weights::Weights;
 
 /// What keeps the stages from running `op`, if anything does.
-pub fn unsupported(op: &Op) -> Option<String> {
+pub(crate) fn unsupported(op: &Op) -> Option<String> {
     let Op::Route { spec, .. } = op else { return None };
     let many = spec.groups.is_some_and(|groups| groups.groups > ROUTER_GROUPS_MAX);
     many.then(|| format!("routers with more than {ROUTER_GROUPS_MAX} groups of experts"))
@@ -32,7 +32,7 @@ const ROUTER_GROUPS_MAX: usize = 256;
 
 /// The buffers of a program's values.
 #[derive(Debug)]
-pub struct Buffers {
+pub(crate) struct Buffers {
     memory: Memory,
     plan: BufferPlan,
     /// Bytes from the start to each slot.
@@ -45,7 +45,7 @@ impl Buffers {
     ///
     /// # Errors
     /// [`BackendError::Memory`].
-    pub fn new(program: &Program, rows_max: usize) -> Result<Self, BackendError> {
+    pub(crate) fn new(program: &Program, rows_max: usize) -> Result<Self, BackendError> {
         let plan = program.buffer_plan();
         let mut bytes = 0usize;
         let mut offsets = Vec::with_capacity(plan.slot_widths.len());
@@ -61,7 +61,7 @@ impl Buffers {
     }
 
     /// The buffer of `value`.
-    pub fn rows(&self, value: Value) -> Rows {
+    pub(crate) fn rows(&self, value: Value) -> Rows {
         let start = self.memory.pointer().wrapping_add(self.offsets[self.plan.slot(value)]);
         Rows::new(start.cast(), self.widths[value.0 as usize])
     }
@@ -72,7 +72,7 @@ impl Buffers {
 }
 
 /// Makes the stages of a program.
-pub struct Planner<'a> {
+pub(crate) struct Planner<'a> {
     program: &'a Program,
     weights: &'a Weights,
     buffers: &'a Buffers,
@@ -92,7 +92,7 @@ enum Prelude {
 
 impl<'a> Planner<'a> {
     /// A planner for one program.
-    pub fn new(
+    pub(crate) fn new(
         program: &'a Program,
         weights: &'a Weights,
         buffers: &'a Buffers,
@@ -110,7 +110,7 @@ impl<'a> Planner<'a> {
     ///
     /// # Errors
     /// [`BackendError::Unsupported`] for an op or a choice without a kernel.
-    pub fn stages(&self) -> Result<Vec<Stage>, BackendError> {
+    pub(crate) fn stages(&self) -> Result<Vec<Stage>, BackendError> {
         let mut stages = Vec::new();
         let mut at = 0;
         while at < self.program.ops.len() {
@@ -395,7 +395,7 @@ impl<'a> Planner<'a> {
 }
 
 /// The numbers of an attention over heads.
-pub fn attend_shape(spec: &lathe_program::AttendSpec) -> AttendShape {
+pub(crate) fn attend_shape(spec: &lathe_program::AttendSpec) -> AttendShape {
     AttendShape {
         kv_heads: spec.kv_heads,
         group: spec.heads / spec.kv_heads,

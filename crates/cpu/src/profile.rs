@@ -7,7 +7,7 @@ use crate::stage::Stage;
 
 /// Times of all steps so far.
 #[derive(Debug, Default)]
-pub struct Profile {
+pub(crate) struct Profile {
     on: bool,
     /// Steps of one row, and of more.
     steps: [u64; 2],
@@ -16,17 +16,17 @@ pub struct Profile {
 
 impl Profile {
     /// On if the environment says so.
-    pub fn from_environment() -> Self {
+    pub(crate) fn from_environment() -> Self {
         Self { on: std::env::var("LATHE_PROFILE").is_ok_and(|v| v == "1"), ..Self::default() }
     }
 
     /// The time now, if anyone wants to know.
-    pub fn start(&self) -> Option<Instant> {
+    pub(crate) fn start(&self) -> Option<Instant> {
         self.on.then(Instant::now)
     }
 
     /// Counts the time since `start` for `stage`'s kind, in a step of `rows`.
-    pub fn stop(&mut self, stage: &Stage, rows: usize, start: Option<Instant>) {
+    pub(crate) fn stop(&mut self, stage: &Stage, rows: usize, start: Option<Instant>) {
         if let Some(start) = start {
             let (time, count) = &mut self.kinds[usize::from(rows > 1)][stage.kind()];
             *time += start.elapsed();
@@ -35,7 +35,7 @@ impl Profile {
     }
 
     /// Counts a step of `rows`.
-    pub fn step(&mut self, rows: usize) {
+    pub(crate) fn step(&mut self, rows: usize) {
         self.steps[usize::from(rows > 1)] += 1;
     }
 }

@@ -12,7 +12,7 @@ use crate::stage::Stage;
 
 /// One rank's end of a group, and its buffers.
 #[derive(Debug)]
-pub struct Ranks {
+pub(crate) struct Ranks {
     collective: Arc<HostCollective>,
     /// This rank's logits, `[asked, tokens of this rank]`.
     logits: Vec<f32>,
@@ -23,8 +23,9 @@ pub struct Ranks {
 }
 
 impl Ranks {
-    /// Room for what `stages` gather in steps of `rows_max` rows; logits take theirs when asked for.
-    pub fn new(collective: Arc<HostCollective>, stages: &[Stage], rows_max: usize) -> Self {
+    /// Room for what `stages` gather in steps of `rows_max` rows; logits take theirs when asked
+    /// for.
+    pub(crate) fn new(collective: Arc<HostCollective>, stages: &[Stage], rows_max: usize) -> Self {
         let width = stages.iter().map(|stage| match stage {
             Stage::AllGather { out, .. } => out.width(),
             _ => 0,
@@ -37,7 +38,7 @@ impl Ranks {
     ///
     /// # Errors
     /// If another rank has gone or made another call.
-    pub fn sum(&self, values: &mut [f32]) -> Result<(), CollectiveError> {
+    pub(crate) fn sum(&self, values: &mut [f32]) -> Result<(), CollectiveError> {
         self.collective.all_reduce_sum(values)
     }
 
@@ -46,7 +47,7 @@ impl Ranks {
     ///
     /// # Errors
     /// As [`Ranks::sum`].
-    pub fn gather(
+    pub(crate) fn gather(
         &mut self,
         part: &[f32],
         width: usize,
@@ -57,7 +58,7 @@ impl Ranks {
     }
 
     /// Room for `floats` logits of this rank.
-    pub fn own_logits(&mut self, floats: usize) -> &mut [f32] {
+    pub(crate) fn own_logits(&mut self, floats: usize) -> &mut [f32] {
         if self.logits.len() < floats {
             self.logits.resize(floats, 0.0);
         }
@@ -69,7 +70,7 @@ impl Ranks {
     ///
     /// # Errors
     /// As [`Ranks::sum`].
-    pub fn gather_logits(
+    pub(crate) fn gather_logits(
         &mut self,
         own_width: usize,
         whole: &mut [f32],

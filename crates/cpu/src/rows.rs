@@ -3,7 +3,7 @@
 /// A view of `[rows, width]` floats, rows one after another. Copies of it may be in the hands of
 /// several workers; kernels see to it that no two touch the same element while one writes.
 #[derive(Debug, Clone, Copy)]
-pub struct Rows {
+pub(crate) struct Rows {
     start: *mut f32,
     width: usize,
 }
@@ -15,18 +15,18 @@ unsafe impl Sync for Rows {}
 
 impl Rows {
     /// Rows of `width` floats at `start`.
-    pub fn new(start: *mut f32, width: usize) -> Self {
+    pub(crate) fn new(start: *mut f32, width: usize) -> Self {
         Self { start, width }
     }
 
     /// Floats in a row.
-    pub fn width(self) -> usize {
+    pub(crate) fn width(self) -> usize {
         self.width
     }
 
     /// The first float of row `index`; valid for reads and writes as far as the buffer goes.
     #[inline(always)]
-    pub fn row(self, index: usize) -> *mut f32 {
+    pub(crate) fn row(self, index: usize) -> *mut f32 {
         self.start.wrapping_add(index * self.width)
     }
 
@@ -35,7 +35,7 @@ impl Rows {
     /// # Safety
     /// The row is within the buffer and nobody writes it while the slice lives.
     #[inline(always)]
-    pub unsafe fn slice<'a>(self, index: usize) -> &'a [f32] {
+    pub(crate) unsafe fn slice<'a>(self, index: usize) -> &'a [f32] {
         // SAFETY: the caller vouches for the row.
         unsafe { std::slice::from_raw_parts(self.row(index), self.width) }
     }
@@ -44,7 +44,7 @@ impl Rows {
     ///
     /// # Safety
     /// They are within the buffer and nobody writes them while the slice lives.
-    pub unsafe fn slices<'a>(self, rows: usize) -> &'a [f32] {
+    pub(crate) unsafe fn slices<'a>(self, rows: usize) -> &'a [f32] {
         // SAFETY: the caller vouches for the rows.
         unsafe { std::slice::from_raw_parts(self.start, rows * self.width) }
     }
@@ -53,7 +53,7 @@ impl Rows {
     ///
     /// # Safety
     /// They are within the buffer and nobody else touches them while the slice lives.
-    pub unsafe fn slices_mut<'a>(self, rows: usize) -> &'a mut [f32] {
+    pub(crate) unsafe fn slices_mut<'a>(self, rows: usize) -> &'a mut [f32] {
         // SAFETY: the caller vouches for the rows.
         unsafe { std::slice::from_raw_parts_mut(self.start, rows * self.width) }
     }

@@ -14,7 +14,7 @@ use crate::transform::TransformStage;
 
 /// A norm's numbers.
 #[derive(Debug)]
-pub struct NormStage {
+pub(crate) struct NormStage {
     /// `[rows, groups * n]`.
     pub input: Rows,
     /// `[n]` or `[groups * n]`.
@@ -33,7 +33,7 @@ pub struct NormStage {
 
 /// A sum's numbers.
 #[derive(Debug, Clone, Copy)]
-pub struct AddStage {
+pub(crate) struct AddStage {
     /// `[rows, n]`.
     pub left: Rows,
     /// `[rows, n]`.
@@ -46,7 +46,7 @@ pub struct AddStage {
 
 /// A nonlinearity's numbers.
 #[derive(Debug, Clone, Copy)]
-pub struct ActivateStage {
+pub(crate) struct ActivateStage {
     /// `[rows, n]`.
     pub gate: Rows,
     /// `[rows, n]`.
@@ -59,7 +59,7 @@ pub struct ActivateStage {
 
 /// What a linear group reads.
 #[derive(Debug)]
-pub enum Source {
+pub(crate) enum Source {
     /// A buffer.
     Rows(Rows),
     /// A norm, made on the way.
@@ -72,7 +72,7 @@ pub enum Source {
 
 /// One matrix of a linear group.
 #[derive(Debug)]
-pub struct PartStage {
+pub(crate) struct PartStage {
     /// `[out, in]`.
     pub matrix: PackedMatrix,
     /// `[out]`.
@@ -85,7 +85,7 @@ pub struct PartStage {
 
 /// A linear group.
 #[derive(Debug)]
-pub struct LinearStage {
+pub(crate) struct LinearStage {
     /// What it reads.
     pub source: Source,
     /// Elements of an input row.
@@ -98,7 +98,7 @@ pub struct LinearStage {
 
 /// The logits.
 #[derive(Debug)]
-pub struct LogitsStage {
+pub(crate) struct LogitsStage {
     /// What it reads: a buffer or a norm.
     pub source: Source,
     /// `[vocabulary, width]`.
@@ -115,7 +115,7 @@ pub struct LogitsStage {
 
 /// A rotation.
 #[derive(Debug, Clone, Copy)]
-pub struct RotateStage {
+pub(crate) struct RotateStage {
     /// `[rows, heads * head_dim]`.
     pub input: Rows,
     /// Heads.
@@ -132,7 +132,7 @@ pub struct RotateStage {
 
 /// An attention over heads.
 #[derive(Debug)]
-pub struct AttendStage {
+pub(crate) struct AttendStage {
     /// The numbers.
     pub shape: AttendShape,
     /// The layer of the cache.
@@ -147,7 +147,7 @@ pub struct AttendStage {
 
 /// One entry of an executor's plan.
 #[derive(Debug)]
-pub enum Stage {
+pub(crate) enum Stage {
     /// Rows of the embedding.
     Embed {
         /// `[vocabulary, width]`.
@@ -240,7 +240,7 @@ pub enum Stage {
 
 impl Stage {
     /// Whether it makes a difference to its products which rows are in the prefill form.
-    pub fn has_prefill_form(&self) -> bool {
+    pub(crate) fn has_prefill_form(&self) -> bool {
         match self {
             Stage::Linear(linear) => linear.operands.has_prefill_form(),
             Stage::Logits(logits) => logits.operands.has_prefill_form(),
@@ -252,7 +252,7 @@ impl Stage {
     }
 
     /// Names of the kinds, by [`Stage::kind`].
-    pub const KINDS: [&str; 19] = [
+    pub(crate) const KINDS: [&str; 19] = [
         "embed",
         "norm",
         "linear",
@@ -275,7 +275,7 @@ impl Stage {
     ];
 
     /// Which kind of stage it is: an index into [`Stage::KINDS`].
-    pub fn kind(&self) -> usize {
+    pub(crate) fn kind(&self) -> usize {
         match self {
             Stage::Embed { .. } => 0,
             Stage::Norm(_) => 1,

@@ -15,28 +15,28 @@ use crate::rows::Rows;
 
 /// A transform with its matrix.
 #[derive(Debug, Clone)]
-pub struct Transform {
+pub(crate) struct Transform {
     hadamard: Option<Hadamard>,
     format: Option<ActivationFormat>,
 }
 
 impl Transform {
     /// `None` if it changes nothing. Programs are validated: the matrix exists.
-    pub fn new(transform: &InputTransform) -> Option<Self> {
+    pub(crate) fn new(transform: &InputTransform) -> Option<Self> {
         let hadamard = transform.matrix().expect("a valid program");
         let format = transform.format;
         (hadamard.is_some() || format.is_some()).then_some(Self { hadamard, format })
     }
 
     /// Transforms one row in place.
-    pub fn row(&self, width: Width, row: &mut [f32]) {
+    pub(crate) fn row(&self, width: Width, row: &mut [f32]) {
         dispatch(width, TransformRow { transform: self, row });
     }
 }
 
 /// Rows of a step.
 #[derive(Debug)]
-pub struct TransformStage {
+pub(crate) struct TransformStage {
     /// `[rows, n]`.
     pub input: Rows,
     /// How.
@@ -51,7 +51,7 @@ impl TransformStage {
     /// # Safety
     /// The rows are valid in both buffers, which are the same or do not overlap, and are nobody
     /// else's.
-    pub unsafe fn run(&self, width: Width, rows: Range<usize>) {
+    pub(crate) unsafe fn run(&self, width: Width, rows: Range<usize>) {
         for row in rows {
             if self.input.row(row) != self.out.row(row) {
                 // SAFETY: the caller vouches for both.

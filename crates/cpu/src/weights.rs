@@ -9,7 +9,7 @@ use crate::pack::PackedMatrix;
 
 /// A weight as laid out. Each form is there if some op reads the weight that way.
 #[derive(Debug, Default)]
-pub struct Loaded {
+pub(crate) struct Loaded {
     table: Option<Tensor>,
     matrix: Option<PackedMatrix>,
     experts: Option<Vec<PackedMatrix>>,
@@ -37,7 +37,7 @@ enum Rounding {
 
 /// All weights of a program.
 #[derive(Debug)]
-pub struct Weights {
+pub(crate) struct Weights {
     loaded: Vec<Loaded>,
     names: Vec<String>,
 }
@@ -47,7 +47,7 @@ impl Weights {
     ///
     /// # Errors
     /// The source's, or [`BackendError::Weight`] for a tensor of another shape than declared.
-    pub fn load(
+    pub(crate) fn load(
         program: &Program,
         source: &dyn WeightSource,
         isa: Isa,
@@ -64,22 +64,22 @@ impl Weights {
     }
 
     /// A table of rows to look up.
-    pub fn table(&self, weight: Weight) -> Tensor {
+    pub(crate) fn table(&self, weight: Weight) -> Tensor {
         self.get(weight, |l| l.table.clone())
     }
 
     /// A matrix for products.
-    pub fn matrix(&self, weight: Weight) -> PackedMatrix {
+    pub(crate) fn matrix(&self, weight: Weight) -> PackedMatrix {
         self.get(weight, |l| l.matrix.clone())
     }
 
     /// A matrix for each expert.
-    pub fn experts(&self, weight: Weight) -> Vec<PackedMatrix> {
+    pub(crate) fn experts(&self, weight: Weight) -> Vec<PackedMatrix> {
         self.get(weight, |l| l.experts.clone())
     }
 
     /// All numbers.
-    pub fn floats(&self, weight: Weight) -> Vec<f32> {
+    pub(crate) fn floats(&self, weight: Weight) -> Vec<f32> {
         self.get(weight, |l| l.floats.clone())
     }
 
@@ -91,7 +91,7 @@ impl Weights {
 
     /// Bytes of all weights as laid out, but for those of latent attentions, which lay theirs out
     /// themselves.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         let bytes = |l: &Loaded| {
             l.table.as_ref().map_or(0, Tensor::byte_len)
                 + l.matrix.as_ref().map_or(0, PackedMatrix::bytes)

@@ -35,10 +35,10 @@ fn every_cache_format_agrees_with_the_reference() {
 
 /// Exact products of quantized weights are as good as those of floats. Rounding the input of a
 /// product to two bytes errs by 1/32512 of the largest of 32 elements at most; the cases' experts
-/// multiply two such products of some tens, and sum several: at most 4e-3 was seen. Weights of four bits
-/// meet inputs in steps eight times as large: at most 1.5e-2 was seen. With one byte
-/// the step is 128 times as large and the same cases differ by half a unit; a router that chose
-/// another expert would make a difference of some units.
+/// multiply two such products of some tens, and sum several: at most 4e-3 was seen. Weights of four
+/// bits meet inputs in steps eight times as large: at most 1.5e-2 was seen. With one byte the step
+/// is 128 times as large and the same cases differ by half a unit; a router that chose another
+/// expert would make a difference of some units.
 #[test]
 fn quantized_weights_agree_with_the_reference() {
     for kind in [GgmlType::Q8_0, GgmlType::Q4_0, GgmlType::Q4_1] {

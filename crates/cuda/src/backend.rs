@@ -6,6 +6,7 @@ use lathe_program::{
     Backend, BackendError, DeviceMemory, Executor, ExecutorOptions, InputTransform, KvFormat,
     Missing, Op, Program, SingleRank, WeightSource, check_program,
 };
+use lathe_tensor::Format;
 
 use crate::cache;
 use crate::device::{Device, DeviceError};
@@ -66,6 +67,13 @@ impl Backend for CudaBackend {
 
     fn default_kv_format(&self, _: &Program, exact: bool) -> KvFormat {
         default_format(exact)
+    }
+
+    fn runs_format(&self, format: Format, _columns: usize) -> Result<(), BackendError> {
+        match format {
+            Format::Float(_) => Ok(()),
+            other => Err(unsupported(format!("weights in {other:?}"))),
+        }
     }
 
     fn prepare(

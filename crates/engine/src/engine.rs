@@ -262,8 +262,9 @@ impl Engine {
         self.outputs.is_empty() && self.pending.is_empty() && self.in_flight.is_empty()
     }
 
-    /// Schedules rows, submits them, collects the oldest step and commits it: the whole loop. Returns
-    /// what happened, in order of arrival within the step. Without requests it does nothing.
+    /// Schedules rows, submits them, collects the oldest step and commits it: the whole loop.
+    /// Returns what happened, in order of arrival within the step. Without requests it does
+    /// nothing.
     ///
     /// # Errors
     /// [`EngineError`] if the executor failed. No request has advanced by what was in flight.

@@ -88,7 +88,8 @@ pub struct Comparison {
     pub top1_agreement: f64,
 }
 
-/// The perplexity of `tokens`. The executor's cache is overwritten; `progress` hears how many tokens are scored and how many there are.
+/// The perplexity of `tokens`. The executor's cache is overwritten; `progress` hears how many
+/// tokens are scored and how many there are.
 pub fn perplexity(
     executor: &mut dyn Executor,
     tokens: &[u32],

@@ -2,9 +2,10 @@
 //!
 //! [`Engine::step`] is the whole loop: the [`Scheduler`] turns waiting and running sequences into
 //! one [`Step`](lathe_program::Step), an [`Executor`](lathe_program::Executor) runs it and chooses
-//! tokens, and the [`TextOutput`] of each request turns tokens into text deltas. Everything but the executor is deterministic and touches no device:
-//! [`BlockPool`](kv::BlockPool) hands out pages, [`KvCache`](kv::KvCache) keeps each sequence's
-//! block tables and the prefixes that later requests may share.
+//! tokens, and the [`TextOutput`] of each request turns tokens into text deltas. Everything but the
+//! executor is deterministic and touches no device: [`BlockPool`](kv::BlockPool) hands out pages,
+//! [`KvCache`](kv::KvCache) keeps each sequence's block tables and the prefixes that later requests
+//! may share.
 //!
 //! What this crate does not know: files, HTTP, number formats, model families.
 #![forbid(unsafe_code)]

@@ -18,12 +18,12 @@
 //! alone. Of the running sequences the earliest can preempt all others, so that every step has
 //! at least one row, and every sequence has an end.
 //!
-//! **One step ahead.** A device must not wait for the host: a plan may be made while an earlier one is
-//! in flight. A sequence whose token that one chooses gets its next row all the same, with
-//! [`TokenSource::Chosen`] in the token's place ([`Sequence`] counts such tokens as awaited). What is
-//! in flight is neither preempted nor given back: who needs its blocks waits, and no later arrival
-//! is planned meanwhile. A sequence that turns out to have ended has one row in vain; its blocks go
-//! back when that row's step has been collected.
+//! **One step ahead.** A device must not wait for the host: a plan may be made while an earlier one
+//! is in flight. A sequence whose token that one chooses gets its next row all the same, with
+//! [`TokenSource::Chosen`] in the token's place ([`Sequence`] counts such tokens as awaited). What
+//! is in flight is neither preempted nor given back: who needs its blocks waits, and no later
+//! arrival is planned meanwhile. A sequence that turns out to have ended has one row in vain; its
+//! blocks go back when that row's step has been collected.
 //!
 //! **Room for speculation.** A draft tree would be a part with more rows than pending tokens and
 //! `ancestors` in its [`StepSequence`]. Nothing here assumes one row a decode: rows are given by
@@ -211,8 +211,8 @@ impl Scheduler {
         self.counts
     }
 
-    /// Queues a sequence, which fits the pool alone at `length_max`, the most positions that it will
-    /// compute; `expanded` is its [`StepSequence::expanded`].
+    /// Queues a sequence, which fits the pool alone at `length_max`, the most positions that it
+    /// will compute; `expanded` is its [`StepSequence::expanded`].
     pub fn add(
         &mut self,
         request: RequestId,
@@ -262,9 +262,9 @@ impl Scheduler {
         }
     }
 
-    /// Chooses the rows of the next step and gives them blocks. Each plan is committed or taken back,
-    /// in the order in which they were made. Empty only if there are no sequences, or those that
-    /// there are wait for plans in flight.
+    /// Chooses the rows of the next step and gives them blocks. Each plan is committed or taken
+    /// back, in the order in which they were made. Empty only if there are no sequences, or those
+    /// that there are wait for plans in flight.
     pub fn schedule(&mut self) -> Plan {
         let mut plan = Plan::default();
         let wants = |request: &&RequestId| self.sequences[request].pending() > 0;
@@ -363,8 +363,8 @@ impl Scheduler {
         }
     }
 
-    /// Takes back the plan made last, which no executor accepted: its changes of tables are still to
-    /// be told.
+    /// Takes back the plan made last, which no executor accepted: its changes of tables are still
+    /// to be told.
     pub fn refused(&mut self, mut plan: Plan) {
         self.cache.restore_changes(std::mem::take(&mut plan.step.tables));
         self.take_back(plan);

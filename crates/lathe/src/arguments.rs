@@ -39,7 +39,7 @@ Exit codes: 0 success, 2 bad usage or bad input, 1 failure, 130 stopped by Ctrl-
 #[derive(Debug, Parser)]
 #[command(name = "lathe", version, about, after_help = EXAMPLES, max_term_width = 100)]
 #[command(subcommand_required = true, arg_required_else_help = false)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     #[command(flatten)]
     pub global: Global,
     #[command(subcommand)]
@@ -48,7 +48,7 @@ pub struct Arguments {
 
 /// What every command takes.
 #[derive(Debug, Clone, Args)]
-pub struct Global {
+pub(crate) struct Global {
     /// Print one JSON object on stdout and everything else on stderr
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub json: bool,
@@ -67,8 +67,8 @@ pub struct Global {
     #[arg(long, global = true, value_name = "F", help_heading = "Everywhere",
           value_parser = parse_kv_format)]
     pub kv_format: Option<KvFormat>,
-    /// A folder with a LoRA adapter (PEFT's layout) that MODEL is used with, in place of the one that
-    /// its own folder may hold in `adapter/`; `none` leaves that one out
+    /// A folder with a LoRA adapter (PEFT's layout) that MODEL is used with, in place of the one
+    /// that its own folder may hold in `adapter/`; `none` leaves that one out
     #[arg(long, global = true, value_name = "DIR|none", help_heading = "Everywhere",
           value_parser = parse_adapter)]
     pub adapter: Option<AdapterChoice>,
@@ -80,7 +80,7 @@ pub struct Global {
 
 impl Global {
     /// How a model is to be run.
-    pub fn options(&self) -> Options {
+    pub(crate) fn options(&self) -> Options {
         Options {
             device: self.device.into(),
             exact: self.exact,
@@ -90,7 +90,7 @@ impl Global {
     }
 
     /// How to open MODEL.
-    pub fn open_options(&self) -> OpenOptions {
+    pub(crate) fn open_options(&self) -> OpenOptions {
         OpenOptions {
             adapter: self.adapter.clone().unwrap_or_default(),
             allow_unknown: self.allow_unknown.clone(),
@@ -99,7 +99,7 @@ impl Global {
     }
 
     /// As [`Self::open_options`], with so many positions if `context` is given.
-    pub fn open_options_for(&self, context: Option<usize>) -> OpenOptions {
+    pub(crate) fn open_options_for(&self, context: Option<usize>) -> OpenOptions {
         OpenOptions { context, ..self.open_options() }
     }
 }
@@ -154,7 +154,7 @@ impl From<Device> for lathe_session::Device {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Answer one prompt, streaming the text
     Run(RunArguments),
     /// Talk with a model over several turns
@@ -177,7 +177,7 @@ pub enum Command {
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, Default, Args)]
-pub struct SamplingArguments {
+pub(crate) struct SamplingArguments {
     /// Tokens to generate at most
     #[arg(long, value_name = "N")]
     pub max_tokens: Option<usize>,
@@ -219,7 +219,7 @@ pub struct SamplingArguments {
 
 impl SamplingArguments {
     /// The same, as the library has it.
-    pub fn choice(&self) -> Result<SamplingChoice, Error> {
+    pub(crate) fn choice(&self) -> Result<SamplingChoice, Error> {
         Ok(SamplingChoice {
             max_tokens: self.max_tokens,
             temperature: self.temperature,
@@ -247,7 +247,7 @@ fn bias(text: &str) -> Result<(u32, f32), Error> {
 
 /// How a model is divided over ranks, which are threads of this process.
 #[derive(Debug, Clone, Copy, Args)]
-pub struct ParallelArguments {
+pub(crate) struct ParallelArguments {
     /// Divide the model over N ranks: heads, hidden elements and the vocabulary. On the CPU a rank
     /// has an equal share of --threads, at least one: with fewer threads than ranks there is one a
     /// rank, and they take turns on the cores
@@ -260,14 +260,14 @@ pub struct ParallelArguments {
 
 impl ParallelArguments {
     /// The same, as the library has it.
-    pub fn ranks(&self) -> Ranks {
+    pub(crate) fn ranks(&self) -> Ranks {
         Ranks { count: self.tensor_parallel, by_expert: self.expert_parallel }
     }
 }
 
 /// The ranks to predict for, and what they are like.
 #[derive(Debug, Clone, Copy, Args)]
-pub struct RankArguments {
+pub(crate) struct RankArguments {
     #[command(flatten)]
     pub parallel: ParallelArguments,
     /// What a rank can send, in 10^9 bytes a second: 25 is what PCIe 4.0 x16 brings across
@@ -286,7 +286,7 @@ pub struct RankArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct RunArguments {
+pub(crate) struct RunArguments {
     /// Folder, .gguf file, catalogue name or Hub id
     pub model: String,
     /// What to answer; stdin is read if there is neither this nor --prompt-ids
@@ -320,7 +320,7 @@ pub struct RunArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct ChatArguments {
+pub(crate) struct ChatArguments {
     /// Folder, .gguf file, catalogue name or Hub id
     pub model: String,
     /// A system message
@@ -337,7 +337,7 @@ pub struct ChatArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct ScoreArguments {
+pub(crate) struct ScoreArguments {
     /// Folder, .gguf file, catalogue name or Hub id
     pub model: String,
     /// A file with a JSON array of token ids
@@ -357,7 +357,7 @@ pub struct ScoreArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct EvalArguments {
+pub(crate) struct EvalArguments {
     /// Folder, .gguf file, catalogue name or Hub id
     pub model: String,
     /// A text file, tokenized once; no special tokens are added
@@ -385,7 +385,7 @@ pub struct EvalArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct InspectArguments {
+pub(crate) struct InspectArguments {
     /// Folder, .gguf file, catalogue name or Hub id; a folder may have config.json alone
     pub model: String,
     /// Tokens that each sequence holds
@@ -412,7 +412,7 @@ pub struct InspectArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct BenchArguments {
+pub(crate) struct BenchArguments {
     /// Folder, .gguf file, catalogue name or Hub id; with --dummy-weights a folder with config.json
     pub model: String,
     /// Random weights in the shape of the model's configuration
@@ -448,7 +448,7 @@ pub struct BenchArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct ConvertArguments {
+pub(crate) struct ConvertArguments {
     /// Folder, .gguf file, catalogue name or Hub id
     pub model: String,
     /// A folder (safetensors) or a .gguf file; must not exist
@@ -463,7 +463,7 @@ pub struct ConvertArguments {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Layout {
+pub(crate) enum Layout {
     /// A Hugging Face folder
     Safetensors,
     /// One GGUF file
@@ -473,11 +473,11 @@ pub enum Layout {
 /// Tokens of calibration if the caller does not say.
 const CALIBRATION_TOKENS: usize = 16 * 1024;
 /// Tokens that errors are measured on if the caller does not say.
-pub const EXPLAIN_TOKENS: usize = 512;
+pub(crate) const EXPLAIN_TOKENS: usize = 512;
 
 #[derive(Debug, Args)]
 #[command(after_help = technique::help())]
-pub struct QuantizeArguments {
+pub(crate) struct QuantizeArguments {
     /// Folder of plain floats, .gguf file, catalogue name or Hub id
     pub model: String,
     /// A folder (compressed-tensors; MXFP4 experts as gpt-oss has them), a .gguf file, or with
@@ -517,13 +517,13 @@ pub struct QuantizeArguments {
 }
 
 #[derive(Debug, Args)]
-pub struct PullArguments {
+pub(crate) struct PullArguments {
     /// A catalogue name or Hub id
     pub name: String,
 }
 
 /// The ids of `1,2,3`.
-pub fn parse_ids(text: &str) -> Result<Vec<u32>, Error> {
+pub(crate) fn parse_ids(text: &str) -> Result<Vec<u32>, Error> {
     let parts = text.split(',').map(str::trim);
     let ids: Result<Vec<u32>, Error> = parts
         .map(|part| {

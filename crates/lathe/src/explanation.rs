@@ -32,7 +32,7 @@ rounded to int8 with a scale a token, and nothing else. <i>Corrected</i> is what
 the error; all other columns are of the codes alone. Streams and KL are with it.";
 
 /// The page.
-pub fn html(model: &str, found: &Explanation) -> Result<String, Error> {
+pub(crate) fn html(model: &str, found: &Explanation) -> Result<String, Error> {
     let mut page =
         String::from("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n");
     let model = escaped(model);
@@ -70,7 +70,7 @@ pub fn html(model: &str, found: &Explanation) -> Result<String, Error> {
 }
 
 /// One line for people.
-pub fn summary(found: &Explanation) -> String {
+pub(crate) fn summary(found: &Explanation) -> String {
     let sum: f64 = found.layers.iter().map(|it| it.kl.mean).sum();
     format!(
         "{}; KL to the base {:.4} ± {:.4} nats a token, {sum:.4} if layers added up; measured on {} tokens \
@@ -84,7 +84,7 @@ pub fn summary(found: &Explanation) -> String {
 }
 
 /// A compact table for a terminal, and the advice.
-pub fn table(found: &Explanation) -> String {
+pub(crate) fn table(found: &Explanation) -> String {
     let mut text = summary(found) + "\n";
     let parts = found.sources();
     let _ = write!(text, "error of outputs {:.2e} =", parts.total);

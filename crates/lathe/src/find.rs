@@ -10,22 +10,22 @@ use lathe_session::{Environment, Opened};
 use crate::progress::Terminal;
 
 /// The files of a model.
-pub fn locate(name: &str) -> Result<Located, Error> {
+pub(crate) fn locate(name: &str) -> Result<Located, Error> {
     with_catalogue(|catalogue| Ok(catalogue.locate(name)?))
 }
 
 /// A model with its files open.
-pub fn open(name: &str, options: &OpenOptions) -> Result<Opened, Error> {
+pub(crate) fn open(name: &str, options: &OpenOptions) -> Result<Opened, Error> {
     with_catalogue(|catalogue| Ok(lathe_session::open(&catalogue, name, options)?))
 }
 
 /// A model to count or to time.
-pub fn open_shape(name: &str, options: &OpenOptions) -> Result<Shape, Error> {
+pub(crate) fn open_shape(name: &str, options: &OpenOptions) -> Result<Shape, Error> {
     with_catalogue(|catalogue| Ok(Shape::open(&catalogue, name, options)?))
 }
 
 /// The shape of a model, with weights that are made up.
-pub fn dummy_shape(
+pub(crate) fn dummy_shape(
     name: &str,
     format: Option<&str>,
     options: &OpenOptions,
@@ -34,7 +34,7 @@ pub fn dummy_shape(
 }
 
 /// A model to count, or its shape if it has no weights or `format` is given.
-pub fn describe_shape(
+pub(crate) fn describe_shape(
     name: &str,
     format: Option<&str>,
     options: &OpenOptions,

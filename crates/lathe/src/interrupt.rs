@@ -11,7 +11,7 @@ const STOPPING: u8 = 2;
 
 /// What a second Ctrl-C does while the first is still being obeyed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Insist {
+pub(crate) enum Insist {
     /// Ends the program: `run`.
     Ends,
     /// Nothing: `chat` never dies of it while it answers.
@@ -20,11 +20,11 @@ pub enum Insist {
 
 /// The state that the signal's handler and the generating loop share.
 #[derive(Debug, Clone)]
-pub struct Interrupts(Arc<AtomicU8>);
+pub(crate) struct Interrupts(Arc<AtomicU8>);
 
 impl Interrupts {
     /// Installs the handler; once a process.
-    pub fn install(insist: Insist) -> Result<Self, Error> {
+    pub(crate) fn install(insist: Insist) -> Result<Self, Error> {
         let state = Arc::new(AtomicU8::new(IDLE));
         let shared = Arc::clone(&state);
         ctrlc::set_handler(move || {
@@ -41,7 +41,7 @@ impl Interrupts {
     }
 
     /// From now on a Ctrl-C is a wish to stop, until the guard is dropped.
-    pub fn begin(&self) -> Working {
+    pub(crate) fn begin(&self) -> Working {
         self.0.store(WORKING, Ordering::SeqCst);
         Working(Arc::clone(&self.0))
     }
@@ -49,11 +49,11 @@ impl Interrupts {
 
 /// While it lives, Ctrl-C does not end the program.
 #[derive(Debug)]
-pub struct Working(Arc<AtomicU8>);
+pub(crate) struct Working(Arc<AtomicU8>);
 
 impl Working {
     /// Whether Ctrl-C came.
-    pub fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         self.0.load(Ordering::SeqCst) == STOPPING
     }
 }

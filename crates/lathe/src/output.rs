@@ -10,20 +10,21 @@ use serde::Serialize;
 /// The caller's mistake: bad usage or bad input, exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct InputError(pub String);
+pub(crate) struct InputError(pub String);
 
-/// The caller stopped the command with Ctrl-C, exit code 130 as for a process that the signal ended.
+/// The caller stopped the command with Ctrl-C, exit code 130 as for a process that the signal
+/// ended.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
-pub struct Interrupted;
+pub(crate) struct Interrupted;
 
 /// An error that says that the input is bad.
-pub fn bad_input(message: impl Display) -> Error {
+pub(crate) fn bad_input(message: impl Display) -> Error {
     InputError(message.to_string()).into()
 }
 
 /// Marks errors as the input's fault.
-pub trait InputContext<T> {
+pub(crate) trait InputContext<T> {
     /// As an input error whose text is the error's own.
     fn bad_input(self) -> Result<T, Error>;
     /// As an input error that begins with `what`.
@@ -40,11 +41,31 @@ impl<T, E: Into<Error>> InputContext<T> for Result<T, E> {
     }
 }
 
+/// The library's error in the words of the command line: with the flag that is at fault, or that
+/// helps. `None` where the library's own words say it all.
+fn in_flags(error: &SessionError) -> Option<String> {
+    Some(match error {
+        SessionError::Format(_) => format!("--format: {error}"),
+        SessionError::NoDevice(_) => format!("--device cuda: {error}"),
+        SessionError::Ranks { ranks, by_expert, reason } => {
+            let experts = if *by_expert { " --expert-parallel" } else { "" };
+            format!("--tensor-parallel {ranks}{experts}: {reason}")
+        }
+        SessionError::NoTokenizer { .. } => format!("{error}; give token ids instead"),
+        SessionError::NoChatTemplate { .. } => format!("{error}; try lathe run --raw"),
+        SessionError::AdapterLost { .. } => format!("{error}, expected --adapter none"),
+        SessionError::AdapterOfDummy(_) => format!("--{error}"),
+        _ => return None,
+    })
+}
+
 /// The error and its causes on one line.
-pub fn one_line(error: &Error) -> String {
+pub(crate) fn one_line(error: &Error) -> String {
     let mut parts: Vec<String> = Vec::new();
     for cause in error.chain() {
-        let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        let flags = cause.downcast_ref::<SessionError>().and_then(in_flags);
+        let text = flags.unwrap_or_else(|| cause.to_string());
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         // Many errors repeat their cause in their own text.
         if !parts.last().is_some_and(|last| last.contains(&text)) {
             parts.push(text);
@@ -54,7 +75,7 @@ pub fn one_line(error: &Error) -> String {
 }
 
 /// How the process ends because of `error`.
-pub fn exit_code(error: &Error) -> u8 {
+pub(crate) fn exit_code(error: &Error) -> u8 {
     if is_broken_pipe(error) {
         // The reader of our output went away (`lathe run ... | head`): nobody is left to tell.
         return 0;
@@ -69,21 +90,21 @@ pub fn exit_code(error: &Error) -> u8 {
 }
 
 /// Whether stdout has no reader any more.
-pub fn is_broken_pipe(error: &Error) -> bool {
+pub(crate) fn is_broken_pipe(error: &Error) -> bool {
     error.chain().any(|cause| {
         cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
     })
 }
 
 /// Writes the command's one JSON object.
-pub fn print_json(value: &impl Serialize) -> Result<(), Error> {
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Error> {
     let mut text = serde_json::to_string(value)?;
     text.push('\n');
     print(&text)
 }
 
 /// Writes to stdout at once, whatever it is.
-pub fn print(text: &str) -> Result<(), Error> {
+pub(crate) fn print(text: &str) -> Result<(), Error> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()?;
@@ -91,7 +112,7 @@ pub fn print(text: &str) -> Result<(), Error> {
 }
 
 /// Numbers for people: `1.23 G`.
-pub fn human_count(count: f64) -> String {
+pub(crate) fn human_count(count: f64) -> String {
     let mut value = count;
     let mut unit = "";
     for next in ["k", "M", "G", "T", "P"] {

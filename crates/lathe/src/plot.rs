@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 /// How a series is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mark {
+pub(crate) enum Mark {
     /// A line through the points.
     Line,
     /// A bar at each point.
@@ -15,7 +15,7 @@ pub enum Mark {
 }
 
 /// One series: its name, and points.
-pub struct Curve<'a> {
+pub(crate) struct Curve<'a> {
     /// For the legend.
     pub name: &'a str,
     /// `(x, y)`.
@@ -26,7 +26,7 @@ pub struct Curve<'a> {
 
 /// How large numbers are placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scale {
+pub(crate) enum Scale {
     /// From zero on.
     Linear,
     /// By their logarithm; numbers that are not positive are left out.
@@ -35,7 +35,7 @@ pub enum Scale {
 
 /// Where a chart is to be seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub(crate) enum Place {
     /// In a file of its own: black on white.
     File,
     /// Within a page: in the colour of its text, on its ground.
@@ -43,7 +43,7 @@ pub enum Place {
 }
 
 /// A chart.
-pub struct Chart<'a> {
+pub(crate) struct Chart<'a> {
     /// Above it.
     pub title: &'a str,
     /// What x is.
@@ -63,7 +63,7 @@ const COLOURS: [RGBColor; 4] =
 const INK: RGBColor = RGBColor(1, 2, 3);
 
 /// Draws the curves of seconds over tokens to `path`, which is written under a temporary name and renamed.
-pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), Error> {
+pub(crate) fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), Error> {
     let (x, y) = ("generated tokens", "seconds, in all");
     let svg = svg(&Chart { title, x, y, scale: Scale::Linear, curves }, Place::File)?;
     let mut temporary = path.as_os_str().to_owned();
@@ -74,7 +74,7 @@ pub fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), Error> {
 }
 
 /// The chart as an `<svg>` element.
-pub fn svg(chart: &Chart, place: Place) -> Result<String, Error> {
+pub(crate) fn svg(chart: &Chart, place: Place) -> Result<String, Error> {
     let mut svg = String::new();
     render(&mut svg, chart, place).map_err(|error| anyhow!("drawing: {error}"))?;
     Ok(match place {

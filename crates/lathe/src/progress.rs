@@ -8,7 +8,7 @@ use lathe_session::{Progress, Reporter};
 
 /// How stderr shows progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Terminal {
+pub(crate) enum Terminal {
     /// A bar that moves.
     Bar,
     /// Plain lines.
@@ -17,7 +17,7 @@ pub enum Terminal {
 
 impl Terminal {
     /// A bar if stderr is a terminal, lines if it is a file or a pipe.
-    pub fn for_stderr() -> Self {
+    pub(crate) fn for_stderr() -> Self {
         if std::io::stderr().is_terminal() { Self::Bar } else { Self::Lines }
     }
 }

@@ -8,7 +8,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use crate::arguments::Arguments;
 
 /// What the command line asks for.
-pub enum Parsed {
+pub(crate) enum Parsed {
     /// A command.
     Command(Box<Arguments>),
     /// To print this text: help or version.
@@ -18,7 +18,7 @@ pub enum Parsed {
 }
 
 /// Understands the words.
-pub fn parse(words: impl IntoIterator<Item = std::ffi::OsString>) -> Parsed {
+pub(crate) fn parse(words: impl IntoIterator<Item = std::ffi::OsString>) -> Parsed {
     let error = match Arguments::try_parse_from(words) {
         Ok(arguments) => return Parsed::Command(Box::new(arguments)),
         Err(error) => error,

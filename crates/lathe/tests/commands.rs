@@ -1,5 +1,5 @@
-//! The commands as a caller sees them: exit codes, one JSON object, its fields. The model is `tiny`,
-//! which needs no network.
+//! The commands as a caller sees them: exit codes, one JSON object, its fields. The model is
+//! `tiny`, which needs no network.
 
 mod support;
 

@@ -1,4 +1,5 @@
-//! Typed access to a `config.json`: absent, null, of the wrong type and out of range are told apart.
+//! Typed access to a `config.json`: absent, null, of the wrong type and out of range are told
+//! apart.
 
 use std::cell::RefCell;
 use std::collections::HashSet;

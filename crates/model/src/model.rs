@@ -116,8 +116,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens a Hugging Face directory or a `.gguf` file, with the adapter that the directory holds, if
-    /// any. Files are mapped, not read.
+    /// Opens a Hugging Face directory or a `.gguf` file, with the adapter that the directory holds,
+    /// if any. Files are mapped, not read.
     ///
     /// # Errors
     /// If the path holds no model, a file is malformed, or the model needs a feature that is not

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use lathe_tensor::Tensor;
+use lathe_tensor::{Format, Tensor};
 
 use crate::kv::KvFormat;
 use crate::op::{Routing, Weight};
@@ -97,7 +97,8 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// The memory of this computer, as Linux reports it.
+    /// The memory of this computer that can be had without swapping, as Linux reports it. Where a
+    /// control group (a container) may take less than that, what it may still take is free.
     ///
     /// # Errors
     /// [`BackendError::Device`] where `/proc/meminfo` cannot be read.
@@ -105,8 +106,10 @@ impl DeviceMemory {
         let path = "/proc/meminfo";
         let text = std::fs::read_to_string(path)
             .map_err(|error| BackendError::Device(format!("{path}: {error}")))?;
-        Self::parse_meminfo(&text)
-            .ok_or_else(|| BackendError::Device(format!("{path}: no MemTotal or MemAvailable")))
+        let machine = Self::parse_meminfo(&text)
+            .ok_or_else(|| BackendError::Device(format!("{path}: no MemTotal or MemAvailable")))?;
+        let free_bytes = group_bytes().map_or(machine.free_bytes, |it| it.min(machine.free_bytes));
+        Ok(DeviceMemory { free_bytes, ..machine })
     }
 
     fn parse_meminfo(text: &str) -> Option<DeviceMemory> {
@@ -117,6 +120,16 @@ impl DeviceMemory {
         let (total_bytes, free_bytes) = (bytes("MemTotal")?, bytes("MemAvailable")?);
         Some(DeviceMemory { total_bytes, free_bytes })
     }
+}
+
+/// What a control group (a container) may still take.
+fn group_bytes() -> Option<u64> {
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let limit = number("/sys/fs/cgroup/memory.max")
+        .or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"))?;
+    let used = number("/sys/fs/cgroup/memory.current")
+        .or_else(|| number("/sys/fs/cgroup/memory/memory.usage_in_bytes"))?;
+    Some(limit.saturating_sub(used))
 }
 
 /// What a step produced; valid until the executor is used again.
@@ -163,8 +176,14 @@ pub trait Backend {
     /// # Errors
     /// [`BackendError::Device`] where it cannot be known.
     fn memory(&self) -> Result<DeviceMemory, BackendError>;
-    /// How the cache stores numbers if [`ExecutorOptions::kv_format`] does not say; `exact` as there.
+    /// How the cache stores numbers if [`ExecutorOptions::kv_format`] does not say; `exact` as
+    /// there.
     fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat;
+    /// Whether a matrix of `columns` columns may have its numbers in `format`.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] or [`BackendError::Weight`] say what the backend takes.
+    fn runs_format(&self, format: Format, columns: usize) -> Result<(), BackendError>;
     /// Loads weights, lays them out, and allocates the cache.
     ///
     /// # Errors
@@ -197,9 +216,9 @@ pub trait Executor: Send {
     /// Applies the step's table changes and begins to run its rows.
     ///
     /// # Errors
-    /// [`BackendError::Step`] if the step is malformed or too many are in flight: then nothing of it
-    /// happened, its table changes included. Any other error is that of [`Executor::collect`], come
-    /// early: the tables have changed, the step counts as collected.
+    /// [`BackendError::Step`] if the step is malformed or too many are in flight: then nothing of
+    /// it happened, its table changes included. Any other error is that of [`Executor::collect`],
+    /// come early: the tables have changed, the step counts as collected.
     fn submit(&mut self, step: &Step) -> Result<(), BackendError>;
     /// Waits for the oldest step that is not collected yet, and hands out what it made.
     ///
@@ -222,9 +241,9 @@ pub trait Executor: Send {
     /// # Errors
     /// [`BackendError::Step`] if a slot is not in its sequence's tables: then nothing is moved.
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<(), BackendError>;
-    /// What a router chose for the rows of the step collected last, for statistics: it is read where
-    /// the step left it, so that nobody pays who does not ask. `None` before the first step, and
-    /// (the default) where a backend does not keep it in this process's memory.
+    /// What a router chose for the rows of the step collected last, for statistics: it is read
+    /// where the step left it, so that nobody pays who does not ask. `None` before the first step,
+    /// and (the default) where a backend does not keep it in this process's memory.
     fn routing(&self, routing: Routing) -> Option<RoutedExperts<'_>> {
         let _ = routing;
         None

@@ -1,9 +1,9 @@
 //! Calibration: runs the served program, one layer at a time, and keeps [`Statistics`] of what its
 //! linear layers read.
 //!
-//! A layer is a [`Section`] whose input is the stream that the layers before it made, so that memory
-//! is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's size, and any
-//! backend will do. Each window of the text begins with an empty cache.
+//! A layer is a `Section` whose input is the stream that the layers before it made, so that
+//! memory is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's
+//! size, and any backend will do. Each window of the text begins with an empty cache.
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -179,7 +179,7 @@ pub(crate) struct Prepared<'a> {
 
 impl Prepared<'_> {
     /// How many windows the text has.
-    pub fn windows(&self) -> usize {
+    pub(crate) fn windows(&self) -> usize {
         self.tokens.len().div_ceil(self.window)
     }
 
@@ -187,7 +187,11 @@ impl Prepared<'_> {
     ///
     /// # Errors
     /// If the backend fails.
-    pub fn run(&mut self, index: usize, seen: &mut dyn FnMut(Seen<'_>)) -> Result<(), QuantError> {
+    pub(crate) fn run(
+        &mut self,
+        index: usize,
+        seen: &mut dyn FnMut(Seen<'_>),
+    ) -> Result<(), QuantError> {
         let Self { executor, program, tokens, stream, window, stride } = self;
         let first = index * *window;
         let text = &tokens[first..tokens.len().min(first + *window)];
@@ -244,14 +248,15 @@ pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride
 pub(crate) struct Observed(BTreeMap<Value, Arc<Statistics>>);
 
 impl Observed {
-    /// Nothing yet, of `values` with their widths, with `products` of different channels or without.
-    pub fn new(values: impl Iterator<Item = (Value, usize)>, products: bool) -> Self {
+    /// Nothing yet, of `values` with their widths, with `products` of different channels or
+    /// without.
+    pub(crate) fn new(values: impl Iterator<Item = (Value, usize)>, products: bool) -> Self {
         let new = if products { Statistics::new } else { Statistics::without_products };
         Self(values.map(|(value, width)| (value, Arc::new(new(width)))).collect())
     }
 
     /// Adds what one window made of each of `values`; those that are not observed are passed over.
-    pub fn add(&mut self, values: &[Value], rows: &[&[f32]]) {
+    pub(crate) fn add(&mut self, values: &[Value], rows: &[&[f32]]) {
         let rows: BTreeMap<&Value, &&[f32]> = values.iter().zip(rows).collect();
         let all: Vec<(&Value, &mut Arc<Statistics>)> = self.0.iter_mut().collect();
         // Together: a narrow input alone does not keep all threads busy.
@@ -262,7 +267,7 @@ impl Observed {
         });
     }
 
-    pub fn of(&self, value: Value) -> Option<&Arc<Statistics>> {
+    pub(crate) fn of(&self, value: Value) -> Option<&Arc<Statistics>> {
         self.0.get(&value)
     }
 }

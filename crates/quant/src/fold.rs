@@ -28,7 +28,7 @@ pub(crate) struct Heads {
 impl Heads {
     /// By channel of the output: the channel of the values that it is made of. Channels of one
     /// number can only be scaled alike.
-    pub fn sources(self) -> Vec<usize> {
+    pub(crate) fn sources(self) -> Vec<usize> {
         let Heads { queries, values, width } = self;
         let source =
             |channel: usize| channel / width / (queries / values) * width + channel % width;

@@ -36,8 +36,8 @@ use experts::{Coverage, ExpertInputs};
 use resume::Store;
 pub(crate) use rounding::bits_of_correction;
 
-/// The registry's own spelling of a technique's name. Not spelt as the reference that it is where it is
-/// deserialized: it does not borrow from what is read.
+/// The registry's own spelling of a technique's name. Not spelt as the reference that it is where
+/// it is deserialized: it does not borrow from what is read.
 pub type TechniqueName = &'static str;
 
 /// What became of one matrix.
@@ -274,9 +274,9 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Quantizes layer after layer: the text runs through a layer, the recipe is applied to what was
-    /// seen of its inputs, and what the quantized layer makes of the text is the next one's input
-    /// ([`Prefix::Quantized`]), so that a layer can make up for those before it.
+    /// Quantizes layer after layer: the text runs through a layer, the recipe is applied to what
+    /// was seen of its inputs, and what the quantized layer makes of the text is the next one's
+    /// input ([`Prefix::Quantized`]), so that a layer can make up for those before it.
     ///
     /// # Errors
     /// If the text cannot be used, a layer cannot be run by itself, or a technique refuses.
@@ -289,9 +289,9 @@ impl<'a> Job<'a> {
         self.calibrate_layers(spec, calibration, None)
     }
 
-    /// As [`Self::calibrate`], with each finished layer in `folder`, which is made if there is none:
-    /// a job with the same recipe, model and text goes on from what an earlier one left there. The
-    /// caller removes it when the result is written.
+    /// As [`Self::calibrate`], with each finished layer in `folder`, which is made if there is
+    /// none: a job with the same recipe, model and text goes on from what an earlier one left
+    /// there. The caller removes it when the result is written.
     ///
     /// # Errors
     /// As [`Self::calibrate`]; [`QuantError::Resume`] if the folder holds another run's layers, or
@@ -375,8 +375,8 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Runs a layer as it was and keeps what is seen of the inputs of `ops`; what experts read, and the
-    /// streams after it if somebody asks for them: otherwise the layer ends where all is seen.
+    /// Runs a layer as it was and keeps what is seen of the inputs of `ops`; what experts read, and
+    /// the streams after it if somebody asks for them: otherwise the layer ends where all is seen.
     fn observe_layer(
         &mut self,
         calibration: &Calibration<'_>,
@@ -478,7 +478,8 @@ impl<'a> Job<'a> {
         Ok(Stream { width, values: values.into() })
     }
 
-    /// A weight as far as it has become: quantized (with its correction, as floats then), scaled, or what it was.
+    /// A weight as far as it has become: quantized (with its correction, as floats then), scaled,
+    /// or what it was.
     fn current(&self, weight: Weight) -> Result<Tensor, QuantError> {
         match (self.finished.get(&weight), self.corrections.get(&weight)) {
             (Some(tensor), None) => Ok(tensor.clone()),

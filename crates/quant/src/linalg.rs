@@ -13,7 +13,7 @@ const PANEL: usize = 96;
 
 /// A matrix is not positive definite: the pivot of this row is not positive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NotPositive(pub usize);
+pub(crate) struct NotPositive(pub usize);
 
 pub(crate) fn square<T>(values: &[T], n: usize) -> ArrayView2<'_, T> {
     ArrayView2::from_shape((n, n), values).expect("a square matrix")
@@ -70,7 +70,7 @@ pub(crate) fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -
 ///
 /// # Errors
 /// If the matrix is not positive definite; it is overwritten in part then.
-pub fn cholesky(matrix: &mut [f64], n: usize) -> Result<(), NotPositive> {
+pub(crate) fn cholesky(matrix: &mut [f64], n: usize) -> Result<(), NotPositive> {
     assert_eq!(matrix.len(), n * n, "a square matrix");
     for start in (0..n).step_by(PANEL) {
         let width = PANEL.min(n - start);
@@ -124,7 +124,7 @@ fn solve_row(this: &mut [f64], panel: &[f64], n: usize, start: usize, end: usize
 
 /// The inverse of a lower triangular factor, row-major; zero above the diagonal. What is above the
 /// factor's diagonal is not read.
-pub fn inverse_of_lower(factor: &[f64], n: usize) -> Vec<f64> {
+pub(crate) fn inverse_of_lower(factor: &[f64], n: usize) -> Vec<f64> {
     let factor = square(factor, n);
     let starts: Vec<usize> = (0..n).step_by(PANEL).collect();
     let corner = |start: &usize| small_inverse(factor, *start, PANEL.min(n - start));
@@ -173,7 +173,7 @@ fn small_inverse(factor: ArrayView2<'_, f64>, start: usize, size: usize) -> Vec<
 ///
 /// # Errors
 /// If the matrix is not positive definite.
-pub fn upper_factor_of_inverse(matrix: &[f64], n: usize) -> Result<Vec<f64>, NotPositive> {
+pub(crate) fn upper_factor_of_inverse(matrix: &[f64], n: usize) -> Result<Vec<f64>, NotPositive> {
     assert_eq!(matrix.len(), n * n, "a square matrix");
     let mut reversed: Vec<f64> = matrix.iter().rev().copied().collect();
     cholesky(&mut reversed, n).map_err(|NotPositive(row)| NotPositive(n - 1 - row))?;

@@ -276,7 +276,7 @@ impl Scales {
 ///
 /// # Errors
 /// [`QuantError::Format`], which names the tensor, its width and the block.
-pub fn check_shape(matrix: &Matrix<'_>, format: Format) -> Result<(), QuantError> {
+pub(crate) fn check_shape(matrix: &Matrix<'_>, format: Format) -> Result<(), QuantError> {
     let shape = [matrix.rows, matrix.columns];
     format
         .bytes_for(&shape)

@@ -18,7 +18,7 @@ use crate::error::QuantError;
 
 /// Some ops of a program, in numbers of their own.
 #[derive(Debug, Clone)]
-pub struct Section {
+pub(crate) struct Section {
     /// The ops, with a capture for each value that was asked for, in that order.
     pub program: Program,
     /// By weight of the section: the whole program's weight.
@@ -26,12 +26,16 @@ pub struct Section {
 }
 
 impl Section {
-    /// Ops `range` of `program`; `taps` are handed out, and after them what the head makes, if it is
-    /// among the ops: logits without their scale and softcap.
+    /// Ops `range` of `program`; `taps` are handed out, and after them what the head makes, if it
+    /// is among the ops: logits without their scale and softcap.
     ///
     /// # Errors
     /// If the ops read more than one value that is made outside of them.
-    pub fn new(program: &Program, range: Range<usize>, taps: &[Value]) -> Result<Self, QuantError> {
+    pub(crate) fn new(
+        program: &Program,
+        range: Range<usize>,
+        taps: &[Value],
+    ) -> Result<Self, QuantError> {
         let ops = &program.ops[range];
         let made: Vec<Value> = ops.iter().flat_map(|op| op.outputs().collect::<Vec<_>>()).collect();
         let read = ops.iter().flat_map(Op::inputs).chain(taps.iter().copied());
@@ -161,7 +165,7 @@ impl<'a> Numbers<'a> {
 
 /// The ops of each layer, and the stream that comes out of it; before them, what makes the stream.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Layers {
+pub(crate) struct Layers {
     /// The ops before the first layer.
     pub before: Range<usize>,
     /// What they make.
@@ -175,7 +179,7 @@ impl Layers {
     ///
     /// # Errors
     /// If `spec` cannot be lowered.
-    pub fn of(program: &Program, spec: &DecoderSpec) -> Result<Self, QuantError> {
+    pub(crate) fn of(program: &Program, spec: &DecoderSpec) -> Result<Self, QuantError> {
         let options = LowerOptions {
             block_tokens: program.kv.block_tokens,
             context_max: program.context_max,
@@ -189,7 +193,7 @@ impl Layers {
     ///
     /// # Panics
     /// If the two are not the same but for the taps.
-    pub fn new(program: &Program, tapped: &Program) -> Self {
+    pub(crate) fn new(program: &Program, tapped: &Program) -> Self {
         let mut boundaries = Vec::new();
         let mut index = 0;
         for op in &tapped.ops {

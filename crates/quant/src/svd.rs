@@ -201,7 +201,7 @@ pub(crate) mod tests {
     use crate::technique::tests::normal;
 
     /// All singular values, largest first, by another route: one-sided Jacobi (Hestenes) on the rows.
-    pub fn singular_values(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    pub(crate) fn singular_values(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
         let mut all: Vec<Vec<f64>> = matrix.chunks(columns).map(<[f64]>::to_vec).collect();
         let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
         for _ in 0..60 {

@@ -32,7 +32,7 @@ fn serve(engine: &mut Engine, words: &Tokenizer, jobs: Receiver<Job>) -> Result<
 }
 
 /// Serves both, and shows that nothing of the second one is left.
-pub fn main() -> Result<(), SessionError> {
+pub(crate) fn main() -> Result<(), SessionError> {
     let catalogue = Catalogue { environment: &Environment::from_process(), reporter: &Silent };
     let opened = open(&catalogue, "tiny", &Default::default())?;
     let need = Need { context: 128, sequences: 2, rows_max: ROWS_MAX };

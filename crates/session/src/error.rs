@@ -38,7 +38,7 @@ pub enum SessionError {
     #[error(transparent)]
     Spec(#[from] SpecError),
     /// A number format that does not exist.
-    #[error("--format: {0}")]
+    #[error(transparent)]
     Format(TensorError),
     /// A weight is too large to count.
     #[error("{weight}: {source}")]
@@ -83,10 +83,10 @@ pub enum SessionError {
         context: usize,
     },
     /// This build lacks the device.
-    #[error("--device {0}: this build of lathe has no {1} backend")]
-    NoDevice(&'static str, &'static str),
+    #[error("this build of lathe has no {0} backend")]
+    NoDevice(&'static str),
     /// The program cannot be divided over ranks as asked.
-    #[error("--tensor-parallel {ranks}{}: {reason}", if *.by_expert { " --expert-parallel" } else { "" })]
+    #[error("{ranks} ranks: {reason}")]
     Ranks {
         /// Ranks that were asked for.
         ranks: usize,
@@ -108,13 +108,13 @@ pub enum SessionError {
     #[error("the number of processors: {0}")]
     Processors(std::io::Error),
     /// The model comes without a tokenizer.
-    #[error("{name} has no tokenizer; give token ids instead")]
+    #[error("{name} has no tokenizer")]
     NoTokenizer {
         /// The model.
         name: String,
     },
     /// The model comes without a chat template.
-    #[error("{name} has no chat template; try lathe run --raw")]
+    #[error("{name} has no chat template")]
     NoChatTemplate {
         /// The model.
         name: String,
@@ -134,7 +134,7 @@ pub enum SessionError {
     #[error(transparent)]
     Chat(#[from] ChatError),
     /// The model has an adapter, which would be lost.
-    #[error("{what} would lose the adapter {}, expected --adapter none", .path.display())]
+    #[error("{what} would lose the adapter {}", .path.display())]
     AdapterLost {
         /// Who would lose it.
         what: String,
@@ -143,7 +143,7 @@ pub enum SessionError {
     },
     /// An adapter was given for weights that are made up.
     #[error(
-        "--adapter {}: an adapter is for a model's own weights, and these are made up",
+        "adapter {}: an adapter is for a model's own weights, and these are made up",
         .0.display()
     )]
     AdapterOfDummy(PathBuf),
@@ -173,8 +173,11 @@ pub enum RanksReason {
     #[error("the model has no experts")]
     NoExperts,
     /// One rank has all experts.
-    #[error("whole experts need --tensor-parallel with at least 2 ranks")]
+    #[error("whole experts need at least 2 ranks")]
     OneRank,
+    /// The device runs on one rank only.
+    #[error("the {0} backend runs on one rank only")]
+    Device(&'static str),
     /// Its shapes or formats do not allow it.
     #[error(transparent)]
     Shard(#[from] ShardError),

@@ -2,27 +2,18 @@
 
 use std::fs;
 
+use lathe_program::DeviceMemory;
+
 /// The most memory that this process ever had resident, in bytes; `None` where the system does not
 /// say (other than Linux).
 pub fn peak_bytes() -> Option<u64> {
     field(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
-/// Memory that can be had without swapping, in bytes: what the kernel says, or what is left of
-/// this control group's limit, whichever is less. `None` where the system does not say.
+/// Bytes that this process may still take: [`DeviceMemory::of_host`]. `None` where the system does
+/// not say.
 pub fn available_bytes() -> Option<u64> {
-    let machine = field(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")?;
-    Some(group_bytes().map_or(machine, |group| group.min(machine)))
-}
-
-/// What a control group (a container) may still take.
-fn group_bytes() -> Option<u64> {
-    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let limit = number("/sys/fs/cgroup/memory.max")
-        .or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"))?;
-    let used = number("/sys/fs/cgroup/memory.current")
-        .or_else(|| number("/sys/fs/cgroup/memory/memory.usage_in_bytes"))?;
-    Some(limit.saturating_sub(used))
+    DeviceMemory::of_host().ok().map(|memory| memory.free_bytes)
 }
 
 /// The value of `name` in a file of `Name:   123 kB` lines, in bytes.

@@ -203,7 +203,8 @@ pub fn check_memory(
 ) -> Result<(), SessionError> {
     ranks.check(program)?;
     let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
-    let page_bytes = ranks.kv_total(program, |kv| kv.page_bytes(options.cache_format()));
+    let format = options.cache_format(program)?;
+    let page_bytes = ranks.kv_total(program, |kv| kv.page_bytes(format));
     let kv_bytes = blocks.saturating_mul(page_bytes as u64);
     let Some(available_bytes) = memory::available_bytes() else { return Ok(()) };
     if weight_bytes.saturating_add(kv_bytes) <= available_bytes {
@@ -248,7 +249,7 @@ pub fn context_that_fits(
     let program = lower(&model.spec, &LowerOptions::new(limit))?;
     let Some(available) = memory::available_bytes() else { return Ok(limit) };
     let bytes = (available as f64 * KV_MEMORY_SHARE) as u64;
-    let format = options.cache_format();
+    let format = options.cache_format(&program)?;
     let fits =
         |tokens: usize| ranks.kv_total(&program, |kv| kv.bytes_for(tokens, format)) as u64 <= bytes;
     Ok(largest(limit, fits).unwrap_or(1))

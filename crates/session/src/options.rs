@@ -1,12 +1,12 @@
-//! What a caller chooses about the device. Only this file, [`crate::ranks`] and what measures the
-//! machine ([`crate::measure::roofs`]) name a backend.
+//! What a caller chooses about the device. Only this file and what measures the machine
+//! ([`crate::measure::roofs`]) name a backend.
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
-use lathe_cpu::pack::PackedMatrix;
 use lathe_cpu::{CpuBackend, Isa};
 use lathe_program::reference::ReferenceBackend;
-use lathe_program::{Backend, KvFormat};
+use lathe_program::{Backend, HostCollective, KvFormat, Program, SingleRank};
 use lathe_tensor::Format;
 
 use crate::error::SessionError;
@@ -39,24 +39,43 @@ pub struct Options {
 }
 
 impl Options {
-    /// The format of the cache: the one that was asked for, or the one that the backend chooses by
-    /// itself.
-    pub fn cache_format(&self) -> KvFormat {
-        let wide = self.exact || self.device == Device::Reference;
-        let narrow = if self.device == Device::Cuda { KvFormat::BF16 } else { KvFormat::Int16 };
-        self.kv_format.unwrap_or(if wide { KvFormat::F32 } else { narrow })
+    /// The format of the cache of `program`: the one that was asked for, or the backend's own
+    /// choice.
+    ///
+    /// # Errors
+    /// As [`backend`].
+    pub fn cache_format(&self, program: &Program) -> Result<KvFormat, SessionError> {
+        match self.kv_format {
+            Some(format) => Ok(format),
+            None => Ok(backend(self.device)?.default_kv_format(program, self.exact)),
+        }
+    }
+}
+
+/// Makes the backend of one rank from its end of the group.
+pub(crate) type RankBackend = fn(Arc<HostCollective>) -> Box<dyn Backend>;
+
+/// How the backend of a rank on `device` is made. `None` where ranks cannot be divided over
+/// threads of this process.
+pub(crate) fn rank_backend(device: Device) -> Option<RankBackend> {
+    match device {
+        Device::Reference => Some(|end| Box::new(ReferenceBackend::new().collective(end))),
+        Device::Cpu | Device::Auto => {
+            Some(|end| Box::new(CpuBackend::new(Default::default()).collective(end)))
+        }
+        Device::Cuda => None,
     }
 }
 
 /// The backend of `device`, on one rank.
 ///
 /// # Errors
-/// [`SessionError::NoDevice`] if this build lacks it, [`SessionError::Prepare`] if this machine does.
+/// [`SessionError::NoDevice`] if this build lacks it, [`SessionError::Prepare`] if this machine
+/// does.
 pub fn backend(device: Device) -> Result<Box<dyn Backend>, SessionError> {
-    match device {
-        Device::Reference => Ok(Box::new(ReferenceBackend::new())),
-        Device::Cpu | Device::Auto => Ok(Box::new(CpuBackend::new(Default::default()))),
-        Device::Cuda => cuda(),
+    match rank_backend(device) {
+        Some(make) => Ok(make(Arc::new(SingleRank))),
+        None => cuda(),
     }
 }
 
@@ -68,22 +87,15 @@ fn cuda() -> Result<Box<dyn Backend>, SessionError> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda() -> Result<Box<dyn Backend>, SessionError> {
-    Err(SessionError::NoDevice("cuda", "CUDA"))
+    Err(SessionError::NoDevice("CUDA"))
 }
 
-/// Refuses a number format that `device` could not run in a matrix of `columns` columns. The
-/// reference runs every format.
+/// Refuses a number format that `device` could not run in a matrix of `columns` columns.
 ///
 /// # Errors
-/// [`SessionError::NotRun`] says what the device takes.
+/// As [`backend`]; [`SessionError::NotRun`] says what the device takes.
 pub fn check_format(device: Device, format: Format, columns: usize) -> Result<(), SessionError> {
-    match device {
-        Device::Reference => Ok(()),
-        Device::Cuda => backend(device).map(drop),
-        Device::Cpu | Device::Auto => {
-            PackedMatrix::check(format, columns).map_err(SessionError::NotRun)
-        }
-    }
+    backend(device)?.runs_format(format, columns).map_err(SessionError::NotRun)
 }
 
 /// The name of the instruction set that the CPU backend's kernels use: the best that this machine

@@ -2,16 +2,13 @@
 //! said before anything is loaded.
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 
-use lathe_cpu::CpuBackend;
 use lathe_cpu::gang::available_cores;
-use lathe_program::reference::ReferenceBackend;
 use lathe_program::shard::{ExpertSplit, ShardOptions, ShardedBackend, shard};
-use lathe_program::{Backend, BackendError, HostCollective, KvLayout, Op, Program};
+use lathe_program::{Backend, BackendError, KvLayout, Op, Program};
 
 use crate::error::{RanksReason, SessionError};
-use crate::options::{Device, Options, backend};
+use crate::options::{Device, Options, backend, rank_backend};
 
 /// How a model is divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,22 +72,13 @@ impl Ranks {
     /// The backend of `device` over these ranks.
     ///
     /// # Errors
-    /// [`SessionError::NoDevice`] if this build lacks it.
+    /// As [`backend`]; [`SessionError::Ranks`] if the device runs on one rank only.
     pub fn backend(&self, device: Device) -> Result<Box<dyn Backend>, SessionError> {
         if self.count.get() == 1 {
             return backend(device);
         }
-        let reference = |end: Arc<HostCollective>| -> Box<dyn Backend> {
-            Box::new(ReferenceBackend::new().collective(end))
-        };
-        let cpu = |end: Arc<HostCollective>| -> Box<dyn Backend> {
-            Box::new(CpuBackend::new(Default::default()).collective(end))
-        };
-        match device {
-            Device::Reference => Ok(Box::new(ShardedBackend::new(self.options(), reference))),
-            Device::Cpu | Device::Auto => Ok(Box::new(ShardedBackend::new(self.options(), cpu))),
-            Device::Cuda => Err(SessionError::NoDevice("cuda", "CUDA")),
-        }
+        let make = rank_backend(device).ok_or_else(|| self.error(RanksReason::Device("CUDA")))?;
+        Ok(Box::new(ShardedBackend::new(self.options(), make)))
     }
 
     /// What preparing a model found: a division that its weights do not allow is bad input.

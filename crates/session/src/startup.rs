@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-/// Times of the steps to the first token, in milliseconds. Their sum is a little less than the total,
-/// which has the command line and the prompt's encoding too.
+/// Times of the steps to the first token, in milliseconds. Their sum is a little less than the
+/// total, which has the command line and the prompt's encoding too.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Startup {
     /// The files mapped and checked, and what the model is.

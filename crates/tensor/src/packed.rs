@@ -1,8 +1,9 @@
 //! compressed-tensors' `pack-quantized` planes: integers of 4 or 8 bits in words of 32.
 //!
-//! A code is stored with `2^(bits - 1)` added; element `i` of a row lies at bit `i * bits`, low bits
-//! first, and rows are filled up to whole words with zeros. Zero points are packed the same way,
-//! but down the rows: word `w` of a column of groups holds those of rows `w * 32 / bits` onwards.
+//! A code is stored with `2^(bits - 1)` added; element `i` of a row lies at bit `i * bits`, low
+//! bits first, and rows are filled up to whole words with zeros. Zero points are packed the same
+//! way, but down the rows: word `w` of a column of groups holds those of rows `w * 32 / bits`
+//! onwards.
 
 use crate::bytes::Bytes;
 use crate::error::TensorError;

@@ -1,9 +1,9 @@
 //! Import circles: between the files of a crate, and between its folders.
 //!
-//! Two files may import each other. A circle of more files is a problem, and so is any circle between
-//! folders that lie in one folder. What a module imports from the one that it is declared in does
-//! not count, since the language puts it inside that one. Code under `cfg(test)` does not count. An
-//! item that a module re-exports counts as an import of the file that has it.
+//! Two files may import each other. A circle of more files is a problem, and so is any circle
+//! between folders that lie in one folder. What a module imports from the one that it is declared
+//! in does not count, since the language puts it inside that one. Code under `cfg(test)` does not
+//! count. An item that a module re-exports counts as an import of the file that has it.
 
 use std::collections::{BTreeMap, BTreeSet};
 

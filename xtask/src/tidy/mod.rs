@@ -26,9 +26,8 @@ pub(crate) fn run(root: &Path, update: bool) -> anyhow::Result<Vec<String>> {
     for path in crate::source::rust_files(root)? {
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().replace('\\', "/");
-        sources::check(&name, &text, &mut found)?;
+        let syntax = sources::check(&name, &text, &mut found)?;
         if let Some((source, file)) = in_crate(&name) {
-            let syntax = syn::parse_file(&text).with_context(|| name.clone())?;
             crates.entry(source.to_owned()).or_default().add(module_path(file), &name, &syntax);
         }
     }

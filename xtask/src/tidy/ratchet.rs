@@ -1,7 +1,7 @@
 //! Lengths, with a list of exceptions that can only shrink.
 //!
-//! A line of `xtask/exceptions.txt` is a length and a name (`path` or `path::function`), or a number
-//! of files or folders and `path::files in circles` or `path::folders in circles`. What is
+//! A line of `xtask/exceptions.txt` is a length and a name (`path` or `path::function`), or a
+//! number of files or folders and `path::files in circles` or `path::folders in circles`. What is
 //! longer than its entry, or long without one, is a problem; an entry that allows more than is
 //! needed is one too, until `cargo xtask tidy --update` lowers or removes it.
 

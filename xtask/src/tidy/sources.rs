@@ -27,8 +27,8 @@ pub(super) struct Findings {
     pub(super) lengths: BTreeMap<String, usize>,
 }
 
-/// Checks one file; `name` is its path in the workspace.
-pub(super) fn check(name: &str, text: &str, found: &mut Findings) -> anyhow::Result<()> {
+/// Checks one file and returns its syntax tree; `name` is its path in the workspace.
+pub(super) fn check(name: &str, text: &str, found: &mut Findings) -> anyhow::Result<syn::File> {
     let tokens: TokenStream =
         text.parse().map_err(|error| anyhow::anyhow!("{name}: not Rust: {error}"))?;
     let allowed = UNSAFE_ALLOWED.iter().any(|path| name.starts_with(path));
@@ -40,7 +40,7 @@ pub(super) fn check(name: &str, text: &str, found: &mut Findings) -> anyhow::Res
     let file = syn::parse_file(text).with_context(|| name.to_owned())?;
     let mut functions = Functions { prefix: name.to_owned(), lengths: &mut found.lengths };
     functions.visit_file(&file);
-    Ok(())
+    Ok(file)
 }
 
 /// Whether the file is the root of a library or of a program.

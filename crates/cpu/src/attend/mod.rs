@@ -4,8 +4,8 @@
 //! sees. Positions are walked in tiles of 64 and segments of 512, both aligned to absolute
 //! positions; a segment starts from nothing, and segments are merged in order. So a row gives the
 //! same bits alone and in a chunk, on one worker and on many, wherever its blocks lie. Positions
-//! that a row does not see contribute exactly nothing. Rows in the prefill form have products of their own where the machine
-//! has AMX ([`split`]).
+//! that a row does not see contribute exactly nothing. Rows in the prefill form have products of
+//! their own where the machine has AMX ([`split`]).
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -33,12 +33,13 @@ use split::SplitProducts;
 use tile::{Piece, Scratch, ScratchSizes};
 
 /// Positions in a segment.
-pub const SEGMENT: usize = 512;
+pub(crate) const SEGMENT: usize = 512;
 
 /// Query vectors that share one pass over the keys: rows of a task times query heads of a key head.
 const VECTORS_MAX: usize = 64;
 
-/// The same for rows whose products are split ([`split`]): keys and values are split once for all of them.
+/// The same for rows whose products are split ([`split`]): keys and values are split once for all
+/// of them.
 const VECTORS_SPLIT: usize = 192;
 
 /// The same where keys are made from latents.
@@ -49,7 +50,7 @@ const PARTIAL_FLOATS_MAX: usize = 8 << 20;
 
 /// The numbers of one attention, with latents seen as one key head of `rank + rope_dim`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AttendShape {
+pub(crate) struct AttendShape {
     /// Key heads.
     pub kv_heads: usize,
     /// Query heads that share a key head.
@@ -96,7 +97,7 @@ impl AttendShape {
 }
 
 /// What one call works on.
-pub struct AttendJob<'a> {
+pub(crate) struct AttendJob<'a> {
     /// The numbers.
     pub shape: &'a AttendShape,
     /// The cache.
@@ -121,7 +122,7 @@ pub struct AttendJob<'a> {
 
 /// Which rows of a step an attention computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RowForm {
+pub(crate) enum RowForm {
     /// All.
     All,
     /// Those whose latents are expanded.
@@ -132,7 +133,7 @@ pub enum RowForm {
 
 impl RowForm {
     /// The rows, counted within the sequence: those in the prefill form, and the others.
-    pub fn rows(self, sequence: &StepSequence) -> [Range<usize>; 2] {
+    pub(crate) fn rows(self, sequence: &StepSequence) -> [Range<usize>; 2] {
         let (expanded, all) = (sequence.rows_expanded(), sequence.rows as usize);
         match self {
             RowForm::All => [0..expanded, expanded..all],
@@ -143,7 +144,7 @@ impl RowForm {
 }
 
 /// Makes a head's keys and values of a tile from its latents.
-pub trait Expand: Sync {
+pub(crate) trait Expand: Sync {
     /// `latents` is a tile of latents, its `keys` with the rotary keys under them; `to` gets the
     /// head's keys, rotary part last, and the values of the tile's positions `filled`.
     ///
@@ -163,7 +164,7 @@ pub trait Expand: Sync {
 
 /// Memory for attention, kept from step to step.
 #[derive(Debug)]
-pub struct Attention {
+pub(crate) struct Attention {
     width: Width,
     /// For rows in the prefill form, if they have products of their own.
     split: Option<SplitProducts>,
@@ -178,7 +179,7 @@ impl Attention {
     ///
     /// # Errors
     /// [`BackendError::Memory`].
-    pub fn new(
+    pub(crate) fn new(
         (width, split): (Width, Option<SplitProducts>),
         shapes: &[AttendShape],
         workers: usize,
@@ -203,7 +204,7 @@ impl Attention {
     }
 
     /// Whether it makes a difference which rows are in the prefill form.
-    pub fn has_prefill_form(&self) -> bool {
+    pub(crate) fn has_prefill_form(&self) -> bool {
         self.split.is_some()
     }
 
@@ -211,8 +212,9 @@ impl Attention {
     ///
     /// # Safety
     /// The job's rows are valid for the step's rows, `out` overlaps nothing else and nobody else
-    /// touches it; nobody writes the cache meanwhile; the tables hold every position that a row sees.
-    pub unsafe fn run(&mut self, gang: &Gang, job: &AttendJob<'_>) {
+    /// touches it; nobody writes the cache meanwhile; the tables hold every position that a row
+    /// sees.
+    pub(crate) unsafe fn run(&mut self, gang: &Gang, job: &AttendJob<'_>) {
         let shape = job.shape;
         let capacity = self.partials.bytes() / size_of::<f32>() / shape.partial_stride();
         let products = self.split;
@@ -268,7 +270,11 @@ impl Shared {
 }
 
 /// The shape of an attention over the heads of a layer.
-pub fn check_layer(layout: &KvLayout, layer: u32, shape: &AttendShape) -> Result<(), BackendError> {
+pub(crate) fn check_layer(
+    layout: &KvLayout,
+    layer: u32,
+    shape: &AttendShape,
+) -> Result<(), BackendError> {
     let found = layout.layers[layer as usize].shape;
     let fits = match found {
         KvLayerShape::Heads { kv_heads, key_dim, value_dim } => {

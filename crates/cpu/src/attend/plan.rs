@@ -7,11 +7,11 @@ use lathe_program::{Step, StepSequence};
 use super::{AttendShape, RowForm, SEGMENT};
 
 /// Below this many pieces a worker, pieces are cut further, along the positions.
-pub const ITEMS_PER_WORKER: usize = 2;
+pub(super) const ITEMS_PER_WORKER: usize = 2;
 
 /// Rows of one sequence that walk their positions together.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Task {
+pub(super) struct Task {
     /// Index into the step's sequences.
     pub sequence: usize,
     /// First row, counted within the sequence.
@@ -28,7 +28,7 @@ pub struct Task {
 
 /// Where the segments of some rows are stored before they are merged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stored {
+pub(super) struct Stored {
     /// Place of the first.
     pub base: usize,
     /// First segment.
@@ -41,14 +41,14 @@ pub struct Stored {
 
 impl Stored {
     /// The place of one segment of one vector.
-    pub fn entry(&self, head: usize, vector: usize, segment: usize) -> usize {
+    pub(super) fn entry(&self, head: usize, vector: usize, segment: usize) -> usize {
         self.base + (head * self.vectors + vector) * self.count + segment - self.first
     }
 }
 
 /// Rows whose segments are computed by several tasks and then merged.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Split {
+pub(super) struct Split {
     /// First row of the step.
     pub row: usize,
     /// Where the segments are.
@@ -57,7 +57,7 @@ pub struct Split {
 
 /// The pieces of one attention.
 #[derive(Debug, Default)]
-pub struct Plan {
+pub(super) struct Plan {
     /// Pieces, for each key head.
     pub tasks: Vec<Task>,
     /// Rows that need a merge.
@@ -66,7 +66,7 @@ pub struct Plan {
 
 /// The positions that a row sees: a stretch, and the rows of its tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Visible<'a> {
+pub(super) struct Visible<'a> {
     /// A stretch of slots.
     pub slots: Range<usize>,
     /// Rows of the sequence that it sees, from slot `cached` on.
@@ -75,7 +75,7 @@ pub struct Visible<'a> {
 
 /// What a row of a draft tree sees of its own step.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tree<'a> {
+pub(super) struct Tree<'a> {
     /// Slot of the sequence's first row.
     pub cached: usize,
     /// Bit `j` for row `j`.
@@ -88,7 +88,7 @@ pub struct Tree<'a> {
 
 impl Tree<'_> {
     /// Whether the row sees `slot`, which is at or after `cached`.
-    pub fn sees(&self, slot: usize) -> bool {
+    pub(super) fn sees(&self, slot: usize) -> bool {
         let row = slot - self.cached;
         row < self.positions.len()
             && row < 64
@@ -98,7 +98,7 @@ impl Tree<'_> {
 }
 
 /// What row `row` of `sequence` sees.
-pub fn visible<'a>(
+pub(super) fn visible<'a>(
     step: &'a Step,
     sequence: &'a StepSequence,
     row: usize,
@@ -123,7 +123,7 @@ pub fn visible<'a>(
 }
 
 /// The slots that any of `rows` rows from `first` on sees.
-pub fn seen_by_all(
+pub(super) fn seen_by_all(
     step: &Step,
     sequence: &StepSequence,
     first: usize,
@@ -140,7 +140,7 @@ pub fn seen_by_all(
 
 impl Plan {
     /// A plan that holds the pieces of `rows_max` rows without allocating.
-    pub fn with_capacity(rows_max: usize, workers: usize) -> Self {
+    pub(super) fn with_capacity(rows_max: usize, workers: usize) -> Self {
         let extra = 2 * ITEMS_PER_WORKER * ITEMS_PER_WORKER * workers * workers;
         Self {
             tasks: Vec::with_capacity(rows_max + extra.min(1 << 16)),
@@ -150,7 +150,7 @@ impl Plan {
 
     /// Cuts the rows of one form in `step` into pieces for some workers, those in the prefill form apart if their
     /// products are `split`; at most `capacity` segments are stored for a merge.
-    pub fn fill(
+    pub(super) fn fill(
         &mut self,
         step: &Step,
         (form, split): (RowForm, bool),

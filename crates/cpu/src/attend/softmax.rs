@@ -12,7 +12,7 @@ use crate::lanes::{Kernel, LANES, Lanes, math};
 /// The state of some query vectors: largest score, sum of weights, weighted values `[stride]`.
 /// Kernels that take a state own it: valid for their vectors, and nobody else's.
 #[derive(Clone, Copy)]
-pub struct State {
+pub(super) struct State {
     /// Minus infinity before anything was seen.
     pub largest: *mut f32,
     /// Of the weights, relative to `largest`.
@@ -26,7 +26,7 @@ pub struct State {
 impl State {
     /// The state of vector `index` alone.
     #[inline(always)]
-    pub fn vector(self, index: usize) -> Self {
+    pub(super) fn vector(self, index: usize) -> Self {
         Self {
             largest: self.largest.wrapping_add(index),
             sum: self.sum.wrapping_add(index),
@@ -36,7 +36,7 @@ impl State {
     }
 
     /// A stored segment's state: largest score and sum in the first 16 floats, then the values.
-    pub fn stored(partials: *mut f32, shape: &AttendShape, entry: usize) -> Self {
+    pub(super) fn stored(partials: *mut f32, shape: &AttendShape, entry: usize) -> Self {
         let at = partials.wrapping_add(entry * shape.partial_stride());
         let (sum, values) = (at.wrapping_add(1), at.wrapping_add(LANES));
         Self { largest: at, sum, values, stride: shape.value_stride() }
@@ -86,7 +86,7 @@ impl State {
 }
 
 /// Clears the states of `vectors`.
-pub struct Clear {
+pub(super) struct Clear {
     pub state: State,
     pub vectors: usize,
 }
@@ -103,7 +103,7 @@ impl Kernel for Clear {
 }
 
 /// Adds the segments of `vectors` to the segments before.
-pub struct Merge {
+pub(super) struct Merge {
     pub total: State,
     pub part: State,
     pub vectors: usize,
@@ -121,7 +121,7 @@ impl Kernel for Merge {
 }
 
 /// Copies the states of `vectors` to where they wait for the merge.
-pub struct Store<F> {
+pub(super) struct Store<F> {
     pub state: State,
     pub vectors: usize,
     /// The place of a vector, this kernel's alone.
@@ -147,7 +147,7 @@ impl<F: Fn(usize) -> State> Kernel for Store<F> {
 }
 
 /// Turns the scores of a tile into weights, and rescales the states accordingly.
-pub struct Soften<'a> {
+pub(super) struct Soften<'a> {
     pub job: &'a AttendJob<'a>,
     pub task: &'a Task,
     /// Rows of the task that see something of the tile.
@@ -318,7 +318,7 @@ impl Soften<'_> {
 }
 
 /// Divides by the sum (and the sink) and stores a row's head.
-pub struct Finish<'a> {
+pub(super) struct Finish<'a> {
     pub job: &'a AttendJob<'a>,
     pub row: usize,
     /// The query head.
@@ -353,7 +353,7 @@ impl Kernel for Finish<'_> {
 }
 
 /// Merges the stored segments of rows that were split.
-pub struct MergeSplits<'a> {
+pub(super) struct MergeSplits<'a> {
     pub job: &'a AttendJob<'a>,
     pub plan: &'a Plan,
     /// Which of all vectors to merge, counted over splits, heads and vectors.

@@ -22,22 +22,22 @@ use crate::isa::Isa;
 use crate::lanes::LANES;
 
 /// Rows or columns of a tile.
-pub const BLOCK: usize = 16;
+pub(crate) const BLOCK: usize = 16;
 /// Of k in a tile.
-pub const CHUNK: usize = 32;
+pub(crate) const CHUNK: usize = 32;
 /// Bytes of a tile.
 const PART: usize = 1024;
 /// Bytes of a chunk: a tile of each part.
 const CHUNK_BYTES: usize = 2 * PART;
 
 /// Floats that an operand of `lines` rows or columns takes, with `k` numbers in each.
-pub fn operand_floats(lines: usize, k: usize) -> usize {
+pub(crate) fn operand_floats(lines: usize, k: usize) -> usize {
     lines.div_ceil(BLOCK) * k.div_ceil(CHUNK) * CHUNK_BYTES / size_of::<f32>()
 }
 
 /// Up to two blocks of rows by up to two blocks of columns.
 #[derive(Debug, Clone, Copy)]
-pub struct Blocks {
+pub(crate) struct Blocks {
     /// The first chunks of the blocks of rows; the second is the first if there is one alone.
     pub rows: [*const u8; 2],
     /// The same of the columns.
@@ -56,7 +56,7 @@ pub struct Blocks {
 
 /// What splits operands and multiplies blocks.
 #[derive(Debug, Clone, Copy)]
-pub struct SplitProducts {
+pub(crate) struct SplitProducts {
     /// Splits a block of rows. Unsafe as what it takes says.
     pub rows: unsafe fn(&SplitRows),
     /// Splits columns, likewise.
@@ -71,7 +71,7 @@ pub struct SplitProducts {
 
 impl SplitProducts {
     /// Those of `isa`, which this machine has.
-    pub fn of(isa: Isa) -> Option<Self> {
+    pub(crate) fn of(isa: Isa) -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         if isa == Isa::Amx {
             return Some(super::amx::PRODUCTS);
@@ -83,7 +83,7 @@ impl SplitProducts {
 
 /// An operand in memory.
 #[derive(Debug, Clone, Copy)]
-pub struct Operand {
+pub(crate) struct Operand {
     /// The first block.
     pub start: *const u8,
     /// Blocks.
@@ -100,7 +100,7 @@ impl Operand {
 ///
 /// # Safety
 /// The operands have `chunks` chunks in each block, the sums are the caller's alone, and `products` has begun.
-pub unsafe fn multiply(
+pub(crate) unsafe fn multiply(
     products: SplitProducts,
     (rows, columns, chunks): (Operand, Operand, usize),
     (sums, stride): (*mut f32, usize),
@@ -124,7 +124,7 @@ pub unsafe fn multiply(
 }
 
 /// Splits a block of rows.
-pub struct SplitRows {
+pub(crate) struct SplitRows {
     /// `[16, stride]`; only what is in both ranges is read, the rest is zero.
     pub from: *const f32,
     /// Floats from a row to the next.
@@ -145,7 +145,7 @@ impl SplitRows {
     /// # Safety
     /// `from` has what is there, and `to` room for the chunks.
     #[inline(always)]
-    pub unsafe fn chunk(&self, row: usize, chunk: usize) -> ([f32; CHUNK], [*mut u8; 2]) {
+    pub(crate) unsafe fn chunk(&self, row: usize, chunk: usize) -> ([f32; CHUNK], [*mut u8; 2]) {
         let first = chunk * CHUNK;
         let low = self.columns.start.clamp(first, first + CHUNK) - first;
         let high = self.columns.end.clamp(first, first + CHUNK) - first;
@@ -168,7 +168,7 @@ impl SplitRows {
 }
 
 /// Splits columns, which lie line by line of k.
-pub struct SplitColumns {
+pub(crate) struct SplitColumns {
     /// `[k, stride]`; lines outside of `lines` are zero.
     pub from: *const f32,
     /// Floats from a line to the next.
@@ -189,7 +189,11 @@ impl SplitColumns {
     /// # Safety
     /// `from` has what is there, and `to` room for the operand.
     #[inline(always)]
-    pub unsafe fn pair(&self, pair: usize, block: usize) -> ([[f32; LANES]; 2], [*mut u8; 2]) {
+    pub(crate) unsafe fn pair(
+        &self,
+        pair: usize,
+        block: usize,
+    ) -> ([[f32; LANES]; 2], [*mut u8; 2]) {
         let line = |line: usize| {
             if !self.lines.contains(&line) {
                 return [0f32; LANES];

@@ -23,7 +23,7 @@ const IN_PLACE_VECTORS_MAX: usize = 12;
 
 /// Largest sizes of one worker's scratch memory, in floats.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct ScratchSizes {
+pub(super) struct ScratchSizes {
     query: usize,
     keys: usize,
     values: usize,
@@ -40,7 +40,7 @@ pub struct ScratchSizes {
 
 impl ScratchSizes {
     /// Room for each of `shapes`, with rows whose products are split or without.
-    pub fn for_shapes(shapes: &[AttendShape], split: bool) -> Self {
+    pub(super) fn for_shapes(shapes: &[AttendShape], split: bool) -> Self {
         let mut sizes = Self::default();
         for shape in shapes {
             // Split products fill whole blocks.
@@ -73,7 +73,7 @@ impl ScratchSizes {
     }
 
     /// Floats of one worker.
-    pub fn floats(&self) -> usize {
+    pub(super) fn floats(&self) -> usize {
         self.query
             + self.keys
             + self.values
@@ -90,7 +90,7 @@ impl ScratchSizes {
 
 /// One worker's scratch memory.
 #[derive(Clone, Copy)]
-pub struct Scratch {
+pub(super) struct Scratch {
     query: *mut f32,
     tile: TileBuffers,
     latents: TileBuffers,
@@ -105,7 +105,7 @@ pub struct Scratch {
 
 impl Scratch {
     /// The part of `memory` that belongs to `worker`, for attentions of `shape`.
-    pub fn of_worker(
+    pub(super) fn of_worker(
         memory: &Memory,
         sizes: &ScratchSizes,
         worker: usize,
@@ -156,7 +156,7 @@ struct SplitScratch {
 }
 
 /// One task for one key head.
-pub struct Piece<'a> {
+pub(super) struct Piece<'a> {
     /// What all pieces work on.
     pub job: &'a AttendJob<'a>,
     /// Which rows and segments.
@@ -177,7 +177,7 @@ impl Piece<'_> {
     /// # Safety
     /// Scratch memory was sized for this shape; [`super::Attention::run`]'s caller vouches for the
     /// job's rows and tables; stored segments go to places of this task alone.
-    pub unsafe fn run(&self, width: Width) {
+    pub(super) unsafe fn run(&self, width: Width) {
         let (job, task) = (self.job, self.task);
         let sequence = &job.step.sequences[task.sequence];
         let slots = seen_by_all(job.step, sequence, task.first, task.rows, job.shape.window);
@@ -299,7 +299,8 @@ impl Piece<'_> {
         unsafe { split::multiply(products, (queries, keys, chunks), (scores, TILE), true) };
     }
 
-    /// Adds the values of the tile's positions `filled` by some rows' weights, which are in `columns`.
+    /// Adds the values of the tile's positions `filled` by some rows' weights, which are in
+    /// `columns`.
     unsafe fn split_sums(
         &self,
         products: SplitProducts,

@@ -7,7 +7,7 @@ use super::int4::ELEMENTS_MAX;
 use crate::lanes::Lanes;
 
 /// A plain code of the cache: what `lanes` reads times the vector's scale, if it has one.
-pub trait Code {
+pub(crate) trait Code {
     /// Bytes of a code.
     const BYTES: usize;
     /// Whether each vector has an `f32` scale.
@@ -39,17 +39,17 @@ pub trait Code {
 }
 
 /// IEEE binary32.
-pub struct F32;
+pub(crate) struct F32;
 /// IEEE binary16.
-pub struct F16;
+pub(crate) struct F16;
 /// bfloat16.
-pub struct Bf16;
+pub(crate) struct Bf16;
 /// Signed words, scaled.
-pub struct I16;
+pub(crate) struct I16;
 /// Signed bytes, scaled.
-pub struct I8;
+pub(crate) struct I8;
 /// fp8 e4m3, scaled.
-pub struct E4m3;
+pub(crate) struct E4m3;
 
 impl Code for F32 {
     const BYTES: usize = 4;
@@ -224,7 +224,7 @@ fn encode_e4m3(x: f32) -> u8 {
 }
 
 /// Whether these kernels read and write `layout` in `format`.
-pub fn check(format: KvFormat, layout: &KvLayout) -> Result<(), BackendError> {
+pub(crate) fn check(format: KvFormat, layout: &KvLayout) -> Result<(), BackendError> {
     let vectors = layout.layers.iter().flat_map(|layer| layer.shape.vectors());
     let longest = vectors.map(|(_, elements)| elements).max().unwrap_or(0);
     if format == KvFormat::Int4 && longest > ELEMENTS_MAX {

@@ -23,14 +23,14 @@ use crate::lanes::product::Matrix;
 use crate::lanes::{LANES, Lanes};
 
 /// Elements of a vector at most: it is rotated on the stack.
-pub const ELEMENTS_MAX: usize = 2048;
+pub(crate) const ELEMENTS_MAX: usize = 2048;
 
 /// Half-byte codes.
-pub struct Int4;
+pub(crate) struct Int4;
 
 /// Codes in columns, from a slot on.
 #[derive(Clone, Copy)]
-pub struct Columns {
+pub(crate) struct Columns {
     codes: *const u8,
     scales: *const u16,
     zeros: *const u16,
@@ -39,7 +39,7 @@ pub struct Columns {
 
 /// Codes in rows, from a slot on.
 #[derive(Clone, Copy)]
-pub struct Rows {
+pub(crate) struct Rows {
     codes: *const u8,
     scales: *const u16,
     zeros: *const u16,

@@ -6,11 +6,11 @@
 //! of values runs over lanes too. Latents (MLA), which are keys and values at once, lie
 //! `[block_tokens, rank + rope_dim]`. Attention's arithmetic is not here.
 
-pub mod code;
-pub mod int4;
+pub(crate) mod code;
+pub(crate) mod int4;
 mod moves;
 mod read;
-pub mod store;
+pub(crate) mod store;
 mod write;
 
 use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
@@ -19,12 +19,12 @@ use crate::memory::{ALIGNMENT, Memory};
 use store::{KvStore, Plane};
 
 pub(crate) use code::with_store;
-pub use read::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs};
-pub use write::Write;
+pub(crate) use read::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs};
+pub(crate) use write::Write;
 
 /// Where a layer's numbers lie.
 #[derive(Debug, Clone)]
-pub struct LayerPlace {
+pub(crate) struct LayerPlace {
     /// Bytes from the start of a page to the layer's region.
     pub offset: usize,
     /// What it stores.
@@ -36,7 +36,7 @@ pub struct LayerPlace {
 impl LayerPlace {
     /// Elements of a head's key and value, or of a latent and its rotary key.
     #[inline(always)]
-    pub fn dims(&self) -> (usize, usize) {
+    pub(crate) fn dims(&self) -> (usize, usize) {
         match self.shape {
             KvLayerShape::Heads { key_dim, value_dim, .. } => (key_dim, value_dim),
             KvLayerShape::Latent { rank, rope_dim } => (rank, rope_dim),
@@ -46,7 +46,7 @@ impl LayerPlace {
 
 /// The cache of one executor.
 #[derive(Debug)]
-pub struct KvCache {
+pub(crate) struct KvCache {
     memory: Memory,
     format: KvFormat,
     block_tokens: usize,
@@ -61,7 +61,11 @@ impl KvCache {
     /// # Errors
     /// [`BackendError::Memory`] if there is not enough, [`BackendError::Unsupported`] for a
     /// format that these kernels do not read.
-    pub fn new(layout: &KvLayout, format: KvFormat, pages: usize) -> Result<Self, BackendError> {
+    pub(crate) fn new(
+        layout: &KvLayout,
+        format: KvFormat,
+        pages: usize,
+    ) -> Result<Self, BackendError> {
         code::check(format, layout)?;
         let mut layers: Vec<LayerPlace> = layout
             .layers
@@ -85,29 +89,34 @@ impl KvCache {
     }
 
     /// Bytes of all pages.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.memory.bytes()
     }
 
     /// How numbers are stored.
-    pub fn format(&self) -> KvFormat {
+    pub(crate) fn format(&self) -> KvFormat {
         self.format
     }
 
     /// Positions in a page.
-    pub fn block_tokens(&self) -> usize {
+    pub(crate) fn block_tokens(&self) -> usize {
         self.block_tokens
     }
 
     /// Where `layer` lies.
-    pub fn layer(&self, layer: usize) -> &LayerPlace {
+    pub(crate) fn layer(&self, layer: usize) -> &LayerPlace {
         &self.layers[layer]
     }
 
     /// Keys and values of a head in a page, or latents and rotary keys, as a head of that shape:
     /// codes of the first, codes of the second, scales of the first, scales of the second.
     #[inline(always)]
-    pub fn planes<S: KvStore>(&self, layer: &LayerPlace, page: u32, head: usize) -> [Plane; 2] {
+    pub(crate) fn planes<S: KvStore>(
+        &self,
+        layer: &LayerPlace,
+        page: u32,
+        head: usize,
+    ) -> [Plane; 2] {
         let (first, second) = layer.dims();
         let tokens = self.block_tokens;
         let mut at = self.region(layer, page).wrapping_add(

@@ -12,7 +12,7 @@ impl KvCache {
     ///
     /// # Panics
     /// If there is no such page or place.
-    pub fn copy_slot(&mut self, group: usize, from: (usize, usize), to: (usize, usize)) {
+    pub(crate) fn copy_slot(&mut self, group: usize, from: (usize, usize), to: (usize, usize)) {
         assert!(from.1 < self.block_tokens && to.1 < self.block_tokens, "places in a page");
         for layer in self.layers.iter().filter(|layer| layer.group == group) {
             // SAFETY: the places were checked, `planes` checks the pages, and nobody else uses the

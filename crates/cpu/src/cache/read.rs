@@ -11,11 +11,11 @@ use crate::lanes::product::Matrix;
 use crate::lanes::{Kernel, LANES, Lanes};
 
 /// Positions in a tile of attention.
-pub const TILE: usize = 64;
+pub(crate) const TILE: usize = 64;
 
 /// Neighbouring positions within one page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
+pub(crate) struct Run {
     /// The page.
     pub page: u32,
     /// Place of the first position in the page.
@@ -27,7 +27,7 @@ pub struct Run {
 }
 
 /// Cuts `positions` at page boundaries; all of them must be held by `table`.
-pub fn runs(
+pub(crate) fn runs(
     table: &BlockTable,
     block_tokens: usize,
     positions: Range<usize>,
@@ -48,7 +48,7 @@ pub fn runs(
 
 /// Where a tile's floats go.
 #[derive(Clone, Copy)]
-pub struct TileBuffers {
+pub(crate) struct TileBuffers {
     /// `[key_dim, 64]`: a column for each position.
     pub keys: *mut f32,
     /// `[64, value_stride]`: a row for each position.
@@ -62,7 +62,7 @@ pub struct TileBuffers {
 }
 
 /// Loads some positions of one aligned tile.
-pub struct LoadTile<'a> {
+pub(crate) struct LoadTile<'a> {
     /// Where from.
     pub cache: &'a KvCache,
     /// The layer.
@@ -96,7 +96,7 @@ impl Kernel for LoadTile<'_> {
 }
 
 /// Loads the scales of some positions of one aligned tile, and no codes.
-pub struct LoadScales<'a>(pub LoadTile<'a>);
+pub(crate) struct LoadScales<'a>(pub LoadTile<'a>);
 
 impl Kernel for LoadScales<'_> {
     type Output = ();
@@ -114,19 +114,19 @@ impl Kernel for LoadScales<'_> {
 impl KvCache {
     /// Whether positions have scales of their own that attention applies to scores and weights.
     /// (A latent's two scales are multiplied into its tile, and int4's are part of the codes.)
-    pub fn scales_apart(&self, layer: &LayerPlace) -> bool {
+    pub(crate) fn scales_apart(&self, layer: &LayerPlace) -> bool {
         let heads = matches!(layer.shape, KvLayerShape::Heads { .. });
         heads && with_store!(self.format, S => S::SCALES_APART)
     }
 
     /// The keys of a head, `[key_dim, slots]` from a run's place on.
-    pub fn keys<S: KvStore>(&self, layer: &LayerPlace, head: usize, run: Run) -> S::Columns {
+    pub(crate) fn keys<S: KvStore>(&self, layer: &LayerPlace, head: usize, run: Run) -> S::Columns {
         let [keys, _] = self.planes::<S>(layer, run.page, head);
         S::columns(keys, run.slot)
     }
 
     /// The values of a head, `[slots, value_dim]` from a run's place on.
-    pub fn values<S: KvStore>(&self, layer: &LayerPlace, head: usize, run: Run) -> S::Rows {
+    pub(crate) fn values<S: KvStore>(&self, layer: &LayerPlace, head: usize, run: Run) -> S::Rows {
         let [_, values] = self.planes::<S>(layer, run.page, head);
         S::rows(values, run.slot)
     }

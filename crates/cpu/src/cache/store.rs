@@ -12,7 +12,7 @@ use crate::lanes::{LANES, Lanes};
 /// One vector of `dims` elements for each of `tokens` slots, in a page: of one head its keys or its
 /// values, or the latents, or the rotary keys.
 #[derive(Debug, Clone, Copy)]
-pub struct Plane {
+pub(crate) struct Plane {
     /// Codes of all slots.
     pub codes: *mut u8,
     /// Scales of all slots, if there are any.
@@ -25,7 +25,7 @@ pub struct Plane {
 
 /// A way to store vectors. In *columns* (keys of heads) a plane is `[dims, tokens]`, so that
 /// sixteen positions' scores are computed in sixteen lanes; in *rows* it is `[tokens, dims]`.
-pub trait KvStore {
+pub(crate) trait KvStore {
     /// A plane in columns, from a slot on: `[dims, slots]`.
     type Columns: Matrix;
     /// A plane in rows, from a slot on: `[slots, dims]`.
@@ -62,7 +62,7 @@ pub trait KvStore {
 }
 
 /// Codes `[rows, columns]` side by side, without scales.
-pub struct Plain<C> {
+pub(crate) struct Plain<C> {
     codes: *const u8,
     stride: usize,
     code: PhantomData<C>,
@@ -78,7 +78,7 @@ impl<C> Copy for Plain<C> {}
 
 impl<C> Plain<C> {
     /// A matrix from its first code on, and codes from a row to the next.
-    pub fn new(codes: *const u8, stride: usize) -> Self {
+    pub(crate) fn new(codes: *const u8, stride: usize) -> Self {
         Self { codes, stride, code: PhantomData }
     }
 }

@@ -12,7 +12,7 @@ use crate::lanes::{Kernel, Lanes};
 use crate::rows::Rows;
 
 /// Stores rows of a step in the cache.
-pub struct Write<'a> {
+pub(crate) struct Write<'a> {
     /// Where to.
     pub cache: &'a KvCache,
     /// The layer.

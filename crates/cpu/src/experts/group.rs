@@ -19,7 +19,7 @@ use crate::transform::Transform;
 
 /// Experts, ready to run.
 #[derive(Debug)]
-pub struct ExpertsStage {
+pub(crate) struct ExpertsStage {
     /// `[rows, in]`.
     pub input: Rows,
     /// Which choice decides.
@@ -50,7 +50,7 @@ pub struct ExpertsStage {
 
 /// Memory for grouping rows, kept from step to step.
 #[derive(Debug, Default)]
-pub struct GroupScratch {
+pub(crate) struct GroupScratch {
     /// Where each expert's pairs begin, and the end of the last.
     starts: Vec<u32>,
     /// Pairs of row and place in the row's choice, sorted by expert: `row * per_row + place`.
@@ -65,7 +65,7 @@ pub struct GroupScratch {
 
 impl GroupScratch {
     /// Grows to what `stage` needs for `rows` rows.
-    pub fn reserve(&mut self, stage: &ExpertsStage, rows: usize, per_row: usize) {
+    pub(crate) fn reserve(&mut self, stage: &ExpertsStage, rows: usize, per_row: usize) {
         let grow = |v: &mut Vec<f32>, n: usize| v.resize(v.len().max(n), 0.0);
         grow(&mut self.gate, rows * stage.spec.hidden);
         grow(&mut self.up, rows * stage.spec.hidden);
@@ -105,7 +105,7 @@ impl ExpertsStage {
     ///
     /// # Safety
     /// Input and output are valid for `rows` rows and overlap nothing that others touch.
-    pub unsafe fn run(
+    pub(crate) unsafe fn run(
         &self,
         (width, gang): (Width, &Gang),
         prefill: &[bool],

@@ -3,5 +3,5 @@
 mod group;
 mod route;
 
-pub use group::{ExpertsStage, GroupScratch};
-pub use route::{Choice, RouteStage};
+pub(crate) use group::{ExpertsStage, GroupScratch};
+pub(crate) use route::{Choice, RouteStage};

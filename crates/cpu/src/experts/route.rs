@@ -8,7 +8,7 @@ use crate::rows::Rows;
 
 /// The choice for all rows of a step, `experts_per_token` a row.
 #[derive(Debug, Default)]
-pub struct Choice {
+pub(crate) struct Choice {
     /// Chosen in a row.
     pub per_row: usize,
     /// `[rows, per_row]`, best first.
@@ -19,7 +19,7 @@ pub struct Choice {
 
 /// A router, ready to run.
 #[derive(Debug)]
-pub struct RouteStage {
+pub(crate) struct RouteStage {
     /// `[rows, in]`.
     pub input: Rows,
     /// The numbers.
@@ -39,7 +39,7 @@ pub struct RouteStage {
 impl RouteStage {
     /// Chooses for one row. `logits` are the router's, bias included, and are used up; `ranks`
     /// is scratch memory; both `[experts]`.
-    pub fn choose(
+    pub(crate) fn choose(
         &self,
         logits: &mut [f32],
         ranks: &mut [f32],

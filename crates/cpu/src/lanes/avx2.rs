@@ -6,7 +6,7 @@ use super::Lanes;
 
 /// Sixteen floats in two 256-bit registers.
 #[derive(Clone, Copy)]
-pub struct Avx2(__m256, __m256);
+pub(super) struct Avx2(__m256, __m256);
 
 // SAFETY of every block here: `dispatch` hands this type to a kernel only where AVX2, FMA and
 // F16C were detected; memory is as the trait's callers vouch.

@@ -6,7 +6,7 @@ use super::Lanes;
 
 /// Sixteen floats in a 512-bit register.
 #[derive(Clone, Copy)]
-pub struct Avx512(__m512);
+pub(super) struct Avx512(__m512);
 
 // SAFETY of every block here: `dispatch` hands this type to a kernel only where AVX-512
 // F, BW, VL and DQ were detected; memory is as the trait's callers vouch.

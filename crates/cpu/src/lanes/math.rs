@@ -10,7 +10,7 @@ const EXP_HIGH: f32 = 88.376_26;
 /// `e^x`, about 1 unit in the last place; exactly 0 below -87.3 (so for minus infinity), clamped above 88.4.
 /// The polynomial is Cephes' `expf`.
 #[inline(always)]
-pub fn exp<L: Lanes>(x: L) -> L {
+pub(crate) fn exp<L: Lanes>(x: L) -> L {
     let clamped = x.max(L::splat(EXP_LOW)).min(L::splat(EXP_HIGH));
     let n = clamped.mul(L::splat(std::f32::consts::LOG2_E)).round();
     let r = n.fma(L::splat(-0.693_359_4), clamped);
@@ -26,27 +26,27 @@ pub fn exp<L: Lanes>(x: L) -> L {
 
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
-pub fn sigmoid<L: Lanes>(x: L) -> L {
+pub(crate) fn sigmoid<L: Lanes>(x: L) -> L {
     let one = L::splat(1.0);
     one.div(one.add(exp(L::splat(0.0).sub(x))))
 }
 
 /// `tanh(x)`, absolute error below 2e-7.
 #[inline(always)]
-pub fn tanh<L: Lanes>(x: L) -> L {
+pub(crate) fn tanh<L: Lanes>(x: L) -> L {
     let one = L::splat(1.0);
     one.sub(L::splat(2.0).div(exp(x.add(x)).add(one)))
 }
 
 /// `x * sigmoid(x)`.
 #[inline(always)]
-pub fn silu<L: Lanes>(x: L) -> L {
+pub(crate) fn silu<L: Lanes>(x: L) -> L {
     x.div(L::splat(1.0).add(exp(L::splat(0.0).sub(x))))
 }
 
 /// `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
 #[inline(always)]
-pub fn gelu_tanh<L: Lanes>(x: L) -> L {
+pub(crate) fn gelu_tanh<L: Lanes>(x: L) -> L {
     // 0.5 (1 + tanh(y)) = sigmoid(2 y), which keeps its relative accuracy for negative y.
     let cubic = x.mul(x).fma(L::splat(0.044_715), L::splat(1.0)).mul(x);
     x.mul(sigmoid(cubic.mul(L::splat(2.0 * 0.797_884_6))))
@@ -54,7 +54,7 @@ pub fn gelu_tanh<L: Lanes>(x: L) -> L {
 
 /// `0.5 x (1 + erf(x / sqrt(2)))`; erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
 #[inline(always)]
-pub fn gelu_erf<L: Lanes>(x: L) -> L {
+pub(crate) fn gelu_erf<L: Lanes>(x: L) -> L {
     let z = x.mul(L::splat(std::f32::consts::FRAC_1_SQRT_2));
     let absolute = z.max(L::splat(0.0).sub(z));
     let t = L::splat(1.0).div(absolute.fma(L::splat(0.327_591_1), L::splat(1.0)));

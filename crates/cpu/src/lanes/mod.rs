@@ -9,20 +9,20 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-pub mod math;
+pub(crate) mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
-pub mod product;
+pub(crate) mod product;
 
 use crate::isa::Isa;
 
 /// Lanes of a vector.
-pub const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Sixteen `f32`. Methods are safe to call only where the instruction set is there, which
 /// [`dispatch`] sees to; those that touch memory say what must be readable or writable.
-pub trait Lanes: Copy {
+pub(crate) trait Lanes: Copy {
     /// Rows of the register block of a matrix product.
     const BLOCK_ROWS: usize;
     /// Vectors in a row of the register block of a matrix product.
@@ -134,7 +134,7 @@ pub trait Lanes: Copy {
 }
 
 /// A piece of work that is written once for all instruction sets.
-pub trait Kernel {
+pub(crate) trait Kernel {
     /// What it returns.
     type Output;
     /// Does the work with vectors `L`. Implementations are `#[inline(always)]`, so that the body
@@ -145,7 +145,7 @@ pub trait Kernel {
 /// Which implementation of [`Lanes`] to use. A value other than `Portable` exists only where its
 /// instructions were detected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Width(Kind);
+pub(crate) struct Width(Kind);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -160,7 +160,7 @@ enum Kind {
 
 impl Width {
     /// The widest that `isa` allows on this machine.
-    pub fn of(isa: Isa) -> Self {
+    pub(crate) fn of(isa: Isa) -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             let name = isa.name();
@@ -182,7 +182,7 @@ impl Width {
 
     /// All that this machine has.
     #[cfg(test)]
-    pub fn available() -> Vec<Self> {
+    pub(crate) fn available() -> Vec<Self> {
         let mut all = vec![Self(Kind::Portable)];
         #[cfg(target_arch = "aarch64")]
         all.extend(Isa::Neon.is_available().then_some(Self(Kind::Neon)));
@@ -211,7 +211,7 @@ impl Width {
 
 /// Runs `kernel` with the vectors of `width`.
 #[inline]
-pub fn dispatch<K: Kernel>(width: Width, kernel: K) -> K::Output {
+pub(crate) fn dispatch<K: Kernel>(width: Width, kernel: K) -> K::Output {
     match width.0 {
         // SAFETY: a `Width` exists only where its instructions were detected.
         #[cfg(target_arch = "x86_64")]

@@ -7,7 +7,7 @@ use super::{Kernel, LANES, Lanes, Width, dispatch};
 
 /// What a product reads on its right: numbers that are decoded on the way, the same from
 /// [`Matrix::lanes`] and [`Matrix::one`].
-pub trait Matrix: Copy {
+pub(crate) trait Matrix: Copy {
     /// Rows that share what [`Matrix::group`] gives, from multiples of this number on.
     const GROUP: usize;
     /// Bytes of 16 columns' codes in a row.
@@ -33,7 +33,7 @@ pub trait Matrix: Copy {
 
 /// `c[rows, columns] = a[rows, depth] * b[depth, columns]`, or added to what `c` holds.
 #[derive(Clone, Copy)]
-pub struct Product<B> {
+pub(crate) struct Product<B> {
     /// `[rows, depth]`.
     pub a: *const f32,
     /// Floats from a row of `a` to the next.
@@ -63,7 +63,7 @@ impl<B: Matrix> Product<B> {
     /// # Safety
     /// All three matrices lie in memory of their shapes and strides; `c` overlaps neither `a` nor
     /// `b` and nobody else touches it.
-    pub unsafe fn run(self, width: Width) {
+    pub(crate) unsafe fn run(self, width: Width) {
         dispatch(width, Run(self));
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 struct Counting;
 
 /// Allocations of the process so far.
-pub static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+pub(crate) static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: everything is the system allocator's.
 unsafe impl GlobalAlloc for Counting {

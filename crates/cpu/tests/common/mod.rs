@@ -11,19 +11,19 @@ use lathe_program::{
 };
 use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};
 
-pub const VOCABULARY: usize = 97;
-pub const BLOCK_TOKENS: usize = 16;
+pub(crate) const VOCABULARY: usize = 97;
+pub(crate) const BLOCK_TOKENS: usize = 16;
 const WIDTH: usize = 64;
 
 /// Numbers from a seed, in `-1 .. 1`.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         self.0 >> 33
     }
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         self.next() as usize % n
     }
     fn number(&mut self) -> f32 {
@@ -32,7 +32,7 @@ impl Random {
 }
 
 /// Random weights: matrices in Q8_0 blocks, the rest in f32.
-pub struct RandomWeights(pub Arc<Program>);
+pub(crate) struct RandomWeights(pub Arc<Program>);
 
 impl WeightSource for RandomWeights {
     fn tensor(&self, weight: Weight) -> Result<Tensor, BackendError> {
@@ -52,7 +52,7 @@ impl WeightSource for RandomWeights {
 }
 
 /// Layers with 6 query and 2 key heads of 32, the second with a window of 20 and sinks.
-pub fn program(layers: u32) -> Arc<Program> {
+pub(crate) fn program(layers: u32) -> Arc<Program> {
     let mut b = ProgramBuilder::new(VOCABULARY, 2048, BLOCK_TOKENS);
     let table = b.weight("embedding", &[VOCABULARY, WIDTH], WeightRole::Embedding, None);
     let rope = b.rope_table(RopeTable {
@@ -128,7 +128,7 @@ fn feed_forward(b: &mut ProgramBuilder, x: Value, layer: u32) -> Value {
 }
 
 /// A prepared executor of `program`.
-pub fn executor(
+pub(crate) fn executor(
     program: &Arc<Program>,
     threads: usize,
     exact: bool,
@@ -148,7 +148,7 @@ pub fn executor(
 }
 
 /// A sequence as far as it was run, with pages of its own.
-pub struct Sequence {
+pub(crate) struct Sequence {
     pub tokens: Vec<u32>,
     pub cached: usize,
     pub tables: Vec<BlockTable>,
@@ -156,7 +156,12 @@ pub struct Sequence {
 
 impl Sequence {
     /// `length` random tokens, and pages `first_page ..` for them in a random order.
-    pub fn new(program: &Program, length: usize, first_page: u32, random: &mut Random) -> Self {
+    pub(crate) fn new(
+        program: &Program,
+        length: usize,
+        first_page: u32,
+        random: &mut Random,
+    ) -> Self {
         let tokens = (0..length).map(|_| random.below(VOCABULARY) as u32).collect();
         let blocks = length.div_ceil(BLOCK_TOKENS) as u32;
         let tables = (0..program.kv.groups.len() as u32).map(|group| {
@@ -172,7 +177,7 @@ impl Sequence {
 }
 
 /// A step of the next `rows` tokens of each sequence, all logits asked for.
-pub fn step(parts: &mut [(&mut Sequence, usize)]) -> Step {
+pub(crate) fn step(parts: &mut [(&mut Sequence, usize)]) -> Step {
     let mut step = Step::default();
     for (sequence, rows) in parts.iter_mut() {
         let (cached, first_row) = (sequence.cached, step.tokens.len() as u32);

@@ -62,8 +62,8 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache of `pages` pages for `sequences_max` sequences at a time. With `prefix_seed` it
-    /// keeps the blocks of texts for those that begin alike; the seed goes into the hashes and
+    /// An empty cache of `pages` pages for `sequences_max` sequences at a time. With `prefix_seed`
+    /// it keeps the blocks of texts for those that begin alike; the seed goes into the hashes and
     /// changes nothing that can be observed.
     pub fn new(
         layout: &KvLayout,
@@ -175,7 +175,8 @@ impl KvCache {
         hit
     }
 
-    /// The first block that a hit needs in a group, and the pages from there to its last full block.
+    /// The first block that a hit needs in a group, and the pages from there to its last full
+    /// block.
     fn pages_of<'a>(
         &'a self,
         hit: &'a PrefixHit,

@@ -20,7 +20,7 @@ const NONE: u32 = u32::MAX;
 const TAILS_MAX: usize = 16;
 
 /// The empty text: parent of every first block.
-pub const ROOT: u32 = 0;
+pub(super) const ROOT: u32 = 0;
 
 #[derive(Debug, Default)]
 struct Node {

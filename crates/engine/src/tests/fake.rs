@@ -12,9 +12,9 @@ use lathe_program::{
     TokenLogprobs, Value, Weight,
 };
 
-pub const VOCABULARY: usize = 61;
+pub(crate) const VOCABULARY: usize = 61;
 
-pub struct FakeExecutor {
+pub(crate) struct FakeExecutor {
     program: Arc<Program>,
     limits: ExecutorLimits,
     tables: SequenceTables,
@@ -41,7 +41,7 @@ struct Made {
 }
 
 /// A cache of one layer a group, with these windows.
-pub fn layout(block_tokens: usize, windows: &[Option<usize>]) -> KvLayout {
+pub(crate) fn layout(block_tokens: usize, windows: &[Option<usize>]) -> KvLayout {
     let shape = KvLayerShape::Heads { kv_heads: 1, key_dim: 1, value_dim: 1 };
     let layers =
         (0..windows.len() as u32).map(|group| KvLayerDecl { shape, group, slot: 0 }).collect();
@@ -50,7 +50,7 @@ pub fn layout(block_tokens: usize, windows: &[Option<usize>]) -> KvLayout {
     KvLayout { block_tokens, layers, groups: windows.iter().enumerate().map(group).collect() }
 }
 
-pub fn program(kv: KvLayout, context_max: usize) -> Program {
+pub(crate) fn program(kv: KvLayout, context_max: usize) -> Program {
     let (values, weights, ropes) = Default::default();
     let (input, head) = (Value(0), Weight(0));
     let ops = vec![Op::Logits { input, head, gather: false, scale: 1.0, softcap: None }];
@@ -58,7 +58,7 @@ pub fn program(kv: KvLayout, context_max: usize) -> Program {
 }
 
 impl FakeExecutor {
-    pub fn new(kv: KvLayout, context_max: usize, rows_max: usize, pages: usize) -> Self {
+    pub(crate) fn new(kv: KvLayout, context_max: usize, rows_max: usize, pages: usize) -> Self {
         let limits = ExecutorLimits {
             rows_max,
             sequences_max: rows_max,
@@ -85,7 +85,7 @@ impl FakeExecutor {
 
     /// With a latent attention of rank 64 whose heads have 32 elements: the first whole 64s of a
     /// prompt are expanded, and differ from what is absorbed.
-    pub fn latent(mut self) -> Self {
+    pub(crate) fn latent(mut self) -> Self {
         let spec = LatentSpec {
             heads: 1,
             rank: 64,
@@ -105,17 +105,17 @@ impl FakeExecutor {
     }
 
     /// Takes this many steps before the first is collected.
-    pub fn steps_in_flight(mut self, steps: usize) -> Self {
+    pub(crate) fn steps_in_flight(mut self, steps: usize) -> Self {
         self.limits.steps_in_flight = steps;
         self
     }
 
-    pub fn hasty(mut self) -> Self {
+    pub(crate) fn hasty(mut self) -> Self {
         self.thorough = false;
         self
     }
 
-    pub fn failing(mut self, one_in: u64) -> Self {
+    pub(crate) fn failing(mut self, one_in: u64) -> Self {
         self.failing = one_in;
         self
     }
@@ -253,7 +253,7 @@ impl Executor for FakeExecutor {
 }
 
 /// SplitMix64's finalizer over both.
-pub fn mix(a: u64, b: u64) -> u64 {
+pub(crate) fn mix(a: u64, b: u64) -> u64 {
     let mut x = a.rotate_left(23) ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -270,7 +270,7 @@ fn logits(own: u64) -> impl Iterator<Item = f32> {
 }
 
 /// The same model over plain lists: no pages, no chunks, no batches. Logits after the last token.
-pub fn naive_logits(tokens: &[u32], windows: &[Option<usize>]) -> Vec<f32> {
+pub(crate) fn naive_logits(tokens: &[u32], windows: &[Option<usize>]) -> Vec<f32> {
     let mut entries: Vec<u64> = Vec::new();
     for (position, &token) in tokens.iter().enumerate() {
         let mut seen = 7;

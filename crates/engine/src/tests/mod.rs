@@ -1,7 +1,7 @@
 //! Tests of the control plane with a fake executor.
 
 mod expanded;
-pub mod fake;
+pub(crate) mod fake;
 mod fuzz;
 mod prefix;
 mod simple;

@@ -38,8 +38,8 @@ struct Report {
     decode_tokens_per_s: f64,
     /// Weights and cache that a step reads and writes; experts as they were really chosen.
     bytes_per_step: u64,
-    /// What the counter expects if each sequence's tokens go to experts as often as all did, whatever
-    /// the other sequences' tokens do.
+    /// What the counter expects if each sequence's tokens go to experts as often as all did,
+    /// whatever the other sequences' tokens do.
     bytes_per_step_expected: u64,
     achieved_gb_s: f64,
     measured_read_gb_s: f64,
@@ -114,7 +114,7 @@ struct Prepared {
 }
 
 /// Measures.
-pub fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     check(arguments)?;
     let shape = match arguments.dummy_weights {
         true => dummy_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?,

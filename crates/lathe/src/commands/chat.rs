@@ -65,7 +65,7 @@ struct Chat {
 }
 
 /// Talks until the input ends.
-pub fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
     let interrupts = Interrupts::install(Insist::Ignored)?;
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     template_of(&opened.model)?;

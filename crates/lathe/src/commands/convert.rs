@@ -26,7 +26,7 @@ struct Report<'a> {
 }
 
 /// Converts.
-pub fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), Error> {
     let out = &arguments.out;
     if out.exists() {
         return Err(bad_input(format!("{}: it exists already", out.display())));

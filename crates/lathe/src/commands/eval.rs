@@ -44,7 +44,7 @@ struct Comparison {
 }
 
 /// Evaluates.
-pub fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let text = read_text(&arguments.text)?;
     let opened = open(&arguments.model, &global.open_options())?;
     let tokens = encode_text(opened.tokenizer()?, &text)?;

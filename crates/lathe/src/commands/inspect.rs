@@ -99,7 +99,7 @@ struct Fit {
 }
 
 /// Tells.
-pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
     let shape =
         describe_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?;
     let spec = shape.spec();
@@ -114,7 +114,7 @@ pub fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
         None => memory::available_bytes(),
     };
     let program = program_for(spec, context)?;
-    let kv_format = global.options().cache_format();
+    let kv_format = global.options().cache_format(&program)?;
     let sizes = shape.sizes(&program)?;
     let parameters = ParameterCount::of(spec, &program);
     let measure = || Roofs::measure(&global.options(), &sizes);

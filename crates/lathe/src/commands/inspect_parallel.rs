@@ -29,7 +29,7 @@ enum Strategy {
 
 /// The predictions.
 #[derive(Serialize)]
-pub struct Report {
+pub(crate) struct Report {
     tensor_parallel: usize,
     expert_parallel: bool,
     /// None without measuring and without all roofs given.
@@ -66,7 +66,7 @@ struct Prediction {
 }
 
 /// What the predictions are made from.
-pub struct Subject<'a> {
+pub(crate) struct Subject<'a> {
     pub program: &'a Program,
     pub sizes: &'a Sizes,
     pub kv_format: KvFormat,
@@ -82,7 +82,7 @@ struct Divisions<'a> {
 
 impl RankArguments {
     /// Predictions, if more than one rank is asked for.
-    pub fn report(
+    pub(crate) fn report(
         &self,
         subject: &Subject<'_>,
         machine: Option<&Roofs>,
@@ -182,7 +182,7 @@ fn faster(tensor_ms: Option<f64>, expert_ms: Option<f64>) -> Option<Strategy> {
 }
 
 /// A table for people.
-pub fn describe(report: &Report) -> String {
+pub(super) fn describe(report: &Report) -> String {
     let ranks = report.tensor_parallel;
     let mut text = match &report.roofs {
         Some(roofs) => format!(

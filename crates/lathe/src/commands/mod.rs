@@ -19,7 +19,7 @@ use crate::arguments::{Arguments, Command};
 use crate::output::bad_input;
 
 /// Runs the command that the words ask for; the process began at `started`.
-pub fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
+pub(crate) fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
     let global = &arguments.global;
     if global.kv_format.is_some()
         && matches!(arguments.command, Command::Convert(_) | Command::Pull(_))

@@ -20,7 +20,7 @@ struct Pulled<'a> {
 }
 
 /// Fetches, unless it is there, and says where.
-pub fn run(global: &Global, arguments: &PullArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &PullArguments) -> Result<(), Error> {
     let located = locate(&arguments.name)?;
     let bytes = bytes_under(&located.path);
     if global.json {

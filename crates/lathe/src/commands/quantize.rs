@@ -58,7 +58,8 @@ struct Provenance<'a> {
     tensors: Vec<WeightReport>,
 }
 
-/// What is printed: with `--explain`, what was found too. Beside the weights that is a file of its own.
+/// What is printed: with `--explain`, what was found too. Beside the weights that is a file of its
+/// own.
 #[derive(Serialize)]
 struct Printed<'a> {
     #[serde(flatten)]
@@ -100,7 +101,7 @@ impl Target {
 }
 
 /// Quantizes.
-pub fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
     let out = &arguments.out;
     let target = Target::of(arguments)?;
     check_new(out, target)?;
@@ -347,8 +348,8 @@ fn check_targets(
     Ok(())
 }
 
-/// The recipe with a format of blocks of 32 for each tensor whose rows are no multiple of the 256 that its
-/// format asks for: the one that llama.cpp's `tensor_type_fallback` takes.
+/// The recipe with a format of blocks of 32 for each tensor whose rows are no multiple of the 256
+/// that its format asks for: the one that llama.cpp's `tensor_type_fallback` takes.
 fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Recipe, Error> {
     // A budget has yet to choose.
     if recipe.budget.is_some() {

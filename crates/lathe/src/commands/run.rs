@@ -36,13 +36,20 @@ struct Report<'a> {
 }
 
 /// Answers; the process began at `started`.
-pub fn run(global: &Global, arguments: &RunArguments, started: Instant) -> Result<(), Error> {
+pub(super) fn run(
+    global: &Global,
+    arguments: &RunArguments,
+    started: Instant,
+) -> Result<(), Error> {
     refuse_drafting(arguments)?;
     let typed = read_prompt(arguments)?;
     let interrupts = Interrupts::install(Insist::Ends)?;
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     let prompt = encode(arguments, &opened.model, &typed)?;
-    let request = arguments.sampling.choice()?.request(prompt, &opened.model.generation);
+    let choice = arguments.sampling.choice()?;
+    let own = &opened.model.generation;
+    choice.validate(own, opened.model.spec.vocabulary).map_err(bad_input)?;
+    let request = choice.request(prompt, own);
     let seed = request.sampling.seed;
     let need = need(&opened.model, &request)?;
     let session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;

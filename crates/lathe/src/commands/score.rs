@@ -28,7 +28,7 @@ struct Top {
 }
 
 /// Scores.
-pub fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Error> {
+pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Error> {
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     let tokens = read_tokens(arguments, &opened)?;
     if tokens.len() < 2 {
@@ -74,7 +74,7 @@ fn read_tokens(arguments: &ScoreArguments, opened: &Opened) -> Result<Vec<u32>, 
 }
 
 /// The text of a file that the caller named.
-pub fn read_text(path: &Path) -> Result<String, Error> {
+pub(super) fn read_text(path: &Path) -> Result<String, Error> {
     let bytes = fs::read(path).bad_input_in(path.display())?;
     String::from_utf8(bytes).bad_input_in(path.display())
 }

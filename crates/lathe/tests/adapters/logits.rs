@@ -310,7 +310,8 @@ fn adapters_read_inputs_as_they_are() {
     }
 }
 
-/// Names are Hugging Face's whatever the base lies in; GGUF's rows of queries and keys are permuted.
+/// Names are Hugging Face's whatever the base lies in; GGUF's rows of queries and keys are
+/// permuted.
 #[test]
 fn bases_in_gguf_take_the_same_adapter() {
     let base = fixtures().join("llama");

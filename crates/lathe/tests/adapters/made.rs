@@ -14,24 +14,24 @@ use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 /// Tensors of a file to be written.
-pub type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+pub(crate) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
 /// An adapter on disk, as it is to be written.
 #[derive(Clone)]
-pub struct Peft {
+pub(crate) struct Peft {
     pub config: Value,
     pub tensors: Tensors,
 }
 
 impl Peft {
-    pub fn write(&self, folder: &Path) {
+    pub(crate) fn write(&self, folder: &Path) {
         std::fs::create_dir_all(folder).unwrap();
         std::fs::write(folder.join("adapter_config.json"), self.config.to_string()).unwrap();
         write(&folder.join("adapter_model.safetensors"), &self.tensors);
     }
 }
 
-pub struct Made {
+pub(crate) struct Made {
     pub peft: Peft,
     /// Tensors of the base that have a pair.
     pub modules: usize,
@@ -39,16 +39,16 @@ pub struct Made {
 }
 
 impl Made {
-    pub fn adapter(&self) -> PathBuf {
+    pub(crate) fn adapter(&self) -> PathBuf {
         self.folder.path().join("adapter")
     }
 
-    pub fn folded(&self) -> PathBuf {
+    pub(crate) fn folded(&self) -> PathBuf {
         self.folder.path().join("folded")
     }
 }
 
-pub fn write(path: &Path, tensors: &Tensors) {
+pub(crate) fn write(path: &Path, tensors: &Tensors) {
     let declare = |(name, (dtype, shape, _)): (&String, &(Dtype, Vec<usize>, Vec<u8>))| {
         TensorDeclaration { name: name.clone(), dtype: *dtype, shape: shape.clone() }
     };
@@ -78,7 +78,7 @@ fn linear_tensors(model: &Model, file: &SafetensorsFile) -> BTreeSet<String> {
 
 /// Pairs for the matrices of the model in `base`: ranks of 3, 5 and 16, numbers in all three types,
 /// scales of all kinds. `part` of the matrices have one.
-pub fn make(base: &Path, seed: u64, part: f64) -> Made {
+pub(crate) fn make(base: &Path, seed: u64, part: f64) -> Made {
     let model = Model::open(base).unwrap_or_else(|error| panic!("{base:?}: {error}"));
     let file = SafetensorsFile::open(&base.join("model.safetensors")).unwrap();
     let mut random = Random::new(seed);

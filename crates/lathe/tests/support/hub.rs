@@ -9,11 +9,11 @@ use std::thread;
 use sha2::{Digest, Sha256};
 
 /// The commit that the fake repository is at.
-pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// How the Hub misbehaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mood {
+pub(crate) enum Mood {
     /// It works.
     Well,
     /// Every connection that brings a large file ends after this many bytes.
@@ -40,7 +40,7 @@ struct Request {
 }
 
 /// A Hub that holds one repository, `org/name`.
-pub struct Hub {
+pub(crate) struct Hub {
     /// For `HF_ENDPOINT`.
     pub endpoint: String,
     requests: Arc<Mutex<Vec<Request>>>,
@@ -56,7 +56,7 @@ struct Server {
 
 impl Hub {
     /// Starts one; it lives as long as the test.
-    pub fn start(mood: Mood, files: &[(&str, &[u8])]) -> Self {
+    pub(crate) fn start(mood: Mood, files: &[(&str, &[u8])]) -> Self {
         let requests = Arc::new(Mutex::new(Vec::new()));
         let files: Vec<_> = files.iter().map(|(n, b)| ((*n).to_owned(), b.to_vec())).collect();
         let serve = |mood, storage| {
@@ -83,7 +83,7 @@ impl Hub {
     }
 
     /// `METHOD path range=... token=...` of each request.
-    pub fn requests(&self) -> Vec<String> {
+    pub(crate) fn requests(&self) -> Vec<String> {
         let requests = self.requests.lock().expect("requests");
         let line = |request: &Request| {
             let header = |name: &str| request.headers.get(name).cloned().unwrap_or_default();
@@ -96,7 +96,7 @@ impl Hub {
 
 /// The Hub names large files by their SHA-256 and small ones by their git hash; both kinds are
 /// told apart by length alone.
-pub fn etag(bytes: &[u8]) -> String {
+pub(crate) fn etag(bytes: &[u8]) -> String {
     let digest: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
     if is_large(bytes) { digest } else { digest[..40].to_owned() }
 }

@@ -1,5 +1,5 @@
-//! A tiny Llama in the layouts of other projects (`tests/peers/quantized_fixtures.py`): the CPU runs
-//! each, in whatever codes it has them, as the reference does.
+//! A tiny Llama in the layouts of other projects (`tests/peers/quantized_fixtures.py`): the CPU
+//! runs each, in whatever codes it has them, as the reference does.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,8 +22,9 @@ fn quantized_layouts_run_as_on_the_reference() {
     assert!(paths.len() >= 20, "{} folders", paths.len());
     for path in paths {
         let expected = logits(&path, None);
-        // As the tiny models' own bounds: other additions, then activations of 12 to 16 bits and a cache of 16. Where
-        // inputs are rounded to a few bits, a little error sends some to the other side of a tie.
+        // As the tiny models' own bounds: other additions, then activations of 12 to 16 bits and a
+        // cache of 16. Where inputs are rounded to a few bits, a little error sends some to the
+        // other side of a tie.
         let rounded = !Model::open(&path).expect("opens").spec.inputs.is_empty();
         let bounds = [(true, 2e-4), (false, 1e-2)];
         for (exact, bound) in bounds.into_iter().filter(|(exact, _)| *exact || !rounded) {

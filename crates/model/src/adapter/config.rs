@@ -68,7 +68,7 @@ struct Pattern {
 impl AdapterConfig {
     /// # Errors
     /// If it describes no LoRA, or one that computes more than `W x + s B (A x)`.
-    pub fn new(value: &Value) -> Result<Self, SpecError> {
+    pub(super) fn new(value: &Value) -> Result<Self, SpecError> {
         let config = Config::new(value, "")?;
         let kind = config.text("peft_type")?;
         if kind != Some("LORA") {
@@ -107,7 +107,7 @@ impl AdapterConfig {
     ///
     /// # Errors
     /// If two patterns that match say different things, or the rank is no count.
-    pub fn of_module(&self, module: &str) -> Result<(usize, f32), SpecError> {
+    pub(super) fn of_module(&self, module: &str) -> Result<(usize, f32), SpecError> {
         let rank = match matching(&self.ranks, "rank_pattern", module)? {
             None => self.rank,
             Some(rank) if rank >= 1.0 && rank.fract() == 0.0 && rank < 1e9 => rank as usize,

@@ -27,7 +27,7 @@ const ROOTS: [&str; 3] = ["model.language_model.", "language_model.model.", "mod
 
 impl Targets {
     /// The modules of `program` under the names that `rules` have.
-    pub fn new(program: &Program, rules: &[Rules]) -> Self {
+    pub(super) fn new(program: &Program, rules: &[Rules]) -> Self {
         let linear = linear_weights(program);
         let mut targets = HashMap::new();
         for (index, decl) in program.weights.iter().enumerate() {
@@ -62,7 +62,7 @@ impl Targets {
     }
 
     /// What `module` is, a path from the base model's root.
-    pub fn find(&self, module: &str) -> Target {
+    pub(super) fn find(&self, module: &str) -> Target {
         let path = ROOTS.iter().find_map(|root| module.strip_prefix(root)).unwrap_or(module);
         self.0.get(path).cloned().unwrap_or_else(|| Target::Refused(unknown(path)))
     }

@@ -1,7 +1,7 @@
 //! compressed-tensors: groups of modules, each with a scheme that says how its weights lie.
 //!
-//! What a step does to inputs, `input_activations` and the online part of `transform_config`, is the
-//! business of [`super::InputScheme`].
+//! What a step does to inputs, `input_activations` and the online part of `transform_config`, is
+//! the business of [`super::InputScheme`].
 
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
 use lathe_tensor::{

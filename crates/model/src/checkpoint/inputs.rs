@@ -51,8 +51,9 @@ impl InputScheme {
         if let Some(groups) = c.object("config_groups")? {
             for name in groups.given() {
                 let Some(group) = groups.object(name)? else { continue };
-                // Scales that calibration found, and formats that nothing here rounds to, are for engines
-                // whose products need them: inputs then stay as they are, which no weight depends on.
+                // Scales that calibration found, and formats that nothing here rounds to, are for
+                // engines whose products need them: inputs then stay as they are, which no weight
+                // depends on.
                 let inputs = group.object("input_activations")?;
                 let format = inputs.and_then(|inputs| activation_format(&inputs));
                 for target in group.texts("targets")?.unwrap_or_default() {

@@ -1,5 +1,5 @@
-//! bitsandbytes' LLM.int8() (arXiv 2208.07339): codes of eight bits in `weight`, the largest magnitude
-//! of each row in `SCB`.
+//! bitsandbytes' LLM.int8() (arXiv 2208.07339): codes of eight bits in `weight`, the largest
+//! magnitude of each row in `SCB`.
 //!
 //! `weight = code * SCB / 127`, which the library's own `int8_vectorwise_dequant` computes. The
 //! library also rounds inputs, but for outliers, to eight bits; inputs stay as they are here.

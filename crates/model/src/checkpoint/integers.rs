@@ -37,7 +37,7 @@ pub(super) struct Integers<'a> {
 impl Integers<'_> {
     /// The tensor: codes and zero points with `2^(bits - 1)` less. Codes of less than four bits
     /// become codes of four, which stand for the same numbers.
-    pub fn tensor(self) -> Result<Tensor, CheckpointError> {
+    pub(super) fn tensor(self) -> Result<Tensor, CheckpointError> {
         let [rows, columns] = self.shape;
         let (scales_name, scales) = self.scales;
         let scale = float_scale(scales_name, scales)?;

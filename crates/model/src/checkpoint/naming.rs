@@ -16,10 +16,10 @@ pub(super) struct Naming {
 
 impl Naming {
     /// Plain floats: every tensor is whole.
-    pub const NONE: Naming = Naming { whole: "", codes: &[], beside: &[] };
+    pub(super) const NONE: Naming = Naming { whole: "", codes: &[], beside: &[] };
 
     /// The name of the tensor that holds the codes of `name`, or `name` where it lies plainly.
-    pub fn codes_of(&self, files: &SafetensorsFiles, name: &str) -> Option<String> {
+    pub(super) fn codes_of(&self, files: &SafetensorsFiles, name: &str) -> Option<String> {
         let other = name.strip_suffix(self.whole).and_then(|stem| {
             let all = self.codes.iter().map(|ending| format!("{stem}{ending}"));
             all.into_iter().find(|codes| files.contains(codes))
@@ -28,12 +28,12 @@ impl Naming {
     }
 
     /// The full name of what belongs to the codes of `name` under the ending `part`.
-    pub fn part(&self, name: &str, part: &str) -> String {
+    pub(super) fn part(&self, name: &str, part: &str) -> String {
         format!("{}{part}", name.strip_suffix(self.whole).unwrap_or(name))
     }
 
     /// The names in the files of all that makes `name`, which comes first.
-    pub fn parts_of(&self, files: &SafetensorsFiles, name: &str) -> Vec<String> {
+    pub(super) fn parts_of(&self, files: &SafetensorsFiles, name: &str) -> Vec<String> {
         let endings = self.codes.iter().chain(self.beside);
         let parts = endings.map(|ending| self.part(name, ending));
         let parts = parts.filter(|part| part != name && files.contains(part));
@@ -42,7 +42,7 @@ impl Naming {
 
     /// The weight that the stored tensor `stored` is, or holds the codes of; `None` for what belongs
     /// to codes.
-    pub fn whole_name(&self, files: &SafetensorsFiles, stored: &str) -> Option<String> {
+    pub(super) fn whole_name(&self, files: &SafetensorsFiles, stored: &str) -> Option<String> {
         for ending in self.codes {
             if let Some(stem) = stored.strip_suffix(ending) {
                 return Some(format!("{stem}{}", self.whole));

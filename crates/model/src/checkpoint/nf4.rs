@@ -1,9 +1,9 @@
 //! bitsandbytes' 4-bit tables (NF4 of QLoRA, arXiv 2305.14314, and its FP4): codes in `weight`, the
 //! scale of each block in `weight.absmax`, itself in eight bits with scales if "double quantized".
 //!
-//! No format of [`Tensor`] has a table of its own, so weights become, when they are read, the floats
-//! that the library multiplies by: `table[code] * absmax` in `f32`, rounded to the type that the
-//! checkpoint names. Memory is that of the model before it was quantized.
+//! No format of [`Tensor`] has a table of its own, so weights become, when they are read, the
+//! floats that the library multiplies by: `table[code] * absmax` in `f32`, rounded to the type that
+//! the checkpoint names. Memory is that of the model before it was quantized.
 
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype, RawTensor};
 use lathe_tensor::{Bytes, FloatType, Format, Tensor, codec};

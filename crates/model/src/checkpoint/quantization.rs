@@ -14,9 +14,9 @@ use crate::spec::SpecError;
 
 /// How a Hugging Face checkpoint's `quantization_config` says that numbers are stored.
 ///
-/// What it says of activations is the business of [`super::InputScheme`] where a step finds their scales, and
-/// not followed otherwise: weights then meet activations as the backend has them, and stored scales of
-/// inputs are not used.
+/// What it says of activations is the business of [`super::InputScheme`] where a step finds their
+/// scales, and not followed otherwise: weights then meet activations as the backend has them, and
+/// stored scales of inputs are not used.
 #[derive(Debug, Clone)]
 pub enum Quantization {
     /// Plain floats.
@@ -37,7 +37,8 @@ pub enum Quantization {
     Gptq(GptqScheme),
     /// 4-bit integers packed along outputs, in `qweight`, `qzeros` and `scales` (AutoAWQ's gemm).
     Awq(AwqScheme),
-    /// NVFP4 or fp8 with scales beside `weight` (NVIDIA ModelOpt): the types in the files say which.
+    /// NVFP4 or fp8 with scales beside `weight` (NVIDIA ModelOpt): the types in the files say
+    /// which.
     ModelOpt,
     /// Codes of a table with scales a block, in `weight` and `weight.*` (bitsandbytes NF4 and FP4).
     BitsAndBytes4,

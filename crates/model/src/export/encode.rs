@@ -33,7 +33,7 @@ pub(super) enum Part {
 
 impl Part {
     /// The format of the numbers.
-    pub fn format(&self) -> Format {
+    pub(super) fn format(&self) -> Format {
         match self {
             Part::Float(format) => *format,
             Part::Coded(format, _) => Format::Scaled(*format),

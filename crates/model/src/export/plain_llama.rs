@@ -19,7 +19,7 @@ pub(super) struct PlainLlama<'a> {
 
 impl<'a> PlainLlama<'a> {
     /// The parts of `spec`, or what it has beyond them.
-    pub fn of(spec: &'a DecoderSpec, target: &'static str) -> Result<Self, ExportError> {
+    pub(super) fn of(spec: &'a DecoderSpec, target: &'static str) -> Result<Self, ExportError> {
         let refuse = |feature: &str| ExportError::Feature { feature: feature.to_owned(), target };
         let layer = spec.layers.first().ok_or_else(|| refuse("a model without layers"))?;
         let epsilon = spec.final_norm.epsilon;

@@ -42,8 +42,8 @@ pub(super) struct Defaults {
     pub ntk_alpha: bool,
     /// Whether `rope_parameters` may hold one object for each kind of layer.
     pub rope_by_kind: bool,
-    /// Whether positions of pictures have three parts (`mrope_section`). Those of text are equal, so
-    /// that text turns as everywhere.
+    /// Whether positions of pictures have three parts (`mrope_section`). Those of text are equal,
+    /// so that text turns as everywhere.
     pub rope_sections: bool,
     /// Whether `rope_parameters` may say that queries grow with their position.
     pub query_scaling: bool,

@@ -1,9 +1,9 @@
 //! What a `config.json` says beyond what its row read.
 //!
-//! A row reads the fields that it understands. Of the others, those that the reference's class reads
-//! (`reference_fields.json`, made by `tests/peers/config_fields.py`) change what is computed: they
-//! are refused by name unless they have the value that leaves the class as the row knows it. Those
-//! that the class does not read change nothing: they are told in one line and ignored.
+//! A row reads the fields that it understands. Of the others, those that the reference's class
+//! reads (`reference_fields.json`, made by `tests/peers/config_fields.py`) change what is computed:
+//! they are refused by name unless they have the value that leaves the class as the row knows it.
+//! Those that the class does not read change nothing: they are told in one line and ignored.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;

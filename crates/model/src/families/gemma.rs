@@ -119,7 +119,8 @@ pub(super) fn gemma3_text_of(c: &Config) -> Result<DecoderSpec, SpecError> {
     // The class that also sees has a head of its own, which knows no softcap.
     if let Some(cap) = spec.logits_softcap.take() {
         text.note(format!(
-            "`final_logit_softcapping: {cap}` is ignored, as this architecture of the reference does"
+            "`final_logit_softcapping: {cap}` is ignored, as this architecture of the reference \
+             does"
         ));
     }
     spec.tied_head = c.flag("tie_word_embeddings")?.unwrap_or(spec.tied_head);

@@ -37,59 +37,72 @@ pub(super) struct Builder {
 }
 
 impl Builder {
-    pub fn new(spec: &DecoderSpec, context_max: usize, block_tokens: usize) -> Self {
+    pub(super) fn new(spec: &DecoderSpec, context_max: usize, block_tokens: usize) -> Self {
         let program = ProgramBuilder::new(spec.vocabulary, context_max, block_tokens);
         let (inputs, adapters) = (spec.inputs.clone(), spec.adapters.clone());
         Builder { program, width: spec.width, context_max, layer: None, inputs, adapters }
     }
 
     /// Names from here on are those of layer `index`.
-    pub fn enter_layer(&mut self, index: usize) {
+    pub(super) fn enter_layer(&mut self, index: usize) {
         self.layer = Some(index);
     }
 
-    pub fn leave_layer(&mut self) {
+    pub(super) fn leave_layer(&mut self) {
         self.layer = None;
     }
 
     /// The full name of a weight or value of this layer.
-    pub fn name(&self, name: &str) -> String {
+    pub(super) fn name(&self, name: &str) -> String {
         match self.layer {
             Some(layer) => format!("layers.{layer}.{name}"),
             None => name.to_owned(),
         }
     }
 
-    pub fn weight(&mut self, name: &str, shape: &[usize], role: WeightRole) -> Weight {
+    pub(super) fn weight(&mut self, name: &str, shape: &[usize], role: WeightRole) -> Weight {
         let layer = self.layer.map(|layer| layer as u32);
         self.program.weight(self.name(name), shape, role, layer)
     }
 
-    pub fn vector(&mut self, name: &str, length: usize) -> Weight {
+    pub(super) fn vector(&mut self, name: &str, length: usize) -> Weight {
         self.weight(name, &[length], WeightRole::Vector)
     }
 
     /// The table of `spec`, shared with every layer that has the same.
-    pub fn rope_table(&mut self, spec: &RopeSpec) -> Rope {
+    pub(super) fn rope_table(&mut self, spec: &RopeSpec) -> Rope {
         self.program.rope_table(spec.table(self.context_max))
     }
 
-    pub fn rope(&mut self, name: &str, input: Value, heads: usize, at: usize, rope: Rope) -> Value {
+    pub(super) fn rope(
+        &mut self,
+        name: &str,
+        input: Value,
+        heads: usize,
+        at: usize,
+        rope: Rope,
+    ) -> Value {
         let name = self.name(name);
         self.program.rope(input, heads, at, rope, name)
     }
 
-    pub fn kv_layer(&mut self, shape: KvLayerShape, window: Option<usize>) -> KvLayer {
+    pub(super) fn kv_layer(&mut self, shape: KvLayerShape, window: Option<usize>) -> KvLayer {
         self.program.kv_layer(shape, window)
     }
 
     /// `window`, unless the context cannot outgrow it: such a layer sees everything.
-    pub fn window(&self, window: Option<usize>) -> Option<usize> {
+    pub(super) fn window(&self, window: Option<usize>) -> Option<usize> {
         window.filter(|window| *window < self.context_max)
     }
 
     /// Normalises each of `groups` equal parts of `input` with one weight for all parts.
-    pub fn norm(&mut self, name: &str, spec: &NormSpec, input: Value, groups: usize) -> Value {
+    pub(super) fn norm(
+        &mut self,
+        name: &str,
+        spec: &NormSpec,
+        input: Value,
+        groups: usize,
+    ) -> Value {
         let length = self.program.width(input) / groups;
         let weight = spec.weight.then(|| self.vector(name, length));
         let bias = spec.bias.then(|| self.vector(&format!("{name}_bias"), length));
@@ -98,12 +111,12 @@ impl Builder {
     }
 
     /// What is done to the input of the matrix called `name` in this layer.
-    pub fn input_of(&self, name: &str) -> InputTransform {
+    pub(super) fn input_of(&self, name: &str) -> InputTransform {
         self.inputs.get(&self.name(name)).copied().unwrap_or_default()
     }
 
     /// `input` as the matrix called `name` reads it.
-    pub fn transformed(&mut self, input: Value, name: &str) -> Value {
+    pub(super) fn transformed(&mut self, input: Value, name: &str) -> Value {
         let transform = self.input_of(name);
         let name = self.name(&format!("{name}_input"));
         self.program.transform(input, transform, name)
@@ -112,7 +125,11 @@ impl Builder {
     /// The products of `input` with several matrices, and what adapters add to them. Neighbours that
     /// read it in the same form share an op. The `A`s of adapters follow the matrices: they read the
     /// input as it is, and so share the op of matrices that do.
-    pub fn linear<const N: usize>(&mut self, input: Value, matrices: [Matrix; N]) -> [Value; N] {
+    pub(super) fn linear<const N: usize>(
+        &mut self,
+        input: Value,
+        matrices: [Matrix; N],
+    ) -> [Value; N] {
         let columns = self.program.width(input);
         let names = matrices.each_ref().map(|matrix| self.name(matrix.name));
         let low_ranks = names.each_ref().map(|name| self.adapters.get(name).cloned());
@@ -165,7 +182,7 @@ impl Builder {
         self.program.weight(name, &shape, WeightRole::Linear, layer)
     }
 
-    pub fn add(&mut self, name: &str, left: Value, right: Value, scale: f32) -> Value {
+    pub(super) fn add(&mut self, name: &str, left: Value, right: Value, scale: f32) -> Value {
         let name = self.name(name);
         self.program.add(left, right, scale, name)
     }

@@ -195,7 +195,8 @@ fn join(parts: &[Tensor], shape: Vec<usize>, global: GlobalScale) -> Result<Tens
     Tensor::new_scaled(shape, parts[0].format, codes, scales, zeros, global)
 }
 
-/// `out` rows `first`, `first + step`, .. of the transposes of `matrices` matrices `[inner, columns]`.
+/// `out` rows `first`, `first + step`, .. of the transposes of `matrices` matrices
+/// `[inner, columns]`.
 fn transpose(
     tensor: &Tensor,
     [matrices, inner, columns]: [usize; 3],

@@ -31,7 +31,7 @@ pub struct Interleaved {
 
 impl Located {
     /// The place of the weight's rows in `*_blocks`, if it could lie there.
-    pub fn in_blocks(&self) -> Option<Interleaved> {
+    pub(super) fn in_blocks(&self) -> Option<Interleaved> {
         match self.layout {
             Layout::Transposed { first, step, .. } if self.blocks => {
                 Some(Interleaved { first, step })
@@ -41,7 +41,11 @@ impl Located {
     }
 
     /// The weight, in `shape`.
-    pub fn load(&self, checkpoint: &Checkpoint, shape: &[usize]) -> Result<Tensor, WeightsError> {
+    pub(super) fn load(
+        &self,
+        checkpoint: &Checkpoint,
+        shape: &[usize],
+    ) -> Result<Tensor, WeightsError> {
         let parts = self.tensors.iter().map(|name| checkpoint.tensor(name));
         let parts = parts.collect::<Result<Vec<_>, _>>()?;
         layout::arrange(&self.layout, parts, shape)
@@ -114,7 +118,7 @@ pub(super) struct Locator<'a> {
 }
 
 impl<'a> Locator<'a> {
-    pub fn new(
+    pub(super) fn new(
         checkpoint: &'a Checkpoint,
         spec: &'a DecoderSpec,
         rules: &'a [Rules],
@@ -134,7 +138,7 @@ impl<'a> Locator<'a> {
     }
 
     /// Where `weight` is.
-    pub fn locate(&self, weight: Weight) -> Result<Located, WeightsError> {
+    pub(super) fn locate(&self, weight: Weight) -> Result<Located, WeightsError> {
         let decl = self.program.weight(weight);
         if decl.role == WeightRole::Head && !self.spec.tied_head {
             return self.locate_head(&decl.shape);
@@ -323,7 +327,7 @@ impl<'a> Locator<'a> {
     }
 
     /// Whether a tensor is one of the decoder's, and not of a part that sees or hears.
-    pub fn is_of_the_decoder(&self, name: &str) -> bool {
+    pub(super) fn is_of_the_decoder(&self, name: &str) -> bool {
         if OTHER_PARTS.iter().any(|part| name.starts_with(part)) {
             return false;
         }
@@ -333,7 +337,7 @@ impl<'a> Locator<'a> {
     }
 
     /// Whether a tensor that nothing uses is known not to matter.
-    pub fn ignorable(&self, name: &str) -> bool {
+    pub(super) fn ignorable(&self, name: &str) -> bool {
         let layers = format!("{}{}", self.root, self.layer);
         let layer = name.strip_prefix(&layers).and_then(|rest| rest.split_once('.'));
         let predicts =

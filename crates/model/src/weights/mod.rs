@@ -84,8 +84,8 @@ pub struct ModelWeights<'a> {
 }
 
 impl<'a> ModelWeights<'a> {
-    /// Finds every weight of `program`, lowered from `spec`, by the `rules` of its family, and those
-    /// of adapters in `adapter`.
+    /// Finds every weight of `program`, lowered from `spec`, by the `rules` of its family, and
+    /// those of adapters in `adapter`.
     ///
     /// # Errors
     /// If a weight is missing, a tensor's shape is not what the weight needs, or the decoder has a
@@ -146,8 +146,8 @@ impl<'a> ModelWeights<'a> {
         }
     }
 
-    /// Where the rows of `weight`, experts that lie transposed in one tensor of floats, would lie in
-    /// gpt-oss's `*_blocks`; `None` for all others.
+    /// Where the rows of `weight`, experts that lie transposed in one tensor of floats, would lie
+    /// in gpt-oss's `*_blocks`; `None` for all others.
     pub fn in_blocks(&self, weight: Weight) -> Option<Interleaved> {
         self.places[weight.0 as usize].located()?.in_blocks()
     }

@@ -26,7 +26,7 @@ impl WeightSource for Rounded<'_> {
 }
 
 /// A prepared reference executor for one sequence of up to `context` tokens.
-pub fn prepare(model: &Model, context: usize) -> Box<dyn Executor> {
+pub(crate) fn prepare(model: &Model, context: usize) -> Box<dyn Executor> {
     let program = Arc::new(lower(&model.spec, &LowerOptions::new(context)).expect("lowers"));
     let weights = model.weights(&program).expect("weights");
     let unused: Vec<_> = weights.unused().iter().filter(|name| !name.ends_with("bias")).collect();
@@ -35,7 +35,7 @@ pub fn prepare(model: &Model, context: usize) -> Box<dyn Executor> {
 }
 
 /// As [`prepare`], with the weights rounded to bf16.
-pub fn prepare_rounded(model: &Model, context: usize) -> Box<dyn Executor> {
+pub(crate) fn prepare_rounded(model: &Model, context: usize) -> Box<dyn Executor> {
     let program = Arc::new(lower(&model.spec, &LowerOptions::new(context)).expect("lowers"));
     prepare_with(&program, &Rounded(model.weights(&program).expect("weights")))
 }
@@ -57,7 +57,7 @@ fn blocks(program: &Program, tokens: usize) -> usize {
 }
 
 /// Logits `[wanted, vocabulary]` of rows `wanted` of `tokens`, which follow `cached` others.
-pub fn run(
+pub(crate) fn run(
     executor: &mut dyn Executor,
     cached: usize,
     tokens: &[u32],
@@ -90,21 +90,21 @@ pub fn run(
 }
 
 /// The natural logarithm of the softmax at `token`.
-pub fn log_probability(logits: &[f32], token: u32) -> f64 {
+pub(crate) fn log_probability(logits: &[f32], token: u32) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
     let sum: f64 = logits.iter().map(|x| (*x as f64 - max).exp()).sum();
     logits[token as usize] as f64 - max - sum.ln()
 }
 
 /// The token with the largest logit.
-pub fn best(logits: &[f32]) -> u32 {
+pub(crate) fn best(logits: &[f32]) -> u32 {
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
     best.expect("a vocabulary").0 as u32
 }
 
 /// A file or folder beside the workspace; without it the test `name` is skipped, or fails if
 /// `LATHE_REQUIRE_SHARED` is 1.
-pub fn shared(name: &str, path: &str) -> Option<PathBuf> {
+pub(crate) fn shared(name: &str, path: &str) -> Option<PathBuf> {
     let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared"));
     let path = root.join(path);
     if path.exists() {

@@ -64,8 +64,8 @@ impl<'a> Schedule<'a> {
         self.sequences[sequence].done
     }
 
-    /// The step of `chunks`, with the logits of all rows if the program makes any, and random numbers
-    /// near 1 for its inputs.
+    /// The step of `chunks`, with the logits of all rows if the program makes any, and random
+    /// numbers near 1 for its inputs.
     ///
     /// # Panics
     /// If pages run out, or a chunk is longer than what is left of its sequence.

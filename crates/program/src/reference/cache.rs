@@ -41,7 +41,8 @@ impl Cache {
         self.cells.len() * F32_BYTES
     }
 
-    /// Stores one token's vectors, `first` (keys or a latent) and `second` (values or a rotary key).
+    /// Stores one token's vectors, `first` (keys or a latent) and `second` (values or a rotary
+    /// key).
     pub(super) fn write(
         &mut self,
         layer: KvLayer,

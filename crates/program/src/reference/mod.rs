@@ -14,6 +14,8 @@ mod weights;
 
 use std::sync::Arc;
 
+use lathe_tensor::Format;
+
 use crate::backend::{
     Backend, BackendError, DeviceMemory, Executor, ExecutorLimits, ExecutorOptions, Missing,
     WeightSource,
@@ -117,6 +119,11 @@ impl Backend for ReferenceBackend {
 
     fn default_kv_format(&self, _: &Program, _exact: bool) -> KvFormat {
         KvFormat::F32
+    }
+
+    /// The scalar codecs decode every format.
+    fn runs_format(&self, _: Format, _columns: usize) -> Result<(), BackendError> {
+        Ok(())
     }
 
     fn prepare(

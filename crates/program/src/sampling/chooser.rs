@@ -38,8 +38,8 @@ impl Chooser {
         &self.row_tokens
     }
 
-    /// Makes the choices of the step from `logits`, `[choices, vocabulary]`. The rows of logits that
-    /// are to be handed out are then the first ones of `logits`.
+    /// Makes the choices of the step from `logits`, `[choices, vocabulary]`. The rows of logits
+    /// that are to be handed out are then the first ones of `logits`.
     pub fn choose(&mut self, step: &Step, vocabulary: usize, logits: &mut [f32]) {
         let mut sequences = step.sequences.iter();
         let mut sequence = sequences.next();

@@ -10,8 +10,8 @@ use crate::logits::{best_first, exp_negative, finite, maximum, sum, top};
 /// A number in `[0, 1)` that depends on its arguments alone: the first 64 bits of a ChaCha8 stream,
 /// the upper 53 of them times 2^-53.
 ///
-/// The stream number (the 64-bit nonce) is the counter, and the block counter starts at 0. The eight
-/// words of the key come from PCG32 with the seed as its state, as `rand_core::SeedableRng`'s
+/// The stream number (the 64-bit nonce) is the counter, and the block counter starts at 0. The
+/// eight words of the key come from PCG32 with the seed as its state, as `rand_core::SeedableRng`'s
 /// `seed_from_u64` has it: the state becomes `state * 6364136223846793005 + 11634580027462260723`,
 /// then the word is `((state >> 18 ^ state) >> 27) as u32`, rotated right by `state >> 59`.
 pub fn uniform(seed: u64, counter: u64) -> f64 {
@@ -22,7 +22,12 @@ pub fn uniform(seed: u64, counter: u64) -> f64 {
 
 /// Draws a token by inverting the cumulative distribution at `point` in `[0, 1)`; `None` if
 /// nothing can be drawn.
-pub fn draw(logits: &[f32], sampling: &Sampling, point: f64, buffers: &mut Buffers) -> Option<u32> {
+pub(super) fn draw(
+    logits: &[f32],
+    sampling: &Sampling,
+    point: f64,
+    buffers: &mut Buffers,
+) -> Option<u32> {
     let best = maximum(logits);
     if best == f32::NEG_INFINITY {
         return None;
@@ -59,7 +64,7 @@ pub fn draw(logits: &[f32], sampling: &Sampling, point: f64, buffers: &mut Buffe
 
 /// Scratch memory, so that drawing allocates nothing.
 #[derive(Debug, Default)]
-pub struct Buffers {
+pub(super) struct Buffers {
     /// `[vocabulary]`, each token's probability relative to the best one's.
     weights: Vec<f32>,
     /// Tokens that may be drawn, with their weights.

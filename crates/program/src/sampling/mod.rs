@@ -4,8 +4,8 @@
 //!
 //! 1. Penalties, for each token of [`TokenCounts`]: `x = x * r` if `x < 0`, else `x / r`, with the
 //!    repetition penalty `r` (Keskar et al. 2019, section 4.1, with the sign rule that Hugging Face
-//!    transformers added; over prompt and generated tokens). Then, if the token was generated `n > 0`
-//!    times, `x = x - (presence + frequency * n)` (OpenAI's rule, over generated tokens).
+//!    transformers added; over prompt and generated tokens). Then, if the token was generated
+//!    `n > 0` times, `x = x - (presence + frequency * n)` (OpenAI's rule, over generated tokens).
 //! 2. Logit bias: `x = x + bias`, in the order of the list.
 //! 3. Token mask: `x` is minus infinity for every token that is not in the mask.
 //! 4. Temperature 0: the token of the largest `x`, the lowest id on ties. Otherwise the token's
@@ -18,8 +18,8 @@
 //!    `f64`) exceeds `point` times the sum of all candidates' weights (in `f64`). `point` is
 //!    [`uniform`] of the seed and the counter.
 //!
-//! From the temperature on this is the order of Hugging Face transformers. vLLM applies min-p before
-//! top-k and top-p, which differs only in the mass that top-p counts.
+//! From the temperature on this is the order of Hugging Face transformers. vLLM applies min-p
+//! before top-k and top-p, which differs only in the mass that top-p counts.
 //!
 //! **Order of candidates.** With `0 < top_k < vocabulary`: best first. Otherwise by ascending id.
 //! Where top-p cuts either list, the candidates are in the order in which a quickselect leaves
@@ -55,7 +55,8 @@ pub struct Sampling {
     pub top_p: f32,
     /// Only tokens with at least `min_p` times the best token's probability; 0 means all.
     pub min_p: f32,
-    /// Divides the positive and multiplies the negative logits of tokens in prompt or text; 1 is off.
+    /// Divides the positive and multiplies the negative logits of tokens in prompt or text; 1 is
+    /// off.
     pub repetition_penalty: f32,
     /// Subtracted from the logits of tokens in the generated text.
     pub presence_penalty: f32,

@@ -3,6 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use lathe_tensor::Format;
+
 use super::crew::Crew;
 use super::{RankProgram, RankWeights, ShardOptions, shard_fitting};
 use crate::backend::{
@@ -50,6 +52,10 @@ impl<F: Fn(Arc<HostCollective>) -> Box<dyn Backend>> Backend for ShardedBackend<
 
     fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat {
         self.alone().default_kv_format(program, exact)
+    }
+
+    fn runs_format(&self, format: Format, columns: usize) -> Result<(), BackendError> {
+        self.alone().runs_format(format, columns)
     }
 
     /// As [`Backend::prepare`]; also [`BackendError::Shard`] where the program or its weights'

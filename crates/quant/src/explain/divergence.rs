@@ -20,13 +20,13 @@ pub(crate) struct DivergenceSum {
 }
 
 impl DivergenceSum {
-    pub fn add(&mut self, divergence: f64) {
+    pub(crate) fn add(&mut self, divergence: f64) {
         self.count += 1.0;
         self.sum += divergence;
         self.squares += divergence * divergence;
     }
 
-    pub fn finish(self) -> Divergence {
+    pub(crate) fn finish(self) -> Divergence {
         let count = self.count.max(1.0);
         let mean = self.sum / count;
         let variance = (self.squares / count - mean * mean).max(0.0);

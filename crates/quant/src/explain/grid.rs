@@ -49,7 +49,7 @@ pub(super) struct Steps {
 
 impl Grid {
     /// Of `format` for `shape`; `None` for plain floats.
-    pub fn new(format: Format, shape: &[usize]) -> Option<Self> {
+    pub(super) fn new(format: Format, shape: &[usize]) -> Option<Self> {
         let columns = shape.last().copied().unwrap_or(1).max(1);
         let (codes, range, layout) = match format {
             Format::Float(_) => return None,
@@ -68,7 +68,7 @@ impl Grid {
     }
 
     /// The steps under which nothing is cut off, in `f32`, of all columns that are not `left_out`.
-    pub fn fitted(&self, values: &[f32], left_out: &[bool]) -> Steps {
+    pub(super) fn fitted(&self, values: &[f32], left_out: &[bool]) -> Steps {
         let mut low = vec![0f32; self.blocks.len()];
         let mut high = low.clone();
         // Formats whose minimum is free need not hold zero.
@@ -110,7 +110,7 @@ impl Grid {
     }
 
     /// The errors `rounded - value` of nearest codes, if the codes went on for ever.
-    pub fn errors(&self, values: &[f32], steps: &Steps) -> Vec<f32> {
+    pub(super) fn errors(&self, values: &[f32], steps: &Steps) -> Vec<f32> {
         self.each(values, steps, |value, step, zero| {
             if step == 0.0 {
                 return -value;
@@ -120,7 +120,7 @@ impl Grid {
     }
 
     /// The variance that uniform noise within each number's two neighbours has: `gap^2 / 12`.
-    pub fn noise(&self, values: &[f32], steps: &Steps) -> Vec<f32> {
+    pub(super) fn noise(&self, values: &[f32], steps: &Steps) -> Vec<f32> {
         self.each(values, steps, |value, step, zero| {
             let gap = if step == 0.0 { 0.0 } else { step * self.gap(value / step + zero) };
             gap * gap / 12.0
@@ -128,7 +128,7 @@ impl Grid {
     }
 
     /// `one` of each number, its step and its zero point.
-    pub fn each(
+    pub(super) fn each(
         &self,
         values: &[f32],
         steps: &Steps,

@@ -2,7 +2,7 @@
 //! which technique to try next.
 //!
 //! [`crate::job::Job::explain`] fills an [`Explanation`] with numbers measured on text that calibration
-//! did not see; [`sources`] says how an error is taken apart, [`advice`] what follows from it.
+//! did not see; `sources` says how an error is taken apart, `advice` what follows from it.
 //! Nothing here knows how a report looks.
 
 mod advice;
@@ -160,7 +160,7 @@ pub(crate) mod tests {
     use super::*;
 
     /// A model of layers with these KLs, whose one tensor each has an error of these parts.
-    pub fn explanation(kls: &[f64], sources: Sources) -> Explanation {
+    pub(crate) fn explanation(kls: &[f64], sources: Sources) -> Explanation {
         let measured = Measured { sqnr_db: 20.0, theory_sqnr_db: 20.0, sources };
         let error = TensorError {
             weights: measured,

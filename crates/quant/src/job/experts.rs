@@ -36,7 +36,7 @@ pub(super) struct Coverage(Vec<CoverageReport>);
 
 impl Coverage {
     /// Of the routers among ops `range`.
-    pub fn new(program: &Program, range: Range<usize>) -> Self {
+    pub(super) fn new(program: &Program, range: Range<usize>) -> Self {
         let one = |op: &Op| match op {
             Op::Route { spec, .. } => Some(CoverageReport {
                 router: program.weight(spec.weight).name.clone(),
@@ -48,13 +48,13 @@ impl Coverage {
     }
 
     /// What each router chose for some rows.
-    pub fn add(&mut self, routings: &[Vec<u32>]) {
+    pub(super) fn add(&mut self, routings: &[Vec<u32>]) {
         for (report, chosen) in self.0.iter_mut().zip(routings) {
             chosen.iter().for_each(|expert| report.tokens[*expert as usize] += 1);
         }
     }
 
-    pub fn finish(self) -> Vec<CoverageReport> {
+    pub(super) fn finish(self) -> Vec<CoverageReport> {
         self.0
     }
 }
@@ -64,7 +64,7 @@ pub(super) struct ExpertInputs(BTreeMap<Value, Vec<f32>>);
 
 impl ExpertInputs {
     /// None yet, of the experts among `ops`.
-    pub fn new(program: &Program, ops: &BTreeSet<usize>) -> Self {
+    pub(super) fn new(program: &Program, ops: &BTreeSet<usize>) -> Self {
         let one = |op: &usize| match &program.ops[*op] {
             Op::Experts { input, .. } => Some((*input, Vec::new())),
             _ => None,
@@ -72,7 +72,7 @@ impl ExpertInputs {
         ExpertInputs(ops.iter().filter_map(one).collect())
     }
 
-    pub fn add(&mut self, value: Value, rows: &[f32]) {
+    pub(super) fn add(&mut self, value: Value, rows: &[f32]) {
         if let Some(all) = self.0.get_mut(&value) {
             all.extend_from_slice(rows);
         }

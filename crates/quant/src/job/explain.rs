@@ -1,8 +1,8 @@
-//! The pass that measures what a job did: a text that calibration did not see runs through the model a
-//! layer at a time, in several streams at once.
+//! The pass that measures what a job did: a text that calibration did not see runs through the
+//! model a layer at a time, in several streams at once.
 //!
-//! Behind each layer there are the stream of the float model, the stream of the quantized one, and one
-//! for each layer so far with that layer alone quantized. A layer is prepared twice, with and
+//! Behind each layer there are the stream of the float model, the stream of the quantized one, and
+//! one for each layer so far with that layer alone quantized. A layer is prepared twice, with and
 //! without its codes, and all streams run through it together, so that a model of `L` layers takes
 //! about `L^2 / 2` runs of a layer, and memory for two layers and `L + 2` streams of
 //! `[tokens, width]`. The float model is the one that rotations and scales made, which is the file's but
@@ -81,8 +81,9 @@ struct Pass<'a, 'b> {
 
 impl Job<'_> {
     /// Measures what the job did to the model, on `text`, which calibration should not have
-    /// seen; as many whole windows of it as there are. What is not quantized yet, because nothing had to
-    /// be calibrated, is quantized first. `progress` hears of the work in no particular unit.
+    /// seen; as many whole windows of it as there are. What is not quantized yet, because nothing
+    /// had to be calibrated, is quantized first. `progress` hears of the work in no particular
+    /// unit.
     ///
     /// # Errors
     /// If the text cannot be used, a layer cannot be run by itself, or a technique refuses.
@@ -165,7 +166,8 @@ impl Job<'_> {
         layers.iter().enumerate().map(layer).sum::<usize>() + head
     }
 
-    /// A layer's matrices with each stream's tokens, and the errors of what is quantized in it: half of
+    /// A layer's matrices with each stream's tokens, and the errors of what is quantized in it:
+    /// half of
     /// `H` with each number of a matrix, in each of [`OUTPUT_ERRORS`].
     fn work_of_layer(&self, index: usize, range: &Range<usize>, tokens: usize) -> usize {
         let errors = |(weight, _): (&Weight, &usize)| {
@@ -403,7 +405,8 @@ impl Job<'_> {
         let Streams { float, quantized, alone, .. } = &pass.streams;
         let streams: Vec<&Stream> = [float, quantized].into_iter().chain(alone).collect();
         let tokens = pass.text.tokens.len();
-        // A few tokens of every stream after one another: the float model's logits are kept no longer.
+        // A few tokens of every stream after one another: the float model's logits are kept no
+        // longer.
         let rows = (1..=LOGITS_TOKENS).rev().find(|rows| tokens.is_multiple_of(*rows)).unwrap_or(1);
         let width = float.width;
         let parts = (0..tokens / rows).flat_map(|at| {

@@ -113,8 +113,8 @@ fn folded_scales_change_no_output() {
     }
 }
 
-/// Layers one by one, each fed with the stream of those before it, are the whole model: every kind of layer, and of
-/// attention, and routers.
+/// Layers one by one, each fed with the stream of those before it, are the whole model: every kind
+/// of layer, and of attention, and routers.
 #[test]
 fn sections_are_the_program_in_pieces() {
     for name in ["llama", "gemma3", "cohere", "gpt-oss", "deepseek-v3", "qwen3-moe", "olmo2"] {
@@ -394,8 +394,8 @@ fn scales_that_nothing_takes_are_refused_where_a_recipe_asks_for_them() {
     assert!(error.contains("ffn.gate") && error.contains("linear reads the same input"), "{error}");
 }
 
-/// The first layer reads what the float model does: GPTAQ is GPTQ there, and another one behind it. What
-/// experts' last matrices lack is not observed.
+/// The first layer reads what the float model does: GPTAQ is GPTQ there, and another one behind it.
+/// What experts' last matrices lack is not observed.
 #[test]
 fn gptaq_makes_up_for_quantized_layers() {
     let (model, program) = open("llama");

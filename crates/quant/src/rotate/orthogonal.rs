@@ -4,7 +4,7 @@
 pub(crate) struct SplitMix(u64);
 
 impl SplitMix {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         SplitMix(seed)
     }
 
@@ -17,7 +17,7 @@ impl SplitMix {
     }
 
     /// Standard normal, by Box and Muller.
-    pub fn normal(&mut self) -> f64 {
+    pub(crate) fn normal(&mut self) -> f64 {
         let unit = |bits: u64| ((bits >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
         let (a, b) = (unit(self.bits()), unit(self.bits()));
         (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()

@@ -3,7 +3,7 @@
 //! What "least" means is a choice: the squared error of the weights, the same with each column
 //! weighed by the mean square of its input, the squared error of the block's contribution to the
 //! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv 2306.00978), or how far
-//! the distribution of the rounded numbers is from theirs ([`divergence`](super::divergence)).
+//! the distribution of the rounded numbers is from theirs ([`super::divergence`]).
 
 use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, Span, assemble};
@@ -65,7 +65,11 @@ pub(super) enum Measure {
 
 impl Measure {
     /// The measure called `error` for blocks of `block_columns`.
-    pub fn new(error: &str, statistics: Option<&Statistics>, block_columns: usize) -> Option<Self> {
+    pub(super) fn new(
+        error: &str,
+        statistics: Option<&Statistics>,
+        block_columns: usize,
+    ) -> Option<Self> {
         match error {
             "channel" => statistics.map(|it| Measure::Channel(it.squares())),
             "output" => statistics.map(|it| Measure::Output(blocks_of(it, block_columns))),
@@ -78,7 +82,7 @@ impl Measure {
     ///
     /// # Errors
     /// [`QuantError::Unobserved`] if it asks for statistics and there are none.
-    pub fn of_inputs(
+    pub(super) fn of_inputs(
         technique: &'static str,
         error: &str,
         statistics: Option<&Statistics>,

@@ -24,12 +24,12 @@ pub(super) struct Histogram {
 }
 
 impl Histogram {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Histogram { counts: [0.0; BINS], centers: [0.0; BINS], rounded: [0.0; BINS] }
     }
 
     /// Counts the numbers of a block.
-    pub fn count(&mut self, values: &[f32]) {
+    pub(super) fn count(&mut self, values: &[f32]) {
         let largest = values.iter().fold(0f32, |most, value| most.max(value.abs()));
         let width = 2.0 * largest / BINS as f32;
         self.counts.fill(0.0);
@@ -43,7 +43,7 @@ impl Histogram {
     }
 
     /// `KL(P || Q)` if the numbers are rounded under `block`; infinite if none is within its range.
-    pub fn divergence(&mut self, scales: &Scales, block: BlockScale) -> f64 {
+    pub(super) fn divergence(&mut self, scales: &Scales, block: BlockScale) -> f64 {
         scales.round(&self.centers, block, &mut self.rounded);
         let Some((first, last)) = self.range() else { return f64::INFINITY };
         let (below, above): (f64, f64) =

@@ -209,18 +209,18 @@ pub(crate) mod tests {
     use crate::statistics::Statistics;
 
     /// A random matrix and correlated inputs of channels of very different sizes, as a decoder has.
-    pub struct Case {
+    pub(crate) struct Case {
         pub rows: usize,
         pub columns: usize,
         pub values: Vec<f32>,
         pub statistics: Statistics,
     }
 
-    pub fn normal(random: &mut ChaCha8Rng) -> f32 {
+    pub(crate) fn normal(random: &mut ChaCha8Rng) -> f32 {
         (0..12).map(|_| random.random::<f32>()).sum::<f32>() - 6.0
     }
 
-    pub fn case(rows: usize, columns: usize, seed: u64) -> Case {
+    pub(crate) fn case(rows: usize, columns: usize, seed: u64) -> Case {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let values = (0..rows * columns).map(|_| 0.05 * normal(&mut random)).collect();
         let factors = 24;
@@ -243,7 +243,7 @@ pub(crate) mod tests {
     }
 
     impl Case {
-        pub fn group(&self) -> Group<'_> {
+        pub(crate) fn group(&self) -> Group<'_> {
             let matrix = Matrix {
                 name: "layers.0.ffn.gate",
                 rows: self.rows,
@@ -261,13 +261,16 @@ pub(crate) mod tests {
     }
 
     /// What the nearest code stands for, by the scalar definition.
-    pub fn nearest(scales: &Scales, value: f32, block: BlockScale) -> f32 {
+    pub(crate) fn nearest(scales: &Scales, value: f32, block: BlockScale) -> f32 {
         let (element, step) = (scales.format.element, scales.step(block));
         let code = encode(element, value, step, block.zero);
         (lathe_tensor::codec::element::to_f32(element, code) - f32::from(block.zero)) * step
     }
 
-    pub fn parameters(technique: &Technique, settings: &[(&str, toml::Value)]) -> Parameters {
+    pub(crate) fn parameters(
+        technique: &Technique,
+        settings: &[(&str, toml::Value)],
+    ) -> Parameters {
         let mut parameters = Parameters::defaults(technique.parameters);
         for (key, value) in settings {
             parameters.set(technique.parameters, key, value).unwrap();
@@ -276,7 +279,7 @@ pub(crate) mod tests {
     }
 
     /// Output error of a rounding technique.
-    pub fn error_of(
+    pub(crate) fn error_of(
         name: &str,
         case: &Case,
         format: &str,

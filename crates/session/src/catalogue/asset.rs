@@ -11,7 +11,7 @@ use super::download::sha256;
 use super::environment::Environment;
 
 /// The model called `name` in the assets.
-pub fn find(environment: &Environment, name: &str) -> Result<PathBuf, CatalogueError> {
+pub(super) fn find(environment: &Environment, name: &str) -> Result<PathBuf, CatalogueError> {
     for folder in folders() {
         let plain = folder.join(format!("{name}.gguf"));
         if plain.is_file() {

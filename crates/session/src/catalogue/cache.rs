@@ -139,12 +139,12 @@ impl CachedRepository {
 }
 
 /// Whether `text` is a commit's hash: 40 lower-case hexadecimal digits.
-pub fn is_commit(text: &str) -> bool {
+pub(super) fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 /// Makes `path` and the folders above it.
-pub fn make_folder(path: &Path) -> Result<(), CatalogueError> {
+pub(super) fn make_folder(path: &Path) -> Result<(), CatalogueError> {
     fs::create_dir_all(path).map_err(CatalogueError::io(path))
 }
 

@@ -18,7 +18,7 @@ const FAILURES_MAX: u32 = 4;
 
 /// What is to be fetched.
 #[derive(Debug, Clone, Copy)]
-pub struct Blob<'a> {
+pub(super) struct Blob<'a> {
     /// For messages.
     pub name: &'a str,
     /// Address.
@@ -30,7 +30,7 @@ pub struct Blob<'a> {
 }
 
 /// Puts `blob` into `repository`, unless it is there.
-pub fn download(
+pub(super) fn download(
     client: &Client,
     repository: &CachedRepository,
     blob: &Blob,
@@ -199,7 +199,7 @@ fn check(blob: &Blob, path: &Path) -> Result<(), CatalogueError> {
 }
 
 /// The SHA-256 of a file, lower-case hexadecimal.
-pub fn sha256(path: &Path) -> Result<String, CatalogueError> {
+pub(super) fn sha256(path: &Path) -> Result<String, CatalogueError> {
     let mut file = File::open(path).map_err(CatalogueError::io(path))?;
     let mut hasher = Sha256::new();
     io::copy(&mut file, &mut hasher).map_err(CatalogueError::io(path))?;
@@ -207,7 +207,7 @@ pub fn sha256(path: &Path) -> Result<String, CatalogueError> {
 }
 
 /// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -13,7 +13,7 @@ const REDIRECTS_MAX: usize = 10;
 
 /// A client for one Hub.
 #[derive(Debug, Clone)]
-pub struct Client {
+pub(super) struct Client {
     agent: Agent,
     endpoint: Uri,
     token: Option<String>,
@@ -21,7 +21,7 @@ pub struct Client {
 
 /// Which redirects a request follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Follow {
+pub(super) enum Follow {
     /// All.
     All,
     /// Those that stay on the same host (a renamed repository); the Hub answers a request for a
@@ -31,7 +31,7 @@ pub enum Follow {
 
 impl Client {
     /// A client for the Hub at `endpoint`.
-    pub fn new(endpoint: &str, token: Option<&str>) -> Result<Self, CatalogueError> {
+    pub(super) fn new(endpoint: &str, token: Option<&str>) -> Result<Self, CatalogueError> {
         let uri = parse(endpoint)?;
         if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.authority().is_none() {
             let reference = format!("HF_ENDPOINT={endpoint}");
@@ -54,12 +54,12 @@ impl Client {
     }
 
     /// `HEAD url`.
-    pub fn head(&self, url: &str, follow: Follow) -> Result<Response<Body>, CatalogueError> {
+    pub(super) fn head(&self, url: &str, follow: Follow) -> Result<Response<Body>, CatalogueError> {
         self.request("HEAD", url, None, follow).map(|(response, _)| response)
     }
 
     /// `GET url` from byte `offset` on.
-    pub fn get(&self, url: &str, offset: u64) -> Result<Response<Body>, CatalogueError> {
+    pub(super) fn get(&self, url: &str, offset: u64) -> Result<Response<Body>, CatalogueError> {
         let range = (offset > 0).then(|| format!("bytes={offset}-"));
         self.request("GET", url, range.as_deref(), Follow::All).map(|(response, _)| response)
     }
@@ -98,7 +98,7 @@ impl Client {
 }
 
 /// A header of a response, if it is there and is text.
-pub fn header<'a>(response: &'a Response<Body>, name: &str) -> Option<&'a str> {
+pub(super) fn header<'a>(response: &'a Response<Body>, name: &str) -> Option<&'a str> {
     response.headers().get(name)?.to_str().ok()
 }
 

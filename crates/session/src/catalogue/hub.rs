@@ -55,7 +55,7 @@ enum Choice {
 }
 
 /// The model in the cache, if all of it is there; asks no network.
-pub fn find_cached(environment: &Environment, reference: &HubReference) -> Option<PathBuf> {
+pub(super) fn find_cached(environment: &Environment, reference: &HubReference) -> Option<PathBuf> {
     let repository = environment.cache.repository(&reference.repository);
     let snapshot = repository.snapshot(&reference.revision)?;
     let files = files_under(&snapshot);
@@ -73,7 +73,7 @@ pub fn find_cached(environment: &Environment, reference: &HubReference) -> Optio
 }
 
 /// Fetches what is missing of the model and returns its folder or file.
-pub fn fetch(
+pub(super) fn fetch(
     environment: &Environment,
     reference: &HubReference,
     reporter: &dyn Reporter,

@@ -7,7 +7,7 @@ use super::entries::{self, Entry};
 
 /// A model's name, understood but not yet looked for.
 #[derive(Debug, Clone)]
-pub enum Reference {
+pub(super) enum Reference {
     /// A folder or a `.gguf` file that exists.
     Local(PathBuf),
     /// A catalogue name.
@@ -18,7 +18,7 @@ pub enum Reference {
 
 /// `organisation/name[@revision][:quantization or file]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HubReference {
+pub(super) struct HubReference {
     /// `organisation/name`.
     pub repository: String,
     /// Branch, tag or commit; `main` if absent.
@@ -28,9 +28,9 @@ pub struct HubReference {
 }
 
 impl Reference {
-    /// Understands `text`: a catalogue name, an existing path, or a Hub id. (A folder that happens to
-    /// be called like a catalogue entry is reached as `./name`.)
-    pub fn parse(text: &str) -> Result<Self, CatalogueError> {
+    /// Understands `text`: a catalogue name, an existing path, or a Hub id. (A folder that happens
+    /// to be called like a catalogue entry is reached as `./name`.)
+    pub(super) fn parse(text: &str) -> Result<Self, CatalogueError> {
         let unknown =
             |reason: String| CatalogueError::Unknown { reference: text.to_owned(), reason };
         if let Some(entry) = entries::find(text) {

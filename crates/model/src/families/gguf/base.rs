@@ -21,7 +21,7 @@ impl<'a> Meta<'a> {
         format!("{}.{key}", self.architecture)
     }
 
-    pub fn get(&self, key: &str) -> Option<&'a MetaValue> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a MetaValue> {
         self.file.metadata.get(&self.full(key))
     }
 
@@ -31,7 +31,7 @@ impl<'a> Meta<'a> {
     }
 
     /// A size; a list of equal ones counts as one.
-    pub fn size(&self, key: &str) -> Result<Option<usize>, SpecError> {
+    pub(super) fn size(&self, key: &str) -> Result<Option<usize>, SpecError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let wrong = || self.wrong(key, "an integer that is not negative");
         let number = match value.as_array() {
@@ -49,11 +49,11 @@ impl<'a> Meta<'a> {
         usize::try_from(number).map(Some).map_err(|_| wrong())
     }
 
-    pub fn need(&self, key: &str) -> Result<usize, SpecError> {
+    pub(super) fn need(&self, key: &str) -> Result<usize, SpecError> {
         self.size(key)?.ok_or_else(|| SpecError::Missing(self.full(key)))
     }
 
-    pub fn number(&self, key: &str) -> Result<Option<f64>, SpecError> {
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>, SpecError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let number = value.as_float().or(value.as_integer().map(|n| n as f64));
         match number.filter(|n| n.is_finite()) {
@@ -62,28 +62,28 @@ impl<'a> Meta<'a> {
         }
     }
 
-    pub fn flag(&self, key: &str) -> Result<Option<bool>, SpecError> {
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, SpecError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_bool().map(Some).ok_or_else(|| self.wrong(key, "a boolean"))
     }
 
-    pub fn text(&self, key: &str) -> Result<Option<&'a str>, SpecError> {
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, SpecError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a string"))
     }
 
     /// The shape of a tensor, if it is there; `blk.N.` goes before names of layer `N`.
-    pub fn shape(&self, layer: Option<usize>, name: &str) -> Option<&'a [usize]> {
+    pub(super) fn shape(&self, layer: Option<usize>, name: &str) -> Option<&'a [usize]> {
         let name = layer.map_or(name.to_owned(), |layer| format!("blk.{layer}.{name}"));
         self.file.info(&name).map(|tensor| tensor.shape.as_slice())
     }
 
-    pub fn has(&self, layer: usize, name: &str) -> bool {
+    pub(super) fn has(&self, layer: usize, name: &str) -> bool {
         self.shape(Some(layer), name).is_some()
     }
 
     /// The numbers of a small tensor, if it is there.
-    pub fn numbers(&self, name: &str) -> Result<Option<Vec<f32>>, SpecError> {
+    pub(super) fn numbers(&self, name: &str) -> Result<Option<Vec<f32>>, SpecError> {
         if self
             .file
             .info(name)

@@ -15,7 +15,7 @@ pub(super) struct Routing {
 
 impl Routing {
     /// Softmax over all experts, the chosen scores as they are.
-    pub const SOFTMAX: Routing =
+    pub(super) const SOFTMAX: Routing =
         Routing { score: RouterScore::Softmax, normalise: false, scaling: 1.0, groups: None };
 }
 

@@ -59,7 +59,8 @@ fn explained<'a>(job: &mut Job<'a>, model: &lathe_model::Model) -> Explanation {
     found
 }
 
-/// Every stream is the whole model with those weights: soft caps of logits, windows and experts too.
+/// Every stream is the whole model with those weights: soft caps of logits, windows and experts
+/// too.
 #[test]
 fn each_layer_alone_is_the_whole_model_with_that_layer_quantized() {
     for name in ["llama", "gemma2", "llama-tied", "mixtral", "cohere"] {
@@ -152,7 +153,8 @@ fn corrections_are_explained_beside_the_codes() {
     assert!(found.weights.after.is_none(), "a correction prepares no weights");
 }
 
-/// A plan keeps its budget, is the best of all plans by its own measure, and its layers come in its formats.
+/// A plan keeps its budget, is the best of all plans by its own measure, and its layers come in its
+/// formats.
 #[test]
 fn a_budget_gives_each_layer_a_format() {
     let (model, program) = open("llama");

@@ -9,6 +9,7 @@ use lathe_program::{
     Backend, BackendError, DeviceMemory, Executor, ExecutorOptions, KvFormat, Missing, Program,
     WeightSource,
 };
+use lathe_tensor::Format;
 
 use super::super::tests::{TOKENS, open};
 use super::*;
@@ -35,6 +36,10 @@ impl Backend for Failing {
 
     fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat {
         self.reference.default_kv_format(program, exact)
+    }
+
+    fn runs_format(&self, format: Format, columns: usize) -> Result<(), BackendError> {
+        self.reference.runs_format(format, columns)
     }
 
     fn prepare(
@@ -90,7 +95,8 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
 
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("run");
-        // One section makes the stream; a layer is two, and one more where the float model's runs too.
+        // One section makes the stream; a layer is two, and one more where the float model's runs
+        // too.
         let a_layer = if method.ends_with("gptaq") { 3 } else { 2 };
         let left = Cell::new(2 * a_layer);
         let failing = Failing { reference: ReferenceBackend::new(), left };
