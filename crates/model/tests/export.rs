@@ -12,9 +12,9 @@ use lathe_model::export::{
 };
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::weights::ModelWeights;
-use lathe_program::{Weight, WeightDecl, WeightRole};
+use lathe_program::{InputTransform, Weight, WeightDecl, WeightRole};
 use lathe_tensor::codec::scaled::{self, E8m0Rounding};
-use lathe_tensor::{Format, GgmlType, ScaledFormat, Tensor};
+use lathe_tensor::{ActivationFormat, Format, GgmlType, ScaledFormat, Tensor};
 use support::{prepare, run, shared};
 
 const TOKENS: [u32; 9] = [3, 60, 17, 5, 5, 42, 9, 33, 21];
@@ -182,7 +182,8 @@ fn written_and_read(
     }
     let text = std::fs::read_to_string(folder.path().join("config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap();
-    if config["quantization_config"]["quant_method"] != "mxfp4" {
+    // Plain floats have no place for what is done to inputs.
+    if config["quantization_config"]["quant_method"] != "mxfp4" && original.spec.inputs.is_empty() {
         // Floats again: codes and scales become one tensor.
         let plain = folder.path().join("plain");
         to_hugging_face(&packed, &plain, &HuggingFaceOptions::default()).unwrap();
@@ -223,7 +224,29 @@ fn every_format_comes_back_bit_for_bit() {
         let config = written_and_read(&original, integers, &linear(scaled(name)));
         assert_eq!(config["format"], encoding, "{name}");
         // What is done to inputs is the model's own, not the format's.
-        assert!(config["config_groups"]["group_0"]["input_activations"].is_null(), "{name}");
+        let group = &config["config_groups"]["group_0"];
+        assert!(group["input_activations"].is_null(), "{name}");
+        assert_eq!(group["format"], encoding, "{name}");
+    }
+}
+
+/// Without a format of its own, readers take `int-quantized` for integers that meet rounded inputs.
+#[test]
+fn a_group_whose_inputs_are_rounded_names_its_format() {
+    for (name, inputs, encoding) in [
+        ("int4-g16-bf16", ActivationFormat::Int8Token, "pack-quantized"),
+        ("int4-g16-bf16", ActivationFormat::Int4Token, "pack-quantized"),
+        ("f8e4m3-channel-bf16", ActivationFormat::Fp8Token, "float-quantized"),
+    ] {
+        let mut original = tiny("llama");
+        let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+        let linear_weights = program.weights.iter().filter(|it| it.role == WeightRole::Linear);
+        let transform = InputTransform { hadamard: None, format: Some(inputs) };
+        original.spec.inputs = linear_weights.map(|it| (it.name.clone(), transform)).collect();
+        let config = written_and_read(&original, Integers::Words, &linear(scaled(name)));
+        let group = &config["config_groups"]["group_0"];
+        assert_eq!((&config["format"], &group["format"]), (&encoding.into(), &encoding.into()));
+        assert!(group["input_activations"].is_object(), "{group}");
     }
 }
 

@@ -9,7 +9,7 @@ use lathe_tensor::safetensors::Writer;
 use lathe_tensor::{Format, ScaledFormat, Tensor};
 use serde_json::{Value, json};
 
-use super::encode::{Integers, Part, declare, encoding_of, interleave, write};
+use super::encode::{Integers, Part, TARGET, declare, encoding_of, interleave, module_of, write};
 use super::hugging_face::{copy_texts, write_json};
 use super::quantization_config::{Groups, compressed_tensors, mxfp4_experts};
 use super::{ExportError, Replacement, ReplacementError, float_of, inputs, io};
@@ -19,7 +19,6 @@ use crate::lower::{LowerOptions, lower};
 use crate::model::Model;
 use crate::weights::{Interleaved, ModelWeights};
 
-pub(super) const TARGET: &str = "a quantized folder";
 /// Bytes of a file's tensors at most.
 const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 
@@ -358,8 +357,12 @@ pub fn to_packed(
     if let Some(config) = config.as_object_mut() {
         let quantization = match plan.blocks.is_empty() {
             true => {
-                let mut config = compressed_tensors(&plan.groups, &ignored);
-                inputs::declare(&mut config, &model.spec.inputs, &program, &plan.quantized)?;
+                let (inputs, matrices) = (&model.spec.inputs, &plan.quantized);
+                let format = inputs::format_of_all(inputs, &program, matrices)?;
+                let mut config = compressed_tensors(&plan.groups, &ignored, format);
+                if let Some(transforms) = inputs::transforms(inputs, &program, matrices) {
+                    config["transform_config"] = transforms;
+                }
                 config
             }
             false if model.spec.inputs.is_empty() => mxfp4_experts(),
@@ -376,11 +379,6 @@ pub fn to_packed(
     }
     write_json(directory, "config.json", &config)?;
     copy_texts(&model.checkpoint.path(), directory)
-}
-
-/// The module that owns a tensor, as `ignore` lists name it.
-pub(super) fn module_of(tensor: &str) -> String {
-    tensor.strip_suffix(".weight").unwrap_or(tensor).to_owned()
 }
 
 fn write_tensors(

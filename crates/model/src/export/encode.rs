@@ -9,6 +9,14 @@ use lathe_tensor::{
 use super::{ExportError, float_of};
 use crate::checkpoint::{Encoding, part_of};
 
+/// What errors call the folder.
+pub(super) const TARGET: &str = "a quantized folder";
+
+/// The module that owns a tensor, as `ignore` lists name it.
+pub(super) fn module_of(tensor: &str) -> String {
+    tensor.strip_suffix(".weight").unwrap_or(tensor).to_owned()
+}
+
 /// How integers of eight bits lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Integers {
@@ -179,7 +187,7 @@ fn bytes(name: &str, part: &Part, tensor: &Tensor) -> Result<Vec<Bytes>, ExportE
         // Its reciprocal would round.
         GlobalScale::Multiply(_) => {
             let feature = format!("a global scale that multiplies ({name})");
-            return Err(ExportError::Feature { feature, target: super::compressed::TARGET });
+            return Err(ExportError::Feature { feature, target: TARGET });
         }
     }
     Ok(all)

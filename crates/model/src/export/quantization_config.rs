@@ -2,19 +2,25 @@
 
 use std::collections::BTreeMap;
 
-use lathe_tensor::{Block, Element, ScaleType, ScaledFormat, ZeroPoint};
+use lathe_tensor::{ActivationFormat, Block, Element, ScaleType, ScaledFormat, ZeroPoint};
 use serde_json::{Value, json};
 
+use crate::checkpoint::inputs::arguments;
 use crate::checkpoint::{Encoding, MIXED};
 
 /// The modules of each format, and how it lies.
 pub(super) type Groups = BTreeMap<(ScaledFormat, Encoding), Vec<String>>;
 
 /// The object that compressed-tensors reads; it refuses keys of a group that it does not know.
+/// `inputs` is what the inputs of every quantized matrix are rounded to.
 ///
-/// The group with the most modules is for all linear layers, the others name theirs: names come before
-/// classes.
-pub(super) fn compressed_tensors(groups: &Groups, ignored: &[String]) -> Value {
+/// The group with the most modules is for all linear layers. The others name their modules, and
+/// names come before classes.
+pub(super) fn compressed_tensors(
+    groups: &Groups,
+    ignored: &[String],
+    inputs: Option<ActivationFormat>,
+) -> Value {
     let largest = groups.iter().max_by_key(|(_, modules)| modules.len()).map(|(key, _)| *key);
     let mut names: Vec<&str> = groups.keys().map(|(_, encoding)| encoding.name()).collect();
     names.sort_unstable();
@@ -25,16 +31,16 @@ pub(super) fn compressed_tensors(groups: &Groups, ignored: &[String]) -> Value {
         let linear = [String::from("Linear")];
         let all = largest == Some((*format, *encoding));
         let targets = if all { linear.as_slice() } else { modules.as_slice() };
-        let mut group = json!({
+        // compressed-tensors guesses a format that is not given from weights and inputs, and takes
+        // `int-quantized` for integers that meet integers, however they are packed. vLLM reads
+        // experts in `pack-quantized` only where the group itself says so.
+        let group = json!({
             "targets": targets,
+            "format": encoding.name(),
             "weights": weights(format),
-            "input_activations": null,
+            "input_activations": inputs.map(arguments),
             "output_activations": null,
         });
-        // Versions before groups had formats refuse the key.
-        if groups.len() > 1 {
-            group["format"] = encoding.name().into();
-        }
         list.insert(format!("group_{index}"), group);
     }
     json!({
