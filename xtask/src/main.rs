@@ -1,6 +1,7 @@
 //! The rules of the workspace that a machine can check, and other chores of its developers.
 #![forbid(unsafe_code)]
 
+mod cuda_toolkit;
 mod dependencies;
 mod neon;
 mod source;
@@ -28,6 +29,8 @@ enum Command {
     },
     /// Checks bans, sources and licences against deny.toml, and finds unused dependencies
     Dependencies,
+    /// Brings the pinned CUDA compiler from Python wheels and prints its CUDA_HOME
+    CudaToolkit,
     /// Builds the CPU backend's tests for 64-bit Arm and runs the kernels' under qemu-user
     Neon {
         /// Says what is missing on this machine and succeeds, where something is
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Tidy { update } => tidy::run(&root, update),
         Command::Dependencies => dependencies::run(&root),
+        Command::CudaToolkit => cuda_toolkit::run(&root),
         Command::Neon { if_possible } => neon::run(&root, if_possible),
     };
     match outcome {

@@ -135,7 +135,8 @@ pub enum Device {
     Reference,
     /// SIMD and threads
     Cpu,
-    /// NVIDIA GPU; not in this version
+    #[cfg_attr(feature = "cuda", doc = "NVIDIA GPU")]
+    #[cfg_attr(not(feature = "cuda"), doc = "NVIDIA GPU; not in this version")]
     Cuda,
     /// The best that this machine and build have
     Auto,

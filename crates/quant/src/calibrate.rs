@@ -1,7 +1,7 @@
 //! Calibration: runs the served program, one layer at a time, and keeps [`Statistics`] of what its
 //! linear layers read.
 //!
-//! A layer is a [`Section`] whose input is the stream that the layers before it made, so that
+//! A layer is a `Section` whose input is the stream that the layers before it made, so that
 //! memory is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's
 //! size, and any backend will do. Each window of the text begins with an empty cache.
 

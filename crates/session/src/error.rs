@@ -175,6 +175,9 @@ pub enum RanksReason {
     /// One rank has all experts.
     #[error("whole experts need at least 2 ranks")]
     OneRank,
+    /// The device runs on one rank only.
+    #[error("the {0} backend runs on one rank only")]
+    Device(&'static str),
     /// Its shapes or formats do not allow it.
     #[error(transparent)]
     Shard(#[from] ShardError),

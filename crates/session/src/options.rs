@@ -43,42 +43,57 @@ impl Options {
     /// choice.
     ///
     /// # Errors
-    /// [`SessionError::NoDevice`] if this build lacks the device.
+    /// As [`backend`].
     pub fn cache_format(&self, program: &Program) -> Result<KvFormat, SessionError> {
-        let own = backend(self.device)?.default_kv_format(program, self.exact);
-        Ok(self.kv_format.unwrap_or(own))
+        match self.kv_format {
+            Some(format) => Ok(format),
+            None => Ok(backend(self.device)?.default_kv_format(program, self.exact)),
+        }
     }
 }
 
 /// Makes the backend of one rank from its end of the group.
 pub(crate) type RankBackend = fn(Arc<HostCollective>) -> Box<dyn Backend>;
 
-/// How the backend of a rank on `device` is made.
-///
-/// # Errors
-/// [`SessionError::NoDevice`] if this build lacks it.
-pub(crate) fn rank_backend(device: Device) -> Result<RankBackend, SessionError> {
+/// How the backend of a rank on `device` is made. `None` where ranks cannot be divided over
+/// threads of this process.
+pub(crate) fn rank_backend(device: Device) -> Option<RankBackend> {
     match device {
-        Device::Reference => Ok(|end| Box::new(ReferenceBackend::new().collective(end))),
+        Device::Reference => Some(|end| Box::new(ReferenceBackend::new().collective(end))),
         Device::Cpu | Device::Auto => {
-            Ok(|end| Box::new(CpuBackend::new(Default::default()).collective(end)))
+            Some(|end| Box::new(CpuBackend::new(Default::default()).collective(end)))
         }
-        Device::Cuda => Err(SessionError::NoDevice("CUDA")),
+        Device::Cuda => None,
     }
 }
 
 /// The backend of `device`, on one rank.
 ///
 /// # Errors
-/// [`SessionError::NoDevice`] if this build lacks it.
+/// [`SessionError::NoDevice`] if this build lacks it, [`SessionError::Prepare`] if this machine
+/// does.
 pub fn backend(device: Device) -> Result<Box<dyn Backend>, SessionError> {
-    Ok(rank_backend(device)?(Arc::new(SingleRank)))
+    match rank_backend(device) {
+        Some(make) => Ok(make(Arc::new(SingleRank))),
+        None => cuda(),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Result<Box<dyn Backend>, SessionError> {
+    let opened = lathe_cuda::CudaBackend::open(0);
+    Ok(Box::new(opened.map_err(|error| SessionError::Prepare(error.into()))?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Result<Box<dyn Backend>, SessionError> {
+    Err(SessionError::NoDevice("CUDA"))
 }
 
 /// Refuses a number format that `device` could not run in a matrix of `columns` columns.
 ///
 /// # Errors
-/// [`SessionError::NotRun`] says what the device takes.
+/// As [`backend`]; [`SessionError::NotRun`] says what the device takes.
 pub fn check_format(device: Device, format: Format, columns: usize) -> Result<(), SessionError> {
     backend(device)?.runs_format(format, columns).map_err(SessionError::NotRun)
 }

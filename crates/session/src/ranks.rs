@@ -72,12 +72,13 @@ impl Ranks {
     /// The backend of `device` over these ranks.
     ///
     /// # Errors
-    /// [`SessionError::NoDevice`] if this build lacks it.
+    /// As [`backend`]; [`SessionError::Ranks`] if the device runs on one rank only.
     pub fn backend(&self, device: Device) -> Result<Box<dyn Backend>, SessionError> {
-        match self.count.get() {
-            1 => backend(device),
-            _ => Ok(Box::new(ShardedBackend::new(self.options(), rank_backend(device)?))),
+        if self.count.get() == 1 {
+            return backend(device);
         }
+        let make = rank_backend(device).ok_or_else(|| self.error(RanksReason::Device("CUDA")))?;
+        Ok(Box::new(ShardedBackend::new(self.options(), make)))
     }
 
     /// What preparing a model found: a division that its weights do not allow is bad input.

@@ -5,12 +5,20 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("lathe-tensor", &[]),
     ("lathe-program", &["lathe-tensor"]),
     ("lathe-cpu", &["lathe-program", "lathe-tensor"]),
+    ("lathe-cuda", &["lathe-program", "lathe-tensor"]),
     ("lathe-model", &["lathe-program", "lathe-tensor"]),
     ("lathe-engine", &["lathe-model", "lathe-program", "lathe-tensor"]),
     ("lathe-quant", &["lathe-model", "lathe-program", "lathe-tensor"]),
     (
         "lathe-session",
-        &["lathe-engine", "lathe-model", "lathe-cpu", "lathe-program", "lathe-tensor"],
+        &[
+            "lathe-engine",
+            "lathe-model",
+            "lathe-cpu",
+            "lathe-cuda",
+            "lathe-program",
+            "lathe-tensor",
+        ],
     ),
     (
         "lathe",

@@ -1,9 +1,9 @@
 //! Which instructions the kernels may use, chosen at run time.
 //!
-//! [`Isa`] is the public choice; [`Simd`] is what a kernel is written against: sixteen lanes of
+//! [`Isa`] is the public choice; `Simd` is what a kernel is written against: sixteen lanes of
 //! `f32` or `i32` and sixty-four bytes of codes, whatever the registers of the machine are. A
 //! kernel is one generic function, instantiated inside a `#[target_feature]` wrapper for each
-//! implementation of [`Simd`], so that everything inlines into code for those features.
+//! implementation of `Simd`, so that everything inlines into code for those features.
 //!
 //! Invariant: every implementation rounds alike (products and sums in `f32`, fused where the
 //! method says so, integer dots exact), so the integer kernels agree to the bit across ISAs.

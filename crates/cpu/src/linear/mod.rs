@@ -1,11 +1,11 @@
 //! Matrix products of packed weights and prepared rows: `out[r, o] = sum over k of w[o, k] x[r, k]`.
 //!
 //! [`matmul`] divides the panels of all parts of a linear group among the workers by bytes, so
-//! that each streams one run of memory; [`kernels`] has the arithmetic, [`activations`] the
-//! operand, [`codes`] the decoders, [`dispatch`] the choice of kernel. One row, a small batch and a prefill chunk run the
+//! that each streams one run of memory; `kernels` has the arithmetic, `activations` the
+//! operand, `codes` the decoders, `dispatch` the choice of kernel. One row, a small batch and a prefill chunk run the
 //! same kernels with more or fewer accumulators, but where the machine multiplies pairs of `bf16` (AMX,
-//! AVX-512 BF16): rows in the prefill form are tiles of such pairs, in units that whoever is free takes ([`prompt`]), and some formats take
-//! decoding rows as tiles of AMX too ([`amx`]).
+//! AVX-512 BF16): rows in the prefill form are tiles of such pairs, in units that whoever is free takes (`prompt`), and some formats take
+//! decoding rows as tiles of AMX too (`amx`).
 
 // Only x86-64 has rows in tiles.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]

@@ -1,7 +1,7 @@
 //! `PackedMatrix`: a weight as the kernels stream it.
 //!
 //! Output rows are grouped in panels of sixteen, one lane of a vector each, and a panel is one
-//! run of memory along k ([`layout`]): a kernel reads it once, front to back. Every output element
+//! run of memory along k (`layout`): a kernel reads it once, front to back. Every output element
 //! therefore accumulates over k in its own lane in one fixed order, whether one row of activations
 //! or a thousand pass by (batch invariance). The packed form has the bytes of the file's (plus the
 //! padding of the last panel): decoding is bound by reading them.

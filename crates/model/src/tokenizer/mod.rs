@@ -15,6 +15,7 @@ mod splitting;
 mod stream;
 
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -203,6 +204,15 @@ struct Inner {
     after: Option<u32>,
 }
 
+/// The outcome of `work`, or the words of a panic in it. The library panics on some damaged files.
+fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        text.unwrap_or_else(|| "the tokenizers library panicked".to_owned())
+    })
+}
+
 impl Tokenizer {
     /// Reads a `tokenizer.json`, and beside it, if it is there, `tokenizer_config.json` for which
     /// tokens begin and end a sequence.
@@ -212,9 +222,12 @@ impl Tokenizer {
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
         let text = read(path)?;
         let malformed = |reason: String| TokenizerError::Malformed { path: path.into(), reason };
-        let library: tokenizers::Tokenizer =
-            text.parse().map_err(|error: tokenizers::Error| malformed(error.to_string()))?;
-        let mut tokenizer = Self::from_library(library)?;
+        let mut tokenizer = caught(|| {
+            let library: tokenizers::Tokenizer =
+                text.parse().map_err(|error: tokenizers::Error| malformed(error.to_string()))?;
+            Self::from_library(library)
+        })
+        .map_err(malformed)??;
         let config = path.with_file_name("tokenizer_config.json");
         if config.is_file() {
             let config: Value = serde_json::from_str(&read(&config)?).map_err(|error| {

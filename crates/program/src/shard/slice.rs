@@ -6,7 +6,7 @@ use lathe_tensor::{Block, Bytes, Format, GlobalScale, ScaledFormat, Tensor, Zero
 
 /// The part `ranges` (one a dimension) of `tensor`, with the same numbers. Floats and blocks keep
 /// their format. Where codes with scales of their own are cut within a group or tile, the part has
-/// smaller ones, with the scales repeated ([`refined`]); the blocks of GGUF cannot be cut.
+/// smaller ones, with the scales repeated (`refined`); the blocks of GGUF cannot be cut.
 ///
 /// # Errors
 /// If a range does not fit its dimension, or cuts a block.

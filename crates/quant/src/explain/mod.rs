@@ -2,7 +2,7 @@
 //! which technique to try next.
 //!
 //! [`crate::job::Job::explain`] fills an [`Explanation`] with numbers measured on text that calibration
-//! did not see; [`sources`] says how an error is taken apart, [`advice`] what follows from it.
+//! did not see; `sources` says how an error is taken apart, `advice` what follows from it.
 //! Nothing here knows how a report looks.
 
 mod advice;

@@ -1,0 +1,139 @@
+//! `StepData`: the rows, tables and choices of a step on the device.
+
+use std::sync::Arc;
+
+use lathe_program::{BackendError, ExecutorLimits, Program, SequenceTables, Step, StepInput};
+
+use crate::device::{Device, Memory};
+use crate::parameters::Row;
+
+pub(crate) struct StepData {
+    rows: Memory,
+    tables: Memory,
+    firsts: Memory,
+    pick: Memory,
+    inputs: Vec<Memory>,
+    groups: usize,
+    /// Blocks of the longest table of the step: from one table to the next.
+    stride: usize,
+    host: Host,
+}
+
+/// What is put together here before it is copied; kept from step to step.
+#[derive(Default)]
+struct Host {
+    rows: Vec<Row>,
+    tables: Vec<u32>,
+    firsts: Vec<u32>,
+    pick: Vec<u32>,
+}
+
+impl StepData {
+    pub(crate) fn new(
+        device: &Arc<Device>,
+        program: &Program,
+        limits: &ExecutorLimits,
+    ) -> Result<Self, BackendError> {
+        let groups = program.kv.groups.len();
+        // A page is in one table at most, but sequences share the pages of a prefix.
+        let blocks = program.context_max.div_ceil(program.kv.block_tokens) + 1;
+        let blocks = blocks.min(limits.kv_blocks);
+        let tables = limits.sequences_max * groups;
+        let what = "the step's tables";
+        let inputs = program.input_widths().into_iter();
+        Ok(Self {
+            rows: device.allocate(limits.rows_max * size_of::<Row>(), what)?,
+            tables: device.allocate(tables * blocks * 4, what)?,
+            firsts: device.allocate(tables * 4, what)?,
+            pick: device.allocate(limits.rows_max * 4, what)?,
+            inputs: inputs
+                .map(|width| device.allocate(limits.rows_max * width * 4, "the step's inputs"))
+                .collect::<Result<_, _>>()?,
+            groups,
+            stride: 0,
+            host: Host::default(),
+        })
+    }
+
+    /// Takes an accepted step; `tokens` are its rows' tokens.
+    pub(crate) fn upload(
+        &mut self,
+        step: &Step,
+        tokens: &[u32],
+        tables: &SequenceTables,
+    ) -> Result<(), BackendError> {
+        self.host.fill_rows(step, tokens);
+        let of = |group| step.sequences.iter().map(move |s| tables.table(s.id, group));
+        let lengths = (0..self.groups).flat_map(|group| of(group).map(|table| table.blocks.len()));
+        self.stride = lengths.max().unwrap_or(0);
+        let host = &mut self.host;
+        host.tables.clear();
+        host.firsts.clear();
+        for sequence in &step.sequences {
+            for group in 0..self.groups {
+                let table = tables.table(sequence.id, group);
+                host.tables.extend(&table.blocks);
+                host.firsts.push(table.first);
+                host.tables.resize(host.firsts.len() * self.stride, 0);
+            }
+        }
+        host.pick.clear();
+        host.pick.extend(step.choices.iter().map(|choice| choice.row));
+        self.rows.write(0, &host.rows)?;
+        self.tables.write(0, &host.tables)?;
+        self.firsts.write(0, &host.firsts)?;
+        self.pick.write(0, &host.pick)?;
+        for (memory, StepInput { values }) in self.inputs.iter().zip(&step.inputs) {
+            memory.write(0, values)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn rows(&self) -> u64 {
+        self.rows.address()
+    }
+
+    pub(crate) fn tables(&self) -> u64 {
+        self.tables.address()
+    }
+
+    pub(crate) fn firsts(&self) -> u64 {
+        self.firsts.address()
+    }
+
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// The row of each choice.
+    pub(crate) fn pick(&self) -> u64 {
+        self.pick.address()
+    }
+
+    pub(crate) fn input(&self, input: u32) -> u64 {
+        self.inputs[input as usize].address()
+    }
+}
+
+impl Host {
+    fn fill_rows(&mut self, step: &Step, tokens: &[u32]) {
+        self.rows.clear();
+        for (index, sequence) in (0..).zip(&step.sequences) {
+            for place in 0..sequence.rows {
+                let row = (sequence.first_row + place) as usize;
+                let ancestors = sequence.ancestors.as_ref().map(|masks| masks[place as usize]);
+                self.rows.push(Row {
+                    ancestors: ancestors.unwrap_or(0),
+                    token: tokens[row],
+                    position: step.positions[row],
+                    first_row: sequence.first_row,
+                    place,
+                    cached: sequence.cached,
+                    sequence: index,
+                    tree: u32::from(ancestors.is_some()),
+                    unused: 0,
+                });
+            }
+        }
+    }
+}

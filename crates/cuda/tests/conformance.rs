@@ -1,0 +1,99 @@
+//! The conformance suite of `lathe-program` on the GPU. Where there is none, each test says by
+//! name that it is skipped; `LATHE_REQUIRE_CUDA=1` makes that a failure.
+#![cfg(feature = "device")]
+
+use lathe_cuda::CudaBackend;
+use lathe_program::KvFormat;
+use lathe_program::conformance::{Settings, Tolerance, batch_invariance, check, choices, trees};
+use lathe_tensor::Format;
+
+fn backend(test: &str) -> Option<CudaBackend> {
+    match CudaBackend::open(0) {
+        Ok(backend) => Some(backend),
+        Err(error) => {
+            assert!(std::env::var_os("LATHE_REQUIRE_CUDA").is_none(), "{test}: {error}");
+            println!("{test}: skipped, {error}");
+            None
+        }
+    }
+}
+
+/// Rounded inputs are the only feature that the cases use and the kernels lack.
+fn run(backend: &CudaBackend, settings: &Settings) {
+    let report =
+        check(backend, settings).unwrap_or_else(|failure| panic!("{settings:?}: {failure}"));
+    println!("{settings:?}: {} cases, worst {}", report.cases, report.worst);
+    let lacks = |it: &String| it.contains("activations rounded to");
+    assert!(report.unsupported.iter().all(lacks), "{:?}", report.unsupported);
+    assert!(report.cases > 10 * settings.seeds as usize, "{} cases", report.cases);
+}
+
+#[test]
+fn f32_agrees_with_the_reference() {
+    let Some(backend) = backend("f32_agrees_with_the_reference") else { return };
+    run(&backend, &Settings::default());
+}
+
+#[test]
+fn bf16_weights_agree_with_the_reference() {
+    let Some(backend) = backend("bf16_weights_agree_with_the_reference") else { return };
+    let format = Format::parse("bf16").expect("a format");
+    run(&backend, &Settings { format, seeds: 4, ..Settings::default() });
+}
+
+/// A sum that differs in its last bit can move a stored code by one step.
+#[test]
+fn cache_formats_agree_with_the_reference() {
+    let Some(backend) = backend("cache_formats_agree_with_the_reference") else { return };
+    for kv_format in [
+        KvFormat::F32,
+        KvFormat::F16,
+        KvFormat::BF16,
+        KvFormat::Int16,
+        KvFormat::F8E4M3,
+        KvFormat::Int8,
+    ] {
+        run(&backend, &Settings { kv_format, seeds: 4, ..Settings::default() });
+    }
+}
+
+#[test]
+fn steps_do_not_change_results() {
+    let Some(backend) = backend("steps_do_not_change_results") else { return };
+    for kv_format in [KvFormat::F32, KvFormat::BF16] {
+        let settings = Settings { kv_format, ..Settings::default() };
+        batch_invariance(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
+    }
+}
+
+#[test]
+fn choices_are_those_of_the_sampler() {
+    let Some(backend) = backend("choices_are_those_of_the_sampler") else { return };
+    let settings = Settings { seeds: 4, ..Settings::default() };
+    choices(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+/// The bounds are those of the CPU backend's test: an accepted branch's rows saw their ancestors
+/// in other slots, which is another order of a sum.
+#[test]
+fn trees_are_plain_decoding() {
+    let Some(backend) = backend("trees_are_plain_decoding") else { return };
+    for (kv_format, coarse) in [
+        (KvFormat::F32, 2e-5),
+        (KvFormat::Int16, 1e-3),
+        (KvFormat::BF16, 2e-2),
+        (KvFormat::F8E4M3, 0.2),
+    ] {
+        let tolerance = Tolerance { absolute: coarse, relative: coarse };
+        let settings = Settings { kv_format, tolerance, seeds: 2, ..Settings::default() };
+        trees(&backend, &settings).unwrap_or_else(|failure| panic!("{kv_format:?}: {failure}"));
+    }
+}
+
+/// The tolerance is used: a bound of nothing fails.
+#[test]
+fn no_tolerance_is_not_met() {
+    let Some(backend) = backend("no_tolerance_is_not_met") else { return };
+    let tolerance = Tolerance { absolute: 1e-30, relative: 0.0 };
+    assert!(check(&backend, &Settings { tolerance, seeds: 2, ..Settings::default() }).is_err());
+}
