@@ -376,3 +376,70 @@ fn what_packed_files_cannot_be_is_refused() {
         assert!(error.contains(expected), "{error}");
     }
 }
+
+/// A fused projection, and the two matrices of a latent's down projection, are one tensor each.
+#[test]
+fn matrices_that_divide_a_tensor_come_back() {
+    for (model, name) in [
+        ("deepseek-v3", "int4-g8-bf16-asym"),
+        ("deepseek-v3", "int8-channel-f32"),
+        ("deepseek-v3", "mxfp4"),
+        ("phi3", "f8e4m3-channel-bf16"),
+        ("phi3", "f8e4m3-tile16x16-f32"),
+    ] {
+        let format = scaled(name);
+        let config = written_and_read(&tiny(model), Integers::Words, &linear(format));
+        let ignored = config["ignore"].as_array().unwrap();
+        let fused =
+            |name: &str| ignored.contains(&format!("model.layers.0.self_attn.{name}").into());
+        assert!(!fused("qkv_proj") && !fused("kv_a_proj_with_mqa"), "{name}: {ignored:?}");
+    }
+}
+
+#[test]
+fn matrices_that_divide_a_tensor_are_quantized_alike() {
+    let original = tiny("deepseek-v3");
+    let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+    let weights = original.weights(&program).unwrap();
+    let layout = PackedLayout::new(&original, &weights).unwrap();
+    let refusal = |format: &dyn Fn(&WeightDecl) -> Option<ScaledFormat>| {
+        let mut rounded = Rounded { weights: &weights, format };
+        let folder = tempfile::tempdir().unwrap();
+        to_packed(&layout, folder.path(), &mut rounded).expect_err("refuses").to_string()
+    };
+    let error = refusal(&|decl| decl.name.ends_with("kv_down").then(|| scaled("mxfp4")));
+    assert!(
+        error.contains("kv_down in") && error.contains("rope_key in its own floats"),
+        "{error}"
+    );
+    // Each has a global scale of its own here.
+    let both = |decl: &WeightDecl| {
+        let part = decl.name.ends_with("kv_down") || decl.name.ends_with("rope_key");
+        part.then(|| scaled("nvfp4"))
+    };
+    let error = refusal(&both);
+    assert!(error.contains("global scales of their own"), "{error}");
+    let weight = program.weight_named("layers.0.attention.kv_down").unwrap();
+    for name in ["fp8_tensor", "f8e4m3-tile64x16-f32"] {
+        let format = Format::parse(&name.replace("fp8_tensor", "f8e4m3-tensor-bf16")).unwrap();
+        let error = layout.check(&program, weight, format).expect_err(name).to_string();
+        assert!(error.contains("kv_down") && error.contains("other rows"), "{error}");
+    }
+}
+
+/// transformers reads all experts by the first group, whatever else is in the folder.
+#[test]
+fn a_group_with_experts_comes_first() {
+    for (experts, others, bits) in [
+        ("int4-channel-bf16", "int8-channel-bf16", 4),
+        ("int8-channel-bf16", "int4-channel-bf16", 8),
+    ] {
+        let mixed = |decl: &WeightDecl| match decl.role {
+            WeightRole::Experts => Some(scaled(experts)),
+            WeightRole::Linear => Some(scaled(others)),
+            _ => None,
+        };
+        let config = written_and_read(&tiny("qwen3-moe"), Integers::Words, &mixed);
+        assert_eq!(config["config_groups"]["group_0"]["weights"]["num_bits"], bits);
+    }
+}
