@@ -11,56 +11,12 @@ use lathe_tensor::Format;
 
 use crate::calibrate::Calibration;
 use crate::error::QuantError;
-use crate::explain::{Explanation, LayerExplanation};
-use crate::job::{Job, Progress, bits_of_correction, targets};
+use crate::explain::{Explanation, LayerExplanation, TensorExplanation};
+use crate::job::{Job, Progress, bits_of_correction};
 use crate::parameters::Parameters;
-use crate::recipe::{Recipe, TechniqueStep};
+use crate::recipe::{Recipe, Sensitivity, TechniqueStep};
+use crate::targets::targets;
 use crate::technique::{self, Stage};
-
-/// What a layer's loss is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Sensitivity {
-    /// KL to the base with the layer alone rounded.
-    #[default]
-    Kl,
-    /// The sum over the layer's matrices of `tr(D H D^T) / tr(W H W^T)`, `H = E[x x^T]`.
-    Hessian,
-}
-
-impl Sensitivity {
-    /// Every one, with its name in recipes.
-    pub const NAMES: [(Sensitivity, &str); 2] =
-        [(Sensitivity::Kl, "kl"), (Sensitivity::Hessian, "hessian")];
-
-    /// Its name in recipes.
-    pub fn name(self) -> &'static str {
-        match self {
-            Sensitivity::Kl => "kl",
-            Sensitivity::Hessian => "hessian",
-        }
-    }
-
-    fn of(self, layer: &LayerExplanation) -> f64 {
-        let outputs = |it: &crate::explain::TensorExplanation| {
-            it.error.outputs.unwrap_or(it.error.weights).sources.total
-        };
-        match self {
-            Sensitivity::Kl => layer.kl.mean,
-            Sensitivity::Hessian => layer.tensors.iter().map(outputs).sum(),
-        }
-    }
-}
-
-/// How many bits a model may take, and in which formats.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Budget {
-    /// Mean bits of the weights that are quantized, scales of groups and low-rank corrections included.
-    pub bits: f64,
-    /// What a layer may be stored in.
-    pub formats: Vec<Format>,
-    /// What is to be least.
-    pub sensitivity: Sensitivity,
-}
 
 /// One way to store a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -151,7 +107,7 @@ pub fn planned(
     let layers = found.first().map_or(0, |first| first.layers.len());
     let choice = |layer: &LayerExplanation| Choice {
         bits: layer.bits * layer.elements as f64,
-        loss: budget.sensitivity.of(layer),
+        loss: loss_of(layer, budget.sensitivity),
     };
     let choices: Vec<Vec<Choice>> = (0..layers)
         .map(|layer| found.iter().map(|it| choice(&it.layers[layer])).collect())
@@ -179,6 +135,16 @@ pub fn planned(
         .map(|(layer, choice)| (format!("layers.{layer}.*"), budget.formats[*choice]));
     let formats = recipe.formats.iter().cloned().chain(formats).collect();
     Ok(Recipe { formats, budget: None, ..recipe.clone() })
+}
+
+/// What the model loses with `layer` alone rounded.
+fn loss_of(layer: &LayerExplanation, sensitivity: Sensitivity) -> f64 {
+    let outputs =
+        |it: &TensorExplanation| it.error.outputs.unwrap_or(it.error.weights).sources.total;
+    match sensitivity {
+        Sensitivity::Kl => layer.kl.mean,
+        Sensitivity::Hessian => layer.tensors.iter().map(outputs).sum(),
+    }
 }
 
 /// The recipe's rotations, and then nearest codes in one format.

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 
 use lathe_model::DecoderSpec;
 use lathe_model::lower::{LowerOptions, lower};
-use lathe_program::{InputTransform, Op, Program, Weight};
+use lathe_program::InputTransform;
 
 use crate::error::QuantError;
-use crate::job::targets;
 use crate::recipe::Recipe;
+use crate::targets::targets;
 use crate::technique::Apply;
 
 /// `spec` with what `recipe` does to inputs.
@@ -39,30 +39,4 @@ pub fn with_inputs(spec: &DecoderSpec, recipe: &Recipe) -> Result<DecoderSpec, Q
     // What cannot be is named now.
     lower(&spec, &options)?;
     Ok(spec)
-}
-
-/// The matrices of `program` whose inputs are rotated while it runs, with the size of a block.
-pub(crate) fn rotated(program: &Program) -> Vec<(Weight, usize)> {
-    let mut found = Vec::new();
-    let block_of = |value| {
-        program.ops.iter().find_map(|op| match op {
-            Op::Transform { transform, out, .. } if *out == value => transform.hadamard,
-            _ => None,
-        })
-    };
-    for op in &program.ops {
-        match op {
-            Op::Linear { input, parts } => {
-                let block = block_of(*input);
-                found.extend(parts.iter().filter_map(|part| Some((part.weight, block?))));
-            }
-            Op::Experts { input, spec, .. } => {
-                let block = block_of(*input);
-                found.extend([spec.gate, spec.up].into_iter().filter_map(|it| Some((it, block?))));
-                found.extend(spec.hidden_transform.hadamard.map(|block| (spec.down, block)));
-            }
-            _ => {}
-        }
-    }
-    found
 }

@@ -21,9 +21,11 @@ mod parameters;
 mod quadratic;
 pub mod recipe;
 pub mod rotate;
+mod rotated;
 mod section;
 mod statistics;
 mod svd;
+pub mod targets;
 pub mod technique;
 
 pub use correction::Correction;

@@ -20,6 +20,7 @@ use lathe_quant::explain::Explanation;
 use lathe_quant::inputs::with_inputs;
 use lathe_quant::job::{self, CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::{Recipe, activations_named, activations_of, format_named};
+use lathe_quant::targets::targets;
 use lathe_quant::{Correction, QuantError};
 use lathe_session::{
     Opened, backend, bytes_under, check_format, encode_text, human_bytes, milliseconds, program_for,
@@ -328,7 +329,7 @@ fn check_targets(
     recipe: &Recipe,
     layout: Option<&PackedLayout<'_>>,
 ) -> Result<(), Error> {
-    let targets = job::targets(program, recipe).bad_input()?;
+    let targets = targets(program, recipe).bad_input()?;
     let Some(layout) = layout else { return Ok(()) };
     for weight in targets.keys() {
         // A budget has yet to choose.
@@ -355,7 +356,7 @@ fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Recipe, Error
     if recipe.budget.is_some() {
         return Ok(recipe);
     }
-    for weight in job::targets(program, &recipe).bad_input()?.into_keys() {
+    for weight in targets(program, &recipe).bad_input()?.into_keys() {
         let decl = program.weight(weight);
         let columns = decl.shape.last().copied().unwrap_or(1);
         let format = recipe.format_of(&decl.name);
@@ -375,7 +376,7 @@ fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Recipe, Error
 
 /// Refuses what the device could not run afterwards; the reference runs every format.
 fn check_device(device: Device, program: &Program, recipe: &Recipe) -> Result<(), Error> {
-    for weight in job::targets(program, recipe).bad_input()?.keys() {
+    for weight in targets(program, recipe).bad_input()?.keys() {
         let decl = program.weight(*weight);
         let columns = decl.shape.last().copied().unwrap_or(1);
         check_format(device.into(), recipe.format_of(&decl.name), columns).bad_input_in(

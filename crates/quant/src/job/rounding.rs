@@ -8,9 +8,9 @@ use lathe_tensor::Tensor;
 use super::{CorrectionReport, Job, WeightReport};
 use crate::correction::Correction;
 use crate::error::QuantError;
-use crate::inputs::rotated;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Report};
 use crate::recipe::{Recipe, TechniqueStep};
+use crate::rotated::rotated;
 use crate::statistics::Statistics;
 use crate::technique::{correction_bits, correction_rounds};
 

@@ -13,7 +13,7 @@ use lathe_program::{LinearPart, NormKind, Op, Program, Value, Weight};
 
 use super::orthogonal::{Kind, Orthogonal};
 use crate::error::QuantError;
-use crate::inputs::rotated;
+use crate::rotated::rotated;
 
 /// One step of what becomes of a weight.
 #[derive(Debug, Clone, PartialEq)]

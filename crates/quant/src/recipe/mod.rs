@@ -24,61 +24,18 @@
 //! act_order = true
 //! ```
 
-use lathe_tensor::{ActivationFormat, Block, Format, ScaledFormat};
+mod budget;
+mod file;
+mod presets;
 
-use crate::budget::{Budget, Sensitivity};
+use lathe_tensor::{ActivationFormat, Format};
+use serde::{Deserialize, Serialize};
+
 use crate::error::QuantError;
 use crate::parameters::Parameters;
 use crate::technique::{self, Apply, Stage, Technique};
-
-/// A name for what people ask for.
-#[derive(Debug, Clone, Copy)]
-pub struct Preset {
-    /// The name.
-    pub name: &'static str,
-    /// The format of weights.
-    pub format: &'static str,
-    /// What inputs are rounded to.
-    pub activations: Option<ActivationFormat>,
-}
-
-const fn preset(
-    name: &'static str,
-    format: &'static str,
-    activations: Option<ActivationFormat>,
-) -> Preset {
-    Preset { name, format, activations }
-}
-
-/// Names for formats that people ask for, with what they mean.
-pub static PRESETS: [Preset; 26] = [
-    preset("w4a16", "int4-g128-bf16", None),
-    preset("w8a16", "int8-channel-bf16", None),
-    preset("w4a4", "int4-g128-bf16", Some(ActivationFormat::Int4Token)),
-    preset("w4a8", "int4-g128-bf16", Some(ActivationFormat::Int8Token)),
-    preset("w8a8", "int8-channel-bf16", Some(ActivationFormat::Int8Token)),
-    preset("w8a8-fp8", "f8e4m3-channel-bf16", Some(ActivationFormat::Fp8Token)),
-    preset("int8", "int8-channel-bf16", None),
-    preset("fp8", "f8e4m3-channel-bf16", None),
-    preset("fp8_tensor", "f8e4m3-tensor-bf16", None),
-    preset("fp8_channel", "f8e4m3-channel-bf16", None),
-    preset("fp8_block", "f8e4m3-tile128x128-bf16", None),
-    preset("mxfp8", "f8e4m3-g32-e8m0", None),
-    preset("mxfp6", "f6e2m3-g32-e8m0", None),
-    preset("mxfp4", "f4e2m1-g32-e8m0", None),
-    preset("mxfp4-a4", "f4e2m1-g32-e8m0", Some(ActivationFormat::Mxfp4)),
-    preset("mxfp4-a8", "f4e2m1-g32-e8m0", Some(ActivationFormat::Mxfp8)),
-    preset("nvfp4", "f4e2m1-g16-e4m3global", None),
-    preset("nvfp4-a4", "f4e2m1-g16-e4m3global", Some(ActivationFormat::Nvfp4)),
-    preset("q4_0", "q4_0", None),
-    preset("q5_0", "q5_0", None),
-    preset("q8_0", "q8_0", None),
-    preset("q4_k", "q4_k", None),
-    preset("q5_k", "q5_k", None),
-    preset("q6_k", "q6_k", None),
-    preset("iq4_nl", "iq4_nl", None),
-    preset("iq4_xs", "iq4_xs", None),
-];
+pub use budget::{Budget, Sensitivity};
+pub use presets::{PRESETS, Preset, activations_named, activations_of, format_named};
 
 /// One step of a recipe.
 #[derive(Debug, Clone)]
@@ -92,7 +49,8 @@ pub struct TechniqueStep {
 }
 
 /// What the text of a calibration has run through when it comes to a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Prefix {
     /// The layers as they are quantized: a layer sees, and makes up for, the errors before it.
     Quantized,
@@ -123,51 +81,6 @@ pub struct Recipe {
 
 fn wrong(message: String) -> QuantError {
     QuantError::Recipe(message)
-}
-
-/// The format that a preset or a format's own name means, with another group if one is given.
-///
-/// # Errors
-/// If there is no such format, or it has no groups of a free size.
-pub fn format_named(name: &str, group: Option<u32>) -> Result<Format, QuantError> {
-    let lower = name.to_lowercase();
-    let preset = PRESETS.iter().find(|preset| preset.name == lower);
-    let format =
-        Format::parse(preset.map_or(lower.as_str(), |preset| preset.format)).map_err(|_| {
-            let presets: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
-            let presets = presets.join(", ");
-            wrong(format!(
-                "unknown format `{name}`, expected a name like int4-g64-bf16 or one of {presets}"
-            ))
-        })?;
-    match (format, group) {
-        (format, None) => Ok(format),
-        (Format::Scaled(scaled), Some(size @ 1..))
-            if matches!(scaled.element, lathe_tensor::Element::Int(_)) =>
-        {
-            Ok(Format::Scaled(ScaledFormat { block: Block::Group(size), ..scaled }))
-        }
-        (format, Some(group)) => {
-            Err(wrong(format!("groups of {group}: {format} has no groups of a free size")))
-        }
-    }
-}
-
-/// What a preset rounds inputs to; `None` for formats that are no preset.
-pub fn activations_of(name: &str) -> Option<ActivationFormat> {
-    let lower = name.to_lowercase();
-    PRESETS.iter().find(|preset| preset.name == lower)?.activations
-}
-
-/// The format of activations called `name`.
-///
-/// # Errors
-/// If there is none, with the names that there are.
-pub fn activations_named(name: &str) -> Result<ActivationFormat, QuantError> {
-    ActivationFormat::parse(&name.to_lowercase()).ok_or_else(|| {
-        let known = ActivationFormat::ALL.map(ActivationFormat::name).join(", ");
-        wrong(format!("unknown format of activations `{name}`, expected one of {known}"))
-    })
 }
 
 impl Recipe {
@@ -201,52 +114,6 @@ impl Recipe {
             budget: None,
             steps,
         };
-        recipe.check()?;
-        Ok(recipe)
-    }
-
-    /// Reads a recipe.
-    ///
-    /// # Errors
-    /// If it is no TOML, has a key that it cannot have, or lacks one that it must have; the error
-    /// names it.
-    pub fn parse(text: &str, group: Option<u32>) -> Result<Recipe, QuantError> {
-        let table: toml::Table =
-            text.parse().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
-        let (mut format, mut tensors, mut keep, mut steps) = (None, None, Vec::new(), Vec::new());
-        let (mut prefix, mut activations, mut preset) = (None, None, None);
-        let (mut formats, mut budget) = (Vec::new(), None);
-        for (key, value) in &table {
-            match key.as_str() {
-                "format" => {
-                    let name = text_of(key, value)?;
-                    format = Some(format_named(&name, group)?);
-                    preset = activations_of(&name);
-                }
-                "activations" => activations = Some(activations_named(&text_of(key, value)?)?),
-                "tensors" => tensors = Some(patterns(key, value)?),
-                "keep" => keep = patterns(key, value)?,
-                "prefix" => prefix = Some(prefix_of(value)?),
-                "formats" => formats = formats_of(value)?,
-                "budget" => budget = Some(budget_of(value)?),
-                "technique" => {
-                    let list = value.as_array().ok_or_else(|| {
-                        wrong("`technique` is no list, expected [[technique]] tables".to_owned())
-                    })?;
-                    steps = list.iter().map(step).collect::<Result<_, _>>()?;
-                }
-                other => {
-                    return Err(wrong(format!(
-                        "unknown key `{other}`, expected format, tensors, keep, prefix, activations, \
-                         formats, budget or technique"
-                    )));
-                }
-            }
-        }
-        let format = format.ok_or_else(|| wrong("it has no `format`".to_owned()))?;
-        let activations = activations.or(preset);
-        let prefix = prefix.unwrap_or_else(|| Prefix::of(&steps));
-        let recipe = Recipe { format, tensors, keep, prefix, activations, formats, budget, steps };
         recipe.check()?;
         Ok(recipe)
     }
@@ -389,52 +256,6 @@ impl Recipe {
         }
         Ok(())
     }
-
-    /// The recipe as TOML, with every parameter: reading it gives the same recipe.
-    pub fn to_toml(&self) -> String {
-        let strings = |list: &[String]| {
-            toml::Value::Array(list.iter().cloned().map(toml::Value::String).collect())
-        };
-        let mut text = format!("format = \"{}\"\n", self.format);
-        if let Some(tensors) = &self.tensors {
-            text.push_str(&format!("tensors = {}\n", strings(tensors)));
-        }
-        if !self.keep.is_empty() {
-            text.push_str(&format!("keep = {}\n", strings(&self.keep)));
-        }
-        if self.needs_calibration() {
-            text.push_str(&format!("prefix = \"{}\"\n", self.prefix.name()));
-        }
-        if let Some(activations) = self.activations {
-            text.push_str(&format!("activations = \"{activations}\"\n"));
-        }
-        if !self.formats.is_empty() {
-            text.push_str("\n[formats]\n");
-            for (pattern, format) in &self.formats {
-                let pattern = toml::Value::String(pattern.clone());
-                text.push_str(&format!("{pattern} = \"{format}\"\n"));
-            }
-        }
-        if let Some(budget) = &self.budget {
-            let names: Vec<String> = budget.formats.iter().map(Format::to_string).collect();
-            text.push_str(&format!(
-                "\n[budget]\nbits = {}\nformats = {}\nsensitivity = \"{}\"\n",
-                toml::Value::Float(budget.bits),
-                strings(&names),
-                budget.sensitivity.name()
-            ));
-        }
-        for step in &self.steps {
-            text.push_str(&format!("\n[[technique]]\nuse = \"{}\"\n", step.technique.name));
-            if let Some(tensors) = &step.tensors {
-                text.push_str(&format!("tensors = {}\n", strings(tensors)));
-            }
-            for (name, value) in step.parameters.values() {
-                text.push_str(&format!("{name} = {value}\n"));
-            }
-        }
-        text
-    }
 }
 
 impl TechniqueStep {
@@ -472,102 +293,6 @@ impl Prefix {
             false => Prefix::Float,
         }
     }
-
-    fn name(self) -> &'static str {
-        match self {
-            Prefix::Quantized => "quantized",
-            Prefix::Float => "float",
-        }
-    }
-}
-
-fn prefix_of(value: &toml::Value) -> Result<Prefix, QuantError> {
-    let all = [Prefix::Quantized, Prefix::Float];
-    let found = all.into_iter().find(|it| value.as_str() == Some(it.name()));
-    found.ok_or_else(|| wrong(format!("`prefix` is {value}, expected \"quantized\" or \"float\"")))
-}
-
-fn formats_of(value: &toml::Value) -> Result<Vec<(String, Format)>, QuantError> {
-    let table = value.as_table().ok_or_else(|| {
-        wrong(format!("`formats` is {value}, expected a table of patterns and formats"))
-    })?;
-    let one = |(pattern, value): (&String, &toml::Value)| {
-        Ok((pattern.clone(), format_named(&text_of(pattern, value)?, None)?))
-    };
-    table.iter().map(one).collect()
-}
-
-fn budget_of(value: &toml::Value) -> Result<Budget, QuantError> {
-    let expected =
-        || wrong(format!("`budget` is {value}, expected a table with `bits` and `formats`"));
-    let table = value.as_table().ok_or_else(expected)?;
-    let (mut bits, mut formats, mut sensitivity) = (None, None, Sensitivity::default());
-    for (key, value) in table {
-        match key.as_str() {
-            "bits" => {
-                let number = value.as_float().or(value.as_integer().map(|whole| whole as f64));
-                let good = number.filter(|bits| *bits > 0.0 && bits.is_finite());
-                bits = Some(good.ok_or_else(|| {
-                    wrong(format!("`bits` is {value}, expected a number above 0"))
-                })?);
-            }
-            "formats" => {
-                let names = patterns(key, value)?;
-                let named = names.iter().map(|name| format_named(name, None));
-                formats = Some(named.collect::<Result<Vec<_>, _>>()?);
-            }
-            "sensitivity" => {
-                let found = Sensitivity::NAMES.iter().find(|it| value.as_str() == Some(it.1));
-                sensitivity = found.map(|it| it.0).ok_or_else(|| {
-                    wrong(format!("`sensitivity` is {value}, expected \"kl\" or \"hessian\""))
-                })?;
-            }
-            other => {
-                return Err(wrong(format!(
-                    "unknown key `{other}` of [budget], expected bits, formats or sensitivity"
-                )));
-            }
-        }
-    }
-    let (bits, formats) = bits.zip(formats).ok_or_else(expected)?;
-    Ok(Budget { bits, formats, sensitivity })
-}
-
-fn text_of(key: &str, value: &toml::Value) -> Result<String, QuantError> {
-    let text = value.as_str().map(str::to_owned);
-    text.ok_or_else(|| wrong(format!("`{key}` is {value}, expected a string")))
-}
-
-fn patterns(key: &str, value: &toml::Value) -> Result<Vec<String>, QuantError> {
-    let list = value.as_array().filter(|list| !list.is_empty());
-    let texts = list.map(|list| list.iter().map(|it| it.as_str().map(str::to_owned)).collect());
-    let texts: Option<Option<Vec<String>>> = texts;
-    let refuse = || wrong(format!("`{key}` is {value}, expected a list of names or patterns"));
-    texts.flatten().ok_or_else(refuse)
-}
-
-fn step(value: &toml::Value) -> Result<TechniqueStep, QuantError> {
-    let expected = || wrong(format!("a technique is {value}, expected a table with `use`"));
-    let table = value.as_table().ok_or_else(expected)?;
-    let name = table.get("use").ok_or_else(expected)?;
-    let technique = technique::find(&text_of("use", name)?)?;
-    let mut parameters = Parameters::defaults(technique.parameters);
-    let mut tensors = None;
-    for (key, value) in table {
-        match key.as_str() {
-            "use" => {}
-            "tensors" => tensors = Some(patterns(key, value)?),
-            other => {
-                parameters.set(technique.parameters, other, value).map_err(|error| match error {
-                    QuantError::Recipe(text) => {
-                        wrong(format!("technique {}: {text}", technique.name))
-                    }
-                    other => other,
-                })?
-            }
-        }
-    }
-    Ok(TechniqueStep { technique, parameters, tensors })
 }
 
 /// Whether `name` is what `pattern` says, in which `*` stands for any text.
@@ -639,74 +364,87 @@ mod tests {
         assert_eq!(Recipe::parse(&awq.to_toml(), None).unwrap().to_toml(), awq.to_toml());
     }
 
+    /// Recipes that are refused, with a part of what is said.
+    const BAD: &[(&str, &str)] = &[
+        ("format = 4", "line 1, `format = 4`: invalid type: integer `4`, expected a string"),
+        ("format = \"w9\"", "unknown format `w9`"),
+        ("[[technique]]\nuse = \"rtn\"", "missing field `format`"),
+        ("format = \"q4_0\"", "no [[technique]]"),
+        (
+            "format = \"q4_0\"\nfromat = 1",
+            "line 2, `fromat = 1`: unknown field `fromat`, expected one of `format`",
+        ),
+        ("format = \"q4_0\"\n[[technique]]\nuse = \"gtpq\"", "unknown technique `gtpq`"),
+        ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndampnig = 1", "unknown key `dampnig`"),
+        ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndamping = \"a\"", "`damping` is \"a\""),
+        ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\nblock_size = 0", "from 1 to"),
+        ("format = \"q4_0\"\n[[technique]]\nuse = \"clip\"\nerror = \"x\"", "one of weight"),
+        (
+            "format = \"q4_0\"\n[[technique]]\nsteps = 3",
+            "line 2, `[[technique]]`: missing field `use`",
+        ),
+        ("format = \"q4_0\"\ntensors = []\n", "`tensors = []`: the list is empty"),
+        ("format = \"q4_0\"\nprefix = \"both\"\n", "`quantized` or `float`"),
+        (
+            "format = \"q4_0\"\ntechnique = 3\n",
+            "`technique = 3`: invalid type: integer `3`, expected a sequence",
+        ),
+        ("format = \"w4a16\"\nactivations = \"int3\"\n", "one of int4-token"),
+        (
+            "format = \"q4_0\"\nactivations = \"int8-token\"\n[[technique]]\nuse = \"rtn\"",
+            "`activations` beside q4_0",
+        ),
+        (
+            "format = \"q4_0\"\nprefix = \"float\"\n[[technique]]\nuse = \"gptaq\"",
+            "gptaq makes up for quantized layers",
+        ),
+        (
+            "format = \"q4_0\"\nformats = 3\n",
+            "`formats = 3`: invalid type: integer `3`, expected a map",
+        ),
+        ("format = \"q4_0\"\n[formats]\n\"layers.*\" = \"q9\"\n", "unknown format `q9`"),
+        ("format = \"q4_0\"\n[budget]\nbits = 4\n", "missing field `formats`"),
+        (
+            "format = \"q4_0\"\n[budget]\nbits = -4\n",
+            "`bits = -4`: -4 bits, expected a number above 0",
+        ),
+        ("format = \"q4_0\"\n[budget]\nbit = 4\n", "unknown field `bit`, expected one of `bits`"),
+        ("format = \"q4_0\"\n[budget]\nsensitivity = \"x\"\n", "`kl` or `hessian`"),
+        (
+            "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"gptq\"",
+            "gptq does not go with rtn",
+        ),
+        (
+            "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"awq\"",
+            "awq comes after",
+        ),
+        (
+            "format = \"q4_0\"\n[[technique]]\nuse = \"awq\"\n[[technique]]\nuse = \"rotate\"",
+            "rotate comes after",
+        ),
+        (
+            "format = \"q4_0\"\n[[technique]]\nuse = \"rotate\"\ntensors = [\"*\"]",
+            "for the whole model",
+        ),
+        (
+            "format = \"w4a16\"\n[[technique]]\nuse = \"low-rank\"\n[[technique]]\nuse = \"rtn\"",
+            "rtn comes after a correction",
+        ),
+        (
+            "format = \"w4a16\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"low-rank\"\nrank = 0",
+            "from 1 to",
+        ),
+        ("format = ", "recipe: "),
+    ];
+
     #[test]
     fn bad_recipes_say_what_is_bad() {
-        let cases = [
-            ("format = 4", "`format` is 4"),
-            ("format = \"w9\"", "unknown format `w9`"),
-            ("[[technique]]\nuse = \"rtn\"", "no `format`"),
-            ("format = \"q4_0\"", "no [[technique]]"),
-            ("format = \"q4_0\"\nfromat = 1", "unknown key `fromat`"),
-            ("format = \"q4_0\"\n[[technique]]\nuse = \"gtpq\"", "unknown technique `gtpq`"),
-            (
-                "format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndampnig = 1",
-                "unknown key `dampnig`",
-            ),
-            (
-                "format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndamping = \"a\"",
-                "`damping` is \"a\"",
-            ),
-            ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\nblock_size = 0", "from 1 to"),
-            ("format = \"q4_0\"\n[[technique]]\nuse = \"clip\"\nerror = \"x\"", "one of weight"),
-            ("format = \"q4_0\"\n[[technique]]\nsteps = 3", "a table with `use`"),
-            ("format = \"q4_0\"\ntensors = []\n", "`tensors` is []"),
-            ("format = \"q4_0\"\nprefix = \"both\"\n", "`prefix` is \"both\""),
-            ("format = \"q4_0\"\ntechnique = 3\n", "`technique` is no list"),
-            ("format = \"w4a16\"\nactivations = \"int3\"\n", "one of int4-token"),
-            (
-                "format = \"q4_0\"\nactivations = \"int8-token\"\n[[technique]]\nuse = \"rtn\"",
-                "`activations` beside q4_0",
-            ),
-            (
-                "format = \"q4_0\"\nprefix = \"float\"\n[[technique]]\nuse = \"gptaq\"",
-                "gptaq makes up for quantized layers",
-            ),
-            ("format = \"q4_0\"\nformats = 3\n", "`formats` is 3"),
-            ("format = \"q4_0\"\n[formats]\n\"layers.*\" = \"q9\"\n", "unknown format `q9`"),
-            ("format = \"q4_0\"\n[budget]\nbits = 4\n", "`bits` and `formats`"),
-            ("format = \"q4_0\"\n[budget]\nbits = -4\n", "`bits` is -4"),
-            ("format = \"q4_0\"\n[budget]\nbit = 4\n", "unknown key `bit`"),
-            ("format = \"q4_0\"\n[budget]\nsensitivity = \"x\"\n", "\"kl\" or \"hessian\""),
-            (
-                "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"gptq\"",
-                "gptq does not go with rtn",
-            ),
-            (
-                "format = \"q4_0\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"awq\"",
-                "awq comes after",
-            ),
-            (
-                "format = \"q4_0\"\n[[technique]]\nuse = \"awq\"\n[[technique]]\nuse = \"rotate\"",
-                "rotate comes after",
-            ),
-            (
-                "format = \"q4_0\"\n[[technique]]\nuse = \"rotate\"\ntensors = [\"*\"]",
-                "for the whole model",
-            ),
-            (
-                "format = \"w4a16\"\n[[technique]]\nuse = \"low-rank\"\n[[technique]]\nuse = \"rtn\"",
-                "rtn comes after a correction",
-            ),
-            (
-                "format = \"w4a16\"\n[[technique]]\nuse = \"rtn\"\n[[technique]]\nuse = \"low-rank\"\nrank = 0",
-                "from 1 to",
-            ),
-            ("format = ", "recipe: "),
-        ];
-        for (text, expected) in cases {
-            let error = Recipe::parse(text, None).unwrap_err().to_string();
-            assert!(error.contains(expected), "{text}: {error}");
-        }
+        let error_of = |text: &str| Recipe::parse(text, None).unwrap_err().to_string();
+        let found: Vec<(&str, String)> =
+            BAD.iter().map(|(text, _)| (*text, error_of(text))).collect();
+        let wrong = found.iter().zip(BAD).filter(|(found, case)| !found.1.contains(case.1));
+        let wrong: Vec<_> = wrong.collect();
+        assert!(wrong.is_empty(), "{wrong:#?}");
         let error = format_named("q4_0", Some(64)).unwrap_err().to_string();
         assert!(error.contains("groups of 64"), "{error}");
     }
