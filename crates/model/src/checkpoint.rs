@@ -17,6 +17,7 @@ mod nf4;
 mod packed;
 mod planes;
 mod quantization;
+mod scheme;
 mod targets;
 
 use std::path::{Path, PathBuf};
@@ -28,11 +29,12 @@ use lathe_tensor::safetensors::{
 use lathe_tensor::{Tensor, TensorError};
 
 pub use self::awq::AwqScheme;
-pub use self::compressed::{CompressedTensors, Encoding, Scheme};
-pub(crate) use self::compressed::{MIXED, part_of};
+pub use self::compressed::CompressedTensors;
 pub use self::gptq::GptqScheme;
 pub use self::inputs::InputScheme;
 pub use self::quantization::Quantization;
+pub use self::scheme::{Encoding, Scheme};
+pub(crate) use self::scheme::{MIXED, part_of};
 use crate::spec::SpecError;
 
 /// Why a tensor of a checkpoint could not be had.

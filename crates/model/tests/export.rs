@@ -12,9 +12,9 @@ use lathe_model::export::{
 };
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::weights::ModelWeights;
-use lathe_program::{Weight, WeightDecl, WeightRole};
+use lathe_program::{InputTransform, Weight, WeightDecl, WeightRole};
 use lathe_tensor::codec::scaled::{self, E8m0Rounding};
-use lathe_tensor::{Format, GgmlType, ScaledFormat, Tensor};
+use lathe_tensor::{ActivationFormat, Format, GgmlType, ScaledFormat, Tensor};
 use support::{prepare, run, shared};
 
 const TOKENS: [u32; 9] = [3, 60, 17, 5, 5, 42, 9, 33, 21];
@@ -182,7 +182,8 @@ fn written_and_read(
     }
     let text = std::fs::read_to_string(folder.path().join("config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap();
-    if config["quantization_config"]["quant_method"] != "mxfp4" {
+    // Plain floats have no place for what is done to inputs.
+    if config["quantization_config"]["quant_method"] != "mxfp4" && original.spec.inputs.is_empty() {
         // Floats again: codes and scales become one tensor.
         let plain = folder.path().join("plain");
         to_hugging_face(&packed, &plain, &HuggingFaceOptions::default()).unwrap();
@@ -223,7 +224,29 @@ fn every_format_comes_back_bit_for_bit() {
         let config = written_and_read(&original, integers, &linear(scaled(name)));
         assert_eq!(config["format"], encoding, "{name}");
         // What is done to inputs is the model's own, not the format's.
-        assert!(config["config_groups"]["group_0"]["input_activations"].is_null(), "{name}");
+        let group = &config["config_groups"]["group_0"];
+        assert!(group["input_activations"].is_null(), "{name}");
+        assert_eq!(group["format"], encoding, "{name}");
+    }
+}
+
+/// Without a format of its own, readers take `int-quantized` for integers that meet rounded inputs.
+#[test]
+fn a_group_whose_inputs_are_rounded_names_its_format() {
+    for (name, inputs, encoding) in [
+        ("int4-g16-bf16", ActivationFormat::Int8Token, "pack-quantized"),
+        ("int4-g16-bf16", ActivationFormat::Int4Token, "pack-quantized"),
+        ("f8e4m3-channel-bf16", ActivationFormat::Fp8Token, "float-quantized"),
+    ] {
+        let mut original = tiny("llama");
+        let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+        let linear_weights = program.weights.iter().filter(|it| it.role == WeightRole::Linear);
+        let transform = InputTransform { hadamard: None, format: Some(inputs) };
+        original.spec.inputs = linear_weights.map(|it| (it.name.clone(), transform)).collect();
+        let config = written_and_read(&original, Integers::Words, &linear(scaled(name)));
+        let group = &config["config_groups"]["group_0"];
+        assert_eq!((&config["format"], &group["format"]), (&encoding.into(), &encoding.into()));
+        assert!(group["input_activations"].is_object(), "{group}");
     }
 }
 
@@ -351,5 +374,72 @@ fn what_packed_files_cannot_be_is_refused() {
     for (change, expected) in refused {
         let error = config(change).unwrap_err();
         assert!(error.contains(expected), "{error}");
+    }
+}
+
+/// A fused projection, and the two matrices of a latent's down projection, are one tensor each.
+#[test]
+fn matrices_that_divide_a_tensor_come_back() {
+    for (model, name) in [
+        ("deepseek-v3", "int4-g8-bf16-asym"),
+        ("deepseek-v3", "int8-channel-f32"),
+        ("deepseek-v3", "mxfp4"),
+        ("phi3", "f8e4m3-channel-bf16"),
+        ("phi3", "f8e4m3-tile16x16-f32"),
+    ] {
+        let format = scaled(name);
+        let config = written_and_read(&tiny(model), Integers::Words, &linear(format));
+        let ignored = config["ignore"].as_array().unwrap();
+        let fused =
+            |name: &str| ignored.contains(&format!("model.layers.0.self_attn.{name}").into());
+        assert!(!fused("qkv_proj") && !fused("kv_a_proj_with_mqa"), "{name}: {ignored:?}");
+    }
+}
+
+#[test]
+fn matrices_that_divide_a_tensor_are_quantized_alike() {
+    let original = tiny("deepseek-v3");
+    let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+    let weights = original.weights(&program).unwrap();
+    let layout = PackedLayout::new(&original, &weights).unwrap();
+    let refusal = |format: &dyn Fn(&WeightDecl) -> Option<ScaledFormat>| {
+        let mut rounded = Rounded { weights: &weights, format };
+        let folder = tempfile::tempdir().unwrap();
+        to_packed(&layout, folder.path(), &mut rounded).expect_err("refuses").to_string()
+    };
+    let error = refusal(&|decl| decl.name.ends_with("kv_down").then(|| scaled("mxfp4")));
+    assert!(
+        error.contains("kv_down in") && error.contains("rope_key in its own floats"),
+        "{error}"
+    );
+    // Each has a global scale of its own here.
+    let both = |decl: &WeightDecl| {
+        let part = decl.name.ends_with("kv_down") || decl.name.ends_with("rope_key");
+        part.then(|| scaled("nvfp4"))
+    };
+    let error = refusal(&both);
+    assert!(error.contains("global scales of their own"), "{error}");
+    let weight = program.weight_named("layers.0.attention.kv_down").unwrap();
+    for name in ["fp8_tensor", "f8e4m3-tile64x16-f32"] {
+        let format = Format::parse(&name.replace("fp8_tensor", "f8e4m3-tensor-bf16")).unwrap();
+        let error = layout.check(&program, weight, format).expect_err(name).to_string();
+        assert!(error.contains("kv_down") && error.contains("other rows"), "{error}");
+    }
+}
+
+/// transformers reads all experts by the first group, whatever else is in the folder.
+#[test]
+fn a_group_with_experts_comes_first() {
+    for (experts, others, bits) in [
+        ("int4-channel-bf16", "int8-channel-bf16", 4),
+        ("int8-channel-bf16", "int4-channel-bf16", 8),
+    ] {
+        let mixed = |decl: &WeightDecl| match decl.role {
+            WeightRole::Experts => Some(scaled(experts)),
+            WeightRole::Linear => Some(scaled(others)),
+            _ => None,
+        };
+        let config = written_and_read(&tiny("qwen3-moe"), Integers::Words, &mixed);
+        assert_eq!(config["config_groups"]["group_0"]["weights"]["num_bits"], bits);
     }
 }

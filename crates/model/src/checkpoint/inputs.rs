@@ -7,8 +7,8 @@ use lathe_program::InputTransform;
 use lathe_tensor::ActivationFormat;
 use serde_json::{Value, json};
 
-use super::compressed::refuse;
 use super::quantization::section;
+use super::scheme::refuse;
 use super::targets::Targets;
 use crate::config::Config;
 use crate::spec::SpecError;

@@ -4,8 +4,8 @@ use lathe_tensor::packed::{PackedPlanes, unpack};
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
 use lathe_tensor::{Bytes, ScaledFormat, Tensor, ZeroPoint};
 
-use super::compressed::{NAMING, Scheme};
 use super::planes::{expect, float_scale};
+use super::scheme::{NAMING, Scheme};
 use super::{CheckpointError, at, unlike};
 
 /// Codes, scales and zero points as one tensor.

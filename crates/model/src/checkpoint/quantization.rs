@@ -8,7 +8,7 @@ use super::awq::AwqScheme;
 use super::compressed::CompressedTensors;
 use super::gptq::GptqScheme;
 use super::naming::Naming;
-use super::{CheckpointError, awq, compressed, fp8, gptq, int8, modelopt, mxfp4, nf4};
+use super::{CheckpointError, awq, fp8, gptq, int8, modelopt, mxfp4, nf4, scheme};
 use crate::config::Config;
 use crate::spec::SpecError;
 
@@ -141,7 +141,7 @@ impl Quantization {
             Quantization::Fp8Tiles { .. } => &fp8::NAMING,
             Quantization::Fp8Tensors => &fp8::OF_TENSORS,
             Quantization::Mxfp4Experts => &mxfp4::NAMING,
-            Quantization::CompressedTensors(_) => &compressed::NAMING,
+            Quantization::CompressedTensors(_) => &scheme::NAMING,
             Quantization::Gptq(_) => &gptq::NAMING,
             Quantization::Awq(_) => &awq::NAMING,
             Quantization::ModelOpt => &modelopt::NAMING,

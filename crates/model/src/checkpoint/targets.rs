@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use fancy_regex::Regex;
 
-use super::compressed::refuse;
+use super::scheme::refuse;
 use crate::spec::SpecError;
 
 /// Something for each target of a configuration.

@@ -11,7 +11,8 @@ use lathe_tensor::safetensors::{Dtype, TensorDeclaration, Writer};
 use lathe_tensor::{Format, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::compressed::{PackedLayout, module_of};
+use super::compressed::PackedLayout;
+use super::encode::module_of;
 use super::hugging_face::write_json;
 use super::{ExportError, io};
 use crate::adapter::{CONFIG_NAME, DOWN, PREFIX, UP, WEIGHTS_NAME};

@@ -6,12 +6,15 @@ use std::path::Path;
 
 use lathe_program::{Program, Weight, WeightRole};
 use lathe_tensor::safetensors::Writer;
-use lathe_tensor::{Format, ScaledFormat, Tensor};
+use lathe_tensor::{Block, Format, ScaledFormat, Tensor};
 use serde_json::{Value, json};
 
-use super::encode::{Integers, Part, declare, encoding_of, interleave, write};
+use super::encode::{
+    Integers, Part, TARGET, declare, encoding_of, interleave, join, module_of, write,
+};
 use super::hugging_face::{copy_texts, write_json};
 use super::quantization_config::{Groups, compressed_tensors, mxfp4_experts};
+use super::readers::{Contents, Folder};
 use super::{ExportError, Replacement, ReplacementError, float_of, inputs, io};
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::generation::read_json;
@@ -19,7 +22,6 @@ use crate::lower::{LowerOptions, lower};
 use crate::model::Model;
 use crate::weights::{Interleaved, ModelWeights};
 
-pub(super) const TARGET: &str = "a quantized folder";
 /// Bytes of a file's tensors at most.
 const SHARD_BYTES_MAX: u64 = 5_000_000_000;
 
@@ -35,9 +37,19 @@ pub struct PackedLayout<'a> {
     stacks: Vec<bool>,
     /// By weight: its place among the rows of gpt-oss's blocks.
     blocks: Vec<Option<Interleaved>>,
+    /// Tensors whose rows are divided among matrices, as a fused projection's are.
+    joined: BTreeMap<String, Vec<Rows>>,
     /// Embedding and head of a model that ties them, and the one tensor that both are.
     tied: Option<(Weight, Weight, String)>,
     integers: Integers,
+}
+
+/// A matrix whose rows lie among those of a larger tensor.
+#[derive(Debug)]
+struct Rows {
+    weight: Weight,
+    /// For each of its rows the row of the tensor.
+    rows: Vec<usize>,
 }
 
 /// The head's own tensor, once it is not the embedding any more.
@@ -96,7 +108,8 @@ impl<'a> PackedLayout<'a> {
         let blocks = all.clone().map(|index| weights.in_blocks(Weight(index as u32))).collect();
         let tensors = all.map(whole).collect();
         let (sources, integers) = (sources.collect(), Integers::default());
-        Ok(PackedLayout { model, tensors, sources, stacks, blocks, tied, integers })
+        let joined = joined(weights, &users);
+        Ok(PackedLayout { model, tensors, sources, stacks, blocks, joined, tied, integers })
     }
 
     /// The same, with integers of eight bits as `integers` says.
@@ -154,10 +167,44 @@ impl<'a> PackedLayout<'a> {
         }
         let matrix = self.tensors[index].is_some() && program.weight(weight).shape.len() == 2;
         let module = self.sources[index].iter().all(|name| name.ends_with(".weight"));
-        if !(matrix || self.stacks[index]) || !module {
+        let joined = self.joined_with(weight);
+        if !(matrix || self.stacks[index] || joined.is_some()) || !module {
             return refuse("as a part of a larger tensor of the file".to_owned());
         }
+        if joined.is_some_and(|parts| !can_join(parts, scaled.block)) {
+            return refuse(format!(
+                "in {format}, whose scales reach over other rows of its tensor"
+            ));
+        }
         self.part(name, format).map(drop)
+    }
+
+    /// The matrices that divide a tensor among them, `weight` one of them.
+    fn joined_with(&self, weight: Weight) -> Option<&[Rows]> {
+        let [name] = self.sources[weight.0 as usize].as_slice() else { return None };
+        self.joined.get(name).map(Vec::as_slice)
+    }
+
+    /// What the folder will be, as far as readers differ in it, if `replacement` has its way.
+    ///
+    /// # Errors
+    /// As [`to_packed`].
+    pub fn contents(
+        &self,
+        program: &Program,
+        replacement: &dyn Replacement,
+    ) -> Result<Contents, ExportError> {
+        let plan = Plan::new(self, program, replacement)?;
+        if !plan.blocks.is_empty() {
+            return Ok(Contents::ExpertBlocks);
+        }
+        let inputs = inputs::format_of_all(&self.model.spec.inputs, program, &plan.quantized)?;
+        let part_of = |weight: Weight| {
+            let quantized = plan.quantized.contains_key(&(weight.0 as usize));
+            let format = replacement.format(weight).filter(|_| quantized)?;
+            self.part(&program.weight(weight).name, format).ok()
+        };
+        Ok(Contents::Folder(Folder::of(program, inputs, part_of)))
     }
 
     /// What weight `name` becomes in `format`.
@@ -169,6 +216,44 @@ impl<'a> PackedLayout<'a> {
                 let feature = format!("weight {name} in {format}");
                 Err(ExportError::Feature { feature, target: TARGET })
             }
+        }
+    }
+}
+
+/// The tensors whose rows are divided among matrices without a rest, each with its matrices in the
+/// order of their first rows. `users` says how many weights a tensor is in.
+fn joined(
+    weights: &ModelWeights<'_>,
+    users: &BTreeMap<&str, usize>,
+) -> BTreeMap<String, Vec<Rows>> {
+    let mut found: BTreeMap<String, Vec<Rows>> = BTreeMap::new();
+    for index in 0..weights.program().weights.len() {
+        let weight = Weight(index as u32);
+        let ([name], Some(rows)) = (weights.tensors_of(weight), weights.rows_in(weight)) else {
+            continue;
+        };
+        found.entry(name.clone()).or_default().push(Rows { weight, rows });
+    }
+    found.retain(|name, parts| {
+        parts.sort_unstable_by_key(|part| part.rows.first().copied());
+        let mut rows: Vec<usize> = parts.iter().flat_map(|part| &part.rows).copied().collect();
+        rows.sort_unstable();
+        users[name.as_str()] == parts.len() && rows.iter().copied().eq(0..rows.len())
+    });
+    found
+}
+
+/// Whether matrices that are quantized one by one, in blocks of `block`, can be put together to one
+/// tensor: no scale is for rows of two of them.
+fn can_join(parts: &[Rows], block: Block) -> bool {
+    match block {
+        Block::Group(_) | Block::Channel => true,
+        Block::Tensor => false,
+        Block::Tile(rows, _) => {
+            let in_order = parts.iter().flat_map(|part| &part.rows).copied();
+            let starts = parts.iter().filter_map(|part| part.rows.first());
+            in_order.eq(0..parts.iter().map(|part| part.rows.len()).sum())
+                && starts.into_iter().all(|start| start.is_multiple_of(rows as usize))
         }
     }
 }
@@ -225,11 +310,14 @@ impl Stacks {
 }
 
 /// What is to be written.
+#[derive(Default)]
 struct Plan<'a> {
     /// By tensor of the file.
     replaced: BTreeMap<&'a str, Replaced>,
     /// Stacks of experts that share a tensor of the file, in the order of their rows.
     blocks: BTreeMap<&'a str, Vec<Weight>>,
+    /// Tensors that are put together of the rows of several matrices.
+    joined: BTreeMap<&'a str, Part>,
     /// Modules by their formats.
     groups: Groups,
     /// Modules of matrices that stay floats.
@@ -247,8 +335,7 @@ impl<'a> Plan<'a> {
         replacement: &dyn Replacement,
     ) -> Result<Self, ExportError> {
         let (names, untied) = layout.names(replacement);
-        let (replaced, blocks, groups, quantized) = Default::default();
-        let mut plan = Plan { replaced, blocks, groups, ignored: Vec::new(), quantized, untied };
+        let mut plan = Plan { untied, ..Plan::default() };
         for (index, tensor) in names.iter().enumerate() {
             let weight = Weight(index as u32);
             let decl = program.weight(weight);
@@ -269,6 +356,10 @@ impl<'a> Plan<'a> {
                 parts[place.first] = weight;
                 continue;
             }
+            if let Some(parts) = layout.joined_with(weight) {
+                plan.join(layout, program, replacement, parts)?;
+                continue;
+            }
             let names: Vec<&str> = match tensor {
                 Some(name) => vec![*name],
                 None if layout.stacks[index] => sources.collect(),
@@ -281,7 +372,8 @@ impl<'a> Plan<'a> {
             let part = layout.part(&decl.name, format)?;
             if let Part::Coded(scaled, encoding) = part {
                 let modules = plan.groups.entry((scaled, encoding)).or_default();
-                modules.extend(names.iter().map(|name| module_of(name)));
+                modules.names.extend(names.iter().map(|name| module_of(name)));
+                modules.experts |= decl.role == WeightRole::Experts;
                 plan.quantized.insert(index, layout.sources[index].clone());
             }
             for (matrix, name) in names.into_iter().enumerate() {
@@ -291,6 +383,44 @@ impl<'a> Plan<'a> {
         }
         plan.check(program)?;
         Ok(plan)
+    }
+
+    /// Plans the tensor that `parts` divide among them: all of them are replaced alike.
+    fn join(
+        &mut self,
+        layout: &'a PackedLayout<'_>,
+        program: &Program,
+        replacement: &dyn Replacement,
+        parts: &[Rows],
+    ) -> Result<(), ExportError> {
+        let first = parts[0].weight;
+        let spelled = |weight: Weight| {
+            let format = replacement.format(weight);
+            let format = format.map_or("its own floats".to_owned(), |format| format.to_string());
+            format!("weight {} in {format}", program.weight(weight).name)
+        };
+        let formats = parts.iter().map(|part| (part.weight, replacement.format(part.weight)));
+        let Some(format) = replacement.format(first) else {
+            let other = formats.into_iter().find(|(_, format)| format.is_some());
+            return other
+                .map_or(Ok(()), |(other, _)| refuse_pair(&spelled(first), &spelled(other)));
+        };
+        if let Some((other, _)) = formats.into_iter().find(|(_, found)| *found != Some(format)) {
+            return refuse_pair(&spelled(first), &spelled(other));
+        }
+        let sources = &layout.sources[first.0 as usize];
+        let part = layout.part(&program.weight(first).name, format)?;
+        if self.joined.insert(&sources[0], part).is_some() {
+            return Ok(());
+        }
+        if let Part::Coded(scaled, encoding) = part {
+            let modules = self.groups.entry((scaled, encoding)).or_default();
+            modules.names.push(module_of(&sources[0]));
+            for part in parts {
+                self.quantized.insert(part.weight.0 as usize, sources.clone());
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, program: &Program) -> Result<(), ExportError> {
@@ -318,12 +448,18 @@ impl<'a> Plan<'a> {
 
     /// What becomes of tensor `name` of `format` in the model's own files.
     fn part(&self, name: &str, format: Format) -> Part {
-        match self.replaced.get(name) {
+        match (self.replaced.get(name), self.joined.get(name)) {
             _ if self.blocks.contains_key(name) => Part::Blocks,
-            Some(replaced) => replaced.part,
-            None => Part::Float(Format::Float(float_of(format))),
+            (Some(Replaced { part, .. }), _) | (None, Some(part)) => *part,
+            (None, None) => Part::Float(Format::Float(float_of(format))),
         }
     }
+}
+
+/// Two matrices that are one tensor of the file cannot be in formats of their own.
+fn refuse_pair(one: &str, other: &str) -> Result<(), ExportError> {
+    let feature = format!("{one} and {other}, which are one tensor of the file,");
+    Err(ExportError::Feature { feature, target: TARGET })
 }
 
 /// Writes `model` to `directory` with the weights of `replacement` in place of its own: matrices
@@ -358,8 +494,12 @@ pub fn to_packed(
     if let Some(config) = config.as_object_mut() {
         let quantization = match plan.blocks.is_empty() {
             true => {
-                let mut config = compressed_tensors(&plan.groups, &ignored);
-                inputs::declare(&mut config, &model.spec.inputs, &program, &plan.quantized)?;
+                let (inputs, matrices) = (&model.spec.inputs, &plan.quantized);
+                let format = inputs::format_of_all(inputs, &program, matrices)?;
+                let mut config = compressed_tensors(&plan.groups, &ignored, format);
+                if let Some(transforms) = inputs::transforms(inputs, &program, matrices) {
+                    config["transform_config"] = transforms;
+                }
                 config
             }
             false if model.spec.inputs.is_empty() => mxfp4_experts(),
@@ -376,11 +516,6 @@ pub fn to_packed(
     }
     write_json(directory, "config.json", &config)?;
     copy_texts(&model.checkpoint.path(), directory)
-}
-
-/// The module that owns a tensor, as `ignore` lists name it.
-pub(super) fn module_of(tensor: &str) -> String {
-    tensor.strip_suffix(".weight").unwrap_or(tensor).to_owned()
 }
 
 fn write_tensors(
@@ -414,8 +549,18 @@ fn write_tensors(
     let mut stacks = Stacks::default();
     for (name, part) in &parts {
         let at = |source| ExportError::Replacement { name: name.clone(), source };
+        let joined = plan.joined.get(name.as_str()).map(|part| part.format());
         let tensor = match (plan.replaced.get(name.as_str()), plan.blocks.get(name.as_str())) {
-            (None, None) => checkpoint.tensor(name)?,
+            (None, None) => match joined {
+                Some(format) => {
+                    let parts = &layout.joined[name.as_str()];
+                    let make = |part: &Rows| made(replacement, part.weight, format);
+                    let list = parts.iter().map(make).collect::<Result<Vec<_>, _>>();
+                    let rows = parts.iter().flat_map(|part| &part.rows).copied();
+                    join(name, &list.map_err(at)?, rows)?
+                }
+                None => checkpoint.tensor(name)?,
+            },
             (_, Some(weights)) => {
                 let format = Format::Scaled(ScaledFormat::MXFP4);
                 let make = |weight: &Weight| made(replacement, *weight, format);

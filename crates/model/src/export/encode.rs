@@ -3,11 +3,20 @@
 use lathe_tensor::packed::{can_pack, pack, words};
 use lathe_tensor::safetensors::{Dtype, TensorDeclaration, Writer};
 use lathe_tensor::{
-    Block, Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, ZeroPoint,
+    ActivationFormat, Block, Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor,
+    ZeroPoint,
 };
 
 use super::{ExportError, float_of};
 use crate::checkpoint::{Encoding, part_of};
+
+/// What errors call the folder.
+pub(super) const TARGET: &str = "a quantized folder";
+
+/// The module that owns a tensor, as `ignore` lists name it.
+pub(super) fn module_of(tensor: &str) -> String {
+    tensor.strip_suffix(".weight").unwrap_or(tensor).to_owned()
+}
 
 /// How integers of eight bits lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -18,6 +27,17 @@ pub enum Integers {
     /// One a byte (`int-quantized`), as engines read weights that meet activations of eight bits
     /// (W8A8), which the model's own inputs ask for.
     Bytes,
+}
+
+impl Integers {
+    /// How they lie in a folder whose inputs are rounded to `inputs`: products of integers of eight
+    /// bits are what engines read bytes for.
+    pub fn beside(inputs: Option<ActivationFormat>) -> Self {
+        match inputs {
+            Some(ActivationFormat::Int8Token) => Integers::Bytes,
+            _ => Integers::Words,
+        }
+    }
 }
 
 /// What becomes of one tensor of the model's files.
@@ -179,10 +199,45 @@ fn bytes(name: &str, part: &Part, tensor: &Tensor) -> Result<Vec<Bytes>, ExportE
         // Its reciprocal would round.
         GlobalScale::Multiply(_) => {
             let feature = format!("a global scale that multiplies ({name})");
-            return Err(ExportError::Feature { feature, target: super::compressed::TARGET });
+            return Err(ExportError::Feature { feature, target: TARGET });
         }
     }
     Ok(all)
+}
+
+/// Matrices of one format and width as one: row `i` of all of them, one below another, becomes the
+/// row of tensor `name` that `rows` gives at `i`.
+///
+/// # Errors
+/// If their global scales differ, for the tensor has one.
+pub(super) fn join(
+    name: &str,
+    parts: &[Tensor],
+    rows: impl Iterator<Item = usize>,
+) -> Result<Tensor, ExportError> {
+    let first = &parts[0];
+    if parts.iter().any(|part| part.global != first.global) {
+        let feature = format!("matrices with global scales of their own in tensor {name}");
+        return Err(ExportError::Feature { feature, target: TARGET });
+    }
+    let plane = |of: fn(&Tensor) -> &Bytes| {
+        let mut bytes = Vec::with_capacity(parts.iter().map(|part| of(part).len()).sum());
+        parts.iter().for_each(|part| bytes.extend_from_slice(of(part)));
+        Bytes::new(bytes)
+    };
+    let (codes, scales) = (plane(|it| &it.codes), plane(|it| &it.scales));
+    let zeros = plane(|it| &it.zeros);
+    let at = |source| ExportError::Tensor { name: name.to_owned(), source };
+    let shape = vec![parts.iter().map(Tensor::rows).sum(), first.columns()];
+    let all = Tensor::new_scaled(shape, first.format, codes, scales, zeros, first.global.clone());
+    let all = all.map_err(at)?;
+    let places: Vec<usize> = rows.collect();
+    if places.iter().copied().eq(0..places.len()) {
+        return Ok(all);
+    }
+    let mut order = vec![0; places.len()];
+    places.iter().enumerate().for_each(|(row, place)| order[*place] = row);
+    all.gather_rows(&order).map_err(at)
 }
 
 /// Rows of stacks of matrices of one shape that take turns: row `i` of stack `s` is row

@@ -4,23 +4,22 @@
 use std::collections::BTreeMap;
 
 use lathe_program::{InputTransform, Program};
+use lathe_tensor::ActivationFormat;
 use serde_json::{Value, json};
 
 use super::ExportError;
-use super::compressed::{TARGET, module_of};
-use crate::checkpoint::inputs::arguments;
+use super::encode::{TARGET, module_of};
 
-/// Adds `inputs`, by canonical name of the matrix, to `config`, whose groups are of the matrices
-/// in `sources`: for each, the tensors of the file that it is made of.
+/// What the inputs of the quantized matrices are rounded to. `inputs` is by canonical name of the
+/// matrix, and `sources` has the tensors of the file that each quantized matrix is made of.
 ///
 /// # Errors
 /// If some of those matrices have inputs in another format than others.
-pub(super) fn declare(
-    config: &mut Value,
+pub(super) fn format_of_all(
     inputs: &BTreeMap<String, InputTransform>,
     program: &Program,
     sources: &BTreeMap<usize, Vec<String>>,
-) -> Result<(), ExportError> {
+) -> Result<Option<ActivationFormat>, ExportError> {
     let of = |index: &usize| inputs.get(&program.weights[*index].name).copied().unwrap_or_default();
     let mut formats: Vec<_> = sources.keys().map(|index| of(index).format).collect();
     formats.dedup();
@@ -29,16 +28,19 @@ pub(super) fn declare(
     if formats.len() > 1 || known != inputs.len() {
         return refuse("a model whose quantized matrices do not all read inputs alike".to_owned());
     }
-    if let Some(format) = formats.into_iter().flatten().next() {
-        for group in
-            config["config_groups"].as_object_mut().into_iter().flat_map(|it| it.values_mut())
-        {
-            group["input_activations"] = arguments(format);
-        }
-    }
+    Ok(formats.into_iter().flatten().next())
+}
+
+/// The `transform_config` of the inputs that are rotated while the model runs, if there are some.
+pub(super) fn transforms(
+    inputs: &BTreeMap<String, InputTransform>,
+    program: &Program,
+    sources: &BTreeMap<usize, Vec<String>>,
+) -> Option<Value> {
     let mut blocks: BTreeMap<usize, Vec<String>> = BTreeMap::new();
     for (index, tensors) in sources {
-        if let Some(block) = of(index).hadamard {
+        let transform = inputs.get(&program.weights[*index].name);
+        if let Some(block) = transform.and_then(|it| it.hadamard) {
             let modules = tensors.iter().map(|tensor| module_of(tensor));
             blocks.entry(block).or_default().extend(modules);
         }
@@ -53,8 +55,5 @@ pub(super) fn declare(
         (format!("hadamard_{block}"), scheme)
     });
     let groups: serde_json::Map<String, Value> = groups.collect();
-    if !groups.is_empty() {
-        config["transform_config"] = json!({ "config_groups": groups });
-    }
-    Ok(())
+    (!groups.is_empty()).then(|| json!({ "config_groups": groups }))
 }

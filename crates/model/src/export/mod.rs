@@ -11,6 +11,7 @@ mod hugging_face;
 mod inputs;
 mod plain_llama;
 mod quantization_config;
+mod readers;
 mod tokenizer;
 
 use lathe_program::Weight;
@@ -23,6 +24,7 @@ pub use compressed::{PackedLayout, to_packed};
 pub use encode::Integers;
 pub use gguf::{GgufOptions, to_gguf, to_gguf_replacing};
 pub use hugging_face::{HuggingFaceOptions, to_hugging_face};
+pub use readers::{Contents, Folder, Reader};
 
 use crate::checkpoint::CheckpointError;
 use crate::model::ModelError;

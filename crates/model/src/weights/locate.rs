@@ -40,6 +40,15 @@ impl Located {
         }
     }
 
+    /// Which rows of its tensor the `rows` rows of the matrix are, if it is a choice of them.
+    pub(super) fn rows(&self, rows: usize) -> Option<Vec<usize>> {
+        let Layout::Rows { vector: false, period, start, run, step } = self.layout else {
+            return None;
+        };
+        let row = |index: usize| index / run * period + start + index % run * step;
+        Some((0..rows).map(row).collect())
+    }
+
     /// The weight, in `shape`.
     pub(super) fn load(
         &self,

@@ -152,6 +152,14 @@ impl<'a> ModelWeights<'a> {
         self.places[weight.0 as usize].located()?.in_blocks()
     }
 
+    /// Which rows of its one tensor the rows of `weight` are, in order; `None` if it is no matrix
+    /// whose rows lie among those of others.
+    pub fn rows_in(&self, weight: Weight) -> Option<Vec<usize>> {
+        let shape = &self.program.weight(weight).shape;
+        let rows = *shape.first().filter(|_| shape.len() == 2)?;
+        self.places[weight.0 as usize].located()?.rows(rows)
+    }
+
     /// Gives the memory of what was read so far back (see [`lathe_tensor::Bytes::release`]).
     pub fn release(&self) {
         self.checkpoint.release();
