@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use lathe_program::sampling::validate_bias;
 use lathe_program::{BackendError, Choice, Executor, Report, TokenCounts, TokenLogprobs};
 
-use crate::draft::{DraftText, DraftTree, Drafter};
+use crate::draft::{DraftText, DraftTree, Drafter, StepCost};
 use crate::request::{AddError, Event, FinishReason, Request, RequestId};
 use crate::scheduler::{Draftable, Plan, PlannedSequence, Scheduler, SchedulerConfig};
 use crate::text::{TextDecoder, TextOutput};
@@ -131,8 +132,13 @@ pub struct Engine {
     /// Plans whose memory can be used again.
     spare: Vec<Plan>,
     drafter: Option<Box<dyn Drafter>>,
+    /// Nodes of a tree at most.
+    draft_nodes_max: usize,
     /// Drafts for the next plan.
     trees: BTreeMap<RequestId, DraftTree>,
+    cost: StepCost,
+    /// When the last step was collected, or the first one after a pause was submitted.
+    busy_since: Option<Instant>,
     config: EngineConfig,
     stats: Stats,
 }
@@ -174,16 +180,19 @@ impl Engine {
             in_flight_max,
             spare,
             drafter: None,
+            draft_nodes_max: 0,
             trees,
+            cost: StepCost::default(),
+            busy_since: None,
             config,
             stats,
         })
     }
 
-    /// The same engine, which drafts for all requests that are added from now on. Without a cache
-    /// ([`EngineConfig::kv_cache`]) nothing is drafted.
-    pub fn with_drafter(self, drafter: Box<dyn Drafter>) -> Engine {
-        Engine { drafter: Some(drafter), ..self }
+    /// The same engine, which drafts trees of at most `nodes_max` nodes for all requests that are
+    /// added from now on. Without a cache ([`EngineConfig::kv_cache`]) nothing is drafted.
+    pub fn with_drafter(self, drafter: Box<dyn Drafter>, nodes_max: usize) -> Engine {
+        Engine { drafter: Some(drafter), draft_nodes_max: nodes_max, ..self }
     }
 
     /// Queues a request. Text deltas need a `decoder`; without one they are empty.
@@ -316,13 +325,25 @@ impl Engine {
             return Ok(());
         }
         let context_max = self.executor.program().context_max;
+        let running = self.scheduler.running();
+        let (probability_min, step_seconds) =
+            (self.cost.probability_min(running), self.cost.step_seconds(running));
         let text = |it: &Draftable| {
             let tokens = &self.scheduler.sequence(it.request).expect("it runs").tokens;
             // Slots, too, lie within the context.
-            let nodes_max = it.nodes_max.min(context_max - tokens.len());
+            let nodes_max = it.nodes_max.min(self.draft_nodes_max);
+            let nodes_max = nodes_max.min(context_max - tokens.len());
             let sampling = self.outputs[&it.request].request.sampling;
             let (request, depth_max) = (it.request, it.depth_max);
-            DraftText { request, tokens, sampling, nodes_max, depth_max }
+            DraftText {
+                request,
+                tokens,
+                sampling,
+                nodes_max,
+                depth_max,
+                probability_min,
+                step_seconds,
+            }
         };
         let texts: Vec<DraftText<'_>> =
             wanted.iter().map(text).filter(|text| text.nodes_max > 0).collect();
@@ -343,6 +364,9 @@ impl Engine {
                 let choice = output.choice(row, position, &part.tree, node);
                 plan.step.choices.push(choice);
             }
+        }
+        if self.in_flight.is_empty() {
+            self.busy_since = Some(Instant::now());
         }
         match self.executor.submit(&plan.step) {
             Ok(()) => {
@@ -406,12 +430,23 @@ impl Engine {
         self.scheduler.commit(&plan);
         if let Some(drafter) = &mut self.drafter {
             for part in plan.sequences.iter().filter(|part| !part.tree.is_empty()) {
-                drafter.observe(part.request, part.tree.len(), part.accepted.len());
+                drafter.observe(part.request, &part.tree, part.accepted.len());
             }
         }
+        self.note_cost(&plan);
         plan.clear();
         self.spare.push(plan);
         moved
+    }
+
+    /// Takes note of what a step cost that had no rows of prompts.
+    fn note_cost(&mut self, plan: &Plan) {
+        let now = Instant::now();
+        let since = self.busy_since.replace(now);
+        let decodes = plan.sequences.iter().all(|part| part.rows == 1 + part.tree.len());
+        if let Some(since) = since.filter(|_| decodes) {
+            self.cost.observe(plan.step.rows(), now - since);
+        }
     }
 
     /// Appends a chosen token to its text and tells what came of it.

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lathe_engine::{
-    Engine, EngineConfig, Event, FinishReason, Request, RequestId, Sampling, Stats, TokenLogprobs,
+    DraftText, DraftTree, Drafter, Engine, EngineConfig, Event, FinishReason, ModelDrafter,
+    Request, RequestId, Sampling, Stats, TokenLogprobs,
 };
 use lathe_program::conformance::SeededWeights;
 use lathe_program::conformance::models::SmallDecoder;
 use lathe_program::reference::ReferenceBackend;
-use lathe_program::{Backend, ExecutorOptions, KvFormat, Program};
+use lathe_program::{Backend, BackendError, Executor, ExecutorOptions, KvFormat, Program};
 use lathe_tensor::Format;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -23,7 +24,16 @@ fn engine(
     (rows_max, kv_blocks): (usize, usize),
     config: &EngineConfig,
 ) -> Engine {
-    let weights = SeededWeights { program, format: Format::F32, seed: 5 };
+    Engine::new(executor(program, format, (rows_max, kv_blocks), 5), config.clone()).unwrap()
+}
+
+fn executor(
+    program: &Arc<Program>,
+    format: KvFormat,
+    (rows_max, kv_blocks): (usize, usize),
+    seed: u64,
+) -> Box<dyn Executor> {
+    let weights = SeededWeights { program, format: Format::F32, seed };
     let options = ExecutorOptions {
         kv_blocks,
         kv_format: Some(format),
@@ -31,8 +41,66 @@ fn engine(
         threads: Some(1),
         exact: true,
     };
-    let executor = ReferenceBackend::new().prepare(program.clone(), &weights, &options).unwrap();
-    Engine::new(executor, config.clone()).unwrap()
+    ReferenceBackend::new().prepare(program.clone(), &weights, &options).unwrap()
+}
+
+/// Drafts trees whatever they cost.
+struct Eager(ModelDrafter);
+
+impl Drafter for Eager {
+    fn propose(
+        &mut self,
+        texts: &[DraftText<'_>],
+        trees: &mut [DraftTree],
+    ) -> Result<(), BackendError> {
+        let mut texts = texts.to_vec();
+        for text in &mut texts {
+            (text.probability_min, text.step_seconds) = (0.004, 1e9);
+            text.depth_max = text.depth_max.min(4);
+        }
+        self.0.propose(&texts, trees)
+    }
+
+    fn forget(&mut self, request: RequestId) {
+        self.0.forget(request);
+    }
+}
+
+/// Texts with a draft model are those without, whether it is always right (`seed` 5) or hardly
+/// ever.
+fn drafts_agree(decoder: SmallDecoder, format: KvFormat, seed: u64) -> Stats {
+    let program = Arc::new(decoder.program());
+    let mut random = ChaCha8Rng::seed_from_u64(70 + seed);
+    let requests = requests(&mut random);
+    let config = EngineConfig { sequences_max: 3, ..EngineConfig::default() };
+    let mut plain = engine(&program, format, (32, 64), &config);
+    let drafter = Eager(ModelDrafter::new(executor(&program, format, (9, 80), seed)));
+    let drafting = engine(&program, format, (32, 64), &config);
+    let mut drafting = drafting.with_drafter(Box::new(drafter), 12);
+    for request in &requests {
+        plain.add(request.clone(), None).unwrap();
+        drafting.add(request.clone(), None).unwrap();
+    }
+    assert_eq!(finish(&mut plain, None), finish(&mut drafting, None));
+    drafting.stats()
+}
+
+#[test]
+fn a_draft_model_changes_no_text() {
+    let kinds = [
+        (SmallDecoder::grouped(), KvFormat::F32),
+        (SmallDecoder::latent(), KvFormat::F32),
+        (SmallDecoder::mixture(), KvFormat::BF16),
+        (SmallDecoder::gated(), KvFormat::Int8),
+    ];
+    for (decoder, format) in kinds {
+        let right = drafts_agree(decoder.clone(), format, 5);
+        assert!(right.accepted_tokens > 40, "{right:?}");
+        // It draws by the same random numbers, so that it is right there too.
+        assert!(right.steps < right.generated_tokens, "{right:?}");
+        let wrong = drafts_agree(decoder, format, 6);
+        assert!(wrong.drafted_tokens > 40, "{wrong:?}");
+    }
 }
 
 /// Steps until all is done; cancels a request now and then if `random` is given.

@@ -309,12 +309,14 @@ pub(crate) struct RunArguments {
     /// Recompute everything at each token, to see what the KV cache saves
     #[arg(long)]
     pub no_kv_cache: bool,
-    /// Draft tokens ahead: only `none` in this version
-    #[arg(long, value_name = "none|ngram|DIR|eagle")]
-    pub draft: Option<String>,
-    /// Tokens to draft ahead: needs --draft
+    /// Draft tokens ahead and verify them, which changes no text: `ngram` looks up what followed
+    /// the same words before, MODEL is a smaller model with the same tokenizer. Of a list each is
+    /// asked where those before it have nothing
+    #[arg(long, value_name = "none|ngram|MODEL,..", value_delimiter = ',')]
+    pub draft: Vec<String>,
+    /// Tokens of a draft at most; as many as pay, as measured, if absent
     #[arg(long, value_name = "N")]
-    pub draft_budget: Option<usize>,
+    pub draft_budget: Option<NonZeroUsize>,
     #[command(flatten)]
     pub parallel: ParallelArguments,
 }

@@ -2,10 +2,10 @@
 //! stderr.
 
 use anyhow::Error;
-use lathe_model::OpenOptions;
+use lathe_model::{Model, OpenOptions};
 use lathe_session::catalogue::{Catalogue, Located};
 use lathe_session::measure::shape::Shape;
-use lathe_session::{Environment, Opened};
+use lathe_session::{DraftChoice, DraftEngine, Environment, Need, Opened, Options};
 
 use crate::progress::Terminal;
 
@@ -40,6 +40,16 @@ pub(crate) fn describe_shape(
     options: &OpenOptions,
 ) -> Result<Shape, Error> {
     with_catalogue(|catalogue| Ok(Shape::describe(&catalogue, name, format, options)?))
+}
+
+/// The drafters that `choice` names, for `model` on the same device.
+pub(crate) fn open_drafter(
+    choice: &DraftChoice,
+    model: &Model,
+    options: &Options,
+    need: Need,
+) -> Result<Option<DraftEngine>, Error> {
+    with_catalogue(|catalogue| Ok(choice.open(&catalogue, model, options, need)?))
 }
 
 fn with_catalogue<T>(work: impl FnOnce(Catalogue<'_>) -> Result<T, Error>) -> Result<T, Error> {

@@ -90,8 +90,10 @@ fn bad_usage_is_one_line_and_code_2() {
         &["run", "tiny", "hi", "--logit-bias", "5"],
         &["run", "tiny", "hi", "--logit-bias", "999999=1"],
         &["run", "tiny", "hi", "--stop", ""],
-        &["run", "tiny", "hi", "--draft", "ngram"],
-        &["run", "tiny", "hi", "--draft", "eagle"],
+        &["run", "tiny", "hi", "--draft", "ngram,none"],
+        &["run", "tiny", "hi", "--draft", "no-such-model"],
+        &["run", "tiny", "hi", "--draft", "ngram", "--no-kv-cache"],
+        &["run", "tiny", "hi", "--draft", "ngram", "--draft-budget", "0"],
         &["run", "tiny", "hi", "--draft-budget", "8"],
         &["run", "tiny", "--prompt-ids", "1,x"],
         &["run", "tiny", "--prompt-ids", "999999"],
@@ -135,6 +137,26 @@ fn damaged_models_are_bad_input() {
     home.file("folder/model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ");
     let reason = run_error(&mut home.lathe(&["run", &folder, "hi"]), 2);
     assert!(reason.contains("unheard-of"), "{reason}");
+}
+
+/// Drafts change no text, greedy or drawn.
+#[test]
+fn drafts_are_lossless() {
+    let home = Home::new();
+    let count = "One, two, three. One, two, three. One, two,";
+    for random in [&["--temperature", "0"][..], &["--temperature", "0.8", "--seed", "3"]] {
+        let words = ["run", "tiny", "--raw", count, "--max-tokens", "40", "--exact", "--json"];
+        let run = |drafts: &[&str]| run_json(home.lathe(&words).args(random).args(drafts));
+        let plain = run(&[]);
+        assert_eq!(plain["drafted"], 0);
+        for drafter in ["ngram", "tiny", "ngram,tiny"] {
+            let drafted = run(&["--draft", drafter, "--draft-budget", "6"]);
+            assert_eq!(drafted["token_ids"], plain["token_ids"], "{drafter} {random:?}");
+            assert!(drafted["drafted"].as_u64() >= drafted["accepted"].as_u64(), "{drafted}");
+        }
+        let own = run(&["--draft", "tiny"]);
+        assert!(own["accepted"].as_u64() > Some(0), "a model agrees with itself: {own}");
+    }
 }
 
 #[test]

@@ -147,6 +147,16 @@ pub enum SessionError {
         .0.display()
     )]
     AdapterOfDummy(PathBuf),
+    /// A draft model's tokens are not the model's.
+    #[error("{draft} cannot draft for {model}: {reason}")]
+    DraftVocabulary {
+        /// The draft model.
+        draft: String,
+        /// The model.
+        model: String,
+        /// What was found and what was expected.
+        reason: String,
+    },
     /// The engine refused a request.
     #[error(transparent)]
     Add(#[from] AddError),
@@ -221,6 +231,7 @@ impl SessionError {
             | Self::Chat(_)
             | Self::AdapterLost { .. }
             | Self::AdapterOfDummy(_)
+            | Self::DraftVocabulary { .. }
             | Self::Add(_) => true,
         }
     }

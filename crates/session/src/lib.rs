@@ -30,6 +30,7 @@
 
 pub mod catalogue;
 mod conversation;
+mod drafting;
 mod error;
 mod generate;
 pub mod measure;
@@ -46,6 +47,7 @@ mod units;
 
 pub use catalogue::{Catalogue, CatalogueError, Environment};
 pub use conversation::{Conversation, Prompt};
+pub use drafting::{DraftChoice, DraftEngine, DraftSource};
 pub use error::{RanksReason, SessionError};
 pub use generate::{Generation, generate};
 pub use open::{

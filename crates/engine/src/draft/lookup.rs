@@ -8,27 +8,47 @@ use std::collections::BTreeMap;
 
 use lathe_program::BackendError;
 
+use super::acceptance::Acceptance;
 use super::{DraftText, DraftTree, Drafter};
 use crate::request::RequestId;
 
 /// Tokens that an end of the text must share with an earlier place.
 const MATCH_MIN: usize = 2;
-/// Tokens of a draft of a request that has had none yet.
-const FIRST_TOKENS: usize = 4;
 /// Shorter ends of the text whose latest place is kept up to date.
 const UPDATED_MAX: usize = 32;
+/// A draft that does not pay is tried all the same once in so many times, so that it is known when
+/// it pays again.
+const TRIED_ONE_IN: u32 = 64;
 
 /// Drafts from the request's own prompt and answer.
 #[derive(Debug, Default)]
 pub struct LookupDrafter {
     texts: BTreeMap<RequestId, Text>,
+    /// Of all texts, by the class of the match's length.
+    acceptance: [Acceptance; CLASSES],
 }
 
 #[derive(Debug)]
 struct Text {
     automaton: Automaton,
-    /// Tokens of the next draft at most. It grows while whole drafts are accepted.
-    tokens_max: usize,
+    acceptance: Acceptance,
+    /// The class of the match that the last draft is from.
+    class: usize,
+    /// Drafts that were not made since one was tried.
+    left_out: u32,
+}
+
+/// Classes of matches: of 2, 3, up to 7, up to 15, and more tokens.
+const CLASSES: usize = 5;
+
+fn class_of(length: usize) -> usize {
+    match length {
+        ..=2 => 0,
+        3 => 1,
+        4..=7 => 2,
+        8..=15 => 3,
+        _ => 4,
+    }
 }
 
 impl LookupDrafter {
@@ -45,14 +65,30 @@ impl Drafter for LookupDrafter {
         trees: &mut [DraftTree],
     ) -> Result<(), BackendError> {
         for (text, tree) in texts.iter().zip(trees) {
-            let known = self
-                .texts
-                .entry(text.request)
-                .or_insert_with(|| Text { automaton: Automaton::new(), tokens_max: FIRST_TOKENS });
+            let known = self.texts.entry(text.request).or_insert_with(|| Text {
+                automaton: Automaton::new(),
+                acceptance: Acceptance::default(),
+                class: 0,
+                left_out: 0,
+            });
             let automaton = &mut known.automaton;
             text.tokens[automaton.length..].iter().for_each(|token| automaton.push(*token));
-            let Some(next) = automaton.earlier(MATCH_MIN) else { continue };
-            let count = text.nodes_max.min(text.depth_max).min(known.tokens_max);
+            let Some((length, next)) = automaton.earlier(MATCH_MIN) else { continue };
+            known.class = class_of(length);
+            let rate = (self.acceptance[known.class].rate() * known.acceptance.rate()).sqrt();
+            // A token is accepted after all before it.
+            let pays = |depth: usize| rate.powi(depth as i32) >= text.probability_min;
+            let most = text.nodes_max.min(text.depth_max).min(text.tokens.len() - next);
+            let mut count = (1..=most).take_while(|depth| pays(*depth)).count();
+            if count == 0 {
+                known.left_out += 1;
+                // A busy engine tries nothing.
+                if known.left_out < TRIED_ONE_IN || text.probability_min > 0.9 {
+                    continue;
+                }
+                count = 1.min(most);
+            }
+            known.left_out = 0;
             let mut parent = None;
             for token in text.tokens[next..].iter().take(count) {
                 parent = Some(tree.push(parent, *token));
@@ -61,12 +97,12 @@ impl Drafter for LookupDrafter {
         Ok(())
     }
 
-    fn observe(&mut self, request: RequestId, nodes: usize, accepted: usize) {
-        let Some(text) = self.texts.get_mut(&request).filter(|_| nodes > 0) else { return };
-        text.tokens_max = match accepted {
-            all if all == nodes => (2 * text.tokens_max).min(DraftTree::NODES_MAX),
-            some => (some + 1).max(2),
-        };
+    fn observe(&mut self, request: RequestId, tree: &DraftTree, accepted: usize) {
+        let Some(text) = self.texts.get_mut(&request) else { return };
+        // What follows the first refused token was not tried.
+        let tried = tree.len().min(accepted + 1);
+        text.acceptance.observe(accepted, tried);
+        self.acceptance[text.class].observe(accepted, tried);
     }
 
     fn forget(&mut self, request: RequestId) {
@@ -153,12 +189,12 @@ impl Automaton {
         }
     }
 
-    /// One past the latest place, before the text's end, of the longest end of the text that
-    /// occurs there, if it has `least` tokens.
-    fn earlier(&self, least: usize) -> Option<usize> {
+    /// The length of the longest end of the text that occurs before the text's end, and one past
+    /// the latest place where it does, if it has `least` tokens.
+    fn earlier(&self, least: usize) -> Option<(usize, usize)> {
         let state = self.states[self.last as usize].link?;
         let state = &self.states[state as usize];
-        (state.length >= least).then_some(state.latest)
+        (state.length >= least).then_some((state.length, state.latest))
     }
 }
 
@@ -192,8 +228,8 @@ mod tests {
                 if expected == 0 {
                     continue;
                 }
-                let next = automaton.earlier(expected).expect("it occurs");
-                assert!(next < text.len());
+                let (length, next) = automaton.earlier(expected).expect("it occurs");
+                assert!(length == expected && next < text.len());
                 let (end, place) = (&text[text.len() - expected..], next - expected..next);
                 assert_eq!(end, &text[place], "{text:?}");
             }
@@ -205,28 +241,38 @@ mod tests {
         let mut drafter = LookupDrafter::new();
         let tokens: Vec<u32> = (0..40).chain(0..3).collect();
         let request = RequestId(1);
-        let text = DraftText {
-            request,
-            tokens: &tokens,
-            sampling: Default::default(),
-            nodes_max: 30,
-            depth_max: 20,
-        };
-        let draft = |drafter: &mut LookupDrafter| {
+        let mut draft = |probability_min: f64, answer: Option<usize>| {
+            let (sampling, nodes_max, depth_max) = (Default::default(), 30, 20);
+            let (tokens, step_seconds) = (&tokens, 0.0);
+            let text = DraftText {
+                request,
+                tokens,
+                sampling,
+                nodes_max,
+                depth_max,
+                probability_min,
+                step_seconds,
+            };
             let mut trees = [DraftTree::default()];
             drafter.propose(&[text], &mut trees).unwrap();
             let [tree] = trees;
+            if let Some(accepted) = answer.filter(|_| !tree.is_empty()) {
+                drafter.observe(request, &tree, accepted.min(tree.len()));
+            }
             assert!(tree.is_chain());
             (0..tree.len()).map(|node| tree.token(node)).collect::<Vec<_>>()
         };
-        assert_eq!(draft(&mut drafter), [3, 4, 5, 6]);
-        drafter.observe(request, 4, 4);
-        assert_eq!(draft(&mut drafter).len(), 8);
-        drafter.observe(request, 8, 0);
-        assert_eq!(draft(&mut drafter), [3, 4]);
+        assert_eq!(draft(0.3, None), [3, 4], "0.6 to the power of 2 is above 0.3");
+        assert_eq!(draft(0.0, None).len(), 20, "as deep as is asked for");
         for _ in 0..9 {
-            drafter.observe(request, 2, 2);
+            draft(0.3, Some(30));
         }
-        assert_eq!(draft(&mut drafter).len(), 20, "as deep as is asked for");
+        assert!(draft(0.3, None).len() > 8);
+        for _ in 0..30 {
+            draft(0.3, Some(0));
+        }
+        assert_eq!(draft(0.3, None), [0; 0]);
+        let tried = (0..TRIED_ONE_IN).filter(|_| !draft(0.3, Some(0)).is_empty()).count();
+        assert_eq!(tried, 1, "it is tried now and then");
     }
 }

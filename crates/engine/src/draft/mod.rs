@@ -9,14 +9,25 @@
 //! SpecInfer (arXiv 2305.09781, section 4.3) gives for drafts that are not drawn at random. A
 //! drafter that draws uses the request's random numbers, so that it draws what the model draws
 //! where both agree.
+//!
+//! **Only when it pays.** The engine measures what one more row costs a step, and says at which
+//! probability of acceptance a node pays ([`DraftText::probability_min`]). The more sequences a
+//! step has, the higher that is, so that a busy engine drafts nothing by itself.
 
+mod acceptance;
+mod cost;
 mod lookup;
+mod model;
+mod stacked;
 mod tree;
 
 use lathe_program::{BackendError, Sampling};
 
 use crate::request::RequestId;
+pub(crate) use cost::StepCost;
 pub use lookup::LookupDrafter;
+pub use model::ModelDrafter;
+pub use stacked::StackedDrafter;
 pub use tree::DraftTree;
 
 /// A text that a draft is wanted for.
@@ -32,6 +43,11 @@ pub struct DraftText<'a> {
     pub nodes_max: usize,
     /// Nodes on a path from the root at most, at least 1.
     pub depth_max: usize,
+    /// A node pays if it is accepted with at least this probability: what its row costs the step,
+    /// as measured, beside what the step makes without it.
+    pub probability_min: f64,
+    /// What a step without drafts takes, in seconds; 0 before any was measured.
+    pub step_seconds: f64,
 }
 
 /// Proposes what may follow texts.
@@ -47,8 +63,8 @@ pub trait Drafter: Send {
     ) -> Result<(), BackendError>;
 
     /// Hears how many nodes of a request's tree were accepted.
-    fn observe(&mut self, request: RequestId, nodes: usize, accepted: usize) {
-        let _ = (request, nodes, accepted);
+    fn observe(&mut self, request: RequestId, tree: &DraftTree, accepted: usize) {
+        let _ = (request, tree, accepted);
     }
 
     /// Forgets a request that is over.

@@ -112,7 +112,7 @@ impl Fuzz {
         let mut engine = Engine::new(Box::new(executor), config.clone()).unwrap();
         if drafts {
             let (random, windows) = (ChaCha8Rng::seed_from_u64(seed), windows.clone());
-            engine = engine.with_drafter(Box::new(RandomDrafter { random, windows }));
+            engine = engine.with_drafter(Box::new(RandomDrafter { random, windows }), 9);
         }
         let (live, past, refused) = Default::default();
         Fuzz {

@@ -4,16 +4,16 @@ use std::io::{IsTerminal, Read};
 use std::time::Instant;
 
 use anyhow::{Context, Error};
-use lathe_engine::{FinishReason, Request};
+use lathe_engine::{FinishReason, Request, Stats};
 use lathe_model::Model;
 use lathe_session::{
-    Generation, Need, ROWS_MAX, Startup, decoder, encode_chat, encode_raw, generate, human_bytes,
-    memory, milliseconds, question,
+    DraftChoice, DraftSource, Generation, Need, ROWS_MAX, Startup, decoder, encode_chat,
+    encode_raw, generate, human_bytes, memory, milliseconds, question,
 };
 use serde::Serialize;
 
 use crate::arguments::{Global, RunArguments, parse_ids};
-use crate::find::open;
+use crate::find::{open, open_drafter};
 use crate::interrupt::{Insist, Interrupts};
 use crate::output::{InputContext, Interrupted, bad_input, print, print_json};
 
@@ -27,8 +27,8 @@ struct Report<'a> {
     ttft_ms: f64,
     decode_tokens_per_s: Option<f64>,
     load_ms: f64,
-    drafted: usize,
-    accepted: usize,
+    drafted: u64,
+    accepted: u64,
     seed: u64,
     kv_bytes: usize,
     peak_memory_bytes: Option<u64>,
@@ -41,7 +41,7 @@ pub(super) fn run(
     arguments: &RunArguments,
     started: Instant,
 ) -> Result<(), Error> {
-    refuse_drafting(arguments)?;
+    let drafts = draft_choice(arguments)?;
     let typed = read_prompt(arguments)?;
     let interrupts = Interrupts::install(Insist::Ends)?;
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
@@ -52,9 +52,13 @@ pub(super) fn run(
     let request = choice.request(prompt, own);
     let seed = request.sampling.seed;
     let need = need(&opened.model, &request)?;
+    let drafter = open_drafter(&drafts, &opened.model, &global.options(), need)?;
     let session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
     let (load_ms, mut startup) = (session.load_ms, session.startup);
     let (mut engine, model) = session.into_engine(!arguments.no_kv_cache, 1)?;
+    if let Some(drafter) = drafter {
+        engine = drafter.attach(engine);
+    }
 
     let working = interrupts.begin();
     let decoder = model.tokenizer.as_ref().map(decoder);
@@ -63,6 +67,7 @@ pub(super) fn run(
     let generation = generate(&mut engine, request, decoder, || working.stopped(), show)?;
     startup.first_token(before_ms, generation.ttft_ms);
     let kv_bytes = engine.executor().kv_bytes();
+    let stats = engine.stats();
     if global.json {
         print_json(&Report {
             text: &generation.text,
@@ -73,8 +78,8 @@ pub(super) fn run(
             ttft_ms: generation.ttft_ms,
             decode_tokens_per_s: generation.decode_tokens_per_s(),
             load_ms,
-            drafted: 0,
-            accepted: 0,
+            drafted: stats.drafted_tokens,
+            accepted: stats.accepted_tokens,
             seed,
             kv_bytes,
             peak_memory_bytes: memory::peak_bytes(),
@@ -82,7 +87,7 @@ pub(super) fn run(
         })?;
     } else {
         print_ids_without_text(&model, &generation)?;
-        eprintln!("{}", summary(&generation, load_ms, kv_bytes));
+        eprintln!("{}", summary(&generation, &stats, load_ms, kv_bytes));
     }
     match generation.reason {
         FinishReason::Cancelled => Err(Interrupted.into()),
@@ -93,16 +98,27 @@ pub(super) fn run(
     }
 }
 
-fn refuse_drafting(arguments: &RunArguments) -> Result<(), Error> {
-    match arguments.draft.as_deref() {
-        None | Some("none") if arguments.draft_budget.is_some() => {
-            Err(bad_input("--draft-budget needs a drafter, and --draft is none"))
+/// Who drafts, as `--draft` says.
+fn draft_choice(arguments: &RunArguments) -> Result<DraftChoice, Error> {
+    let named = |name: &String| match name.as_str() {
+        "ngram" => DraftSource::Lookup,
+        model => DraftSource::Model(model.to_owned()),
+    };
+    let sources: Vec<DraftSource> = match arguments.draft.as_slice() {
+        [none] if none == "none" => Vec::new(),
+        names if names.iter().any(|name| name == "none" || name.is_empty()) => {
+            return Err(bad_input("--draft: `none` and names do not go together"));
         }
-        None | Some("none") => Ok(()),
-        Some(other) => Err(bad_input(format!(
-            "--draft {other}: this version of lathe does not draft; only --draft none is accepted"
-        ))),
+        names => names.iter().map(named).collect(),
+    };
+    let tokens_max = arguments.draft_budget;
+    if sources.is_empty() && tokens_max.is_some() {
+        return Err(bad_input("--draft-budget needs a drafter, and --draft is none"));
     }
+    if !sources.is_empty() && arguments.no_kv_cache {
+        return Err(bad_input("--draft needs the KV cache, and --no-kv-cache leaves it out"));
+    }
+    Ok(DraftChoice { sources, tokens_max })
 }
 
 /// What was typed: ids, or a text from the command line or stdin.
@@ -180,14 +196,23 @@ fn print_ids_without_text(model: &Model, generation: &Generation) -> Result<(), 
     print(&format!("{}\n", ids.join(",")))
 }
 
-fn summary(generation: &Generation, load_ms: f64, kv_bytes: usize) -> String {
+fn summary(generation: &Generation, stats: &Stats, load_ms: f64, kv_bytes: usize) -> String {
     let speed = generation
         .decode_tokens_per_s()
         .map_or(String::new(), |speed| format!(", {speed:.1} tokens/s"));
     let memory = memory::peak_bytes()
         .map_or(String::new(), |bytes| format!(", {} memory", human_bytes(bytes)));
+    let drafts = match stats.drafted_tokens {
+        0 => String::new(),
+        drafted => format!(
+            ", {} of {drafted} drafted tokens accepted, {:.2} tokens a step",
+            stats.accepted_tokens,
+            generation.tokens.len() as f64
+                / (generation.tokens.len() as u64 - stats.accepted_tokens).max(1) as f64
+        ),
+    };
     format!(
-        "[{} prompt tokens, first token after {:.0} ms, {} tokens{speed}{memory} (KV cache {}), \
+        "[{} prompt tokens, first token after {:.0} ms, {} tokens{speed}{drafts}{memory} (KV cache {}), \
          loaded in {load_ms:.0} ms, {}]",
         generation.prompt_tokens,
         generation.ttft_ms,
