@@ -106,10 +106,12 @@ impl Calibration<'_> {
     /// Refuses tokens that `program` does not know.
     ///
     /// # Errors
-    /// If there are none, or one is outside the vocabulary.
+    /// If there are fewer than two, or one is outside the vocabulary.
     pub(crate) fn check(&self, program: &Program) -> Result<(), QuantError> {
-        if self.tokens.is_empty() {
-            return Err(QuantError::Calibration("there are no tokens".to_owned()));
+        if self.tokens.len() < 2 {
+            let count = self.tokens.len();
+            let message = format!("{count} tokens, expected a text of at least 2");
+            return Err(QuantError::Calibration(message));
         }
         match self.tokens.iter().find(|token| **token as usize >= program.vocabulary) {
             None => Ok(()),

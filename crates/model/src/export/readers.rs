@@ -90,6 +90,19 @@ pub(super) struct Group {
 }
 
 impl Contents {
+    /// What it is, in a few words.
+    pub fn describe(&self) -> String {
+        match self {
+            Contents::Gguf => "a GGUF file".to_owned(),
+            Contents::ExpertBlocks => "a folder of experts in MXFP4".to_owned(),
+            Contents::Folder(folder) => {
+                let format = |group: &Group| Format::Scaled(group.format).to_string();
+                let formats: Vec<String> = folder.groups.iter().map(format).collect();
+                format!("a folder in {}", formats.join(", "))
+            }
+        }
+    }
+
     /// A folder whose linear layers, and experts if there are some, are in one format; `None` if a
     /// folder cannot hold it.
     pub fn of_one_format(
