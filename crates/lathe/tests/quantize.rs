@@ -302,12 +302,18 @@ fn inputs_are_rotated_and_rounded_as_the_folder_says() {
         assert!((found - expected).abs() < 0.02, "{device}: {found} {expected}");
         assert!(found != score(MODEL, device));
     }
-    let out = path("nvfp4");
+    let (rotated, out) = (out, path("nvfp4"));
     let words = ["quantize", MODEL, &out, "--format", "nvfp4-a4", "--json"];
     run_json(&mut command(home.path(), &words));
     let (reference, cpu) = (score(&out, "reference"), score(&out, "cpu"));
     // A code of four bits that falls to the other side of a tie moves what is behind it.
     assert!((reference - cpu).abs() < 0.2 && (cpu - expected).abs() < 1.0, "{reference} {cpu}");
+    // Plain floats without the rotation would be another model.
+    for (to, path) in [("safetensors", path("floats")), ("gguf", path("floats.gguf"))] {
+        let words = ["convert", &rotated, &path, "--to", to];
+        let reason = run_error(&mut command(home.path(), &words), 2);
+        assert!(reason.contains("rotated while"), "{reason}");
+    }
     // Both need a folder.
     std::fs::write(&recipe, text.replace("w8a8", "q8_0")).expect("writes");
     let (gguf, out) = (path("out.gguf"), path("again"));
