@@ -12,7 +12,7 @@ use std::time::Instant;
 use lathe_cpu::gang::{Gang, available_cores};
 use lathe_cpu::linear::{Activations, Operands, Part, matmul};
 use lathe_cpu::machine::{last_level_cache_bytes, measure_bandwidth, measure_matmul};
-use lathe_cpu::{Isa, pack::PackedMatrix};
+use lathe_cpu::{Isa, linear::Matrix};
 use lathe_tensor::{Bytes, Format, Tensor};
 
 struct Options {
@@ -62,7 +62,7 @@ fn weight(format: Format, rows: usize, columns: usize) -> Tensor {
 }
 
 /// Seconds of one product, the least of many: other work on the machine only adds to it.
-fn seconds(gang: &Gang, matrices: &[PackedMatrix], rows: usize, prefill: bool) -> f64 {
+fn seconds(gang: &Gang, matrices: &[Matrix], rows: usize, prefill: bool) -> f64 {
     let (out_width, columns) = (matrices[0].rows(), matrices[0].columns());
     let x: Vec<f32> = (0..rows * columns).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
     let mut out = vec![0f32; rows * out_width];
@@ -106,9 +106,9 @@ fn main() {
         let format = Format::parse(name).expect("a format");
         let tensor = weight(format, options.out, options.columns);
         let copies = (3 * cache / tensor.codes.len()).clamp(1, 400) + 1;
-        let pack = || PackedMatrix::pack(&tensor, options.isa, options.exact).expect("packs");
+        let pack = || Matrix::pack(&tensor, options.isa, options.exact).expect("packs");
         let start = Instant::now();
-        let matrices: Vec<PackedMatrix> = (0..copies).map(|_| pack()).collect();
+        let matrices: Vec<Matrix> = (0..copies).map(|_| pack()).collect();
         let packing = copies as f64 * tensor.codes.len() as f64 / start.elapsed().as_secs_f64();
         let peak_rate = match format {
             Format::Float(_) if name == "bf16" && !options.exact => peak.bf16_gop_s,

@@ -7,8 +7,8 @@ use lathe_tensor::Tensor;
 use crate::attend::AttendShape;
 use crate::experts::{ExpertsStage, RouteStage};
 use crate::latent::LatentStage;
+use crate::linear::Matrix;
 use crate::linear::Operands;
-use crate::pack::PackedMatrix;
 use crate::rows::Rows;
 use crate::transform::TransformStage;
 
@@ -74,7 +74,7 @@ pub(crate) enum Source {
 #[derive(Debug)]
 pub(crate) struct PartStage {
     /// `[out, in]`.
-    pub matrix: PackedMatrix,
+    pub matrix: Matrix,
     /// `[out]`.
     pub bias: Option<Vec<f32>>,
     /// How much of the product is added to what `out` holds; `None` replaces it.
@@ -102,7 +102,7 @@ pub(crate) struct LogitsStage {
     /// What it reads: a buffer or a norm.
     pub source: Source,
     /// `[vocabulary, width]`.
-    pub matrix: PackedMatrix,
+    pub matrix: Matrix,
     /// What the matrix needs of its input.
     pub operands: Operands,
     /// Multiplies the product.

@@ -5,14 +5,15 @@ use lathe_tensor::{Element, Format, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::Isa;
+use crate::linear::Matrix;
 use crate::pack::PackedMatrix;
 
 /// A weight as laid out. Each form is there if some op reads the weight that way.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
     table: Option<Tensor>,
-    matrix: Option<PackedMatrix>,
-    experts: Option<Vec<PackedMatrix>>,
+    matrix: Option<Matrix>,
+    experts: Option<Vec<Matrix>>,
     floats: Option<Vec<f32>>,
     /// Whether `floats` are laid out once more by what reads them.
     passing: bool,
@@ -69,12 +70,12 @@ impl Weights {
     }
 
     /// A matrix for products.
-    pub(crate) fn matrix(&self, weight: Weight) -> PackedMatrix {
+    pub(crate) fn matrix(&self, weight: Weight) -> Matrix {
         self.get(weight, |l| l.matrix.clone())
     }
 
     /// A matrix for each expert.
-    pub(crate) fn experts(&self, weight: Weight) -> Vec<PackedMatrix> {
+    pub(crate) fn experts(&self, weight: Weight) -> Vec<Matrix> {
         self.get(weight, |l| l.experts.clone())
     }
 
@@ -94,8 +95,8 @@ impl Weights {
     pub(crate) fn bytes(&self) -> usize {
         let bytes = |l: &Loaded| {
             l.table.as_ref().map_or(0, Tensor::byte_len)
-                + l.matrix.as_ref().map_or(0, PackedMatrix::bytes)
-                + l.experts.iter().flatten().map(PackedMatrix::bytes).sum::<usize>()
+                + l.matrix.as_ref().map_or(0, Matrix::bytes)
+                + l.experts.iter().flatten().map(Matrix::bytes).sum::<usize>()
                 + l.floats.as_ref().filter(|_| !l.passing).map_or(0, |f| size_of_val(f.as_slice()))
         };
         self.loaded.iter().map(bytes).sum()
@@ -177,7 +178,7 @@ fn load(
     // With routers rows would be multiplied in two parts, which pays on tiles alone.
     let one_form = program.routings > 0 && isa != Isa::Amx;
     let pack = |tensor: &Tensor, exact| {
-        let packed = PackedMatrix::pack(tensor, isa, exact)?;
+        let packed = Matrix::pack(tensor, isa, exact)?;
         Ok(if one_form { packed.without_prefill_form() } else { packed })
     };
     if let Some(rounding) = needs.matrix {
@@ -216,8 +217,8 @@ fn with_kernels(tensor: Tensor) -> Tensor {
 fn pack_experts(
     tensor: &Tensor,
     experts: usize,
-    pack: impl Fn(&Tensor) -> Result<PackedMatrix, BackendError> + Sync,
-) -> Result<Vec<PackedMatrix>, BackendError> {
+    pack: impl Fn(&Tensor) -> Result<Matrix, BackendError> + Sync,
+) -> Result<Vec<Matrix>, BackendError> {
     let rows = tensor.rows() / experts.max(1);
     let pack_one = |expert: usize| {
         let part = tensor.slice_rows(expert * rows..(expert + 1) * rows).map_err(|error| {

@@ -32,8 +32,8 @@ use softmax::MergeSplits;
 use split::SplitProducts;
 use tile::{Piece, Scratch, ScratchSizes};
 
-/// Positions in a segment.
-pub(crate) const SEGMENT: usize = 512;
+/// Positions of a span: attention sums a span by itself and merges spans in order.
+pub(crate) const SPAN: usize = 512;
 
 /// Query vectors that share one pass over the keys: rows of a task times query heads of a key head.
 const VECTORS_MAX: usize = 64;
@@ -191,7 +191,7 @@ impl Attention {
             workers * sizes.floats() * size_of::<f32>(),
             "attention's scratch memory",
         )?;
-        let segments = context_max.div_ceil(SEGMENT) + 1;
+        let segments = context_max.div_ceil(SPAN) + 1;
         let wanted = |s: &AttendShape| {
             (plan::ITEMS_PER_WORKER * workers * s.vectors_max(split.is_some()))
                 .saturating_mul(segments)

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use lathe_program::{Step, StepSequence};
 
-use super::{AttendShape, RowForm, SEGMENT};
+use super::{AttendShape, RowForm, SPAN};
 
 /// Below this many pieces a worker, pieces are cut further, along the positions.
 pub(super) const ITEMS_PER_WORKER: usize = 2;
@@ -186,7 +186,7 @@ impl Plan {
                 let first = start + piece * rows_per_task;
                 let rows = rows_per_task.min(end - first);
                 let slots = seen_by_all(step, sequence, first, rows, shape.window);
-                let segments = slots.start / SEGMENT..slots.end.div_ceil(SEGMENT);
+                let segments = slots.start / SPAN..slots.end.div_ceil(SPAN);
                 let entries = segments.len() * rows * shape.group * shape.kv_heads;
                 let parts =
                     if stored + entries <= capacity { parts.min(segments.len()) } else { 1 };

@@ -10,7 +10,7 @@ use super::softmax::{Clear, Finish, Merge, Soften, State, Store};
 use super::split::{
     self, BLOCK, CHUNK, Operand, SplitColumns, SplitProducts, SplitRows, operand_floats,
 };
-use super::{AttendJob, AttendShape, SEGMENT};
+use super::{AttendJob, AttendShape, SPAN};
 use crate::cache::code::F32;
 use crate::cache::store::{KvStore, Plain};
 use crate::cache::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs, with_store};
@@ -193,8 +193,8 @@ impl Piece<'_> {
             dispatch(width, Clear { state: total, vectors });
             for segment in task.segments.clone() {
                 dispatch(width, Clear { state: segment_state, vectors });
-                let from = slots.start.max(segment * SEGMENT);
-                let to = slots.end.min((segment + 1) * SEGMENT);
+                let from = slots.start.max(segment * SPAN);
+                let to = slots.end.min((segment + 1) * SPAN);
                 let mut tile = from / TILE * TILE;
                 while tile < to {
                     self.tile(width, tile, from.max(tile)..to.min(tile + TILE), slots.end);

@@ -2,8 +2,6 @@
 
 use lathe_program::{BackendError, KvFormat, KvLayout};
 
-use super::int4::ELEMENTS_MAX;
-
 use crate::lanes::Lanes;
 
 /// A plain code of the cache: what `lanes` reads times the vector's scale, if it has one.
@@ -223,6 +221,9 @@ fn encode_e4m3(x: f32) -> u8 {
     ((rounded >> 20) as u8 & 0x7f) | ((x.to_bits() >> 24) as u8 & 0x80)
 }
 
+/// Elements of a vector at most: it is rotated on the stack.
+pub(crate) const ELEMENTS_MAX: usize = 2048;
+
 /// Whether these kernels read and write `layout` in `format`.
 pub(crate) fn check(format: KvFormat, layout: &KvLayout) -> Result<(), BackendError> {
     let vectors = layout.layers.iter().flat_map(|layer| layer.shape.vectors());
@@ -237,43 +238,6 @@ pub(crate) fn check(format: KvFormat, layout: &KvLayout) -> Result<(), BackendEr
     }
     Ok(())
 }
-
-/// Calls `$body` with `$store` naming the [`super::store::KvStore`] of a format.
-macro_rules! with_store {
-    ($format:expr, $store:ident => $body:expr) => {
-        match $format {
-            lathe_program::KvFormat::F32 => {
-                type $store = $crate::cache::code::F32;
-                $body
-            }
-            lathe_program::KvFormat::F16 => {
-                type $store = $crate::cache::code::F16;
-                $body
-            }
-            lathe_program::KvFormat::BF16 => {
-                type $store = $crate::cache::code::Bf16;
-                $body
-            }
-            lathe_program::KvFormat::Int16 => {
-                type $store = $crate::cache::code::I16;
-                $body
-            }
-            lathe_program::KvFormat::Int8 => {
-                type $store = $crate::cache::code::I8;
-                $body
-            }
-            lathe_program::KvFormat::F8E4M3 => {
-                type $store = $crate::cache::code::E4m3;
-                $body
-            }
-            lathe_program::KvFormat::Int4 => {
-                type $store = $crate::cache::int4::Int4;
-                $body
-            }
-        }
-    };
-}
-pub(crate) use with_store;
 
 #[cfg(test)]
 mod tests {

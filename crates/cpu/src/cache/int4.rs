@@ -18,12 +18,10 @@ use half::f16;
 use lathe_program::INT4_GROUP;
 use lathe_program::kv_codec::{Int4Range, KvVector, hadamard};
 
+use super::code::ELEMENTS_MAX;
 use super::store::{KvStore, Plane};
 use crate::lanes::product::Matrix;
 use crate::lanes::{LANES, Lanes};
-
-/// Elements of a vector at most: it is rotated on the stack.
-pub(crate) const ELEMENTS_MAX: usize = 2048;
 
 /// Half-byte codes.
 pub(crate) struct Int4;

@@ -18,9 +18,45 @@ use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
 use crate::memory::{ALIGNMENT, Memory};
 use store::{KvStore, Plane};
 
-pub(crate) use code::with_store;
 pub(crate) use read::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs};
 pub(crate) use write::Write;
+
+/// Calls `$body` with `$store` naming the [`KvStore`] of a format.
+macro_rules! with_store {
+    ($format:expr, $store:ident => $body:expr) => {
+        match $format {
+            lathe_program::KvFormat::F32 => {
+                type $store = $crate::cache::code::F32;
+                $body
+            }
+            lathe_program::KvFormat::F16 => {
+                type $store = $crate::cache::code::F16;
+                $body
+            }
+            lathe_program::KvFormat::BF16 => {
+                type $store = $crate::cache::code::Bf16;
+                $body
+            }
+            lathe_program::KvFormat::Int16 => {
+                type $store = $crate::cache::code::I16;
+                $body
+            }
+            lathe_program::KvFormat::Int8 => {
+                type $store = $crate::cache::code::I8;
+                $body
+            }
+            lathe_program::KvFormat::F8E4M3 => {
+                type $store = $crate::cache::code::E4m3;
+                $body
+            }
+            lathe_program::KvFormat::Int4 => {
+                type $store = $crate::cache::int4::Int4;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_store;
 
 /// Where a layer's numbers lie.
 #[derive(Debug, Clone)]

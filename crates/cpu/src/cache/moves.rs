@@ -2,8 +2,8 @@
 
 use lathe_program::KvLayerShape;
 
-use super::code::with_store;
 use super::store::{KvStore, Plane};
+use super::with_store;
 use super::{KvCache, LayerPlace};
 
 impl KvCache {

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use lathe_program::{BlockTable, KvLayerShape};
 
-use super::code::with_store;
 use super::store::KvStore;
+use super::with_store;
 use super::{KvCache, LayerPlace};
 use crate::lanes::product::Matrix;
 use crate::lanes::{Kernel, LANES, Lanes};

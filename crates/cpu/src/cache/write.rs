@@ -5,8 +5,8 @@ use std::ops::Range;
 use lathe_program::kv_codec::KvVector;
 use lathe_program::{KvLayerShape, SequenceTables, Step};
 
-use super::code::with_store;
 use super::store::KvStore;
+use super::with_store;
 use super::{KvCache, LayerPlace};
 use crate::lanes::{Kernel, Lanes};
 use crate::rows::Rows;

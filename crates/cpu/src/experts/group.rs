@@ -12,8 +12,8 @@ use super::route::Choice;
 use crate::elementwise::Activate;
 use crate::gang::Gang;
 use crate::lanes::{Kernel, LANES, Lanes, Width, dispatch};
+use crate::linear::Matrix;
 use crate::linear::{Activations, Operands, Part, matmul};
-use crate::pack::PackedMatrix;
 use crate::rows::Rows;
 use crate::transform::Transform;
 
@@ -29,11 +29,11 @@ pub(crate) struct ExpertsStage {
     /// What is done to what down reads.
     pub hidden_transform: Option<Transform>,
     /// `[hidden, in]` each.
-    pub gate: Vec<PackedMatrix>,
+    pub gate: Vec<Matrix>,
     /// `[hidden, in]` each.
-    pub up: Vec<PackedMatrix>,
+    pub up: Vec<Matrix>,
     /// `[out, hidden]` each.
-    pub down: Vec<PackedMatrix>,
+    pub down: Vec<Matrix>,
     /// `[experts, hidden]`.
     pub gate_bias: Option<Vec<f32>>,
     /// `[experts, hidden]`.

@@ -2,8 +2,8 @@
 
 use lathe_program::{GroupLimit, GroupScore, RouterScore, RouterSpec};
 
+use crate::linear::Matrix;
 use crate::linear::Operands;
-use crate::pack::PackedMatrix;
 use crate::rows::Rows;
 
 /// The choice for all rows of a step, `experts_per_token` a row.
@@ -25,7 +25,7 @@ pub(crate) struct RouteStage {
     /// The numbers.
     pub spec: RouterSpec,
     /// `[experts, in]`.
-    pub matrix: PackedMatrix,
+    pub matrix: Matrix,
     /// What the matrix needs of its input.
     pub operands: Operands,
     /// `[experts]`.

@@ -6,9 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
-use crate::linear::codes::unroll;
-use crate::pack::layout::SEGMENT;
+use super::{SEGMENT, Simd, unroll};
 
 /// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
 #[derive(Clone, Copy)]

@@ -2,8 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
-use crate::pack::layout::SEGMENT;
+use super::{SEGMENT, Simd};
 
 /// AVX-512 F, BW, VL, VNNI, with AVX2, FMA and F16C; [`Simd::dot_bf16`] also needs BF16.
 #[derive(Clone, Copy)]

@@ -9,6 +9,8 @@
 //! method says so, integer dots exact), so the integer kernels agree to the bit across ISAs.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
@@ -17,6 +19,21 @@ pub(crate) mod neon;
 pub(crate) mod portable;
 
 use lathe_program::BackendError;
+
+/// Positions along k that activations quantize together, and what kernels step by.
+pub(crate) const SEGMENT: usize = 32;
+
+/// Repeats a block with a constant `$r` from 0 to `$n - 1`, without a loop: arrays indexed by it
+/// live in registers.
+macro_rules! unroll {
+    ($r:ident in $n:expr => $body:block) => {
+        unroll!(@ $r, $n, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $r:ident, $n:expr, $body:block, $($i:literal)*) => {
+        $( if $i < $n { let $r: usize = $i; $body } )*
+    };
+}
+pub(crate) use unroll;
 
 /// An instruction set that kernels exist for; those of one architecture from the weakest to the
 /// strongest.
@@ -78,7 +95,7 @@ impl Isa {
             Isa::Amx => {
                 Isa::Avx512.is_available()
                     && is_x86_feature_detected!("avx512bf16")
-                    && crate::linear::amx::is_available()
+                    && amx::is_available()
             }
             // Of another architecture.
             #[cfg(not(target_arch = "x86_64"))]

@@ -10,8 +10,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::Simd;
-use crate::pack::layout::SEGMENT;
+use super::{SEGMENT, Simd};
 
 /// NEON; with `DOT` also the dot product.
 #[derive(Clone, Copy)]

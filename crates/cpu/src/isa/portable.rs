@@ -1,7 +1,6 @@
 //! [`Simd`] in plain Rust: the semantics that the other implementations are tested against.
 
-use super::Simd;
-use crate::pack::layout::SEGMENT;
+use super::{SEGMENT, Simd};
 use half::{bf16, f16};
 use lathe_tensor::{Element, codec::element};
 

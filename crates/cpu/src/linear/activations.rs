@@ -21,16 +21,15 @@
 //! gets that as its scale, so it is not hidden. Every row is prepared alike, whatever rows are
 //! beside it.
 
-use super::dispatch::Tiles;
+use super::block::{BLOCK, BlockView, CODE_BYTES, padded_rows};
+use super::matrix::Matrix;
+use super::table::{Args, Tiles};
 use crate::gang::Gang;
-use crate::pack::layout::{Fineness, Offset, Operand, SEGMENT};
+use crate::isa::SEGMENT;
+use crate::pack::PANEL;
+use crate::pack::layout::{Fineness, Offset, Operand};
 use crate::pack::memory::AlignedBytes;
-use crate::pack::{PANEL, PackedMatrix};
 
-/// Rows in a block: the rows of an AMX tile, and what AVX-512's registers hold.
-pub(crate) const BLOCK: usize = 16;
-/// Bytes of a row's segment of codes: the high ones, then the low ones; or words.
-pub(crate) const CODE_BYTES: usize = 2 * SEGMENT;
 /// Every row is padded with zeros to a multiple of this: the longest chunk of a format.
 const PADDING: usize = 256;
 /// Different zero points among the matrices of one group.
@@ -86,7 +85,7 @@ pub struct Operands {
 
 impl Operands {
     /// What `matrices` need.
-    pub fn of<'a>(matrices: impl IntoIterator<Item = &'a PackedMatrix>) -> Operands {
+    pub fn of<'a>(matrices: impl IntoIterator<Item = &'a Matrix>) -> Operands {
         let mut all = Operands::default();
         for matrix in matrices {
             let tiles = matrix.kernels.has_prompt();
@@ -114,7 +113,7 @@ impl Operands {
     }
 
     /// Whether activations prepared for `self` serve `matrix`.
-    fn serve(&self, matrix: &PackedMatrix) -> bool {
+    fn serve(&self, matrix: &Matrix) -> bool {
         match matrix.operand {
             Operand::F32 if is_split(matrix) => self.split,
             Operand::F32 => self.float,
@@ -124,7 +123,7 @@ impl Operands {
 }
 
 /// Whether tiles multiply rows in the decoding form, in two parts.
-fn is_split(matrix: &PackedMatrix) -> bool {
+fn is_split(matrix: &Matrix) -> bool {
     matches!(matrix.kernels.tiles, Tiles::Split)
 }
 
@@ -176,37 +175,6 @@ struct Codes<P> {
     sums: P,
 }
 
-/// The planes of one block, from one of its rows on; segments are `stride` rows apart.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct BlockView {
-    /// Rows from one segment to the next.
-    pub(crate) stride: usize,
-    /// The operand's segments.
-    pub(crate) x: *const u8,
-    /// Codes: `[segments][stride]` scales.
-    pub(crate) scales: *const f32,
-    /// Codes: `[segments][stride]` scale x sum of codes.
-    pub(crate) sums: *const f32,
-    /// Codes: `[segments][parts][stride]` `-zero * sum of codes`.
-    pub(crate) offsets: *const i32,
-}
-
-impl BlockView {
-    /// The view `segments` further along k, where a row's segment of the operand has `BYTES`
-    /// bytes and the matrix `parts` scales a segment.
-    #[inline(always)]
-    pub(crate) fn after<const BYTES: usize>(self, segments: usize, parts: usize) -> BlockView {
-        let rows = segments * self.stride;
-        BlockView {
-            stride: self.stride,
-            x: self.x.wrapping_add(BYTES * rows),
-            scales: self.scales.wrapping_add(rows),
-            sums: self.sums.wrapping_add(rows),
-            offsets: self.offsets.wrapping_add(parts * rows),
-        }
-    }
-}
-
 /// Pointers to all planes, for workers that each write rows of their own.
 #[derive(Clone, Copy)]
 struct Writer<'a> {
@@ -256,18 +224,6 @@ impl Forms {
             let rows = tiled.clone().enumerate().filter(|(_, tiled)| *tiled == form);
             self.order.extend(rows.map(|(row, _)| row as u32));
         }
-    }
-}
-
-/// Rows that a block of `rows` is padded to: those for which kernels exist.
-pub(crate) fn padded_rows(rows: usize) -> usize {
-    match rows {
-        0..=2 => rows,
-        3..=4 => 4,
-        5..=6 => 6,
-        7..=8 => 8,
-        9..=12 => 12,
-        _ => 16,
     }
 }
 
@@ -428,7 +384,7 @@ impl Activations {
     }
 
     /// Rows that kernels other than tiles multiply by `matrix`.
-    pub(crate) fn rows_for(&self, matrix: &PackedMatrix) -> usize {
+    pub(crate) fn rows_for(&self, matrix: &Matrix) -> usize {
         if matrix.kernels.has_prompt() { self.rows - self.tiled_rows() } else { self.rows }
     }
 
@@ -479,16 +435,38 @@ impl Activations {
     }
 
     /// Blocks of up to sixteen slots that kernels other than tiles multiply by `matrix`.
-    pub(crate) fn blocks(&self, matrix: &PackedMatrix) -> usize {
+    pub(crate) fn blocks(&self, matrix: &Matrix) -> usize {
         self.rows_for(matrix).div_ceil(BLOCK)
     }
 
     /// Slots of block `block`.
-    pub(crate) fn block_rows(&self, matrix: &PackedMatrix, block: usize) -> usize {
+    pub(crate) fn block_rows(&self, matrix: &Matrix, block: usize) -> usize {
         (self.rows_for(matrix) - block * BLOCK).min(BLOCK)
     }
 
-    pub(crate) fn serves(&self, matrix: &PackedMatrix) -> bool {
+    /// All segments of packed panel `panel` (and its neighbours, for kernels of several) against the rows from
+    /// `first_row` of `block` on.
+    pub(super) fn args_of_panel<'a>(
+        &self,
+        matrix: &'a Matrix,
+        panel: usize,
+        (block, first_row): (usize, usize),
+        acc: *mut f32,
+    ) -> Args<'a> {
+        Args {
+            weights: matrix.packed.panel(panel),
+            panel_bytes: matrix.panel_bytes(),
+            next: std::ptr::null(),
+            scales: std::ptr::null(),
+            mins: std::ptr::null(),
+            segments: matrix.segments(),
+            rows: self.view(matrix.operand, block, first_row, 0),
+            acc,
+            constants: &matrix.packed.constants,
+        }
+    }
+
+    pub(crate) fn serves(&self, matrix: &Matrix) -> bool {
         self.columns == matrix.columns() && self.operands.serve(matrix)
     }
 

@@ -7,21 +7,9 @@ use std::marker::PhantomData;
 
 use lathe_tensor::ScaleType;
 
-use crate::isa::Simd;
+use crate::isa::{Simd, unroll};
 use crate::pack::layout::{Codes, Constants};
 use crate::pack::{PANEL, table};
-
-/// Repeats a block with a constant `$r` from 0 to `$n - 1`, without a loop: arrays indexed by it
-/// live in registers.
-macro_rules! unroll {
-    ($r:ident in $n:expr => $body:block) => {
-        unroll!(@ $r, $n, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
-    };
-    (@ $r:ident, $n:expr, $body:block, $($i:literal)*) => {
-        $( if $i < $n { let $r: usize = $i; $body } )*
-    };
-}
-pub(crate) use unroll;
 
 /// A format as the kernels decode it.
 pub(crate) trait Coded: 'static {

@@ -5,11 +5,14 @@ use std::marker::PhantomData;
 use lathe_tensor::FloatType;
 
 #[cfg(target_arch = "x86_64")]
-use super::amx::{decode, products::TileProducts};
+use super::amx::decode;
 use super::codes::*;
 use super::kernels::*;
 #[cfg(target_arch = "x86_64")]
-use super::prompt::{Products, Prompt, dots::Dots, weights};
+use super::prompt::weights;
+use super::table::{Args, ChooseFn, ExpandFn, Kernels, RunFn, Scratch, Tiles};
+#[cfg(target_arch = "x86_64")]
+use super::table::{BatchFn, Prompt, TileInstructions, ToTilesFn};
 #[cfg(target_arch = "aarch64")]
 use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
@@ -17,87 +20,6 @@ use crate::isa::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::pack::layout::{Codes, Constants, Fineness, Layout, Operand, Scales};
-
-/// A kernel instantiated for one ISA and number of rows. Unsafe as [`Kernel::run`].
-pub(crate) type RunFn = unsafe fn(&Args<'_>);
-/// Unsafe as [`Expand::expand`].
-pub(crate) type ExpandFn = unsafe fn(*const u8, usize, &Constants, &mut Scratch);
-/// Writes segments (whole chunks) as tiles of `bf16` pairs, `[segments][16][16][2]`. Unsafe as [`Expand::expand`].
-#[cfg(target_arch = "x86_64")]
-pub(crate) type ToTilesFn = unsafe fn(*const u8, usize, &Constants, *mut u8);
-/// The instance for the most rows up to those given, and how many it takes.
-pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
-
-/// The instance for the most rows and panels up to those given, and how many of each it takes.
-pub(crate) type DirectFn = fn(usize, usize) -> (RunFn, usize, usize);
-
-/// The instance for a block padded to so many rows.
-pub(crate) type BatchFn = fn(usize) -> RunFn;
-
-/// The kernels of one matrix.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Kernels {
-    /// Straight from the packed panel, for one block of few rows.
-    pub(crate) direct: Option<DirectFn>,
-    /// Most rows that `direct` takes.
-    pub(crate) direct_rows: usize,
-    /// Straight from the packed panel, for one block of rows; absent if codes must be decoded.
-    pub(crate) plain: Option<ChooseFn>,
-    /// Decodes a batch for `tile`; absent if `tile` reads the packed panel.
-    pub(crate) expand: Option<ExpandFn>,
-    /// For any number of rows.
-    pub(crate) tile: ChooseFn,
-    /// For rows in the prefill form, if they are not multiplied as all others are.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) prompt: Option<Prompt>,
-    /// What AMX multiplies of the rows in the decoding form.
-    pub(crate) tiles: Tiles,
-    /// Whether coded activations are words ([`crate::isa::Simd::WORDS`]).
-    pub(crate) words: bool,
-}
-
-/// What AMX tiles multiply of the rows in the decoding form.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Tiles {
-    /// Nothing.
-    None,
-    /// All of them, in two parts of `bf16`: packed panels are tiles.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    Split,
-    /// Blocks of several rows as codes.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    Codes(BatchFn),
-}
-
-impl Kernels {
-    /// Whether rows in the prefill form are multiplied as none else.
-    pub(crate) fn has_prompt(&self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self.prompt.is_some();
-        #[cfg(not(target_arch = "x86_64"))]
-        false
-    }
-
-    /// Multiplies rows in the prefill form as all others are.
-    pub(crate) fn without_prompt(self) -> Kernels {
-        Kernels {
-            #[cfg(target_arch = "x86_64")]
-            prompt: None,
-            ..self
-        }
-    }
-
-    /// Multiplies rows in the prefill form by AVX-512's dots of `bf16` pairs, if the weights are floats of 16 or 8 bits.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn with_dots(self, layout: Layout) -> Kernels {
-        Kernels { prompt: prompt_of_floats::<Dots>(layout), ..self }
-    }
-
-    /// Leaves out what rounds floats to `bf16`.
-    pub(crate) fn exact(self) -> Kernels {
-        Kernels { tiles: Tiles::None, ..self.without_prompt() }
-    }
-}
 
 /// An ISA as something that kernels are compiled for.
 trait Target {
@@ -188,9 +110,10 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
             let prompt = match (layout, operand) {
                 // Of fp8 it is not the operand's to say that nothing is rounded.
                 (Layout::Coded(codes, scales), Operand::Int8(_)) => {
-                    Some(Prompt::new::<TileProducts>(Some(with_coded(codes, scales, OnTiles))))
+                    let to_tiles = Some(with_coded(codes, scales, OnTiles));
+                    Some(Prompt { to_tiles, products: TileInstructions::Amx })
                 }
-                _ => prompt_of_floats::<TileProducts>(layout),
+                _ => prompt_of_floats(layout, TileInstructions::Amx),
             };
             let tiles = match layout {
                 Layout::Float(FloatType::BF16) => Tiles::Split,
@@ -202,7 +125,7 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
         Isa::Avx512 => {
             let kernels = for_target::<Avx512Target>(layout, operand);
             // Two dots of bytes are as fast as one of pairs, and exact: codes have no prefill form.
-            if isa.prefers_bf16_dot() { kernels.with_dots(layout) } else { kernels }
+            if isa.prefers_bf16_dot() { with_dots(kernels, layout) } else { kernels }
         }
         #[cfg(target_arch = "x86_64")]
         Isa::AvxVnni if matches!(operand, Operand::Int8(_)) => {
@@ -220,16 +143,23 @@ pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
     }
 }
 
+/// `kernels` whose rows in the prefill form are multiplied by AVX-512's dots of `bf16` pairs, where
+/// the weights are floats of 16 or 8 bits.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn with_dots(kernels: Kernels, layout: Layout) -> Kernels {
+    Kernels { prompt: prompt_of_floats(layout, TileInstructions::Dots), ..kernels }
+}
+
 /// The products of `bf16` and fp8 weights with rows in the prefill form.
 #[cfg(target_arch = "x86_64")]
-fn prompt_of_floats<P: Products>(layout: Layout) -> Option<Prompt> {
+fn prompt_of_floats(layout: Layout, products: TileInstructions) -> Option<Prompt> {
     let to_tiles: Option<ToTilesFn> = match layout {
         Layout::Float(FloatType::BF16) => None,
         Layout::Coded(Codes::F8E4m3, _) => Some(weights::to_tiles_of_floats::<Float8E4m3>),
         Layout::Coded(Codes::F8E5m2, _) => Some(weights::to_tiles_of_floats::<Float8E5m2>),
         _ => return None,
     };
-    Some(Prompt::new::<P>(to_tiles))
+    Some(Prompt { to_tiles, products })
 }
 
 fn floats<T: Target, W: Float>() -> Kernels {

@@ -15,61 +15,12 @@
 
 use std::marker::PhantomData;
 
-use super::activations::{Activations, BLOCK, BlockView, CODE_BYTES};
-use super::codes::{Coded, Decoded, Group, Tail, group_scale, unroll};
-use crate::isa::{self, Simd};
-use crate::pack::layout::{Constants, Fineness, SEGMENT};
-use crate::pack::{PANEL, PackedMatrix};
-
-/// Segments that are expanded at once.
-pub(crate) const BATCH: usize = 8;
-
-/// A run of segments of one panel against the first rows of a block.
-#[derive(Clone, Copy)]
-pub(crate) struct Args<'a> {
-    /// The packed panel, or expanded codes or numbers.
-    pub(crate) weights: *const u8,
-    /// From one packed panel to the next, for kernels of several.
-    pub(crate) panel_bytes: usize,
-    /// Packed bytes that the next call expands, to be fetched meanwhile; null for none.
-    pub(crate) next: *const u8,
-    /// Expanded scales, `[segments][parts][16]`.
-    pub(crate) scales: *const f32,
-    /// Expanded mins, `[segments][16]`.
-    pub(crate) mins: *const f32,
-    /// Segments of 32 positions.
-    pub(crate) segments: usize,
-    /// The activations at the first segment.
-    pub(crate) rows: BlockView,
-    /// What the run adds to, `[R][16]`.
-    pub(crate) acc: *mut f32,
-    /// The matrix's.
-    pub(crate) constants: &'a Constants,
-}
-
-impl<'a> Args<'a> {
-    /// All segments of packed panel `panel` (and its neighbours, for kernels of several) against the rows from
-    /// `first_row` of `block` on.
-    pub(super) fn of_panel(
-        matrix: &'a PackedMatrix,
-        activations: &Activations,
-        panel: usize,
-        (block, first_row): (usize, usize),
-        acc: *mut f32,
-    ) -> Args<'a> {
-        Args {
-            weights: matrix.panel(panel),
-            panel_bytes: matrix.panel_bytes(),
-            next: std::ptr::null(),
-            scales: std::ptr::null(),
-            mins: std::ptr::null(),
-            segments: matrix.segments(),
-            rows: activations.view(matrix.operand, block, first_row, 0),
-            acc,
-            constants: &matrix.constants,
-        }
-    }
-}
+use super::block::{BLOCK, BlockView, CODE_BYTES};
+use super::codes::{Coded, Decoded, Group, Tail, group_scale};
+use super::table::{Args, Scratch};
+use crate::isa::{self, SEGMENT, Simd, unroll};
+use crate::pack::PANEL;
+use crate::pack::layout::{Constants, Fineness};
 
 /// What a kernel does with a run: one of the types below, for one format.
 pub(crate) trait Kernel: 'static {
@@ -305,21 +256,10 @@ unsafe fn add_segment_of<S: Simd, C: Coded, const R: usize, const PARTS: usize>(
     }
 }
 
-/// Where a batch of segments is expanded to.
-#[repr(C, align(64))]
-pub(crate) struct Scratch {
-    /// Codes `[segments][8][64]`, the same as words ([`Simd::WORDS`]), or `f32` numbers `[segments][32][16]`.
-    pub(crate) weights: [f32; BATCH * SEGMENT * PANEL],
-    /// `[segments][parts][16]`.
-    pub(crate) scales: [f32; BATCH * 2 * PANEL],
-    /// `[segments][16]`.
-    pub(crate) mins: [f32; BATCH * PANEL],
-}
-
 /// Decodes a batch for kernels that many rows share.
 pub(crate) trait Expand: 'static {
     /// # Safety
-    /// `S` runs here, and `panel` has `segments` (at most [`BATCH`]) segments in whole chunks.
+    /// `S` runs here, and `panel` has `segments` (at most [`super::table::BATCH`]) segments in whole chunks.
     unsafe fn expand<S: Simd>(
         panel: *const u8,
         segments: usize,

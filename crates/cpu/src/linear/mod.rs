@@ -12,11 +12,15 @@
 pub(crate) mod activations;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
+pub(crate) mod block;
 pub(crate) mod codes;
 pub(crate) mod dispatch;
 pub(crate) mod kernels;
+mod matrix;
+mod output;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod prompt;
+pub(crate) mod table;
 #[cfg(test)]
 mod tests;
 
@@ -25,15 +29,21 @@ use std::ops::Range;
 #[cfg(target_arch = "x86_64")]
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use lathe_program::BackendError;
+use lathe_tensor::Tensor;
+
 pub use activations::{Activations, Operands};
+pub use matrix::Matrix;
 
 use crate::gang::{Gang, share};
+use crate::isa::Isa;
+use crate::pack::layout::{Layout, Offset, Operand};
 use crate::pack::{PANEL, PackedMatrix};
-use activations::{BLOCK, padded_rows};
+use block::{BLOCK, padded_rows};
+use output::{Output, store};
 #[cfg(target_arch = "x86_64")]
-use dispatch::Tiles;
-use dispatch::{ChooseFn, DirectFn, ExpandFn};
-use kernels::{Args, BATCH, Scratch};
+use table::Tiles;
+use table::{Args, BATCH, ChooseFn, DirectFn, ExpandFn, Scratch};
 
 /// Elements of activations that stay in a core's second-level cache while panels pass by.
 const CACHED_ELEMENTS: usize = 512 << 10;
@@ -42,11 +52,41 @@ const PANELS_AT_ONCE: usize = 4;
 /// Blocks of rows that one worker multiplies by a panel while the panel is decoded.
 const BLOCKS_AT_ONCE: usize = 16;
 
+impl Matrix {
+    /// Packs `tensor` as a matrix of `[product of the leading dimensions, last dimension]`, and
+    /// chooses its kernels. `exact` chooses kernels that neither round activations nor accumulate
+    /// in anything but `f32`.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::pack`].
+    pub fn pack(tensor: &Tensor, isa: Isa, exact: bool) -> Result<Matrix, BackendError> {
+        let packed = PackedMatrix::pack(tensor)?;
+        let operand = operand(packed.layout, exact);
+        let kernels = dispatch::kernels(isa, packed.layout, operand);
+        let kernels = if exact { kernels.exact() } else { kernels };
+        Ok(Matrix { packed, operand, kernels })
+    }
+}
+
+/// Floats meet activations as they are: rounding those to `bf16`, for the sake of the machines'
+/// dots of `bf16`, moves logits of tiny models by 0.01 to 0.2, by 4 where it sends a token to
+/// another expert, and saves no byte of the weights that decoding is bound by.
+fn operand(layout: Layout, exact: bool) -> Operand {
+    match layout {
+        Layout::Coded(codes, scales) if !exact && !codes.is_float() => Operand::Int8(Offset {
+            zero: codes.zero(),
+            parts: scales.parts(),
+            fineness: codes.fineness(),
+        }),
+        _ => Operand::F32,
+    }
+}
+
 /// One matrix of a linear group and where its product goes.
 #[derive(Debug)]
 pub struct Part<'a> {
     /// `[out, in]`.
-    pub matrix: &'a PackedMatrix,
+    pub matrix: &'a Matrix,
     /// `[out]`, added to each row.
     pub bias: Option<&'a [f32]>,
     /// How much of the product is added to what `out` holds (a residual); `None` replaces it.
@@ -57,7 +97,7 @@ pub struct Part<'a> {
 
 impl<'a> Part<'a> {
     /// `out = x * transpose(matrix)`.
-    pub fn new(matrix: &'a PackedMatrix, out: &'a mut [f32]) -> Part<'a> {
+    pub fn new(matrix: &'a Matrix, out: &'a mut [f32]) -> Part<'a> {
         Part { matrix, bias: None, accumulate: None, out }
     }
 }
@@ -105,7 +145,7 @@ struct Job<'a, 'b> {
 unsafe impl Sync for Job<'_, '_> {}
 
 impl Job<'_, '_> {
-    fn matrix(&self, part: usize) -> &PackedMatrix {
+    fn matrix(&self, part: usize) -> &Matrix {
         // SAFETY: `part` is below `count`, and parts outlive the run.
         unsafe { (*self.parts.add(part)).matrix }
     }
@@ -129,7 +169,7 @@ impl Job<'_, '_> {
         &self,
         unit: usize,
         panels: usize,
-        takes: impl Fn(&PackedMatrix) -> bool,
+        takes: impl Fn(&Matrix) -> bool,
     ) -> Option<(usize, Range<usize>)> {
         let mut before = 0;
         for part in (0..self.count).filter(|part| takes(self.matrix(*part))) {
@@ -155,11 +195,11 @@ impl Job<'_, '_> {
         if blocks == 0 {
             return;
         }
-        let takes = |matrix: &PackedMatrix| matrix.kernels.prompt.is_some();
+        let takes = |matrix: &Matrix| matrix.kernels.prompt.is_some();
         let tiled = (0..self.count).map(|part| self.matrix(part)).filter(|m| takes(m));
-        let panels = tiled.clone().map(PackedMatrix::panels).sum::<usize>() / (8 * workers);
+        let panels = tiled.clone().map(Matrix::panels).sum::<usize>() / (8 * workers);
         let panels = panels.clamp(2, UNIT_PANELS) & !1;
-        let Some(segments) = tiled.clone().map(PackedMatrix::segments).max() else { return };
+        let Some(segments) = tiled.clone().map(Matrix::segments).max() else { return };
         let pass = prompt::pass_blocks(segments, self.activations.tile_parts(), blocks);
         let units: usize = tiled.map(|matrix| matrix.panels().div_ceil(panels)).sum();
         let scratch = self.activations.tile_scratch(worker);
@@ -175,7 +215,7 @@ impl Job<'_, '_> {
             let rows = first..blocks.min(first + pass);
             // SAFETY: units are disjoint; a matrix has products only where their instructions are available.
             unsafe {
-                prompt.multiply(matrix, self.activations, panels, rows, &out, scratch);
+                prompt::multiply(prompt, matrix, self.activations, panels, rows, &out, scratch);
             }
         }
     }
@@ -210,34 +250,12 @@ impl Job<'_, '_> {
 #[cfg(target_arch = "x86_64")]
 const UNIT_PANELS: usize = 32;
 
-/// Where a part's product goes.
-struct Output<'a> {
-    pointer: *mut f32,
-    bias: Option<&'a [f32]>,
-    accumulate: Option<f32>,
-}
-
-impl Output<'_> {
-    /// Writes the sums of a row's outputs from `from` on, or adds them, with the bias.
-    #[inline(always)]
-    fn store(&self, sums: &[f32], from: usize, to: &mut [f32]) {
-        for (lane, value) in to.iter_mut().enumerate() {
-            let mut sum = sums[lane];
-            if let Some(bias) = self.bias {
-                sum += bias[from + lane];
-            }
-            // Times 1 changes no bit.
-            *value = self.accumulate.map_or(sum, |scale| *value + sum * scale);
-        }
-    }
-}
-
 /// Multiplies `blocks` of rows by `panels`, a cacheful of rows at a time.
 ///
 /// # Safety
 /// `out` is `[rows, out]`, and nobody else touches those elements.
 unsafe fn panels_by_blocks(
-    matrix: &PackedMatrix,
+    matrix: &Matrix,
     activations: &Activations,
     panels: Range<usize>,
     blocks: Range<usize>,
@@ -281,7 +299,7 @@ unsafe fn panels_by_blocks(
 /// # Safety
 /// As [`panels_by_blocks`].
 unsafe fn panels_direct(
-    matrix: &PackedMatrix,
+    matrix: &Matrix,
     activations: &Activations,
     panels: Range<usize>,
     block: usize,
@@ -305,7 +323,7 @@ unsafe fn panels_direct(
             // are sums of what kernels take.
             unsafe {
                 let acc = product.as_mut_ptr().cast::<f32>().add(row * PANEL);
-                kernel(&Args::of_panel(matrix, activations, panel, (block, row), acc));
+                kernel(&activations.args_of_panel(matrix, panel, (block, row), acc));
             }
             row += at_once;
         }
@@ -322,7 +340,7 @@ unsafe fn panels_direct(
 /// # Safety
 /// As [`panels_by_blocks`]; at most `BLOCKS_AT_ONCE` blocks.
 unsafe fn panel_by_blocks(
-    matrix: &PackedMatrix,
+    matrix: &Matrix,
     activations: &Activations,
     panel: usize,
     blocks: Range<usize>,
@@ -363,7 +381,7 @@ impl Source<'_> {
 
 /// One panel against some blocks of rows.
 struct Run<'a> {
-    matrix: &'a PackedMatrix,
+    matrix: &'a Matrix,
     activations: &'a Activations,
     panel: usize,
     blocks: Range<usize>,
@@ -378,8 +396,8 @@ impl Run<'_> {
     /// As [`panel_by_blocks`].
     unsafe fn expanded(&self, expand: ExpandFn) {
         let mut scratch = MaybeUninit::<Scratch>::uninit();
-        let total = self.matrix.segments();
-        let layout = self.matrix.layout;
+        let total = self.matrix.packed.segments();
+        let layout = self.matrix.packed.layout;
         let batch_bytes = BATCH / layout.chunk_segments() * layout.chunk_bytes();
         for first in (0..total).step_by(BATCH) {
             let some = first..total.min(first + BATCH);
@@ -387,8 +405,8 @@ impl Run<'_> {
             // scratch holds plain numbers.
             unsafe {
                 let scratch = &mut *scratch.as_mut_ptr();
-                let packed = self.matrix.segment(self.panel, first);
-                expand(packed, some.len(), &self.matrix.constants, scratch);
+                let packed = self.matrix.packed.segment(self.panel, first);
+                expand(packed, some.len(), &self.matrix.packed.constants, scratch);
                 // While rows multiply this batch, the next one arrives.
                 let next = packed.wrapping_add(batch_bytes);
                 let weights = scratch.weights.as_ptr().cast();
@@ -403,11 +421,11 @@ impl Run<'_> {
     /// # Safety
     /// As [`panel_by_blocks`].
     unsafe fn plain(&self, choose: ChooseFn) {
-        let total = self.matrix.segments();
+        let total = self.matrix.packed.segments();
         let batch = if self.blocks.len() == 1 { total.max(1) } else { BATCH };
         for first in (0..total).step_by(batch) {
             let some = first..total.min(first + batch);
-            let packed = self.matrix.segment(self.panel, first);
+            let packed = self.matrix.packed.segment(self.panel, first);
             // SAFETY: as the caller promises.
             unsafe { self.segments(Source::packed(packed), some, choose) };
         }
@@ -441,7 +459,7 @@ impl Run<'_> {
                             segments.start,
                         ),
                         acc: self.product.add(index).cast::<f32>().add(row * PANEL),
-                        constants: &self.matrix.constants,
+                        constants: &self.matrix.packed.constants,
                     };
                     kernel(&args);
                 }
@@ -449,28 +467,5 @@ impl Run<'_> {
                 row += count;
             }
         }
-    }
-}
-
-/// Adds the bias, and writes or adds the product of one panel to the rows of a block.
-unsafe fn store(
-    matrix: &PackedMatrix,
-    activations: &Activations,
-    product: &[f32; BLOCK * PANEL],
-    block: usize,
-    panel: usize,
-    out: &Output<'_>,
-) {
-    let from = panel * PANEL;
-    let width = (matrix.rows() - from).min(PANEL);
-    for slot in 0..activations.block_rows(matrix, block) {
-        let product = &product[slot * PANEL..][..width];
-        let row = activations.row_of(block * BLOCK + slot);
-        // SAFETY: row and panel lie within `out`, and this worker alone writes there.
-        let out_row = unsafe {
-            let start = out.pointer.add(row * matrix.rows() + from);
-            std::slice::from_raw_parts_mut(start, width)
-        };
-        out.store(product, from, out_row);
     }
 }

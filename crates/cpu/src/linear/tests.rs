@@ -9,12 +9,12 @@ use lathe_tensor::{
 };
 
 use super::activations::quantize_segment;
-use super::dispatch::Tiles;
-use super::{Activations, Operands, Part, matmul};
+use super::dispatch::with_dots;
+use super::table::Tiles;
+use super::{Activations, Matrix, Operands, Part, matmul};
 use crate::gang::Gang;
-use crate::isa::Isa;
-use crate::pack::PackedMatrix;
-use crate::pack::layout::{Operand, SEGMENT};
+use crate::isa::{Isa, SEGMENT};
+use crate::pack::layout::Operand;
 
 /// A small generator: tests need variety, not quality.
 struct Random(u64);
@@ -35,13 +35,13 @@ fn isas() -> impl Iterator<Item = Isa> {
 }
 
 /// `weight` as each ISA of this machine multiplies it, and as AVX-512's dots do where it has them and does not choose them.
-fn packed_by_all(weight: &Tensor) -> Vec<(String, PackedMatrix)> {
-    let pack = |isa| PackedMatrix::pack(weight, isa, false).expect("packs");
+fn packed_by_all(weight: &Tensor) -> Vec<(String, Matrix)> {
+    let pack = |isa| Matrix::pack(weight, isa, false).expect("packs");
     let all = isas().map(|isa| (isa.to_string(), pack(isa)));
     #[cfg(target_arch = "x86_64")]
     let all = all.chain((Isa::Avx512.is_available() && Isa::Avx512.has_bf16_dot()).then(|| {
         let mut packed = pack(Isa::Avx512);
-        packed.kernels = packed.kernels.with_dots(packed.layout);
+        packed.kernels = with_dots(packed.kernels, packed.packed.layout);
         ("dots".to_owned(), packed)
     }));
     all.collect()
@@ -67,7 +67,7 @@ fn column_counts(format: Format) -> Vec<usize> {
 }
 
 /// `[rows, out]` of the packed matrix, `threads` at once.
-fn product(packed: &PackedMatrix, x: &[f32], threads: usize) -> Vec<f32> {
+fn product(packed: &Matrix, x: &[f32], threads: usize) -> Vec<f32> {
     let gang = Gang::new(threads);
     let mut activations = Activations::new();
     activations.prepare(&gang, Operands::of([packed]), x, packed.columns());
@@ -131,7 +131,7 @@ fn kernels_agree_with_the_oracle() {
                 let mut rounded_sums = None;
                 for isa in isas() {
                     for exact in [false, true] {
-                        let packed = PackedMatrix::pack(&weight, isa, exact).expect("packs");
+                        let packed = Matrix::pack(&weight, isa, exact).expect("packs");
                         let expected = match packed.operand {
                             Operand::F32 => &exact_sums,
                             operand => rounded_sums.get_or_insert_with(|| {
@@ -160,7 +160,7 @@ fn every_format_is_laid_out_as_it_reads() {
             let out = 37;
             let weight = tensor(format, out, columns, &mut random);
             let x = random.values(3 * columns);
-            let packed = PackedMatrix::pack(&weight, Isa::detect(), true).expect("packs");
+            let packed = Matrix::pack(&weight, Isa::detect(), true).expect("packs");
             let expected = oracle(&weight.to_f32(), &x, columns);
             let name = format!("{format} 3x{columns}->{out}");
             check(&name, &product(&packed, &x, 1), &expected, out);
@@ -171,8 +171,7 @@ fn every_format_is_laid_out_as_it_reads() {
 #[test]
 fn formats_without_kernels_are_refused_by_name() {
     for format in formats::all() {
-        let packed =
-            PackedMatrix::pack(&tensor(format, 1, 256, &mut Random(9)), Isa::Portable, false);
+        let packed = Matrix::pack(&tensor(format, 1, 256, &mut Random(9)), Isa::Portable, false);
         match packed {
             Ok(_) => assert!(formats::is_promised(format), "{format} has kernels"),
             Err(error) => {
@@ -190,7 +189,7 @@ fn weights_stay_as_small_as_they_are() {
     let (rows, columns) = (64, 2048);
     for format in formats::promised() {
         let weight = tensor(format, rows, columns, &mut Random(10));
-        let packed = PackedMatrix::pack(&weight, Isa::detect(), false).expect("packs");
+        let packed = Matrix::pack(&weight, Isa::detect(), false).expect("packs");
         let codes = match format {
             Format::Scaled(scaled) if scaled.element.bits() == 6 => rows * columns,
             _ => weight.codes.len(),
@@ -236,7 +235,7 @@ fn a_nan_among_fp8_codes_is_not_hidden() {
                 let x = Random(12).values(3 * 384);
                 for isa in isas() {
                     let product_of = |weight: &Tensor| {
-                        let packed = PackedMatrix::pack(weight, isa, false).expect("packs");
+                        let packed = Matrix::pack(weight, isa, false).expect("packs");
                         product(&packed, &x, 1)
                     };
                     for (index, (got, want)) in
@@ -264,7 +263,7 @@ fn a_row_does_not_depend_on_its_neighbours() {
         let x = random.values(40 * columns);
         for isa in isas() {
             for exact in [false, true] {
-                let packed = PackedMatrix::pack(&weight, isa, exact).expect("packs");
+                let packed = Matrix::pack(&weight, isa, exact).expect("packs");
                 let alone: Vec<f32> =
                     x.chunks(columns).flat_map(|row| product(&packed, row, 1)).collect();
                 for rows in [2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 24, 33, 40] {
@@ -290,8 +289,8 @@ fn kernels_agree_to_the_bit_across_isas() {
         let (out, columns) = (50, 1024);
         let weight = tensor(format, out, columns, &mut random);
         let x = random.values(9 * columns);
-        let pack = |isa| PackedMatrix::pack(&weight, isa, false).expect("packs");
-        let bits_of = |packed: &PackedMatrix| -> Vec<u32> {
+        let pack = |isa| Matrix::pack(&weight, isa, false).expect("packs");
+        let bits_of = |packed: &Matrix| -> Vec<u32> {
             product(packed, &x, 1).iter().map(|v| v.to_bits()).collect()
         };
         let expected = bits_of(&pack(Isa::Portable));
@@ -319,7 +318,7 @@ fn extreme_codes_and_activations_are_exact() {
             for sign in [1.0, -1.0] {
                 let x = vec![127.0 * sign; 32];
                 for isa in isas() {
-                    let packed = PackedMatrix::pack(&weight, isa, false).expect("packs");
+                    let packed = Matrix::pack(&weight, isa, false).expect("packs");
                     let got = product(&packed, &x, 1);
                     let expected = oracle(&weight.to_f32(), &x, 32);
                     check(&format!("{format} {isa}"), &got, &expected, 16);
@@ -337,7 +336,7 @@ fn bias_residual_and_groups_of_parts() {
     let weights = formats.map(|format| tensor(format, 70, columns, &mut random));
     let x = random.values(3 * columns);
     for isa in isas() {
-        let packed = weights.each_ref().map(|w| PackedMatrix::pack(w, isa, false).expect("packs"));
+        let packed = weights.each_ref().map(|w| Matrix::pack(w, isa, false).expect("packs"));
         let gang = Gang::new(4);
         let mut activations = Activations::new();
         let fill =
@@ -426,7 +425,7 @@ fn slices_of_rows_are_matrices() {
     let mut random = Random(5);
     let weight = tensor(Format::Ggml(GgmlType::Q5_0), 96, 64, &mut random);
     let x = random.values(64);
-    let packed = PackedMatrix::pack(&weight, Isa::detect(), false).expect("packs");
+    let packed = Matrix::pack(&weight, Isa::detect(), false).expect("packs");
     let all = product(&packed, &x, 1);
     assert_eq!(product(&packed.slice_rows(32..64), &x, 1), all[32..64]);
 }
@@ -437,7 +436,7 @@ fn a_nan_is_not_hidden() {
     for format in formats::kernels() {
         let weight = tensor(format, 16, 256, &mut random);
         for isa in isas() {
-            let packed = PackedMatrix::pack(&weight, isa, false).expect("packs");
+            let packed = Matrix::pack(&weight, isa, false).expect("packs");
             for bad in [f32::NAN, f32::INFINITY] {
                 let mut x = random.values(256);
                 x[77] = bad;

@@ -195,7 +195,7 @@ mod tests {
             Format::Ggml(kind) => Layout::of_ggml(kind),
             Format::Scaled(format) => scaled::layout(&format, tensor.columns()).expect("a layout"),
         };
-        let chunk = layout.chunk_segments() * super::super::layout::SEGMENT;
+        let chunk = layout.chunk_segments() * crate::isa::SEGMENT;
         let filled = tensor.columns().div_ceil(chunk) * layout.chunk_bytes();
         let mut out = vec![0; filled];
         fill_panel_with(isa, tensor, layout, rows, &mut out);

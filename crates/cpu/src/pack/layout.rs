@@ -16,12 +16,10 @@
 //! are unsigned (or indexes of a table of 16); the zero point is subtracted in the integer dot.
 //! A chunk has exactly the bytes of its blocks in the file, so decoding reads what the file has.
 
+use crate::isa::SEGMENT;
 use lathe_tensor::{FloatType, GgmlType, ScaleType};
 
 use super::PANEL;
-
-/// Positions along k that activations quantize together, and what kernels step by.
-pub(crate) const SEGMENT: usize = 32;
 
 /// How the codes of a segment are stored and what a code means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

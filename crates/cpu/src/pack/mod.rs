@@ -24,10 +24,9 @@ use lathe_program::BackendError;
 use lathe_tensor::{Format, GlobalScale, ScaleType, Tensor};
 use rayon::prelude::*;
 
-use crate::isa::Isa;
-use crate::linear::dispatch::{self, Kernels};
+use crate::isa::SEGMENT;
 pub(crate) use ggml::table;
-use layout::{Constants, Layout, Offset, Operand, SEGMENT};
+use layout::{Constants, Layout};
 use memory::{AlignedBytes, weight_memory};
 
 /// Output rows in a panel: the lanes of the widest vector.
@@ -36,14 +35,12 @@ pub(crate) const PANEL: usize = 16;
 /// What a thread packs at a time: a huge page, which the system clears when it is first touched.
 const TASK_BYTES: usize = 2 << 20;
 
-/// A weight `[rows, columns]` laid out for one ISA's kernels. Cloning shares the memory.
+/// A weight `[rows, columns]` laid out for kernels. Cloning shares the memory.
 #[derive(Debug, Clone)]
 pub struct PackedMatrix {
     rows: usize,
     columns: usize,
     pub(crate) layout: Layout,
-    pub(crate) operand: Operand,
-    pub(crate) kernels: Kernels,
     pub(crate) constants: Constants,
     /// Chunks along a row.
     pub(crate) chunks: usize,
@@ -63,20 +60,14 @@ impl PackedMatrix {
     }
 
     /// Lays `tensor` out as a matrix of `[product of the leading dimensions, last dimension]`, in
-    /// parallel on rayon's pool. `exact` chooses kernels that neither round activations nor
-    /// accumulate in anything but `f32`.
+    /// parallel on rayon's pool.
     ///
     /// # Errors
     /// [`BackendError::Unsupported`] for a format that has no kernel, [`BackendError::Memory`],
     /// or [`BackendError::Weight`] if the tensor's bytes do not fit its shape.
-    pub fn pack(tensor: &Tensor, isa: Isa, exact: bool) -> Result<PackedMatrix, BackendError> {
+    pub fn pack(tensor: &Tensor) -> Result<PackedMatrix, BackendError> {
         let (rows, columns) = (tensor.rows(), tensor.columns());
         let layout = layout_of(tensor.format, columns)?;
-        let operand = operand(layout, exact);
-        let mut kernels = dispatch::kernels(isa, layout, operand);
-        if exact {
-            kernels = kernels.exact();
-        }
         let chunks = columns.div_ceil(layout.chunk_segments() * SEGMENT);
         let filled = chunks * layout.chunk_bytes();
         let panel_bytes = panel_bytes(filled);
@@ -102,18 +93,11 @@ impl PackedMatrix {
             rows,
             columns,
             layout,
-            operand,
-            kernels,
             constants: constants(tensor, layout)?,
             chunks,
             memory,
             offset,
         })
-    }
-
-    /// Multiplies rows in the prefill form as all others are.
-    pub(crate) fn without_prefill_form(self) -> PackedMatrix {
-        PackedMatrix { kernels: self.kernels.without_prompt(), ..self }
     }
 
     /// Output rows.
@@ -185,20 +169,6 @@ pub(crate) fn layout_of(format: Format, columns: usize) -> Result<Layout, Backen
 fn panel_bytes(bytes: usize) -> usize {
     const GAP: usize = 192;
     if bytes > 0 && bytes.is_multiple_of(4096) { bytes + GAP } else { bytes }
-}
-
-/// Floats meet activations as they are: rounding those to `bf16`, for the sake of the machines'
-/// dots of `bf16`, moves logits of tiny models by 0.01 to 0.2, by 4 where it sends a token to
-/// another expert, and saves no byte of the weights that decoding is bound by.
-fn operand(layout: Layout, exact: bool) -> Operand {
-    match layout {
-        Layout::Coded(codes, scales) if !exact && !codes.is_float() => Operand::Int8(Offset {
-            zero: codes.zero(),
-            parts: scales.parts(),
-            fineness: codes.fineness(),
-        }),
-        _ => Operand::F32,
-    }
 }
 
 fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError> {

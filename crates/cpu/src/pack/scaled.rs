@@ -10,9 +10,10 @@ use lathe_program::BackendError;
 use lathe_tensor::{Block, Element, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint, codec};
 
 use super::PANEL;
-use super::layout::{Codes, Layout, SEGMENT, Scales};
+use super::layout::{Codes, Layout, Scales};
 use super::place::{place_lane, place_nibbles, plane};
 use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
+use crate::isa::SEGMENT;
 
 /// Segments that share a stored scale, at most.
 const GROUP_SEGMENTS_MAX: usize = 8;

@@ -22,17 +22,18 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::super::activations::{Activations, BLOCK, BlockView, CODE_BYTES, padded_rows};
-use super::super::codes::{Coded, Decoded, unroll};
-use super::super::dispatch::{BatchFn, RunFn};
-use super::super::kernels::{AHEAD_BYTES, Args, load_acc, prefetch, store_acc};
-use super::super::prompt::TILE_BYTES;
-use super::super::{Output, store};
+use super::super::activations::Activations;
+use super::super::block::{BLOCK, BlockView, CODE_BYTES, TILE_BYTES, padded_rows};
+use super::super::codes::{Coded, Decoded};
+use super::super::kernels::{AHEAD_BYTES, load_acc, prefetch, store_acc};
+use super::super::matrix::Matrix;
+use super::super::output::{Output, store};
+use super::super::table::{Args, BatchFn, RunFn};
 use super::{configure, release};
-use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
+use crate::isa::{Simd, unroll};
+use crate::pack::PANEL;
 use crate::pack::layout::Constants;
-use crate::pack::{PANEL, PackedMatrix};
 
 /// Panels of `bf16` that a block of rows takes at a time.
 const PANELS: usize = 4;
@@ -42,8 +43,8 @@ const PANELS: usize = 4;
 /// # Safety
 /// AMX is available, the activations serve the matrix, whose packed panels are tiles, `out` is `[rows, out]`, and
 /// nobody else touches the elements of these rows and panels.
-pub(in super::super) unsafe fn multiply_split(
-    matrix: &PackedMatrix,
+pub(crate) unsafe fn multiply_split(
+    matrix: &Matrix,
     activations: &Activations,
     panels: Range<usize>,
     blocks: Range<usize>,
@@ -193,12 +194,12 @@ macro_rules! run {
 }
 
 impl Split {
-    fn new(matrix: &PackedMatrix, activations: &Activations, panel: usize, block: usize) -> Split {
+    fn new(matrix: &Matrix, activations: &Activations, panel: usize, block: usize) -> Split {
         let [first, second] = [0, 1].map(|part| activations.split_rows(part, block));
         Split {
             rows: [first.0, second.0],
             step: first.1,
-            weights: matrix.panel(panel),
+            weights: matrix.packed.panel(panel),
             panel_bytes: matrix.panel_bytes(),
             segments: matrix.segments(),
         }
@@ -286,8 +287,8 @@ const BATCH_ROWS: usize = 6;
 /// # Safety
 /// AMX is available, the activations serve the matrix, whose kernel `batch` is, `out` is `[rows, out]`, and nobody
 /// else touches the elements of these rows and panels.
-pub(in super::super) unsafe fn multiply_nibbles(
-    matrix: &PackedMatrix,
+pub(crate) unsafe fn multiply_nibbles(
+    matrix: &Matrix,
     activations: &Activations,
     panels: Range<usize>,
     blocks: Range<usize>,
@@ -314,7 +315,7 @@ pub(in super::super) unsafe fn multiply_nibbles(
                     configured = rows;
                 }
                 let acc = product.as_mut_ptr();
-                batch(rows)(&Args::of_panel(matrix, activations, panel, (block, 0), acc));
+                batch(rows)(&activations.args_of_panel(matrix, panel, (block, 0), acc));
                 store(matrix, activations, &product, block, panel, out);
             }
         }
@@ -325,7 +326,7 @@ pub(in super::super) unsafe fn multiply_nibbles(
 }
 
 /// The kernel of nibbles for a block padded to `rows`, [`BATCH_ROWS`] at least, for which tiles are configured.
-pub(in super::super) fn nibbles_of<C: Coded>(rows: usize) -> RunFn {
+pub(crate) fn nibbles_of<C: Coded>(rows: usize) -> RunFn {
     match rows {
         0..=6 => nibbles::<C, 6>,
         7..=8 => nibbles::<C, 8>,

@@ -1,4 +1,4 @@
-//! AMX: products of tiles of up to sixteen rows by sixteen outputs, for rows in the prefill form ([`products`]), and
+//! AMX: products of tiles of up to sixteen rows by sixteen outputs, for rows in the prefill form (`prompt/tiles.rs`), and
 //! of those in the decoding form for `bf16` weights and for batches of rows with weights of four bits ([`decode`]).
 //!
 //! Costs measured on Sapphire Rapids (quiet, 2.9 GHz), in cycles: a product of whole tiles 16, whatever
@@ -8,11 +8,10 @@
 //! on shared machines measure such a loop, not the products, beside a figure.
 
 pub(super) mod decode;
-pub(super) mod products;
 
 use std::arch::asm;
 
-use super::prompt::TILE_BYTES;
+use super::block::TILE_BYTES;
 
 /// The operand of `ldtilecfg`.
 #[repr(C, align(64))]
@@ -71,30 +70,6 @@ pub(crate) unsafe fn configure(rows: usize) {
 pub(crate) unsafe fn release() {
     // SAFETY: as the caller promises.
     unsafe { asm!("tilerelease", options(nomem, nostack)) }
-}
-
-/// Whether this processor has AMX with `bf16` and `int8`, and the system lets this process use it
-/// (Linux hands the tile registers out on request, once a process).
-pub(crate) fn is_available() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    // Bits 22, 24, 25 of EDX: AMX-BF16, AMX-TILE, AMX-INT8.
-    const NEEDED: u32 = 1 << 22 | 1 << 24 | 1 << 25;
-    let has = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & NEEDED == NEEDED;
-    has && permitted()
-}
-
-#[cfg(target_os = "linux")]
-fn permitted() -> bool {
-    /// `ARCH_REQ_XCOMP_PERM` and the number of the tile data's state component.
-    const REQUEST: libc::c_long = 0x1023;
-    const TILE_DATA: libc::c_long = 18;
-    // SAFETY: the call has no effect on memory.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn permitted() -> bool {
-    false
 }
 
 /// `steps` times four independent products of whole tiles, to measure their rate.

@@ -6,14 +6,14 @@
 
 use std::arch::x86_64::*;
 
-use super::super::activations::BLOCK;
-use super::{Products, Run, SUMS, TILE_BYTES};
+use super::super::block::{BLOCK, TILE_BYTES};
+use super::products::{Products, Run, SUMS};
 use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
 use crate::pack::PANEL;
 
 /// Products by AVX-512 with BF16.
-pub(in super::super) struct Dots;
+pub(super) struct Dots;
 
 /// Pairs of positions of a segment.
 const PAIRS: usize = 16;

@@ -2,7 +2,7 @@
 //!
 //! A packed panel of `bf16` weights is a run of tiles as it lies in memory (a segment is 16 pairs
 //! of positions x 16 lanes, 1 KB); the codes of other formats are decoded to such tiles ([`weights`]), once for a pass
-//! of rows. AMX multiplies them ([`super::amx::products`]), or AVX-512's dots of pairs ([`dots`]). With AMX a program with routers,
+//! of rows. AMX multiplies them ([`tiles`]), or AVX-512's dots of pairs ([`dots`]). With AMX a program with routers,
 //! where a little error may send a token to another expert, has its rows multiplied in two parts, the nearest `bf16` and what that
 //! leaves; dots in two parts would cost what `f32` does, so that there such rows have no form of their own.
 //!
@@ -20,22 +20,23 @@
 //! beside it in the tile: tiles always have sixteen rows, and those past the block's are computed
 //! from whatever lies there and thrown away.
 
-pub(super) mod dots;
+mod dots;
+mod products;
+mod tiles;
 pub(crate) mod weights;
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::Output;
-use super::activations::{Activations, BLOCK, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, TileScratch};
-use super::dispatch::ToTilesFn;
-use crate::pack::{PANEL, PackedMatrix};
-
-/// Bytes of a tile of weights: a segment of a panel.
-pub(super) const TILE_BYTES: usize = 1024;
-
-/// Floats of a tile of sums.
-pub(super) const SUMS: usize = BLOCK * PANEL;
+use super::activations::{Activations, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, TileScratch};
+use super::block::{BLOCK, TILE_BYTES};
+use super::matrix::Matrix;
+use super::output::Output;
+use super::table::{Prompt, TileInstructions, ToTilesFn};
+use crate::pack::PANEL;
+use dots::Dots;
+use products::{Products, Run, SUMS};
+use tiles::TileProducts;
 
 /// Blocks of rows of a pass, of `blocks` in all: as many passes of as equal length as the cache allows.
 pub(super) fn pass_blocks(segments: usize, parts: usize, blocks: usize) -> usize {
@@ -50,79 +51,41 @@ fn slice_segments(segments: usize) -> usize {
     segments.div_ceil(slices).next_multiple_of(8)
 }
 
-/// What multiplies blocks of sixteen rows by panels of sixteen outputs.
-pub(super) trait Products {
-    /// Before the first product of a run of them.
-    ///
-    /// # Safety
-    /// The instructions are available; [`Products::release`] follows on this thread.
-    unsafe fn configure();
-
-    /// After the last.
-    ///
-    /// # Safety
-    /// As [`Products::configure`].
-    unsafe fn release();
-
-    /// One block and one or two panels: sums are `[panels][16][16]`.
-    ///
-    /// # Safety
-    /// Configured; `sums` has so many tiles and the operands all segments.
-    unsafe fn one_block(run: &Run, sums: *mut f32, panels: usize);
-
-    /// Two blocks of sixteen slots and two panels: sums are `[blocks][panels][16][16]`.
-    ///
-    /// # Safety
-    /// As [`Products::one_block`].
-    unsafe fn two_by_two(run: &Run, sums: *mut f32);
-}
-
-/// How a matrix meets rows in the prefill form.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Prompt {
-    /// Decodes segments to tiles; absent if packed panels are tiles.
-    to_tiles: Option<ToTilesFn>,
-    multiply: MultiplyFn,
-}
-
-/// [`multiply`] by some [`Products`].
-type MultiplyFn = unsafe fn(&Job<'_>, Range<usize>);
-
-impl Prompt {
-    pub(super) fn new<P: Products>(to_tiles: Option<ToTilesFn>) -> Prompt {
-        Prompt { to_tiles, multiply: multiply::<P> }
+/// Multiplies the rows in the prefill form, of `blocks` of their slots (one pass, see
+/// [`pass_blocks`]), by `panels`, as `prompt` says.
+///
+/// # Safety
+/// The products' instructions are available, the activations serve the matrix, `out` is
+/// `[rows, out]`, and nobody else touches `scratch` and the elements of these rows and panels.
+pub(super) unsafe fn multiply(
+    prompt: Prompt,
+    matrix: &Matrix,
+    activations: &Activations,
+    panels: Range<usize>,
+    blocks: Range<usize>,
+    out: &Output<'_>,
+    scratch: TileScratch,
+) {
+    if panels.is_empty() || blocks.is_empty() {
+        return;
     }
-
-    /// Multiplies the rows in the prefill form, of `blocks` of their slots (one pass, see [`pass_blocks`]), by `panels`.
-    ///
-    /// # Safety
-    /// The products' instructions are available, the activations serve the matrix, `out` is `[rows, out]`, and nobody
-    /// else touches `scratch` and the elements of these rows and panels.
-    pub(super) unsafe fn multiply(
-        &self,
-        matrix: &PackedMatrix,
-        activations: &Activations,
-        panels: Range<usize>,
-        blocks: Range<usize>,
-        out: &Output<'_>,
-        scratch: TileScratch,
-    ) {
-        if panels.is_empty() || blocks.is_empty() {
-            return;
+    let slice = slice_segments(matrix.packed.segments());
+    let to_tiles = prompt.to_tiles;
+    let job = Job { matrix, to_tiles, activations, blocks, out, scratch, slice };
+    // SAFETY: as the caller promises.
+    unsafe {
+        match prompt.products {
+            TileInstructions::Amx => multiply_by::<TileProducts>(&job, panels),
+            TileInstructions::Dots => multiply_by::<Dots>(&job, panels),
         }
-        let slice = slice_segments(matrix.segments());
-        let to_tiles = self.to_tiles;
-        let job = Job { matrix, to_tiles, activations, blocks, out, scratch, slice };
-        // SAFETY: as the caller promises.
-        unsafe { (self.multiply)(&job, panels) }
     }
 }
 
 /// Multiplies a job's blocks by `panels`.
 ///
 /// # Safety
-/// As [`Prompt::multiply`].
-unsafe fn multiply<P: Products>(job: &Job<'_>, panels: Range<usize>) {
+/// As [`multiply`].
+unsafe fn multiply_by<P: Products>(job: &Job<'_>, panels: Range<usize>) {
     let at_once = if job.slice < job.matrix.segments() { TILE_PANELS } else { 2 };
     // SAFETY: as the caller promises.
     unsafe {
@@ -135,7 +98,7 @@ unsafe fn multiply<P: Products>(job: &Job<'_>, panels: Range<usize>) {
 }
 
 struct Job<'a> {
-    matrix: &'a PackedMatrix,
+    matrix: &'a Matrix,
     to_tiles: Option<ToTilesFn>,
     activations: &'a Activations,
     /// A pass.
@@ -184,14 +147,14 @@ impl Job<'_> {
     unsafe fn weights(&self, panels: Range<usize>, segments: Range<usize>) -> [*const u8; 2] {
         let Some(to_tiles) = self.to_tiles else {
             return [panels.start, panels.end - 1]
-                .map(|panel| self.matrix.segment(panel, segments.start));
+                .map(|panel| self.matrix.packed.segment(panel, segments.start));
         };
         let places =
             [0, 1].map(|i| self.scratch.weights.wrapping_add(i * TILE_SEGMENTS * TILE_BYTES));
         for (panel, place) in panels.zip(places) {
-            let packed = self.matrix.segment(panel, segments.start);
+            let packed = self.matrix.packed.segment(panel, segments.start);
             // SAFETY: as the caller promises; a place has room for a slice.
-            unsafe { to_tiles(packed, segments.len(), &self.matrix.constants, place) };
+            unsafe { to_tiles(packed, segments.len(), &self.matrix.packed.constants, place) };
         }
         places.map(<*mut u8>::cast_const)
     }
@@ -280,17 +243,4 @@ impl Job<'_> {
             }
         }
     }
-}
-
-/// The operands of one run of products.
-pub(super) struct Run {
-    /// The first segment of each block of rows.
-    pub(super) rows: [*const u8; 2],
-    /// Bytes from a block's segment to the next.
-    pub(super) rows_step: usize,
-    /// The first segment of each panel.
-    pub(super) weights: [*const u8; 2],
-    pub(super) segments: usize,
-    /// Whether the sums start from zero.
-    pub(super) fresh: bool,
 }

@@ -2,20 +2,20 @@
 
 use std::arch::x86_64::*;
 
-use super::super::codes::{Coded, Decoded, Group, Tail, group_scale, unroll};
+use super::super::block::TILE_BYTES;
+use super::super::codes::{Coded, Decoded, Group, Tail, group_scale};
 use super::super::kernels::{AHEAD_BYTES, Float, prefetch};
-use super::TILE_BYTES;
-use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
+use crate::isa::{SEGMENT, Simd, unroll};
 use crate::pack::PANEL;
-use crate::pack::layout::{Constants, SEGMENT};
+use crate::pack::layout::Constants;
 
 /// Decodes `segments` (whole chunks) to tiles of `bf16` pairs `[segments][16][16][2]`.
 ///
 /// # Safety
 /// AVX-512 with BF16 is available; both places hold the segments.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
-pub(in super::super) unsafe fn to_tiles<C: Coded>(
+pub(crate) unsafe fn to_tiles<C: Coded>(
     packed: *const u8,
     segments: usize,
     constants: &Constants,
@@ -59,7 +59,7 @@ pub(in super::super) unsafe fn to_tiles<C: Coded>(
 /// # Safety
 /// As [`to_tiles`].
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
-pub(in super::super) unsafe fn to_tiles_of_floats<W: Float>(
+pub(crate) unsafe fn to_tiles_of_floats<W: Float>(
     packed: *const u8,
     segments: usize,
     constants: &Constants,

@@ -1,14 +1,14 @@
-//! Products of tiles for rows in the prefill form ([`super::super::prompt`]). Sums are tiles 0 to 3, rows 4 and 5, weights
+//! Products of tiles for rows in the prefill form ([`super`]). Sums are tiles 0 to 3, rows 4 and 5, weights
 //! 6 and 7.
 
 use std::arch::asm;
 
-use super::super::activations::BLOCK;
-use super::super::prompt::{Products, Run};
-use super::{configure, release};
+use super::super::amx::{configure, release};
+use super::super::block::BLOCK;
+use super::products::{Products, Run};
 
 /// Products by AMX.
-pub(in super::super) struct TileProducts;
+pub(super) struct TileProducts;
 
 /// `$line`s for each segment, after which everything is moved on.
 macro_rules! products {

@@ -1,0 +1,138 @@
+//! The table of a matrix's kernels: function types, and what the functions take.
+
+use super::block::BlockView;
+use crate::isa::SEGMENT;
+use crate::pack::PANEL;
+use crate::pack::layout::Constants;
+
+/// Segments that are expanded at once.
+pub(crate) const BATCH: usize = 8;
+
+/// A run of segments of one panel against the first rows of a block.
+#[derive(Clone, Copy)]
+pub(crate) struct Args<'a> {
+    /// The packed panel, or expanded codes or numbers.
+    pub(crate) weights: *const u8,
+    /// From one packed panel to the next, for kernels of several.
+    pub(crate) panel_bytes: usize,
+    /// Packed bytes that the next call expands, to be fetched meanwhile; null for none.
+    pub(crate) next: *const u8,
+    /// Expanded scales, `[segments][parts][16]`.
+    pub(crate) scales: *const f32,
+    /// Expanded mins, `[segments][16]`.
+    pub(crate) mins: *const f32,
+    /// Segments of 32 positions.
+    pub(crate) segments: usize,
+    /// The activations at the first segment.
+    pub(crate) rows: BlockView,
+    /// What the run adds to, `[R][16]`.
+    pub(crate) acc: *mut f32,
+    /// The matrix's.
+    pub(crate) constants: &'a Constants,
+}
+
+/// Where a batch of segments is expanded to.
+#[repr(C, align(64))]
+pub(crate) struct Scratch {
+    /// Codes `[segments][8][64]`, the same as words ([`crate::isa::Simd::WORDS`]), or `f32` numbers `[segments][32][16]`.
+    pub(crate) weights: [f32; BATCH * SEGMENT * PANEL],
+    /// `[segments][parts][16]`.
+    pub(crate) scales: [f32; BATCH * 2 * PANEL],
+    /// `[segments][16]`.
+    pub(crate) mins: [f32; BATCH * PANEL],
+}
+
+/// A kernel instantiated for one ISA and number of rows. Unsafe as [`super::kernels::Kernel::run`].
+pub(crate) type RunFn = unsafe fn(&Args<'_>);
+/// Unsafe as [`super::kernels::Expand::expand`].
+pub(crate) type ExpandFn = unsafe fn(*const u8, usize, &Constants, &mut Scratch);
+/// Writes segments (whole chunks) as tiles of `bf16` pairs, `[segments][16][16][2]`. Unsafe as [`super::kernels::Expand::expand`].
+#[cfg(target_arch = "x86_64")]
+pub(crate) type ToTilesFn = unsafe fn(*const u8, usize, &Constants, *mut u8);
+/// The instance for the most rows up to those given, and how many it takes.
+pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
+
+/// The instance for the most rows and panels up to those given, and how many of each it takes.
+pub(crate) type DirectFn = fn(usize, usize) -> (RunFn, usize, usize);
+
+/// The instance for a block padded to so many rows.
+pub(crate) type BatchFn = fn(usize) -> RunFn;
+
+/// The kernels of one matrix.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kernels {
+    /// Reads the packed panel, for one block of few rows.
+    pub(crate) direct: Option<DirectFn>,
+    /// Most rows that `direct` takes.
+    pub(crate) direct_rows: usize,
+    /// Straight from the packed panel, for one block of rows; absent if codes must be decoded.
+    pub(crate) plain: Option<ChooseFn>,
+    /// Decodes a batch for `tile`; absent if `tile` reads the packed panel.
+    pub(crate) expand: Option<ExpandFn>,
+    /// For any number of rows.
+    pub(crate) tile: ChooseFn,
+    /// For rows in the prefill form, if they are not multiplied as all others are.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) prompt: Option<Prompt>,
+    /// What AMX multiplies of the rows in the decoding form.
+    pub(crate) tiles: Tiles,
+    /// Whether coded activations are words ([`crate::isa::Simd::WORDS`]).
+    pub(crate) words: bool,
+}
+
+/// What AMX tiles multiply of the rows in the decoding form.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Tiles {
+    /// Nothing.
+    None,
+    /// All of them, in two parts of `bf16`: packed panels are tiles.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    Split,
+    /// Blocks of several rows as codes.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    Codes(BatchFn),
+}
+
+impl Kernels {
+    /// Whether rows in the prefill form are multiplied as none else.
+    pub(crate) fn has_prompt(&self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.prompt.is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// Multiplies rows in the prefill form as all others are.
+    pub(crate) fn without_prompt(self) -> Kernels {
+        Kernels {
+            #[cfg(target_arch = "x86_64")]
+            prompt: None,
+            ..self
+        }
+    }
+
+    /// Leaves out what rounds floats to `bf16`.
+    pub(crate) fn exact(self) -> Kernels {
+        Kernels { tiles: Tiles::None, ..self.without_prompt() }
+    }
+}
+
+/// How a matrix meets rows in the prefill form.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Prompt {
+    /// Decodes segments to tiles; absent if packed panels are tiles.
+    pub(crate) to_tiles: Option<ToTilesFn>,
+    /// The instructions that multiply the tiles.
+    pub(crate) products: TileInstructions,
+}
+
+/// The instructions that multiply pairs of `bf16`.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum TileInstructions {
+    /// AMX.
+    Amx,
+    /// AVX-512's dots of `bf16` pairs.
+    Dots,
+}
