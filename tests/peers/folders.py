@@ -14,7 +14,8 @@ says that transformers does, log-probabilities must be Lathe's:
   asked that they are nearer to Lathe's folder than to the model.
 
 Where it says that transformers does not, loading must fail, or give other numbers. So neither a wrong promise nor a needless refusal
-passes. `hadamard` is a recipe that rotates the inputs of all matrices.
+passes. `hadamard` is a recipe that rotates the inputs of all matrices. Last, GGUF files of a small Llama in every type are opened with
+`gguf_file` (needs gguf).
 """
 
 import contextlib
@@ -44,6 +45,7 @@ MODELS = {
 }
 PRESETS = ["w4a16", "w8a16", "w4a4", "w4a8", "w8a8", "w8a8-fp8", "int8", "fp8", "fp8_tensor", "fp8_channel", "fp8_block", "mxfp8",
            "mxfp6", "mxfp4", "mxfp4-a4", "mxfp4-a8", "nvfp4", "nvfp4-a4", "int4-g128-bf16-asym", "int8-channel-bf16-asym", "hadamard"]
+GGUF = ["q4_0", "q5_0", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"]
 TOKENS = [(i * i * 7 + 3 * i + 5) % 500 + 3 for i in range(48)]
 EXACT = 1e-5
 HADAMARD = 'format = "int8-channel-bf16"\n[[technique]]\nuse = "hadamard"\nblock = 32\n[[technique]]\nuse = "rtn"\n'
@@ -73,7 +75,7 @@ def ours(lathe, folder, scratch):
     return torch.tensor(run(lathe, "score", folder, "--tokens", text, "--device", "reference", "--exact", "--json")["logprobs"])
 
 
-def theirs(folder, load, compute):
+def theirs(folder, load, compute, **words):
     """Log-probabilities of transformers, loaded in one type and computed in another, or why there are none."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -82,7 +84,7 @@ def theirs(folder, load, compute):
         with quiet[0], quiet[1], quiet[2]:
             warnings.simplefilter("ignore")
             model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=load, attn_implementation="eager",
-                                                               experts_implementation="eager", output_loading_info=True)
+                                                               experts_implementation="eager", output_loading_info=True, **words)
             found = {key: sorted(map(str, value))[:3] for key, value in info.items() if value}
             if found:
                 return None, f"{found}"
@@ -167,7 +169,23 @@ def main(lathe, *presets):
                 moved = (mine - base).abs().mean().item()
                 print(f"{'ok ' if good else 'BAD'} {name} {preset}: {report['quantized_share']:.3f} of the bytes, moves by {moved:.4f}; "
                       f"transformers {how}; Lathe says {refusal or 'runs'}", flush=True)
-    assert wrong == 0, f"{wrong} folders are not what `readers` says"
+        wrong += gguf(lathe, scratch)
+    assert wrong == 0, f"{wrong} files are not what `readers` says"
+
+
+def gguf(lathe, scratch):
+    """How many GGUF files transformers does not read as Lathe does."""
+    MODELS["llama"] = dict(SIZES, model_type="llama", head_dim=64)
+    make("llama", scratch / "llama")
+    wrong = 0
+    for preset in GGUF:
+        file = scratch / f"{preset}.gguf"
+        report = run(lathe, "quantize", scratch / "llama", file, "--format", preset, "--json")
+        found, why = theirs(scratch, torch.float32, torch.float32, gguf_file=file.name)
+        good = report["readers"]["transformers"] is None and found is not None and off(found, ours(lathe, file, scratch)) < EXACT
+        wrong += not good
+        print(f"{'ok ' if good else 'BAD'} {file.name}: transformers {why or 'within 1e-5'}", flush=True)
+    return wrong
 
 
 if __name__ == "__main__":

@@ -515,11 +515,15 @@ fn who_runs_the_result_is_told_and_asked_for() {
         (&mixtral, &out, ["--format", "w8a16"], "vllm"),
         (&mixtral, &out, ["--format", "fp8"], "transformers"),
         (&llama, &gguf, ["--recipe", &eight], "llama.cpp"),
+        (&llama, &gguf, ["--recipe", &eight], "transformers"),
     ] {
         let words = [&["quantize", model, out, "--for", reader, "--json"], &words[..]].concat();
         let report = run_json(&mut command(home.path(), &words));
         assert!(report["readers"][reader].is_null(), "{report}");
         let _ = std::fs::remove_dir_all(out);
+        for name in ["out.gguf", "out.recipe.toml", "out.provenance.json"] {
+            let _ = std::fs::remove_file(path(name));
+        }
     }
     let words = ["quantize", &mixtral, &out, "--format", "w8a8"];
     let done = command(home.path(), &words).output().expect("runs");
@@ -682,7 +686,7 @@ fn calibration_reads_records_and_wants_text() {
     let told = String::from_utf8(done.stderr).expect("text");
     assert!(done.status.success() && !told.contains("fewer than"), "{told}");
     for (name, text, expected) in [
-        ("one.txt", "one", "1 tokens, expected a text of at least 2"),
+        ("one.txt", "one", "1 token, expected a text of at least 2"),
         (
             "bad.jsonl",
             "{\"text\": \"one\"}\n{\"prompt\": \"one\", \"id\": 1}",

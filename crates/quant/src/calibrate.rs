@@ -108,10 +108,13 @@ impl Calibration<'_> {
     /// # Errors
     /// If there are fewer than two, or one is outside the vocabulary.
     pub(crate) fn check(&self, program: &Program) -> Result<(), QuantError> {
-        if self.tokens.len() < 2 {
-            let count = self.tokens.len();
-            let message = format!("{count} tokens, expected a text of at least 2");
-            return Err(QuantError::Calibration(message));
+        let too_few = match self.tokens.len() {
+            0 => "there are no tokens",
+            1 => "1 token, expected a text of at least 2",
+            _ => "",
+        };
+        if !too_few.is_empty() {
+            return Err(QuantError::Calibration(too_few.to_owned()));
         }
         match self.tokens.iter().find(|token| **token as usize >= program.vocabulary) {
             None => Ok(()),
