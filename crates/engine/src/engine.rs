@@ -6,8 +6,9 @@ use std::sync::Arc;
 use lathe_program::sampling::validate_bias;
 use lathe_program::{BackendError, Choice, Executor, Report, TokenCounts, TokenLogprobs};
 
+use crate::draft::{DraftText, DraftTree, Drafter};
 use crate::request::{AddError, Event, FinishReason, Request, RequestId};
-use crate::scheduler::{Plan, Scheduler, SchedulerConfig};
+use crate::scheduler::{Draftable, Plan, PlannedSequence, Scheduler, SchedulerConfig};
 use crate::text::{TextDecoder, TextOutput};
 
 /// Limits and switches of an engine.
@@ -91,6 +92,10 @@ pub struct Stats {
     pub prompt_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Tokens drafted and verified.
+    pub drafted_tokens: u64,
+    /// Those of them that were accepted.
+    pub accepted_tokens: u64,
 }
 
 impl Stats {
@@ -123,6 +128,11 @@ pub struct Engine {
     in_flight: VecDeque<Plan>,
     /// Plans that may be in flight: two, so that the next step is there when one is done.
     in_flight_max: usize,
+    /// Plans whose memory can be used again.
+    spare: Vec<Plan>,
+    drafter: Option<Box<dyn Drafter>>,
+    /// Drafts for the next plan.
+    trees: BTreeMap<RequestId, DraftTree>,
     config: EngineConfig,
     stats: Stats,
 }
@@ -153,7 +163,8 @@ impl Engine {
         let scheduler = Scheduler::new(scheduling, &executor.program().kv);
         // Without a cache the next step begins with the first token again, once all are known.
         let in_flight_max = if config.kv_cache { limits.steps_in_flight.clamp(1, 2) } else { 1 };
-        let (outputs, pending, in_flight, stats) = Default::default();
+        let (outputs, pending, in_flight, spare) = Default::default();
+        let (trees, stats) = Default::default();
         Ok(Engine {
             executor,
             scheduler,
@@ -161,9 +172,18 @@ impl Engine {
             pending,
             in_flight,
             in_flight_max,
+            spare,
+            drafter: None,
+            trees,
             config,
             stats,
         })
+    }
+
+    /// The same engine, which drafts for all requests that are added from now on. Without a cache
+    /// ([`EngineConfig::kv_cache`]) nothing is drafted.
+    pub fn with_drafter(self, drafter: Box<dyn Drafter>) -> Engine {
+        Engine { drafter: Some(drafter), ..self }
     }
 
     /// Queues a request. Text deltas need a `decoder`; without one they are empty.
@@ -179,7 +199,8 @@ impl Engine {
         let expanded = self.executor.expanded_until(request.prompt.len());
         // The last token that is generated is never computed.
         let length_max = request.prompt.len() + tokens_max - 1;
-        self.scheduler.add(id, request.prompt.clone(), expanded, length_max);
+        let drafts = self.drafter.is_some();
+        self.scheduler.add(id, request.prompt.clone(), expanded, length_max, drafts);
         let penalties = request.sampling.has_penalties();
         let bias = &request.logit_bias;
         let output = Output {
@@ -270,8 +291,13 @@ impl Engine {
     /// [`EngineError`] if the executor failed. No request has advanced by what was in flight.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
         while self.in_flight.len() < self.in_flight_max {
-            let plan = self.scheduler.schedule();
+            self.draft()?;
+            let mut plan = self.spare.pop().unwrap_or_default();
+            plan.clear();
+            self.scheduler.schedule(&mut plan, &mut self.trees);
+            self.trees.clear();
             if plan.sequences.is_empty() {
+                self.spare.push(plan);
                 break;
             }
             self.submit(plan)?;
@@ -282,11 +308,40 @@ impl Engine {
         Ok(events)
     }
 
+    /// Asks the drafter for trees of the sequences that the next plan may have some for.
+    fn draft(&mut self) -> Result<(), EngineError> {
+        let Some(drafter) = &mut self.drafter else { return Ok(()) };
+        let wanted = self.scheduler.draftable();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let context_max = self.executor.program().context_max;
+        let text = |it: &Draftable| {
+            let tokens = &self.scheduler.sequence(it.request).expect("it runs").tokens;
+            // Slots, too, lie within the context.
+            let nodes_max = it.nodes_max.min(context_max - tokens.len());
+            let sampling = self.outputs[&it.request].request.sampling;
+            let (request, depth_max) = (it.request, it.depth_max);
+            DraftText { request, tokens, sampling, nodes_max, depth_max }
+        };
+        let texts: Vec<DraftText<'_>> =
+            wanted.iter().map(text).filter(|text| text.nodes_max > 0).collect();
+        let mut trees = vec![DraftTree::default(); texts.len()];
+        drafter.propose(&texts, &mut trees)?;
+        let named = texts.iter().map(|text| text.request).zip(trees);
+        self.trees.extend(named.filter(|(_, tree)| !tree.is_empty()));
+        Ok(())
+    }
+
     /// Hands a plan's step to the executor.
     fn submit(&mut self, mut plan: Plan) -> Result<(), EngineError> {
         for part in &plan.sequences {
-            if let Some(row) = part.choice_row {
-                plan.step.choices.push(self.outputs[&part.request].choice(row, part.position));
+            let output = &self.outputs[&part.request];
+            for (index, row) in part.choice_rows.clone().enumerate() {
+                let position = plan.step.positions[row as usize] as usize + 1;
+                let node = index.checked_sub(1);
+                let choice = output.choice(row, position, &part.tree, node);
+                plan.step.choices.push(choice);
             }
         }
         match self.executor.submit(&plan.step) {
@@ -320,35 +375,48 @@ impl Engine {
 
     /// Waits for the oldest step; the tokens that it chose, in the order of its plan.
     fn collect(&mut self) -> Result<Vec<Chosen>, EngineError> {
-        let Some(plan) = self.in_flight.front() else { return Ok(Vec::new()) };
-        let choosing = plan.sequences.iter().filter(|part| part.choice_row.is_some());
-        let expected = choosing.clone().count();
+        let Some(plan) = self.in_flight.front_mut() else { return Ok(Vec::new()) };
+        let expected = plan.sequences.iter().map(|part| part.choice_rows.len()).sum();
         let result = self.executor.collect().map_err(EngineError::from).and_then(|output| {
             let (found, reported) = (output.tokens.len(), output.logprobs.len());
             if found != expected || reported != expected {
                 return Err(EngineError::Choices { found: found.min(reported), expected });
             }
-            let made = output.tokens.iter().zip(output.logprobs);
-            let chosen = choosing.zip(made).map(|(part, (token, logprobs))| Chosen {
-                request: part.request,
-                token: *token,
-                logprobs: logprobs.clone(),
-            });
-            Ok(chosen.collect())
+            let (mut chosen, mut first) = (Vec::new(), 0);
+            for part in &mut plan.sequences {
+                let own = first..first + part.choice_rows.len();
+                first = own.end;
+                accept(part, &output.tokens[own.clone()], &output.logprobs[own], &mut chosen);
+            }
+            Ok(chosen)
         });
-        let plan = self.in_flight.pop_front().expect("it is the oldest");
-        if result.is_err() {
+        let mut plan = self.in_flight.pop_front().expect("it is the oldest");
+        let moved = result.and_then(|chosen| {
+            let moves = self.scheduler.moves(&plan);
+            match moves.is_empty() {
+                true => Ok(chosen),
+                false => self.executor.move_slots(&moves).map(|()| chosen).map_err(Into::into),
+            }
+        });
+        if moved.is_err() {
             self.drain();
             self.scheduler.take_back(plan);
-        } else {
-            self.scheduler.commit(&plan);
+            return moved;
         }
-        result
+        self.scheduler.commit(&plan);
+        if let Some(drafter) = &mut self.drafter {
+            for part in plan.sequences.iter().filter(|part| !part.tree.is_empty()) {
+                drafter.observe(part.request, part.tree.len(), part.accepted.len());
+            }
+        }
+        plan.clear();
+        self.spare.push(plan);
+        moved
     }
 
     /// Appends a chosen token to its text and tells what came of it.
     fn report(&mut self, chosen: Chosen, events: &mut Vec<Event>) {
-        let Chosen { request, token, logprobs } = chosen;
+        let Chosen { request, token, logprobs, accepted } = chosen;
         if !self.outputs.contains_key(&request) {
             // It ended while this token was in flight.
             return;
@@ -359,7 +427,9 @@ impl Engine {
         };
         let output = self.outputs.get_mut(&request).expect("a request of the plan");
         let (text, reason) = output.push(token);
-        self.scheduler.append(request, token);
+        if !accepted {
+            self.scheduler.append(request, token);
+        }
         self.stats.generated_tokens += 1;
         events.push(Event::Token { request, token, text, logprobs });
         if let Some(reason) = reason {
@@ -372,6 +442,9 @@ impl Engine {
         let sequence = self.scheduler.sequence(request).expect("an unfinished request");
         let cached_tokens = sequence.cached.unwrap_or(0);
         self.scheduler.remove(request);
+        if let Some(drafter) = &mut self.drafter {
+            drafter.forget(request);
+        }
         Event::Finished {
             request,
             reason,
@@ -397,6 +470,8 @@ impl Engine {
             prefix_queried_tokens: counts.prefix_queried_tokens,
             prefix_hit_tokens: counts.prefix_hit_tokens,
             resumed_hit_tokens: counts.resumed_hit_tokens,
+            drafted_tokens: counts.drafted_tokens,
+            accepted_tokens: counts.accepted_tokens,
             ..self.stats
         }
     }
@@ -423,17 +498,43 @@ struct Chosen {
     request: RequestId,
     token: Option<u32>,
     logprobs: Option<TokenLogprobs>,
+    /// Whether it was drafted, so that the scheduler has it.
+    accepted: bool,
+}
+
+/// Follows the tokens that a part's rows chose down its tree, as far as it has them, and adds them
+/// to `chosen`.
+fn accept(
+    part: &mut PlannedSequence,
+    tokens: &[Option<u32>],
+    logprobs: &[Option<TokenLogprobs>],
+    chosen: &mut Vec<Chosen>,
+) {
+    let mut row = 0;
+    while let Some((token, logprobs)) = tokens.get(row).zip(logprobs.get(row)) {
+        let node = token.and_then(|token| part.tree.child(row.checked_sub(1), token));
+        let (request, accepted) = (part.request, node.is_some());
+        chosen.push(Chosen { request, token: *token, logprobs: logprobs.clone(), accepted });
+        let Some(node) = node else { return };
+        part.accepted.push(node);
+        row = node + 1;
+    }
 }
 
 impl Output {
-    /// How the token at `position` of the text is chosen, by the logits of a row.
-    fn choice(&self, row: u32, position: usize) -> Choice {
+    /// How the token at `position` of the text is chosen, by the logits of a row: that of a node
+    /// of `tree`, or of the last known token.
+    fn choice(&self, row: u32, position: usize, tree: &DraftTree, node: Option<usize>) -> Choice {
         let Request { sampling, logprobs, .. } = &self.request;
+        let mut counts = self.counts.clone();
+        if let Some((counts, node)) = counts.as_mut().zip(node) {
+            tree.for_each_above(node, |token| Arc::make_mut(counts).record(token));
+        }
         Choice {
             row,
             sampling: Some(*sampling),
             counter: position as u64,
-            counts: self.counts.clone(),
+            counts,
             bias: self.bias.clone(),
             mask: None,
             report: Report { logprobs: logprobs.map(|count| count as u32), logits: false },

@@ -10,6 +10,7 @@
 //! What this crate does not know: files, HTTP, number formats, model families.
 #![forbid(unsafe_code)]
 
+pub mod draft;
 pub mod engine;
 pub mod eval;
 pub mod kv;
@@ -21,6 +22,7 @@ pub mod text;
 #[cfg(test)]
 mod tests;
 
+pub use draft::{DraftText, DraftTree, Drafter, LookupDrafter};
 pub use engine::{Engine, EngineConfig, EngineError, Stats};
 pub use eval::{Comparison, Perplexity, Windows, compare, perplexity};
 pub use lathe_program::{Sampling, SamplingError, TokenLogprobs};

@@ -25,17 +25,19 @@
 //! arrival is planned meanwhile. A sequence that turns out to have ended has one row in vain; its
 //! blocks go back when that row's step has been collected.
 //!
-//! **Room for speculation.** A draft tree would be a part with more rows than pending tokens and
-//! `ancestors` in its [`StepSequence`]. Nothing here assumes one row a decode: rows are given by
-//! budget and affordable length, and `computed` moves only in [`Scheduler::commit`]. Accepting
-//! `n` of `m` drafted rows is `computed += n`, then truncating the tables to
-//! `computed.div_ceil(block_tokens)`; windows slide by committed positions alone, so that a
-//! rollback never needs a block that has been given back.
+//! **Drafts.** A sequence that is drafted for gets a row for its last token and one for each node
+//! of its draft tree, at the slots that follow. Such a sequence is planned only when its last token
+//! is known, and not again before its tree has been verified. [`Scheduler::commit`] keeps the
+//! accepted nodes and gives the blocks of the others back. Trees take no row and no block that
+//! another sequence needs in the same step, and preempt nobody. Windows slide by committed positions
+//! alone, so that dropping nodes never needs a block that has been given back.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
-use lathe_program::{KvLayout, Step, StepSequence, TokenSource};
+use lathe_program::{KvLayout, SlotMove, Step, StepSequence, TokenSource};
 
+use crate::draft::DraftTree;
 use crate::kv::{KvCache, SequenceBlocks};
 use crate::request::RequestId;
 
@@ -73,6 +75,8 @@ pub struct Sequence {
     in_flight: usize,
     /// Positions that the sequence computes at most.
     length_max: usize,
+    /// Whether drafts may be made for it.
+    drafts: bool,
     blocks: SequenceBlocks,
     /// Positions below this one are computed by the expanded form of latent attention.
     expanded: usize,
@@ -85,10 +89,10 @@ const EXPANDED: u32 = 1 << 31;
 
 impl Sequence {
     /// A text of which the first `expanded` rows are expanded, and `length_max` are computed.
-    fn new(tokens: Vec<u32>, expanded: usize, length_max: usize) -> Self {
+    fn new(tokens: Vec<u32>, expanded: usize, length_max: usize, drafts: bool) -> Self {
         let mut keys = tokens.clone();
         keys[..expanded].iter_mut().for_each(|key| *key |= EXPANDED);
-        Sequence { tokens, keys, expanded, length_max, ..Sequence::default() }
+        Sequence { tokens, keys, expanded, length_max, drafts, ..Sequence::default() }
     }
 
     /// Tokens that are known or chosen by a step in flight.
@@ -96,9 +100,17 @@ impl Sequence {
         self.tokens.len() + self.awaited
     }
 
-    /// Rows that it wants.
+    /// Rows that it wants, but for those of a draft.
     fn pending(&self) -> usize {
-        self.length().min(self.length_max) - self.scheduled
+        // A draft follows a token that is known.
+        let waits = self.drafts && self.awaited > 0;
+        if waits { 0 } else { self.length().min(self.length_max) - self.scheduled }
+    }
+
+    /// Whether a draft may follow its last token in the next step.
+    fn takes_draft(&self) -> bool {
+        let decodes = self.drafts && self.in_flight == 0 && self.pending() == 1;
+        decodes && self.scheduled >= self.expanded
     }
 
     /// Gives all blocks back and starts over. Nothing of it is in flight.
@@ -114,13 +126,33 @@ impl Sequence {
 pub struct PlannedSequence {
     /// Whose.
     pub request: RequestId,
-    /// Tokens computed.
+    /// Rows of the step.
     pub rows: usize,
-    /// The step's row of the last token, whose logits choose the next one; `None` if the rows end
-    /// before it.
-    pub choice_row: Option<u32>,
-    /// The place in its text of the token that is chosen.
-    pub position: usize,
+    /// The rows of the step whose logits choose a token: the last known token's, and those of the
+    /// tree. Empty if the rows end before the last known token.
+    pub choice_rows: Range<u32>,
+    /// What is drafted; empty for a plain step.
+    pub tree: DraftTree,
+    /// The nodes of the tree that were accepted, from the root on. The engine fills it.
+    pub accepted: Vec<usize>,
+}
+
+impl PlannedSequence {
+    /// Rows that advance the sequence whatever is accepted.
+    fn sure_rows(&self) -> usize {
+        self.rows - self.tree.len()
+    }
+}
+
+/// A sequence that may be drafted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draftable {
+    /// Whose.
+    pub request: RequestId,
+    /// Nodes of its tree at most.
+    pub nodes_max: usize,
+    /// Nodes on a path at most.
+    pub depth_max: usize,
 }
 
 /// A step and whose rows it has.
@@ -128,9 +160,9 @@ pub struct PlannedSequence {
 pub struct Plan {
     /// For the executor.
     pub step: Step,
-    /// In the order of the step's sequences; those with a choice are in the order of its choices.
+    /// In the order of the step's sequences; those with choices are in the order of its choices.
     pub sequences: Vec<PlannedSequence>,
-    /// Sequences with a choice so far.
+    /// Choices so far.
     choices: u32,
 }
 
@@ -149,6 +181,10 @@ pub struct SchedulerCounts {
     pub prefix_hit_tokens: u64,
     /// Tokens of preempted sequences that were still in the cache when they ran again.
     pub resumed_hit_tokens: u64,
+    /// Nodes of draft trees committed.
+    pub drafted_tokens: u64,
+    /// Those of them that were accepted.
+    pub accepted_tokens: u64,
 }
 
 /// All sequences and the cache that they share.
@@ -212,16 +248,19 @@ impl Scheduler {
     }
 
     /// Queues a sequence, which fits the pool alone at `length_max`, the most positions that it
-    /// will compute; `expanded` is its [`StepSequence::expanded`].
+    /// will compute; `expanded` is its [`StepSequence::expanded`]. `drafts` says whether it may be
+    /// drafted for, which needs a cache.
     pub fn add(
         &mut self,
         request: RequestId,
         tokens: Vec<u32>,
         expanded: usize,
         length_max: usize,
+        drafts: bool,
     ) {
         assert!(!tokens.is_empty() && tokens.len() <= length_max);
-        let sequence = Sequence::new(tokens, expanded, length_max);
+        let drafts = drafts && self.config.kv_cache;
+        let sequence = Sequence::new(tokens, expanded, length_max, drafts);
         assert!(self.sequences.insert(request, sequence).is_none(), "{request:?} exists");
         self.waiting.insert(request);
     }
@@ -262,11 +301,30 @@ impl Scheduler {
         }
     }
 
-    /// Chooses the rows of the next step and gives them blocks. Each plan is committed or taken
-    /// back, in the order in which they were made. Empty only if there are no sequences, or those
+    /// The sequences that the next plan may have trees for, with a fair share of the rows that it
+    /// has left.
+    pub fn draftable(&self) -> Vec<Draftable> {
+        let running = || self.running.iter().map(|request| (*request, &self.sequences[request]));
+        let decoding = running().filter(|(_, sequence)| sequence.pending() == 1).count();
+        let takers = running().filter(|(_, sequence)| sequence.takes_draft()).count();
+        // A prompt goes on by a row at least.
+        let prompts = running().any(|(_, it)| it.pending() > 1) || !self.waiting.is_empty();
+        let taken = decoding + usize::from(prompts);
+        let share = self.config.rows_max.saturating_sub(taken) / takers.max(1);
+        let one = |(request, sequence): (RequestId, &Sequence)| {
+            let depth_max = sequence.length_max - sequence.length();
+            let nodes_max = share.min(DraftTree::NODES_MAX);
+            (depth_max > 0).then_some(Draftable { request, nodes_max, depth_max })
+        };
+        let takers = running().filter(|(_, sequence)| share > 0 && sequence.takes_draft());
+        takers.filter_map(one).collect()
+    }
+
+    /// Chooses the rows of the next step and gives them blocks, in `plan`, which is empty. `trees`
+    /// has drafts of [`Scheduler::draftable`] sequences. Each plan is committed or taken back, in
+    /// the order in which they were made. It stays empty only if there are no sequences, or those
     /// that there are wait for plans in flight.
-    pub fn schedule(&mut self) -> Plan {
-        let mut plan = Plan::default();
+    pub fn schedule(&mut self, plan: &mut Plan, trees: &mut BTreeMap<RequestId, DraftTree>) {
         let wants = |request: &&RequestId| self.sequences[request].pending() > 0;
         let (decoding, filling): (Vec<RequestId>, Vec<RequestId>) = self
             .running
@@ -276,11 +334,12 @@ impl Scheduler {
         let mut next = Next::Open;
         for request in decoding.into_iter().chain(filling) {
             if next == Next::Open {
-                next = self.advance(request, &mut plan);
+                let tree = trees.remove(&request).unwrap_or_default();
+                next = self.advance(request, tree, plan);
             }
         }
         if next == Next::Open {
-            self.admit(&mut plan);
+            self.admit(plan);
         }
         if plan.sequences.is_empty() {
             let waits = self.sequences.is_empty() || self.in_flight > 0;
@@ -289,28 +348,32 @@ impl Scheduler {
             self.cache.take_changes(&mut plan.step.tables);
             self.in_flight += 1;
         }
-        plan
     }
 
-    /// Gives a running sequence as many rows as budget and blocks allow.
-    fn advance(&mut self, request: RequestId, plan: &mut Plan) -> Next {
+    /// Gives a running sequence as many rows as budget and blocks allow, and as much of `tree` as
+    /// is left then.
+    fn advance(&mut self, request: RequestId, mut tree: DraftTree, plan: &mut Plan) -> Next {
         // It may have been preempted by an earlier one of this step.
         let budget = self.config.rows_max - plan.step.tokens.len();
         if budget == 0 || !self.running.contains(&request) {
             return Next::Open;
         }
         let scheduled = self.sequences[&request].scheduled;
-        while self.cache.length_affordable(&self.sequences[&request].blocks) <= scheduled {
+        while self.cache.length_affordable(&self.sequences[&request].blocks, 0) <= scheduled {
             if self.preempt_after(request, plan) {
                 continue;
             }
             return if self.would_free_blocks(request) { Next::Closed } else { Next::Open };
         }
+        let others = self.running.len();
         let sequence = self.sequences.get_mut(&request).expect("running");
-        let affordable = self.cache.length_affordable(&sequence.blocks) - scheduled;
+        let affordable = self.cache.length_affordable(&sequence.blocks, 0) - scheduled;
         let rows = sequence.pending().min(budget).min(affordable);
-        self.cache.grow(&mut sequence.blocks, scheduled + rows);
-        plan.push(request, sequence, rows);
+        let beside = self.cache.length_affordable(&sequence.blocks, others);
+        let slots = beside.saturating_sub(scheduled + rows);
+        tree.truncate(if sequence.takes_draft() { slots.min(budget - rows) } else { 0 });
+        self.cache.grow(&mut sequence.blocks, scheduled + rows + tree.len());
+        plan.push(request, sequence, rows, tree);
         Next::Open
     }
 
@@ -357,7 +420,7 @@ impl Scheduler {
             sequence.blocks = self.cache.acquire(hit);
             self.waiting.remove(&request);
             self.running.insert(request);
-            if self.advance(request, plan) == Next::Closed {
+            if self.advance(request, DraftTree::default(), plan) == Next::Closed {
                 return;
             }
         }
@@ -375,8 +438,8 @@ impl Scheduler {
         self.in_flight -= 1;
         for part in plan.sequences {
             let sequence = self.sequences.get_mut(&part.request).expect("a sequence of the plan");
-            sequence.scheduled -= part.rows;
-            sequence.awaited -= usize::from(part.choice_row.is_some() && sequence.awaited > 0);
+            sequence.scheduled -= part.sure_rows();
+            sequence.awaited -= usize::from(!part.choice_rows.is_empty() && sequence.awaited > 0);
             sequence.in_flight -= 1;
             if self.ended.contains(&part.request) {
                 sequence.awaited = 0;
@@ -385,8 +448,27 @@ impl Scheduler {
         }
     }
 
-    /// Takes note that the step of the oldest plan in flight has run. Tokens that it chose for
-    /// sequences that have not ended are appended next.
+    /// The places in the cache that the accepted nodes of the oldest plan in flight move to: from
+    /// those of their rows to those behind the text. They move before the plan is committed.
+    pub fn moves(&self, plan: &Plan) -> Vec<SlotMove> {
+        let mut moves = Vec::new();
+        for part in &plan.sequences {
+            let ended = self.ended.contains(&part.request);
+            let accepted = part.accepted.iter().enumerate().filter(|_| !ended);
+            let sequence = &self.sequences[&part.request];
+            let first = sequence.computed + part.sure_rows();
+            moves.extend(accepted.filter(|(to, node)| to != *node).map(|(to, node)| SlotMove {
+                sequence: sequence.blocks.id(),
+                from: (first + node) as u32,
+                to: (first + to) as u32,
+            }));
+        }
+        moves
+    }
+
+    /// Takes note that the step of the oldest plan in flight has run, and that the nodes that it
+    /// names as accepted lie behind their texts. Tokens that it chose last for sequences that have
+    /// not ended are appended next.
     pub fn commit(&mut self, plan: &Plan) {
         self.in_flight -= 1;
         for part in &plan.sequences {
@@ -398,8 +480,17 @@ impl Scheduler {
                 self.bury(part.request);
                 continue;
             }
-            sequence.computed += part.rows;
+            let accepted = part.accepted.iter().map(|node| part.tree.token(*node));
+            sequence.tokens.extend(accepted.clone());
+            sequence.keys.extend(accepted);
+            sequence.scheduled += part.accepted.len();
+            sequence.computed += part.sure_rows() + part.accepted.len();
             self.cache.commit(&mut sequence.blocks, &sequence.keys[..sequence.computed]);
+            if !part.tree.is_empty() {
+                self.cache.truncate(&mut sequence.blocks, sequence.computed);
+            }
+            self.counts.drafted_tokens += part.tree.len() as u64;
+            self.counts.accepted_tokens += part.accepted.len() as u64;
         }
         self.counts.steps += 1;
     }
@@ -439,16 +530,31 @@ impl SchedulerCounts {
 }
 
 impl Plan {
-    fn push(&mut self, request: RequestId, sequence: &mut Sequence, rows: usize) {
+    /// Empties the plan and keeps its memory.
+    pub fn clear(&mut self) {
+        self.step.clear();
+        self.sequences.clear();
+        self.choices = 0;
+    }
+
+    fn push(
+        &mut self,
+        request: RequestId,
+        sequence: &mut Sequence,
+        known_rows: usize,
+        tree: DraftTree,
+    ) {
         let first = sequence.scheduled;
-        let end = first + rows;
+        let end = first + known_rows;
+        let (first_row, rows) = (self.step.tokens.len() as u32, known_rows + tree.len());
         self.step.sequences.push(StepSequence {
             id: sequence.blocks.id(),
-            first_row: self.step.tokens.len() as u32,
+            first_row,
             rows: rows as u32,
             cached: first as u32,
             expanded: sequence.expanded as u32,
-            ancestors: None,
+            // A chain has the bits of plain rows as plain rows.
+            ancestors: (!tree.is_chain()).then(|| tree.ancestors()),
         });
         // At most the last token is still to be chosen: by the plan made just before.
         let token = |position: usize| match sequence.tokens.get(position) {
@@ -457,15 +563,20 @@ impl Plan {
         };
         self.step.tokens.extend((first..end).map(token));
         self.step.positions.extend(first as u32..end as u32);
+        let nodes = 0..tree.len();
+        self.step.tokens.extend(nodes.clone().map(|node| TokenSource::Given(tree.token(node))));
+        self.step.positions.extend(nodes.map(|node| (end - 1 + tree.depth(node)) as u32));
+        let last_row = first_row + rows as u32;
         let chooses = end == sequence.length();
-        let choice_row = chooses.then(|| self.step.tokens.len() as u32 - 1);
+        let choosing = if chooses { 1 + tree.len() as u32 } else { 0 };
         sequence.scheduled = end;
         sequence.in_flight += 1;
         if chooses {
             sequence.awaited += 1;
             sequence.choice = self.choices;
-            self.choices += 1;
+            self.choices += choosing;
         }
-        self.sequences.push(PlannedSequence { request, rows, choice_row, position: end });
+        let (choice_rows, accepted) = (last_row - choosing..last_row, Vec::new());
+        self.sequences.push(PlannedSequence { request, rows, choice_rows, tree, accepted });
     }
 }

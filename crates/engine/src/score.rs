@@ -155,7 +155,7 @@ impl<'a> Feed<'a> {
 
     /// Rows that the next chunk may have; 0 at the end.
     pub fn rows(&self) -> usize {
-        let affordable = self.cache.length_affordable(&self.blocks) - self.computed;
+        let affordable = self.cache.length_affordable(&self.blocks, 0) - self.computed;
         let (until, most) = match self.wanted.checked_sub(self.computed) {
             Some(before @ 1..) => (before, self.rows_max),
             _ => (self.tokens.len() - self.computed, LOGITS_MAX / self.vocabulary.max(1)),

@@ -123,12 +123,14 @@ impl KvCache {
         fits
     }
 
-    /// Positions that `held` can reach with the pages that are available now.
-    pub fn length_affordable(&self, held: &SequenceBlocks) -> usize {
+    /// Positions that `held` can reach with the pages that are available now, if a block of each
+    /// group is left for `others` more sequences.
+    pub fn length_affordable(&self, held: &SequenceBlocks, others: usize) -> usize {
         match self.windows.len() {
             0 => usize::MAX,
             groups => {
-                (held.end() + self.pool.available() / groups).saturating_mul(self.block_tokens)
+                let blocks = (self.pool.available() / groups).saturating_sub(others);
+                (held.end() + blocks).saturating_mul(self.block_tokens)
             }
         }
     }
@@ -287,6 +289,21 @@ impl KvCache {
             }
             table.first += gone as u32;
             self.changes.push(TableChange::Slide { sequence, group, first: table.first });
+        }
+    }
+
+    /// Gives back the blocks past `length` positions, which are all that are computed.
+    pub fn truncate(&mut self, held: &mut SequenceBlocks, length: usize) {
+        let Some(sequence) = held.id else { return };
+        let end = length.div_ceil(self.block_tokens);
+        if held.end() <= end {
+            return;
+        }
+        for (group, table) in (0..).zip(&mut held.tables) {
+            for page in table.blocks.drain(end - table.first as usize..).rev() {
+                self.pool.release(page);
+            }
+            self.changes.push(TableChange::Truncate { sequence, group, end: end as u32 });
         }
     }
 

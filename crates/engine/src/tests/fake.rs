@@ -30,6 +30,7 @@ pub(crate) struct FakeExecutor {
     /// About one step in so many fails half-way; 0 means none.
     failing: u64,
     steps: u64,
+    moves: u64,
 }
 
 /// What a step made.
@@ -80,6 +81,7 @@ impl FakeExecutor {
             thorough: true,
             failing: 0,
             steps: 0,
+            moves: 0,
         }
     }
 
@@ -126,8 +128,22 @@ impl FakeExecutor {
         &mut self.pages[page][slot]
     }
 
-    /// Everything that the row at `position` can see but itself.
-    fn seen(&mut self, sequence: &StepSequence, position: usize) -> u64 {
+    /// The slots that row `row` of a sequence sees, by position: those cached, then its ancestors.
+    fn slots(step: &Step, sequence: &StepSequence, row: usize) -> Vec<usize> {
+        let cached = sequence.cached as usize;
+        let mut slots: Vec<usize> = (0..cached).collect();
+        let own = sequence.row_range();
+        for other in (0..own.len()).filter(|other| sequence.sees(row, *other)) {
+            // An ancestor comes before its row, at the position after that of its own parent.
+            assert_eq!(step.positions[own.start + other] as usize, slots.len());
+            slots.push(cached + other);
+        }
+        slots
+    }
+
+    /// Everything that a row can see but itself: `slots` are those of its positions, its own last.
+    fn seen(&mut self, sequence: &StepSequence, slots: &[usize]) -> u64 {
+        let position = slots.len() - 1;
         let mut hash = 7;
         for group in 0..self.program.kv.groups.len() {
             let window = self.program.kv.groups[group].window.unwrap_or(usize::MAX);
@@ -135,7 +151,7 @@ impl FakeExecutor {
             let visible = position - first;
             let stride = if self.thorough { 1 } else { (visible / 4).max(1) };
             for back in (0..visible).step_by(stride) {
-                hash = mix(hash, *self.entry(sequence, group, position - 1 - back));
+                hash = mix(hash, *self.entry(sequence, group, slots[position - 1 - back]));
             }
         }
         hash
@@ -186,12 +202,15 @@ impl FakeExecutor {
             }
             for row in sequence.first_row..sequence.first_row + sequence.rows {
                 let position = step.positions[row as usize];
-                assert_eq!(position, sequence.cached + row - sequence.first_row);
-                let seen = self.seen(sequence, position as usize);
+                let within = (row - sequence.first_row) as usize;
+                let slots = Self::slots(step, sequence, within);
+                assert_eq!(position as usize, slots.len() - 1);
+                let seen = self.seen(sequence, &slots);
                 let form = u32::from(position < sequence.expanded) << 31;
                 let own = own(seen, position, self.chooser.row_tokens()[row as usize] | form);
                 for group in 0..self.program.kv.groups.len() {
-                    *self.entry(sequence, group, position as usize) = mix(own, group as u64);
+                    let slot = sequence.cached as usize + within;
+                    *self.entry(sequence, group, slot) = mix(own, group as u64);
                 }
                 if step.choices.iter().any(|choice| choice.row == row) {
                     self.logits.extend(logits(own));
@@ -239,8 +258,21 @@ impl Executor for FakeExecutor {
         Ok(StepOutput { tokens, logprobs, logits, captures: Vec::new() })
     }
 
-    fn move_slots(&mut self, _: &[SlotMove]) -> Result<(), BackendError> {
-        unreachable!("no drafts yet")
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<(), BackendError> {
+        self.moves += 1;
+        if self.failing > 0 && mix(self.moves, 1).is_multiple_of(self.failing) {
+            return Err(BackendError::Device("these moves fail".into()));
+        }
+        let block_tokens = self.program.kv.block_tokens;
+        for SlotMove { sequence, from, to } in moves {
+            for group in 0..self.program.kv.groups.len() {
+                let table = self.tables.table(*sequence, group);
+                let (page, slot) = table.locate(*from as usize, block_tokens);
+                let (to_page, to_slot) = table.locate(*to as usize, block_tokens);
+                self.pages[to_page][to_slot] = self.pages[page][slot];
+            }
+        }
+        Ok(())
     }
 
     fn weight_bytes(&self) -> usize {

@@ -9,7 +9,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::fake::{FakeExecutor, layout, naive_logits};
+use super::fake::{FakeExecutor, VOCABULARY, layout, naive_logits};
 use crate::*;
 
 const OPERATIONS: usize = 10_000;
@@ -20,6 +20,57 @@ struct Expected {
     request: Request,
     tokens: Vec<u32>,
     cancelled: bool,
+}
+
+/// Drafts random trees, which often have the tokens that will be chosen. Sometimes it fails.
+struct RandomDrafter {
+    random: ChaCha8Rng,
+    windows: Vec<Option<usize>>,
+}
+
+impl RandomDrafter {
+    /// The token that follows `tokens`, but for penalties.
+    fn next(&self, text: &DraftText<'_>, tokens: &[u32]) -> u32 {
+        let choice = Choice::sample(0, text.sampling, tokens.len() as u64);
+        let logits = naive_logits(tokens, &self.windows);
+        Sampler::default().choose(&choice, &[], &logits).expect("logits are numbers")
+    }
+
+    fn grow(&mut self, text: &DraftText<'_>, tree: &mut DraftTree) {
+        let nodes = self.random.random_range(0..text.nodes_max.min(9) + 1);
+        while tree.len() < nodes {
+            let parents = (0..tree.len()).filter(|node| tree.depth(*node) < text.depth_max);
+            let parents: Vec<usize> = parents.collect();
+            let parent = parents.choose(&mut self.random).copied();
+            let parent = parent.filter(|_| self.random.random_bool(0.8));
+            let mut path = Vec::new();
+            let mut at = parent;
+            while let Some(node) = at {
+                path.insert(0, tree.token(node));
+                at = tree.parent(node);
+            }
+            let tokens = [text.tokens, &path].concat();
+            let token = match self.random.random_bool(0.6) {
+                true => self.next(text, &tokens),
+                false => self.random.random_range(0..VOCABULARY as u32),
+            };
+            tree.push(parent, token);
+        }
+    }
+}
+
+impl Drafter for RandomDrafter {
+    fn propose(
+        &mut self,
+        texts: &[DraftText<'_>],
+        trees: &mut [DraftTree],
+    ) -> Result<(), lathe_program::BackendError> {
+        if self.random.random_bool(0.01) {
+            return Err(lathe_program::BackendError::Device("the drafter fails".into()));
+        }
+        texts.iter().zip(trees).for_each(|(text, tree)| self.grow(text, tree));
+        Ok(())
+    }
 }
 
 struct Fuzz {
@@ -37,7 +88,7 @@ struct Fuzz {
 }
 
 impl Fuzz {
-    fn new(seed: u64, kv_cache: bool, steps_in_flight: usize) -> Self {
+    fn new(seed: u64, kv_cache: bool, steps_in_flight: usize, drafts: bool) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let window =
             |random: &mut ChaCha8Rng| random.random_bool(0.5).then(|| random.random_range(1..14));
@@ -58,7 +109,11 @@ impl Fuzz {
         let executor = FakeExecutor::new(kv, CONTEXT_MAX, rows_max, kv_blocks)
             .failing(40)
             .steps_in_flight(steps_in_flight);
-        let engine = Engine::new(Box::new(executor), config.clone()).unwrap();
+        let mut engine = Engine::new(Box::new(executor), config.clone()).unwrap();
+        if drafts {
+            let (random, windows) = (ChaCha8Rng::seed_from_u64(seed), windows.clone());
+            engine = engine.with_drafter(Box::new(RandomDrafter { random, windows }));
+        }
         let (live, past, refused) = Default::default();
         Fuzz {
             random,
@@ -235,8 +290,8 @@ fn pages_alone(length: usize, block_tokens: usize, windows: &[Option<usize>]) ->
     windows.iter().map(held).sum()
 }
 
-fn fuzz(seed: u64, kv_cache: bool, steps_in_flight: usize) -> Stats {
-    let mut fuzz = Fuzz::new(seed, kv_cache, steps_in_flight);
+fn fuzz(seed: u64, kv_cache: bool, steps_in_flight: usize, drafts: bool) -> Stats {
+    let mut fuzz = Fuzz::new(seed, kv_cache, steps_in_flight, drafts);
     for _ in 0..OPERATIONS {
         fuzz.operate();
     }
@@ -257,7 +312,8 @@ fn fuzz(seed: u64, kv_cache: bool, steps_in_flight: usize) -> Stats {
 #[test]
 fn random_operations_never_change_a_text() {
     for steps_in_flight in [1, 2, 3] {
-        let stats: Vec<Stats> = (0..16).map(|seed| fuzz(seed, true, steps_in_flight)).collect();
+        let stats: Vec<Stats> =
+            (0..16).map(|seed| fuzz(seed, true, steps_in_flight, false)).collect();
         // The fuzz is worth something only if it reaches what it is about.
         let sum = |count: fn(&Stats) -> u64| stats.iter().map(count).sum::<u64>();
         assert!(sum(|stats| stats.preemptions) > 500);
@@ -269,6 +325,25 @@ fn random_operations_never_change_a_text() {
 #[test]
 fn random_operations_without_cache() {
     for seed in 100..103 {
-        assert_eq!(fuzz(seed, false, 2).prefix_hit_tokens, 0);
+        assert_eq!(fuzz(seed, false, 2, false).prefix_hit_tokens, 0);
     }
+}
+
+#[test]
+fn random_drafts_never_change_a_text() {
+    for steps_in_flight in [1, 2] {
+        let stats: Vec<Stats> =
+            (200..212).map(|seed| fuzz(seed, true, steps_in_flight, true)).collect();
+        let sum = |count: fn(&Stats) -> u64| stats.iter().map(count).sum::<u64>();
+        assert!(sum(|stats| stats.preemptions) > 300);
+        assert!(sum(|stats| stats.prefix_hit_tokens) > 7_000);
+        let (drafted, accepted) =
+            (sum(|stats| stats.drafted_tokens), sum(|stats| stats.accepted_tokens));
+        assert!(drafted > 50_000 && accepted > 15_000, "{drafted} {accepted}");
+    }
+}
+
+#[test]
+fn nothing_is_drafted_without_a_cache() {
+    assert_eq!(fuzz(300, false, 1, true).drafted_tokens, 0);
 }
