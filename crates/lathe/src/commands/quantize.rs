@@ -27,11 +27,12 @@ use lathe_quant::job::Job;
 use lathe_quant::recipe::{Recipe, activations_named, activations_of, format_named};
 use lathe_quant::targets::targets;
 use lathe_quant::{Correction, QuantError};
-use lathe_session::{backend, bytes_under, milliseconds, program_for};
+use lathe_session::{backend, milliseconds, program_for};
 use lathe_tensor::{Format, GgmlType};
 
 use self::check::{
-    check_device, check_floats, check_layout, check_reader, check_targets, with_fallbacks,
+    check_device, check_floats, check_inputs, check_layout, check_reader, check_targets,
+    with_fallbacks,
 };
 use self::kept::with_kept;
 use self::meter::Meter;
@@ -88,11 +89,7 @@ pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), 
     let mut opened = open(&arguments.model, &global.open_options())?;
     opened.refuse_adapter("quantize")?;
     let recipe = match target {
-        Target::Folder => {
-            let spec = &opened.model.spec;
-            let program = program_for(spec, spec.context_max)?;
-            with_kept(&opened.model, &program, recipe)?
-        }
+        Target::Folder => with_kept(&opened.model, recipe)?,
         _ => recipe,
     };
     opened.model.spec = quantized(with_inputs(&opened.model.spec, &recipe))?;
@@ -102,19 +99,13 @@ pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), 
     let layout = layout_of(target, &recipe, model, &weights)?;
     let recipe = if target == Target::File { with_fallbacks(&program, recipe)? } else { recipe };
     check_targets(&program, &recipe, layout.as_ref())?;
-    if target == Target::File && !model.spec.inputs.is_empty() {
-        return Err(bad_input("a GGUF file cannot say what is done to inputs, expected a folder"));
-    }
+    check_inputs(target, model)?;
     check_device(global.device, &program, &recipe)?;
     check_floats(model, &weights, &recipe, arguments.allow_requantize)?;
     let text = read_tokens(arguments, &opened, &recipe)?;
     let backend = backend(global.device.into())?;
-    let recipe = plan(
-        &recipe,
-        &weights,
-        model,
-        text.as_ref().map(|it| runs(global, &*backend, &it.calibration)),
-    )?;
+    let measured = text.as_ref().map(|it| runs(global, &*backend, &it.calibration));
+    let recipe = plan(&recipe, &weights, model, measured)?;
 
     let mut meter = Meter::new();
     let mut job = quantized(Job::new(&weights, &recipe, text.is_some(), |now| meter.tell(now)))?;
@@ -142,25 +133,13 @@ pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), 
     if let Some(explanation) = &explanation {
         write_explanation(&model.name, explanation, out, target)?;
     }
-    let report = Provenance {
-        model: &model.name,
-        path: out,
-        layout: target.layout(),
-        format: formats(&recipe),
-        bytes: bytes_under(out),
-        bits_per_weight: quantized(job.bits_per_weight())?,
-        quantized_share: quantized_share(model, &weights, targets(&program, &recipe)?.keys())?,
-        readers: contents.as_ref().map(readers_of),
-        calibration_tokens: text.as_ref().map_or(0, |it| it.calibration.len()),
-        calibration: arguments.calibration.as_deref().filter(|_| text.is_some()),
-        quantize_ms: milliseconds(opened.started),
-        lathe: env!("CARGO_PKG_VERSION"),
-        recipe: recipe.to_toml(),
-        prepared: std::mem::take(&mut job.prepared),
-        expert_tokens: std::mem::take(&mut job.coverage),
-        tensors: std::mem::take(&mut job.reports),
-    };
-    drop(job);
+    let share = quantized_share(model, &weights, targets(&program, &recipe)?.keys())?;
+    let mut report = Provenance::new(model, arguments, target, &recipe);
+    report.readers = contents.as_ref().map(readers_of);
+    report.calibration_tokens = text.as_ref().map_or(0, |it| it.calibration.len());
+    report.calibration = arguments.calibration.as_deref().filter(|_| text.is_some());
+    report.quantize_ms = milliseconds(opened.started);
+    report.add(job, share).bad_input()?;
     finish(global, &report, explanation.as_ref(), target, &resume)
 }
 

@@ -123,6 +123,14 @@ pub(super) fn check_device(
     Ok(())
 }
 
+/// Refuses what is done to inputs where the target has no place for it.
+pub(super) fn check_inputs(target: Target, model: &Model) -> Result<(), Error> {
+    match target == Target::File && !model.spec.inputs.is_empty() {
+        true => Err(bad_input("a GGUF file cannot say what is done to inputs, expected a folder")),
+        false => Ok(()),
+    }
+}
+
 /// Refuses what the reader that the caller asks for cannot run.
 pub(super) fn check_reader(reader: Option<Reader>, contents: &Contents) -> Result<(), Error> {
     let Some(reader) = reader else { return Ok(()) };

@@ -9,6 +9,7 @@ use lathe_model::export::PackedLayout;
 use lathe_program::{Op, Program, Weight};
 use lathe_quant::recipe::Recipe;
 use lathe_quant::targets::{fused, targets};
+use lathe_session::program_for;
 use lathe_tensor::{Format, ScaledFormat};
 
 use super::{Target, layout_of};
@@ -16,12 +17,14 @@ use crate::output::InputContext;
 
 /// `recipe` for `model`, with what the folder cannot hold among what it keeps, as it is told on
 /// stderr. A recipe that names its tensors is left alone: what it names has to be possible.
-pub(super) fn with_kept(model: &Model, program: &Program, recipe: Recipe) -> Result<Recipe, Error> {
+pub(super) fn with_kept(model: &Model, recipe: Recipe) -> Result<Recipe, Error> {
     // What is said of a model whose inputs are transformed already is said later.
     let named = recipe.tensors.is_some() || recipe.budget.is_some();
     if named || !model.spec.inputs.is_empty() {
         return Ok(recipe);
     }
+    let program = program_for(&model.spec, model.spec.context_max)?;
+    let program = &*program;
     let weights = model.weights(program).bad_input()?;
     let Some(layout) = layout_of(Target::Folder, &recipe, model, &weights)? else {
         return Ok(recipe);

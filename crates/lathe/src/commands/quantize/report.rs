@@ -10,13 +10,15 @@ use lathe_model::checkpoint::CheckpointError;
 use lathe_model::export::{Contents, Reader};
 use lathe_model::weights::ModelWeights;
 use lathe_program::Weight;
+use lathe_quant::QuantError;
 use lathe_quant::explain::Explanation;
-use lathe_quant::job::{CoverageReport, PreparedReport, WeightReport};
-use lathe_session::human_bytes;
+use lathe_quant::job::{CoverageReport, Job, PreparedReport, WeightReport};
+use lathe_quant::recipe::Recipe;
+use lathe_session::{bytes_under, human_bytes};
 use serde::Serialize;
 
-use super::Target;
-use crate::arguments::Global;
+use super::{Target, formats};
+use crate::arguments::{Global, QuantizeArguments};
 use crate::explanation;
 use crate::output::{print, print_json};
 
@@ -45,6 +47,48 @@ pub(super) struct Provenance<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) expert_tokens: Vec<CoverageReport>,
     pub(super) tensors: Vec<WeightReport>,
+}
+
+impl<'a> Provenance<'a> {
+    /// What is known of the run that `arguments` ask for, when OUT is written.
+    pub(super) fn new(
+        model: &'a Model,
+        arguments: &'a QuantizeArguments,
+        target: Target,
+        recipe: &Recipe,
+    ) -> Self {
+        Provenance {
+            model: &model.name,
+            path: &arguments.out,
+            layout: target.layout(),
+            format: formats(recipe),
+            bytes: bytes_under(&arguments.out),
+            calibration_tokens: 0,
+            bits_per_weight: 0.0,
+            quantized_share: 0.0,
+            readers: None,
+            calibration: None,
+            quantize_ms: 0.0,
+            lathe: env!("CARGO_PKG_VERSION"),
+            recipe: recipe.to_toml(),
+            prepared: Vec::new(),
+            expert_tokens: Vec::new(),
+            tensors: Vec::new(),
+        }
+    }
+
+    /// Adds what `job` did to `share` of the model's bytes.
+    ///
+    /// # Errors
+    /// If a weight is corrected twice.
+    pub(super) fn add(&mut self, mut job: Job<'_>, share: f64) -> Result<(), QuantError> {
+        self.quantized_share = share;
+        self.bits_per_weight = job.bits_per_weight()?;
+        self.prepared = std::mem::take(&mut job.prepared);
+        self.expert_tokens = std::mem::take(&mut job.coverage);
+        self.tensors = std::mem::take(&mut job.reports);
+        Ok(())
+    }
 }
 
 /// By the name of a reader: why it cannot run the result.
