@@ -8,6 +8,7 @@ use anyhow::Error;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lathe_model::OpenOptions;
 use lathe_model::adapter::AdapterChoice;
+use lathe_model::export::Reader;
 use lathe_program::KvFormat;
 use lathe_quant::technique;
 use lathe_session::{Options, Ranks, SamplingChoice};
@@ -496,7 +497,8 @@ pub(crate) struct QuantizeArguments {
     /// Techniques joined by +: rtn, clip, gptq, awq, awq+gptq, imatrix, gptq+low-rank
     #[arg(long, value_name = "M", default_value = "rtn")]
     pub method: String,
-    /// A text, or a JSON array of token ids, on which inputs of layers are measured
+    /// A text, a JSON array of token ids, or a .jsonl file whose lines have `text` or `messages`, on
+    /// which inputs of layers are measured
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
     /// Tokens of it to use at most, from its start, in windows of 512
@@ -509,6 +511,12 @@ pub(crate) struct QuantizeArguments {
     /// Weights that share a scale, in place of the format's own number
     #[arg(long, value_name = "N")]
     pub group: Option<u32>,
+    /// Refuse, before anything is computed, what this program could not run
+    #[arg(long = "for", value_name = "PROGRAM", value_enum)]
+    pub reader: Option<ReaderName>,
+    /// Quantize a model whose matrices are quantized already, which rounds them twice
+    #[arg(long)]
+    pub allow_requantize: bool,
     /// Measure where errors come from and what each layer costs, on text of --calibration that is
     /// not calibrated with: report.html and report.json beside the weights
     #[arg(long, requires = "calibration")]
@@ -516,6 +524,28 @@ pub(crate) struct QuantizeArguments {
     /// Tokens to measure on, after those of the calibration, in windows of 512
     #[arg(long, value_name = "N", default_value_t = EXPLAIN_TOKENS, requires = "explain")]
     pub explain_tokens: usize,
+}
+
+/// A program that the result of `lathe quantize` is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReaderName {
+    /// Hugging Face transformers
+    Transformers,
+    /// vLLM
+    Vllm,
+    /// llama.cpp
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+}
+
+impl From<ReaderName> for Reader {
+    fn from(name: ReaderName) -> Self {
+        match name {
+            ReaderName::Transformers => Reader::Transformers,
+            ReaderName::Vllm => Reader::Vllm,
+            ReaderName::LlamaCpp => Reader::LlamaCpp,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -302,12 +302,18 @@ fn inputs_are_rotated_and_rounded_as_the_folder_says() {
         assert!((found - expected).abs() < 0.02, "{device}: {found} {expected}");
         assert!(found != score(MODEL, device));
     }
-    let out = path("nvfp4");
+    let (rotated, out) = (out, path("nvfp4"));
     let words = ["quantize", MODEL, &out, "--format", "nvfp4-a4", "--json"];
     run_json(&mut command(home.path(), &words));
     let (reference, cpu) = (score(&out, "reference"), score(&out, "cpu"));
     // A code of four bits that falls to the other side of a tie moves what is behind it.
     assert!((reference - cpu).abs() < 0.2 && (cpu - expected).abs() < 1.0, "{reference} {cpu}");
+    // Plain floats without the rotation would be another model.
+    for (to, path) in [("safetensors", path("floats")), ("gguf", path("floats.gguf"))] {
+        let words = ["convert", &rotated, &path, "--to", to];
+        let reason = run_error(&mut command(home.path(), &words), 2);
+        assert!(reason.contains("rotated while"), "{reason}");
+    }
     // Both need a folder.
     std::fs::write(&recipe, text.replace("w8a8", "q8_0")).expect("writes");
     let (gguf, out) = (path("out.gguf"), path("again"));
@@ -456,4 +462,242 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     }
     assert!(!Path::new(&out).exists() && !Path::new(&gguf).exists());
     assert!(!home.path().join("out.partial").exists());
+}
+
+fn fixture(name: &str) -> String {
+    format!("{}/../../tests/fixtures/tiny/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The summary says who else runs the result, and `--for` refuses what its program would not run.
+#[test]
+fn who_runs_the_result_is_told_and_asked_for() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let recipe = path("recipe.toml");
+    let text = "format = \"w8a16\"\n[[technique]]\nuse = \"hadamard\"\nblock = 16\n\
+                inputs = \"all\"\n[[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    let (llama, mixtral) = (fixture("llama-tied"), fixture("mixtral"));
+    // Rows of 48 are no whole groups of 32.
+    let (six, four, eight) = (path("six.toml"), path("four.toml"), path("eight.toml"));
+    for (path, format) in [(&six, "mxfp6"), (&four, "nvfp4"), (&eight, "q8_0")] {
+        let down = if format == "nvfp4" { "" } else { "keep = [\"*.ffn.down\"]" };
+        let text = format!("format = \"{format}\"\n{down}\n[[technique]]\nuse = \"rtn\"");
+        std::fs::write(path, text).expect("writes");
+    }
+    let refused: [(&str, &[&str], &str, &str); 9] = [
+        (&llama, &["--recipe", &recipe], "transformers", "`transform_config`"),
+        (MODEL, &["--recipe", &recipe], "vllm", "with a bias"),
+        (&llama, &["--format", "w8a16"], "llama.cpp", "GGUF"),
+        (&llama, &["--recipe", &six], "vllm", "no scheme for linear layers"),
+        (&llama, &["--format", "int8-tensor-bf16"], "vllm", "no scheme"),
+        (&mixtral, &["--format", "w8a8"], "transformers", "in words, not in bytes"),
+        (&mixtral, &["--recipe", &four], "transformers", "global scales"),
+        (&mixtral, &["--format", "fp8"], "vllm", "no scheme for experts"),
+        (&mixtral, &["--format", "int8-channel-bf16-asym"], "transformers", "no zero points"),
+    ];
+    let out = path("out");
+    for (model, words, reader, reason) in refused {
+        let for_reader = ["quantize", model, &out, "--for", reader];
+        let found = run_error(&mut command(home.path(), &[&for_reader[..], words].concat()), 2);
+        assert!(found.contains(reader) && found.contains(reason), "{words:?}: {found}");
+        assert!(!Path::new(&out).exists());
+        let words = [&["quantize", model, &out, "--json"], words].concat();
+        let report = run_json(&mut command(home.path(), &words));
+        let told = report["readers"][reader].as_str().expect("a reason");
+        assert!(told.contains(reason), "{told}");
+        std::fs::remove_dir_all(&out).expect("is removed");
+    }
+    let gguf = path("out.gguf");
+    for (model, out, words, reader) in [
+        (&llama, &out, ["--format", "w8a16"], "transformers"),
+        (&llama, &out, ["--format", "w8a8"], "vllm"),
+        (&mixtral, &out, ["--format", "w8a16"], "vllm"),
+        (&mixtral, &out, ["--format", "fp8"], "transformers"),
+        (&llama, &gguf, ["--recipe", &eight], "llama.cpp"),
+        (&llama, &gguf, ["--recipe", &eight], "transformers"),
+    ] {
+        let words = [&["quantize", model, out, "--for", reader, "--json"], &words[..]].concat();
+        let report = run_json(&mut command(home.path(), &words));
+        assert!(report["readers"][reader].is_null(), "{report}");
+        let _ = std::fs::remove_dir_all(out);
+        for name in ["out.gguf", "out.recipe.toml", "out.provenance.json"] {
+            let _ = std::fs::remove_file(path(name));
+        }
+    }
+    let words = ["quantize", &mixtral, &out, "--format", "w8a8"];
+    let done = command(home.path(), &words).output().expect("runs");
+    let told = String::from_utf8(done.stdout).expect("text");
+    assert!(told.contains("runs in lathe, vllm\n"), "{told}");
+    assert!(told.contains("not in transformers: it looks for experts"), "{told}");
+}
+
+/// A recipe that names no tensors takes experts too, and what the layout has no place for stays.
+#[test]
+fn most_of_a_mixture_is_quantized_by_default() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let quantize = |model: &str, format: &str, out: &str| {
+        let model = fixture(model);
+        let words = ["quantize", &model, out, "--format", format, "--json"];
+        let done = command(home.path(), &words).output().expect("runs");
+        let told = String::from_utf8(done.stderr).expect("text");
+        let report: serde_json::Value =
+            serde_json::from_slice(&done.stdout).unwrap_or_else(|error| panic!("{error}: {told}"));
+        (report, told)
+    };
+    let names = |report: &serde_json::Value| -> String {
+        report["tensors"]
+            .as_array()
+            .expect("tensors")
+            .iter()
+            .map(|it| it["tensor"].to_string())
+            .collect()
+    };
+    for name in ["mixtral", "deepseek-v3", "qwen3-moe"] {
+        let (report, _) = quantize(name, "w8a16", &path(name));
+        assert!(names(&report).contains("experts.down[7]"), "{name}");
+        let share = report["quantized_share"].as_f64().expect("a number");
+        assert!(share > 0.8 && share < 1.0, "{name}: {share}");
+        runs_as_its_floats(home.path(), &path(name));
+    }
+    // All rows of a fused tensor have one scale: its matrices, and what runs beside them, stay.
+    let (report, told) = quantize("deepseek-v3", "fp8_tensor", &path("tensor"));
+    assert!(!names(&report).contains("kv_down") && !names(&report).contains("query_down"));
+    assert!(names(&report).contains("query_up") && names(&report).contains("experts.up[0]"));
+    assert!(told.contains("kept as it is: layers.*.attention.kv_down"), "{told}");
+    assert!(told.contains("query_down (run as one with"), "{told}");
+    // gpt-oss has experts in one tensor, which only MXFP4 has a place for.
+    let (report, told) = quantize("gpt-oss", "w8a16", &path("attention"));
+    assert!(names(&report).contains("attention.query") && !names(&report).contains("experts"));
+    assert!(told.contains("kept as it is: layers.*.ffn.experts.down"), "{told}");
+    let (report, told) = quantize("gpt-oss", "mxfp4", &path("experts"));
+    assert!(!names(&report).contains("attention.query") && names(&report).contains("experts"));
+    assert!(told.contains("kept as it is: layers.*.attention.query"), "{told}");
+}
+
+/// Matrices that engines run as one are not stored in two formats.
+#[test]
+fn pairs_that_engines_fuse_are_refused_in_two_formats() {
+    let home = tempfile::tempdir().expect("a folder");
+    let (recipe, out) = (home.path().join("recipe.toml"), home.path().join("out"));
+    let text = "format = \"w8a16\"\nkeep = [\"*.attention.key\"]\n[[technique]]\nuse = \"rtn\"";
+    std::fs::write(&recipe, text).expect("writes");
+    let (recipe, out) = (recipe.display().to_string(), out.display().to_string());
+    let words = ["quantize", MODEL, &out, "--recipe", &recipe];
+    let reason = run_error(&mut command(home.path(), &words), 2);
+    assert!(
+        reason.contains("layers.0.attention.query") && reason.contains("key is kept"),
+        "{reason}"
+    );
+    // llama.cpp runs them apart.
+    let gguf = home.path().join("out.gguf").display().to_string();
+    let text = text.replace("w8a16", "q8_0").replace("key\"", "key\", \"*.ffn.down\"");
+    std::fs::write(&recipe, text).expect("writes");
+    run_json(&mut command(home.path(), &["quantize", MODEL, &gguf, "--recipe", &recipe, "--json"]));
+}
+
+/// Numbers that were rounded once are not rounded again without a word.
+#[test]
+fn quantized_models_are_quantized_again_only_when_asked() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let (first, second, folder) = (path("first.gguf"), path("second.gguf"), path("folder"));
+    let model = fixture("llama-tied");
+    // Rows of `down` are no whole blocks.
+    let recipe = |format: &str| {
+        let (path, keep) = (path(&format!("{format}.toml")), "keep = [\"*.ffn.down\"]");
+        let text = format!("format = \"{format}\"\n{keep}\n[[technique]]\nuse = \"rtn\"");
+        std::fs::write(&path, text).expect("writes");
+        path
+    };
+    let (q8_0, q4_0) = (recipe("q8_0"), recipe("q4_0"));
+    let words = ["quantize", &model, &first, "--recipe", &q8_0, "--json"];
+    run_json(&mut command(home.path(), &words));
+    run_json(&mut command(
+        home.path(),
+        &["quantize", &model, &folder, "--format", "w8a16", "--json"],
+    ));
+    for source in [&first, &folder] {
+        let words = ["quantize", source, &second, "--recipe", &q4_0];
+        let reason = run_error(&mut command(home.path(), &words), 2);
+        assert!(reason.contains("quantized already, to"), "{reason}");
+        assert!(reason.contains("--allow-requantize") && !Path::new(&second).exists());
+        let words = [&words[..], &["--allow-requantize"]].concat();
+        let done = command(home.path(), &words).output().expect("runs");
+        let told = String::from_utf8(done.stderr).expect("text");
+        assert!(done.status.success() && told.contains("a second time"), "{told}");
+        std::fs::remove_file(&second).expect("was written");
+        for beside in ["second.recipe.toml", "second.provenance.json"] {
+            std::fs::remove_file(path(beside)).expect("was written");
+        }
+    }
+    // Floats in GGUF are floats.
+    let plain = path("plain.gguf");
+    run_json(&mut command(home.path(), &["convert", &model, &plain, "--to", "gguf", "--json"]));
+    run_json(&mut command(
+        home.path(),
+        &["quantize", &plain, &second, "--recipe", &q4_0, "--json"],
+    ));
+}
+
+/// Records are read by their text or messages, and too little text is told or refused.
+#[test]
+fn calibration_reads_records_and_wants_text() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let model = path("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(Path::new(MODEL).join(name), Path::new(&model).join(name)).expect("copies");
+    }
+    let words = ["<unk>", "<s>", "</s>", "user", "assistant", "one", "two", "three", "{", "}"];
+    let vocabulary: serde_json::Map<String, serde_json::Value> =
+        words.iter().enumerate().map(|(id, word)| ((*word).to_owned(), id.into())).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+        "decoder": {"type": "Fuse"}, "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}});
+    let template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}";
+    let settings = serde_json::json!({"chat_template": template});
+    let write = |name: &str, text: &str| std::fs::write(path(name), text).expect("writes");
+    write("model/tokenizer.json", &tokenizer.to_string());
+    write("model/tokenizer_config.json", &settings.to_string());
+    let mut count = 0;
+    let mut run = |name: &str, text: &str| {
+        count += 1;
+        write(name, text);
+        let (text, out) = (path(name), path(&format!("out{count}")));
+        let words = ["quantize", &model, &out, "--format", "w8a16", "--method", "clip", "--json"];
+        command(home.path(), &[&words[..], &["--calibration", &text]].concat())
+            .output()
+            .expect("runs")
+    };
+    let records = "{\"text\": \"one two three\", \"id\": 3}\n\n\
+                   {\"messages\": [{\"role\": \"user\", \"content\": \"one\"}, \
+                   {\"role\": \"assistant\", \"content\": \"two three\"}]}\n";
+    let done = run("records.jsonl", records);
+    let told = String::from_utf8(done.stderr).expect("text");
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout).expect(&told);
+    // Three words of text; two names and three words of messages.
+    assert_eq!(report["calibration_tokens"], 8, "{told}");
+    assert!(told.contains("8 tokens of calibration; fewer than 4096"), "{told}");
+    let done = run("plenty.txt", &"one two three ".repeat(1400));
+    let told = String::from_utf8(done.stderr).expect("text");
+    assert!(done.status.success() && !told.contains("fewer than"), "{told}");
+    for (name, text, expected) in [
+        ("one.txt", "one", "1 token, expected a text of at least 2"),
+        (
+            "bad.jsonl",
+            "{\"text\": \"one\"}\n{\"prompt\": \"one\", \"id\": 1}",
+            "bad.jsonl:2: the fields",
+        ),
+        ("array.jsonl", "[1, 2]", "array.jsonl:1: no object"),
+        ("broken.jsonl", "{\"text\": ", "broken.jsonl:1: "),
+        ("empty.jsonl", "\n", "0 tokens"),
+    ] {
+        let done = run(name, text);
+        let told = String::from_utf8(done.stderr).expect("text");
+        assert!(done.status.code() == Some(2) && told.contains(expected), "{name}: {told}");
+    }
 }

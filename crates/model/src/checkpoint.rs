@@ -64,6 +64,14 @@ pub enum CheckpointError {
         /// What its encoding asks for.
         expected: String,
     },
+    /// The configuration names a method of quantization that no tensor of the files is stored by.
+    #[error(
+        "quantization_config: no tensor of the files is quantized so, expected some `*{ending}`"
+    )]
+    NotQuantized {
+        /// How the names of such tensors end.
+        ending: &'static str,
+    },
     /// The description of the checkpoint asks for something that is not supported.
     #[error(transparent)]
     Spec(#[from] SpecError),
@@ -95,12 +103,17 @@ impl Checkpoint {
     /// The safetensors of a directory.
     ///
     /// # Errors
-    /// If there are none, or a file is malformed.
+    /// If there are none, a file is malformed, or no tensor is stored as `quantization` says.
     pub fn open_safetensors(
         path: &Path,
         quantization: Quantization,
     ) -> Result<Self, CheckpointError> {
-        Ok(Checkpoint::Safetensors { files: SafetensorsFiles::open(path)?, quantization })
+        let files = SafetensorsFiles::open(path)?;
+        let naming = quantization.naming();
+        match naming.example().filter(|_| !naming.is_used(&files)) {
+            None => Ok(Checkpoint::Safetensors { files, quantization }),
+            Some(ending) => Err(CheckpointError::NotQuantized { ending }),
+        }
     }
 
     /// Gives the memory of the mapped files back (see [`lathe_tensor::Bytes::release`]).

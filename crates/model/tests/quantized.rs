@@ -262,3 +262,36 @@ fn gptq_is_known_by_its_other_files() {
     });
     check(&path);
 }
+
+/// A method that no tensor is stored by: the numbers would be read as something that they are not.
+#[test]
+fn a_method_that_contradicts_the_tensors_is_refused() {
+    for (name, method, ending) in [
+        ("gptq-4bit", json!({"quant_method": "fp8"}), "weight_scale"),
+        ("ct-fp8-block", json!({"quant_method": "gptq", "bits": 4, "group_size": 32}), "qweight"),
+        ("gptq-4bit", json!({"quant_method": "fp8", "weight_block_size": [16, 16]}), "_scale_inv"),
+        ("awq", json!({"quant_method": "mxfp4"}), "_scales"),
+        ("gptq-4bit", json!({"quant_method": "bitsandbytes", "load_in_8bit": true}), "SCB"),
+    ] {
+        let change = |config: &mut Value| *config = method.clone();
+        let (_folder, path) = changed(name, &change);
+        let error = Model::open(&path).expect_err(name).to_string();
+        assert!(error.contains("no tensor of the files is quantized so"), "{name}: {error}");
+        assert!(error.contains(ending), "{name}: {error}");
+    }
+}
+
+/// How a cache is to be rounded is told, whatever the weights are stored in.
+#[test]
+fn a_cache_scheme_beside_dense_weights_is_told() {
+    let tiny = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny/llama"));
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(tiny.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    let mut config = read(&tiny.join("config.json"));
+    config["quantization_config"] = json!({
+        "quant_method": "compressed-tensors", "format": "dense", "config_groups": {},
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": false}});
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let model = Model::open(folder.path()).unwrap();
+    assert!(model.notes.iter().any(|note| note.contains("kv_cache_scheme")), "{:?}", model.notes);
+}

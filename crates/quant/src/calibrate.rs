@@ -106,10 +106,15 @@ impl Calibration<'_> {
     /// Refuses tokens that `program` does not know.
     ///
     /// # Errors
-    /// If there are none, or one is outside the vocabulary.
+    /// If there are fewer than two, or one is outside the vocabulary.
     pub(crate) fn check(&self, program: &Program) -> Result<(), QuantError> {
-        if self.tokens.is_empty() {
-            return Err(QuantError::Calibration("there are no tokens".to_owned()));
+        let too_few = match self.tokens.len() {
+            0 => "there are no tokens",
+            1 => "1 token, expected a text of at least 2",
+            _ => "",
+        };
+        if !too_few.is_empty() {
+            return Err(QuantError::Calibration(too_few.to_owned()));
         }
         match self.tokens.iter().find(|token| **token as usize >= program.vocabulary) {
             None => Ok(()),

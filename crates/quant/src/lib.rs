@@ -19,6 +19,7 @@ mod linalg;
 mod matrix;
 mod parameters;
 mod quadratic;
+pub mod readers;
 pub mod recipe;
 pub mod rotate;
 mod rotated;

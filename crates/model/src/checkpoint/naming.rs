@@ -18,6 +18,16 @@ impl Naming {
     /// Plain floats: every tensor is whole.
     pub(super) const NONE: Naming = Naming { whole: "", codes: &[], beside: &[] };
 
+    /// Whether some tensor of the files has a name of this method's own.
+    pub(super) fn is_used(&self, files: &SafetensorsFiles) -> bool {
+        files.names().any(|name| self.whole_name(files, name).as_deref() != Some(name))
+    }
+
+    /// An ending that only this method's tensors have; nothing, if it has none.
+    pub(super) fn example(&self) -> Option<&'static str> {
+        self.codes.iter().chain(self.beside).next().copied()
+    }
+
     /// The name of the tensor that holds the codes of `name`, or `name` where it lies plainly.
     pub(super) fn codes_of(&self, files: &SafetensorsFiles, name: &str) -> Option<String> {
         let other = name.strip_suffix(self.whole).and_then(|stem| {

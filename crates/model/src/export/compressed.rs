@@ -179,6 +179,11 @@ impl<'a> PackedLayout<'a> {
         self.part(name, format).map(drop)
     }
 
+    /// Whether `weight` lies among gpt-oss's blocks when it is quantized.
+    pub fn is_in_blocks(&self, weight: Weight) -> bool {
+        self.blocks[weight.0 as usize].is_some()
+    }
+
     /// The matrices that divide a tensor among them, `weight` one of them.
     fn joined_with(&self, weight: Weight) -> Option<&[Rows]> {
         let [name] = self.sources[weight.0 as usize].as_slice() else { return None };

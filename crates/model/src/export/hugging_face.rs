@@ -97,6 +97,11 @@ fn rewrite(
         let feature = "MXFP4 experts".to_owned();
         return Err(ExportError::Feature { feature, target: TARGET });
     }
+    // Plain floats have no place for a rotation of inputs, and the matrices are rotated with them.
+    if model.spec.inputs.values().any(|input| input.hadamard.is_some()) {
+        let feature = "a model whose inputs are rotated while it runs".to_owned();
+        return Err(ExportError::Feature { feature, target: TARGET });
+    }
     let names = checkpoint.whole_names();
     let mut declarations = Vec::with_capacity(names.len());
     for name in &names {

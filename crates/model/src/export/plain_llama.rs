@@ -48,6 +48,11 @@ impl<'a> PlainLlama<'a> {
             (attention.qkv_bias != attention.output_bias, "biases of some attention matrices"),
             (ffn.activation != Activation::SwiGlu, "an activation other than SwiGLU"),
             (rope.rotary != attention.head_dim, "partial rotary embeddings"),
+            // The matrices are rotated with them.
+            (
+                spec.inputs.values().any(|input| input.hadamard.is_some()),
+                "inputs that are rotated while the model runs",
+            ),
         ];
         match beyond.iter().find(|(has, _)| *has) {
             Some((_, feature)) => Err(refuse(feature)),

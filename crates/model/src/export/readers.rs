@@ -37,9 +37,9 @@ impl Reader {
     /// Why it cannot run `contents`; `None` if it can.
     pub fn refusal(self, contents: &Contents) -> Option<String> {
         match (self, contents) {
-            (Reader::LlamaCpp, Contents::Gguf) => None,
+            (Reader::LlamaCpp | Reader::Transformers, Contents::Gguf) => None,
             (Reader::LlamaCpp, _) => Some("it reads GGUF files, not folders".to_owned()),
-            (_, Contents::Gguf) => Some("a GGUF file is not what it is given here".to_owned()),
+            (Reader::Vllm, Contents::Gguf) => Some("it has no loader of GGUF files".to_owned()),
             // gpt-oss is published so.
             (_, Contents::ExpertBlocks) => None,
             (Reader::Transformers, Contents::Folder(folder)) => in_transformers(folder),
@@ -90,6 +90,19 @@ pub(super) struct Group {
 }
 
 impl Contents {
+    /// What it is, in a few words.
+    pub fn describe(&self) -> String {
+        match self {
+            Contents::Gguf => "a GGUF file".to_owned(),
+            Contents::ExpertBlocks => "a folder of experts in MXFP4".to_owned(),
+            Contents::Folder(folder) => {
+                let format = |group: &Group| Format::Scaled(group.format).to_string();
+                let formats: Vec<String> = folder.groups.iter().map(format).collect();
+                format!("a folder in {}", formats.join(", "))
+            }
+        }
+    }
+
     /// A folder whose linear layers, and experts if there are some, are in one format; `None` if a
     /// folder cannot hold it.
     pub fn of_one_format(
@@ -170,11 +183,20 @@ impl Folder {
     }
 }
 
+/// Why nobody else runs inputs in NVFP4 whose second scale each row makes for itself.
+fn without_global_scale(folder: &Folder) -> Option<String> {
+    let row = folder.inputs == Some(ActivationFormat::Nvfp4);
+    row.then(|| "it rounds inputs to NVFP4 by a stored `input_global_scale` alone".to_owned())
+}
+
 fn in_transformers(folder: &Folder) -> Option<String> {
     if !folder.rotations.is_empty() || folder.rotated_experts {
         return Some(
             "it does not read `transform_config`, so no input would be rotated".to_owned(),
         );
+    }
+    if let Some(reason) = without_global_scale(folder) {
+        return Some(reason);
     }
     let reason = match (folder.with_experts().count(), folder.groups.first()) {
         (0, Some(first)) if folder.float_experts && first.format.element != Element::F8E4M3 => {
@@ -206,6 +228,9 @@ fn experts_in_transformers(group: &Group) -> Option<&'static str> {
 }
 
 fn in_vllm(folder: &Folder) -> Option<String> {
+    if let Some(reason) = without_global_scale(folder) {
+        return Some(reason);
+    }
     if folder.rotated_experts {
         return Some("it rotates no input within experts".to_owned());
     }

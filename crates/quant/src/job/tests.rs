@@ -314,7 +314,11 @@ fn tokens_that_cannot_be_used_are_named() {
     let weights = model.weights(&program).unwrap();
     let recipe = Recipe::simple(Format::parse("int4-g16-f32").unwrap(), "gptq").unwrap();
     let backend = ReferenceBackend::new();
-    for (tokens, expected) in [(&[][..], "no tokens"), (&[1, 1 << 30][..], "token 1073741824")] {
+    for (tokens, expected) in [
+        (&[][..], "no tokens"),
+        (&[1][..], "1 token, expected a text"),
+        (&[1, 1 << 30][..], "token 1073741824"),
+    ] {
         let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
         let error = job.calibrate(&model.spec, &calibration(&backend, tokens)).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");

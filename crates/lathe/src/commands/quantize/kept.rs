@@ -1,0 +1,99 @@
+//! What a recipe that names no tensors leaves as it is: matrices that the layout of the folder has
+//! no place for, and those that engines run as one with them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::Error;
+use lathe_model::Model;
+use lathe_model::export::PackedLayout;
+use lathe_program::{Op, Program, Weight};
+use lathe_quant::recipe::Recipe;
+use lathe_quant::targets::{fused, targets};
+use lathe_session::program_for;
+use lathe_tensor::{Format, ScaledFormat};
+
+use super::{Target, layout_of};
+use crate::output::InputContext;
+
+/// `recipe` for `model`, with what the folder cannot hold among what it keeps, as it is told on
+/// stderr. A recipe that names its tensors is left alone: what it names has to be possible.
+pub(super) fn with_kept(model: &Model, recipe: Recipe) -> Result<Recipe, Error> {
+    // What is said of a model whose inputs are transformed already is said later.
+    let named = recipe.tensors.is_some() || recipe.budget.is_some();
+    if named || !model.spec.inputs.is_empty() {
+        return Ok(recipe);
+    }
+    let program = program_for(&model.spec, model.spec.context_max)?;
+    let program = &*program;
+    let weights = model.weights(program).bad_input()?;
+    let Some(layout) = layout_of(Target::Folder, &recipe, model, &weights)? else {
+        return Ok(recipe);
+    };
+    let wanted: BTreeSet<Weight> = targets(program, &recipe).bad_input()?.into_keys().collect();
+    let mut reasons = refused(program, &layout, &recipe, &wanted);
+    if wanted.iter().all(|weight| reasons.contains_key(weight)) {
+        // Nothing would be left: the checks that follow say why.
+        return Ok(recipe);
+    }
+    for set in fused(program) {
+        if let Some(other) = set.iter().find(|weight| reasons.contains_key(weight)).copied() {
+            let reason = format!("run as one with {}", program.weight(other).name);
+            for weight in set.into_iter().filter(|weight| wanted.contains(weight)) {
+                reasons.entry(weight).or_insert_with(|| reason.clone());
+            }
+        }
+    }
+    Ok(keep(program, recipe, &reasons))
+}
+
+/// Why each of `wanted` cannot be what `recipe` says.
+fn refused(
+    program: &Program,
+    layout: &PackedLayout<'_>,
+    recipe: &Recipe,
+    wanted: &BTreeSet<Weight>,
+) -> BTreeMap<Weight, String> {
+    let mxfp4 = Format::Scaled(ScaledFormat::MXFP4);
+    let format_of = |weight: &Weight| recipe.format_of(&program.weight(*weight).name);
+    let blocks = wanted.iter().any(|it| layout.is_in_blocks(*it) && format_of(it) == mxfp4);
+    let reason = |weight: &Weight| {
+        if blocks && !layout.is_in_blocks(*weight) {
+            return Some("that layout has floats beside experts in MXFP4".to_owned());
+        }
+        let weighed = program.ops.iter().any(|op| match op {
+            Op::Experts { spec, .. } => {
+                spec.weigh_input && [spec.gate, spec.up, spec.down].contains(weight)
+            }
+            _ => false,
+        });
+        let rounding = recipe.rounding_of(&program.weight(*weight).name);
+        if weighed && rounding.is_ok_and(|step| step.needs_calibration()) {
+            return Some("its input depends on the router's weights".to_owned());
+        }
+        layout.check(program, *weight, format_of(weight)).err().map(|error| error.to_string())
+    };
+    wanted.iter().filter_map(|weight| Some((*weight, reason(weight)?))).collect()
+}
+
+/// `recipe` that keeps the weights of `reasons`, with a line on stderr for each pattern of them.
+fn keep(program: &Program, mut recipe: Recipe, reasons: &BTreeMap<Weight, String>) -> Recipe {
+    let mut told: BTreeMap<String, &String> = BTreeMap::new();
+    for (weight, reason) in reasons {
+        let decl = program.weight(*weight);
+        told.entry(pattern_of(&decl.name, decl.layer)).or_insert(reason);
+        recipe.keep.push(decl.name.clone());
+    }
+    for (pattern, reason) in told {
+        eprintln!("kept as it is: {pattern} ({reason})");
+    }
+    recipe
+}
+
+/// The name of a weight with a star for the number of its layer.
+fn pattern_of(name: &str, layer: Option<u32>) -> String {
+    let Some(layer) = layer else { return name.to_owned() };
+    match name.strip_prefix(&format!("layers.{layer}.")) {
+        Some(rest) => format!("layers.*.{rest}"),
+        None => name.to_owned(),
+    }
+}

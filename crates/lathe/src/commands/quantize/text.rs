@@ -1,0 +1,101 @@
+//! The text of a calibration.
+
+use std::path::Path;
+
+use anyhow::Error;
+use lathe_model::chat::Message;
+use lathe_quant::recipe::Recipe;
+use lathe_session::{Opened, encode_text, template_of};
+use serde_json::Value;
+
+use super::super::score::read_text;
+use crate::arguments::QuantizeArguments;
+use crate::output::{InputContext, bad_input};
+
+/// Fewer tokens than this say little of the inputs of layers.
+const TOKENS_WANTED: usize = 4096;
+
+/// The text that layers are to see.
+pub(super) struct Text {
+    pub(super) calibration: Vec<u32>,
+    /// Behind it: what errors are measured on.
+    pub(super) explain: Vec<u32>,
+}
+
+/// The text that layers are to see, if the recipe needs one.
+pub(super) fn read_tokens(
+    arguments: &QuantizeArguments,
+    opened: &Opened,
+    recipe: &Recipe,
+) -> Result<Option<Text>, Error> {
+    let path = match &arguments.calibration {
+        Some(path) => path,
+        None if recipe.needs_calibration() => {
+            return Err(bad_input("this recipe needs --calibration FILE (a text or token ids)"));
+        }
+        None => return Ok(None),
+    };
+    let mut calibration = tokens_of(path, opened)?;
+    let held_out = if arguments.explain { arguments.explain_tokens } else { 0 };
+    if arguments.explain && held_out < 2 {
+        return Err(bad_input(format!("--explain-tokens is {held_out}, expected at least 2")));
+    }
+    let Some(most) = calibration.len().checked_sub(held_out).filter(|most| *most > 0) else {
+        return Err(bad_input(format!(
+            "{}: {} tokens, expected more than --explain-tokens {held_out}, which are not \
+             calibrated with",
+            path.display(),
+            calibration.len()
+        )));
+    };
+    let explain = calibration.split_off(most.min(arguments.calibration_tokens));
+    if calibration.len() < TOKENS_WANTED {
+        eprintln!(
+            "warning: {} tokens of calibration; fewer than {TOKENS_WANTED} say little of what \
+             layers read",
+            calibration.len()
+        );
+    }
+    Ok(Some(Text { calibration, explain: explain[..held_out].to_vec() }))
+}
+
+/// The tokens of a file: an array of ids, records of which each is a line, or plain text.
+fn tokens_of(path: &Path, opened: &Opened) -> Result<Vec<u32>, Error> {
+    let text = read_text(path)?;
+    if path.extension().is_some_and(|kind| kind.eq_ignore_ascii_case("jsonl")) {
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        let mut tokens = Vec::new();
+        for (index, line) in lines {
+            let record = serde_json::from_str(line);
+            let record =
+                record.map_err(Error::from).and_then(|it: Value| tokens_of_record(&it, opened));
+            tokens.extend(record.bad_input_in(format!("{}:{}", path.display(), index + 1))?);
+        }
+        return Ok(tokens);
+    }
+    if text.trim_start().starts_with('[') {
+        return serde_json::from_str(&text).bad_input_in(path.display());
+    }
+    Ok(encode_text(opened.tokenizer()?, &text)?)
+}
+
+/// The tokens of a line of data: its `text`, or its `messages` as the model's template has them.
+fn tokens_of_record(record: &Value, opened: &Opened) -> Result<Vec<u32>, Error> {
+    let tokenizer = opened.tokenizer()?;
+    if let Some(text) = record.get("text").and_then(Value::as_str) {
+        return Ok(encode_text(tokenizer, text)?);
+    }
+    if let Some(messages) = record.get("messages").filter(|it| it.is_array()) {
+        let messages: Vec<Message> = serde_json::from_value(messages.clone())?;
+        let template = template_of(&opened.model)?;
+        return Ok(template.encode(tokenizer, &messages, false, Value::Null)?);
+    }
+    let found = match record.as_object() {
+        Some(fields) => {
+            let keys: Vec<&str> = fields.keys().map(String::as_str).collect();
+            format!("the fields {}", keys.join(", "))
+        }
+        None => "no object".to_owned(),
+    };
+    Err(bad_input(format!("{found}, expected `text`, a string, or `messages`, a list")))
+}
