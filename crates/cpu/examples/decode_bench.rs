@@ -100,6 +100,7 @@ fn program(shape: &Shape) -> Program {
         b.weight("embedding", &[shape.vocabulary, shape.width], WeightRole::Embedding, None);
     let pairs = shape.head_dim / 2;
     let rope = b.rope_table(RopeTable {
+        long: None,
         inverse_frequencies: (0..pairs)
             .map(|i| 10000f32.powf(-(i as f32) / pairs as f32))
             .collect(),
@@ -180,6 +181,7 @@ fn step(cached: usize, rows: usize) -> Step {
             rows: rows as u32,
             cached: cached as u32,
             expanded: 0,
+            long_rope: false,
             ancestors: None,
         }],
         tables: replace_tables(SequenceId(0), &[table]),

@@ -186,6 +186,7 @@ fn state(
         capture_widths,
         sequence_of: Vec::with_capacity(rows_max),
         prefill: Vec::with_capacity(rows_max),
+        long_rope: Vec::with_capacity(rows_max),
         absorbed: Vec::with_capacity(rows_max),
         tables: SequenceTables::new(&program.kv, rows_max),
         chooser: Chooser::default(),

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use lathe_program::{Activation, NormKind, RopeStyle};
+use lathe_program::{Activation, NormKind, RopeStyle, RopeTable};
 
 use crate::lanes::{Kernel, LANES, Lanes, math};
 use crate::rows::Rows;
@@ -337,14 +337,15 @@ impl Rotate {
 /// # Safety
 /// `rows` of `out` are valid and this call's own.
 pub(crate) unsafe fn fill_angles(
-    frequencies: &[f32],
-    magnitude: f32,
+    table: &RopeTable,
+    long_rope: &[bool],
     positions: &[u32],
     out: Rows,
     rows: Range<usize>,
 ) {
-    let pairs = frequencies.len();
+    let (pairs, magnitude) = (table.inverse_frequencies.len(), table.magnitude);
     for row in rows {
+        let frequencies = table.frequencies(long_rope[row]);
         // SAFETY: the caller vouches for the row.
         let line = unsafe { std::slice::from_raw_parts_mut(out.row(row), 2 * pairs) };
         let (cosines, sines) = line.split_at_mut(pairs);

@@ -78,6 +78,8 @@ pub(crate) struct State {
     pub sequence_of: Vec<u32>,
     /// Whether each row is in the prefill form.
     pub prefill: Vec<bool>,
+    /// Whether each row turns by the long rotary tables.
+    pub long_rope: Vec<bool>,
     /// Stretches of the step's rows whose latent attention is absorbed.
     pub absorbed: Vec<Range<usize>>,
     /// The sequences' block tables.
@@ -221,6 +223,9 @@ impl State {
             self.prefill.extend((0..rows).map(|row| row < expanded));
         }
         self.activations.set_forms(self.prefill.iter().copied());
+        self.long_rope.clear();
+        let long_rope = step.sequences.iter();
+        self.long_rope.extend(long_rope.flat_map(|it| it.row_range().map(|_| it.long_rope)));
         self.absorbed.clear();
         for sequence in &step.sequences {
             let first = sequence.first_row as usize;
@@ -235,15 +240,7 @@ impl State {
             let out = angles.rows();
             self.by_rows(step.rows(), 16 * out.width(), |rows| {
                 // SAFETY: angles have room for `rows_max` rows, and workers have rows of their own.
-                unsafe {
-                    fill_angles(
-                        &table.inverse_frequencies,
-                        table.magnitude,
-                        &step.positions,
-                        out,
-                        rows,
-                    )
-                }
+                unsafe { fill_angles(table, &self.long_rope, &step.positions, out, rows) }
             });
         }
         let logits = step.choices.len() * self.logits_width;

@@ -43,6 +43,7 @@ fn logits(
             rows,
             cached: chunk.start as u32,
             expanded: expanded as u32,
+            long_rope: false,
             ancestors: None,
         };
         let step = Step {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use lathe_program::sampling::Chooser;
 use lathe_program::{
     BackendError, BufferPlan, Executor, ExecutorLimits, ExecutorOptions, KvFormat, Op, Program,
-    SequenceTables, SlotMove, Step, StepError, StepOutput, Value, WeightSource,
+    RopeTable, SequenceTables, SlotMove, Step, StepError, StepOutput, Value, WeightSource,
 };
 use lathe_tensor::hadamard::Hadamard;
 
@@ -183,7 +183,8 @@ fn ropes(device: &Arc<Device>, program: &Program) -> Result<Vec<Memory>, Backend
         memory.write(0, frequencies)?;
         Ok(memory)
     };
-    program.ropes.iter().map(|rope| table(&rope.inverse_frequencies)).collect()
+    let both = |rope: &RopeTable| [rope.frequencies(false), rope.frequencies(true)].concat();
+    program.ropes.iter().map(|rope| table(&both(rope))).collect()
 }
 
 fn hadamards(

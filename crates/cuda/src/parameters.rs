@@ -82,5 +82,5 @@ pub(crate) struct Row {
     pub(crate) cached: u32,
     pub(crate) sequence: u32,
     pub(crate) tree: u32,
-    pub(crate) unused: u32,
+    pub(crate) long_rope: u32,
 }

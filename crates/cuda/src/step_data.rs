@@ -131,7 +131,7 @@ impl Host {
                     cached: sequence.cached,
                     sequence: index,
                     tree: u32::from(ancestors.is_some()),
-                    unused: 0,
+                    long_rope: u32::from(sequence.long_rope),
                 });
             }
         }

@@ -165,6 +165,7 @@ impl Engine {
             kv_blocks: limits.kv_blocks,
             prefix_seed: config.prefix_cache.then_some(config.prefix_seed),
             kv_cache: config.kv_cache,
+            long_rope_after: executor.program().long_rope_after(),
         };
         let scheduler = Scheduler::new(scheduling, &executor.program().kv);
         // Without a cache the next step begins with the first token again, once all are known.

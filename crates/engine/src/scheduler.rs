@@ -25,6 +25,11 @@
 //! arrival is planned meanwhile. A sequence that turns out to have ended has one row in vain; its
 //! blocks go back when that row's step has been collected.
 //!
+//! **Long texts.** A model may turn the positions of long texts by other frequencies
+//! ([`StepSequence::long_rope`]). When a text outgrows the short ones, what the cache holds of it
+//! is given back, and it returns to its place in the queue, as if it had been preempted. No row and
+//! no draft lies beyond that border before.
+//!
 //! **Drafts.** A sequence that is drafted for gets a row for its last token and one for each node
 //! of its draft tree, at the slots that follow. Such a sequence is planned only when its last token
 //! is known, and not again before its tree has been verified. [`Scheduler::commit`] keeps the
@@ -54,6 +59,8 @@ pub struct SchedulerConfig {
     pub prefix_seed: Option<u64>,
     /// `false` recomputes a sequence from its first token for each new one, and keeps nothing.
     pub kv_cache: bool,
+    /// [`lathe_program::Program::long_rope_after`].
+    pub long_rope_after: Option<usize>,
 }
 
 /// One text: its tokens, and how much of it the cache holds.
@@ -80,19 +87,63 @@ pub struct Sequence {
     blocks: SequenceBlocks,
     /// Positions below this one are computed by the expanded form of latent attention.
     expanded: usize,
+    /// Positions that the short rotary tables serve, until the text outgrows them.
+    short_rope: Option<usize>,
+    /// Whether it has outgrown them.
+    long_rope: bool,
     /// What the cache knows the tokens by: pages of one form are not those of the other.
     keys: Vec<u32>,
 }
 
 /// Set in the key of a token whose row is expanded; no token id is as large.
 const EXPANDED: u32 = 1 << 31;
+/// Set in the keys of a text that turns by the long rotary tables; no token id is as large.
+const LONG_ROPE: u32 = 1 << 30;
 
 impl Sequence {
     /// A text of which the first `expanded` rows are expanded, and `length_max` are computed.
-    fn new(tokens: Vec<u32>, expanded: usize, length_max: usize, drafts: bool) -> Self {
+    fn new(
+        tokens: Vec<u32>,
+        expanded: usize,
+        length_max: usize,
+        drafts: bool,
+        short_rope: Option<usize>,
+    ) -> Self {
         let mut keys = tokens.clone();
         keys[..expanded].iter_mut().for_each(|key| *key |= EXPANDED);
-        Sequence { tokens, keys, expanded, length_max, drafts, ..Sequence::default() }
+        let mut sequence =
+            Sequence { tokens, keys, expanded, length_max, drafts, short_rope, ..Self::default() };
+        sequence.outgrow();
+        sequence
+    }
+
+    /// Adds known tokens to the text.
+    fn extend(&mut self, tokens: impl Iterator<Item = u32>) {
+        let known = self.tokens.len();
+        self.tokens.extend(tokens);
+        let bit = if self.long_rope { LONG_ROPE } else { 0 };
+        self.keys.extend(self.tokens[known..].iter().map(|token| token | bit));
+    }
+
+    /// Whether the text has outgrown the short rotary tables, by which it still turns.
+    fn outgrows(&self) -> bool {
+        self.short_rope.is_some_and(|original| self.tokens.len() > original)
+    }
+
+    /// Goes over to the long rotary tables if the text needs them; whether it does so now. Nothing
+    /// of it is in the cache.
+    fn outgrow(&mut self) -> bool {
+        if !self.outgrows() {
+            return false;
+        }
+        (self.short_rope, self.long_rope) = (None, true);
+        self.keys.iter_mut().for_each(|key| *key |= LONG_ROPE);
+        true
+    }
+
+    /// Positions that it may have before it ends, or outgrows the short rotary tables.
+    fn end(&self) -> usize {
+        self.length_max.min(self.short_rope.unwrap_or(usize::MAX))
     }
 
     /// Tokens that are known or chosen by a step in flight.
@@ -104,7 +155,7 @@ impl Sequence {
     fn pending(&self) -> usize {
         // A draft follows a token that is known.
         let waits = self.drafts && self.awaited > 0;
-        if waits { 0 } else { self.length().min(self.length_max) - self.scheduled }
+        if waits { 0 } else { self.length().min(self.end()) - self.scheduled }
     }
 
     /// Whether a draft may follow its last token in the next step.
@@ -260,7 +311,8 @@ impl Scheduler {
     ) {
         assert!(!tokens.is_empty() && tokens.len() <= length_max);
         let drafts = drafts && self.config.kv_cache;
-        let sequence = Sequence::new(tokens, expanded, length_max, drafts);
+        let short_rope = self.config.long_rope_after;
+        let sequence = Sequence::new(tokens, expanded, length_max, drafts, short_rope);
         assert!(self.sequences.insert(request, sequence).is_none(), "{request:?} exists");
         self.waiting.insert(request);
     }
@@ -294,10 +346,13 @@ impl Scheduler {
         let sequence = self.sequences.get_mut(&request).expect("a sequence of the plan");
         assert!(sequence.computed == sequence.tokens.len(), "all tokens before it are computed");
         sequence.awaited = sequence.awaited.saturating_sub(1);
-        sequence.tokens.push(token);
-        sequence.keys.push(token);
-        if !self.config.kv_cache {
+        sequence.extend(std::iter::once(token));
+        if !self.config.kv_cache || sequence.outgrows() {
             sequence.rewind(&mut self.cache);
+        }
+        if sequence.outgrow() {
+            self.running.remove(&request);
+            self.waiting.insert(request);
         }
     }
 
@@ -312,7 +367,7 @@ impl Scheduler {
         let taken = decoding + usize::from(prompts);
         let share = self.config.rows_max.saturating_sub(taken) / takers.max(1);
         let one = |(request, sequence): (RequestId, &Sequence)| {
-            let depth_max = sequence.length_max - sequence.length();
+            let depth_max = sequence.end() - sequence.length();
             let nodes_max = share.min(DraftTree::NODES_MAX);
             (depth_max > 0).then_some(Draftable { request, nodes_max, depth_max })
         };
@@ -370,7 +425,8 @@ impl Scheduler {
         let affordable = self.cache.length_affordable(&sequence.blocks, 0) - scheduled;
         let rows = sequence.pending().min(budget).min(affordable);
         let beside = self.cache.length_affordable(&sequence.blocks, others);
-        let slots = beside.saturating_sub(scheduled + rows);
+        let slots = beside.min(sequence.short_rope.unwrap_or(usize::MAX));
+        let slots = slots.saturating_sub(scheduled + rows);
         tree.truncate(if sequence.takes_draft() { slots.min(budget - rows) } else { 0 });
         self.cache.grow(&mut sequence.blocks, scheduled + rows + tree.len());
         plan.push(request, sequence, rows, tree);
@@ -481,8 +537,7 @@ impl Scheduler {
                 continue;
             }
             let accepted = part.accepted.iter().map(|node| part.tree.token(*node));
-            sequence.tokens.extend(accepted.clone());
-            sequence.keys.extend(accepted);
+            sequence.extend(accepted);
             sequence.scheduled += part.accepted.len();
             sequence.computed += part.sure_rows() + part.accepted.len();
             self.cache.commit(&mut sequence.blocks, &sequence.keys[..sequence.computed]);
@@ -509,6 +564,7 @@ impl Scheduler {
             assert!(sequence.computed <= sequence.tokens.len());
             assert!(sequence.computed <= sequence.scheduled);
             assert!(sequence.in_flight <= self.in_flight);
+            assert!(sequence.short_rope.is_none_or(|original| sequence.scheduled <= original));
             assert!(!self.ended.contains(request) || sequence.in_flight > 0);
             if sequence.in_flight == 0 {
                 assert_eq!((sequence.awaited, sequence.scheduled), (0, sequence.computed));
@@ -553,6 +609,7 @@ impl Plan {
             rows: rows as u32,
             cached: first as u32,
             expanded: sequence.expanded as u32,
+            long_rope: sequence.long_rope,
             // A chain has the bits of plain rows as plain rows.
             ancestors: (!tree.is_chain()).then(|| tree.ancestors()),
         });

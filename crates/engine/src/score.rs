@@ -196,6 +196,7 @@ impl<'a> Feed<'a> {
                 rows: rows as u32,
                 cached: first as u32,
                 expanded: executor.expanded_until(self.tokens.len()) as u32,
+                long_rope: executor.program().long_rope(self.tokens.len()),
                 ancestors: None,
             }],
             choices: (0..wanted).map(Choice::logits_of).collect(),

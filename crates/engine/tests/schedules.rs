@@ -90,6 +90,7 @@ fn a_draft_model_changes_no_text() {
     let kinds = [
         (SmallDecoder::grouped(), KvFormat::F32),
         (SmallDecoder::latent(), KvFormat::F32),
+        (SmallDecoder::grouped().long_rope_after(24), KvFormat::F32),
         (SmallDecoder::mixture(), KvFormat::BF16),
         (SmallDecoder::gated(), KvFormat::Int8),
     ];
@@ -204,6 +205,14 @@ fn latent_attention() {
     for (seed, format) in [(5, KvFormat::F32), (7, KvFormat::Int4)] {
         let stats = schedules_agree(SmallDecoder::latent(), format, seed);
         assert!(stats.prefix_hit_tokens > 0, "{stats:?}");
+    }
+}
+
+#[test]
+fn texts_that_outgrow_the_short_rotary_tables() {
+    for (seed, decoder) in [(8, SmallDecoder::grouped()), (9, SmallDecoder::latent())] {
+        let stats = schedules_agree(decoder.long_rope_after(24), KvFormat::F32, seed);
+        assert!(stats.preemptions > 0 && stats.prefix_hit_tokens > 0, "{stats:?}");
     }
 }
 

@@ -125,6 +125,7 @@ impl Tiny {
                 rows,
                 cached: cached as u32,
                 expanded: 0,
+                long_rope: false,
                 ancestors: None,
             }],
             tables: replace_tables(SequenceId(0), &tables),

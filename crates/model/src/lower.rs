@@ -18,8 +18,7 @@ use builder::Builder;
 pub struct LowerOptions {
     /// Positions in a block of the KV cache.
     pub block_tokens: usize,
-    /// Positions that a sequence may reach. Scalings of positions that depend on the context's
-    /// length (dynamic NTK, LongRoPE) are chosen by it.
+    /// Positions that a sequence may reach.
     pub context_max: usize,
     /// Taps of the residual stream: tap `i` is the stream after the first `captures[i]` layers
     /// (0: the embedding). Drafters and distillation read them.

@@ -426,6 +426,7 @@ mod tests {
             experts: None,
             window: None,
             block_tokens: 16,
+            long_rope_after: None,
         }
         .program()
     }

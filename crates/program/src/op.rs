@@ -118,10 +118,32 @@ pub enum RopeStyle {
 pub struct RopeTable {
     /// One per pair, radians a position, all scaling kinds already folded in.
     pub inverse_frequencies: Vec<f32>,
+    /// The frequencies of texts that are longer than the pretrained context, where they differ.
+    pub long: Option<LongRope>,
     /// Multiplies cosine and sine (YaRN's and longrope's attention factor).
     pub magnitude: f32,
     /// Which elements pair up.
     pub style: RopeStyle,
+}
+
+impl RopeTable {
+    /// The frequencies of a text, by [`crate::StepSequence::long_rope`].
+    pub fn frequencies(&self, long_rope: bool) -> &[f32] {
+        match &self.long {
+            Some(long) if long_rope => &long.inverse_frequencies,
+            _ => &self.inverse_frequencies,
+        }
+    }
+}
+
+/// What a rotary table is for long texts (LongRoPE, arXiv 2402.13753). All positions of a text turn
+/// by the same frequencies.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRope {
+    /// Texts of more tokens than this are long.
+    pub original: usize,
+    /// As many as [`RopeTable::inverse_frequencies`].
+    pub inverse_frequencies: Vec<f32>,
 }
 
 /// The numbers of an attention over keys and values with heads of their own (MHA, GQA, MQA).

@@ -68,6 +68,17 @@ impl Program {
         rows.max().map_or(0, |rows| given / rows * rows)
     }
 
+    /// Texts of more tokens than this turn by the long rotary tables, if the program has some; the
+    /// tables agree on it.
+    pub fn long_rope_after(&self) -> Option<usize> {
+        self.ropes.iter().find_map(|rope| Some(rope.long.as_ref()?.original))
+    }
+
+    /// The [`crate::StepSequence::long_rope`] of a text of `tokens` tokens.
+    pub fn long_rope(&self, tokens: usize) -> bool {
+        self.long_rope_after().is_some_and(|original| tokens > original)
+    }
+
     /// Elements in a row of `value`.
     pub fn value_width(&self, value: Value) -> usize {
         self.values[value.0 as usize].width

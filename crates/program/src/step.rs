@@ -49,6 +49,10 @@ pub struct StepSequence {
     /// every step of a request, so that no schedule changes which form a row gets; at most `cached`
     /// for a tree.
     pub expanded: u32,
+    /// Whether the rows turn by the long rotary tables ([`crate::Program::long_rope`]). The same
+    /// for all that the cache holds of the text: when a text outgrows the short tables, it begins
+    /// anew.
+    pub long_rope: bool,
     /// For a draft tree: row `i` is stored at slot `cached + i`, has the position given in
     /// [`Step::positions`], and sees the cache up to `cached` and those rows `j` of this
     /// sequence for which bit `j` of `ancestors[i]` is set (itself included). A window counts from

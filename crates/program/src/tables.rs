@@ -323,6 +323,16 @@ impl StepCheck<'_> {
     fn positions(&self, sequence: &StepSequence) -> Result<(), StepError> {
         let rows = sequence.rows as usize;
         let positions = &self.step.positions[sequence.row_range()];
+        let original = self.program.long_rope_after();
+        check(original.is_some() || !sequence.long_rope, || {
+            "a long text, but the program has no rotary table for it".to_owned()
+        })?;
+        if let Some(original) = original.filter(|_| !sequence.long_rope) {
+            let last = positions.iter().copied().max().unwrap_or(0) as usize;
+            check(last < original, || {
+                format!("position {last} turns by the short table, which ends at {original}")
+            })?;
+        }
         let Some(ancestors) = &sequence.ancestors else {
             for (i, position) in positions.iter().enumerate() {
                 let expected = sequence.cached as usize + i;

@@ -253,6 +253,13 @@ impl Shapes<'_> {
         let table = table.ok_or(format!("no rotary table {}", rope.0))?;
         let (end, head) = (offset + 2 * table.inverse_frequencies.len(), width / heads);
         ensure(end <= head, || format!("turns elements to {end} of a head of {head}"))?;
+        if let Some(long) = &table.long {
+            let [found, pairs] = [&long.inverse_frequencies, &table.inverse_frequencies]
+                .map(|frequencies| frequencies.len());
+            ensure(found == pairs, || format!("{found} frequencies for long texts of {pairs}"))?;
+            let (own, first) = (long.original, self.program.long_rope_after());
+            ensure(first == Some(own), || format!("texts are long after {own} and {first:?}"))?;
+        }
         self.value("out", out, width)
     }
 

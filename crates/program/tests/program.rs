@@ -22,6 +22,7 @@ fn step_of(program: &Program, cached: u32, rows: u32) -> Step {
             rows,
             cached,
             expanded: 0,
+            long_rope: false,
             ancestors: None,
         }],
         tables: [TableChange::Clear { sequence }]

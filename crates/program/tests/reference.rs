@@ -112,6 +112,7 @@ fn step(program: &Program, rows: u32) -> Step {
             rows,
             cached: 0,
             expanded: 0,
+            long_rope: false,
             ancestors: None,
         }],
         tables: [clear].into_iter().chain((0..groups).map(extend)).collect(),

@@ -237,6 +237,7 @@ pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride
         rows: rows as u32,
         cached: 0,
         expanded: expanded as u32,
+        long_rope: program.long_rope(rows),
         ancestors: None,
     };
     Step {

@@ -56,6 +56,7 @@ pub(crate) fn program(layers: u32) -> Arc<Program> {
     let mut b = ProgramBuilder::new(VOCABULARY, 2048, BLOCK_TOKENS);
     let table = b.weight("embedding", &[VOCABULARY, WIDTH], WeightRole::Embedding, None);
     let rope = b.rope_table(RopeTable {
+        long: None,
         inverse_frequencies: (0..16).map(|i| 10000f32.powf(-f32::from(i as u8) / 16.0)).collect(),
         magnitude: 1.0,
         style: RopeStyle::HalfSplit,
@@ -193,6 +194,7 @@ pub(crate) fn step(parts: &mut [(&mut Sequence, usize)]) -> Step {
             rows: *rows as u32,
             cached: cached as u32,
             expanded: 0,
+            long_rope: false,
             ancestors: None,
         });
         sequence.cached += *rows;

@@ -13,7 +13,7 @@ typedef uint32_t u32;
 // A row of the step.
 struct Row {
     u64 ancestors;  // bit j: sees row j of its sequence; only where `tree` is 1
-    u32 token, position, first_row, place, cached, sequence, tree, unused;
+    u32 token, position, first_row, place, cached, sequence, tree, long_rope;
 };
 
 __device__ inline float load(const float* p, size_t i) { return p[i]; }
@@ -163,7 +163,7 @@ extern "C" __global__ void hadamard(const __grid_constant__ HadamardBlocks p) {
 struct RopeTurn {
     const Row* rows;
     const float* input;
-    const float* frequencies;
+    const float* frequencies;  // [2, pairs]: of short and of long texts
     float* out;
     u32 heads, head_width, offset, pairs, interleaved;
     float magnitude;
@@ -171,6 +171,7 @@ struct RopeTurn {
 
 extern "C" __global__ void rope(const __grid_constant__ RopeTurn p) {
     u32 width = p.heads * p.head_width, position = p.rows[blockIdx.x].position;
+    const float* frequencies = p.frequencies + (p.rows[blockIdx.x].long_rope ? p.pairs : 0);
     const float* in = p.input + (size_t)blockIdx.x * width;
     float* out = p.out + (size_t)blockIdx.x * width;
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) {
@@ -180,7 +181,7 @@ extern "C" __global__ void rope(const __grid_constant__ RopeTurn p) {
     for (u32 i = threadIdx.x; i < p.heads * p.pairs; i += blockDim.x) {
         u32 head = i / p.pairs, pair = i % p.pairs;
         double sin, cos;
-        sincos((double)__fmul_rn((float)position, p.frequencies[pair]), &sin, &cos);
+        sincos((double)__fmul_rn((float)position, frequencies[pair]), &sin, &cos);
         float s = __fmul_rn((float)sin, p.magnitude), c = __fmul_rn((float)cos, p.magnitude);
         u32 a = head * p.head_width + p.offset + (p.interleaved ? 2 * pair : pair);
         u32 b = a + (p.interleaved ? 1 : p.pairs);

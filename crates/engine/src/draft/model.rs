@@ -43,6 +43,8 @@ struct Text {
     fed: Vec<u32>,
     /// Whether its tokens are drawn at random.
     drawn: bool,
+    /// Whether it turns by the draft model's long rotary tables.
+    long_rope: bool,
 }
 
 /// A text that is being drafted for.
@@ -86,6 +88,11 @@ impl ModelDrafter {
         }
         let state = self.texts.entry(text.request).or_default();
         state.drawn = text.sampling.temperature > 0.0;
+        let long_rope = self.executor.program().long_rope(text.tokens.len());
+        if std::mem::replace(&mut state.long_rope, long_rope) != long_rope {
+            self.cache.release(&mut state.held, &state.fed);
+            state.fed.clear();
+        }
         let same = state.fed.iter().zip(text.tokens).take_while(|(fed, token)| fed == token);
         // The last token is fed again if need be: its logits are wanted.
         let kept = same.count().min(text.tokens.len() - 1);
@@ -124,6 +131,7 @@ impl ModelDrafter {
                     rows: rows as u32,
                     cached: cached as u32,
                     expanded: 0,
+                    long_rope: state.long_rope,
                     ancestors: None,
                 });
                 let tokens = draft.next.drain(..rows);
@@ -169,7 +177,8 @@ impl Drafter for ModelDrafter {
         texts: &[DraftText<'_>],
         trees: &mut [DraftTree],
     ) -> Result<(), BackendError> {
-        let context_max = self.executor.program().context_max;
+        let program = self.executor.program();
+        let (context_max, long_after) = (program.context_max, program.long_rope_after());
         let worth = |text: &DraftText<'_>| text.probability_min + self.own_cost(text) < 1.0;
         let worthy = texts.iter().enumerate().filter(|(_, text)| worth(text));
         let worthy: Vec<(usize, DraftText<'_>)> = worthy.map(|(at, text)| (at, *text)).collect();
@@ -201,8 +210,11 @@ impl Drafter for ModelDrafter {
                 let drawn = draft.text.sampling.temperature > 0.0;
                 let rate = drawn.then(|| self.drawn.rate());
                 draft.grow(tree, (token, &logprobs), rate, self.own_cost(&draft.text));
-                let fed = self.texts[&draft.text.request].fed.len();
-                if !draft.next.is_empty() && fed + 1 < context_max {
+                let state = &self.texts[&draft.text.request];
+                let fed = state.fed.len();
+                // A draft ends where the text would begin anew with the long rotary tables.
+                let short_end = long_after.filter(|_| !state.long_rope).unwrap_or(usize::MAX);
+                if !draft.next.is_empty() && fed + 1 < context_max && fed < short_end {
                     going.push(draft);
                 }
             }

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use lathe_program::kv::KvLayerDecl;
 use lathe_program::{
     BackendError, Chooser, Executor, ExecutorLimits, KvFormat, KvGroup, KvLayer, KvLayerShape,
-    KvLayout, LatentSpec, Op, Program, SequenceTables, SlotMove, Step, StepOutput, StepSequence,
-    TokenLogprobs, Value, Weight,
+    KvLayout, LatentSpec, LongRope, Op, Program, RopeStyle, RopeTable, SequenceTables, SlotMove,
+    Step, StepOutput, StepSequence, TokenLogprobs, Value, Weight,
 };
 
 pub(crate) const VOCABULARY: usize = 61;
@@ -103,6 +103,15 @@ impl FakeExecutor {
         let (query, layer, out) = (Value(0), KvLayer(0), Value(0));
         let program = Arc::get_mut(&mut self.program).expect("not shared yet");
         program.ops.push(Op::AttendLatent { query, layer, spec, out });
+        self
+    }
+
+    /// Texts of more than `original` tokens turn by another table.
+    pub(crate) fn long_rope_after(mut self, original: usize) -> Self {
+        let long = Some(LongRope { original, inverse_frequencies: vec![0.5] });
+        let style = RopeStyle::HalfSplit;
+        let table = RopeTable { inverse_frequencies: vec![1.0], long, magnitude: 1.0, style };
+        Arc::get_mut(&mut self.program).expect("not shared yet").ropes.push(table);
         self
     }
 
@@ -207,6 +216,7 @@ impl FakeExecutor {
                 assert_eq!(position as usize, slots.len() - 1);
                 let seen = self.seen(sequence, &slots);
                 let form = u32::from(position < sequence.expanded) << 31;
+                let form = form | u32::from(sequence.long_rope) << 30;
                 let own = own(seen, position, self.chooser.row_tokens()[row as usize] | form);
                 for group in 0..self.program.kv.groups.len() {
                     let slot = sequence.cached as usize + within;
@@ -303,6 +313,17 @@ fn logits(own: u64) -> impl Iterator<Item = f32> {
 
 /// The same model over plain lists: no pages, no chunks, no batches. Logits after the last token.
 pub(crate) fn naive_logits(tokens: &[u32], windows: &[Option<usize>]) -> Vec<f32> {
+    naive_logits_of(tokens, windows, None)
+}
+
+/// As [`naive_logits`], of texts that are long beyond `long_after` tokens.
+pub(crate) fn naive_logits_of(
+    tokens: &[u32],
+    windows: &[Option<usize>],
+    long_after: Option<usize>,
+) -> Vec<f32> {
+    let long_rope = long_after.is_some_and(|original| tokens.len() > original);
+    let form = u32::from(long_rope) << 30;
     let mut entries: Vec<u64> = Vec::new();
     for (position, &token) in tokens.iter().enumerate() {
         let mut seen = 7;
@@ -312,7 +333,7 @@ pub(crate) fn naive_logits(tokens: &[u32], windows: &[Option<usize>]) -> Vec<f32
                 seen = mix(seen, mix(entry, group as u64));
             }
         }
-        entries.push(own(seen, position as u32, token));
+        entries.push(own(seen, position as u32, token | form));
     }
     logits(*entries.last().unwrap()).collect()
 }

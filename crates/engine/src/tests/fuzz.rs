@@ -9,7 +9,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::fake::{FakeExecutor, VOCABULARY, layout, naive_logits};
+use super::fake::{FakeExecutor, VOCABULARY, layout, naive_logits_of};
 use crate::*;
 
 const OPERATIONS: usize = 10_000;
@@ -26,13 +26,14 @@ struct Expected {
 struct RandomDrafter {
     random: ChaCha8Rng,
     windows: Vec<Option<usize>>,
+    long_after: Option<usize>,
 }
 
 impl RandomDrafter {
     /// The token that follows `tokens`, but for penalties.
     fn next(&self, text: &DraftText<'_>, tokens: &[u32]) -> u32 {
         let choice = Choice::sample(0, text.sampling, tokens.len() as u64);
-        let logits = naive_logits(tokens, &self.windows);
+        let logits = naive_logits_of(tokens, &self.windows, self.long_after);
         Sampler::default().choose(&choice, &[], &logits).expect("logits are numbers")
     }
 
@@ -76,6 +77,7 @@ impl Drafter for RandomDrafter {
 struct Fuzz {
     random: ChaCha8Rng,
     windows: Vec<Option<usize>>,
+    long_after: Option<usize>,
     block_tokens: usize,
     config: EngineConfig,
     kv_blocks: usize,
@@ -106,18 +108,24 @@ impl Fuzz {
         // Some requests never fit, and not many fit at a time.
         let kv_blocks = random.random_range(alone * 5 / 6 + 1..alone * 2 + 2);
         let kv = layout(block_tokens, &windows);
-        let executor = FakeExecutor::new(kv, CONTEXT_MAX, rows_max, kv_blocks)
+        let mut executor = FakeExecutor::new(kv, CONTEXT_MAX, rows_max, kv_blocks)
             .failing(40)
             .steps_in_flight(steps_in_flight);
+        let long_after = random.random_bool(0.5).then(|| random.random_range(8..CONTEXT_MAX));
+        if let Some(original) = long_after {
+            executor = executor.long_rope_after(original);
+        }
         let mut engine = Engine::new(Box::new(executor), config.clone()).unwrap();
         if drafts {
             let (random, windows) = (ChaCha8Rng::seed_from_u64(seed), windows.clone());
-            engine = engine.with_drafter(Box::new(RandomDrafter { random, windows }), 9);
+            engine =
+                engine.with_drafter(Box::new(RandomDrafter { random, windows, long_after }), 9);
         }
         let (live, past, refused) = Default::default();
         Fuzz {
             random,
             windows,
+            long_after,
             block_tokens,
             config,
             kv_blocks,
@@ -238,7 +246,7 @@ impl Fuzz {
         let mut counts = TokenCounts::new(&request.prompt);
         let mut text = request.prompt.clone();
         for &token in &tokens {
-            let logits = naive_logits(&text, &self.windows);
+            let logits = naive_logits_of(&text, &self.windows, self.long_after);
             let choice = Choice {
                 counts: Some(Arc::new(counts.clone())),
                 ..Choice::sample(0, request.sampling, text.len() as u64)

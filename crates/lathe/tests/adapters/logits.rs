@@ -84,6 +84,7 @@ impl Ready {
                     rows,
                     cached,
                     expanded: 0,
+                    long_rope: false,
                     ancestors: None,
                 }],
                 tables: replace_tables(SequenceId(0), &tables),

@@ -5,7 +5,7 @@
 
 use std::f64::consts::PI;
 
-use lathe_program::{RopeStyle, RopeTable};
+use lathe_program::{LongRope, RopeStyle, RopeTable};
 use serde::Serialize;
 
 /// How frequencies are stretched for contexts longer than the pretrained one.
@@ -111,8 +111,8 @@ impl RopeSpec {
         }
     }
 
-    /// Positions beyond which the table depends on the context's length, if it does: dynamic NTK
-    /// and LongRoPE have one table up to here and another for longer contexts.
+    /// Positions beyond which the table depends on the text's length, if it does: dynamic NTK and
+    /// LongRoPE have one table up to here and another for longer texts.
     pub fn switches_at(&self) -> Option<usize> {
         match self.scaling {
             RopeScaling::Dynamic { original, .. } | RopeScaling::LongRope { original, .. } => {
@@ -122,12 +122,18 @@ impl RopeSpec {
         }
     }
 
-    /// The table for sequences of up to `context` positions.
+    /// The table for texts of up to `context` positions.
     ///
-    /// Dynamic NTK and LongRoPE choose by `context` once and for all positions, as serving
-    /// engines do, so that cached keys never have to turn again.
+    /// LongRoPE has two, and a text turns by the one for the length that it has reached
+    /// ([`RopeTable::long`]). Dynamic NTK has one for every length beyond the original; this is
+    /// that for `context`.
     pub fn table(&self, context: usize) -> RopeTable {
         let plain = || powers(self.theta as f32, self.rotary).map(|power| 1.0 / power);
+        let divided = |divisors: &[f32]| -> Vec<f32> {
+            let powers = powers(self.theta as f32, self.rotary);
+            powers.zip(divisors).map(|(p, d)| 1.0 / (d * p)).collect()
+        };
+        let mut long = None;
         let (frequencies, magnitude): (Vec<f32>, f64) = match &self.scaling {
             RopeScaling::None => (plain().collect(), 1.0),
             RopeScaling::Linear { factor } => (plain().map(|f| f / *factor as f32).collect(), 1.0),
@@ -143,10 +149,12 @@ impl RopeSpec {
                 let scale = |f| llama3(f, *factor, *original as f64, *low_factor, *high_factor);
                 (plain().map(scale).collect(), 1.0)
             }
-            RopeScaling::LongRope { short, long, original, magnitude } => {
-                let divisors = if context > *original { long } else { short };
-                let powers = powers(self.theta as f32, self.rotary);
-                (powers.zip(divisors).map(|(p, d)| 1.0 / (d * p)).collect(), *magnitude)
+            RopeScaling::LongRope { short, long: beyond, original, magnitude } => {
+                long = (context > *original).then(|| LongRope {
+                    original: *original,
+                    inverse_frequencies: divided(beyond),
+                });
+                (divided(short), *magnitude)
             }
             RopeScaling::Divisors { divisors } => {
                 (plain().zip(divisors).map(|(f, d)| f / d).collect(), 1.0)
@@ -154,6 +162,7 @@ impl RopeSpec {
         };
         RopeTable {
             inverse_frequencies: frequencies,
+            long,
             magnitude: magnitude as f32,
             style: self.style,
         }

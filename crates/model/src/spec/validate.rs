@@ -142,7 +142,8 @@ fn validate_rope(rope: &RopeSpec, head_dim: usize) -> Result<(), SpecError> {
         let table = rope.table(context);
         let largest = CONTEXT_MAX as f32;
         let bad = |frequency: &&f32| !(**frequency * largest).is_finite();
-        if let Some(frequency) = table.inverse_frequencies.iter().find(bad) {
+        let long = table.frequencies(true).iter();
+        if let Some(frequency) = table.inverse_frequencies.iter().chain(long).find(bad) {
             let expected = "a finite number for every position";
             return Err(SpecError::value("rotary frequency", frequency, expected));
         }

@@ -80,6 +80,7 @@ pub(crate) fn run(
             rows: tokens.len() as u32,
             cached: cached as u32,
             expanded: 0,
+            long_rope: program.long_rope(program.context_max),
             ancestors: None,
         }],
         tables: replace_tables(id, &tables),

@@ -192,6 +192,10 @@ impl Maker {
         let input = self.input(heads * (offset + 2 * pairs + rest));
         let table = RopeTable {
             inverse_frequencies: (0..pairs).map(|i| 0.9f32.powi(i as i32)).collect(),
+            long: self.maybe(|maker| LongRope {
+                original: maker.random.between(1, 120),
+                inverse_frequencies: (0..pairs).map(|i| 0.7f32.powi(i as i32)).collect(),
+            }),
             magnitude: self.random.pick(&[1.0, 1.2]),
             style: self.random.pick(&[RopeStyle::HalfSplit, RopeStyle::Interleaved]),
         };
@@ -206,6 +210,7 @@ impl Maker {
         let pairs = dim / 2;
         let table = RopeTable {
             inverse_frequencies: (0..pairs).map(|i| 0.8f32.powi(i as i32)).collect(),
+            long: None,
             magnitude: 1.0,
             style: RopeStyle::HalfSplit,
         };

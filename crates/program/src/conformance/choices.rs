@@ -104,6 +104,7 @@ fn step(program: &Program, texts: &[Text], index: usize, random: &mut Random) ->
             rows: rows as u32,
             cached: cached as u32,
             expanded: 0,
+            long_rope: false,
             ancestors: None,
         });
         // All tokens but the one that the step before chooses.

@@ -27,6 +27,8 @@ pub fn batch_invariance(backend: &dyn Backend, settings: &Settings) -> Result<()
         ("gated", SmallDecoder::gated()),
         ("latent", SmallDecoder::latent()),
         ("mixture", SmallDecoder::mixture()),
+        // With the room for trees, two of the sequences are long.
+        ("long rope", SmallDecoder::grouped().long_rope_after(110)),
     ] {
         let decoder = decoder.fitting(settings.format.block_len());
         let failure = |reason| Failure { case: format!("batch invariance, {name}"), reason };

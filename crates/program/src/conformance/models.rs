@@ -25,6 +25,8 @@ pub struct SmallDecoder {
     pub window: Option<usize>,
     /// Positions in a block.
     pub block_tokens: usize,
+    /// [`Program::long_rope_after`].
+    pub long_rope_after: Option<usize>,
 }
 
 /// How a [`SmallDecoder`] attends.
@@ -83,6 +85,7 @@ impl SmallDecoder {
             experts: None,
             window: Some(6),
             block_tokens: 4,
+            long_rope_after: None,
         }
     }
 
@@ -112,6 +115,11 @@ impl SmallDecoder {
     /// Grouped queries over a mixture of eight experts, two a token, with a shared one.
     pub fn mixture() -> Self {
         Self { hidden: 64, experts: Some((8, 2)), ..Self::grouped() }
+    }
+
+    /// The same with other rotary tables for texts of more than `original` tokens.
+    pub fn long_rope_after(self, original: usize) -> Self {
+        Self { long_rope_after: Some(original), ..self }
     }
 
     /// The same with widths rounded up so that matrices in blocks of `block` fit.
@@ -197,11 +205,19 @@ impl Layer<'_> {
 
     fn rope(&mut self, input: Value, heads: usize, offset: usize, dim: usize, name: &str) -> Value {
         let pairs = dim / 2;
-        let inverse_frequencies =
-            (0..pairs).map(|i| 10000f32.powf(-(i as f32) / pairs as f32)).collect();
-        let style = RopeStyle::HalfSplit;
-        let rope =
-            self.builder.rope_table(RopeTable { inverse_frequencies, magnitude: 1.0, style });
+        let frequencies = |base: f32| {
+            (0..pairs).map(move |i| base.powf(-(i as f32) / pairs as f32)).collect::<Vec<_>>()
+        };
+        let long = self
+            .decoder
+            .long_rope_after
+            .map(|original| LongRope { original, inverse_frequencies: frequencies(100000.0) });
+        let rope = self.builder.rope_table(RopeTable {
+            inverse_frequencies: frequencies(10000.0),
+            long,
+            magnitude: 1.0,
+            style: RopeStyle::HalfSplit,
+        });
         let name = self.name(name);
         self.builder.rope(input, heads, offset, rope, name)
     }

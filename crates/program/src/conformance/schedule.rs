@@ -3,7 +3,9 @@
 
 use super::random::Random;
 use crate::program::Program;
-use crate::step::{Choice, SequenceId, Step, StepInput, StepSequence, TableChange, TokenSource};
+use crate::step::{
+    Choice, SequenceId, Step, StepInput, StepSequence, TREE_ROWS_MAX, TableChange, TokenSource,
+};
 use crate::tables::BlockTable;
 
 /// Sequences that grow step by step, and the free pages.
@@ -21,6 +23,8 @@ struct Growing {
     tables: Vec<BlockTable>,
     /// The same in every schedule of these tokens: their first two thirds.
     expanded: u32,
+    /// The same in every schedule of these tokens, and of a tree after them.
+    long_rope: bool,
 }
 
 /// What one sequence does in a step.
@@ -48,7 +52,8 @@ impl<'a> Schedule<'a> {
         let tables = vec![BlockTable::default(); program.kv.groups.len()];
         let growing = |tokens: Vec<u32>| {
             let expanded = tokens.len() as u32 * 2 / 3;
-            Growing { tokens, done: 0, tables: tables.clone(), expanded }
+            let long_rope = program.long_rope(tokens.len() + TREE_ROWS_MAX);
+            Growing { tokens, done: 0, tables: tables.clone(), expanded, long_rope }
         };
         Self { program, free, sequences: sequences.into_iter().map(growing).collect() }
     }
@@ -103,6 +108,7 @@ impl<'a> Schedule<'a> {
                 rows: chunk.rows as u32,
                 cached: cached as u32,
                 expanded: growing.expanded,
+                long_rope: growing.long_rope,
                 ancestors,
             });
         }

@@ -215,6 +215,7 @@ impl Trees {
             rows: nodes.len() as u32,
             cached: self.cached as u32,
             expanded: 0,
+            long_rope: false,
             ancestors: Some(ancestors),
         });
         if chunk > 0 && !first {
@@ -240,6 +241,7 @@ impl Trees {
             rows: rows as u32,
             cached: cached as u32,
             expanded: 0,
+            long_rope: false,
             ancestors: None,
         });
     }

@@ -212,7 +212,7 @@ impl ReferenceExecutor {
             }
             Op::Rope { input, heads, offset, rope: table, .. } => {
                 let table = &program.ropes[table.0 as usize];
-                rope(self.value(*input), &step.positions, [*heads, *offset], table)
+                rope(self.value(*input), step, [*heads, *offset], table)
             }
             Op::Attend { query, layer, spec, .. } => {
                 let (query, sinks) = (self.value(*query), self.optional(spec.sinks));

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use crate::op::{Activation, NormKind, RopeStyle, RopeTable};
+use crate::step::Step;
 
 /// Partial sums of a dot product, added as a tree at the end: less rounding than one sum, and
 /// the same for every caller.
@@ -92,17 +93,18 @@ pub(super) fn norm(
 
 pub(super) fn rope(
     input: &[f32],
-    positions: &[u32],
+    step: &Step,
     [heads, offset]: [usize; 2],
     table: &RopeTable,
 ) -> Vec<f32> {
     let mut out = input.to_vec();
-    let width = input.len() / positions.len();
+    let width = input.len() / step.rows();
     let pairs = table.inverse_frequencies.len();
-    for (row, position) in out.chunks_exact_mut(width).zip(positions) {
+    let long = step.sequences.iter().flat_map(|it| it.row_range().map(|_| it.long_rope));
+    for ((row, position), long) in out.chunks_exact_mut(width).zip(&step.positions).zip(long) {
         // The angle is rounded to `f32` as the models' own code does it; its sine is exact.
         let turns: Vec<(f32, f32)> = table
-            .inverse_frequencies
+            .frequencies(long)
             .iter()
             .map(|frequency| f64::from(*position as f32 * frequency).sin_cos())
             .map(|(sin, cos)| (sin as f32 * table.magnitude, cos as f32 * table.magnitude))
