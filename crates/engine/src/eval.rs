@@ -14,29 +14,45 @@ use crate::score::{Feed, ScoreError, logprob};
 pub struct Windows {
     /// Tokens of a window, at least 2; the last one may be shorter.
     pub context: usize,
-    /// Tokens between the starts of windows, 1 to `context`.
+    /// Tokens between the starts of windows, 1 to as many of the text as a window has.
     pub stride: usize,
+    /// The token that each window begins with, before those of the text; `None`: the text's own.
+    pub beginning: Option<u32>,
 }
 
 impl Windows {
     /// Windows side by side.
     pub fn of(context: usize) -> Self {
-        Windows { context, stride: context }
+        Windows { context, stride: context, beginning: None }
+    }
+
+    /// Tokens of the text in a window.
+    fn reach(self) -> usize {
+        self.context.saturating_sub(usize::from(self.beginning.is_some()))
+    }
+
+    /// The window of `range`, and how many of its first tokens are not scored if those of the text
+    /// are `skipped`.
+    fn text(self, tokens: &[u32], range: Range<usize>, skipped: usize) -> (Vec<u32>, usize) {
+        let text = self.beginning.into_iter().chain(tokens[range].iter().copied()).collect();
+        (text, skipped + usize::from(self.beginning.is_some()))
     }
 
     /// Each window of a text of `tokens` tokens, and how many of its first tokens are not scored.
     fn cut(self, tokens: usize) -> Result<Vec<(Range<usize>, usize)>, ScoreError> {
-        let Windows { context, stride } = self;
-        if context < 2 || stride == 0 || stride > context {
-            return Err(ScoreError::Windows { context, stride });
+        let Windows { context, stride, beginning } = self;
+        let reach = self.reach();
+        if context < 2 || stride == 0 || stride > reach {
+            return Err(ScoreError::Windows { context: reach, stride });
         }
-        if tokens < 2 {
-            return Err(ScoreError::TooFewTokens { found: tokens, expected: 2 });
+        let unscored = usize::from(beginning.is_none());
+        if tokens < 1 + unscored {
+            return Err(ScoreError::TooFewTokens { found: tokens, expected: 1 + unscored });
         }
         let (mut windows, mut start, mut scored) = (Vec::new(), 0, 0);
         while scored < tokens {
-            let end = tokens.min(start + context);
-            let skipped = (scored - start).max(1);
+            let end = tokens.min(start + reach);
+            let skipped = (scored - start).max(unscored);
             if start + skipped < end {
                 windows.push((start..end, skipped));
             }
@@ -98,8 +114,8 @@ pub fn perplexity(
 ) -> Result<Perplexity, ScoreError> {
     let mut total = Perplexity::default();
     for (window, skipped) in windows.cut(tokens.len())? {
-        let text = &tokens[window];
-        let mut feed = Feed::new(executor, text, skipped - 1)?;
+        let (text, skipped) = windows.text(tokens, window, skipped);
+        let mut feed = Feed::new(executor, &text, skipped - 1)?;
         while feed.rows() > 0 {
             let (first, logits) = feed.run(executor, feed.rows())?;
             let rows = logits.chunks_exact(feed.vocabulary);
@@ -127,8 +143,9 @@ pub fn compare(
     let mut perplexities = [Perplexity::default(); 2];
     let (mut divergences, mut agreements) = (Vec::new(), 0);
     for (window, skipped) in windows.cut(tokens.len())? {
-        let text = &tokens[window];
-        let mut feeds = [Feed::new(model, text, skipped - 1)?, Feed::new(base, text, skipped - 1)?];
+        let (text, skipped) = windows.text(tokens, window, skipped);
+        let wanted = skipped - 1;
+        let mut feeds = [Feed::new(model, &text, wanted)?, Feed::new(base, &text, wanted)?];
         loop {
             let rows = feeds[0].rows().min(feeds[1].rows());
             if rows == 0 {
@@ -189,7 +206,8 @@ mod tests {
             for context in 2..20 {
                 for stride in 1..=context {
                     let mut scored = vec![0; tokens];
-                    for (window, skipped) in (Windows { context, stride }).cut(tokens).unwrap() {
+                    let windows = Windows { context, stride, beginning: None };
+                    for (window, skipped) in windows.cut(tokens).unwrap() {
                         assert!(window.len() <= context && skipped < window.len());
                         window.skip(skipped).for_each(|at| scored[at] += 1);
                     }
@@ -201,19 +219,44 @@ mod tests {
                 }
             }
         }
-        assert!(Windows { context: 8, stride: 9 }.cut(20).is_err());
+        assert!(Windows { context: 8, stride: 9, beginning: None }.cut(20).is_err());
+        assert!(Windows { context: 8, stride: 8, beginning: Some(1) }.cut(20).is_err());
         assert!(Windows::of(1).cut(20).is_err());
         assert!(Windows::of(8).cut(1).is_err());
     }
 
     #[test]
+    fn behind_a_beginning_every_token_is_scored_once() {
+        for tokens in 1..40 {
+            for context in 2..12 {
+                for stride in 1..context {
+                    let mut scored = vec![0; tokens];
+                    let windows = Windows { context, stride, beginning: Some(1) };
+                    for (window, skipped) in windows.cut(tokens).unwrap() {
+                        assert!(window.len() < context && skipped < window.len());
+                        window.skip(skipped).for_each(|at| scored[at] += 1);
+                    }
+                    assert_eq!(scored, vec![1; tokens], "{context} every {stride}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn perplexity_is_the_naive_one_in_any_chunks() {
         let tokens: Vec<u32> = (0..77).map(|n| n * n % 61).collect();
-        for windows in [Windows::of(20), Windows { context: 20, stride: 7 }, Windows::of(100)] {
+        for windows in [
+            Windows::of(20),
+            Windows { context: 20, stride: 7, beginning: None },
+            Windows { context: 20, stride: 7, beginning: Some(3) },
+            Windows { context: 20, stride: 19, beginning: Some(3) },
+            Windows::of(100),
+        ] {
             let mut expected = Perplexity::default();
             for (window, skipped) in windows.cut(tokens.len()).unwrap() {
                 for at in window.start + skipped..window.end {
-                    let logits = naive_logits(&tokens[window.start..at], &[None, Some(6)]);
+                    let (seen, _) = windows.text(&tokens, window.start..at, 0);
+                    let logits = naive_logits(&seen, &[None, Some(6)]);
                     expected.take(&logits, tokens[at]);
                 }
             }

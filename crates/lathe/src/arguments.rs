@@ -11,7 +11,7 @@ use lathe_model::adapter::AdapterChoice;
 use lathe_model::export::Reader;
 use lathe_program::KvFormat;
 use lathe_quant::technique;
-use lathe_session::{Options, Ranks, SamplingChoice};
+use lathe_session::{Bos, Options, Ranks, SamplingChoice};
 
 use crate::output::bad_input;
 
@@ -127,6 +127,27 @@ fn parse_kv_format(name: &str) -> Result<KvFormat, String> {
         let known = KvFormat::ALL.map(KvFormat::name).join(", ");
         format!("found {name}, expected one of {known}")
     })
+}
+
+/// Whether a text begins with the token that begins a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BosChoice {
+    /// As the tokenizer does it by itself (`add_bos_token`)
+    Auto,
+    /// Begin with it
+    Yes,
+    /// Do not
+    No,
+}
+
+impl From<BosChoice> for Bos {
+    fn from(choice: BosChoice) -> Self {
+        match choice {
+            BosChoice::Auto => Bos::Auto,
+            BosChoice::Yes => Bos::Yes,
+            BosChoice::No => Bos::No,
+        }
+    }
 }
 
 /// What computes.
@@ -346,9 +367,13 @@ pub(crate) struct ScoreArguments {
     /// A file with a JSON array of token ids
     #[arg(long, value_name = "FILE", required_unless_present = "text")]
     pub tokens: Option<PathBuf>,
-    /// A text file; no special tokens are added
+    /// A text file; no special token is added but that of --bos
     #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
     pub text: Option<PathBuf>,
+    /// Whether the text begins with the token that begins a sequence; auto: if the tokenizer adds it
+    /// by itself
+    #[arg(long, value_enum, value_name = "auto|yes|no", default_value_t = BosChoice::Auto)]
+    pub bos: BosChoice,
     /// Tokens that a text may have, in place of what the model's files say
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,
@@ -363,9 +388,13 @@ pub(crate) struct ScoreArguments {
 pub(crate) struct EvalArguments {
     /// Folder, .gguf file, catalogue name or Hub id
     pub model: String,
-    /// A text file, tokenized once; no special tokens are added
+    /// A text file, tokenized once; no special token is added but that of --bos
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
+    /// Whether each window begins with the token that begins a sequence, which is not scored; auto:
+    /// if the tokenizer adds it by itself
+    #[arg(long, value_enum, value_name = "auto|yes|no", default_value_t = BosChoice::Auto)]
+    pub bos: BosChoice,
     /// A model with the same tokenizer to compare with, token by token
     #[arg(long, value_name = "MODEL")]
     pub base: Option<String>,
@@ -501,6 +530,10 @@ pub(crate) struct QuantizeArguments {
     /// which inputs of layers are measured
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
+    /// Whether each window of a text begins with the token that begins a sequence; auto: if the
+    /// tokenizer adds it by itself
+    #[arg(long, value_enum, value_name = "auto|yes|no", default_value_t = BosChoice::Auto)]
+    pub bos: BosChoice,
     /// Tokens of it to use at most, from its start, in windows of 512
     #[arg(long, value_name = "N", default_value_t = CALIBRATION_TOKENS, requires = "calibration")]
     pub calibration_tokens: usize,

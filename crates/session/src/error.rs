@@ -56,6 +56,9 @@ pub enum SessionError {
         /// Tokens of the context.
         limit: usize,
     },
+    /// A text was to begin with the token that begins a sequence.
+    #[error("the tokenizer names no `bos_token`")]
+    NoBeginning,
     /// A message does not fit the context.
     #[error("this message makes a prompt of {tokens} tokens, the context holds {context}")]
     MessageTooLong {
@@ -221,6 +224,7 @@ impl SessionError {
             | Self::Format(_)
             | Self::Context { .. }
             | Self::MessageTooLong { .. }
+            | Self::NoBeginning
             | Self::NoDevice(..)
             | Self::Ranks { .. }
             | Self::NotRun(_)

@@ -56,7 +56,7 @@ pub use open::{
 };
 pub use options::{Device, Options, backend, check_format, instruction_set};
 pub use progress::{Progress, Reporter, Silent};
-pub use prompt::{encode_chat, encode_raw, encode_text, question};
+pub use prompt::{Bos, encode_chat, encode_raw, encode_text, question, text_beginning};
 pub use ranks::{Ranks, has_experts};
 pub use sampling::{ANSWER_TOKENS, SamplingChoice};
 pub use startup::{Startup, milliseconds};

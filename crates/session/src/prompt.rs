@@ -25,12 +25,36 @@ pub fn encode_chat(model: &Model, messages: &[Message]) -> Result<Vec<u32>, Sess
 pub fn encode_raw(model: &Model, text: &str) -> Result<Vec<u32>, SessionError> {
     let tokenizer = tokenizer_of(model)?;
     let mut tokens = tokenizer.encode_rendered(text)?;
-    let beginning = tokenizer.frame().beginning;
-    let added = tokenizer.encode("", true)?.first().copied();
-    if added.is_some() && added == beginning && tokens.first().copied() != beginning {
+    let beginning = tokenizer.added_beginning()?;
+    if beginning.is_some() && tokens.first().copied() != beginning {
         tokens.splice(0..0, beginning);
     }
     Ok(tokens)
+}
+
+/// Whether a text that is scored or calibrated with begins with the token that begins a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Bos {
+    /// If the tokenizer adds it to texts by itself.
+    #[default]
+    Auto,
+    /// Always.
+    Yes,
+    /// Never.
+    No,
+}
+
+/// The token that comes before a text, by `bos`.
+///
+/// # Errors
+/// If one is asked for and the tokenizer names none.
+pub fn text_beginning(tokenizer: &Tokenizer, bos: Bos) -> Result<Option<u32>, SessionError> {
+    match (bos, tokenizer.frame().beginning) {
+        (Bos::No, _) => Ok(None),
+        (Bos::Auto, _) => Ok(tokenizer.added_beginning()?),
+        (Bos::Yes, None) => Err(SessionError::NoBeginning),
+        (Bos::Yes, beginning) => Ok(beginning),
+    }
 }
 
 /// The tokens of a text to score. Nothing is added, and names of control tokens in the text are

@@ -5,7 +5,9 @@ use std::io::IsTerminal;
 use anyhow::Error;
 use lathe_engine::eval::{self, Perplexity, Windows};
 use lathe_model::OpenOptions;
-use lathe_session::{Need, Opened, Options, ROWS_MAX, Session, SessionError, encode_text};
+use lathe_session::{
+    Need, Opened, Options, ROWS_MAX, Session, SessionError, encode_text, text_beginning,
+};
 use serde::Serialize;
 
 use super::score::read_text;
@@ -27,6 +29,9 @@ struct Report {
     mean_nll: f64,
     context: usize,
     stride: usize,
+    /// The token that each window begins with (`--bos`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bos: Option<u32>,
     kv_format: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     base_kv_format: Option<&'static str>,
@@ -62,10 +67,12 @@ pub(super) fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Erro
         let message = format!("--context is {context}, the model's own is {limit}");
         return Err(bad_input(message));
     }
-    let stride = arguments.stride.unwrap_or(context);
-    let windows = Windows { context, stride };
-    let need =
-        Need { context: context.clamp(1, tokens.len().max(1)), sequences: 1, rows_max: ROWS_MAX };
+    let beginning = text_beginning(opened.tokenizer()?, arguments.bos.into())?;
+    let added = usize::from(beginning.is_some());
+    let stride = arguments.stride.unwrap_or(context.saturating_sub(added));
+    let windows = Windows { context, stride, beginning };
+    let longest = context.clamp(1, (tokens.len() + added).max(1));
+    let need = Need { context: longest, sequences: 1, rows_max: ROWS_MAX };
     let options = global.options();
     let mut session = opened.over(arguments.parallel.ranks()).prepare(&options, need)?;
     let base_format = arguments.base_kv_format.or(global.kv_format);
@@ -144,6 +151,7 @@ fn report(
         mean_nll: perplexity.nll / perplexity.tokens as f64,
         context: windows.context,
         stride: windows.stride,
+        bos: windows.beginning,
         kv_format,
         base_kv_format,
         comparison,
@@ -152,9 +160,13 @@ fn report(
 
 fn describe(report: &Report) -> String {
     let mut text = format!(
-        "perplexity {:.4}, {:.4} bits a byte, {} of {} tokens scored in windows of {}\n",
+        "perplexity {:.4}, {:.4} bits a byte, {} of {} tokens scored in windows of {}",
         report.perplexity, report.bits_per_byte, report.tokens, report.text_tokens, report.context
     );
+    if let Some(bos) = report.bos {
+        text.push_str(&format!(" that begin with token {bos} (--bos)"));
+    }
+    text.push('\n');
     if let Some(comparison) = &report.comparison {
         text.push_str(&format!(
             "against the base (perplexity {:.4}): KL {:.5} nats a token, {:.5} at the 99th \

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Error;
 use lathe_engine::score::score;
-use lathe_session::{Need, Opened, ROWS_MAX, SessionError, encode_text};
+use lathe_session::{Need, Opened, ROWS_MAX, SessionError, encode_text, text_beginning};
 use serde::Serialize;
 
 use crate::arguments::{Global, ScoreArguments};
@@ -15,6 +15,9 @@ use crate::output::{InputContext, bad_input, print, print_json};
 #[derive(Serialize)]
 struct Report<'a> {
     tokens: &'a [u32],
+    /// The token that was put before the text (`--bos`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bos: Option<u32>,
     /// Of each token but the first, natural logarithms.
     logprobs: &'a [f64],
     mean_nll: f64,
@@ -30,7 +33,7 @@ struct Top {
 /// Scores.
 pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Error> {
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
-    let tokens = read_tokens(arguments, &opened)?;
+    let (tokens, bos) = read_tokens(arguments, &opened)?;
     if tokens.len() < 2 {
         let message = format!("{} tokens to score, expected at least 2", tokens.len());
         return Err(bad_input(message));
@@ -43,12 +46,13 @@ pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Err
     if global.json {
         return print_json(&Report {
             tokens: &tokens,
+            bos,
             logprobs: &scored.logprobs,
             mean_nll: scored.mean_nll(),
             top: Top { ids, logits },
         });
     }
-    let mut text = String::new();
+    let mut text = bos.map_or(String::new(), |bos| format!("begins with token {bos} (--bos)\n"));
     for (position, (token, logprob)) in tokens[1..].iter().zip(&scored.logprobs).enumerate() {
         let piece = session.model.tokenizer.as_ref().and_then(|t| t.token_bytes(*token));
         let piece = piece.unwrap_or_default();
@@ -63,14 +67,24 @@ pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Err
     print(&text)
 }
 
-fn read_tokens(arguments: &ScoreArguments, opened: &Opened) -> Result<Vec<u32>, Error> {
+/// The tokens to score, and the one that was put before the text. Token ids are taken as they are.
+fn read_tokens(
+    arguments: &ScoreArguments,
+    opened: &Opened,
+) -> Result<(Vec<u32>, Option<u32>), Error> {
     if let Some(path) = &arguments.tokens {
         let text = read_text(path)?;
-        return serde_json::from_str(&text)
-            .bad_input_in(format!("{}: expected a JSON array of token ids", path.display()));
+        let tokens = serde_json::from_str(&text)
+            .bad_input_in(format!("{}: expected a JSON array of token ids", path.display()))?;
+        return Ok((tokens, None));
     }
     let path = arguments.text.as_deref().expect("one of the two is required");
-    Ok(encode_text(opened.tokenizer()?, &read_text(path)?)?)
+    let tokenizer = opened.tokenizer()?;
+    let mut tokens = encode_text(tokenizer, &read_text(path)?)?;
+    let bos = text_beginning(tokenizer, arguments.bos.into())?;
+    let bos = bos.filter(|bos| tokens.first() != Some(bos));
+    tokens.splice(0..0, bos);
+    Ok((tokens, bos))
 }
 
 /// The text of a file that the caller named.

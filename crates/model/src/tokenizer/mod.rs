@@ -202,6 +202,8 @@ struct Inner {
     /// Framing that this module adds itself, where no post-processor of the library does.
     before: Option<u32>,
     after: Option<u32>,
+    /// Whether texts begin with [`FrameTokens::beginning`], if a configuration says so.
+    adds_beginning: Option<bool>,
 }
 
 /// The outcome of `work`, or the words of a panic in it. The library panics on some damaged files.
@@ -277,6 +279,7 @@ impl Tokenizer {
             end_tokens: Vec::new(),
             before: None,
             after: None,
+            adds_beginning: None,
         }
     }
 
@@ -296,6 +299,7 @@ impl Tokenizer {
             padding: id("pad_token"),
         };
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            inner.adds_beginning = config["add_bos_token"].as_bool();
             inner.end_tokens = frame.end.into_iter().collect();
             inner.frame = frame;
         }
@@ -413,6 +417,20 @@ impl Tokenizer {
     /// Which tokens begin and end a sequence.
     pub fn frame(&self) -> &FrameTokens {
         &self.inner.frame
+    }
+
+    /// The token that a text of this model begins with, if the tokenizer adds one: as the
+    /// `add_bos_token` of its configuration says, else as its own file does.
+    ///
+    /// # Errors
+    /// If the library cannot encode.
+    pub fn added_beginning(&self) -> Result<Option<u32>, TokenizerError> {
+        let beginning = self.inner.frame.beginning;
+        let adds = match self.inner.adds_beginning {
+            Some(adds) => adds,
+            None => beginning.is_some() && self.encode("", true)?.first().copied() == beginning,
+        };
+        Ok(beginning.filter(|_| adds))
     }
 
     /// The names of the frame tokens as chat templates know them: `bos_token` and so on.

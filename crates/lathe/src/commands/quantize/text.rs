@@ -5,11 +5,12 @@ use std::path::Path;
 use anyhow::Error;
 use lathe_model::chat::Message;
 use lathe_quant::recipe::Recipe;
-use lathe_session::{Opened, encode_text, template_of};
+use lathe_session::{Opened, encode_text, template_of, text_beginning};
 use serde_json::Value;
 
 use super::super::score::read_text;
-use crate::arguments::QuantizeArguments;
+use super::WINDOW;
+use crate::arguments::{BosChoice, QuantizeArguments};
 use crate::output::{InputContext, bad_input};
 
 /// Fewer tokens than this say little of the inputs of layers.
@@ -35,7 +36,7 @@ pub(super) fn read_tokens(
         }
         None => return Ok(None),
     };
-    let mut calibration = tokens_of(path, opened)?;
+    let (mut calibration, beginning) = tokens_of(path, opened, arguments.bos)?;
     let held_out = if arguments.explain { arguments.explain_tokens } else { 0 };
     if arguments.explain && held_out < 2 {
         return Err(bad_input(format!("--explain-tokens is {held_out}, expected at least 2")));
@@ -56,12 +57,39 @@ pub(super) fn read_tokens(
             calibration.len()
         );
     }
-    Ok(Some(Text { calibration, explain: explain[..held_out].to_vec() }))
+    let mut explain = explain[..held_out].to_vec();
+    if let Some(bos) = beginning {
+        let window = WINDOW.min(opened.model.spec.context_max);
+        calibration = begin_windows(&calibration, bos, window);
+        explain = begin_windows(&explain, bos, window);
+        eprintln!("note: each window of {} begins with token {bos} (--bos)", path.display());
+    }
+    Ok(Some(Text { calibration, explain }))
 }
 
-/// The tokens of a file: an array of ids, records of which each is a line, or plain text.
-fn tokens_of(path: &Path, opened: &Opened) -> Result<Vec<u32>, Error> {
+/// The tokens with `bos` before what each window of `window` tokens has of them.
+fn begin_windows(tokens: &[u32], bos: u32, window: usize) -> Vec<u32> {
+    let mut all = Vec::with_capacity(tokens.len() + tokens.len() / window.max(2) + 1);
+    let mut rest = tokens;
+    while let Some(first) = rest.first() {
+        let begins = *first == bos;
+        let (own, after) = rest.split_at(rest.len().min((window - usize::from(!begins)).max(1)));
+        all.extend((!begins).then_some(bos));
+        all.extend(own);
+        rest = after;
+    }
+    all
+}
+
+/// The tokens of a file: an array of ids, records of which each is a line, or plain text. With them
+/// comes the token that windows of a text begin with; ids are taken as they are.
+fn tokens_of(
+    path: &Path,
+    opened: &Opened,
+    bos: BosChoice,
+) -> Result<(Vec<u32>, Option<u32>), Error> {
     let text = read_text(path)?;
+    let beginning = || Ok::<_, Error>(text_beginning(opened.tokenizer()?, bos.into())?);
     if path.extension().is_some_and(|kind| kind.eq_ignore_ascii_case("jsonl")) {
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
         let mut tokens = Vec::new();
@@ -71,12 +99,12 @@ fn tokens_of(path: &Path, opened: &Opened) -> Result<Vec<u32>, Error> {
                 record.map_err(Error::from).and_then(|it: Value| tokens_of_record(&it, opened));
             tokens.extend(record.bad_input_in(format!("{}:{}", path.display(), index + 1))?);
         }
-        return Ok(tokens);
+        return Ok((tokens, beginning()?));
     }
     if text.trim_start().starts_with('[') {
-        return serde_json::from_str(&text).bad_input_in(path.display());
+        return Ok((serde_json::from_str(&text).bad_input_in(path.display())?, None));
     }
-    Ok(encode_text(opened.tokenizer()?, &text)?)
+    Ok((encode_text(opened.tokenizer()?, &text)?, beginning()?))
 }
 
 /// The tokens of a line of data: its `text`, or its `messages` as the model's template has them.
@@ -98,4 +126,19 @@ fn tokens_of_record(record: &Value, opened: &Opened) -> Result<Vec<u32>, Error> 
         None => "no object".to_owned(),
     };
     Err(bad_input(format!("{found}, expected `text`, a string, or `messages`, a list")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::begin_windows;
+
+    #[test]
+    fn each_window_begins_with_the_token_once() {
+        let all = begin_windows(&[5, 6, 7, 8, 9], 1, 3);
+        assert_eq!(all, [1, 5, 6, 1, 7, 8, 1, 9]);
+        // A text that has the token already keeps its own.
+        assert_eq!(begin_windows(&[1, 5, 6, 7], 1, 3), [1, 5, 6, 1, 7]);
+        assert_eq!(begin_windows(&[5, 6], 1, 1), [1, 5, 1, 6]);
+        assert!(begin_windows(&[], 1, 8).is_empty());
+    }
 }
