@@ -125,7 +125,7 @@ impl Tiny {
                 rows,
                 cached: cached as u32,
                 expanded: 0,
-                long_rope: false,
+                long_rope: self.program.long_rope(self.program.context_max),
                 ancestors: None,
             }],
             tables: replace_tables(SequenceId(0), &tables),

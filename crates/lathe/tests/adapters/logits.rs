@@ -84,7 +84,7 @@ impl Ready {
                     rows,
                     cached,
                     expanded: 0,
-                    long_rope: false,
+                    long_rope: program.long_rope(program.context_max),
                     ancestors: None,
                 }],
                 tables: replace_tables(SequenceId(0), &tables),
