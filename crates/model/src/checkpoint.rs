@@ -149,7 +149,10 @@ impl Checkpoint {
     pub fn shape(&self, name: &str) -> Result<Vec<usize>, CheckpointError> {
         match self {
             Checkpoint::Safetensors { files, quantization } => quantization.shape(files, name),
-            Checkpoint::Gguf(file) => Ok(file.tensor(name)?.shape),
+            Checkpoint::Gguf(file) => match file.info(name) {
+                Some(info) => Ok(info.shape.clone()),
+                None => Ok(file.tensor(name)?.shape),
+            },
         }
     }
 
@@ -159,7 +162,10 @@ impl Checkpoint {
             Checkpoint::Safetensors { files, quantization } => {
                 quantization.naming().parts_of(files, name)
             }
-            Checkpoint::Gguf(_) => vec![name.to_owned()],
+            Checkpoint::Gguf(file) => {
+                let scale = file.scale_of(name).map(|scale| scale.name.clone());
+                [name.to_owned()].into_iter().chain(scale).collect()
+            }
         }
     }
 

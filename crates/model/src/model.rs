@@ -252,7 +252,7 @@ impl Model {
             name: name_of(path),
             layout: Layout::Gguf,
             adapter: None,
-            notes: Vec::new(),
+            notes: unpacked_note(&file).into_iter().collect(),
             rules: family.rules(),
             checkpoint: Checkpoint::Gguf(file),
         })
@@ -266,6 +266,31 @@ impl Model {
         let adapter = self.adapter.as_ref();
         Ok(ModelWeights::new(&self.checkpoint, &self.spec, self.rules, adapter, program)?)
     }
+}
+
+/// Says which types of a file are unpacked when they are read, to what, and what that costs.
+fn unpacked_note(file: &GgufFile) -> Option<String> {
+    let mut kinds = BTreeMap::new();
+    let (mut before, mut after) = (0u64, 0u64);
+    for info in file.tensors.iter().filter(|info| info.kind.is_unpacked()) {
+        let (Some(format), Some(range)) = (info.kind.format(), &info.range) else { continue };
+        *kinds.entry(format!("{} as {format}", info.kind)).or_insert(0usize) += 1;
+        before += range.len() as u64;
+        let elements = info.shape.iter().product::<usize>() as f64;
+        after += (elements * format.bits_per_weight() / 8.0) as u64;
+    }
+    let kinds: Vec<String> =
+        kinds.into_iter().map(|(kind, tensors)| format!("{kind} ({tensors})")).collect();
+    (!kinds.is_empty()).then(|| {
+        let megabytes = [before, after].map(|bytes| bytes as f64 / 1e6);
+        format!(
+            "types without a kernel are unpacked, without loss (tensors of each): {}; {:.1} MB become \
+             {:.1} MB",
+            kinds.join(", "),
+            megabytes[0],
+            megabytes[1]
+        )
+    })
 }
 
 /// What `scheme`, which names modules, means for the matrices of `spec`.

@@ -236,10 +236,10 @@ fn empty_tensors_need_no_data() {
 
 #[test]
 fn types_that_cannot_be_read_are_refused_by_name() {
-    let infos = [info("x", &[256], 17, 0), info("y", &[2], 77, 0), info("z", &[1], 28, 96)];
+    let infos = [info("x", &[256], 41, 0), info("y", &[2], 77, 0), info("z", &[1], 28, 96)];
     let read = open(with_data(file(3, 0, &infos), 104)).unwrap();
     let message = |name| read.tensor(name).unwrap_err().to_string();
-    assert_eq!(message("x"), "test.gguf: tensor \"x\" is IQ2_XS, which is not supported");
+    assert_eq!(message("x"), "test.gguf: tensor \"x\" is Q1_0, which is not supported");
     assert_eq!(message("y"), "test.gguf: tensor \"y\" is unknown type 77, which is not supported");
     assert_eq!(message("w"), "test.gguf: there is no tensor \"w\"");
     assert_eq!(read.tensor("z").unwrap().format, Format::F32);

@@ -11,19 +11,33 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tensor").join(name)
 }
 
-#[test]
-fn dequantized_blocks_agree_bit_for_bit() {
-    let blocks = GgufFile::open(&fixture("blocks.gguf")).unwrap();
-    let expected = SafetensorsFile::open(&fixture("blocks.safetensors")).unwrap();
-    assert_eq!(blocks.tensors.len(), GgmlType::ALL.len());
+/// Every tensor of `NAME.gguf` has the bits of the same in `NAME.safetensors`, whose names end in
+/// `ending`. How many there are.
+fn agree(name: &str, ending: &str) -> usize {
+    let blocks = GgufFile::open(&fixture(&format!("{name}.gguf"))).unwrap();
+    let expected = SafetensorsFile::open(&fixture(&format!("{name}.safetensors"))).unwrap();
     for info in &blocks.tensors {
-        let found = blocks.tensor(&info.name).unwrap().to_f32();
-        let expected = expected.tensor(&format!("{}.f32", info.name)).unwrap().to_f32();
+        let tensor = blocks.tensor(&info.name).unwrap();
+        assert_eq!(Some(tensor.format), info.kind.format(), "{}", info.name);
+        let found = tensor.to_f32();
+        let expected = expected.tensor(&format!("{}{ending}", info.name)).unwrap().to_f32();
         assert_eq!(found.len(), expected.len());
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
             assert_eq!(found.to_bits(), expected.to_bits(), "{} element {i}", info.name);
         }
     }
+    blocks.tensors.len()
+}
+
+#[test]
+fn dequantized_blocks_agree_bit_for_bit() {
+    assert_eq!(agree("blocks", ".f32"), GgmlType::ALL.len());
+}
+
+/// `tests/fixtures/make_compact_blocks.py` made them.
+#[test]
+fn types_that_are_unpacked_agree_bit_for_bit() {
+    assert_eq!(agree("compact", ""), 13);
 }
 
 #[test]

@@ -184,6 +184,16 @@ pub enum GgufProblem {
         /// The other.
         second: String,
     },
+    /// Another number of second scales than the tensor has matrices.
+    #[error("tensor {name:?} has {found} scales, expected one for each of {expected} matrices")]
+    Scales {
+        /// The tensor with the scales.
+        name: String,
+        /// Scales that it has.
+        found: usize,
+        /// Matrices of the tensor that they are for.
+        expected: usize,
+    },
     /// No tensor of this name.
     #[error("there is no tensor {name:?}")]
     Missing {

@@ -3,6 +3,7 @@
 //! [`GgufFile`] maps a file and checks it once; [`Writer`] streams tensors into a new one.
 //! Shapes are outermost first here; the file has them the other way round.
 
+mod compact;
 mod error;
 mod metadata;
 mod read;
@@ -99,7 +100,8 @@ impl GgufFile {
         self.index.get(name).map(|&i| &self.tensors[i])
     }
 
-    /// A tensor, without a copy (F64 is rounded to `f32`).
+    /// A tensor. There is no copy but of types that no kernel reads: F64 is rounded to `f32`, and
+    /// those of [`GgufType::is_unpacked`] are unpacked.
     ///
     /// # Errors
     /// If there is no such tensor or if its type cannot be read.
@@ -114,9 +116,34 @@ impl GgufFile {
             let values = numbers.iter().map(|b| f64::from_le_bytes(*b) as f32).collect();
             return Ok(Tensor::from_f32_vec(info.shape.clone(), values));
         }
+        let global = self.scales_of(name, &info.shape)?;
+        if let Some(tensor) = compact::unpack(info.kind, &info.shape, &bytes, global) {
+            return tensor.map_err(|source| {
+                self.error(GgufProblem::Tensor { name: name.to_owned(), source })
+            });
+        }
         let format: Format = info.kind.format().ok_or_else(unsupported)?;
         Tensor::new(info.shape.clone(), format, bytes)
             .map_err(|source| self.error(GgufProblem::Tensor { name: name.to_owned(), source }))
+    }
+
+    /// The tensor with the second scales of an NVFP4 tensor, by which llama.cpp multiplies its
+    /// products: one for each matrix of a stack.
+    pub fn scale_of(&self, name: &str) -> Option<&GgufTensor> {
+        self.info(name).filter(|info| info.kind == GgufType::NVFP4)?;
+        self.info(&format!("{}.scale", name.strip_suffix(".weight")?))
+    }
+
+    /// Those scales; 1 where the file has none.
+    fn scales_of(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, GgufError> {
+        let matrices = shape[..shape.len().saturating_sub(2)].iter().product();
+        let Some(scale) = self.scale_of(name) else { return Ok(vec![1.0; matrices]) };
+        let scales = self.tensor(&scale.name)?.to_f32();
+        if scales.len() != matrices {
+            let (name, found) = (scale.name.clone(), scales.len());
+            return Err(self.error(GgufProblem::Scales { name, found, expected: matrices }));
+        }
+        Ok(scales)
     }
 
     fn error(&self, problem: GgufProblem) -> GgufError {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::compact;
 use crate::format::{Format, GgmlType};
 
 /// A tensor type by its number in the file.
@@ -49,6 +50,8 @@ const TYPES: [(u32, &str, u64, u64); 34] = [
 impl GgufType {
     /// `f64`: read by rounding to `f32`.
     pub const F64: GgufType = GgufType(28);
+    /// fp4 in groups of 16, with a second scale in a tensor of its own.
+    pub const NVFP4: GgufType = GgufType(40);
 
     fn row(self) -> Option<&'static (u32, &'static str, u64, u64)> {
         TYPES.iter().find(|row| row.0 == self.0)
@@ -65,8 +68,13 @@ impl GgufType {
             0 => Some(Format::F32),
             1 => Some(Format::F16),
             30 => Some(Format::BF16),
-            id => GgmlType::from_id(id).map(Format::Ggml),
+            id => GgmlType::from_id(id).map(Format::Ggml).or_else(|| compact::format(self)),
         }
+    }
+
+    /// Whether tensors of this type are unpacked when they are read, because no kernel reads them.
+    pub fn is_unpacked(self) -> bool {
+        compact::format(self).is_some()
     }
 
     /// The type that a format is written as; `None` for formats that GGUF does not have.
