@@ -192,7 +192,8 @@ fn types_without_kernels_run() {
     assert!((found - expected).abs() < 1e-4, "{found} for {expected}");
 
     let model = path("compact.gguf").display().to_string();
-    let (code, out, told) = run(&mut command(home.path(), &["inspect", &model, "--no-measure"]));
+    let words = ["inspect", &model, "--no-measure", "--context", "32"];
+    let (code, out, told) = run(&mut command(home.path(), &words));
     assert_eq!(code, 0, "{told}");
     let told = format!("{out}{told}");
     assert!(told.contains("Q2_K as f32 (1), Q3_K as q6_k (1)"), "{told}");
