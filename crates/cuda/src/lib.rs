@@ -12,6 +12,7 @@ mod cache;
 #[allow(unsafe_code)] // Calls of the driver.
 mod device;
 mod executor;
+mod fast;
 mod launch;
 #[allow(unsafe_code)] // Vouches for the layout of the kernels' arguments.
 mod parameters;

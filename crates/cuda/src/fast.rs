@@ -1,0 +1,507 @@
+//! The fast kernels: which ops run as one kernel, and how products and attention are launched.
+
+use lathe_program::{
+    AttendSpec, BackendError, BufferPlan, KvFormat, LinearPart, NormKind, Op, Program, RopeStyle,
+    Value, Weight,
+};
+
+use crate::device::LaunchShape;
+use crate::executor::CudaExecutor;
+use crate::launch::{Product, activation};
+use crate::parameters::*;
+use crate::weights::{Stored, TILE, Weights};
+
+/// Rows that `stream_N` takes.
+const STREAM_ROWS: usize = 4;
+/// As in `product.cu`.
+const STREAM_THREADS: usize = 9 * 32;
+const STREAM_WARPS: usize = 8;
+const CHUNK_BYTES: usize = 8192;
+const PART_TILES: usize = 16;
+const ROWS_TILE: usize = 32;
+const ROWS_WARPS: usize = 4;
+const SLICE: usize = 128;
+/// Shared memory of a block, and the fewest chunks in flight that keep the memory busy.
+const SHARED_BYTES: usize = 227 * 1024;
+const STAGES_MIN: usize = 8;
+const STAGES_MAX: usize = 20;
+/// Multiprocessors, and blocks that fill the device twice.
+const PROCESSORS: usize = 132;
+const BLOCKS_WANTED: usize = 2 * PROCESSORS;
+/// Shares of a product's columns.
+const SHARES_MAX: usize = 8;
+/// As in `attend.cu`.
+const ATTEND_THREADS: usize = 128;
+const ATTEND_SHARES_MAX: usize = 32;
+const BEST_PARTS: usize = 32;
+const BEST_THREADS: usize = 256;
+
+/// What follows a product in its kernel, by index of the op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    Nothing,
+    Activate(usize),
+    Add(usize),
+}
+
+/// Ops that run together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// One op.
+    Op(usize),
+    /// A norm, products of what it makes, and what is done with these.
+    Streamed(Streamed),
+    /// Turns of queries and keys, and the write of keys and values: three ops from this one on.
+    TurnAndStore(usize),
+}
+
+/// See [`Unit::Streamed`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Streamed {
+    first: usize,
+    norm: Option<usize>,
+    product: usize,
+    after: After,
+    end: usize,
+}
+
+/// Finds what may run together.
+pub(crate) fn units(
+    program: &Program,
+    weights: &Weights,
+    plan: &BufferPlan,
+    format: KvFormat,
+) -> Vec<Unit> {
+    let last_use = program.liveness().iter().map(|lifetime| lifetime.last_use).collect();
+    let finder = Finder { program, weights, plan, last_use };
+    let mut units = Vec::new();
+    let mut at = 0;
+    while at < program.ops.len() {
+        let (unit, end) = if let Some(streamed) = finder.streamed(at) {
+            (Unit::Streamed(streamed), streamed.end)
+        } else if format == KvFormat::BF16 && finder.turns_and_stores(at) {
+            (Unit::TurnAndStore(at), at + 3)
+        } else {
+            (Unit::Op(at), at + 1)
+        };
+        units.push(unit);
+        at = end;
+    }
+    units
+}
+
+struct Finder<'a> {
+    program: &'a Program,
+    weights: &'a Weights,
+    /// Which values share memory: a block may not write what others still read.
+    plan: &'a BufferPlan,
+    last_use: Vec<usize>,
+}
+
+impl Finder<'_> {
+    /// Whether `value` is read by op `at` and by none after it.
+    fn ends_at(&self, value: Value, at: usize) -> bool {
+        self.last_use[value.0 as usize] == at
+    }
+
+    /// Whether `value` is read by op `at`, which follows the op that makes it, alone.
+    fn only(&self, value: Value, at: usize) -> bool {
+        self.ends_at(value, at) && self.program.ops[at].inputs().any(|input| input == value)
+    }
+
+    fn packed(&self, weight: Weight) -> bool {
+        self.weights.stored(weight) == Stored::Packed
+    }
+
+    fn streamed(&self, first: usize) -> Option<Streamed> {
+        let ops = &self.program.ops;
+        let norm = self.normed(first);
+        let product = first + usize::from(norm.is_some());
+        let found = |after, end| Some(Streamed { first, norm, product, after, end });
+        match ops.get(product)? {
+            Op::Linear { parts, .. } if self.fits(parts) => {
+                let after = self.after(product, parts);
+                let end = product + if after == After::Nothing { 1 } else { 2 };
+                found(after, end)
+            }
+            Op::Logits { head, .. } if self.packed(*head) => found(After::Nothing, product + 1),
+            _ => None,
+        }
+    }
+
+    fn fits(&self, parts: &[LinearPart]) -> bool {
+        parts.len() <= 3 && parts.iter().all(|part| self.packed(part.weight))
+    }
+
+    /// Op `at`, if it is an RMS norm of whole rows for the next op alone.
+    fn normed(&self, at: usize) -> Option<usize> {
+        let Op::Norm { input, weight, bias, kind, groups, out, .. } = &self.program.ops[at] else {
+            return None;
+        };
+        let next = self.program.ops.get(at + 1)?;
+        let width = self.program.value_width(*input);
+        let whole = weight.is_none_or(|weight| self.program.weight(weight).shape == [width]);
+        let plain = matches!(kind, NormKind::Rms { .. }) && *groups == 1 && bias.is_none();
+        let product = matches!(next, Op::Linear { .. } | Op::Logits { .. });
+        (plain && whole && product && self.only(*out, at + 1)).then_some(at)
+    }
+
+    fn after(&self, product: usize, parts: &[LinearPart]) -> After {
+        let next = product + 1;
+        match (parts, self.program.ops.get(next)) {
+            ([gate, up], Some(Op::Activate { gate: first, up: Some(second), .. })) => {
+                let pair = gate.out == *first && up.out == *second;
+                let whole = self.ends_at(gate.out, next) && self.ends_at(up.out, next);
+                if pair && whole { After::Activate(next) } else { After::Nothing }
+            }
+            ([part], Some(Op::Add { left, right, .. })) => {
+                let adds = *right == part.out && *left != part.out;
+                if adds && self.ends_at(part.out, next) { After::Add(next) } else { After::Nothing }
+            }
+            _ => After::Nothing,
+        }
+    }
+
+    fn turns_and_stores(&self, at: usize) -> bool {
+        let [
+            Op::Rope { input: query, rope: first, offset: a, out: turned, .. },
+            Op::Rope { heads: kv_heads, rope: second, offset: b, out, .. },
+            Op::WriteKv { key, value, layer },
+            ..,
+        ] = &self.program.ops[at..]
+        else {
+            return false;
+        };
+        let slot = |value: &Value| self.plan.slot(*value);
+        let apart = slot(turned) != slot(key)
+            && slot(turned) != slot(value)
+            && ![query, turned, value].map(slot).contains(&slot(out));
+        let layer = self.program.kv.layer(*layer).shape.vectors();
+        let width = |value: &Value| self.program.value_width(*value);
+        let shaped = layer.map(|(count, dim)| count * dim) == [width(key), width(value)]
+            && layer.map(|(count, _)| count) == [*kv_heads; 2];
+        first == second && a == b && key == out && apart && shaped
+    }
+}
+
+/// Bytes of shared memory beside the ring.
+fn stream_fixed_bytes(rows: usize, width: usize) -> usize {
+    let columns = 2 * rows * (2 * width + 64);
+    let parts = PART_TILES / rows * STREAM_WARPS * TILE * rows * 4;
+    columns + parts + 4 * STREAM_WARPS * 4
+}
+
+/// Chunks of the ring: an even number, since two groups of warps take them by turns.
+fn stream_stages(rows: usize, width: usize) -> Option<usize> {
+    let left = SHARED_BYTES.checked_sub(stream_fixed_bytes(rows, width) + 1024)?;
+    let stages = (left / (CHUNK_BYTES + 16)).min(STAGES_MAX) / 2 * 2;
+    (stages >= STAGES_MIN).then_some(stages)
+}
+
+fn streams(rows: usize, width: usize) -> bool {
+    (1..=STREAM_ROWS).contains(&rows) && stream_stages(rows, width).is_some()
+}
+
+/// Shares of a product of many rows: of its columns, in slices.
+fn shares_of(rows: usize, tiles: usize, width: usize) -> (usize, usize) {
+    let blocks = tiles.div_ceil(ROWS_WARPS) * rows.div_ceil(ROWS_TILE);
+    let slices = width.div_ceil(SLICE);
+    let wanted = (BLOCKS_WANTED / blocks).clamp(1, SHARES_MAX.min(slices));
+    let per_share = slices.div_ceil(wanted);
+    (slices.div_ceil(per_share), per_share)
+}
+
+/// Elements of the parts that products of many rows leave.
+pub(crate) fn product_parts(program: &Program, weights: &Weights, rows_max: usize) -> usize {
+    let of = |op: &Op| match op {
+        Op::Linear { .. } | Op::Logits { .. } => op.weights(),
+        _ => Vec::new(),
+    };
+    let packed = |weight: &Weight| weights.stored(*weight) == Stored::Packed;
+    let widest = program.ops.iter().flat_map(of).filter(packed);
+    let widest = widest.map(|weight| program.weight(weight).shape[0].next_multiple_of(TILE)).max();
+    let filled = BLOCKS_WANTED * ROWS_TILE * ROWS_WARPS * TILE;
+    widest.map_or(0, |outputs| filled.max(rows_max * outputs))
+}
+
+/// Elements of the parts that split attention leaves.
+pub(crate) fn attention_parts(program: &Program, rows_max: usize) -> usize {
+    let of = |op: &Op| match op {
+        Op::Attend { spec, .. } => spec.heads * (spec.value_dim + 2),
+        _ => 0,
+    };
+    let widest = program.ops.iter().map(of).max().unwrap_or(0);
+    widest * (rows_max + BLOCKS_WANTED)
+}
+
+/// 64-bit words of the parts of [`CudaExecutor::best`].
+pub(crate) fn best_parts(rows_max: usize) -> usize {
+    rows_max * BEST_PARTS
+}
+
+impl CudaExecutor {
+    /// Lets the kernels have the shared memory that they may need.
+    pub(crate) fn prepare_kernels(&self) -> Result<(), BackendError> {
+        (1..=STREAM_ROWS)
+            .try_for_each(|rows| self.device.allow_shared(&format!("stream_{rows}"), SHARED_BYTES))
+    }
+
+    /// Submits the kernels of ops that run together.
+    pub(crate) fn launch_unit(&self, unit: &Unit) -> Result<(), BackendError> {
+        let program = &self.program;
+        match unit {
+            Unit::Op(at) => self.launch(&program.ops[*at]),
+            Unit::TurnAndStore(at) => self.turn_and_store(*at),
+            Unit::Streamed(it) => match self.stream_of(it) {
+                Some((rows, parameters)) => self.stream(rows, parameters),
+                None => program.ops[it.first..it.end].iter().try_for_each(|op| self.launch(op)),
+            },
+        }
+    }
+
+    fn segment(&self, part: &LinearPart) -> Segment {
+        self.segment_of(part.weight, self.weights.optional(part.bias), self.value(part.out))
+    }
+
+    fn segment_of(&self, weight: Weight, bias: u64, out: u64) -> Segment {
+        let outputs = self.program.weight(weight).shape[0];
+        let matrix = self.weights.address(weight);
+        let tiles = outputs.div_ceil(TILE) as u32;
+        Segment { matrix, bias, out, outputs: outputs as u32, tiles }
+    }
+
+    /// The rows and arguments of a streaming kernel, where one can do it.
+    fn stream_of(&self, it: &Streamed) -> Option<(usize, Stream)> {
+        let ops = &self.program.ops;
+        let mut parameters = match &ops[it.product] {
+            Op::Linear { input, parts } => {
+                let mut segments = [Segment::default(); 3];
+                for (segment, part) in segments.iter_mut().zip(parts) {
+                    *segment = self.segment(part);
+                }
+                let width = self.width(*input) as u32;
+                let count = parts.len() as u32;
+                Stream { segments, count, width, scale: 1.0, ..Stream::default() }
+            }
+            Op::Logits { input, head, scale, softcap, .. } => Stream {
+                segments: [
+                    self.segment_of(*head, 0, self.logits.address()),
+                    Segment::default(),
+                    Segment::default(),
+                ],
+                count: 1,
+                width: self.width(*input) as u32,
+                pick: self.step.pick(),
+                scale: *scale,
+                cap: softcap.unwrap_or(0.0),
+                ..Stream::default()
+            },
+            _ => return None,
+        };
+        let logits = matches!(&ops[it.product], Op::Logits { .. });
+        let rows = if logits { self.choices } else { self.rows };
+        if !streams(rows, parameters.width as usize) {
+            return None;
+        }
+        parameters.input = ops[it.first].inputs().next().map(|input| self.value(input))?;
+        if let Some(Op::Norm { weight, kind, epsilon, .. }) = it.norm.map(|at| &ops[at]) {
+            parameters.norm = self.weights.optional(*weight);
+            parameters.normed = 1;
+            parameters.epsilon = *epsilon;
+            parameters.offset = if let NormKind::Rms { offset } = kind { *offset } else { 0.0 };
+        }
+        match it.after {
+            After::Nothing => {}
+            After::Activate(at) => {
+                let Op::Activate { kind, out, .. } = &ops[at] else { return None };
+                parameters.paired = 1;
+                parameters.segments[0].out = self.value(*out);
+                (parameters.kind, parameters.alpha, parameters.limit) = activation(*kind);
+            }
+            After::Add(at) => {
+                let Op::Add { left, scale, out, .. } = &ops[at] else { return None };
+                parameters.residual = self.value(*left);
+                parameters.add_scale = *scale;
+                parameters.segments[0].out = self.value(*out);
+            }
+        }
+        let written = &parameters.segments[..if parameters.paired == 1 { 1 } else { 3 }];
+        // Blocks that are done write while others still read the input.
+        let overwrites = written.iter().any(|segment| segment.out == parameters.input);
+        (!overwrites).then_some((rows, parameters))
+    }
+
+    fn stream(&self, rows: usize, mut parameters: Stream) -> Result<(), BackendError> {
+        let width = parameters.width as usize;
+        let stages = stream_stages(rows, width).unwrap_or(STAGES_MIN);
+        parameters.stages = stages as u32;
+        let shape = LaunchShape {
+            grid: [PROCESSORS, 1, 1],
+            threads: STREAM_THREADS,
+            shared_bytes: stream_fixed_bytes(rows, width) + stages * (CHUNK_BYTES + 16),
+            dependent: true,
+        };
+        self.device.launch_shaped(&format!("stream_{rows}"), shape, &parameters)
+    }
+
+    /// A product with a matrix in fragment order.
+    pub(crate) fn packed_product(&self, product: &Product) -> Result<(), BackendError> {
+        let [rows, outputs, width] = product.sizes;
+        if streams(rows, width) && product.input != product.out {
+            let tiles = outputs.div_ceil(TILE) as u32;
+            let (matrix, bias, out) = (product.matrix.0, product.bias, product.out);
+            let segment = Segment { matrix, bias, out, outputs: outputs as u32, tiles };
+            let parameters = Stream {
+                segments: [segment, Segment::default(), Segment::default()],
+                count: 1,
+                input: product.input,
+                pick: product.pick,
+                width: width as u32,
+                scale: product.scale,
+                cap: product.cap,
+                ..Stream::default()
+            };
+            return self.stream(rows, parameters);
+        }
+        let tiles = outputs.div_ceil(TILE);
+        let (shares, slices) = shares_of(rows, tiles, width);
+        let parts = self.product_parts.address();
+        let many = ManyRows {
+            matrix: product.matrix.0,
+            input: product.input,
+            pick: product.pick,
+            parts,
+            rows: rows as u32,
+            width: width as u32,
+            tiles: tiles as u32,
+            slices: slices as u32,
+        };
+        let grid = [tiles.div_ceil(ROWS_WARPS), rows.div_ceil(ROWS_TILE), shares];
+        let threads = ROWS_WARPS * 32;
+        let shape = LaunchShape { grid, threads, shared_bytes: 0, dependent: false };
+        self.device.launch_shaped("many_rows", shape, &many)?;
+        let elements = rows * outputs;
+        let finish = RowsFinish {
+            parts,
+            bias: product.bias,
+            out: product.out,
+            elements: elements as u64,
+            outputs: outputs as u32,
+            width: (tiles * TILE) as u32,
+            shares: shares as u32,
+            scale: product.scale,
+            cap: product.cap,
+        };
+        self.per_element("rows_finish", elements, &finish)
+    }
+
+    fn turn_and_store(&self, at: usize) -> Result<(), BackendError> {
+        let ops = &self.program.ops;
+        let (
+            Op::Rope { input: query, heads, offset, rope, out: query_out },
+            Op::Rope { input: key, heads: kv_heads, out: key_out, .. },
+            Op::WriteKv { value, layer, .. },
+        ) = (&ops[at], &ops[at + 1], &ops[at + 2])
+        else {
+            return Ok(());
+        };
+        let table = &self.program.ropes[rope.0 as usize];
+        let parameters = TurnAndStore {
+            cache: self.cache.view(*layer, &self.step),
+            rows: self.step.rows(),
+            query: self.value(*query),
+            key: self.value(*key),
+            value: self.value(*value),
+            frequencies: self.ropes[rope.0 as usize].address(),
+            query_out: self.value(*query_out),
+            key_out: self.value(*key_out),
+            heads: *heads as u32,
+            kv_heads: *kv_heads as u32,
+            dim: (self.width(*key) / kv_heads) as u32,
+            value_dim: (self.width(*value) / kv_heads) as u32,
+            offset: *offset as u32,
+            pairs: table.inverse_frequencies.len() as u32,
+            interleaved: u32::from(table.style == RopeStyle::Interleaved),
+            magnitude: table.magnitude,
+        };
+        let warps = 4;
+        let shape = LaunchShape {
+            grid: [self.rows, (heads + 2 * kv_heads).div_ceil(warps), 1],
+            threads: warps * 32,
+            shared_bytes: 0,
+            dependent: true,
+        };
+        self.device.launch_shaped("turn_and_store", shape, &parameters)
+    }
+
+    /// Whether `attend_split` has a kernel for these heads and this cache.
+    pub(crate) fn splits(&self, spec: &AttendSpec) -> bool {
+        let queries = spec.heads / spec.kv_heads;
+        !self.exact
+            && self.cache.format() == KvFormat::BF16
+            && spec.head_dim == spec.value_dim
+            && matches!(spec.head_dim, 32 | 64 | 128)
+            && queries <= 8
+    }
+
+    pub(crate) fn attend_split(
+        &self,
+        cache: CacheView,
+        query: u64,
+        spec: &AttendSpec,
+        out: u64,
+    ) -> Result<(), BackendError> {
+        let AttendSpec { heads, kv_heads, head_dim, .. } = *spec;
+        let queries = heads / kv_heads;
+        let shares = (BLOCKS_WANTED / (self.rows * kv_heads)).clamp(1, ATTEND_SHARES_MAX);
+        let split = AttendSplit {
+            cache,
+            rows: self.step.rows(),
+            query,
+            parts: self.attention_parts.address(),
+            kv_heads: kv_heads as u32,
+            queries: queries as u32,
+            shares: shares as u32,
+            window: spec.window.unwrap_or(0) as u32,
+            scale: spec.scale,
+            cap: spec.softcap.unwrap_or(0.0),
+        };
+        let shape = LaunchShape {
+            grid: [self.rows, kv_heads * shares, 1],
+            threads: ATTEND_THREADS,
+            shared_bytes: 0,
+            dependent: true,
+        };
+        let kernel = format!("attend_split_{head_dim}_{}", queries.next_power_of_two());
+        self.device.launch_shaped(&kernel, shape, &split)?;
+        let join = AttendJoin {
+            parts: split.parts,
+            sinks: self.weights.optional(spec.sinks),
+            out,
+            heads: heads as u32,
+            shares: shares as u32,
+            dim: head_dim as u32,
+        };
+        let shape = LaunchShape { grid: [self.rows, heads, 1], threads: head_dim, ..shape };
+        self.device.launch_shaped("attend_join", shape, &join)
+    }
+
+    /// The token of each choice's largest logit, to `best_tokens`.
+    pub(crate) fn best(&self) -> Result<(), BackendError> {
+        let parameters = Best {
+            logits: self.logits.address(),
+            parts: self.best_parts.address(),
+            out: self.best_tokens.address(),
+            vocabulary: self.program.vocabulary as u32,
+        };
+        let shape = LaunchShape {
+            grid: [self.choices, BEST_PARTS, 1],
+            threads: BEST_THREADS,
+            shared_bytes: 0,
+            dependent: true,
+        };
+        self.device.launch_shaped("best_parts", shape, &parameters)?;
+        let shape = LaunchShape { grid: [self.choices, 1, 1], threads: 32, ..shape };
+        self.device.launch_shaped("best_of_parts", shape, &parameters)
+    }
+}
