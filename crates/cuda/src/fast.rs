@@ -213,15 +213,20 @@ fn shares_of(rows: usize, tiles: usize, width: usize) -> (usize, usize) {
 
 /// Elements of the parts that products of many rows leave.
 pub(crate) fn product_parts(program: &Program, weights: &Weights, rows_max: usize) -> usize {
-    let of = |op: &Op| match op {
-        Op::Linear { .. } | Op::Logits { .. } => op.weights(),
-        _ => Vec::new(),
+    let outputs = |weight: &Weight| match weights.stored(*weight) {
+        Stored::Packed => program.weight(*weight).shape[0].next_multiple_of(TILE),
+        _ => 0,
     };
-    let packed = |weight: &Weight| weights.stored(*weight) == Stored::Packed;
-    let widest = program.ops.iter().flat_map(of).filter(packed);
-    let widest = widest.map(|weight| program.weight(weight).shape[0].next_multiple_of(TILE)).max();
+    let of = |op: &Op| match op {
+        Op::Linear { parts, .. } => parts.iter().map(|part| outputs(&part.weight)).sum(),
+        Op::Logits { head, .. } => outputs(head),
+        _ => 0,
+    };
     let filled = BLOCKS_WANTED * ROWS_TILE * ROWS_WARPS * TILE;
-    widest.map_or(0, |outputs| filled.max(rows_max * outputs))
+    match program.ops.iter().map(of).max() {
+        None | Some(0) => 0,
+        Some(widest) => filled.max(rows_max * widest),
+    }
 }
 
 /// Elements of the parts that split attention leaves.
@@ -252,11 +257,28 @@ impl CudaExecutor {
         match unit {
             Unit::Op(at) => self.launch(&program.ops[*at]),
             Unit::TurnAndStore(at) => self.turn_and_store(*at),
-            Unit::Streamed(it) => match self.stream_of(it) {
-                Some((rows, parameters)) => self.stream(rows, parameters),
-                None => program.ops[it.first..it.end].iter().try_for_each(|op| self.launch(op)),
-            },
+            Unit::Streamed(it) => self.streamed(it),
         }
+    }
+
+    fn streamed(&self, it: &Streamed) -> Result<(), BackendError> {
+        let ops = &self.program.ops;
+        let Some((rows, mut parameters)) = self.product_of(it) else {
+            return ops[it.first..it.end].iter().try_for_each(|op| self.launch(op));
+        };
+        let written = &parameters.segments[..if parameters.paired == 1 { 1 } else { 3 }];
+        // Blocks that are done write while others still read the input.
+        let overwrites = written.iter().any(|segment| segment.out == parameters.input);
+        if streams(rows, parameters.width as usize) && !overwrites {
+            return self.stream(rows, parameters);
+        }
+        if let Some(norm) = it.norm {
+            self.launch(&ops[norm])?;
+            parameters.normed = 0;
+            let input = ops[it.product].inputs().next();
+            parameters.input = input.map_or(0, |input| self.value(input));
+        }
+        self.many_rows(rows, parameters)
     }
 
     fn segment(&self, part: &LinearPart) -> Segment {
@@ -270,8 +292,8 @@ impl CudaExecutor {
         Segment { matrix, bias, out, outputs: outputs as u32, tiles }
     }
 
-    /// The rows and arguments of a streaming kernel, where one can do it.
-    fn stream_of(&self, it: &Streamed) -> Option<(usize, Stream)> {
+    /// The rows of a product, and the product with what is before and after it.
+    fn product_of(&self, it: &Streamed) -> Option<(usize, Stream)> {
         let ops = &self.program.ops;
         let mut parameters = match &ops[it.product] {
             Op::Linear { input, parts } => {
@@ -300,9 +322,6 @@ impl CudaExecutor {
         };
         let logits = matches!(&ops[it.product], Op::Logits { .. });
         let rows = if logits { self.choices } else { self.rows };
-        if !streams(rows, parameters.width as usize) {
-            return None;
-        }
         parameters.input = ops[it.first].inputs().next().map(|input| self.value(input))?;
         if let Some(Op::Norm { weight, kind, epsilon, .. }) = it.norm.map(|at| &ops[at]) {
             parameters.norm = self.weights.optional(*weight);
@@ -325,10 +344,7 @@ impl CudaExecutor {
                 parameters.segments[0].out = self.value(*out);
             }
         }
-        let written = &parameters.segments[..if parameters.paired == 1 { 1 } else { 3 }];
-        // Blocks that are done write while others still read the input.
-        let overwrites = written.iter().any(|segment| segment.out == parameters.input);
-        (!overwrites).then_some((rows, parameters))
+        Some((rows, parameters))
     }
 
     fn stream(&self, rows: usize, mut parameters: Stream) -> Result<(), BackendError> {
@@ -347,52 +363,47 @@ impl CudaExecutor {
     /// A product with a matrix in fragment order.
     pub(crate) fn packed_product(&self, product: &Product) -> Result<(), BackendError> {
         let [rows, outputs, width] = product.sizes;
-        if streams(rows, width) && product.input != product.out {
-            let tiles = outputs.div_ceil(TILE) as u32;
-            let (matrix, bias, out) = (product.matrix.0, product.bias, product.out);
-            let segment = Segment { matrix, bias, out, outputs: outputs as u32, tiles };
-            let parameters = Stream {
-                segments: [segment, Segment::default(), Segment::default()],
-                count: 1,
-                input: product.input,
-                pick: product.pick,
-                width: width as u32,
-                scale: product.scale,
-                cap: product.cap,
-                ..Stream::default()
-            };
-            return self.stream(rows, parameters);
-        }
-        let tiles = outputs.div_ceil(TILE);
-        let (shares, slices) = shares_of(rows, tiles, width);
-        let parts = self.product_parts.address();
-        let many = ManyRows {
-            matrix: product.matrix.0,
+        let tiles = outputs.div_ceil(TILE) as u32;
+        let (matrix, bias, out) = (product.matrix.0, product.bias, product.out);
+        let segment = Segment { matrix, bias, out, outputs: outputs as u32, tiles };
+        let parameters = Stream {
+            segments: [segment, Segment::default(), Segment::default()],
+            count: 1,
             input: product.input,
             pick: product.pick,
+            width: width as u32,
+            scale: product.scale,
+            cap: product.cap,
+            ..Stream::default()
+        };
+        match streams(rows, width) && product.input != product.out {
+            true => self.stream(rows, parameters),
+            false => self.many_rows(rows, parameters),
+        }
+    }
+
+    fn many_rows(&self, rows: usize, product: Stream) -> Result<(), BackendError> {
+        if rows == 0 {
+            return Ok(());
+        }
+        let held = &product.segments[..product.count as usize];
+        let tiles = held.iter().map(|segment| segment.tiles as usize).sum::<usize>();
+        let (shares, slices) = shares_of(rows, tiles, product.width as usize);
+        let parts = self.product_parts.address();
+        let many = ManyRows {
+            product,
             parts,
             rows: rows as u32,
-            width: width as u32,
             tiles: tiles as u32,
             slices: slices as u32,
+            shares: shares as u32,
         };
         let grid = [tiles.div_ceil(ROWS_WARPS), rows.div_ceil(ROWS_TILE), shares];
         let threads = ROWS_WARPS * 32;
         let shape = LaunchShape { grid, threads, shared_bytes: 0, dependent: false };
         self.device.launch_shaped("many_rows", shape, &many)?;
-        let elements = rows * outputs;
-        let finish = RowsFinish {
-            parts,
-            bias: product.bias,
-            out: product.out,
-            elements: elements as u64,
-            outputs: outputs as u32,
-            width: (tiles * TILE) as u32,
-            shares: shares as u32,
-            scale: product.scale,
-            cap: product.cap,
-        };
-        self.per_element("rows_finish", elements, &finish)
+        let written = if product.paired == 1 { product.segments[0].tiles as usize } else { tiles };
+        self.per_element("rows_finish", rows * written * TILE, &many)
     }
 
     fn turn_and_store(&self, at: usize) -> Result<(), BackendError> {

@@ -77,12 +77,7 @@ parameters! {
         unused: u32,
     }
     ManyRows {
-        matrix: u64, input: u64, pick: u64, parts: u64,
-        rows: u32, width: u32, tiles: u32, slices: u32,
-    }
-    RowsFinish {
-        parts: u64, bias: u64, out: u64, elements: u64,
-        outputs: u32, width: u32, shares: u32, scale: f32, cap: f32,
+        product: Stream, parts: u64, rows: u32, tiles: u32, slices: u32, shares: u32,
     }
     AttendSplit {
         cache: CacheView, rows: u64, query: u64, parts: u64,

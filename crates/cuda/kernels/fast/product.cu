@@ -124,13 +124,26 @@ __device__ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrie
 }
 __device__ inline void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 
-// The matrix and tile of a unit's part, among the segments.
-__device__ inline u32 locate(const Stream& p, u32 unit, u32 part, u32& tile) {
-    tile = unit;
-    if (p.paired) return part;
+// The segment of a tile, counted over all segments, and the tile in it.
+__device__ inline u32 locate(const Stream& p, u32 index, u32& tile) {
     u32 segment = 0;
+    tile = index;
     while (segment + 1 < p.count && tile >= p.segments[segment].tiles) tile -= p.segments[segment++].tiles;
     return segment;
+}
+
+// Does what follows a product and writes the output; `sum` are those of gate and up where paired.
+__device__ inline void finish(const Stream& p, const Segment& to, u64 row, u32 output, const float* sum) {
+    float value = sum[0] + (to.bias ? to.bias[output] : 0.f);
+    u64 place = row * to.outputs + output;
+    if (p.paired) {
+        const float* bias = p.segments[1].bias;
+        value = activation(p.kind, value, sum[1] + (bias ? bias[output] : 0.f), p.alpha, p.limit);
+    } else {
+        value = soft_cap(value * p.scale, p.cap);
+        if (p.residual) value = __fadd_rn(__ldcg(p.residual + place), __fmul_rn(value, p.add_scale));
+    }
+    to.out[place] = value;
 }
 
 // Quads of a row that a thread holds, all on their way at once.
@@ -240,7 +253,7 @@ __device__ inline void stream(const Stream& p) {
         u32 slot = 0, parity = 1;
         for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
             for (u32 part = 0; part < unit_parts; part++) {
-                u32 tile, segment = locate(p, unit, part, tile);
+                u32 tile, segment = locate(p, p.paired ? unit + part * units : unit, tile);
                 const uint8_t* from = p.segments[segment].matrix + (size_t)tile * blocks * BLOCK_BYTES;
                 for (u32 chunk = 0; chunk < chunks; chunk++) {
                     u32 bytes = min(CHUNK_BLOCKS, blocks - chunk * CHUNK_BLOCKS) * BLOCK_BYTES;
@@ -309,20 +322,9 @@ __device__ inline void stream(const Stream& p) {
             for (u32 part = 0; part < unit_parts; part++)
                 for (u32 w = 0; w < WARPS; w++)
                     sum[part] += parts[((index * unit_parts + part) * WARPS + w) * TILE_SUMS + at];
-            u32 tile, segment = locate(p, first + index * gridDim.x, 0, tile);
-            const Segment& to = p.segments[segment];
+            u32 tile, segment = locate(p, first + index * gridDim.x, tile);
             u32 output = tile * TILE + at % TILE;
-            if (output >= to.outputs) continue;
-            float value = sum[0] + (to.bias ? to.bias[output] : 0.f);
-            size_t place = (size_t)row * to.outputs + output;
-            if (p.paired) {
-                const float* bias = p.segments[1].bias;
-                value = activation(p.kind, value, sum[1] + (bias ? bias[output] : 0.f), p.alpha, p.limit);
-            } else {
-                value = soft_cap(value * p.scale, p.cap);
-                if (p.residual) value = __fadd_rn(__ldcg(p.residual + place), __fmul_rn(value, p.add_scale));
-            }
-            to.out[place] = value;
+            if (output < p.segments[segment].outputs) finish(p, p.segments[segment], row, output, sum);
         }
         consumers_meet();
     }
@@ -343,11 +345,9 @@ constexpr u32 ROWS_TILE = 32, ROWS_WARPS = 4, ROWS_THREADS = ROWS_WARPS * 32;
 constexpr u32 SLICE_BLOCKS = 4, SLICE = SLICE_BLOCKS * BLOCK_COLUMNS;
 
 struct ManyRows {
-    const uint8_t* matrix;
-    const float* input;
-    const u32* pick;
+    Stream product;  // not normed
     float* parts;  // [shares, rows, tiles * 16]
-    u32 rows, width, tiles, slices;  // slices of a share
+    u32 rows, tiles, slices, shares;  // tiles of all segments; slices of a share
 };
 
 constexpr u32 ROWS_COLUMNS = 2 * ROWS_TILE, ROWS_COLUMN_BYTES = SLICE * 2 + 64;
@@ -373,8 +373,8 @@ __device__ inline void load_slice(SliceLoads& to, const ManyRows& p, const uint8
         u32 row = blockIdx.y * ROWS_TILE + threadIdx.x / (SLICE / 4) + i * ROWS_STEP;
         to.x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
         if (row < p.rows && column < end * BLOCK_COLUMNS) {
-            size_t from = p.pick ? p.pick[row] : row;
-            to.x[i] = *(const float4*)(p.input + from * p.width + column);
+            size_t from = p.product.pick ? p.product.pick[row] : row;
+            to.x[i] = *(const float4*)(p.product.input + from * p.product.width + column);
         }
     }
 }
@@ -383,9 +383,10 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS, 2) many_rows(const __
     __shared__ __align__(128) uint8_t staged[2][ROWS_COLUMNS * ROWS_COLUMN_BYTES];
     u32 thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     u32 tile = blockIdx.x * ROWS_WARPS + warp, first_row = blockIdx.y * ROWS_TILE;
-    u32 blocks = p.width / BLOCK_COLUMNS;
+    u32 blocks = p.product.width / BLOCK_COLUMNS;
     u32 begin = blockIdx.z * p.slices * SLICE_BLOCKS, end = min(blocks, begin + p.slices * SLICE_BLOCKS);
-    const uint8_t* weights = p.matrix + (size_t)min(tile, p.tiles - 1) * blocks * BLOCK_BYTES + lane * 16;
+    u32 local, segment = locate(p.product, min(tile, p.tiles - 1), local);
+    const uint8_t* weights = p.product.segments[segment].matrix + (size_t)local * blocks * BLOCK_BYTES + lane * 16;
     u32 column = thread % (SLICE / 4) * 4, row0 = thread / (SLICE / 4), turn = 0;
     float c[ROWS_COLUMNS / 8][4] = {};
     SliceLoads next;
@@ -430,20 +431,23 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS, 2) many_rows(const __
     }
 }
 
-struct RowsFinish {
-    const float* parts;
-    const float* bias;
-    float* out;
-    u64 elements;  // rows * outputs
-    u32 outputs, width, shares;  // width of a row of `parts`
-    float scale, cap;
-};
-
-extern "C" __global__ void rows_finish(const __grid_constant__ RowsFinish p) {
+// A thread an output: adds the shares, then does what follows the product.
+extern "C" __global__ void rows_finish(const __grid_constant__ ManyRows p) {
+    const Stream& product = p.product;
+    u32 width = p.tiles * TILE, written = product.paired ? product.segments[0].tiles * TILE : width;
     u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= p.elements) return;
-    u64 row = i / p.outputs, output = i % p.outputs, rows = p.elements / p.outputs;
-    float sum = 0.f;
-    for (u32 share = 0; share < p.shares; share++) sum += p.parts[(share * rows + row) * p.width + output];
-    p.out[i] = soft_cap((sum + (p.bias ? p.bias[output] : 0.f)) * p.scale, p.cap);
+    u64 row = i / written;
+    u32 column = i % written;
+    if (row >= p.rows) return;
+    u32 tile, segment = locate(product, column / TILE, tile);
+    const Segment& to = product.segments[segment];
+    u32 output = tile * TILE + column % TILE;
+    if (output >= to.outputs) return;
+    float sum[2] = {};
+    for (u32 share = 0; share < p.shares; share++) {
+        const float* part = p.parts + (share * (u64)p.rows + row) * width + column;
+        sum[0] += part[0];
+        if (product.paired) sum[1] += part[written];
+    }
+    finish(product, to, row, output, sum);
 }
