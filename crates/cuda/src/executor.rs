@@ -17,8 +17,8 @@ use lathe_tensor::hadamard::Hadamard;
 
 use crate::cache::{self, Cache};
 use crate::device::{Device, Graph, Memory, TokenBox};
-use crate::fast::{self, Unit};
 use crate::step_data::StepData;
+use crate::units::{self, Unit};
 use crate::weights::{Weights, unsupported};
 
 /// Rows of the largest step that is recorded as a graph, and graphs that are kept.
@@ -130,16 +130,16 @@ impl CudaExecutor {
         let scratch = scratch_elements(&program);
         let weights = Weights::load(&device, &program, source, options.exact)?;
         let parts = "the parts of sums";
-        let product_parts = fast::product_parts(&program, &weights, rows_max);
-        let attention_parts = fast::attention_parts(&program, rows_max);
+        let product_parts = units::product_parts(&program, &weights, rows_max);
+        let attention_parts = units::attention_parts(&program, rows_max);
         let units = match options.exact {
             true => (0..program.ops.len()).map(Unit::Op).collect(),
-            false => fast::units(&program, &weights, &plan, format),
+            false => units::units(&program, &weights, &plan, format),
         };
         let executor = Self {
             product_parts: device.allocate(product_parts * 4, parts)?,
             attention_parts: device.allocate(attention_parts * 4, parts)?,
-            best_parts: device.allocate(fast::best_parts(rows_max) * 8, parts)?,
+            best_parts: device.allocate(units::best_parts(rows_max) * 8, parts)?,
             best_tokens: device.allocate(rows_max * 4, "the tokens")?,
             exact: options.exact,
             units,

@@ -17,6 +17,7 @@ mod launch;
 #[allow(unsafe_code)] // Vouches for the layout of the kernels' arguments.
 mod parameters;
 mod step_data;
+mod units;
 mod weights;
 
 pub use backend::CudaBackend;
