@@ -8,7 +8,10 @@ use std::process::Command;
 const SPILLS_ACCEPTED: &[(&str, &str)] = &[];
 
 /// Folders of kernel files, each `.cu` a module of its own.
-const FOLDERS: &[&str] = &["kernels/plain"];
+const FOLDERS: &[&str] = &["kernels/plain", "kernels/fast"];
+
+/// Where the headers are.
+const HEADERS: &str = "kernels";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -25,9 +28,10 @@ fn main() {
         )
     });
     let mut table = String::from("&[\n");
+    println!("cargo:rerun-if-changed={HEADERS}");
+    let headers = files(Path::new(HEADERS), "cuh");
     for folder in FOLDERS {
-        println!("cargo:rerun-if-changed={folder}");
-        for (source, headers) in sources(Path::new(folder)) {
+        for source in files(Path::new(folder), "cu") {
             let name = source.file_stem().expect("a file name").to_string_lossy().into_owned();
             let fatbin = out.join(format!("{name}.fatbin"));
             let stamp = out.join(format!("{name}.stamp"));
@@ -53,17 +57,14 @@ fn find_nvcc() -> Option<PathBuf> {
     home.into_iter().chain(on_path).find(|nvcc| nvcc.is_file())
 }
 
-/// Each `.cu` of a folder, with the headers that lie beside it.
-fn sources(folder: &Path) -> Vec<(PathBuf, Vec<PathBuf>)> {
+/// The files of a folder whose names end with `extension`.
+fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap_or_else(|e| panic!("{folder:?}: {e}"));
-    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut files: Vec<PathBuf> =
+        files.filter(|file| file.extension().is_some_and(|it| it == extension)).collect();
     files.sort();
-    let with = |extension: &str| {
-        let files = files.iter().filter(|file| file.extension().is_some_and(|e| e == extension));
-        files.cloned().collect::<Vec<_>>()
-    };
-    let headers = with("cuh");
-    with("cu").into_iter().map(|source| (source, headers.clone())).collect()
+    files
 }
 
 /// What a fatbin was made from.
@@ -79,7 +80,7 @@ fn stamp_of(nvcc: &Path, source: &Path, headers: &[PathBuf]) -> String {
 fn compile(nvcc: &Path, source: &Path, fatbin: &Path) {
     let output = Command::new(nvcc)
         .args(["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--fatbin"])
-        .args(["-Xptxas", "-v", "-o"])
+        .args(["-I", HEADERS, "-Xptxas", "-v", "-o"])
         .arg(fatbin)
         .arg(source)
         .output()

@@ -141,30 +141,79 @@ impl Device {
     pub(crate) fn launch(
         &self,
         kernel: &str,
-        grid: [usize; 2],
+        [x, y]: [usize; 2],
         (threads, shared_bytes): (usize, usize),
+        parameters: &impl Parameters,
+    ) -> Result<(), BackendError> {
+        let shape = LaunchShape { grid: [x, y, 1], threads, shared_bytes, dependent: false };
+        self.launch_shaped(kernel, shape, parameters)
+    }
+
+    pub(crate) fn launch_shaped(
+        &self,
+        kernel: &str,
+        shape: LaunchShape,
         parameters: &impl Parameters,
     ) -> Result<(), BackendError> {
         let function = *self.functions.get(kernel).ok_or_else(|| {
             BackendError::Device(format!("the kernel {kernel} is not in this binary"))
         })?;
-        let grid = (grid[0] as u32, grid[1] as u32, 1);
-        // The compiler reads shared memory in wider units than a number.
-        let shared_bytes = shared_bytes.next_multiple_of(SHARED_UNIT);
         let mut arguments = [std::ptr::from_ref(parameters) as *mut c_void];
+        // SAFETY: an attribute is plain data, and this one reads no other field of the union.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id =
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: shape.grid[0] as u32,
+            gridDimY: shape.grid[1] as u32,
+            gridDimZ: shape.grid[2] as u32,
+            blockDimX: shape.threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            // The compiler reads shared memory in wider units than a number.
+            sharedMemBytes: shape.shared_bytes.next_multiple_of(SHARED_UNIT) as u32,
+            hStream: self.stream,
+            attrs: &mut attribute,
+            numAttrs: u32::from(shape.dependent),
+        };
         // SAFETY: `parameters` has the layout of the kernel's only argument (`parameters.rs`), and
         // the driver copies it before the call returns.
         unsafe {
-            result::launch_kernel(
-                function,
-                grid,
-                (threads as u32, 1, 1),
-                shared_bytes as u32,
-                self.stream,
-                &mut arguments,
-            )
+            sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
         }
+        .result()
         .map_err(failed(kernel))
+    }
+
+    /// Lets a kernel have so many bytes of shared memory in a block.
+    pub(crate) fn allow_shared(&self, kernel: &str, bytes: usize) -> Result<(), BackendError> {
+        let Some(function) = self.functions.get(kernel) else { return Ok(()) };
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is of a module that stays loaded.
+        unsafe { result::function::set_function_attribute(*function, attribute, bytes as i32) }
+            .map_err(failed(kernel))
+    }
+
+    /// Records what `submit` launches, in place of running it.
+    pub(crate) fn record(
+        self: &Arc<Self>,
+        submit: impl FnOnce() -> Result<(), BackendError>,
+    ) -> Result<Graph, BackendError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as the device.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("a graph"))?;
+        let submitted = submit();
+        // SAFETY: the capture began above.
+        let graph = unsafe { result::stream::end_capture(self.stream) };
+        submitted?;
+        let graph = graph.map_err(failed("a graph"))?;
+        let flags = sys::CUgraphInstantiate_flags(0);
+        // SAFETY: the graph was just made, and nobody else has it.
+        let instance = unsafe { result::graph::instantiate(graph, flags) };
+        // SAFETY: as above; the instance does not need it.
+        unsafe { result::graph::destroy(graph) }.map_err(failed("a graph"))?;
+        Ok(Graph { device: Arc::clone(self), instance: instance.map_err(failed("a graph"))? })
     }
 
     /// Waits for all work submitted so far.
@@ -218,6 +267,102 @@ fn load(
         functions.insert(CString::from(name).to_string_lossy().into_owned(), function);
     }
     Ok(())
+}
+
+/// How a kernel is launched.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LaunchShape {
+    pub(crate) grid: [usize; 3],
+    pub(crate) threads: usize,
+    pub(crate) shared_bytes: usize,
+    /// The kernel waits by itself for the one before it (`wait_dependencies`), and may be started
+    /// while that one runs.
+    pub(crate) dependent: bool,
+}
+
+/// Launches that were recorded.
+pub(crate) struct Graph {
+    device: Arc<Device>,
+    instance: sys::CUgraphExec,
+}
+
+// SAFETY: as `Device`.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Runs them after all work submitted before.
+    pub(crate) fn launch(&self) -> Result<(), BackendError> {
+        // SAFETY: the instance and the stream are this device's and alive.
+        unsafe { result::graph::launch(self.instance, self.device.stream) }
+            .map_err(failed("a graph"))
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: nobody has the instance any more; a run that goes on keeps what it needs.
+            let _ = unsafe { result::graph::exec_destroy(self.instance) };
+        }
+    }
+}
+
+/// Tokens on their way to the host, in memory that the device writes itself.
+pub(crate) struct TokenBox {
+    device: Arc<Device>,
+    tokens: *mut u32,
+    capacity: usize,
+    arrived: sys::CUevent,
+}
+
+// SAFETY: the memory and the event belong to this box alone.
+unsafe impl Send for TokenBox {}
+
+impl TokenBox {
+    pub(crate) fn new(device: &Arc<Device>, capacity: usize) -> Result<Self, BackendError> {
+        device.bind()?;
+        let capacity = capacity.max(1);
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let arrived = result::event::create(flags).map_err(failed("an event"))?;
+        // SAFETY: the context is bound; the memory is freed once, by `drop`.
+        let tokens = unsafe { result::malloc_host(capacity * 4, 0) };
+        let tokens = tokens.map_err(failed("host memory"))?.cast::<u32>();
+        // SAFETY: the memory was just allocated, and is so long.
+        unsafe { std::ptr::write_bytes(tokens, 0, capacity) };
+        Ok(Self { device: Arc::clone(device), tokens, capacity, arrived })
+    }
+
+    /// Copies `count` tokens after all work submitted before, without waiting.
+    pub(crate) fn fetch(&mut self, from: &Memory, count: usize) -> Result<(), BackendError> {
+        assert!(count <= self.capacity && count * 4 <= from.bytes, "{count} tokens");
+        let (to, stream) = (self.tokens.cast::<c_void>(), self.device.stream);
+        // SAFETY: both ranges hold `count` tokens; `wait` comes before the host reads them.
+        unsafe { sys::cuMemcpyDtoHAsync_v2(to, from.address, count * 4, stream) }
+            .result()
+            .map_err(failed("the tokens"))?;
+        // SAFETY: the event and the stream are alive.
+        unsafe { result::event::record(self.arrived, stream) }.map_err(failed("the tokens"))
+    }
+
+    /// Waits for the tokens fetched last, and reads `count` of them.
+    pub(crate) fn wait(&mut self, count: usize) -> Result<&[u32], BackendError> {
+        assert!(count <= self.capacity, "{count} tokens");
+        // SAFETY: the event is alive.
+        unsafe { result::event::synchronize(self.arrived) }.map_err(failed("a step"))?;
+        // SAFETY: the memory is initialised and so long, and the device has written it.
+        Ok(unsafe { std::slice::from_raw_parts(self.tokens, count) })
+    }
+}
+
+impl Drop for TokenBox {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() && self.device.synchronize().is_ok() {
+            // SAFETY: nothing that was submitted uses them any more.
+            let _ = unsafe { result::free_host(self.tokens.cast()) };
+            // SAFETY: as above.
+            let _ = unsafe { result::event::destroy(self.arrived) };
+        }
+    }
 }
 
 /// Bytes on a device.

@@ -1,22 +1,49 @@
 //! `CudaExecutor`: a prepared program on the device.
 //!
-//! A step's kernels are submitted without waiting. Its tokens are chosen on the host when it is
-//! collected, by the sampler that the reference uses; the logits of its choices come back for that.
+//! A step's kernels are submitted without waiting, and the next step's while they run. A step of few rows is recorded as a graph when
+//! its like has run once. Where all choices are plain greedy ones, the device chooses, and only
+//! tokens come back. All others are chosen on the host when the step is collected, by the sampler
+//! that the reference uses; the logits of the choices come back for that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use lathe_program::sampling::Chooser;
 use lathe_program::{
-    BackendError, BufferPlan, Executor, ExecutorLimits, ExecutorOptions, KvFormat, Op, Program,
-    RopeTable, SequenceTables, SlotMove, Step, StepError, StepOutput, Value, WeightSource,
+    BackendError, BufferPlan, Choice, Executor, ExecutorLimits, ExecutorOptions, KvFormat, Op,
+    Program, RopeTable, SequenceTables, SlotMove, Step, StepError, StepOutput, Value, WeightSource,
 };
 use lathe_tensor::hadamard::Hadamard;
 
 use crate::cache::{self, Cache};
-use crate::device::{Device, Memory};
+use crate::device::{Device, Graph, Memory, TokenBox};
 use crate::step_data::StepData;
+use crate::units::{self, Unit};
 use crate::weights::{Weights, unsupported};
+
+/// Rows of the largest step that is recorded as a graph, and graphs that are kept.
+const GRAPH_ROWS_MAX: usize = 256;
+const GRAPHS_MAX: usize = 128;
+
+const STEPS_IN_FLIGHT: usize = 2;
+
+/// A step that was submitted and is not collected.
+struct InFlight {
+    step: Step,
+    /// The box that its tokens come to; `None`: they are chosen on the host.
+    tokens: Option<usize>,
+    /// Whether what it made has been brought back already.
+    finished: bool,
+}
+
+/// All that the launches of a step depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct GraphKey {
+    rows: usize,
+    choices: usize,
+    stride: usize,
+    greedy: bool,
+}
 
 /// A routing on the device.
 pub(crate) struct Routed {
@@ -47,15 +74,30 @@ pub(crate) struct CudaExecutor {
     pub(crate) scratch: [Memory; 2],
     pub(crate) logits: Memory,
     pub(crate) captures: Vec<Memory>,
+    /// What kernels of two parts keep between them.
+    pub(crate) product_parts: Memory,
+    pub(crate) attention_parts: Memory,
+    pub(crate) best_parts: Memory,
+    /// The tokens of greedy choices; all bits set where there is none.
+    pub(crate) best_tokens: Memory,
+    pub(crate) exact: bool,
     /// Rows and choices of the step that runs.
     pub(crate) rows: usize,
     pub(crate) choices: usize,
+    units: Vec<Unit>,
+    /// By step; absent values have run once.
+    graphs: HashMap<GraphKey, Option<Graph>>,
+    /// Whether the device chooses the tokens of the step submitted last.
+    greedy: bool,
     plan: BufferPlan,
     buffers: Vec<Memory>,
     limits: ExecutorLimits,
     tables: SequenceTables,
     chooser: Chooser,
-    in_flight: Option<Step>,
+    in_flight: VecDeque<InFlight>,
+    /// For tokens that come back, used by turns.
+    boxes: [TokenBox; STEPS_IN_FLIGHT],
+    submitted: usize,
     logits_host: Vec<f32>,
     captures_host: Vec<Vec<f32>>,
 }
@@ -74,7 +116,7 @@ impl CudaExecutor {
             rows_max,
             sequences_max: rows_max,
             kv_blocks: options.kv_blocks,
-            steps_in_flight: 1,
+            steps_in_flight: STEPS_IN_FLIGHT,
         };
         let kv_suffix = cache::suffix(format)
             .ok_or_else(|| unsupported(format!("a KV cache in {}", format.name())))?;
@@ -86,8 +128,24 @@ impl CudaExecutor {
         let activations = "the activations";
         let capture_widths = program.capture_widths();
         let scratch = scratch_elements(&program);
-        Ok(Self {
-            weights: Weights::load(&device, &program, source)?,
+        let weights = Weights::load(&device, &program, source, options.exact)?;
+        let parts = "the parts of sums";
+        let product_parts = units::product_parts(&program, &weights, rows_max);
+        let attention_parts = units::attention_parts(&program, rows_max);
+        let units = match options.exact {
+            true => (0..program.ops.len()).map(Unit::Op).collect(),
+            false => units::units(&program, &weights, &plan, format),
+        };
+        let executor = Self {
+            product_parts: device.allocate(product_parts * 4, parts)?,
+            attention_parts: device.allocate(attention_parts * 4, parts)?,
+            best_parts: device.allocate(units::best_parts(rows_max) * 8, parts)?,
+            best_tokens: device.allocate(rows_max * 4, "the tokens")?,
+            exact: options.exact,
+            units,
+            graphs: HashMap::new(),
+            greedy: false,
+            weights,
             cache: Cache::new(&device, &program.kv, options.kv_blocks, format)?,
             kv_suffix,
             step: StepData::new(&device, &program, &limits)?,
@@ -104,12 +162,16 @@ impl CudaExecutor {
             limits,
             tables: SequenceTables::new(&program.kv, limits.sequences_max),
             chooser: Chooser::default(),
-            in_flight: None,
+            in_flight: VecDeque::new(),
+            boxes: [TokenBox::new(&device, rows_max)?, TokenBox::new(&device, rows_max)?],
+            submitted: 0,
             logits_host: Vec::new(),
             captures_host: vec![Vec::new(); capture_widths.len()],
             device,
             program,
-        })
+        };
+        executor.prepare_kernels()?;
+        Ok(executor)
     }
 
     /// The address of a value's rows.
@@ -118,24 +180,81 @@ impl CudaExecutor {
     }
 
     fn run_ops(&mut self, step: &Step) -> Result<(), BackendError> {
-        self.chooser.begin(step);
-        self.step.upload(step, self.chooser.row_tokens(), &self.tables)?;
+        let chosen = self.in_flight.iter().all(|it| it.finished).then(|| self.chooser.tokens());
+        self.step.upload(step, chosen, &self.tables)?;
         (self.rows, self.choices) = (step.rows(), step.choices.len());
-        let program = Arc::clone(&self.program);
-        program.ops.iter().try_for_each(|op| self.launch(op))
+        let greedy = !step.choices.is_empty() && step.choices.iter().all(is_plain_greedy);
+        self.greedy = greedy && self.captures.is_empty();
+        let key = self.key();
+        if key.rows > GRAPH_ROWS_MAX {
+            return self.launch_all();
+        }
+        match self.graphs.get(&key) {
+            Some(Some(graph)) => graph.launch(),
+            Some(None) => {
+                let graph = self.device.record(|| self.launch_all())?;
+                graph.launch()?;
+                self.graphs.insert(key, Some(graph));
+                Ok(())
+            }
+            None => {
+                if self.graphs.len() >= GRAPHS_MAX {
+                    self.graphs.clear();
+                }
+                self.graphs.insert(key, None);
+                self.launch_all()
+            }
+        }
     }
 
-    fn read_back(&mut self) -> Result<(), BackendError> {
-        self.logits_host.resize(self.choices * logits_width(&self.program), 0.0);
+    fn key(&self) -> GraphKey {
+        let (rows, choices) = (self.rows, self.choices);
+        GraphKey { rows, choices, stride: self.step.stride(), greedy: self.greedy }
+    }
+
+    fn launch_all(&self) -> Result<(), BackendError> {
+        self.units.iter().try_for_each(|unit| self.launch_unit(unit))?;
+        if self.greedy { self.best() } else { Ok(()) }
+    }
+
+    /// Waits for the oldest step, and brings back what it made. What the device did not choose is
+    /// chosen here.
+    fn finish(&mut self) -> Result<(), BackendError> {
+        let Some(front) = self.in_flight.front_mut().filter(|front| !front.finished) else {
+            return Ok(());
+        };
+        front.finished = true;
+        self.chooser.begin(&front.step);
+        if let Some(index) = front.tokens {
+            let tokens = self.boxes[index].wait(front.step.choices.len())?;
+            let chosen = |token: &u32| (*token != u32::MAX).then_some(*token);
+            self.chooser.accept(tokens.iter().map(chosen));
+            return Ok(());
+        }
+        let (rows, choices) = (front.step.rows(), front.step.choices.len());
+        self.logits_host.resize(choices * logits_width(&self.program), 0.0);
         self.logits.read(0, &mut self.logits_host)?;
         let widths = self.program.capture_widths();
         for ((host, memory), width) in self.captures_host.iter_mut().zip(&self.captures).zip(widths)
         {
-            host.resize(self.rows * width, 0.0);
+            host.resize(rows * width, 0.0);
             memory.read(0, host)?;
         }
-        self.device.synchronize()
+        self.device.synchronize()?;
+        self.chooser.choose(&front.step, self.program.vocabulary, &mut self.logits_host);
+        Ok(())
     }
+}
+
+/// Whether the largest logit is all that a choice asks for.
+fn is_plain_greedy(choice: &Choice) -> bool {
+    let greedy = choice.sampling.is_some_and(|sampling| {
+        // Penalties without counts still see the tokens that rows of the step generate.
+        sampling.temperature == 0.0 && !sampling.has_penalties()
+    });
+    let bias = choice.bias.as_ref().is_some_and(|bias| !bias.is_empty());
+    let reported = choice.report.logits || choice.report.logprobs.is_some();
+    greedy && !bias && choice.mask.is_none() && !reported
 }
 
 /// Logits of a row, if the program makes any.
@@ -228,23 +347,35 @@ impl Executor for CudaExecutor {
     }
 
     fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
-        if self.in_flight.is_some() {
-            return Err(StepError("1 step is in flight already".to_owned()).into());
+        if self.in_flight.len() == STEPS_IN_FLIGHT {
+            let error = format!("{STEPS_IN_FLIGHT} steps are in flight already");
+            return Err(StepError(error).into());
         }
         self.tables.accept(step, &self.program, &self.limits)?;
         self.device.bind()?;
+        // The next step writes over the logits, and its tokens may hang on them.
+        if self.in_flight.back().is_some_and(|last| last.tokens.is_none()) {
+            self.finish()?;
+        }
         self.run_ops(step)?;
-        self.in_flight = Some(step.clone());
+        let tokens = self.greedy.then_some(self.submitted % STEPS_IN_FLIGHT);
+        if let Some(index) = tokens {
+            self.boxes[index].fetch(&self.best_tokens, step.choices.len())?;
+        }
+        self.submitted += 1;
+        self.in_flight.push_back(InFlight { step: step.clone(), tokens, finished: false });
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput<'_>, BackendError> {
-        let step = self.in_flight.take();
-        let step = step.ok_or_else(|| StepError("no step is in flight".to_owned()))?;
+        if self.in_flight.is_empty() {
+            return Err(StepError("no step is in flight".to_owned()).into());
+        }
         self.device.bind()?;
-        self.read_back()?;
+        let finished = self.finish();
+        self.in_flight.pop_front();
+        finished?;
         let vocabulary = self.program.vocabulary;
-        self.chooser.choose(&step, vocabulary, &mut self.logits_host);
         let rows = self.chooser.logits_rows();
         Ok(StepOutput {
             tokens: self.chooser.tokens(),

@@ -5,6 +5,7 @@ use lathe_program::{
     NormKind, Op, RopeStyle, RouterScore, RouterSpec, Value, Weight,
 };
 
+use crate::device::LaunchShape;
 use crate::executor::CudaExecutor;
 use crate::parameters::*;
 use crate::weights::Stored;
@@ -17,7 +18,7 @@ const OUTPUTS: usize = THREADS / 32;
 const LINEAR_ROWS: usize = 8;
 const ATTEND_WARPS: usize = 4;
 
-fn activation(kind: Activation) -> (u32, f32, f32) {
+pub(crate) fn activation(kind: Activation) -> (u32, f32, f32) {
     match kind {
         Activation::SwiGlu => (0, 0.0, 0.0),
         Activation::GeGluTanh => (1, 0.0, 0.0),
@@ -30,19 +31,19 @@ fn activation(kind: Activation) -> (u32, f32, f32) {
 }
 
 /// A product `[rows, width] x [outputs, width]^T`.
-struct Product {
-    input: u64,
-    matrix: (u64, Stored),
-    bias: u64,
-    pick: u64,
-    out: u64,
-    sizes: [usize; 3],
-    scale: f32,
-    cap: f32,
+pub(crate) struct Product {
+    pub(crate) input: u64,
+    pub(crate) matrix: (u64, Stored),
+    pub(crate) bias: u64,
+    pub(crate) pick: u64,
+    pub(crate) out: u64,
+    pub(crate) sizes: [usize; 3],
+    pub(crate) scale: f32,
+    pub(crate) cap: f32,
 }
 
 impl CudaExecutor {
-    fn per_element(
+    pub(crate) fn per_element(
         &self,
         kernel: &str,
         elements: usize,
@@ -56,6 +57,9 @@ impl CudaExecutor {
         let [rows, outputs, width] = product.sizes;
         if rows == 0 {
             return Ok(());
+        }
+        if product.matrix.1 == Stored::Packed {
+            return self.packed_product(product);
         }
         let parameters = Linear {
             input: product.input,
@@ -74,7 +78,7 @@ impl CudaExecutor {
         self.device.launch(&kernel, grid, (THREADS, 0), &parameters)
     }
 
-    fn width(&self, value: Value) -> usize {
+    pub(crate) fn width(&self, value: Value) -> usize {
         self.program.value_width(value)
     }
 
@@ -158,6 +162,7 @@ impl CudaExecutor {
         let (address, stored) = self.matrix(*table);
         let parameters = Embed {
             rows: self.step.rows(),
+            chosen: self.best_tokens.address(),
             table: address,
             out: self.value(*out),
             width: self.width(*out) as u32,
@@ -166,7 +171,13 @@ impl CudaExecutor {
             multiplier: *multiplier,
         };
         let kernel = format!("embed_{}", stored.suffix());
-        self.device.launch(&kernel, [self.rows, 1], (THREADS, 0), &parameters)
+        let shape = LaunchShape {
+            grid: [self.rows, 1, 1],
+            threads: THREADS,
+            shared_bytes: 0,
+            dependent: stored == Stored::Packed,
+        };
+        self.device.launch_shaped(&kernel, shape, &parameters)
     }
 
     fn normalise(&self, op: &Op) -> Result<(), BackendError> {
@@ -249,6 +260,9 @@ impl CudaExecutor {
         spec: &AttendSpec,
         out: Value,
     ) -> Result<(), BackendError> {
+        if self.splits(spec) {
+            return self.attend_split(cache, self.value(query), spec, self.value(out));
+        }
         self.attend(&Attend {
             cache,
             rows: self.step.rows(),

@@ -12,10 +12,12 @@ mod cache;
 #[allow(unsafe_code)] // Calls of the driver.
 mod device;
 mod executor;
+mod fast;
 mod launch;
 #[allow(unsafe_code)] // Vouches for the layout of the kernels' arguments.
 mod parameters;
 mod step_data;
+mod units;
 mod weights;
 
 pub use backend::CudaBackend;

@@ -1,4 +1,4 @@
-//! The arguments of the plain kernels, field by field those of `kernels/plain/plain.cu`. Addresses
+//! The arguments of the kernels, field by field those of the structures in `kernels`. Addresses
 //! are the device's; 0 stands for what is absent.
 
 /// A kernel's only argument.
@@ -10,16 +10,16 @@ pub(crate) unsafe trait Parameters {}
 macro_rules! parameters {
     ($($name:ident { $($field:ident: $kind:ty),* $(,)? })*) => { $(
         #[repr(C)]
-        #[derive(Clone, Copy)]
+        #[derive(Clone, Copy, Default)]
         pub(crate) struct $name { $(pub(crate) $field: $kind),* }
-        // SAFETY: the fields are those of the structure of the same name in `plain.cu`.
+        // SAFETY: the fields are those of the kernel's structure.
         unsafe impl Parameters for $name {}
     )* };
 }
 
 parameters! {
     Embed {
-        rows: u64, table: u64, out: u64, width: u32, first_token: u32, tokens: u32,
+        rows: u64, chosen: u64, table: u64, out: u64, width: u32, first_token: u32, tokens: u32,
         multiplier: f32,
     }
     Norm {
@@ -68,6 +68,29 @@ parameters! {
         per_token: u32, width: u32, outputs: u32, first_expert: u32, held: u32, weigh_input: u32,
         kind: u32, alpha: f32, limit: f32,
     }
+    Pack { rows: u64, out: u64, words: u64, outputs: u32, width: u32 }
+    Segment { matrix: u64, bias: u64, out: u64, outputs: u32, tiles: u32 }
+    Stream {
+        segments: [Segment; 3], input: u64, norm: u64, residual: u64, pick: u64,
+        width: u32, count: u32, stages: u32, normed: u32, paired: u32, kind: u32,
+        alpha: f32, limit: f32, scale: f32, cap: f32, add_scale: f32, offset: f32, epsilon: f32,
+        unused: u32,
+    }
+    ManyRows {
+        product: Stream, parts: u64, rows: u32, tiles: u32, slices: u32, shares: u32,
+    }
+    AttendSplit {
+        cache: CacheView, rows: u64, query: u64, parts: u64,
+        kv_heads: u32, queries: u32, shares: u32, window: u32, scale: f32, cap: f32,
+    }
+    AttendJoin { parts: u64, sinks: u64, out: u64, heads: u32, shares: u32, dim: u32 }
+    TurnAndStore {
+        cache: CacheView, rows: u64, query: u64, key: u64, value: u64, frequencies: u64,
+        query_out: u64, key_out: u64,
+        heads: u32, kv_heads: u32, dim: u32, value_dim: u32, offset: u32, pairs: u32,
+        interleaved: u32, magnitude: f32,
+    }
+    Best { logits: u64, parts: u64, out: u64, vocabulary: u32 }
 }
 
 /// A row of the step, as the kernels read it.
@@ -82,5 +105,8 @@ pub(crate) struct Row {
     pub(crate) cached: u32,
     pub(crate) sequence: u32,
     pub(crate) tree: u32,
+    /// 1 + the choice of the step before whose token the row has; 0: it has `token`.
+    pub(crate) choice: u32,
     pub(crate) long_rope: u32,
+    pub(crate) unused: u32,
 }

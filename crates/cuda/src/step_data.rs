@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use lathe_program::{BackendError, ExecutorLimits, Program, SequenceTables, Step, StepInput};
+use lathe_program::{
+    BackendError, ExecutorLimits, Program, SequenceTables, Step, StepInput, TokenSource,
+};
 
 use crate::device::{Device, Memory};
 use crate::parameters::Row;
@@ -14,8 +16,9 @@ pub(crate) struct StepData {
     pick: Memory,
     inputs: Vec<Memory>,
     groups: usize,
-    /// Blocks of the longest table of the step: from one table to the next.
+    /// Blocks from one table to the next: at least those of the step's longest table.
     stride: usize,
+    stride_max: usize,
     host: Host,
 }
 
@@ -51,21 +54,24 @@ impl StepData {
                 .collect::<Result<_, _>>()?,
             groups,
             stride: 0,
+            stride_max: blocks,
             host: Host::default(),
         })
     }
 
-    /// Takes an accepted step; `tokens` are its rows' tokens.
+    /// Takes an accepted step. `chosen` are the tokens of the step before, by choice; `None` where
+    /// the device has them.
     pub(crate) fn upload(
         &mut self,
         step: &Step,
-        tokens: &[u32],
+        chosen: Option<&[Option<u32>]>,
         tables: &SequenceTables,
     ) -> Result<(), BackendError> {
-        self.host.fill_rows(step, tokens);
+        self.host.fill_rows(step, chosen);
         let of = |group| step.sequences.iter().map(move |s| tables.table(s.id, group));
         let lengths = (0..self.groups).flat_map(|group| of(group).map(|table| table.blocks.len()));
-        self.stride = lengths.max().unwrap_or(0);
+        // Few strides, so that few graphs are recorded.
+        self.stride = lengths.max().unwrap_or(0).next_power_of_two().min(self.stride_max);
         let host = &mut self.host;
         host.tables.clear();
         host.firsts.clear();
@@ -116,22 +122,31 @@ impl StepData {
 }
 
 impl Host {
-    fn fill_rows(&mut self, step: &Step, tokens: &[u32]) {
+    fn fill_rows(&mut self, step: &Step, chosen: Option<&[Option<u32>]>) {
         self.rows.clear();
         for (index, sequence) in (0..).zip(&step.sequences) {
             for place in 0..sequence.rows {
                 let row = (sequence.first_row + place) as usize;
                 let ancestors = sequence.ancestors.as_ref().map(|masks| masks[place as usize]);
+                let (token, choice) = match (step.tokens[row], chosen) {
+                    (TokenSource::Given(token), _) => (token, 0),
+                    (TokenSource::Chosen(choice), None) => (0, choice + 1),
+                    (TokenSource::Chosen(choice), Some(tokens)) => {
+                        (tokens.get(choice as usize).copied().flatten().unwrap_or(0), 0)
+                    }
+                };
                 self.rows.push(Row {
                     ancestors: ancestors.unwrap_or(0),
-                    token: tokens[row],
+                    token,
                     position: step.positions[row],
                     first_row: sequence.first_row,
                     place,
                     cached: sequence.cached,
                     sequence: index,
                     tree: u32::from(ancestors.is_some()),
+                    choice,
                     long_rope: u32::from(sequence.long_rope),
+                    unused: 0,
                 });
             }
         }

@@ -4,7 +4,10 @@
 
 use lathe_cuda::CudaBackend;
 use lathe_program::KvFormat;
-use lathe_program::conformance::{Settings, Tolerance, batch_invariance, check, choices, trees};
+use lathe_program::conformance::models::{GroupedStyle, SmallAttention, SmallDecoder};
+use lathe_program::conformance::{
+    Case, Settings, Summary, Tolerance, batch_invariance, check, check_case, choices, trees,
+};
 use lathe_tensor::Format;
 
 fn backend(test: &str) -> Option<CudaBackend> {
@@ -87,6 +90,56 @@ fn trees_are_plain_decoding() {
         let tolerance = Tolerance { absolute: coarse, relative: coarse };
         let settings = Settings { kv_format, tolerance, seeds: 2, ..Settings::default() };
         trees(&backend, &settings).unwrap_or_else(|failure| panic!("{kv_format:?}: {failure}"));
+    }
+}
+
+/// What runs where the executor need not be exact: products on tensor cores, attention in shares,
+/// ops that run together. Only a cache of f32 shows how good their sums are.
+fn fast(kv_format: KvFormat, coarse: f32) -> Settings {
+    let format = Format::parse("bf16").expect("a format");
+    let tolerance = Tolerance { absolute: coarse, relative: coarse };
+    Settings { format, kv_format, exact: false, tolerance, seeds: 6, threads: None }
+}
+
+#[test]
+fn fast_kernels_agree_with_the_reference() {
+    let Some(backend) = backend("fast_kernels_agree_with_the_reference") else { return };
+    run(&backend, &fast(KvFormat::F32, 1e-4));
+    run(&backend, &fast(KvFormat::BF16, 2e-2));
+}
+
+#[test]
+fn fast_kernels_choose() {
+    let Some(backend) = backend("fast_kernels_choose") else { return };
+    let settings = fast(KvFormat::BF16, 2e-2);
+    choices(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+/// Rows of several chunks of weights, tiles that are not full, heads of both sizes.
+#[test]
+fn fast_kernels_agree_on_wide_decoders() {
+    let Some(backend) = backend("fast_kernels_agree_on_wide_decoders") else { return };
+    for (heads, kv_heads, head_dim) in [(8, 2, 64), (6, 2, 64), (8, 1, 128), (2, 2, 128)] {
+        let style = GroupedStyle::HeadNorms;
+        let attention = SmallAttention::Grouped { style, heads, kv_heads, head_dim };
+        let decoder = SmallDecoder {
+            vocabulary: 1031,
+            width: 1056,
+            hidden: 2080,
+            window: Some(40),
+            block_tokens: 16,
+            attention,
+            ..SmallDecoder::grouped()
+        };
+        let name = format!("{heads} heads of {head_dim}");
+        let case = Case { name, program: decoder.program(), attends: true };
+        for (kv_format, coarse) in [(KvFormat::F32, 1e-3), (KvFormat::BF16, 4e-2)] {
+            let mut report = Summary::default();
+            check_case(&backend, &fast(kv_format, coarse), &case, &mut report)
+                .unwrap_or_else(|failure| panic!("{kv_format:?}: {failure}"));
+            println!("{}, {kv_format:?}: worst {}", case.name, report.worst);
+            assert!(report.numbers > 0 && report.unsupported.is_empty(), "{report:?}");
+        }
     }
 }
 

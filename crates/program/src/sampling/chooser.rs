@@ -71,6 +71,12 @@ impl Chooser {
         }
     }
 
+    /// Takes the step's tokens from a device that chose them itself; there is no report.
+    pub fn accept(&mut self, tokens: impl ExactSizeIterator<Item = Option<u32>>) {
+        self.logprobs.resize(tokens.len(), None);
+        self.tokens.extend(tokens);
+    }
+
     /// Collects the tokens of the chosen rows that `row` of the step sees.
     fn see(&mut self, step: &Step, sequence: &StepSequence, row: usize) {
         let first = sequence.first_row as usize;

@@ -1,0 +1,285 @@
+//! How the fast kernels are launched.
+
+use lathe_program::{
+    AttendSpec, BackendError, KvFormat, LinearPart, NormKind, Op, RopeStyle, Weight,
+};
+
+use crate::device::LaunchShape;
+use crate::executor::CudaExecutor;
+use crate::launch::{Product, activation};
+use crate::parameters::*;
+use crate::units::*;
+use crate::weights::TILE;
+
+impl CudaExecutor {
+    /// Lets the kernels have the shared memory that they may need.
+    pub(crate) fn prepare_kernels(&self) -> Result<(), BackendError> {
+        (1..=STREAM_ROWS)
+            .try_for_each(|rows| self.device.allow_shared(&format!("stream_{rows}"), SHARED_BYTES))
+    }
+
+    /// Submits the kernels of ops that run together.
+    pub(crate) fn launch_unit(&self, unit: &Unit) -> Result<(), BackendError> {
+        let program = &self.program;
+        match unit {
+            Unit::Op(at) => self.launch(&program.ops[*at]),
+            Unit::TurnAndStore(at) => self.turn_and_store(*at),
+            Unit::Streamed(it) => self.streamed(it),
+        }
+    }
+
+    fn streamed(&self, it: &Streamed) -> Result<(), BackendError> {
+        let ops = &self.program.ops;
+        let Some((rows, mut parameters)) = self.product_of(it) else {
+            return ops[it.first..it.end].iter().try_for_each(|op| self.launch(op));
+        };
+        let written = &parameters.segments[..if parameters.paired == 1 { 1 } else { 3 }];
+        // Blocks that are done write while others still read the input.
+        let overwrites = written.iter().any(|segment| segment.out == parameters.input);
+        if streams(rows, parameters.width as usize) && !overwrites {
+            return self.stream(rows, parameters);
+        }
+        if let Some(norm) = it.norm {
+            self.launch(&ops[norm])?;
+            parameters.normed = 0;
+            let input = ops[it.product].inputs().next();
+            parameters.input = input.map_or(0, |input| self.value(input));
+        }
+        self.many_rows(rows, parameters)
+    }
+
+    fn segment(&self, part: &LinearPart) -> Segment {
+        self.segment_of(part.weight, self.weights.optional(part.bias), self.value(part.out))
+    }
+
+    fn segment_of(&self, weight: Weight, bias: u64, out: u64) -> Segment {
+        let outputs = self.program.weight(weight).shape[0];
+        let matrix = self.weights.address(weight);
+        let tiles = outputs.div_ceil(TILE) as u32;
+        Segment { matrix, bias, out, outputs: outputs as u32, tiles }
+    }
+
+    /// The rows of a product, and the product with what is before and after it.
+    fn product_of(&self, it: &Streamed) -> Option<(usize, Stream)> {
+        let ops = &self.program.ops;
+        let mut parameters = match &ops[it.product] {
+            Op::Linear { input, parts } => {
+                let mut segments = [Segment::default(); 3];
+                for (segment, part) in segments.iter_mut().zip(parts) {
+                    *segment = self.segment(part);
+                }
+                let width = self.width(*input) as u32;
+                let count = parts.len() as u32;
+                Stream { segments, count, width, scale: 1.0, ..Stream::default() }
+            }
+            Op::Logits { input, head, scale, softcap, .. } => Stream {
+                segments: [
+                    self.segment_of(*head, 0, self.logits.address()),
+                    Segment::default(),
+                    Segment::default(),
+                ],
+                count: 1,
+                width: self.width(*input) as u32,
+                pick: self.step.pick(),
+                scale: *scale,
+                cap: softcap.unwrap_or(0.0),
+                ..Stream::default()
+            },
+            _ => return None,
+        };
+        let logits = matches!(&ops[it.product], Op::Logits { .. });
+        let rows = if logits { self.choices } else { self.rows };
+        parameters.input = ops[it.first].inputs().next().map(|input| self.value(input))?;
+        if let Some(Op::Norm { weight, kind, epsilon, .. }) = it.norm.map(|at| &ops[at]) {
+            parameters.norm = self.weights.optional(*weight);
+            parameters.normed = 1;
+            parameters.epsilon = *epsilon;
+            parameters.offset = if let NormKind::Rms { offset } = kind { *offset } else { 0.0 };
+        }
+        match it.after {
+            After::Nothing => {}
+            After::Activate(at) => {
+                let Op::Activate { kind, out, .. } = &ops[at] else { return None };
+                parameters.paired = 1;
+                parameters.segments[0].out = self.value(*out);
+                (parameters.kind, parameters.alpha, parameters.limit) = activation(*kind);
+            }
+            After::Add(at) => {
+                let Op::Add { left, scale, out, .. } = &ops[at] else { return None };
+                parameters.residual = self.value(*left);
+                parameters.add_scale = *scale;
+                parameters.segments[0].out = self.value(*out);
+            }
+        }
+        Some((rows, parameters))
+    }
+
+    fn stream(&self, rows: usize, mut parameters: Stream) -> Result<(), BackendError> {
+        let width = parameters.width as usize;
+        let stages = stream_stages(rows, width).unwrap_or(STAGES_MIN);
+        parameters.stages = stages as u32;
+        let shape = LaunchShape {
+            grid: [PROCESSORS, 1, 1],
+            threads: STREAM_THREADS,
+            shared_bytes: stream_fixed_bytes(rows, width) + stages * (CHUNK_BYTES + 16),
+            dependent: true,
+        };
+        self.device.launch_shaped(&format!("stream_{rows}"), shape, &parameters)
+    }
+
+    /// A product with a matrix in fragment order.
+    pub(crate) fn packed_product(&self, product: &Product) -> Result<(), BackendError> {
+        let [rows, outputs, width] = product.sizes;
+        let tiles = outputs.div_ceil(TILE) as u32;
+        let (matrix, bias, out) = (product.matrix.0, product.bias, product.out);
+        let segment = Segment { matrix, bias, out, outputs: outputs as u32, tiles };
+        let parameters = Stream {
+            segments: [segment, Segment::default(), Segment::default()],
+            count: 1,
+            input: product.input,
+            pick: product.pick,
+            width: width as u32,
+            scale: product.scale,
+            cap: product.cap,
+            ..Stream::default()
+        };
+        match streams(rows, width) && product.input != product.out {
+            true => self.stream(rows, parameters),
+            false => self.many_rows(rows, parameters),
+        }
+    }
+
+    fn many_rows(&self, rows: usize, product: Stream) -> Result<(), BackendError> {
+        if rows == 0 {
+            return Ok(());
+        }
+        let held = &product.segments[..product.count as usize];
+        let tiles = held.iter().map(|segment| segment.tiles as usize).sum::<usize>();
+        let (shares, slices) = shares_of(rows, tiles, product.width as usize);
+        let parts = self.product_parts.address();
+        let many = ManyRows {
+            product,
+            parts,
+            rows: rows as u32,
+            tiles: tiles as u32,
+            slices: slices as u32,
+            shares: shares as u32,
+        };
+        let grid = [tiles.div_ceil(ROWS_WARPS), rows.div_ceil(ROWS_TILE), shares];
+        let threads = ROWS_WARPS * 32;
+        let shape = LaunchShape { grid, threads, shared_bytes: 0, dependent: false };
+        self.device.launch_shaped("many_rows", shape, &many)?;
+        let written = if product.paired == 1 { product.segments[0].tiles as usize } else { tiles };
+        self.per_element("rows_finish", rows * written * TILE, &many)
+    }
+
+    fn turn_and_store(&self, at: usize) -> Result<(), BackendError> {
+        let ops = &self.program.ops;
+        let (
+            Op::Rope { input: query, heads, offset, rope, out: query_out },
+            Op::Rope { input: key, heads: kv_heads, out: key_out, .. },
+            Op::WriteKv { value, layer, .. },
+        ) = (&ops[at], &ops[at + 1], &ops[at + 2])
+        else {
+            return Ok(());
+        };
+        let table = &self.program.ropes[rope.0 as usize];
+        let parameters = TurnAndStore {
+            cache: self.cache.view(*layer, &self.step),
+            rows: self.step.rows(),
+            query: self.value(*query),
+            key: self.value(*key),
+            value: self.value(*value),
+            frequencies: self.ropes[rope.0 as usize].address(),
+            query_out: self.value(*query_out),
+            key_out: self.value(*key_out),
+            heads: *heads as u32,
+            kv_heads: *kv_heads as u32,
+            dim: (self.width(*key) / kv_heads) as u32,
+            value_dim: (self.width(*value) / kv_heads) as u32,
+            offset: *offset as u32,
+            pairs: table.inverse_frequencies.len() as u32,
+            interleaved: u32::from(table.style == RopeStyle::Interleaved),
+            magnitude: table.magnitude,
+        };
+        let warps = 4;
+        let shape = LaunchShape {
+            grid: [self.rows, (heads + 2 * kv_heads).div_ceil(warps), 1],
+            threads: warps * 32,
+            shared_bytes: 0,
+            dependent: true,
+        };
+        self.device.launch_shaped("turn_and_store", shape, &parameters)
+    }
+
+    /// Whether `attend_split` has a kernel for these heads and this cache.
+    pub(crate) fn splits(&self, spec: &AttendSpec) -> bool {
+        let queries = spec.heads / spec.kv_heads;
+        !self.exact
+            && self.cache.format() == KvFormat::BF16
+            && spec.head_dim == spec.value_dim
+            && matches!(spec.head_dim, 32 | 64 | 128)
+            && queries <= 8
+    }
+
+    pub(crate) fn attend_split(
+        &self,
+        cache: CacheView,
+        query: u64,
+        spec: &AttendSpec,
+        out: u64,
+    ) -> Result<(), BackendError> {
+        let AttendSpec { heads, kv_heads, head_dim, .. } = *spec;
+        let queries = heads / kv_heads;
+        let shares = (BLOCKS_WANTED / (self.rows * kv_heads)).clamp(1, ATTEND_SHARES_MAX);
+        let split = AttendSplit {
+            cache,
+            rows: self.step.rows(),
+            query,
+            parts: self.attention_parts.address(),
+            kv_heads: kv_heads as u32,
+            queries: queries as u32,
+            shares: shares as u32,
+            window: spec.window.unwrap_or(0) as u32,
+            scale: spec.scale,
+            cap: spec.softcap.unwrap_or(0.0),
+        };
+        let shape = LaunchShape {
+            grid: [self.rows, kv_heads * shares, 1],
+            threads: ATTEND_THREADS,
+            shared_bytes: 0,
+            dependent: true,
+        };
+        let kernel = format!("attend_split_{head_dim}_{}", queries.next_power_of_two());
+        self.device.launch_shaped(&kernel, shape, &split)?;
+        let join = AttendJoin {
+            parts: split.parts,
+            sinks: self.weights.optional(spec.sinks),
+            out,
+            heads: heads as u32,
+            shares: shares as u32,
+            dim: head_dim as u32,
+        };
+        let shape = LaunchShape { grid: [self.rows, heads, 1], threads: head_dim, ..shape };
+        self.device.launch_shaped("attend_join", shape, &join)
+    }
+
+    /// The token of each choice's largest logit, to `best_tokens`.
+    pub(crate) fn best(&self) -> Result<(), BackendError> {
+        let parameters = Best {
+            logits: self.logits.address(),
+            parts: self.best_parts.address(),
+            out: self.best_tokens.address(),
+            vocabulary: self.program.vocabulary as u32,
+        };
+        let shape = LaunchShape {
+            grid: [self.choices, BEST_PARTS, 1],
+            threads: BEST_THREADS,
+            shared_bytes: 0,
+            dependent: true,
+        };
+        self.device.launch_shaped("best_parts", shape, &parameters)?;
+        let shape = LaunchShape { grid: [self.choices, 1, 1], threads: 32, ..shape };
+        self.device.launch_shaped("best_of_parts", shape, &parameters)
+    }
+}

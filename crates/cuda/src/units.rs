@@ -1,0 +1,239 @@
+//! Which ops run as one kernel, how large the launches of products and attention are, and what
+//! memory they need.
+
+use lathe_program::{BufferPlan, KvFormat, LinearPart, NormKind, Op, Program, Value, Weight};
+
+use crate::weights::{Stored, TILE, Weights};
+
+/// Rows that `stream_N` takes.
+pub(crate) const STREAM_ROWS: usize = 4;
+/// As in `product.cu`.
+pub(crate) const STREAM_THREADS: usize = 9 * 32;
+pub(crate) const STREAM_WARPS: usize = 8;
+pub(crate) const CHUNK_BYTES: usize = 8192;
+pub(crate) const PART_TILES: usize = 16;
+pub(crate) const ROWS_TILE: usize = 32;
+pub(crate) const ROWS_WARPS: usize = 4;
+pub(crate) const SLICE: usize = 128;
+/// Shared memory of a block, and the fewest chunks in flight that keep the memory busy.
+pub(crate) const SHARED_BYTES: usize = 227 * 1024;
+pub(crate) const STAGES_MIN: usize = 8;
+pub(crate) const STAGES_MAX: usize = 20;
+/// Multiprocessors, and blocks that fill the device twice.
+pub(crate) const PROCESSORS: usize = 132;
+pub(crate) const BLOCKS_WANTED: usize = 2 * PROCESSORS;
+/// Shares of a product's columns.
+pub(crate) const SHARES_MAX: usize = 8;
+/// As in `attend.cu`.
+pub(crate) const ATTEND_THREADS: usize = 128;
+pub(crate) const ATTEND_SHARES_MAX: usize = 32;
+pub(crate) const BEST_PARTS: usize = 32;
+pub(crate) const BEST_THREADS: usize = 256;
+
+/// What follows a product in its kernel, by index of the op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum After {
+    Nothing,
+    Activate(usize),
+    Add(usize),
+}
+
+/// Ops that run together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// One op.
+    Op(usize),
+    /// A norm, products of what it makes, and what is done with these.
+    Streamed(Streamed),
+    /// Turns of queries and keys, and the write of keys and values: three ops from this one on.
+    TurnAndStore(usize),
+}
+
+/// See [`Unit::Streamed`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Streamed {
+    pub(crate) first: usize,
+    pub(crate) norm: Option<usize>,
+    pub(crate) product: usize,
+    pub(crate) after: After,
+    pub(crate) end: usize,
+}
+
+/// Finds what may run together.
+pub(crate) fn units(
+    program: &Program,
+    weights: &Weights,
+    plan: &BufferPlan,
+    format: KvFormat,
+) -> Vec<Unit> {
+    let last_use = program.liveness().iter().map(|lifetime| lifetime.last_use).collect();
+    let finder = Finder { program, weights, plan, last_use };
+    let mut units = Vec::new();
+    let mut at = 0;
+    while at < program.ops.len() {
+        let (unit, end) = if let Some(streamed) = finder.streamed(at) {
+            (Unit::Streamed(streamed), streamed.end)
+        } else if format == KvFormat::BF16 && finder.turns_and_stores(at) {
+            (Unit::TurnAndStore(at), at + 3)
+        } else {
+            (Unit::Op(at), at + 1)
+        };
+        units.push(unit);
+        at = end;
+    }
+    units
+}
+
+struct Finder<'a> {
+    program: &'a Program,
+    weights: &'a Weights,
+    /// Which values share memory: a block may not write what others still read.
+    plan: &'a BufferPlan,
+    last_use: Vec<usize>,
+}
+
+impl Finder<'_> {
+    /// Whether `value` is read by op `at` and by none after it.
+    fn ends_at(&self, value: Value, at: usize) -> bool {
+        self.last_use[value.0 as usize] == at
+    }
+
+    /// Whether `value` is read by op `at`, which follows the op that makes it, alone.
+    fn only(&self, value: Value, at: usize) -> bool {
+        self.ends_at(value, at) && self.program.ops[at].inputs().any(|input| input == value)
+    }
+
+    fn packed(&self, weight: Weight) -> bool {
+        self.weights.stored(weight) == Stored::Packed
+    }
+
+    fn streamed(&self, first: usize) -> Option<Streamed> {
+        let ops = &self.program.ops;
+        let norm = self.normed(first);
+        let product = first + usize::from(norm.is_some());
+        let found = |after, end| Some(Streamed { first, norm, product, after, end });
+        match ops.get(product)? {
+            Op::Linear { parts, .. } if self.fits(parts) => {
+                let after = self.after(product, parts);
+                let end = product + if after == After::Nothing { 1 } else { 2 };
+                found(after, end)
+            }
+            Op::Logits { head, .. } if self.packed(*head) => found(After::Nothing, product + 1),
+            _ => None,
+        }
+    }
+
+    fn fits(&self, parts: &[LinearPart]) -> bool {
+        parts.len() <= 3 && parts.iter().all(|part| self.packed(part.weight))
+    }
+
+    /// Op `at`, if it is an RMS norm of whole rows for the next op alone.
+    fn normed(&self, at: usize) -> Option<usize> {
+        let Op::Norm { input, weight, bias, kind, groups, out, .. } = &self.program.ops[at] else {
+            return None;
+        };
+        let next = self.program.ops.get(at + 1)?;
+        let width = self.program.value_width(*input);
+        let whole = weight.is_none_or(|weight| self.program.weight(weight).shape == [width]);
+        let plain = matches!(kind, NormKind::Rms { .. }) && *groups == 1 && bias.is_none();
+        let product = matches!(next, Op::Linear { .. } | Op::Logits { .. });
+        (plain && whole && product && self.only(*out, at + 1)).then_some(at)
+    }
+
+    fn after(&self, product: usize, parts: &[LinearPart]) -> After {
+        let next = product + 1;
+        match (parts, self.program.ops.get(next)) {
+            ([gate, up], Some(Op::Activate { gate: first, up: Some(second), .. })) => {
+                let pair = gate.out == *first && up.out == *second;
+                let whole = self.ends_at(gate.out, next) && self.ends_at(up.out, next);
+                if pair && whole { After::Activate(next) } else { After::Nothing }
+            }
+            ([part], Some(Op::Add { left, right, .. })) => {
+                let adds = *right == part.out && *left != part.out;
+                if adds && self.ends_at(part.out, next) { After::Add(next) } else { After::Nothing }
+            }
+            _ => After::Nothing,
+        }
+    }
+
+    fn turns_and_stores(&self, at: usize) -> bool {
+        let [
+            Op::Rope { input: query, rope: first, offset: a, out: turned, .. },
+            Op::Rope { heads: kv_heads, rope: second, offset: b, out, .. },
+            Op::WriteKv { key, value, layer },
+            ..,
+        ] = &self.program.ops[at..]
+        else {
+            return false;
+        };
+        let slot = |value: &Value| self.plan.slot(*value);
+        let apart = slot(turned) != slot(key)
+            && slot(turned) != slot(value)
+            && ![query, turned, value].map(slot).contains(&slot(out));
+        let layer = self.program.kv.layer(*layer).shape.vectors();
+        let width = |value: &Value| self.program.value_width(*value);
+        let shaped = layer.map(|(count, dim)| count * dim) == [width(key), width(value)]
+            && layer.map(|(count, _)| count) == [*kv_heads; 2];
+        first == second && a == b && key == out && apart && shaped
+    }
+}
+
+/// Bytes of shared memory beside the ring.
+pub(crate) fn stream_fixed_bytes(rows: usize, width: usize) -> usize {
+    let columns = 2 * rows * (2 * width + 64);
+    let parts = PART_TILES / rows * STREAM_WARPS * TILE * rows * 4;
+    columns + parts + 4 * STREAM_WARPS * 4
+}
+
+/// Chunks of the ring: an even number, since two groups of warps take them by turns.
+pub(crate) fn stream_stages(rows: usize, width: usize) -> Option<usize> {
+    let left = SHARED_BYTES.checked_sub(stream_fixed_bytes(rows, width) + 1024)?;
+    let stages = (left / (CHUNK_BYTES + 16)).min(STAGES_MAX) / 2 * 2;
+    (stages >= STAGES_MIN).then_some(stages)
+}
+
+pub(crate) fn streams(rows: usize, width: usize) -> bool {
+    (1..=STREAM_ROWS).contains(&rows) && stream_stages(rows, width).is_some()
+}
+
+/// Shares of a product of many rows: of its columns, in slices.
+pub(crate) fn shares_of(rows: usize, tiles: usize, width: usize) -> (usize, usize) {
+    let blocks = tiles.div_ceil(ROWS_WARPS) * rows.div_ceil(ROWS_TILE);
+    let slices = width.div_ceil(SLICE);
+    let wanted = (BLOCKS_WANTED / blocks).clamp(1, SHARES_MAX.min(slices));
+    let per_share = slices.div_ceil(wanted);
+    (slices.div_ceil(per_share), per_share)
+}
+
+/// Elements of the parts that products of many rows leave.
+pub(crate) fn product_parts(program: &Program, weights: &Weights, rows_max: usize) -> usize {
+    let outputs = |weight: &Weight| match weights.stored(*weight) {
+        Stored::Packed => program.weight(*weight).shape[0].next_multiple_of(TILE),
+        _ => 0,
+    };
+    let of = |op: &Op| match op {
+        Op::Linear { parts, .. } => parts.iter().map(|part| outputs(&part.weight)).sum(),
+        Op::Logits { head, .. } => outputs(head),
+        _ => 0,
+    };
+    let filled = BLOCKS_WANTED * ROWS_TILE * ROWS_WARPS * TILE;
+    match program.ops.iter().map(of).max() {
+        None | Some(0) => 0,
+        Some(widest) => filled.max(rows_max * widest),
+    }
+}
+
+/// Elements of the parts that split attention leaves.
+pub(crate) fn attention_parts(program: &Program, rows_max: usize) -> usize {
+    let of = |op: &Op| match op {
+        Op::Attend { spec, .. } => spec.heads * (spec.value_dim + 2),
+        _ => 0,
+    };
+    let widest = program.ops.iter().map(of).max().unwrap_or(0);
+    widest * (rows_max + BLOCKS_WANTED)
+}
+
+/// 64-bit words of the parts of [`CudaExecutor::best`].
+pub(crate) fn best_parts(rows_max: usize) -> usize {
+    rows_max * BEST_PARTS
+}
