@@ -13,7 +13,7 @@ use crate::attend::Attention;
 use crate::attend::split::SplitProducts;
 use crate::cache::KvCache;
 use crate::executor::{Angles, CpuExecutor, State};
-use crate::experts::{Choice, GroupScratch};
+use crate::experts::{ChosenExperts, GroupScratch};
 use crate::gang::{Gang, available_cores};
 use crate::isa::Isa;
 use crate::lanes::Width;
@@ -159,8 +159,8 @@ fn state(
     });
     let angles =
         program.ropes.iter().map(|r| Angles::new(r, rows_max)).collect::<Result<_, _>>()?;
-    let (choices, router) = choices(program, rows_max);
-    let (activations, groups) = scratch(program, stages, &gang, &choices, rows_max);
+    let (routings, router) = routings(program, rows_max);
+    let (activations, groups) = scratch(program, stages, &gang, &routings, rows_max);
     let capture_widths = program.capture_widths();
     Ok(State {
         width,
@@ -177,7 +177,7 @@ fn state(
         ranks,
         activations,
         angles,
-        choices,
+        routings,
         router,
         groups,
         logits: Vec::new(),
@@ -198,7 +198,7 @@ fn scratch(
     program: &Program,
     stages: &[Stage],
     gang: &Gang,
-    choices: &[Choice],
+    routings: &[ChosenExperts],
     rows_max: usize,
 ) -> (Activations, GroupScratch) {
     let mut groups = GroupScratch::default();
@@ -212,7 +212,7 @@ fn scratch(
             Stage::Logits(logits) => reserve(logits.operands, logits.matrix.columns()),
             Stage::Route(route) => reserve(route.operands, route.input.width()),
             Stage::Experts(experts) => {
-                groups.reserve(experts, rows_max, choices[experts.routing].per_row);
+                groups.reserve(experts, rows_max, routings[experts.routing].per_row);
                 reserve(experts.operands, experts.input.width());
                 reserve(experts.down_operands, experts.spec.hidden);
             }
@@ -226,14 +226,15 @@ fn makes_logits(stage: &Stage) -> bool {
     matches!(stage, Stage::Logits(_))
 }
 
-/// Room for every routing's choices, and for a router's logits and ranks.
-fn choices(program: &Program, rows_max: usize) -> (Vec<Choice>, Vec<f32>) {
-    let mut choices: Vec<Choice> = (0..program.routings).map(|_| Choice::default()).collect();
+/// Room for every routing, and for a router's logits and ranks.
+fn routings(program: &Program, rows_max: usize) -> (Vec<ChosenExperts>, Vec<f32>) {
+    let mut routings: Vec<ChosenExperts> =
+        (0..program.routings).map(|_| ChosenExperts::default()).collect();
     let mut router = 0;
     for op in &program.ops {
         if let Op::Route { spec, out, .. } = op {
             let pairs = rows_max * spec.experts_per_token;
-            choices[out.0 as usize] = Choice {
+            routings[out.0 as usize] = ChosenExperts {
                 per_row: spec.experts_per_token,
                 experts: vec![0; pairs],
                 weights: vec![0.0; pairs],
@@ -241,5 +242,5 @@ fn choices(program: &Program, rows_max: usize) -> (Vec<Choice>, Vec<f32>) {
             router = router.max((rows_max + 1) * spec.experts);
         }
     }
-    (choices, vec![0.0; router])
+    (routings, vec![0.0; router])
 }

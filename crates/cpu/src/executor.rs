@@ -15,7 +15,7 @@ use lathe_tensor::Tensor;
 use crate::attend::{AttendJob, Attention, RowForm};
 use crate::cache::{KvCache, Write};
 use crate::elementwise::{Activate, Add, Norm, Rotate, SigmoidGate, fill_angles};
-use crate::experts::{Choice, GroupScratch, RouteStage};
+use crate::experts::{ChosenExperts, GroupScratch, RouteStage};
 use crate::gang::{Gang, share};
 use crate::lanes::{Kernel, LANES, Lanes, Width, dispatch, math};
 use crate::latent::{LatentScratch, LatentStage};
@@ -26,8 +26,8 @@ use crate::profile::Profile;
 use crate::ranks::Ranks;
 use crate::rows::Rows;
 use crate::stage::{
-    ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage, Source,
-    Stage,
+    ActivateStage, AddStage, AttendStage, LinearInput, LinearStage, LogitsInput, LogitsStage,
+    NormStage, PartStage, Stage,
 };
 use crate::transform::TransformStage;
 
@@ -65,7 +65,7 @@ pub(crate) struct State {
     pub latent: LatentScratch,
     pub activations: Activations,
     pub angles: Vec<Angles>,
-    pub choices: Vec<Choice>,
+    pub routings: Vec<ChosenExperts>,
     /// Router logits and ranks, `[rows_max, 2 * experts]`.
     pub router: Vec<f32>,
     pub groups: GroupScratch,
@@ -171,12 +171,12 @@ impl Executor for CpuExecutor {
     }
 
     fn routing(&self, routing: Routing) -> Option<RoutedExperts<'_>> {
-        let choice = self.state.choices.get(routing.0 as usize)?;
-        let pairs = self.state.sequence_of.len() * choice.per_row;
+        let chosen = self.state.routings.get(routing.0 as usize)?;
+        let pairs = self.state.sequence_of.len() * chosen.per_row;
         (pairs > 0).then(|| RoutedExperts {
-            experts: &choice.experts[..pairs],
-            weights: &choice.weights[..pairs],
-            experts_per_token: choice.per_row,
+            experts: &chosen.experts[..pairs],
+            weights: &chosen.weights[..pairs],
+            experts_per_token: chosen.per_row,
         })
     }
 
@@ -301,11 +301,11 @@ impl State {
             Stage::Copy { input, start, out } => copy(*input, *start, *out, count),
             Stage::Route(route) => self.route(route, count),
             Stage::Experts(experts) => {
-                let choice = &self.choices[experts.routing];
+                let routing = &self.routings[experts.routing];
                 let scratch = (&mut self.activations, &mut self.groups);
                 // SAFETY: see above.
                 unsafe {
-                    experts.run((width, &self.gang), &self.prefill[..count], choice, scratch)
+                    experts.run((width, &self.gang), &self.prefill[..count], routing, scratch)
                 };
             }
             Stage::AllReduce { input, out } => {
@@ -452,9 +452,9 @@ impl State {
         let (logits, ranks) = self.router.split_at_mut(count * experts);
         let part = Part { bias: stage.bias.as_deref(), ..Part::new(&stage.matrix, logits) };
         matmul(&self.gang, &mut [part], &self.activations);
-        let choice = &mut self.choices[stage.routing];
-        let chosen = choice.experts.chunks_exact_mut(choice.per_row);
-        let weights = choice.weights.chunks_exact_mut(choice.per_row);
+        let routing = &mut self.routings[stage.routing];
+        let chosen = routing.experts.chunks_exact_mut(routing.per_row);
+        let weights = routing.weights.chunks_exact_mut(routing.per_row);
         for ((logits, chosen), weights) in logits.chunks_exact_mut(experts).zip(chosen).zip(weights)
         {
             stage.choose(logits, &mut ranks[..experts], chosen, weights);
@@ -475,15 +475,12 @@ impl State {
             |i, out| {
                 let row = asked[i].row as usize;
                 match &stage.source {
-                    Source::Norm(norm) => {
+                    LogitsInput::Norm(norm) => {
                         let out = window(out, row);
                         run_norm(width, norm, norm.input, out, row..row + 1);
                     }
                     // SAFETY: the row is valid and complete.
-                    Source::Rows(rows) => out.copy_from_slice(unsafe { rows.slice(row) }),
-                    Source::AddNorm(..) | Source::Activate(_) => {
-                        unreachable!("the planner fuses norms only")
-                    }
+                    LogitsInput::Rows(rows) => out.copy_from_slice(unsafe { rows.slice(row) }),
                 }
             },
         );
@@ -522,21 +519,23 @@ fn prepare(
 ) {
     let shape = (count, stage.columns);
     match &stage.source {
-        Source::Rows(rows) => {
+        LinearInput::Rows(rows) => {
             // SAFETY: the buffer holds the step's rows, complete.
             let input = unsafe { rows.slices(count) };
             activations.prepare(gang, stage.operands, input, stage.columns);
         }
-        Source::Norm(norm) => activations.prepare_with(gang, stage.operands, shape, |row, out| {
-            run_norm(width, norm, norm.input, window(out, row), row..row + 1);
-        }),
-        Source::AddNorm(add, norm) => {
+        LinearInput::Norm(norm) => {
+            activations.prepare_with(gang, stage.operands, shape, |row, out| {
+                run_norm(width, norm, norm.input, window(out, row), row..row + 1);
+            })
+        }
+        LinearInput::AddNorm(add, norm) => {
             activations.prepare_with(gang, stage.operands, shape, |row, out| {
                 run_add(width, add, row..row + 1);
                 run_norm(width, norm, norm.input, window(out, row), row..row + 1);
             })
         }
-        Source::Activate(activate) => {
+        LinearInput::Activate(activate) => {
             activations.prepare_with(gang, stage.operands, shape, |row, out| {
                 run_activate(width, activate, window(out, row), row..row + 1);
             })

@@ -11,12 +11,14 @@ use std::time::Instant;
 use lathe_program::BackendError;
 
 use crate::gang::{Gang, share};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::isa::features::with_features;
 #[cfg(target_arch = "aarch64")]
 use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
 use crate::isa::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{avx2::Avx2, avx512::Avx512};
+use crate::isa::{avx2::Avx2, avx512::Avx512, features};
 use crate::pack::memory::AlignedBytes;
 
 /// Memory bandwidth of some threads together, in 10^9 bytes a second.
@@ -118,7 +120,6 @@ pub fn measure_bandwidth(threads: usize) -> Result<BandwidthReport, BackendError
 pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
     let gang = Gang::new(threads);
     let int8 = |steps| run_peak(isa, Number::Int8, steps);
-    let bf16 = |steps| run_peak(isa, Number::Bf16, steps);
     let float = |steps| run_peak(isa, Number::F32, steps);
     let float_rate = rate(&gang, 2 * 16, &float);
     #[cfg(target_arch = "x86_64")]
@@ -139,7 +140,7 @@ pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
         isa,
         threads: gang.workers(),
         int8_gop_s: rate(&gang, 2 * 64, &int8),
-        bf16_gop_s: if isa.has_bf16_dot() { rate(&gang, 2 * 32, &bf16) } else { float_rate },
+        bf16_gop_s: bf16_rate(&gang, isa).unwrap_or(float_rate),
         f32_gop_s: float_rate,
     }
 }
@@ -168,7 +169,7 @@ fn best_seconds(runs: usize, mut run: impl FnMut(usize)) -> f64 {
 /// Reads `len` bytes (a multiple of 256) and returns something made of all of them.
 unsafe fn read_all(start: *const u8, len: usize) -> u64 {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512f") {
+    if features::avx512() {
         // SAFETY: detected.
         return unsafe { read_all_avx512(start, len) };
     }
@@ -184,7 +185,7 @@ unsafe fn read_all(start: *const u8, len: usize) -> u64 {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn read_all_avx512(start: *const u8, len: usize) -> u64 {
     use std::arch::x86_64::*;
     let mut sums = [_mm512_setzero_si512(); 4];
@@ -202,7 +203,6 @@ unsafe fn read_all_avx512(start: *const u8, len: usize) -> u64 {
 #[derive(Clone, Copy)]
 enum Number {
     Int8,
-    Bf16,
     F32,
 }
 
@@ -223,12 +223,21 @@ fn rate(gang: &Gang, operations: usize, work: &(dyn Fn(usize) + Sync)) -> f64 {
     }
 }
 
+/// The rate of dots of `bf16` pairs, if `isa` has them.
+fn bf16_rate(gang: &Gang, isa: Isa) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_bf16_dot() {
+        // SAFETY: the instructions were detected.
+        return Some(rate(gang, 2 * 32, &|steps| unsafe { peak_avx512_bf16(steps) }));
+    }
+    let _ = (gang, isa);
+    None
+}
+
 fn run_peak(isa: Isa, number: Number, steps: usize) {
     // SAFETY: `isa` is available, so the caller promised.
     unsafe {
         match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if matches!(number, Number::Bf16) => peak_avx512_bf16(steps),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Amx => peak_avx512(number, steps),
             #[cfg(target_arch = "x86_64")]
@@ -245,38 +254,57 @@ fn run_peak(isa: Isa, number: Number, steps: usize) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn peak_avx512(number: Number, steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Avx512>(number, steps) }
+with_features! { avx512 =>
+    unsafe fn peak_avx512(number: Number, steps: usize) {
+        // SAFETY: the features are enabled here.
+        unsafe { peak::<Avx512>(number, steps) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
-unsafe fn peak_avx512_bf16(steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Avx512>(Number::Bf16, steps) }
+with_features! { avx512_bf16 =>
+    unsafe fn peak_avx512_bf16(steps: usize) {
+        let ones = black_box([1u32; 16]);
+        // SAFETY: the features are enabled here, and `ones` has the 64 bytes of a vector.
+        unsafe {
+            let pairs = Avx512::load_b(ones.as_ptr().cast());
+            let mut sums = [Avx512::splat(0.0); CHAINS];
+            for _ in 0..steps {
+                for sum in &mut sums {
+                    *sum = Avx512::dot_bf16(*sum, pairs, ones.as_ptr());
+                }
+            }
+            for sum in sums {
+                let mut out = [0f32; 16];
+                Avx512::store(out.as_mut_ptr(), sum);
+                black_box(out);
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn peak_avx2(number: Number, steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Avx2<false>>(number, steps) }
+with_features! { avx2 =>
+    unsafe fn peak_avx2(number: Number, steps: usize) {
+        // SAFETY: the features are enabled here.
+        unsafe { peak::<Avx2<false>>(number, steps) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-unsafe fn peak_avx_vnni(number: Number, steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Avx2<true>>(number, steps) }
+with_features! { avx_vnni =>
+    unsafe fn peak_avx_vnni(number: Number, steps: usize) {
+        // SAFETY: the features are enabled here.
+        unsafe { peak::<Avx2<true>>(number, steps) }
+    }
 }
 
 #[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "neon,dotprod")]
-unsafe fn peak_neon_dot(number: Number, steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Neon<true>>(number, steps) }
+with_features! { neon_dot =>
+    unsafe fn peak_neon_dot(number: Number, steps: usize) {
+        // SAFETY: the features are enabled here.
+        unsafe { peak::<Neon<true>>(number, steps) }
+    }
 }
 
 /// `steps` times `CHAINS` independent multiply-adds.
@@ -294,11 +322,6 @@ unsafe fn peak<S: Simd>(number: Number, steps: usize) {
                 Number::Int8 => {
                     for acc in &mut ints {
                         *acc = S::dot_step(*acc, b, b);
-                    }
-                }
-                Number::Bf16 => {
-                    for acc in &mut floats {
-                        *acc = S::dot_bf16(*acc, b, ones.as_ptr());
                     }
                 }
                 Number::F32 => {

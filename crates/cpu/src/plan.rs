@@ -5,7 +5,10 @@
 //! made by the layer adding to the residual's buffer. Fused ops are neighbours, and a linear
 //! group reads all of its input before it writes, so the lifetimes of the unfused program hold.
 
-use lathe_program::{BackendError, BufferPlan, GateKind, KvFormat, Op, Program, Value, Weight};
+use lathe_program::{
+    Activation, AttendSpec, BackendError, BufferPlan, ExpertsSpec, GateKind, KvFormat, KvLayer,
+    LatentSpec, NormKind, Op, Program, RouterSpec, Routing, Value, Weight,
+};
 
 use crate::attend::{AttendShape, check_layer};
 use crate::experts::{ExpertsStage, RouteStage};
@@ -14,8 +17,8 @@ use crate::linear::Operands;
 use crate::memory::{ALIGNMENT, Memory};
 use crate::rows::Rows;
 use crate::stage::{
-    ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage,
-    RotateStage, Source, Stage,
+    ActivateStage, AddStage, AttendStage, LinearInput, LinearStage, LogitsInput, LogitsStage,
+    NormStage, PartStage, RotateStage, Stage,
 };
 use crate::transform::{Transform, TransformStage};
 use crate::weights::Weights;
@@ -142,8 +145,9 @@ impl<'a> Planner<'a> {
             Op::Logits { input, head, gather, scale, softcap } => {
                 // A sum before the norm would be stored for the asked rows only: leave it alone.
                 let source = match prelude {
-                    Prelude::AddNorm(..) | Prelude::Activate(..) => return None,
-                    other => self.source(other, *input)?,
+                    Prelude::None => LogitsInput::Rows(self.rows(*input)),
+                    Prelude::Norm(norm, out) if out == *input => LogitsInput::Norm(norm),
+                    _ => return None,
                 };
                 let matrix = self.weights.matrix(*head);
                 let operands = Operands::of([&matrix]);
@@ -159,18 +163,24 @@ impl<'a> Planner<'a> {
     fn prelude(&self, at: usize) -> (Prelude, usize) {
         let ops = &self.program.ops;
         match (&ops[at], ops.get(at + 1)) {
-            (Op::Norm { out, groups: 1, .. }, _) if self.read_once(*out) => {
-                (Prelude::Norm(self.norm(&ops[at]), *out), 1)
+            (Op::Norm { input, weight, bias, kind, epsilon, groups: 1, out }, _)
+                if self.read_once(*out) =>
+            {
+                let rows = (*input, *out);
+                let norm = self.norm(rows, (*weight, *bias), *kind, *epsilon, 1);
+                (Prelude::Norm(norm, *out), 1)
             }
             (
                 Op::Add { out: sum, left, right, scale },
-                Some(Op::Norm { input, out, groups: 1, .. }),
+                Some(Op::Norm { input, weight, bias, kind, epsilon, groups: 1, out }),
             ) if input == sum && self.read_once(*out) => {
                 let add = self.add(*left, *right, *scale, *sum);
-                (Prelude::AddNorm(add, self.norm(&ops[at + 1]), *out), 2)
+                let rows = (*input, *out);
+                let norm = self.norm(rows, (*weight, *bias), *kind, *epsilon, 1);
+                (Prelude::AddNorm(add, norm, *out), 2)
             }
-            (Op::Activate { out, .. }, _) if self.read_once(*out) => {
-                (Prelude::Activate(self.activate(&ops[at]), *out), 1)
+            (Op::Activate { gate, up, kind, out }, _) if self.read_once(*out) => {
+                (Prelude::Activate(self.activate(*gate, *up, *kind, *out), *out), 1)
             }
             _ => (Prelude::None, 0),
         }
@@ -181,15 +191,15 @@ impl<'a> Planner<'a> {
     }
 
     /// The source of an op that reads `input`, or nothing if the prelude makes something else.
-    fn source(&self, prelude: Prelude, input: Value) -> Option<Source> {
+    fn source(&self, prelude: Prelude, input: Value) -> Option<LinearInput> {
         match prelude {
-            Prelude::None => Some(Source::Rows(self.rows(input))),
-            Prelude::Norm(norm, out) => (out == input).then_some(Source::Norm(norm)),
+            Prelude::None => Some(LinearInput::Rows(self.rows(input))),
+            Prelude::Norm(norm, out) => (out == input).then_some(LinearInput::Norm(norm)),
             Prelude::AddNorm(add, norm, out) => {
-                (out == input).then_some(Source::AddNorm(add, norm))
+                (out == input).then_some(LinearInput::AddNorm(add, norm))
             }
             Prelude::Activate(activate, out) => {
-                (out == input).then_some(Source::Activate(activate))
+                (out == input).then_some(LinearInput::Activate(activate))
             }
         }
     }
@@ -208,7 +218,7 @@ impl<'a> Planner<'a> {
         fits.then_some((*out, *scale))
     }
 
-    fn linear(&self, op: &Op, source: Source) -> Option<LinearStage> {
+    fn linear(&self, op: &Op, source: LinearInput) -> Option<LinearStage> {
         let Op::Linear { input, parts } = op else { return None };
         let parts: Vec<PartStage> = parts
             .iter()
@@ -234,7 +244,9 @@ impl<'a> Planner<'a> {
             Op::Input { input, out } => {
                 Stage::Input { input: *input as usize, out: self.rows(*out) }
             }
-            Op::Norm { .. } => Stage::Norm(self.norm(op)),
+            Op::Norm { input, weight, bias, kind, epsilon, groups, out } => {
+                Stage::Norm(self.norm((*input, *out), (*weight, *bias), *kind, *epsilon, *groups))
+            }
             Op::Transform { input, transform, out } => Stage::Transform(TransformStage {
                 input: self.rows(*input),
                 transform: Transform::new(transform),
@@ -254,11 +266,24 @@ impl<'a> Planner<'a> {
                 first: self.rows(*first),
                 second: self.rows(*second),
             },
-            Op::Attend { .. } => Stage::Attend(self.attend(op)?),
-            Op::AttendLatent { .. } => Stage::AttendLatent(Box::new(self.attend_latent(op)?)),
-            Op::Activate { .. } => Stage::Activate(self.activate(op)),
-            Op::Route { .. } => Stage::Route(Box::new(self.route(op)?)),
-            Op::Experts { .. } => Stage::Experts(Box::new(self.experts(op)?)),
+            Op::Attend { query, layer, spec, out } => {
+                Stage::Attend(self.attend((*query, *out), *layer, spec)?)
+            }
+            Op::AttendLatent { query, layer, spec, out } => {
+                Stage::AttendLatent(Box::new(self.attend_latent((*query, *out), *layer, spec)?))
+            }
+            Op::Activate { gate, up, kind, out } => {
+                Stage::Activate(self.activate(*gate, *up, *kind, *out))
+            }
+            Op::Route { input, spec, out } => {
+                if let Some(feature) = unsupported(op) {
+                    return Err(BackendError::Unsupported { backend: "cpu", feature });
+                }
+                Stage::Route(Box::new(self.route(*input, spec, *out)))
+            }
+            Op::Experts { input, routing, spec, out } => {
+                Stage::Experts(Box::new(self.experts((*input, *out), *routing, spec)))
+            }
             Op::Add { left, right, scale, out } => {
                 Stage::Add(self.add(*left, *right, *scale, *out))
             }
@@ -267,6 +292,15 @@ impl<'a> Planner<'a> {
                 gate: self.rows(*gate),
                 out: self.rows(*out),
             },
+            _ => self.moved(op).ok_or_else(|| {
+                BackendError::Device(format!("no stage was made of {}", op.kind()))
+            })?,
+        })
+    }
+
+    /// The stage of an op that moves rows and computes nothing of its own.
+    fn moved(&self, op: &Op) -> Option<Stage> {
+        Some(match op {
             Op::AllReduce { input, out } => {
                 Stage::AllReduce { input: self.rows(*input), out: self.rows(*out) }
             }
@@ -279,9 +313,7 @@ impl<'a> Planner<'a> {
             Op::Capture { input, tap } => {
                 Stage::Capture { input: self.rows(*input), tap: *tap as usize }
             }
-            Op::Linear { .. } | Op::Logits { .. } => {
-                return Err(BackendError::Device(format!("no stage was made of {}", op.kind())));
-            }
+            _ => return None,
         })
     }
 
@@ -293,18 +325,22 @@ impl<'a> Planner<'a> {
         weight.map(|w| self.weights.floats(w))
     }
 
-    fn norm(&self, op: &Op) -> NormStage {
-        let Op::Norm { input, weight, bias, kind, epsilon, groups, out } = op else {
-            unreachable!("called for norms");
-        };
+    fn norm(
+        &self,
+        (input, out): (Value, Value),
+        (weight, bias): (Option<Weight>, Option<Weight>),
+        kind: NormKind,
+        epsilon: f32,
+        groups: usize,
+    ) -> NormStage {
         NormStage {
-            input: self.rows(*input),
-            weight: self.floats(*weight),
-            bias: self.floats(*bias),
-            kind: *kind,
-            epsilon: *epsilon,
-            groups: *groups,
-            out: self.rows(*out),
+            input: self.rows(input),
+            weight: self.floats(weight),
+            bias: self.floats(bias),
+            kind,
+            epsilon,
+            groups,
+            out: self.rows(out),
         }
     }
 
@@ -312,22 +348,23 @@ impl<'a> Planner<'a> {
         AddStage { left: self.rows(left), right: self.rows(right), scale, out: self.rows(out) }
     }
 
-    fn activate(&self, op: &Op) -> ActivateStage {
-        let Op::Activate { gate, up, kind, out } = op else {
-            unreachable!("called for activations")
-        };
-        ActivateStage {
-            gate: self.rows(*gate),
-            up: up.map(|u| self.rows(u)),
-            kind: *kind,
-            out: self.rows(*out),
-        }
+    fn activate(
+        &self,
+        gate: Value,
+        up: Option<Value>,
+        kind: Activation,
+        out: Value,
+    ) -> ActivateStage {
+        let (gate, up) = (self.rows(gate), up.map(|u| self.rows(u)));
+        ActivateStage { gate, up, kind, out: self.rows(out) }
     }
 
-    fn attend(&self, op: &Op) -> Result<AttendStage, BackendError> {
-        let Op::Attend { query, layer, spec, out } = op else {
-            unreachable!("called for attentions")
-        };
+    fn attend(
+        &self,
+        (query, out): (Value, Value),
+        layer: KvLayer,
+        spec: &AttendSpec,
+    ) -> Result<AttendStage, BackendError> {
         let shape = attend_shape(spec);
         check_layer(&self.program.kv, layer.0, &shape)?;
         let sinks = self.floats(spec.sinks);
@@ -335,49 +372,49 @@ impl<'a> Planner<'a> {
             shape,
             layer: layer.0 as usize,
             sinks,
-            query: self.rows(*query),
-            out: self.rows(*out),
+            query: self.rows(query),
+            out: self.rows(out),
         })
     }
 
-    fn attend_latent(&self, op: &Op) -> Result<LatentStage, BackendError> {
-        let Op::AttendLatent { query, layer, spec, out } = op else {
-            unreachable!("called for latents")
-        };
+    fn attend_latent(
+        &self,
+        (query, out): (Value, Value),
+        layer: KvLayer,
+        spec: &LatentSpec,
+    ) -> Result<LatentStage, BackendError> {
         check_layer(&self.program.kv, layer.0, &LatentStage::shapes(spec)[0])?;
         let (key_up, value_up) =
             (self.weights.floats(spec.key_up), self.weights.floats(spec.value_up));
-        let rows = (self.rows(*query), self.rows(*out));
+        let rows = (self.rows(query), self.rows(out));
         let rotated = self.kv_format == KvFormat::Int4;
         let up = (key_up, value_up);
         Ok(LatentStage::new(spec, layer.0 as usize, rows, up, (self.exact, rotated)))
     }
 
-    fn route(&self, op: &Op) -> Result<RouteStage, BackendError> {
-        let Op::Route { input, spec, out } = op else { unreachable!("called for routers") };
-        if let Some(feature) = unsupported(op) {
-            return Err(BackendError::Unsupported { backend: "cpu", feature });
-        }
+    fn route(&self, input: Value, spec: &RouterSpec, out: Routing) -> RouteStage {
         let matrix = self.weights.matrix(spec.weight);
-        Ok(RouteStage {
-            input: self.rows(*input),
+        RouteStage {
+            input: self.rows(input),
             operands: Operands::of([&matrix]),
             matrix,
             bias: self.floats(spec.bias),
             correction: self.floats(spec.correction),
             spec: spec.clone(),
             routing: out.0 as usize,
-        })
+        }
     }
 
-    fn experts(&self, op: &Op) -> Result<ExpertsStage, BackendError> {
-        let Op::Experts { input, routing, spec, out } = op else {
-            unreachable!("called for experts")
-        };
+    fn experts(
+        &self,
+        (input, out): (Value, Value),
+        routing: Routing,
+        spec: &ExpertsSpec,
+    ) -> ExpertsStage {
         let (gate, up) = (self.weights.experts(spec.gate), self.weights.experts(spec.up));
         let down = self.weights.experts(spec.down);
-        Ok(ExpertsStage {
-            input: self.rows(*input),
+        ExpertsStage {
+            input: self.rows(input),
             routing: routing.0 as usize,
             operands: Operands::of(gate.iter().chain(&up)),
             down_operands: Operands::of(&down),
@@ -389,13 +426,13 @@ impl<'a> Planner<'a> {
             down_bias: self.floats(spec.down_bias),
             hidden_transform: Transform::new(&spec.hidden_transform),
             spec: spec.clone(),
-            out: self.rows(*out),
-        })
+            out: self.rows(out),
+        }
     }
 }
 
 /// The numbers of an attention over heads.
-pub(crate) fn attend_shape(spec: &lathe_program::AttendSpec) -> AttendShape {
+pub(crate) fn attend_shape(spec: &AttendSpec) -> AttendShape {
     AttendShape {
         kv_heads: spec.kv_heads,
         group: spec.heads / spec.kv_heads,

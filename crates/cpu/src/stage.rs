@@ -59,7 +59,7 @@ pub(crate) struct ActivateStage {
 
 /// What a linear group reads.
 #[derive(Debug)]
-pub(crate) enum Source {
+pub(crate) enum LinearInput {
     /// A buffer.
     Rows(Rows),
     /// A norm, made on the way.
@@ -68,6 +68,15 @@ pub(crate) enum Source {
     AddNorm(AddStage, NormStage),
     /// A nonlinearity, made on the way.
     Activate(ActivateStage),
+}
+
+/// What the logits' matrix reads.
+#[derive(Debug)]
+pub(crate) enum LogitsInput {
+    /// A buffer.
+    Rows(Rows),
+    /// A norm, made on the way for the rows that are asked for.
+    Norm(NormStage),
 }
 
 /// One matrix of a linear group.
@@ -87,7 +96,7 @@ pub(crate) struct PartStage {
 #[derive(Debug)]
 pub(crate) struct LinearStage {
     /// What it reads.
-    pub source: Source,
+    pub source: LinearInput,
     /// Elements of an input row.
     pub columns: usize,
     /// What the matrices need of their input.
@@ -99,8 +108,8 @@ pub(crate) struct LinearStage {
 /// The logits.
 #[derive(Debug)]
 pub(crate) struct LogitsStage {
-    /// What it reads: a buffer or a norm.
-    pub source: Source,
+    /// What it reads.
+    pub source: LogitsInput,
     /// `[vocabulary, width]`.
     pub matrix: Matrix,
     /// What the matrix needs of its input.
@@ -251,51 +260,28 @@ impl Stage {
         }
     }
 
-    /// Names of the kinds, by [`Stage::kind`].
-    pub(crate) const KINDS: [&str; 19] = [
-        "embed",
-        "norm",
-        "linear",
-        "rotate",
-        "write",
-        "attend",
-        "attend_latent",
-        "activate",
-        "add",
-        "gate",
-        "copy",
-        "route",
-        "experts",
-        "logits",
-        "capture",
-        "all_reduce",
-        "all_gather",
-        "transform",
-        "input",
-    ];
-
-    /// Which kind of stage it is: an index into [`Stage::KINDS`].
-    pub(crate) fn kind(&self) -> usize {
+    /// The name of its kind, for profiles.
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
-            Stage::Embed { .. } => 0,
-            Stage::Norm(_) => 1,
-            Stage::Linear(_) => 2,
-            Stage::Rotate(_) => 3,
-            Stage::Write { .. } => 4,
-            Stage::Attend(_) => 5,
-            Stage::AttendLatent(_) => 6,
-            Stage::Activate(_) => 7,
-            Stage::Add(_) => 8,
-            Stage::Gate { .. } => 9,
-            Stage::Copy { .. } => 10,
-            Stage::Route(_) => 11,
-            Stage::Experts(_) => 12,
-            Stage::Logits(_) => 13,
-            Stage::Capture { .. } => 14,
-            Stage::AllReduce { .. } => 15,
-            Stage::AllGather { .. } => 16,
-            Stage::Transform(_) => 17,
-            Stage::Input { .. } => 18,
+            Stage::Embed { .. } => "embed",
+            Stage::Input { .. } => "input",
+            Stage::Norm(_) => "norm",
+            Stage::Linear(_) => "linear",
+            Stage::Rotate(_) => "rotate",
+            Stage::Transform(_) => "transform",
+            Stage::Write { .. } => "write",
+            Stage::Attend(_) => "attend",
+            Stage::AttendLatent(_) => "attend_latent",
+            Stage::Activate(_) => "activate",
+            Stage::Add(_) => "add",
+            Stage::Gate { .. } => "gate",
+            Stage::Copy { .. } => "copy",
+            Stage::AllReduce { .. } => "all_reduce",
+            Stage::AllGather { .. } => "all_gather",
+            Stage::Route(_) => "route",
+            Stage::Experts(_) => "experts",
+            Stage::Logits(_) => "logits",
+            Stage::Capture { .. } => "capture",
         }
     }
 }

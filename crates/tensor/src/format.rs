@@ -420,14 +420,14 @@ fn parse_scaled(name: &str) -> Option<ScaledFormat> {
 
 fn parse_block(name: &str) -> Option<Block> {
     let positive = |n: &str| n.parse::<u32>().ok().filter(|&n| n > 0);
+    if let Some(tile) = name.strip_prefix("tile") {
+        let (rows, columns) = tile.split_once('x')?;
+        return Some(Block::Tile(positive(rows)?, positive(columns)?));
+    }
     match name {
         "tensor" => Some(Block::Tensor),
         "channel" => Some(Block::Channel),
-        _ if name.starts_with("tile") => {
-            let (rows, columns) = name.strip_prefix("tile")?.split_once('x')?;
-            Some(Block::Tile(positive(rows)?, positive(columns)?))
-        }
-        _ => Some(Block::Group(positive(name.strip_prefix('g')?)?)),
+        group => Some(Block::Group(positive(group.strip_prefix('g')?)?)),
     }
 }
 

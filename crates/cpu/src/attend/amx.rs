@@ -13,11 +13,13 @@ pub(super) const PRODUCTS: SplitProducts =
 
 /// # Safety
 /// AVX-512 with BF16 is available; otherwise as [`SplitRows::chunk`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 unsafe fn rows(split: &SplitRows) {
     /// The numbers that halves of a vector of `bf16` stand for.
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(
+        enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"
+    )]
     fn widen(high: __m256i) -> __m512 {
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)))
     }
@@ -41,7 +43,7 @@ unsafe fn rows(split: &SplitRows) {
 
 /// # Safety
 /// AVX-512 with BF16 is available; otherwise as [`SplitColumns::pair`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 unsafe fn columns(split: &SplitColumns) {
     let order = lane_by_lane();
     let odd_lanes = _mm512_set1_epi32(0xffff_0000_u32 as i32);

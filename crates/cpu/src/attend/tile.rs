@@ -13,7 +13,7 @@ use super::split::{
 use super::{AttendJob, AttendShape, SPAN};
 use crate::cache::code::F32;
 use crate::cache::store::{KvStore, Plain};
-use crate::cache::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs, with_store};
+use crate::cache::{LoadScales, LoadTile, PageRun, TILE, TileBuffers, page_runs, with_store};
 use crate::lanes::product::{Matrix, Product};
 use crate::lanes::{LANES, Width, dispatch};
 use crate::memory::Memory;
@@ -473,7 +473,7 @@ impl Piece<'_> {
         rows: Range<usize>,
     ) {
         let tokens = self.job.cache.block_tokens();
-        for mut run in runs(self.table(), tokens, slots) {
+        for mut run in page_runs(self.table(), tokens, slots) {
             // Pages, tiles and vectors begin at the same positions: go back to a vector's first.
             let before = run.slot % LANES;
             (run.slot, run.position, run.count) =
@@ -500,7 +500,7 @@ impl Piece<'_> {
         rows: Range<usize>,
     ) {
         let tokens = self.job.cache.block_tokens();
-        for run in runs(self.table(), tokens, slots) {
+        for run in page_runs(self.table(), tokens, slots) {
             let next = self
                 .after_a_tile(run, end)
                 .map(|run| self.job.cache.values::<S>(self.job.layer, self.head, run));
@@ -517,10 +517,10 @@ impl Piece<'_> {
     /// The place where the positions a tile after `run` lie, if they are before `end`: what to ask
     /// the memory for while `run` is worked on. Pages are read in pieces of a few KiB here and
     /// there, too short for the hardware to see them coming.
-    fn after_a_tile(&self, run: Run, end: usize) -> Option<Run> {
+    fn after_a_tile(&self, run: PageRun, end: usize) -> Option<PageRun> {
         let next = run.position + TILE;
         let tokens = self.job.cache.block_tokens();
-        (next < end).then(|| runs(self.table(), tokens, next..next + 1).next()).flatten()
+        (next < end).then(|| page_runs(self.table(), tokens, next..next + 1).next()).flatten()
     }
 
     /// Scores of some rows' vectors in some columns of the tile.

@@ -18,7 +18,7 @@ use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
 use crate::memory::{ALIGNMENT, Memory};
 use store::{KvStore, Plane};
 
-pub(crate) use read::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs};
+pub(crate) use read::{LoadScales, LoadTile, PageRun, TILE, TileBuffers, page_runs};
 pub(crate) use write::Write;
 
 /// Calls `$body` with `$store` naming the [`KvStore`] of a format.

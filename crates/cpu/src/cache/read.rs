@@ -15,7 +15,7 @@ pub(crate) const TILE: usize = 64;
 
 /// Neighbouring positions within one page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Run {
+pub(crate) struct PageRun {
     /// The page.
     pub page: u32,
     /// Place of the first position in the page.
@@ -27,11 +27,11 @@ pub(crate) struct Run {
 }
 
 /// Cuts `positions` at page boundaries; all of them must be held by `table`.
-pub(crate) fn runs(
+pub(crate) fn page_runs(
     table: &BlockTable,
     block_tokens: usize,
     positions: Range<usize>,
-) -> impl Iterator<Item = Run> {
+) -> impl Iterator<Item = PageRun> {
     let mut position = positions.start;
     std::iter::from_fn(move || {
         if position >= positions.end {
@@ -40,7 +40,7 @@ pub(crate) fn runs(
         let slot = position % block_tokens;
         let count = (block_tokens - slot).min(positions.end - position);
         let page = table.blocks[position / block_tokens - table.first as usize];
-        let run = Run { page, slot, position, count };
+        let run = PageRun { page, slot, position, count };
         position += count;
         Some(run)
     })
@@ -83,7 +83,7 @@ impl Kernel for LoadTile<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let (cache, to) = (self.cache, self.to);
-        for run in runs(self.table, cache.block_tokens, self.positions) {
+        for run in page_runs(self.table, cache.block_tokens, self.positions) {
             // SAFETY: buffers have room for a tile, and the pages hold the run.
             unsafe {
                 with_store!(cache.format, S => match self.layer.shape {
@@ -104,7 +104,7 @@ impl Kernel for LoadScales<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let LoadTile { cache, layer, head, table, positions, to } = self.0;
-        for run in runs(table, cache.block_tokens, positions) {
+        for run in page_runs(table, cache.block_tokens, positions) {
             // SAFETY: the buffers have room for a tile.
             unsafe { with_store!(cache.format, S => cache.load_scales::<S>(layer, head, run, to)) };
         }
@@ -120,13 +120,23 @@ impl KvCache {
     }
 
     /// The keys of a head, `[key_dim, slots]` from a run's place on.
-    pub(crate) fn keys<S: KvStore>(&self, layer: &LayerPlace, head: usize, run: Run) -> S::Columns {
+    pub(crate) fn keys<S: KvStore>(
+        &self,
+        layer: &LayerPlace,
+        head: usize,
+        run: PageRun,
+    ) -> S::Columns {
         let [keys, _] = self.planes::<S>(layer, run.page, head);
         S::columns(keys, run.slot)
     }
 
     /// The values of a head, `[slots, value_dim]` from a run's place on.
-    pub(crate) fn values<S: KvStore>(&self, layer: &LayerPlace, head: usize, run: Run) -> S::Rows {
+    pub(crate) fn values<S: KvStore>(
+        &self,
+        layer: &LayerPlace,
+        head: usize,
+        run: PageRun,
+    ) -> S::Rows {
         let [_, values] = self.planes::<S>(layer, run.page, head);
         S::rows(values, run.slot)
     }
@@ -136,7 +146,7 @@ impl KvCache {
         &self,
         layer: &LayerPlace,
         head: usize,
-        run: Run,
+        run: PageRun,
         to: TileBuffers,
     ) {
         let (key_dim, value_dim) = layer.dims();
@@ -163,7 +173,7 @@ impl KvCache {
         &self,
         layer: &LayerPlace,
         head: usize,
-        run: Run,
+        run: PageRun,
         to: TileBuffers,
     ) {
         let [keys, values] = self.planes::<S>(layer, run.page, head);
@@ -182,7 +192,7 @@ impl KvCache {
     unsafe fn load_latent<L: Lanes, S: KvStore>(
         &self,
         layer: &LayerPlace,
-        run: Run,
+        run: PageRun,
         to: TileBuffers,
     ) {
         let (rank, rope_dim) = layer.dims();

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use lathe_program::ExpertsSpec;
 
-use super::route::Choice;
+use super::route::ChosenExperts;
 use crate::elementwise::Activate;
 use crate::gang::Gang;
 use crate::lanes::{Kernel, LANES, Lanes, Width, dispatch};
@@ -22,7 +22,7 @@ use crate::transform::Transform;
 pub(crate) struct ExpertsStage {
     /// `[rows, in]`.
     pub input: Rows,
-    /// Which choice decides.
+    /// The program's number of the routing that says which rows each expert gets.
     pub routing: usize,
     /// The numbers.
     pub spec: ExpertsSpec,
@@ -53,7 +53,7 @@ pub(crate) struct ExpertsStage {
 pub(crate) struct GroupScratch {
     /// Where each expert's pairs begin, and the end of the last.
     starts: Vec<u32>,
-    /// Pairs of row and place in the row's choice, sorted by expert: `row * per_row + place`.
+    /// Pairs of a row and a place among its experts, sorted by expert: `row * per_row + place`.
     pairs: Vec<u32>,
     /// `[rows_max, hidden]`.
     pub gate: Vec<f32>,
@@ -75,8 +75,8 @@ impl GroupScratch {
     }
 
     /// Sorts the pairs of `rows` rows by expert, keeping the order of rows.
-    fn sort(&mut self, choice: &Choice, rows: usize, spec: &ExpertsSpec) {
-        let experts = &choice.experts[..rows * choice.per_row];
+    fn sort(&mut self, routing: &ChosenExperts, rows: usize, spec: &ExpertsSpec) {
+        let experts = &routing.experts[..rows * routing.per_row];
         let local = |expert: u32| {
             (expert as usize).checked_sub(spec.first_expert).filter(|e| *e < spec.experts)
         };
@@ -109,21 +109,23 @@ impl ExpertsStage {
         &self,
         (width, gang): (Width, &Gang),
         prefill: &[bool],
-        choice: &Choice,
+        routing: &ChosenExperts,
         (activations, scratch): (&mut Activations, &mut GroupScratch),
     ) {
         let rows = prefill.len();
-        scratch.sort(choice, rows, &self.spec);
+        scratch.sort(routing, rows, &self.spec);
         // SAFETY: the caller vouches for the rows.
         unsafe { self.out.slices_mut(rows) }.fill(0.0);
         for expert in 0..self.spec.experts {
             let range = scratch.starts[expert] as usize..scratch.starts[expert + 1] as usize;
             if !range.is_empty() {
                 let pairs = scratch.pairs[range.clone()].iter();
-                let row_of = |pair: &u32| *pair as usize / choice.per_row;
+                let row_of = |pair: &u32| *pair as usize / routing.per_row;
                 activations.set_forms(pairs.map(|pair| prefill[row_of(pair)]));
                 // SAFETY: as above.
-                unsafe { self.run_one((width, gang), expert, range, choice, activations, scratch) };
+                unsafe {
+                    self.run_one((width, gang), expert, range, routing, activations, scratch)
+                };
             }
         }
         activations.set_forms(prefill.iter().copied());
@@ -134,15 +136,15 @@ impl ExpertsStage {
         (width, gang): (Width, &Gang),
         expert: usize,
         range: Range<usize>,
-        choice: &Choice,
+        routing: &ChosenExperts,
         activations: &mut Activations,
         scratch: &mut GroupScratch,
     ) {
         let (hidden, columns) = (self.spec.hidden, self.input.width());
         let count = range.len();
         let pairs = &scratch.pairs[range];
-        let row_of = |i: usize| pairs[i] as usize / choice.per_row;
-        let weight_of = |i: usize| choice.weights[pairs[i] as usize];
+        let row_of = |i: usize| pairs[i] as usize / routing.per_row;
+        let weight_of = |i: usize| routing.weights[pairs[i] as usize];
         activations.prepare_with(gang, self.operands, (count, columns), |i, out| {
             // SAFETY: the input's rows are valid and nobody writes them now.
             out.copy_from_slice(unsafe { self.input.slice(row_of(i)) });

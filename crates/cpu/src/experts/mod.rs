@@ -4,4 +4,4 @@ mod group;
 mod route;
 
 pub(crate) use group::{ExpertsStage, GroupScratch};
-pub(crate) use route::{Choice, RouteStage};
+pub(crate) use route::{ChosenExperts, RouteStage};

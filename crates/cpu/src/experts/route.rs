@@ -6,10 +6,10 @@ use crate::linear::Matrix;
 use crate::linear::Operands;
 use crate::rows::Rows;
 
-/// The choice for all rows of a step, `experts_per_token` a row.
+/// The experts of all rows of a step.
 #[derive(Debug, Default)]
-pub(crate) struct Choice {
-    /// Chosen in a row.
+pub(crate) struct ChosenExperts {
+    /// Experts a row.
     pub per_row: usize,
     /// `[rows, per_row]`, best first.
     pub experts: Vec<u32>,
@@ -32,7 +32,7 @@ pub(crate) struct RouteStage {
     pub bias: Option<Vec<f32>>,
     /// `[experts]`.
     pub correction: Option<Vec<f32>>,
-    /// Which choice is made.
+    /// The program's number of the routing that it makes.
     pub routing: usize,
 }
 

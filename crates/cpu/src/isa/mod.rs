@@ -2,7 +2,7 @@
 //!
 //! [`Isa`] is the public choice; `Simd` is what a kernel is written against: sixteen lanes of
 //! `f32` or `i32` and sixty-four bytes of codes, whatever the registers of the machine are. A
-//! kernel is one generic function, instantiated inside a `#[target_feature]` wrapper for each
+//! kernel is one generic function, instantiated inside a `#[target_feature]` wrapper ([`features`]) for each
 //! implementation of `Simd`, so that everything inlines into code for those features.
 //!
 //! Invariant: every implementation rounds alike (products and sums in `f32`, fused where the
@@ -14,6 +14,7 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod features;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod portable;
@@ -49,7 +50,7 @@ pub enum Isa {
     Avx2,
     /// The same with AVX-VNNI.
     AvxVnni,
-    /// AVX-512 F, BW, VL and VNNI, with BF16 where present.
+    /// AVX-512 F, BW, DQ, VL and VNNI, with BF16 where present.
     Avx512,
     /// All of AVX-512 above, and AMX tiles of BF16 and INT8.
     Amx,
@@ -70,34 +71,18 @@ impl Isa {
         match self {
             Isa::Portable => true,
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            Isa::Neon => features::neon(),
             #[cfg(target_arch = "aarch64")]
-            Isa::NeonDot => {
-                Isa::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod")
-            }
+            Isa::NeonDot => features::neon_dot(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
-                is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c")
-            }
+            Isa::Avx2 => features::avx2(),
             #[cfg(target_arch = "x86_64")]
-            Isa::AvxVnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            Isa::AvxVnni => features::avx_vnni(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
-                Isa::Avx2.is_available()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512vnni")
-            }
+            Isa::Avx512 => features::avx512(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx => {
-                Isa::Avx512.is_available()
-                    && is_x86_feature_detected!("avx512bf16")
-                    && amx::is_available()
-            }
-            // Of another architecture.
+            Isa::Amx => features::avx512_bf16() && amx::is_available(),
+            // Instruction sets of another architecture.
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 | Isa::Amx => false,
             #[cfg(not(target_arch = "aarch64"))]
@@ -106,11 +91,9 @@ impl Isa {
     }
 
     /// Whether this ISA multiplies pairs of `bf16` on this machine.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn has_bf16_dot(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
-        #[cfg(not(target_arch = "x86_64"))]
-        false
+        self >= Isa::Avx512 && features::avx512_bf16()
     }
 
     /// Whether dots of `bf16` pairs outrun products of `f32` on this processor. AMD's cores (Zen 4 and later) start one of 512
@@ -201,9 +184,8 @@ pub(crate) fn prefetch(at: *const u8) {
 /// must be readable (or writable) for the whole vector: 64 bytes unless the method says less. No
 /// alignment is required.
 pub(crate) trait Simd: Copy + 'static {
-    /// Whether integer dots multiply `i16`: activations are then words and not `high` and `low` bytes apart, of four neighbours
-    /// along k those at 0, 2, 1, 3, and expanded codes are words in the same order ([`Simd::store_words`]).
-    const WORDS: bool = false;
+    /// How this instruction set wants coded activations: [`ByteCodes`] or [`WordCodes`].
+    type Codes: 'static;
     /// Sixteen `f32`.
     type F: Copy;
     /// Sixteen `i32` (or `u32`).
@@ -255,45 +237,55 @@ pub(crate) trait Simd: Copy + 'static {
         codes: Self::B,
         plane: Self::B,
     ) -> Self::B;
-    /// `start + sum over j and b of codes[j][lane, b] * (2^n * high[4 j + b] + low[4 j + b])`, `widths` being `[bits, n]`,
-    /// exact: `codes` are unsigned with `bits` bits, `high` is at `x` and `low` `SEGMENT` bytes
-    /// further, `4 * N` signed bytes each, none of them -128. Not where [`Simd::WORDS`]: see [`Simd::dots`].
+    /// One instruction of an integer dot (or what stands for it), to measure its rate.
+    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I;
+}
+
+/// Coded activations as bytes: the high bytes of a segment, then the low ones. The vectors are
+/// [`ByteDots`].
+pub(crate) struct ByteCodes;
+
+/// Coded activations as `i16`. Of four neighbours along k, those at 0, 2, 1, 3 lie in this order.
+/// The vectors are [`WordDots`].
+pub(crate) struct WordCodes;
+
+/// Integer dots of codes with activations that are [`ByteCodes`].
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait ByteDots: Simd<Codes = ByteCodes> {
+    /// `start + sum over j and b of codes[j][lane, b] * (2^n * high[4 j + b] + low[4 j + b])`,
+    /// exact. `widths` is `[bits, n]`, and `codes` are unsigned with `bits` bits. `high` is at
+    /// `x` and `low` `SEGMENT` bytes further: `4 * N` signed bytes each, none of them -128.
     unsafe fn dot<const N: usize>(
         widths: [u32; 2],
         start: i32,
         codes: &[Self::B; N],
         x: *const i8,
     ) -> Self::I;
+}
 
-    /// [`Simd::dot`] for the words of `R` rows, `stride` bytes apart, each from its own `start` on. Only where
-    /// [`Simd::WORDS`].
+/// Integer dots of codes with activations that are [`WordCodes`].
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait WordDots: Simd<Codes = WordCodes> {
+    /// `start[r] + sum over j and b of codes[j][lane, b] * x[r][4 j + b]` for `R` rows of `x`,
+    /// which are `stride` bytes apart; exact.
     unsafe fn dots<const N: usize, const R: usize>(
-        _start: *const i32,
-        _codes: &[Self::B; N],
-        _x: *const i8,
-        _stride: usize,
-    ) -> [Self::I; R] {
-        unreachable!("codes of this instruction set are bytes")
-    }
-    /// Codes as words for [`Simd::dot_words`], 128 bytes. Only where [`Simd::WORDS`].
-    unsafe fn store_words(_p: *mut u8, _codes: Self::B) {
-        unreachable!("codes of this instruction set are bytes")
-    }
-    /// [`Simd::dots`] with `2 * pairs` expanded codes a lane. Only where [`Simd::WORDS`].
+        start: *const i32,
+        codes: &[Self::B; N],
+        x: *const i8,
+        stride: usize,
+    ) -> [Self::I; R];
+    /// Writes codes as words in the order of [`WordCodes`]: 128 bytes.
+    unsafe fn store_words(p: *mut u8, codes: Self::B);
+    /// [`WordDots::dots`] with `2 * pairs` codes a lane that [`WordDots::store_words`] wrote.
     unsafe fn dot_words<const R: usize>(
-        _pairs: usize,
-        _start: *const i32,
-        _codes: *const u8,
-        _x: *const u8,
-        _stride: usize,
-    ) -> [Self::I; R] {
-        unreachable!("codes of this instruction set are bytes")
-    }
-
-    /// One instruction of [`Simd::dot`] (or what stands for it), to measure its rate.
-    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I;
-
-    /// `acc + w[lane, 0] * x[0] + w[lane, 1] * x[1]` for pairs of `bf16`; only where the ISA has
-    /// an instruction for it, with that instruction's rounding.
-    unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const u32) -> Self::F;
+        pairs: usize,
+        start: *const i32,
+        codes: *const u8,
+        x: *const u8,
+        stride: usize,
+    ) -> [Self::I; R];
 }

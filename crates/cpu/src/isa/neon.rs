@@ -10,7 +10,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::{SEGMENT, Simd};
+use super::{ByteCodes, ByteDots, SEGMENT, Simd};
 
 /// NEON; with `DOT` also the dot product.
 #[derive(Clone, Copy)]
@@ -19,6 +19,7 @@ pub(crate) struct Neon<const DOT: bool>;
 // SAFETY of every block below: the caller of a `Simd` method promises the instructions and
 // readable or writable pointers.
 impl<const DOT: bool> Simd for Neon<DOT> {
+    type Codes = ByteCodes;
     type F = [float32x4_t; 4];
     type I = [uint32x4_t; 4];
     type B = [uint8x16_t; 4];
@@ -206,6 +207,26 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         }
     }
     #[inline(always)]
+    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
+        // SAFETY: see above.
+        unsafe {
+            std::array::from_fn(|i| {
+                let (code, x) = (vreinterpretq_s8_u8(codes[i]), vreinterpretq_s8_u8(x[i]));
+                if DOT {
+                    let acc = vreinterpretq_s32_u32(acc[i]);
+                    return vreinterpretq_u32_s32(sdot_lane::<0>(acc, code, x));
+                }
+                // As in the dot of four-bit codes, whose additions of pairs are one in eight.
+                let acc = vreinterpretq_s16_u32(acc[i]);
+                let acc = vmlal_s8(acc, vget_low_s8(code), vget_low_s8(x));
+                vreinterpretq_u32_s16(vmlal_high_s8(acc, code, x))
+            })
+        }
+    }
+}
+
+impl<const DOT: bool> ByteDots for Neon<DOT> {
+    #[inline(always)]
     unsafe fn dot<const N: usize>(
         widths: [u32; 2],
         start: i32,
@@ -224,27 +245,6 @@ impl<const DOT: bool> Simd for Neon<DOT> {
                 dot_signed::<DOT, N>(widths, start, &signed, x)
             }
         }
-    }
-    #[inline(always)]
-    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
-        // SAFETY: see above.
-        unsafe {
-            std::array::from_fn(|i| {
-                let (code, x) = (vreinterpretq_s8_u8(codes[i]), vreinterpretq_s8_u8(x[i]));
-                if DOT {
-                    let acc = vreinterpretq_s32_u32(acc[i]);
-                    return vreinterpretq_u32_s32(sdot_lane::<0>(acc, code, x));
-                }
-                // As in the dot of four-bit codes, whose additions of pairs are one in eight.
-                let acc = vreinterpretq_s16_u32(acc[i]);
-                let acc = vmlal_s8(acc, vget_low_s8(code), vget_low_s8(x));
-                vreinterpretq_u32_s16(vmlal_high_s8(acc, code, x))
-            })
-        }
-    }
-    #[inline(always)]
-    unsafe fn dot_bf16(acc: Self::F, _w: Self::B, _x: *const u32) -> Self::F {
-        acc // unreachable: NEON multiplies widened bf16
     }
 }
 
@@ -296,7 +296,7 @@ unsafe fn sum_of<const N: usize>(low_bits: u32, x: *const i8) -> i32 {
     }
 }
 
-/// [`Simd::dot`] of codes that are signed bytes.
+/// [`ByteDots::dot`] of codes that are signed bytes.
 #[inline(always)]
 unsafe fn dot_signed<const DOT: bool, const N: usize>(
     widths: [u32; 2],

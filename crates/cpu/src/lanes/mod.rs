@@ -16,6 +16,8 @@ mod portable;
 pub(crate) mod product;
 
 use crate::isa::Isa;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::isa::features::with_features;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
@@ -142,13 +144,13 @@ pub(crate) trait Kernel {
     fn run<L: Lanes>(self) -> Self::Output;
 }
 
-/// Which implementation of [`Lanes`] to use. A value other than `Portable` exists only where its
-/// instructions were detected.
+/// The vectors that float kernels use: an implementation of [`Lanes`]. A value exists only where
+/// its instructions were detected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Width(Kind);
+pub(crate) struct Width(Vectors);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum Vectors {
     Portable,
     #[cfg(target_arch = "aarch64")]
     Neon,
@@ -159,53 +161,31 @@ enum Kind {
 }
 
 impl Width {
-    /// The widest that `isa` allows on this machine.
+    /// The vectors of `isa`.
+    ///
+    /// # Panics
+    /// If this machine lacks `isa`.
     pub(crate) fn of(isa: Isa) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let name = isa.name();
-            let (avx2, avx512) = Self::detected();
-            if avx512 && (name.starts_with("avx512") || name.starts_with("amx")) {
-                return Self(Kind::Avx512);
-            }
-            if avx2 && name != "portable" {
-                return Self(Kind::Avx2);
-            }
-        }
-        #[cfg(target_arch = "aarch64")]
-        if isa != Isa::Portable && Isa::Neon.is_available() {
-            return Self(Kind::Neon);
-        }
-        let _ = isa;
-        Self(Kind::Portable)
+        assert!(isa.is_available(), "this machine has {isa}");
+        Self(match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Amx => Vectors::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::AvxVnni => Vectors::Avx2,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonDot => Vectors::Neon,
+            // The rest is portable, or of another architecture and so not available.
+            _ => Vectors::Portable,
+        })
     }
 
-    /// All that this machine has.
+    /// All that this machine has, each once.
     #[cfg(test)]
     pub(crate) fn available() -> Vec<Self> {
-        let mut all = vec![Self(Kind::Portable)];
-        #[cfg(target_arch = "aarch64")]
-        all.extend(Isa::Neon.is_available().then_some(Self(Kind::Neon)));
-        #[cfg(target_arch = "x86_64")]
-        {
-            let (avx2, avx512) = Self::detected();
-            all.extend(avx2.then_some(Self(Kind::Avx2)));
-            all.extend(avx512.then_some(Self(Kind::Avx512)));
-        }
+        let mut all: Vec<Self> =
+            Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Self::of).collect();
+        all.dedup();
         all
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn detected() -> (bool, bool) {
-        let avx2 = std::is_x86_feature_detected!("avx2")
-            && std::is_x86_feature_detected!("fma")
-            && std::is_x86_feature_detected!("f16c");
-        let avx512 = avx2
-            && std::is_x86_feature_detected!("avx512f")
-            && std::is_x86_feature_detected!("avx512bw")
-            && std::is_x86_feature_detected!("avx512dq")
-            && std::is_x86_feature_detected!("avx512vl");
-        (avx2, avx512)
     }
 }
 
@@ -215,31 +195,34 @@ pub(crate) fn dispatch<K: Kernel>(width: Width, kernel: K) -> K::Output {
     match width.0 {
         // SAFETY: a `Width` exists only where its instructions were detected.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 => unsafe { run_avx512(kernel) },
+        Vectors::Avx512 => unsafe { run_avx512(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => unsafe { run_avx2(kernel) },
+        Vectors::Avx2 => unsafe { run_avx2(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Kind::Neon => unsafe { run_neon(kernel) },
-        Kind::Portable => kernel.run::<portable::Portable>(),
+        Vectors::Neon => unsafe { run_neon(kernel) },
+        Vectors::Portable => kernel.run::<portable::Portable>(),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<avx512::Avx512>()
-}
-
-#[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "neon")]
-unsafe fn run_neon<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<neon::Neon>()
+with_features! { avx512 =>
+    unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<avx512::Avx512>()
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<avx2::Avx2>()
+with_features! { avx2 =>
+    unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<avx2::Avx2>()
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+with_features! { neon =>
+    unsafe fn run_neon<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<neon::Neon>()
+    }
 }

@@ -64,7 +64,7 @@ impl<B: Matrix> Product<B> {
     /// All three matrices lie in memory of their shapes and strides; `c` overlaps neither `a` nor
     /// `b` and nobody else touches it.
     pub(crate) unsafe fn run(self, width: Width) {
-        dispatch(width, Run(self));
+        dispatch(width, RunProduct(self));
     }
 
     #[inline(always)]
@@ -177,9 +177,9 @@ impl<B: Matrix> Product<B> {
     }
 }
 
-struct Run<B>(Product<B>);
+struct RunProduct<B>(Product<B>);
 
-impl<B: Matrix> Kernel for Run<B> {
+impl<B: Matrix> Kernel for RunProduct<B> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

@@ -26,6 +26,8 @@ use super::matrix::Matrix;
 use super::table::{Args, Tiles};
 use crate::gang::Gang;
 use crate::isa::SEGMENT;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::features::{self, with_features};
 use crate::pack::PANEL;
 use crate::pack::layout::{Fineness, Offset, Operand};
 use crate::pack::memory::AlignedBytes;
@@ -538,22 +540,23 @@ impl Writer<'_> {
     unsafe fn write_row(&self, row: usize, x: &[f32]) {
         #[cfg(target_arch = "x86_64")]
         {
-            #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
-            unsafe fn avx512(writer: &Writer<'_>, row: usize, x: &[f32]) {
-                // SAFETY: as the caller promises.
-                unsafe { writer.write_row_inline(row, x) }
+            with_features! { avx512 =>
+                unsafe fn avx512(writer: &Writer<'_>, row: usize, x: &[f32]) {
+                    // SAFETY: as the caller promises.
+                    unsafe { writer.write_row_inline(row, x) }
+                }
             }
-            #[target_feature(enable = "avx2")]
-            unsafe fn avx2(writer: &Writer<'_>, row: usize, x: &[f32]) {
-                // SAFETY: as the caller promises.
-                unsafe { writer.write_row_inline(row, x) }
+            with_features! { avx2 =>
+                unsafe fn avx2(writer: &Writer<'_>, row: usize, x: &[f32]) {
+                    // SAFETY: as the caller promises.
+                    unsafe { writer.write_row_inline(row, x) }
+                }
             }
-            let wide = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
-            if wide && is_x86_feature_detected!("avx512dq") {
+            if features::avx512() {
                 // SAFETY: detected; and as the caller promises.
                 return unsafe { avx512(self, row, x) };
             }
-            if is_x86_feature_detected!("avx2") {
+            if features::avx2() {
                 // SAFETY: detected; and as the caller promises.
                 return unsafe { avx2(self, row, x) };
             }

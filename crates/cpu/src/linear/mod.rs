@@ -37,7 +37,7 @@ pub use matrix::Matrix;
 
 use crate::gang::{Gang, share};
 use crate::isa::Isa;
-use crate::pack::layout::{Layout, Offset, Operand};
+use crate::pack::layout::{Offset, Operand, PanelLayout};
 use crate::pack::{PANEL, PackedMatrix};
 use block::{BLOCK, padded_rows};
 use output::{Output, store};
@@ -58,11 +58,15 @@ impl Matrix {
     /// in anything but `f32`.
     ///
     /// # Errors
-    /// As [`PackedMatrix::pack`].
+    /// As [`PackedMatrix::pack`], and [`BackendError::Unsupported`] for codes under scales that
+    /// no kernel reads.
     pub fn pack(tensor: &Tensor, isa: Isa, exact: bool) -> Result<Matrix, BackendError> {
         let packed = PackedMatrix::pack(tensor)?;
         let operand = operand(packed.layout, exact);
-        let kernels = dispatch::kernels(isa, packed.layout, operand);
+        let kernels = dispatch::kernels(isa, packed.layout, operand).ok_or_else(|| {
+            let feature = format!("weights in {} laid out as {:?}", tensor.format, packed.layout);
+            BackendError::Unsupported { backend: "cpu", feature }
+        })?;
         let kernels = if exact { kernels.exact() } else { kernels };
         Ok(Matrix { packed, operand, kernels })
     }
@@ -71,9 +75,9 @@ impl Matrix {
 /// Floats meet activations as they are: rounding those to `bf16`, for the sake of the machines'
 /// dots of `bf16`, moves logits of tiny models by 0.01 to 0.2, by 4 where it sends a token to
 /// another expert, and saves no byte of the weights that decoding is bound by.
-fn operand(layout: Layout, exact: bool) -> Operand {
+fn operand(layout: PanelLayout, exact: bool) -> Operand {
     match layout {
-        Layout::Coded(codes, scales) if !exact && !codes.is_float() => Operand::Int8(Offset {
+        PanelLayout::Coded(codes, scales) if !exact && !codes.is_float() => Operand::Int8(Offset {
             zero: codes.zero(),
             parts: scales.parts(),
             fineness: codes.fineness(),
@@ -352,7 +356,7 @@ unsafe fn panel_by_blocks(
     // when the matrix was packed, and the activations serve it.
     unsafe {
         product.write_bytes(0, blocks.len());
-        let run = Run { matrix, activations, panel, blocks: blocks.clone(), product };
+        let run = PanelProduct { matrix, activations, panel, blocks: blocks.clone(), product };
         match (matrix.kernels.plain, matrix.kernels.expand) {
             (plain, Some(expand)) if plain.is_none() || blocks.len() > 1 => run.expanded(expand),
             (plain, _) => run.plain(plain.unwrap_or(matrix.kernels.tile)),
@@ -365,7 +369,7 @@ unsafe fn panel_by_blocks(
 
 /// Where kernels find a run of segments.
 #[derive(Clone, Copy)]
-struct Source<'a> {
+struct SegmentWeights<'a> {
     weights: *const u8,
     /// Scales and mins, if the weights were expanded.
     scratch: Option<&'a Scratch>,
@@ -373,14 +377,14 @@ struct Source<'a> {
     next: *const u8,
 }
 
-impl Source<'_> {
+impl SegmentWeights<'_> {
     fn packed(weights: *const u8) -> Self {
-        Source { weights, scratch: None, next: std::ptr::null() }
+        SegmentWeights { weights, scratch: None, next: std::ptr::null() }
     }
 }
 
 /// One panel against some blocks of rows.
-struct Run<'a> {
+struct PanelProduct<'a> {
     matrix: &'a Matrix,
     activations: &'a Activations,
     panel: usize,
@@ -389,7 +393,7 @@ struct Run<'a> {
     product: *mut [f32; BLOCK * PANEL],
 }
 
-impl Run<'_> {
+impl PanelProduct<'_> {
     /// A batch of segments at a time, decoded once for all rows.
     ///
     /// # Safety
@@ -410,7 +414,7 @@ impl Run<'_> {
                 // While rows multiply this batch, the next one arrives.
                 let next = packed.wrapping_add(batch_bytes);
                 let weights = scratch.weights.as_ptr().cast();
-                let source = Source { weights, scratch: Some(scratch), next };
+                let source = SegmentWeights { weights, scratch: Some(scratch), next };
                 self.segments(source, some, self.matrix.kernels.tile);
             }
         }
@@ -427,7 +431,7 @@ impl Run<'_> {
             let some = first..total.min(first + batch);
             let packed = self.matrix.packed.segment(self.panel, first);
             // SAFETY: as the caller promises.
-            unsafe { self.segments(Source::packed(packed), some, choose) };
+            unsafe { self.segments(SegmentWeights::packed(packed), some, choose) };
         }
     }
 
@@ -435,7 +439,12 @@ impl Run<'_> {
     ///
     /// # Safety
     /// As [`panel_by_blocks`]; `source` holds those segments for `choose`'s kernels.
-    unsafe fn segments(&self, source: Source<'_>, segments: Range<usize>, choose: ChooseFn) {
+    unsafe fn segments(
+        &self,
+        source: SegmentWeights<'_>,
+        segments: Range<usize>,
+        choose: ChooseFn,
+    ) {
         let none = std::ptr::null();
         let mut next = source.next;
         for (index, block) in self.blocks.clone().enumerate() {

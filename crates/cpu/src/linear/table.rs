@@ -34,7 +34,7 @@ pub(crate) struct Args<'a> {
 /// Where a batch of segments is expanded to.
 #[repr(C, align(64))]
 pub(crate) struct Scratch {
-    /// Codes `[segments][8][64]`, the same as words ([`crate::isa::Simd::WORDS`]), or `f32` numbers `[segments][32][16]`.
+    /// Codes `[segments][8][64]` as bytes or as words, or `f32` numbers `[segments][32][16]`.
     pub(crate) weights: [f32; BATCH * SEGMENT * PANEL],
     /// `[segments][parts][16]`.
     pub(crate) scales: [f32; BATCH * 2 * PANEL],
@@ -42,7 +42,7 @@ pub(crate) struct Scratch {
     pub(crate) mins: [f32; BATCH * PANEL],
 }
 
-/// A kernel instantiated for one ISA and number of rows. Unsafe as [`super::kernels::Kernel::run`].
+/// A kernel instantiated for one ISA and number of rows. Unsafe as [`super::kernels::PanelKernel::run`].
 pub(crate) type RunFn = unsafe fn(&Args<'_>);
 /// Unsafe as [`super::kernels::Expand::expand`].
 pub(crate) type ExpandFn = unsafe fn(*const u8, usize, &Constants, &mut Scratch);
@@ -76,7 +76,7 @@ pub(crate) struct Kernels {
     pub(crate) prompt: Option<Prompt>,
     /// What AMX multiplies of the rows in the decoding form.
     pub(crate) tiles: Tiles,
-    /// Whether coded activations are words ([`crate::isa::Simd::WORDS`]).
+    /// Whether coded activations are words ([`crate::isa::WordCodes`]).
     pub(crate) words: bool,
 }
 

@@ -18,10 +18,12 @@ use std::ops::Range;
 use lathe_tensor::{FloatType, Format, GgmlType, Tensor};
 
 use super::PANEL;
-use super::layout::Layout;
+use super::layout::PanelLayout;
 use super::words::{Rows, Words};
 use super::{float, ggml, scaled};
 use crate::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::features::with_features;
 
 /// Makes the pages that hold rows `rows` of `tensor` readable in one call. A file's pages are in
 /// memory but not in this process's page table; one fault for each 64 KiB costs more than the
@@ -48,7 +50,7 @@ fn populate_bytes(bytes: &[u8]) {
 fn populate_bytes(_bytes: &[u8]) {}
 
 /// Where the numbers of a panel come from.
-enum Source<'a> {
+enum PanelRows<'a> {
     Ggml(GgmlType, Lines<'a>),
     Float(FloatType, Lines<'a>),
     Scaled(&'a Tensor, Range<usize>),
@@ -82,30 +84,38 @@ impl<'a> Lines<'a> {
 }
 
 /// Writes the panel `out`, which is zeroed, from up to sixteen rows of the tensor.
-pub(crate) fn fill_panel(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
+pub(crate) fn fill_panel(tensor: &Tensor, layout: PanelLayout, rows: Range<usize>, out: &mut [u8]) {
     let widest = [Isa::Avx512, Isa::Avx2].into_iter().find(|isa| isa.is_available());
     fill_panel_with(widest.unwrap_or(Isa::Portable), tensor, layout, rows, out);
 }
 
 /// As [`fill_panel`], with the vectors of `isa`, which this machine must have.
-fn fill_panel_with(isa: Isa, tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
+fn fill_panel_with(
+    isa: Isa,
+    tensor: &Tensor,
+    layout: PanelLayout,
+    rows: Range<usize>,
+    out: &mut [u8],
+) {
     let source = match tensor.format {
-        Format::Scaled(_) => Source::Scaled(tensor, rows),
-        Format::Ggml(kind) => Source::Ggml(kind, Lines::new(tensor, rows)),
-        Format::Float(kind) => Source::Float(kind, Lines::new(tensor, rows)),
+        Format::Scaled(_) => PanelRows::Scaled(tensor, rows),
+        Format::Ggml(kind) => PanelRows::Ggml(kind, Lines::new(tensor, rows)),
+        Format::Float(kind) => PanelRows::Float(kind, Lines::new(tensor, rows)),
     };
     #[cfg(target_arch = "x86_64")]
     {
         use super::words::x86::{Avx2, Avx512};
-        #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl")]
-        fn avx512(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
-            // SAFETY: the features are enabled here.
-            unsafe { fill::<Avx512>(source, layout, out) }
+        with_features! { avx512 =>
+            fn avx512(source: &PanelRows<'_>, layout: PanelLayout, out: &mut [u8]) {
+                // SAFETY: the features are enabled here.
+                unsafe { fill::<Avx512>(source, layout, out) }
+            }
         }
-        #[target_feature(enable = "avx2")]
-        fn avx2(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
-            // SAFETY: the features are enabled here.
-            unsafe { fill::<Avx2>(source, layout, out) }
+        with_features! { avx2 =>
+            fn avx2(source: &PanelRows<'_>, layout: PanelLayout, out: &mut [u8]) {
+                // SAFETY: the features are enabled here.
+                unsafe { fill::<Avx2>(source, layout, out) }
+            }
         }
         match isa {
             // SAFETY: available, so the caller promised.
@@ -124,10 +134,10 @@ fn fill_panel_with(isa: Isa, tensor: &Tensor, layout: Layout, rows: Range<usize>
 /// # Safety
 /// The machine has `W`'s features.
 #[inline(always)]
-unsafe fn fill<W: Words>(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
+unsafe fn fill<W: Words>(source: &PanelRows<'_>, layout: PanelLayout, out: &mut [u8]) {
     let chunk_bytes = layout.chunk_bytes();
     match source {
-        Source::Ggml(kind, lines) => {
+        PanelRows::Ggml(kind, lines) => {
             let chunks = lines.row_bytes / kind.block_bytes();
             assert!(out.len() >= chunks * chunk_bytes, "room for the panel");
             // SAFETY: each row has so many blocks, and `out` the room.
@@ -135,7 +145,7 @@ unsafe fn fill<W: Words>(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
                 ggml::place_panel::<W>(*kind, &lines.rows, chunks, lines.next, out.as_mut_ptr())
             }
         }
-        Source::Float(kind, lines) => {
+        PanelRows::Float(kind, lines) => {
             let row_bytes = lines.row_bytes;
             assert!(out.len() >= row_bytes.next_multiple_of(4) * PANEL, "room for the panel");
             // SAFETY: as above.
@@ -143,7 +153,7 @@ unsafe fn fill<W: Words>(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
                 float::place_panel::<W>(*kind, &lines.rows, row_bytes, lines.next, out.as_mut_ptr())
             }
         }
-        Source::Scaled(tensor, rows) => {
+        PanelRows::Scaled(tensor, rows) => {
             // SAFETY: the caller's features.
             unsafe { scaled::place_panel::<W>(tensor, layout, rows.clone(), out) }
         }
@@ -191,8 +201,8 @@ mod tests {
     fn panel(isa: Isa, tensor: &Tensor, rows: Range<usize>) -> Vec<u8> {
         const MARGIN: usize = 64;
         let layout = match tensor.format {
-            Format::Float(kind) => Layout::Float(kind),
-            Format::Ggml(kind) => Layout::of_ggml(kind),
+            Format::Float(kind) => PanelLayout::Float(kind),
+            Format::Ggml(kind) => PanelLayout::of_ggml(kind),
             Format::Scaled(format) => scaled::layout(&format, tensor.columns()).expect("a layout"),
         };
         let chunk = layout.chunk_segments() * crate::isa::SEGMENT;

@@ -3,7 +3,7 @@
 use lathe_tensor::GgmlType;
 
 use super::PANEL;
-use super::layout::{Codes, Layout};
+use super::layout::{Codes, PanelLayout};
 use super::place::{
     FIVE_BITS, FOUR_BITS, SIX_BITS, low_nibbles, place_bytes, place_halves, place_high_halves,
     place_nibbles, place_pair_planes, place_plane,
@@ -25,7 +25,7 @@ pub(crate) unsafe fn place_panel<W: Words>(
     next: *const u8,
     out: *mut u8,
 ) {
-    let chunk_bytes = Layout::of_ggml(kind).chunk_bytes();
+    let chunk_bytes = PanelLayout::of_ggml(kind).chunk_bytes();
     for chunk in 0..chunks {
         let at = chunk * kind.block_bytes();
         prefetch(next.wrapping_add(at * PANEL), kind.block_bytes() * PANEL);

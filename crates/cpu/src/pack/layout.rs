@@ -149,16 +149,16 @@ impl Scales {
 
 /// What the numbers of a panel look like; selects the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Layout {
+pub(crate) enum PanelLayout {
     /// Plain floats.
     Float(FloatType),
     /// Codes and scales.
     Coded(Codes, Scales),
 }
 
-impl Layout {
+impl PanelLayout {
     /// The layout of a GGUF type.
-    pub(crate) fn of_ggml(kind: GgmlType) -> Layout {
+    pub(crate) fn of_ggml(kind: GgmlType) -> PanelLayout {
         let (codes, scales) = match kind {
             GgmlType::Q4_0 => (Codes::Signed4, Scales::Half),
             GgmlType::Q4_1 => (Codes::Unsigned4, Scales::HalfMin),
@@ -171,14 +171,14 @@ impl Layout {
             GgmlType::IQ4_NL => (Codes::Iq4, Scales::Half),
             GgmlType::IQ4_XS => (Codes::Iq4, Scales::SuperSix),
         };
-        Layout::Coded(codes, scales)
+        PanelLayout::Coded(codes, scales)
     }
 
     /// Segments in a chunk; rows are padded with zero weights to whole chunks.
     pub(crate) fn chunk_segments(self) -> usize {
         match self {
-            Layout::Float(_) => 1,
-            Layout::Coded(_, scales) => scales.segments(),
+            PanelLayout::Float(_) => 1,
+            PanelLayout::Coded(_, scales) => scales.segments(),
         }
     }
 
@@ -187,8 +187,8 @@ impl Layout {
         SEGMENT
             * PANEL
             * match self {
-                Layout::Float(kind) => kind.bytes() * 8,
-                Layout::Coded(codes, _) => codes.bits(),
+                PanelLayout::Float(kind) => kind.bytes() * 8,
+                PanelLayout::Coded(codes, _) => codes.bits(),
             }
             / 8
     }
@@ -196,8 +196,8 @@ impl Layout {
     /// Bytes of a chunk of sixteen rows.
     pub(crate) fn chunk_bytes(self) -> usize {
         let scales = match self {
-            Layout::Float(_) => 0,
-            Layout::Coded(_, scales) => scales.lane_bytes() * PANEL,
+            PanelLayout::Float(_) => 0,
+            PanelLayout::Coded(_, scales) => scales.lane_bytes() * PANEL,
         };
         self.chunk_segments() * self.segment_bytes() + scales
     }

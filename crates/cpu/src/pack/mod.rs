@@ -26,7 +26,7 @@ use rayon::prelude::*;
 
 use crate::isa::SEGMENT;
 pub(crate) use ggml::table;
-use layout::{Constants, Layout};
+use layout::{Constants, PanelLayout};
 use memory::{AlignedBytes, weight_memory};
 
 /// Output rows in a panel: the lanes of the widest vector.
@@ -40,7 +40,7 @@ const TASK_BYTES: usize = 2 << 20;
 pub struct PackedMatrix {
     rows: usize,
     columns: usize,
-    pub(crate) layout: Layout,
+    pub(crate) layout: PanelLayout,
     pub(crate) constants: Constants,
     /// Chunks along a row.
     pub(crate) chunks: usize,
@@ -156,10 +156,10 @@ impl PackedMatrix {
 }
 
 /// The layout of a format's panels, for rows of `columns`.
-pub(crate) fn layout_of(format: Format, columns: usize) -> Result<Layout, BackendError> {
+pub(crate) fn layout_of(format: Format, columns: usize) -> Result<PanelLayout, BackendError> {
     match format {
-        Format::Float(kind) => Ok(Layout::Float(kind)),
-        Format::Ggml(kind) => Ok(Layout::of_ggml(kind)),
+        Format::Float(kind) => Ok(PanelLayout::Float(kind)),
+        Format::Ggml(kind) => Ok(PanelLayout::of_ggml(kind)),
         Format::Scaled(format) => scaled::layout(&format, columns),
     }
 }
@@ -171,7 +171,7 @@ fn panel_bytes(bytes: usize) -> usize {
     if bytes > 0 && bytes.is_multiple_of(4096) { bytes + GAP } else { bytes }
 }
 
-fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError> {
+fn constants(tensor: &Tensor, layout: PanelLayout) -> Result<Constants, BackendError> {
     let mut constants = Constants {
         group_segments: 1,
         scale: ScaleType::F16,
@@ -179,8 +179,8 @@ fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError>
         multiplier: multiplier(tensor)?,
     };
     match layout {
-        Layout::Coded(layout::Codes::E2m1, _) => constants.multiplier *= 0.5,
-        Layout::Coded(_, layout::Scales::Group { segments, kind, .. }) => {
+        PanelLayout::Coded(layout::Codes::E2m1, _) => constants.multiplier *= 0.5,
+        PanelLayout::Coded(_, layout::Scales::Group { segments, kind, .. }) => {
             (constants.group_segments, constants.scale) = (segments, kind);
         }
         _ => {}

@@ -10,7 +10,7 @@ use lathe_program::BackendError;
 use lathe_tensor::{Block, Element, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint, codec};
 
 use super::PANEL;
-use super::layout::{Codes, Layout, Scales};
+use super::layout::{Codes, PanelLayout, Scales};
 use super::place::{place_lane, place_nibbles, plane};
 use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
 use crate::isa::SEGMENT;
@@ -19,7 +19,7 @@ use crate::isa::SEGMENT;
 const GROUP_SEGMENTS_MAX: usize = 8;
 
 /// The layout of a format, or why there is none.
-pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<Layout, BackendError> {
+pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<PanelLayout, BackendError> {
     let refuse = |what: &str| {
         let name = Format::Scaled(*format);
         Err(BackendError::Unsupported { backend: "cpu", feature: format!("{what} ({name})") })
@@ -57,7 +57,7 @@ pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<Layout, Ba
     if shifted && (codes.is_float() || !matches!(scales, Scales::Group { .. })) {
         return refuse("zero points beside elements and scales of these types");
     }
-    Ok(Layout::Coded(codes, scales))
+    Ok(PanelLayout::Coded(codes, scales))
 }
 
 /// The largest divisor of `n` that is a power of two up to `most`.
@@ -72,11 +72,12 @@ fn common(n: usize, most: usize) -> usize {
 #[inline(always)]
 pub(crate) unsafe fn place_panel<W: Words>(
     tensor: &Tensor,
-    layout: Layout,
+    layout: PanelLayout,
     rows: Range<usize>,
     out: &mut [u8],
 ) {
-    let (Format::Scaled(format), Layout::Coded(codes, scales)) = (tensor.format, layout) else {
+    let (Format::Scaled(format), PanelLayout::Coded(codes, scales)) = (tensor.format, layout)
+    else {
         return;
     };
     let Some(grid) = format.grid(&tensor.shape) else { return };
@@ -165,11 +166,11 @@ unsafe fn place_segment<W: Words>(codes: Codes, rows: &Rows, at: usize, out: *mu
 fn place_float_panel(
     tensor: &Tensor,
     format: &ScaledFormat,
-    layout: Layout,
+    layout: PanelLayout,
     rows: Range<usize>,
     out: &mut [u8],
 ) {
-    let Layout::Coded(codes, scales) = layout else { return };
+    let PanelLayout::Coded(codes, scales) = layout else { return };
     let Some(grid) = format.grid(&tensor.shape) else { return };
     let (bits, columns) = (format.element.bits(), tensor.columns());
     let recoded: Option<[u8; 64]> = (bits == 6).then(|| {

@@ -2,7 +2,7 @@
 //! [`element::to_f32`] say of each, in loops without branches or tables that compilers turn into
 //! vectors. It knows nothing of where scales come from.
 
-use super::element::{self, Layout};
+use super::element::{self, FloatParts};
 use crate::format::Element;
 
 /// `1.5 * 2^23`: its neighbours are one apart, and the low bits of its sum with a small integer
@@ -33,7 +33,7 @@ impl Nearest for Integer {
     }
 }
 
-/// Sign, exponent and mantissa; the fields are what [`element::from_f32`] derives from a layout.
+/// Sign, exponent and mantissa; the fields are what [`element::from_f32`] derives from a parts.
 #[derive(Clone, Copy)]
 struct SmallFloat {
     max: f32,
@@ -47,17 +47,17 @@ struct SmallFloat {
 }
 
 impl SmallFloat {
-    fn new(layout: &Layout) -> Self {
-        let dropped = 23 - layout.mantissa;
-        let denormal_exponent = (127 + 1 - layout.bias + dropped as i32) as u32;
+    fn new(parts: &FloatParts) -> Self {
+        let dropped = 23 - parts.mantissa;
+        let denormal_exponent = (127 + 1 - parts.bias + dropped as i32) as u32;
         SmallFloat {
-            max: layout.max,
+            max: parts.max,
             dropped,
-            least_normal: ((128 - layout.bias) as u32) << 23,
-            exponents_apart: ((127 - layout.bias) as u32) << layout.mantissa,
+            least_normal: ((128 - parts.bias) as u32) << 23,
+            exponents_apart: ((127 - parts.bias) as u32) << parts.mantissa,
             denormal_magic: f32::from_bits(denormal_exponent << 23),
-            sign_shift: layout.exponent + layout.mantissa,
-            nan: layout.nan.map_or((0, 0.0), |code| (u32::from(code), f32::NAN)),
+            sign_shift: parts.exponent + parts.mantissa,
+            nan: parts.nan.map_or((0, 0.0), |code| (u32::from(code), f32::NAN)),
         }
     }
 }
@@ -90,8 +90,8 @@ impl Nearest for SmallFloat {
 /// Calls `$loop` with the [`Nearest`] of an element, so that each loop is compiled for each kind.
 macro_rules! with_nearest {
     ($kind:expr, $loop:expr) => {
-        match element::layout($kind) {
-            Some(layout) => $loop(SmallFloat::new(layout)),
+        match element::float_parts($kind) {
+            Some(parts) => $loop(SmallFloat::new(parts)),
             None => {
                 let high = element::max($kind);
                 $loop(Integer { low: -high - 1.0, high, mask: element::mask($kind) })

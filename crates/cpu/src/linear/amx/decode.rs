@@ -386,7 +386,7 @@ impl Scales {
     /// # Safety
     /// The panel has another segment; a chunk has at most eight, of one part.
     #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn next<C: Coded>(&mut self, constants: &Constants) -> (__m512, Option<__m512>) {
         let in_chunk = C::segments(constants);
         let (codes, index) = self.walk.next::<C>(in_chunk, C::tail_bytes(constants));
@@ -405,7 +405,7 @@ impl Scales {
 
 /// Adds to the accumulators of `R` rows what a panel's segments make of them. A segment's integer sums and the order
 /// in which they are added are those of the other kernels.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
     const { assert!(C::BITS == 4 && C::PARTS == 1) };
     // SAFETY: as the caller promises; a chunk has at most eight segments.
@@ -476,7 +476,7 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
 
 /// A segment's nibbles as a tile: sixteen times each, then each.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn decode<C: Coded>(packed: *const u8, tile: *mut u8) {
     // SAFETY: the caller gives a segment and room for a tile.
     unsafe {
@@ -491,7 +491,7 @@ unsafe fn decode<C: Coded>(packed: *const u8, tile: *mut u8) {
 
 /// Adds a segment's sums, `[R][16]`, to the accumulators as the other kernels do.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn add_scaled<const R: usize>(
     sums: *const u8,
     scale: __m512,

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::super::block::{BLOCK, TILE_BYTES};
-use super::products::{Products, Run, SUMS};
+use super::products::{Products, SUMS, TileOperands};
 use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
 use crate::pack::PANEL;
@@ -25,7 +25,7 @@ impl Products for Dots {
 
     unsafe fn release() {}
 
-    unsafe fn one_block(run: &Run, sums: *mut f32, panels: usize) {
+    unsafe fn one_block(run: &TileOperands, sums: *mut f32, panels: usize) {
         // SAFETY: as the caller promises; a block has two halves.
         unsafe {
             for first in [0, BLOCK / 2] {
@@ -37,7 +37,7 @@ impl Products for Dots {
         }
     }
 
-    unsafe fn two_by_two(run: &Run, sums: *mut f32) {
+    unsafe fn two_by_two(run: &TileOperands, sums: *mut f32) {
         // SAFETY: as in `one_block`.
         unsafe {
             for block in 0..2 {
@@ -53,8 +53,13 @@ impl Products for Dots {
 ///
 /// # Safety
 /// AVX-512 with BF16 is available; otherwise as [`Products::one_block`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
-unsafe fn half_block<const P: usize>(run: &Run, block: usize, first: usize, sums: *mut f32) {
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+unsafe fn half_block<const P: usize>(
+    run: &TileOperands,
+    block: usize,
+    first: usize,
+    sums: *mut f32,
+) {
     const ROWS: usize = BLOCK / 2;
     // SAFETY: as the caller promises; tiles have sixteen rows of a line, whatever the block has.
     unsafe {

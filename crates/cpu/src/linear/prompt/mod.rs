@@ -35,7 +35,7 @@ use super::output::Output;
 use super::table::{Prompt, TileInstructions, ToTilesFn};
 use crate::pack::PANEL;
 use dots::Dots;
-use products::{Products, Run, SUMS};
+use products::{Products, SUMS, TileOperands};
 use tiles::TileProducts;
 
 /// Blocks of rows of a pass, of `blocks` in all: as many passes of as equal length as the cache allows.
@@ -180,7 +180,7 @@ impl Job<'_> {
             for part in 0..parts {
                 let [first, second] = [block, last.min(block + 1)]
                     .map(|block| self.activations.tile(part, block, segments.start));
-                let run = Run {
+                let run = TileOperands {
                     rows: [first.0, second.0],
                     rows_step: first.1,
                     weights,
@@ -194,7 +194,8 @@ impl Job<'_> {
                     } else {
                         P::one_block(&run, sums, panels);
                         if block < last {
-                            let second = Run { rows: [second.0; 2], rows_step: second.1, ..run };
+                            let second =
+                                TileOperands { rows: [second.0; 2], rows_step: second.1, ..run };
                             P::one_block(&second, sums.add(2 * SUMS), panels);
                         }
                     }
@@ -213,7 +214,7 @@ impl Job<'_> {
     ///
     /// # Safety
     /// As [`Prompt::multiply`].
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn store(&self, blocks: Range<usize>, panels: Range<usize>, sums: *const f32) {
         let width = self.matrix.rows();
         let slots = blocks.start * BLOCK..(blocks.end * BLOCK).min(self.activations.tiled_rows());

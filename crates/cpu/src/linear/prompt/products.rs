@@ -24,17 +24,17 @@ pub(super) trait Products {
     ///
     /// # Safety
     /// Configured; `sums` has so many tiles and the operands all segments.
-    unsafe fn one_block(run: &Run, sums: *mut f32, panels: usize);
+    unsafe fn one_block(run: &TileOperands, sums: *mut f32, panels: usize);
 
     /// Two blocks of sixteen slots and two panels: sums are `[blocks][panels][16][16]`.
     ///
     /// # Safety
     /// As [`Products::one_block`].
-    unsafe fn two_by_two(run: &Run, sums: *mut f32);
+    unsafe fn two_by_two(run: &TileOperands, sums: *mut f32);
 }
 
 /// The operands of one run of products.
-pub(super) struct Run {
+pub(super) struct TileOperands {
     /// The first segment of each block of rows.
     pub(super) rows: [*const u8; 2],
     /// Bytes from a block's segment to the next.

@@ -5,7 +5,7 @@ use std::arch::asm;
 
 use super::super::amx::{configure, release};
 use super::super::block::BLOCK;
-use super::products::{Products, Run};
+use super::products::{Products, TileOperands};
 
 /// Products by AMX.
 pub(super) struct TileProducts;
@@ -45,7 +45,7 @@ impl Products for TileProducts {
         unsafe { release() }
     }
 
-    unsafe fn one_block(run: &Run, sums: *mut f32, panels: usize) {
+    unsafe fn one_block(run: &TileOperands, sums: *mut f32, panels: usize) {
         // SAFETY: as the caller promises; the compiler knows nothing of tile registers.
         unsafe {
             begin(run, sums, 2);
@@ -70,7 +70,7 @@ impl Products for TileProducts {
         }
     }
 
-    unsafe fn two_by_two(run: &Run, sums: *mut f32) {
+    unsafe fn two_by_two(run: &TileOperands, sums: *mut f32) {
         // SAFETY: as in `one_block`.
         unsafe {
             begin(run, sums, 4);
@@ -94,7 +94,7 @@ impl Products for TileProducts {
 ///
 /// # Safety
 /// Tiles are configured, and `sums` has `tiles` tiles.
-unsafe fn begin(run: &Run, sums: *mut f32, tiles: usize) {
+unsafe fn begin(run: &TileOperands, sums: *mut f32, tiles: usize) {
     // SAFETY: as the caller promises.
     unsafe {
         if run.fresh {

@@ -14,7 +14,7 @@ use crate::pack::layout::Constants;
 ///
 /// # Safety
 /// AVX-512 with BF16 is available; both places hold the segments.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(crate) unsafe fn to_tiles<C: Coded>(
     packed: *const u8,
     segments: usize,
@@ -58,7 +58,7 @@ pub(crate) unsafe fn to_tiles<C: Coded>(
 ///
 /// # Safety
 /// As [`to_tiles`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(crate) unsafe fn to_tiles_of_floats<W: Float>(
     packed: *const u8,
     segments: usize,
@@ -87,7 +87,7 @@ pub(crate) unsafe fn to_tiles_of_floats<W: Float>(
 
 /// The order that puts the first numbers' sixteen lanes and the second's, side by side, lane by lane.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(crate) fn lane_by_lane() -> __m512i {
     let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * PANEL) as u16);
     // SAFETY: both are 64 bytes of plain data.
@@ -96,7 +96,7 @@ pub(crate) fn lane_by_lane() -> __m512i {
 
 /// Two numbers of each lane, rounded and side by side.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(crate) fn bf16_pairs(first: __m512, second: __m512, order: __m512i) -> __m512i {
     let both = _mm512_cvtne2ps_pbh(second, first);
     // SAFETY: both are 64 bytes of plain data.
@@ -106,7 +106,7 @@ pub(crate) fn bf16_pairs(first: __m512, second: __m512, order: __m512i) -> __m51
 
 /// `(code - zero) * scale + min` of four positions as two vectors of `bf16` pairs.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 fn four_pairs<C: Coded>(
     codes: __m512i,
     scale: __m512,

@@ -7,7 +7,7 @@ use lathe_tensor::{
     Block, Element, FloatType, Format, GgmlType, ScaleType, ScaledFormat, ZeroPoint,
 };
 
-use crate::pack::layout::{Layout, Scales};
+use crate::pack::layout::{PanelLayout, Scales};
 use crate::pack::layout_of;
 
 fn elements() -> impl Iterator<Item = Element> {
@@ -105,14 +105,14 @@ pub(crate) fn layouts() -> Vec<Format> {
 /// One of each kernel: sizes of groups and types of their scales are numbers to it.
 pub(crate) fn kernels() -> Vec<Format> {
     one_of_each(|layout| match layout {
-        Layout::Coded(codes, Scales::Group { zeros, .. }) => {
-            Layout::Coded(codes, Scales::Group { segments: 2, kind: ScaleType::F32, zeros })
+        PanelLayout::Coded(codes, Scales::Group { zeros, .. }) => {
+            PanelLayout::Coded(codes, Scales::Group { segments: 2, kind: ScaleType::F32, zeros })
         }
         layout => layout,
     })
 }
 
-fn one_of_each(class: impl Fn(Layout) -> Layout) -> Vec<Format> {
+fn one_of_each(class: impl Fn(PanelLayout) -> PanelLayout) -> Vec<Format> {
     let mut seen = Vec::new();
     let mut formats = promised();
     formats.retain(|format| {
