@@ -26,10 +26,11 @@ use crate::ranks::Ranks;
 use crate::stage::Stage;
 use crate::weights::Weights;
 
-/// What is chosen when the backend is made.
+/// Choices that are made with the backend.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CpuOptions {
-    /// Instructions to use; `None`: what `LATHE_ISA` names, else the best that the machine has.
+    /// The instruction set. `None`: the one that `LATHE_ISA` names, else the strongest of the
+    /// machine.
     pub isa: Option<Isa>,
 }
 
@@ -46,8 +47,8 @@ impl CpuBackend {
         Self { options, collective: Arc::new(SingleRank) }
     }
 
-    /// The same as one rank of several, each with threads of its own; its programs are one rank's
-    /// programs.
+    /// The same backend as one rank of several. Each rank has threads of its own, and its programs
+    /// are one rank's programs.
     pub fn collective(self, collective: Arc<HostCollective>) -> Self {
         Self { collective, ..self }
     }
@@ -127,8 +128,8 @@ impl Backend for CpuBackend {
     }
 }
 
-/// The cache's format if the caller leaves the choice to the backend. Halves would move logits of
-/// tiny models ten times as far, which sends tokens to other experts.
+/// The format of the cache if the caller does not choose it. Halves would move logits of tiny
+/// models ten times as far, which sends tokens to other experts.
 fn default_format(exact: bool) -> KvFormat {
     if exact { KvFormat::F32 } else { KvFormat::Int16 }
 }
@@ -193,7 +194,7 @@ fn state(
     })
 }
 
-/// Room for the inputs of products, and for grouping rows by expert.
+/// Memory for the inputs of products, and for grouping rows by expert.
 fn scratch(
     program: &Program,
     stages: &[Stage],
@@ -203,7 +204,7 @@ fn scratch(
 ) -> (Activations, GroupScratch) {
     let mut groups = GroupScratch::default();
     let mut activations = Activations::new();
-    // A little error may send a token to another expert, which is a large one.
+    // A small error may send a token to another expert, which is a large error.
     activations.set_tile_parts(if program.routings > 0 { 2 } else { 1 });
     let mut reserve = |operands, columns| activations.reserve(gang, operands, rows_max, columns);
     for stage in stages {
@@ -226,7 +227,7 @@ fn makes_logits(stage: &Stage) -> bool {
     matches!(stage, Stage::Logits(_))
 }
 
-/// Room for every routing, and for a router's logits and ranks.
+/// Memory for every routing, and for a router's logits and ranks.
 fn routings(program: &Program, rows_max: usize) -> (Vec<ChosenExperts>, Vec<f32>) {
     let mut routings: Vec<ChosenExperts> =
         (0..program.routings).map(|_| ChosenExperts::default()).collect();

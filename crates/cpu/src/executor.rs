@@ -1,7 +1,7 @@
-//! `CpuExecutor`: runs the stages of a prepared program, one after another, each on the gang.
+//! `CpuExecutor`: runs the stages of a prepared program one after another, each on the gang.
 //!
-//! The calling thread is worker 0 and does what is too small to share by itself. In steady state
-//! a step allocates nothing.
+//! The calling thread is worker 0. It does alone what is too small to share. A step allocates
+//! nothing once a step of its kind has run.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,11 +31,11 @@ use crate::stage::{
 };
 use crate::transform::TransformStage;
 
-/// Whole blocks of as many rows of a prompt are in the prefill form: decoding weights for fewer
-/// does not pay, and pages of the cache do not straddle them.
+/// Whole blocks of this many rows of a prompt are in the prefill form. Decoding weights for fewer
+/// rows does not pay, and no page of the cache lies across the border of a block.
 const PREFILL_ROWS: usize = 64;
 
-/// Floats below which a piece of elementwise work is not worth waking the gang.
+/// Elementwise work on fewer floats is done without waking the gang.
 const ALONE_FLOATS: usize = 8192;
 
 /// A prepared program on the CPU.
@@ -43,18 +43,18 @@ const ALONE_FLOATS: usize = 8192;
 pub(crate) struct CpuExecutor {
     pub(crate) program: Arc<Program>,
     pub(crate) stages: Vec<Stage>,
-    /// Whether products of prompts' rows differ from those of decoding rows.
+    /// Whether rows in the prefill form are computed differently from the others.
     pub(crate) prefill_form: bool,
     pub(crate) weight_bytes: usize,
     pub(crate) limits: ExecutorLimits,
-    /// Rows of a step that ran and is not collected, or why it failed.
+    /// The rows of a step that ran and is not collected yet, or the error that ended it.
     pub(crate) in_flight: Option<Result<usize, BackendError>>,
     pub(crate) state: State,
-    /// The stages point into it.
+    /// The memory that the stages' pointers refer to.
     pub(crate) _buffers: Buffers,
 }
 
-/// Everything that stages work with.
+/// The memory and the workers that stages use.
 #[derive(Debug)]
 pub(crate) struct State {
     pub width: Width,
@@ -70,7 +70,7 @@ pub(crate) struct State {
     pub router: Vec<f32>,
     pub groups: GroupScratch,
     pub logits: Vec<f32>,
-    /// The vocabulary; 0 if the program makes no logits.
+    /// Tokens of the vocabulary. 0 if the program makes no logits.
     pub logits_width: usize,
     pub captures: Vec<Vec<f32>>,
     pub capture_widths: Vec<usize>,
@@ -78,11 +78,11 @@ pub(crate) struct State {
     pub sequence_of: Vec<u32>,
     /// Whether each row is in the prefill form.
     pub prefill: Vec<bool>,
-    /// Stretches of the step's rows whose latent attention is absorbed.
+    /// Ranges of the step's rows whose latent attention is absorbed.
     pub absorbed: Vec<Range<usize>>,
     /// The sequences' block tables.
     pub tables: SequenceTables,
-    /// The tokens of rows, and those that are chosen.
+    /// Chooses tokens, and keeps the tokens of the step's rows.
     pub chooser: Chooser,
     pub profile: Profile,
 }
@@ -132,7 +132,7 @@ impl Executor for CpuExecutor {
         self.limits
     }
 
-    /// The step runs to its end; whether it did well is told when it is collected.
+    /// Runs the step to its end. `collect` tells whether it succeeded.
     fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
         if self.in_flight.is_some() {
             return Err(StepError("a step is in flight already".to_owned()).into());
@@ -207,7 +207,8 @@ impl CpuExecutor {
 }
 
 impl State {
-    /// What a step's stages share: the sequence of each row, angles, room for logits.
+    /// Prepares what the stages of a step share: the sequence of each row, angles, and memory for
+    /// logits.
     fn begin(&mut self, program: &Program, step: &Step) {
         self.chooser.begin(step);
         self.sequence_of.clear();
@@ -252,7 +253,7 @@ impl State {
         }
     }
 
-    /// Divides rows among the workers, or does them all here if they are little work.
+    /// Divides rows among the workers, or does them all on this thread if they are little work.
     fn by_rows(&self, rows: usize, floats_per_row: usize, work: impl Fn(Range<usize>) + Sync) {
         if rows == 1 || rows * floats_per_row < ALONE_FLOATS {
             return work(0..rows);
@@ -260,8 +261,8 @@ impl State {
         self.gang.run(|worker, workers| work(share(rows, worker, workers)));
     }
 
-    /// Runs one stage. Stages' buffers hold `rows_max` rows and the step has no more; a stage's
-    /// inputs are complete before it starts.
+    /// Runs one stage. The buffers hold `rows_max` rows, and a step has no more. A stage's inputs
+    /// are complete before it starts.
     fn run(&mut self, stage: &Stage, step: &Step) -> Result<(), BackendError> {
         let (width, count) = (self.width, step.rows());
         match stage {
@@ -509,7 +510,7 @@ impl State {
     }
 }
 
-/// Prepares the input of a linear group, with what was fused into it.
+/// Prepares the input of a linear group. An op that is fused into it is computed on the way.
 fn prepare(
     width: Width,
     gang: &Gang,
@@ -543,7 +544,7 @@ fn prepare(
     }
 }
 
-/// A buffer of which only row `row` is there: `out`.
+/// A buffer of which only row `row` exists, at `out`.
 fn window(out: &mut [f32], row: usize) -> Rows {
     Rows::new(out.as_mut_ptr().wrapping_sub(row * out.len()), out.len())
 }
@@ -598,10 +599,10 @@ fn copy(input: Rows, start: usize, out: Rows, count: usize) {
     }
 }
 
-/// Scale and soft-cap of logits.
+/// Scales and caps logits.
 struct Soften {
     all: Rows,
-    /// Which of them; this worker's own.
+    /// The logits of this worker.
     range: Range<usize>,
     scale: f32,
     softcap: Option<f32>,

@@ -1,9 +1,9 @@
-//! What this machine can do, measured: the roofs of the roofline.
+//! Measures what this machine can do: the roofs of the roofline model.
 //!
-//! [`measure_bandwidth`] streams a buffer much larger than the last-level cache, which is what
-//! decoding does with weights; [`measure_matmul`] multiplies in registers, which no real product
-//! can outrun. Both take well under half a second and return the best of many short runs, since
-//! other work on the machine only ever makes a run slower.
+//! [`measure_bandwidth`] reads a buffer much larger than the last-level cache, as decoding reads
+//! weights. [`measure_matmul`] multiplies in registers, and no real product is faster. Both take
+//! well under half a second and return the best of many short runs, because other work on the
+//! machine only makes a run slower.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -41,22 +41,22 @@ pub struct MatmulReport {
     pub isa: Isa,
     /// Threads that took part.
     pub threads: usize,
-    /// int8 x int8 to int32.
+    /// Products of int8 with sums in int32.
     pub int8_gop_s: f64,
-    /// bf16 x bf16 to f32; where the ISA has no such instruction, the f32 rate.
+    /// Products of bf16 with sums in f32. Where the instruction set has none, the rate of f32.
     pub bf16_gop_s: f64,
-    /// f32 fused multiply-add.
+    /// Fused multiply-adds in f32.
     pub f32_gop_s: f64,
 }
 
 /// Passes over the buffer.
 const PASSES: usize = 4;
-/// Slices of the buffer that are timed one by one; the best counts. A slice takes a millisecond or
-/// so, so that even on a busy machine some are not interrupted.
+/// Slices of the buffer that are timed separately. The best one counts. A slice takes about a
+/// millisecond, so some are not interrupted even on a busy machine.
 const SLICES: usize = 16;
-/// Buffers at least this large, even where caches are small.
+/// The least size of the buffer.
 const BUFFER_BYTES_MIN: usize = 192 << 20;
-/// And at most this large, even where caches are huge.
+/// The largest size of the buffer.
 const BUFFER_BYTES_MAX: usize = 1 << 30;
 
 /// Bytes of the largest cache that the first core sees, if the system tells.
@@ -115,8 +115,8 @@ pub fn measure_bandwidth(threads: usize) -> Result<BandwidthReport, BackendError
     })
 }
 
-/// Measures how fast `threads` threads together multiply and add with `isa` (which this machine
-/// must have) when nothing has to be loaded.
+/// Measures how fast `threads` threads together multiply and add with `isa`, without loads. This
+/// machine must have `isa`.
 pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
     let gang = Gang::new(threads);
     let int8 = |steps| run_peak(isa, Number::Int8, steps);
@@ -124,7 +124,7 @@ pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
     let float_rate = rate(&gang, 2 * 16, &float);
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Amx {
-        // A step has four products of tiles; `rate` counts `CHAINS` instructions.
+        // A step has four products of tiles, but `rate` counts `CHAINS` instructions.
         let product = 4 * 2 * 16 * 16 * 32 / CHAINS;
         // SAFETY: `isa` is available, so the caller promised.
         let tiles = |int8: bool| move |steps| unsafe { crate::linear::amx::peak(int8, steps) };
@@ -145,7 +145,7 @@ pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
     }
 }
 
-/// A pointer that workers share; each uses a part of its own.
+/// A pointer that workers share. Each uses a part of its own.
 struct Shared(*mut u8);
 
 // SAFETY: see the uses.
@@ -166,7 +166,7 @@ fn best_seconds(runs: usize, mut run: impl FnMut(usize)) -> f64 {
     times.fold(f64::INFINITY, f64::min)
 }
 
-/// Reads `len` bytes (a multiple of 256) and returns something made of all of them.
+/// Reads `len` bytes (a multiple of 256) and returns a number that depends on all of them.
 unsafe fn read_all(start: *const u8, len: usize) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if features::avx512() {
@@ -206,10 +206,12 @@ enum Number {
     F32,
 }
 
-/// Independent accumulators: more than latency times instructions a cycle on any core so far.
+/// The number of independent accumulators. It is more than latency times instructions a cycle on
+/// any core so far.
 const CHAINS: usize = 12;
 
-/// 10^9 operations a second when each of a step's `CHAINS` instructions does `operations`.
+/// The rate in 10^9 operations a second, if each of a step's `CHAINS` instructions does
+/// `operations`.
 fn rate(gang: &Gang, operations: usize, work: &(dyn Fn(usize) + Sync)) -> f64 {
     let mut steps = 1000;
     loop {
@@ -308,7 +310,7 @@ with_features! { neon_dot =>
 }
 
 /// `steps` times `CHAINS` independent multiply-adds.
-// Loops and no `map`: a closure inside a library function is not compiled for the ISA's features.
+// Loops and not `map`: a closure that a library function calls is compiled without the features.
 #[inline(always)]
 unsafe fn peak<S: Simd>(number: Number, steps: usize) {
     let ones = black_box([1u32; 16]);

@@ -1,9 +1,11 @@
-//! From a program's ops to an executor's stages: buffers by lifetime, and neighbours fused.
+//! Turns a program's ops into an executor's stages: shares buffers by lifetime and fuses
+//! neighbouring ops.
 //!
 //! A norm, a residual sum before it, or a nonlinearity is computed while the linear group that
-//! alone reads it prepares its input, and never stored; a residual sum after a linear layer is
-//! made by the layer adding to the residual's buffer. Fused ops are neighbours, and a linear
-//! group reads all of its input before it writes, so the lifetimes of the unfused program hold.
+//! alone reads it prepares its input. Its result is never stored. A residual sum after a linear
+//! layer is fused too: the layer adds its product to the residual's buffer. Fused ops are
+//! neighbours, and a linear group reads all of its input before it writes. So the lifetimes of the
+//! unfused program hold.
 
 use lathe_program::{
     Activation, AttendSpec, BackendError, BufferPlan, ExpertsSpec, GateKind, KvFormat, KvLayer,
@@ -23,14 +25,14 @@ use crate::stage::{
 use crate::transform::{Transform, TransformStage};
 use crate::weights::Weights;
 
-/// What keeps the stages from running `op`, if anything does.
+/// The feature of `op` that the stages do not support, if there is one.
 pub(crate) fn unsupported(op: &Op) -> Option<String> {
     let Op::Route { spec, .. } = op else { return None };
     let many = spec.groups.is_some_and(|groups| groups.groups > ROUTER_GROUPS_MAX);
     many.then(|| format!("routers with more than {ROUTER_GROUPS_MAX} groups of experts"))
 }
 
-/// Groups of experts that a router may have.
+/// The most groups of experts that a router may have.
 const ROUTER_GROUPS_MAX: usize = 256;
 
 /// The buffers of a program's values.
@@ -44,7 +46,7 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
-    /// Buffers for `rows_max` rows.
+    /// Memory for the values of `rows_max` rows.
     ///
     /// # Errors
     /// [`BackendError::Memory`].
@@ -81,7 +83,7 @@ pub(crate) struct Planner<'a> {
     buffers: &'a Buffers,
     exact: bool,
     kv_format: KvFormat,
-    /// How many ops read each value.
+    /// The number of ops that read each value.
     readers: Vec<u32>,
 }
 
@@ -127,7 +129,8 @@ impl<'a> Planner<'a> {
         Ok(stages)
     }
 
-    /// A linear group or logits with their neighbours, and how many ops they are.
+    /// A linear group or logits with the ops that are fused into it, and the number of these ops in
+    /// all.
     fn fused(&self, at: usize) -> Option<(Stage, usize)> {
         let (prelude, skipped) = self.prelude(at);
         let at = at + skipped;
@@ -143,7 +146,8 @@ impl<'a> Planner<'a> {
                 Some((Stage::Linear(stage), skipped + 1 + usize::from(residual.is_some())))
             }
             Op::Logits { input, head, gather, scale, softcap } => {
-                // A sum before the norm would be stored for the asked rows only: leave it alone.
+                // A sum before the norm would be stored for the asked rows only, so it is not
+                // fused.
                 let source = match prelude {
                     Prelude::None => LogitsInput::Rows(self.rows(*input)),
                     Prelude::Norm(norm, out) if out == *input => LogitsInput::Norm(norm),
@@ -159,7 +163,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// What may be fused into the op after it, and how many ops it is.
+    /// The ops that may be fused into the op after them, and their number.
     fn prelude(&self, at: usize) -> (Prelude, usize) {
         let ops = &self.program.ops;
         match (&ops[at], ops.get(at + 1)) {
@@ -190,7 +194,7 @@ impl<'a> Planner<'a> {
         self.readers[value.0 as usize] == 1
     }
 
-    /// The source of an op that reads `input`, or nothing if the prelude makes something else.
+    /// The input of an op that reads `input`. `None` if the prelude makes another value.
     fn source(&self, prelude: Prelude, input: Value) -> Option<LinearInput> {
         match prelude {
             Prelude::None => Some(LinearInput::Rows(self.rows(input))),
@@ -204,7 +208,8 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The value that the linear layer at `at` may add its product to, and how much of it.
+    /// The value that the linear layer at `at` may add its product to, and the factor of the
+    /// product.
     fn residual(&self, at: usize) -> Option<(Value, f32)> {
         let Op::Linear { parts, .. } = &self.program.ops[at] else { return None };
         let Some(Op::Add { left, right, scale, out }) = self.program.ops.get(at + 1) else {
@@ -431,7 +436,7 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// The numbers of an attention over heads.
+/// The shape of an attention over heads.
 pub(crate) fn attend_shape(spec: &AttendSpec) -> AttendShape {
     AttendShape {
         kv_heads: spec.kv_heads,

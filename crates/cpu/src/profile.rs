@@ -14,7 +14,7 @@ pub(crate) struct Profile {
     several_rows: Times,
 }
 
-/// Times of steps that have about as many rows.
+/// Times of the steps of one class.
 #[derive(Debug, Default)]
 struct Times {
     steps: u64,

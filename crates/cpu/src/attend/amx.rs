@@ -1,4 +1,5 @@
-//! [`super::split`]'s products by AMX. Sums are tiles 0 to 3, rows 4 and 5, columns 6 and 7.
+//! AMX products of [`super::split`]. Sums are tiles 0 to 3, rows tiles 4 and 5, columns tiles 6 and
+//! 7.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -15,7 +16,7 @@ pub(super) const PRODUCTS: SplitProducts =
 /// AVX-512 with BF16 is available; otherwise as [`SplitRows::chunk`].
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 unsafe fn rows(split: &SplitRows) {
-    /// The numbers that halves of a vector of `bf16` stand for.
+    /// The numbers that half a vector of `bf16` stands for.
     #[inline]
     #[target_feature(
         enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"
@@ -74,7 +75,8 @@ unsafe fn begin() {
 /// # Safety
 /// Tiles are configured for sixteen rows; otherwise as [`super::split::multiply`].
 unsafe fn multiply(blocks: &Blocks) {
-    // SAFETY: the caller vouches for operands and sums of these counts; the compiler knows nothing of tile registers.
+    // SAFETY: the caller vouches for operands and sums of these counts; the compiler knows nothing
+    // of tile registers.
     unsafe {
         load_sums(blocks);
         asm!(
@@ -119,7 +121,7 @@ unsafe fn multiply(blocks: &Blocks) {
     }
 }
 
-/// Loads the sums, or zeros them.
+/// Loads the sums, or sets them to zero.
 ///
 /// # Safety
 /// As [`multiply`].

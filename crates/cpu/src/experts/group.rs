@@ -1,7 +1,7 @@
-//! [`lathe_program::Op::Experts`] as a grouped product: rows are sorted by expert, and each
-//! expert that was chosen reads its matrices once for all of its rows.
+//! [`lathe_program::Op::Experts`] as a grouped product. Rows are sorted by expert, and each chosen
+//! expert reads its matrices once for all of its rows.
 //!
-//! Invariant: a row's experts are added in the order of their numbers, so its sum does not depend
+//! Invariant: a row's experts are added in the order of their numbers. So its sum does not depend
 //! on the rows beside it.
 
 use std::ops::Range;
@@ -24,9 +24,9 @@ pub(crate) struct ExpertsStage {
     pub input: Rows,
     /// The program's number of the routing that says which rows each expert gets.
     pub routing: usize,
-    /// The numbers.
+    /// The spec of the experts.
     pub spec: ExpertsSpec,
-    /// What is done to what down reads.
+    /// The transform of the input of `down`.
     pub hidden_transform: Option<Transform>,
     /// `[hidden, in]` each.
     pub gate: Vec<Matrix>,
@@ -40,9 +40,9 @@ pub(crate) struct ExpertsStage {
     pub up_bias: Option<Vec<f32>>,
     /// `[experts, out]`.
     pub down_bias: Option<Vec<f32>>,
-    /// What gate and up need of their input.
+    /// The forms of the input that gate and up need.
     pub operands: Operands,
-    /// What down needs of its input.
+    /// The forms of the input that down needs.
     pub down_operands: Operands,
     /// `[rows, out]`.
     pub out: Rows,
@@ -51,7 +51,7 @@ pub(crate) struct ExpertsStage {
 /// Memory for grouping rows, kept from step to step.
 #[derive(Debug, Default)]
 pub(crate) struct GroupScratch {
-    /// Where each expert's pairs begin, and the end of the last.
+    /// The start of each expert's pairs, and the end of the last.
     starts: Vec<u32>,
     /// Pairs of a row and a place among its experts, sorted by expert: `row * per_row + place`.
     pairs: Vec<u32>,
@@ -64,7 +64,7 @@ pub(crate) struct GroupScratch {
 }
 
 impl GroupScratch {
-    /// Grows to what `stage` needs for `rows` rows.
+    /// Grows to the memory that `stage` needs for `rows` rows.
     pub(crate) fn reserve(&mut self, stage: &ExpertsStage, rows: usize, per_row: usize) {
         let grow = |v: &mut Vec<f32>, n: usize| v.resize(v.len().max(n), 0.0);
         grow(&mut self.gate, rows * stage.spec.hidden);
@@ -74,7 +74,7 @@ impl GroupScratch {
         self.pairs.reserve(rows * per_row);
     }
 
-    /// Sorts the pairs of `rows` rows by expert, keeping the order of rows.
+    /// Sorts the pairs of `rows` rows by expert and keeps the order of rows.
     fn sort(&mut self, routing: &ChosenExperts, rows: usize, spec: &ExpertsSpec) {
         let experts = &routing.experts[..rows * routing.per_row];
         let local = |expert: u32| {
@@ -94,14 +94,14 @@ impl GroupScratch {
                 self.starts[e] += 1;
             }
         }
-        // Filling moved each start to its group's end.
+        // Filling the pairs moved each start to the end of its group.
         self.starts.rotate_right(1);
         self.starts[0] = 0;
     }
 }
 
 impl ExpertsStage {
-    /// Runs every chosen expert on its rows, of which `prefill` are in the prefill form.
+    /// Runs every chosen expert on its rows. `prefill` says which rows are in the prefill form.
     ///
     /// # Safety
     /// Input and output are valid for `rows` rows and overlap nothing that others touch.
@@ -202,7 +202,7 @@ fn part_of(bias: &Option<Vec<f32>>, expert: usize, n: usize) -> Option<&[f32]> {
 struct AddWeighted<'a> {
     from: &'a [f32],
     weight: f32,
-    /// As many floats as `from`; nobody else's.
+    /// As many floats as `from`. Nobody else touches them.
     to: *mut f32,
 }
 

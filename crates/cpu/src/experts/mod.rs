@@ -1,4 +1,4 @@
-//! Mixture of experts: choosing experts for each row, and running each expert on its rows.
+//! Mixture of experts: chooses experts for each row and runs each expert on its rows.
 
 mod group;
 mod route;

@@ -22,11 +22,11 @@ pub(crate) struct ChosenExperts {
 pub(crate) struct RouteStage {
     /// `[rows, in]`.
     pub input: Rows,
-    /// The numbers.
+    /// The spec of the router.
     pub spec: RouterSpec,
     /// `[experts, in]`.
     pub matrix: Matrix,
-    /// What the matrix needs of its input.
+    /// The forms of the input that the matrix needs.
     pub operands: Operands,
     /// `[experts]`.
     pub bias: Option<Vec<f32>>,
@@ -37,8 +37,8 @@ pub(crate) struct RouteStage {
 }
 
 impl RouteStage {
-    /// Chooses for one row. `logits` are the router's, bias included, and are used up; `ranks`
-    /// is scratch memory; both `[experts]`.
+    /// Chooses the experts of one row. `logits` are the router's, bias included, and are
+    /// overwritten. `ranks` is scratch memory. Both are `[experts]`.
     pub(crate) fn choose(
         &self,
         logits: &mut [f32],
@@ -79,7 +79,7 @@ fn softmax(x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x /= sum);
 }
 
-/// The first of equals.
+/// The index of the largest number, and of the first if several are equal.
 fn index_of_largest(x: &[f32]) -> usize {
     let mut best = 0;
     for i in 1..x.len() {
@@ -93,8 +93,8 @@ fn index_of_largest(x: &[f32]) -> usize {
 /// Sets the ranks of all experts outside the best groups to minus infinity.
 fn keep_best_groups(ranks: &mut [f32], limit: &GroupLimit) {
     let size = ranks.len() / limit.groups.max(1);
-    // A group's standing is read from its own ranks, so those of groups already chosen are needed
-    // no more for choosing and marked by their index instead of a list on the heap.
+    // The score of a group depends on its own ranks only. So groups that are chosen already are
+    // marked by their index, without a list on the heap.
     let mut kept = [false; 256];
     for _ in 0..limit.groups_per_token {
         let mut best: Option<(usize, f32)> = None;

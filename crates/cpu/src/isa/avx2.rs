@@ -1,14 +1,14 @@
 //! [`Simd`] on AVX2, FMA and F16C (Haswell, Zen and later): two registers a vector.
 //!
-//! Without AVX-VNNI, codes and activations meet as `i16`, by `madd`. `maddubs` takes twice as many bytes, but
-//! an activation has two, and its sums have to be kept from saturating: on Zen 1, where one port multiplies,
-//! blocks of rows ran at 0.64 of that port's limit with it.
+//! Without AVX-VNNI, codes and activations are multiplied as `i16` by `madd`. `maddubs` would take
+//! twice as many bytes. But an activation has two bytes, and the sums of `maddubs` saturate unless
+//! they are kept small (docs/performance-notes.md has the comparison).
 
 use std::arch::x86_64::*;
 
 use super::{ByteCodes, ByteDots, SEGMENT, Simd, WordCodes, WordDots, unroll};
 
-/// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
+/// AVX2, FMA and F16C. With `VNNI` also AVX-VNNI.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2<const VNNI: bool>;
 
@@ -224,7 +224,8 @@ where
                     _mm256_dpbusd_avx_epi32(acc[1], codes[1], x[1]),
                 ];
             }
-            // `x` is the sum itself: products that do not depend on it would be taken out of the loop.
+            // One factor is the sum itself. The compiler would move a product that does not depend
+            // on the sum out of the loop.
             [
                 _mm256_add_epi32(acc[0], _mm256_madd_epi16(codes[0], acc[0])),
                 _mm256_add_epi32(acc[1], _mm256_madd_epi16(codes[1], acc[1])),
@@ -298,7 +299,7 @@ impl WordDots for Avx2<false> {
     }
 }
 
-/// [`ByteDots::dot`] by AVX-VNNI: a chain for the high bytes and one for the low ones.
+/// [`ByteDots::dot`] by AVX-VNNI. The high bytes and the low bytes have a chain of sums each.
 #[inline(always)]
 unsafe fn dot_vnni<const N: usize>(
     low_bits: u32,

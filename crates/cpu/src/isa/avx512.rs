@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{ByteCodes, ByteDots, SEGMENT, Simd};
 
-/// AVX-512 F, BW, VL, VNNI, with AVX2, FMA and F16C; [`Avx512::dot_bf16`] also needs BF16.
+/// AVX-512 F, BW, DQ, VL and VNNI, with AVX2, FMA and F16C. [`Avx512::dot_bf16`] also needs BF16.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
 

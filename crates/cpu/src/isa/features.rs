@@ -1,12 +1,12 @@
 //! The instructions that kernels are compiled for, listed once.
 //!
-//! Each list makes two things: the attribute that compiles a function for those instructions
-//! ([`with_features`]), and a function that says whether this machine has them. Both vector
-//! vocabularies ([`super::Simd`] and [`crate::lanes::Lanes`]) use them. A function that is too
-//! long for a macro writes its list out; a test compares it with the lists of this file.
+//! Each list makes two things. One is the attribute that compiles a function for those instructions
+//! ([`with_features`]). The other is a function that says whether this machine has them. Both
+//! vector vocabularies ([`super::Simd`] and [`crate::lanes::Lanes`]) use them. A function that is
+//! too long for a macro writes its list out, and a test compares it with the lists of this file.
 
-/// Makes `with_features` and the detecting functions. `$d` is a dollar sign, which a macro that
-/// makes a macro must be given.
+/// Makes `with_features` and the detecting functions. `$d` must be a dollar sign: a macro that
+/// makes a macro cannot write one itself.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! feature_lists {
     ($d:tt $detected:ident: $($(#[$doc:meta])* $name:ident = [$($feature:tt)+];)*) => {

@@ -4,8 +4,8 @@ use super::{ByteCodes, ByteDots, SEGMENT, Simd};
 use half::f16;
 use lathe_tensor::{Element, codec::element};
 
-/// Arrays of sixteen, left to the compiler to vectorize; calls, because inlining dozens of loops
-/// into each kernel costs minutes of building and gains nothing that matters here.
+/// Arrays of sixteen, which the compiler may vectorize. Most methods are calls: inlining their
+/// loops into each kernel would cost minutes of building for little speed.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
 

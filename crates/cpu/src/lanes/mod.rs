@@ -1,9 +1,9 @@
 //! Sixteen `f32` lanes: the vector on which every float kernel of this crate is written once.
 //!
-//! The width is the same on every instruction set (one AVX-512 register, two of AVX2, four of
-//! NEON, an array elsewhere), so that layouts and the order of additions within a kernel are too. A kernel is a
-//! struct that implements [`Kernel`]; [`dispatch`] compiles it once for each instruction set and
-//! picks the copy at run time. What the kernels compute is no concern of this module.
+//! The width is the same on every instruction set: one AVX-512 register, two of AVX2, four of NEON,
+//! an array elsewhere. So memory layouts and the order of additions are the same too. A kernel is a
+//! struct that implements [`Kernel`]. [`dispatch`] compiles it once for each instruction set and
+//! picks the copy at run time.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -19,15 +19,15 @@ use crate::isa::Isa;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::isa::features::with_features;
 
-/// Lanes of a vector.
+/// Numbers in a vector.
 pub(crate) const LANES: usize = 16;
 
-/// Sixteen `f32`. Methods are safe to call only where the instruction set is there, which
-/// [`dispatch`] sees to; those that touch memory say what must be readable or writable.
+/// Sixteen `f32`. Methods may be called only where the instruction set exists, and [`dispatch`]
+/// guarantees that. Methods that touch memory say what must be readable or writable.
 pub(crate) trait Lanes: Copy {
-    /// Rows of the register block of a matrix product.
+    /// Rows of a matrix product that are computed together, with their sums in registers.
     const BLOCK_ROWS: usize;
-    /// Vectors in a row of the register block of a matrix product.
+    /// Vectors of columns of a matrix product that are computed together.
     const BLOCK_VECTORS: usize;
 
     /// All lanes `x`.
@@ -38,7 +38,7 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// 16 floats at `to` are writable.
     unsafe fn store(self, to: *mut f32);
-    /// The first `n` floats (16 at most), zeros after them.
+    /// Loads the first `n` floats (16 at most). The other lanes are zero.
     /// # Safety
     /// `n` floats at `from` are readable.
     unsafe fn load_first(from: *const f32, n: usize) -> Self {
@@ -84,7 +84,8 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// 16 words at `from` are readable.
     unsafe fn load_i16(from: *const i16) -> Self;
-    /// Sixteen fp8 e4m3 codes as numbers; codes that mean NaN are never stored and read as 480.
+    /// Sixteen fp8 e4m3 codes as numbers. Codes that mean NaN are never stored, and are read as
+    /// 480.
     /// # Safety
     /// 16 bytes at `from` are readable.
     unsafe fn load_e4m3(from: *const u8) -> Self;
@@ -92,11 +93,11 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// A half at `from` is readable.
     unsafe fn splat_f16(from: *const u16) -> Self;
-    /// The low or high halves of sixteen bytes as numbers 0 to 15.
+    /// The low or the high halves of sixteen bytes, as numbers from 0 to 15.
     /// # Safety
     /// 16 bytes at `from` are readable.
     unsafe fn load_half_bytes(from: *const u8, high: bool) -> Self;
-    /// The low halves of eight bytes and then their high halves, as numbers 0 to 15.
+    /// The low halves of eight bytes, then their high halves, as numbers from 0 to 15.
     /// # Safety
     /// 8 bytes at `from` are readable.
     unsafe fn load_u4(from: *const u8) -> Self;
@@ -137,9 +138,8 @@ pub(crate) trait Lanes: Copy {
 
 /// A piece of work that is written once for all instruction sets.
 pub(crate) trait Kernel {
-    /// What it returns.
     type Output;
-    /// Does the work with vectors `L`. Implementations are `#[inline(always)]`, so that the body
+    /// Does the work with vectors `L`. Implementations must be `#[inline(always)]`. Then the body
     /// is compiled within [`dispatch`]'s functions, which enable the instructions.
     fn run<L: Lanes>(self) -> Self::Output;
 }
@@ -174,7 +174,7 @@ impl Width {
             Isa::Avx2 | Isa::AvxVnni => Vectors::Avx2,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon | Isa::NeonDot => Vectors::Neon,
-            // The rest is portable, or of another architecture and so not available.
+            // Other instruction sets are portable, or of another architecture and so not available.
             _ => Vectors::Portable,
         })
     }

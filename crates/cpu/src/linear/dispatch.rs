@@ -23,14 +23,14 @@ use crate::isa::portable::Portable;
 use crate::isa::{avx2::Avx2, avx512::Avx512};
 use crate::pack::layout::{Codes, Constants, Fineness, Operand, PanelLayout, Scales};
 
-/// An ISA as something that kernels are compiled for.
+/// A set of features that kernels are compiled for.
 trait Target {
-    /// Rows that its registers hold: 4 or 16.
+    /// The most rows whose sums fit its registers: 4 or 16.
     const ROWS_MAX: usize;
-    /// Whether its integer dot takes codes of any width alike.
+    /// Whether its integer dot is the same for codes of every width.
     const ANY_WIDTH: bool;
-    /// Most rows of a block that direct kernels multiply, up to eight at a time: with few registers, or where
-    /// decoding costs more than what it shares, decoding once for all rows wins from there on.
+    /// The most rows that direct kernels multiply. For more rows it is faster to decode once for
+    /// all of them. With few registers that limit is lower.
     const DIRECT_ROWS: usize;
     /// Whether its coded activations are words.
     const WORDS: bool;
@@ -110,7 +110,7 @@ target!(NeonTarget, Neon<false>, 4, false, neon);
 #[cfg(target_arch = "aarch64")]
 target!(NeonDotTarget, Neon<true>, 4, false, neon_dot);
 
-/// The kernels of a matrix; `None` if there are none for its codes under its scales.
+/// The kernels of a matrix. `None` if no kernel reads its codes under its scales.
 pub(crate) fn kernels(isa: Isa, layout: PanelLayout, operand: Operand) -> Option<Kernels> {
     Some(match isa {
         #[cfg(target_arch = "x86_64")]
@@ -121,8 +121,8 @@ pub(crate) fn kernels(isa: Isa, layout: PanelLayout, operand: Operand) -> Option
                     let to_tiles = Some(with_coded(codes, scales, OnTiles)?);
                     Some(Prompt { to_tiles, products: TileInstructions::Amx })
                 }
-                // Codes with `f32` operands are exact and have no prefill form. fp8 codes always
-                // have `f32` operands, so whether they are rounded is decided elsewhere.
+                // Integer codes whose operand is `f32` have no prefill form. The operand of fp8
+                // codes is always `f32`, and they have one.
                 _ => prompt_of_floats(layout, TileInstructions::Amx),
             };
             let tiles = match layout {
@@ -154,8 +154,8 @@ pub(crate) fn kernels(isa: Isa, layout: PanelLayout, operand: Operand) -> Option
     })
 }
 
-/// `kernels` whose rows in the prefill form are multiplied by AVX-512's dots of `bf16` pairs, where
-/// the weights are floats of 16 or 8 bits.
+/// `kernels`, but rows in the prefill form are multiplied by AVX-512's `bf16` dots if the weights
+/// are `bf16` or fp8.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn with_dots(kernels: Kernels, layout: PanelLayout) -> Kernels {
     Kernels { prompt: prompt_of_floats(layout, TileInstructions::Dots), ..kernels }
@@ -211,7 +211,7 @@ fn for_target<T: Target>(layout: PanelLayout, operand: Operand) -> Option<Kernel
     })
 }
 
-/// Something to make of a coded format.
+/// A function of the type of a coded format.
 trait Visit {
     type Output;
     fn with<C: Coded>(self) -> Self::Output;
@@ -343,7 +343,7 @@ fn tile<T: Target>(bits: u32, parts: usize, min: bool) -> ChooseFn {
     }
 }
 
-/// The instance of a kernel whose type depends on how many panels it takes.
+/// Chooses the instance of a kernel that multiplies several panels at once.
 macro_rules! choose_direct {
     ($name:ident, $bound:ident, $kernel:ident) => {
         fn $name<T: Target, C: $bound>(rows: usize, panels: usize) -> (RunFn, usize, usize) {
@@ -363,8 +363,9 @@ choose_direct!(direct_rows_of, Coded, Direct);
 choose_direct!(direct_floats_of, Float, DirectFloats);
 choose_direct!(direct_scaled_of, Float, DirectScaled);
 
-/// The instance for the most rows that `left`, the registers and the kernel allow. Only default
-/// kernels are instantiated for many numbers of rows: each instance costs seconds of building.
+/// The instance for the most rows that `left`, the registers and the kernel allow. Only tuned
+/// kernels have instances for many numbers of rows, because each instance costs seconds of
+/// building.
 fn rows_of<T: Target, K: PanelKernel>(left: usize) -> (RunFn, usize) {
     match left.min(T::ROWS_MAX) {
         16.. if T::ROWS_MAX >= 16 => (T::run::<K, 16>(), 16),

@@ -1,6 +1,6 @@
 //! The arithmetic of one panel against up to sixteen rows, generic over ISA and format.
 //!
-//! Each output is one lane of one accumulator, added to in the order of k:
+//! Each output is one lane of one accumulator. Terms are added to it in the order of k:
 //! ```text
 //! coded: acc = fma(dw * dx, f32(-zero * sum(qx) + sum(qw * qx)), acc)   a segment (or half) at a time,
 //!                                                                       qx = 2^n * high + low
@@ -8,10 +8,10 @@
 //! float: acc = fma(w, x, acc)                                          a position at a time
 //! fp8  : acc = fma(w * dw, x, acc)                                     a position at a time
 //! ```
-//! The integer dot is exact, so any ISA may compute it in any order. The number of rows (`R`)
-//! changes which accumulators exist, never what is added to one of them; nor does it matter
-//! whether codes come straight from the panel ([`Direct`]: up to eight rows of one block) or
-//! from a scratch where [`Expand`] put eight segments for all rows to share ([`Tile`]).
+//! The integer dot is exact, so any instruction set may compute it in any order. The number of rows
+//! (`R`) changes how many accumulators exist, but not what is added to one of them. Codes may come
+//! straight from the panel ([`Direct`], up to eight rows of one block), or from a scratch where
+//! [`Expand`] put eight segments for all rows ([`Tile`]). That changes nothing either.
 
 use std::marker::PhantomData;
 
@@ -22,9 +22,9 @@ use crate::isa::{self, ByteCodes, ByteDots, SEGMENT, Simd, WordCodes, WordDots, 
 use crate::pack::PANEL;
 use crate::pack::layout::{Constants, Fineness};
 
-/// What a kernel does with a run: one of the types below, for one format.
+/// The arithmetic of a run of segments. Each type below implements it for some formats.
 pub(crate) trait PanelKernel: 'static {
-    /// Whether it is worth an instance for every number of rows.
+    /// Whether the kernel has an instance for every number of rows that blocks are padded to.
     const TUNED: bool;
     /// # Safety
     /// `S` runs here; `args` covers `segments` segments of this kernel's weights and of `R` rows
@@ -32,17 +32,17 @@ pub(crate) trait PanelKernel: 'static {
     unsafe fn run<S: CodedSimd, const R: usize>(args: &Args<'_>);
 }
 
-/// The vectors of an ISA, and the kernels' steps that depend on the form of coded activations.
+/// Vectors with the steps of kernels that depend on the form of coded activations.
 pub(crate) trait CodedSimd: Simd<Codes: CodeForm<Self>> {}
 
 impl<S: Simd<Codes: CodeForm<S>>> CodedSimd for S {}
 
-/// A form of coded activations: what differs between kernels of bytes and of words.
+/// The steps of kernels that differ between activations of bytes and of words.
 pub(crate) trait CodeForm<S: Simd> {
     /// Whether activations and expanded codes are words.
     const WORDS: bool;
 
-    /// Adds the dots of what shares a scale to the accumulators of `R` rows.
+    /// Adds the dots of positions that share a scale to the accumulators of `R` rows.
     ///
     /// # Safety
     /// `S` runs here; `rows` has `R` rows of `4 * N` positions.
@@ -264,22 +264,23 @@ pub(super) unsafe fn store_acc<S: Simd, const R: usize>(acc: *mut f32, all: [S::
     }
 }
 
-/// `P` packed panels side by side times coded activations: more chains for the arithmetic to hide in,
-/// and more streams for the memory to serve.
+/// Multiplies `P` packed panels by coded activations. Several panels give the processor more
+/// independent sums and the memory more streams to serve.
 pub(crate) struct Direct<C, const P: usize>(PhantomData<C>);
 
-/// How far ahead of its use a packed panel is asked for. On Sapphire Rapids (two threads, 33 GB/s
-/// from memory) Q4_0 with one row reads 18 GB/s with neither, 24 with this, 28.6 with four panels too.
+/// Bytes between what a kernel reads and what it asks the memory for (docs/performance-notes.md has
+/// the measurement).
 pub(super) const AHEAD_BYTES: usize = 4096;
-/// From a byte of one of `panels` panels side by side to the one that is wanted [`AHEAD_BYTES`] later:
-/// past the panel's end that is in the panel which takes its place.
+/// The bytes from a byte of one of `panels` neighbouring panels to the byte that is read
+/// [`AHEAD_BYTES`] later. Past the panel's end that byte lies in the panel that is read next in its
+/// place.
 #[inline(always)]
 fn ahead(offset: usize, panels: usize, panel_bytes: usize) -> usize {
     let next = if offset + AHEAD_BYTES < panel_bytes { 0 } else { (panels - 1) * panel_bytes };
     AHEAD_BYTES + next
 }
 
-/// Floats of a block's product: from one panel's accumulators to the next's.
+/// Floats from one panel's accumulators to the next panel's.
 const PRODUCT: usize = BLOCK * PANEL;
 
 impl<C: Coded, const P: usize> PanelKernel for Direct<C, P> {
@@ -354,7 +355,8 @@ unsafe fn add_segment_of<S: CodedSimd, C: Coded, const R: usize, const PARTS: us
 /// Decodes a batch for kernels that many rows share.
 pub(crate) trait Expand: 'static {
     /// # Safety
-    /// `S` runs here, and `panel` has `segments` (at most [`super::table::BATCH`]) segments in whole chunks.
+    /// `S` runs here, and `panel` has `segments` (at most [`super::table::BATCH`]) segments in
+    /// whole chunks.
     unsafe fn expand<S: CodedSimd>(
         panel: *const u8,
         segments: usize,
@@ -505,7 +507,7 @@ impl<W: Float> Expand for ToScaledFloats<W> {
     }
 }
 
-/// Asks for `len` bytes from `start` on, which need not be readable.
+/// Asks for the cache lines of `len` bytes from `start` on. They need not be readable.
 #[inline(always)]
 pub(super) fn prefetch(start: *const u8, len: usize) {
     for line in (0..len).step_by(64) {
@@ -513,7 +515,8 @@ pub(super) fn prefetch(start: *const u8, len: usize) {
     }
 }
 
-/// Expanded codes of `BITS` times codes of activations whose low byte has `LOW_BITS`.
+/// Multiplies expanded codes of `BITS` bits by codes of activations whose low byte has `LOW_BITS`
+/// bits.
 pub(crate) struct Tile<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool>;
 
 impl<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool> PanelKernel
@@ -544,7 +547,7 @@ impl<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool> 
     }
 }
 
-/// Plain floats of 16 or 32 bits, loaded as `f32`.
+/// Floats of 8, 16 or 32 bits, loaded as `f32`.
 pub(crate) trait Float: 'static {
     /// Bytes of two positions of sixteen lanes.
     const PAIR_BYTES: usize;
@@ -552,7 +555,7 @@ pub(crate) trait Float: 'static {
     unsafe fn pair<S: Simd>(p: *const u8) -> (S::F, S::F);
 }
 
-/// `f32` weights, or expanded ones.
+/// `f32` weights, or weights that were expanded to `f32`.
 pub(crate) struct Single;
 
 impl Float for Single {
@@ -576,7 +579,7 @@ impl Float for HalfFloat {
     }
 }
 
-/// `bf16` weights, pairs in words.
+/// `bf16` weights. A word holds two neighbours along k.
 pub(crate) struct Brain;
 
 impl Float for Brain {

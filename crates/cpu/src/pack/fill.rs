@@ -1,17 +1,12 @@
-//! Writing panels from a tensor's rows, with the widest vectors that the machine has (packing moves
-//! bits: every width gives the same).
+//! Writes panels from a tensor's rows, with the widest vectors of the machine. Packing moves bits,
+//! so every width gives the same bytes.
 //!
-//! Loading a model reads the file's bytes once and writes as many, into memory that the system
-//! clears when it is first touched. Of these three the clearing cannot be helped; the rest is to
-//! run at the memory's speed, for which [`super::words`] has the transposition and [`populate`]
-//! and the packing loops' prefetches the page table and the cache.
+//! Loading a model reads the file's bytes once and writes as many. The system clears the memory
+//! when it is first touched, which cannot be avoided. The rest should run at the memory's speed.
+//! [`super::words`] transposes in registers, [`populate`] fills the page table, and the packing
+//! loops prefetch.
 //!
-//! Predicted for one core of an AMD EPYC 7001 that reads 10 and copies 5 GB/s: 0.15 s for 0.73 GB.
-//! Measured there (source mapped from the page cache, pages of the target already touched; GB/s of
-//! the file's bytes, 2026-11-26): Q4_0 0.69 before, 3.9 to 5.3 now; Q4_K 0.70, 3.4 to 3.9; Q6_K
-//! 0.53, 2.8 to 3.0; `bf16` 2.1, 3.9 to 5.5; without prefetches Q4_0 2.0. In the cache: Q4_0 7.7,
-//! Q4_K 9.2, Q6_K 7.5, `bf16` 9.1. Stores past the cache gave `bf16` nothing, Q6_K a
-//! tenth, and cost Q4_0, whose chunks are no whole lines, a factor of three.
+//! docs/performance-notes.md has measurements.
 
 use std::ops::Range;
 
@@ -26,8 +21,8 @@ use crate::isa::Isa;
 use crate::isa::features::with_features;
 
 /// Makes the pages that hold rows `rows` of `tensor` readable in one call. A file's pages are in
-/// memory but not in this process's page table; one fault for each 64 KiB costs more than the
-/// call, and prefetches of pages that are not in the table yet are dropped.
+/// memory but not in this process's page table. One fault for each 64 KiB costs more than the call,
+/// and prefetches of pages outside of the table are dropped.
 pub(crate) fn populate(tensor: &Tensor, rows: Range<usize>) {
     let row_bytes = match tensor.format {
         Format::Scaled(format) => (tensor.columns() * format.element.bits()).div_ceil(8),
@@ -49,7 +44,7 @@ fn populate_bytes(bytes: &[u8]) {
 #[cfg(not(target_os = "linux"))]
 fn populate_bytes(_bytes: &[u8]) {}
 
-/// Where the numbers of a panel come from.
+/// The rows of a tensor that become one panel.
 enum PanelRows<'a> {
     Ggml(GgmlType, Lines<'a>),
     Float(FloatType, Lines<'a>),
@@ -60,9 +55,9 @@ enum PanelRows<'a> {
 struct Lines<'a> {
     rows: Rows,
     row_bytes: usize,
-    /// Behind these rows, where the next panel's lie.
+    /// The address behind these rows, where the next panel's rows lie.
     next: *const u8,
-    /// Stands in for rows past the matrix's end.
+    /// Zeros, which replace rows past the end of the matrix.
     _zeros: Vec<u8>,
     _bytes: &'a [u8],
 }
@@ -83,13 +78,13 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Writes the panel `out`, which is zeroed, from up to sixteen rows of the tensor.
+/// Writes a panel from up to sixteen rows of the tensor. `out` is zeroed.
 pub(crate) fn fill_panel(tensor: &Tensor, layout: PanelLayout, rows: Range<usize>, out: &mut [u8]) {
     let widest = [Isa::Avx512, Isa::Avx2].into_iter().find(|isa| isa.is_available());
     fill_panel_with(widest.unwrap_or(Isa::Portable), tensor, layout, rows, out);
 }
 
-/// As [`fill_panel`], with the vectors of `isa`, which this machine must have.
+/// As [`fill_panel`] with the vectors of `isa`, which this machine must have.
 fn fill_panel_with(
     isa: Isa,
     tensor: &Tensor,
@@ -197,7 +192,7 @@ mod tests {
         Tensor::new_scaled(shape, format, codes, scales, zeros, global).expect("a tensor")
     }
 
-    /// The panel's bytes, with a margin that nothing may write.
+    /// The bytes of a panel, and a margin that nothing may write.
     fn panel(isa: Isa, tensor: &Tensor, rows: Range<usize>) -> Vec<u8> {
         const MARGIN: usize = 64;
         let layout = match tensor.format {
@@ -250,8 +245,8 @@ mod tests {
         }
     }
 
-    /// A panel is a permutation of its rows' bits: what each lane holds is told apart by packing
-    /// one row alone. (That products of packed matrices are right is tested beside the kernels.)
+    /// A panel is a permutation of its rows' bits. Packing one row alone shows where its bits go.
+    /// Tests beside the kernels check the products of packed matrices.
     #[test]
     fn rows_do_not_mix() {
         for format in formats() {
@@ -269,7 +264,7 @@ mod tests {
         }
     }
 
-    /// The tensor with all bits of the planes zero but for those of `row`.
+    /// The tensor with all bits zero but those of `row`.
     fn only_row(tensor: &Tensor, row: usize) -> Tensor {
         let only = |plane: &Bytes| {
             let each = plane.len() / tensor.rows();

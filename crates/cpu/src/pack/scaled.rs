@@ -1,8 +1,8 @@
-//! Formats whose codes and scales lie in planes of their own, placed in chunks.
+//! Places formats whose codes and scales lie in planes of their own.
 //!
 //! A group's scale keeps the checkpoint's type. Scales that more than 256 positions share (a
-//! channel, a tensor, tiles of 128 x 128) are repeated: every 256 positions, or at the group's end.
-//! fp6 codes become the e4m3 codes of the same numbers: of all 64 both have each.
+//! channel, a tensor, tiles of 128 x 128) are repeated every 256 positions, or at the end of the
+//! group. fp6 codes become e4m3 codes. Both formats have all 64 numbers of fp6.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ use super::place::{place_lane, place_nibbles, plane};
 use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
 use crate::isa::SEGMENT;
 
-/// Segments that share a stored scale, at most.
+/// The most segments that share a stored scale.
 const GROUP_SEGMENTS_MAX: usize = 8;
 
 /// The layout of a format, or why there is none.
@@ -60,7 +60,7 @@ pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<PanelLayou
     Ok(PanelLayout::Coded(codes, scales))
 }
 
-/// The largest divisor of `n` that is a power of two up to `most`.
+/// The largest power of two that divides `n` and is at most `most`.
 fn common(n: usize, most: usize) -> usize {
     (1 << n.trailing_zeros()).min(most)
 }
@@ -118,7 +118,7 @@ pub(crate) unsafe fn place_panel<W: Words>(
     }
 }
 
-/// What is left of each row from byte `at` on, and zeros.
+/// The rest of each row from byte `at` on, padded with zeros.
 ///
 /// # Safety
 /// Rows have `row_bytes` bytes.
@@ -149,7 +149,7 @@ unsafe fn place_segment<W: Words>(codes: Codes, rows: &Rows, at: usize, out: *mu
             }
             return;
         }
-        // Nibbles lie low first along the row: each half of a word has four codes.
+        // The low nibble comes first along the row, so each half of a word has four codes.
         let words = W::load4(rows, at);
         let zero = W::splat(if codes == Codes::Signed4 { 8 * ONES } else { 0 });
         let mut spread = [zero; 8];
@@ -195,7 +195,7 @@ fn place_float_panel(
             }
             let block = |column: usize| grid.row_start(row) + column / grid.block_columns;
             place_scales(tensor, scales, first, &block, lane, tail);
-            // Kernels read the codes of NaN as numbers: a NaN for a scale gives the same sum.
+            // Kernels read the codes of NaN as numbers. A NaN as the scale makes the sum a NaN.
             let mut written = positions.iter().skip(lane).step_by(PANEL);
             if codes == Codes::F8E4m3 && written.any(|code| code & 0x7f == 0x7f) {
                 place_nan(scales, lane, tail);
@@ -204,7 +204,7 @@ fn place_float_panel(
     }
 }
 
-/// Makes the scale of a chunk's lane a NaN (or the infinity that E8M0's NaN is decoded to).
+/// Makes the scale of a chunk's lane a NaN. E8M0's NaN is decoded to an infinity, which serves too.
 fn place_nan(scales: Scales, lane: usize, tail: &mut [u8]) {
     let Scales::Group { kind, .. } = scales else { return };
     match kind {
@@ -215,7 +215,7 @@ fn place_nan(scales: Scales, lane: usize, tail: &mut [u8]) {
     }
 }
 
-/// Places the scales of the chunk that begins at column `first`; past the end they stay zero.
+/// Places the scales of the chunk that begins at column `first`. Scales past the end stay zero.
 fn place_scales(
     tensor: &Tensor,
     scales: Scales,

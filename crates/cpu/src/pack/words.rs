@@ -1,19 +1,20 @@
-//! `Words`: one 32-bit word of each of a panel's sixteen rows, in the registers of one ISA.
+//! `Words`: one 32-bit word of each of a panel's sixteen rows, in the registers of an instruction
+//! set.
 //!
-//! Packing is a transposition: four neighbouring words of sixteen rows become four vectors of
-//! sixteen lanes ([`Words::load4`]), which shifts and masks turn into a layout's vectors. It moves
-//! bits, so that every implementation gives the same bytes.
+//! Packing transposes: four neighbouring words of sixteen rows become four vectors of sixteen lanes
+//! ([`Words::load4`]). Shifts and masks turn these into the vectors of a layout. Only bits move, so
+//! every implementation gives the same bytes.
 //!
-//! Packing functions are generic over `Words`, `#[inline(always)]`, free of closures (a closure is
-//! a function of its own, compiled without the features of the one around it: that alone cost half
-//! of the time), and instantiated in a `#[target_feature]` wrapper each ([`super::fill`]).
+//! Packing functions are generic over `Words` and `#[inline(always)]`. Each is compiled in a
+//! function with the right features ([`super::fill`]). They have no closures: a closure is a
+//! function of its own, compiled without those features, which made packing twice as slow.
 
 use super::PANEL;
 
 /// The first byte of each row.
 pub(crate) type Rows = [*const u8; PANEL];
 
-/// One bit a byte.
+/// The lowest bit of each byte.
 pub(crate) const ONES: u32 = 0x0101_0101;
 /// The low nibbles of four bytes.
 pub(crate) const LOW4: u32 = 0x0f0f_0f0f;
@@ -46,7 +47,7 @@ pub(crate) trait Words: Copy {
     unsafe fn store_bytes(self, out: *mut u8);
 }
 
-/// Asks for `bytes` bytes from `start` on, which may lie anywhere: a hint.
+/// Asks for the cache lines of `bytes` bytes from `start` on. They need not be readable.
 #[inline(always)]
 pub(crate) fn prefetch(start: *const u8, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
@@ -161,8 +162,8 @@ impl Words for [u32; PANEL] {
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
-    //! A transposition of four words of four rows is four unpackings within 128 bits; a register
-    //! of 256 or 512 bits holds two or four such squares side by side.
+    //! Four unpackings within 128 bits transpose four words of four rows. A register of 256 or 512
+    //! bits holds two or four such squares side by side.
 
     use std::arch::x86_64::*;
 
@@ -287,7 +288,8 @@ pub(crate) mod x86 {
             unsafe {
                 let low = _mm256_set1_epi32(0xffff);
                 let (a, b) = (_mm256_and_si256(self.0, low), _mm256_and_si256(self.1, low));
-                // Packs within 128 bits: quarters 0, 2, 1, 3.
+                // The instruction packs within 128 bits, so the quarters come in the order 0, 2, 1,
+                // 3.
                 _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(a, b))
             }
         }

@@ -1,4 +1,4 @@
-//! The number that a single code stands for: integers and OCP small floats, both ways.
+//! Converts single codes to numbers and back: integers and OCP small floats.
 //!
 //! OCP 8-bit Floating Point Specification 1.0, OCP Microscaling Formats (MX) 1.0.
 
@@ -37,7 +37,7 @@ pub(super) fn float_parts(element: Element) -> Option<&'static FloatParts> {
     }
 }
 
-/// The largest finite value of an element: 448 for e4m3, 127 for 8-bit integers.
+/// The largest finite value of an element, such as 448 for e4m3 and 127 for 8-bit integers.
 pub fn max(element: Element) -> f32 {
     match element {
         Element::Int(bits) => ((1i32 << (bits - 1)) - 1) as f32,
@@ -45,14 +45,14 @@ pub fn max(element: Element) -> f32 {
     }
 }
 
-/// Bits of an element's mantissa; 0 for integers.
+/// Bits of an element's mantissa. 0 for integers.
 pub fn mantissa_bits(element: Element) -> u32 {
     float_parts(element).map_or(0, |parts| parts.mantissa)
 }
 
-/// The code nearest to `value`: ties to even, denormals kept, values beyond the largest finite
-/// one (infinities too) become that one. NaN becomes the element's NaN where it has one, and
-/// zero otherwise: the scale of its block is what carries it then.
+/// The code nearest to `value`, ties to even, denormals kept. Values beyond the largest finite one,
+/// infinities too, become that one. NaN becomes the element's NaN. Elements without a NaN get zero,
+/// and the scale of the block carries the NaN.
 pub fn from_f32(element: Element, value: f32) -> u8 {
     let Some(parts) = float_parts(element) else {
         let limit = max(element);
@@ -67,12 +67,12 @@ pub fn from_f32(element: Element, value: f32) -> u8 {
     let least_normal = ((128 - parts.bias) as u32) << 23;
     let bits = magnitude.to_bits();
     let code = if bits >= least_normal {
-        // To nearest, ties to even, on the bits: a carry moves into the exponent by itself.
+        // Rounds the bits to nearest, ties to even. A carry moves into the exponent.
         let half_less = (1u32 << (dropped - 1)) - 1;
         let rounded = bits + half_less + (bits >> dropped & 1);
         (rounded >> dropped) - (((127 - parts.bias) as u32) << parts.mantissa)
     } else {
-        // Neighbours of this number are one step of the denormals apart: adding it rounds.
+        // The neighbours of this number are one denormal step apart, so adding it rounds.
         let exponent = 127 + 1 - parts.bias + dropped as i32;
         let magic = (exponent as u32) << 23;
         (magnitude + f32::from_bits(magic)).to_bits() - magic
@@ -80,7 +80,7 @@ pub fn from_f32(element: Element, value: f32) -> u8 {
     code as u8 | sign
 }
 
-/// `floor(log2(value))` of a value that is not negative; very small for zero.
+/// `floor(log2(value))` of a value that is not negative. Very small for zero.
 pub fn exponent_of(value: f32) -> i32 {
     match value.to_bits() >> 23 {
         0 if value == 0.0 => i32::MIN / 2,
@@ -99,7 +99,7 @@ pub fn to_f32(element: Element, code: u8) -> f32 {
     table(element)[usize::from(code & mask(element))]
 }
 
-/// The value of each code of an element (the unused upper codes repeat the lower ones).
+/// The value of each code of an element. The unused upper codes repeat the lower ones.
 pub fn table(element: Element) -> &'static [f32; 256] {
     /// The values of one element, computed at the first use.
     macro_rules! values {
@@ -153,7 +153,7 @@ pub fn int_to_i8(code: u8, bits: u8) -> i8 {
     ((code << unused) as i8) >> unused
 }
 
-/// The value of an e8m0 scale, `2^(code - 127)`; 255 is NaN. 0 gives the `f32` denormal 2^-127.
+/// The value of an e8m0 scale, `2^(code - 127)`. 255 is NaN. 0 gives the `f32` denormal 2^-127.
 pub fn e8m0_to_f32(code: u8) -> f32 {
     match code {
         0 => f32::from_bits(1 << 22),
@@ -162,7 +162,7 @@ pub fn e8m0_to_f32(code: u8) -> f32 {
     }
 }
 
-/// The e8m0 code of `2^exponent`, at the nearest end of the range if it is beyond.
+/// The e8m0 code of `2^exponent`. An exponent out of range gets the nearest end of the range.
 pub fn e8m0_from_exponent(exponent: i32) -> u8 {
     (exponent.clamp(-127, 127) + 127) as u8
 }

@@ -47,7 +47,7 @@ const TYPES: [(u32, &str, u64, u64); 34] = [
 ];
 
 impl GgufType {
-    /// `f64`: read by rounding to `f32`.
+    /// `f64`, which is rounded to `f32` when it is read.
     pub const F64: GgufType = GgufType(28);
 
     fn row(self) -> Option<&'static (u32, &'static str, u64, u64)> {
@@ -59,7 +59,7 @@ impl GgufType {
         self.row().map(|row| (row.2, row.3))
     }
 
-    /// The format that tensors of this type are read in; `None` if they cannot be read.
+    /// The format that tensors of this type are read as. `None` if they cannot be read.
     pub fn format(self) -> Option<Format> {
         match self.0 {
             0 => Some(Format::F32),
@@ -69,7 +69,7 @@ impl GgufType {
         }
     }
 
-    /// The type that a format is written as; `None` for formats that GGUF does not have.
+    /// The type that a format is written as. `None` for formats that GGUF does not have.
     pub fn of(format: Format) -> Option<GgufType> {
         match format {
             Format::Ggml(t) => Some(GgufType(t.id())),

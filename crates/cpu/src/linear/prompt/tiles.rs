@@ -1,5 +1,5 @@
-//! Products of tiles for rows in the prefill form ([`super`]). Sums are tiles 0 to 3, rows 4 and 5, weights
-//! 6 and 7.
+//! AMX products of rows in the prefill form ([`super`]). Sums are tiles 0 to 3, rows tiles 4 and 5,
+//! weights tiles 6 and 7.
 
 use std::arch::asm;
 
@@ -10,7 +10,7 @@ use super::products::{Products, TileOperands};
 /// Products by AMX.
 pub(super) struct TileProducts;
 
-/// `$line`s for each segment, after which everything is moved on.
+/// Runs every `$line` for each segment, and then advances all pointers.
 macro_rules! products {
     ($run:expr, $($line:literal),+ $(,)?) => {
         asm!(
@@ -90,7 +90,7 @@ impl Products for TileProducts {
     }
 }
 
-/// Loads the sums of one or two blocks and two panels, or zeros them if they start here.
+/// Loads the sums of one or two blocks and two panels, or sets them to zero if they start here.
 ///
 /// # Safety
 /// Tiles are configured, and `sums` has `tiles` tiles.
@@ -122,7 +122,7 @@ unsafe fn begin(run: &TileOperands, sums: *mut f32, tiles: usize) {
     }
 }
 
-/// Stores what [`begin`] loads.
+/// Stores the sums that [`begin`] loaded.
 ///
 /// # Safety
 /// As [`begin`].
