@@ -60,7 +60,7 @@ impl Backend for CpuBackend {
     }
 
     fn supports(&self, program: &Program, options: &ExecutorOptions) -> Result<(), Missing> {
-        let format = options.kv_format.unwrap_or(default_format(options.exact));
+        let format = kv_format(options);
         let mut missing = Vec::new();
         let found = Isa::select(self.options.isa).map(drop);
         for result in [found, crate::cache::code::check(format, &program.kv)] {
@@ -98,8 +98,8 @@ impl Backend for CpuBackend {
         let rows_max = options.rows_max.max(1);
         let weights = Weights::load(&program, weights, isa, options.exact)?;
         let buffers = Buffers::new(&program, rows_max)?;
-        let kv_format = options.kv_format.unwrap_or(default_format(options.exact));
-        let planner = Planner::new(&program, &weights, &buffers, options.exact, kv_format);
+        let planner =
+            Planner::new(&program, &weights, &buffers, options.exact, kv_format(options));
         let stages = planner.stages()?;
         let gang = Gang::one_of(self.collective.ranks(), threads);
         let ranks = Ranks::new(Arc::clone(&self.collective), &stages, rows_max);
@@ -128,6 +128,11 @@ impl Backend for CpuBackend {
     }
 }
 
+/// The format of the cache: the caller's choice, or the default.
+fn kv_format(options: &ExecutorOptions) -> KvFormat {
+    options.kv_format.unwrap_or(default_format(options.exact))
+}
+
 /// The format of the cache if the caller does not choose it. Halves would move logits of tiny
 /// models ten times as far, which sends tokens to other experts.
 fn default_format(exact: bool) -> KvFormat {
@@ -144,7 +149,7 @@ fn state(
 ) -> Result<State, BackendError> {
     let width = Width::of(isa);
     let split = if options.exact { None } else { SplitProducts::of(isa) };
-    let format = options.kv_format.unwrap_or(default_format(options.exact));
+    let format = kv_format(options);
     let shapes: Vec<_> = program
         .ops
         .iter()
