@@ -98,8 +98,7 @@ impl Backend for CpuBackend {
         let rows_max = options.rows_max.max(1);
         let weights = Weights::load(&program, weights, isa, options.exact)?;
         let buffers = Buffers::new(&program, rows_max)?;
-        let planner =
-            Planner::new(&program, &weights, &buffers, options.exact, kv_format(options));
+        let planner = Planner::new(&program, &weights, &buffers, options.exact, kv_format(options));
         let stages = planner.stages()?;
         let gang = Gang::one_of(self.collective.ranks(), threads);
         let ranks = Ranks::new(Arc::clone(&self.collective), &stages, rows_max);

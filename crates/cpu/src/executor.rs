@@ -498,7 +498,7 @@ impl State {
             self.gang.run(|worker, workers| {
                 dispatch(
                     width,
-                    Soften { all, range: share(floats, worker, workers), scale, softcap },
+                    SoftenLogits { all, range: share(floats, worker, workers), scale, softcap },
                 );
             });
         }
@@ -600,7 +600,7 @@ fn copy(input: Rows, start: usize, out: Rows, count: usize) {
 }
 
 /// Scales and caps logits.
-struct Soften {
+struct SoftenLogits {
     all: Rows,
     /// The logits of this worker.
     range: Range<usize>,
@@ -608,7 +608,7 @@ struct Soften {
     softcap: Option<f32>,
 }
 
-impl Kernel for Soften {
+impl Kernel for SoftenLogits {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

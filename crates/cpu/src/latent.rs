@@ -19,7 +19,7 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use lathe_program::kv_codec::hadamard;
 use lathe_program::{BackendError, LatentSpec};
 
-use crate::attend::{AttendShape, Expand};
+use crate::attend::{AttendShape, ExpandLatents};
 use crate::cache::code::{Code, F16, F32};
 use crate::cache::store::Plain;
 use crate::cache::{TILE, TileBuffers};
@@ -246,7 +246,7 @@ impl LatentStage {
     }
 }
 
-impl Expand for LatentStage {
+impl ExpandLatents for LatentStage {
     unsafe fn tile(
         &self,
         width: Width,

@@ -118,7 +118,7 @@ pub(crate) struct AttendJob<'a> {
     /// Which rows are computed.
     pub form: RowForm,
     /// Makes keys and values from the layer's latents, if the shape says that they are expanded.
-    pub expand: Option<&'a dyn Expand>,
+    pub expand: Option<&'a dyn ExpandLatents>,
 }
 
 /// Which rows of a step an attention computes.
@@ -145,7 +145,7 @@ impl RowForm {
 }
 
 /// Makes the keys and values of one head and one tile from latents.
-pub(crate) trait Expand: Sync {
+pub(crate) trait ExpandLatents: Sync {
     /// `latents` is a tile of latents. Its `keys` have the rotary keys under them. `to` receives
     /// the head's keys, the rotary part last, and the values of the tile's positions `filled`.
     ///

@@ -83,14 +83,14 @@ impl SplitProducts {
 
 /// An operand in memory.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Operand {
+pub(crate) struct SplitOperand {
     /// The first block.
     pub start: *const u8,
     /// Blocks.
     pub blocks: usize,
 }
 
-impl Operand {
+impl SplitOperand {
     fn block(self, index: usize, chunks: usize) -> *const u8 {
         self.start.wrapping_add(index.min(self.blocks - 1) * chunks * CHUNK_BYTES)
     }
@@ -104,7 +104,7 @@ impl Operand {
 /// has begun.
 pub(crate) unsafe fn multiply(
     products: SplitProducts,
-    (rows, columns, chunks): (Operand, Operand, usize),
+    (rows, columns, chunks): (SplitOperand, SplitOperand, usize),
     (sums, stride): (*mut f32, usize),
     fresh: bool,
 ) {
@@ -410,7 +410,7 @@ mod tests {
                 let parts = case.split(*products);
                 assert!(bits(&parts) == expected, "{name} splits otherwise");
                 let [rows, columns] = [(&parts[0], case.blocks), (&parts[1], case.columns / BLOCK)]
-                    .map(|(parts, blocks)| Operand { start: parts.as_ptr().cast(), blocks });
+                    .map(|(parts, blocks)| SplitOperand { start: parts.as_ptr().cast(), blocks });
                 for fresh in [true, false] {
                     let mut sums = case.sums.clone();
                     let to = (sums.as_mut_ptr(), case.columns + Case::GAP);

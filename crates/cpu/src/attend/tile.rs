@@ -8,13 +8,13 @@ use lathe_program::{BlockTable, KvFormat, KvLayerShape};
 use super::plan::{Task, seen_by_all};
 use super::softmax::{Clear, Finish, Merge, Soften, State, Store};
 use super::split::{
-    self, BLOCK, CHUNK, Operand, SplitColumns, SplitProducts, SplitRows, operand_floats,
+    self, BLOCK, CHUNK, SplitColumns, SplitOperand, SplitProducts, SplitRows, operand_floats,
 };
 use super::{AttendJob, AttendShape, SPAN};
 use crate::cache::code::F32;
 use crate::cache::store::{KvStore, Plain};
 use crate::cache::{LoadScales, LoadTile, PageRun, TILE, TileBuffers, page_runs, with_store};
-use crate::lanes::product::{Matrix, Product};
+use crate::lanes::product::{DecodedMatrix, Product};
 use crate::lanes::{LANES, Width, dispatch};
 use crate::memory::Memory;
 
@@ -294,8 +294,8 @@ impl Piece<'_> {
         unsafe { (products.columns)(&split) };
         let queries = scratch.split.queries.cast::<f32>();
         let queries = queries.wrapping_add(operand_floats(blocks.start * BLOCK, dim));
-        let queries = Operand { start: queries.cast(), blocks: blocks.len() };
-        let keys = Operand { start: to, blocks: columns_blocks };
+        let queries = SplitOperand { start: queries.cast(), blocks: blocks.len() };
+        let keys = SplitOperand { start: to, blocks: columns_blocks };
         let scores = scratch.scores.wrapping_add(blocks.start * BLOCK * TILE + columns.start);
         // SAFETY: the scratch has room for whole blocks; the caller has begun.
         unsafe { split::multiply(products, (queries, keys, chunks), (scores, TILE), true) };
@@ -314,7 +314,7 @@ impl Piece<'_> {
         let (scratch, group) = (self.scratch, self.job.shape.group);
         let (state, blocks) = (scratch.span, self.blocks(&rows));
         let vectors = rows.start * group..rows.end * group;
-        let values = Operand { start: scratch.split.values, blocks: state.stride / BLOCK };
+        let values = SplitOperand { start: scratch.split.values, blocks: state.stride / BLOCK };
         let split = SplitColumns {
             from: scratch.tile.values,
             stride: state.stride,
@@ -342,7 +342,7 @@ impl Piece<'_> {
                 // SAFETY: the weights are there, and the scratch has room for two blocks.
                 unsafe { (products.rows)(&split) };
             }
-            let weights = Operand { start: scratch.split.weights, blocks: count };
+            let weights = SplitOperand { start: scratch.split.weights, blocks: count };
             let sums = state.values.wrapping_add(pair * BLOCK * state.stride);
             let operands = (weights, values, CHUNKS);
             // SAFETY: the scratch has room for whole blocks; the caller has begun.
@@ -528,7 +528,12 @@ impl Piece<'_> {
     }
 
     /// Computes the scores of some rows' vectors in some columns of the tile.
-    fn scores<M: Matrix>(&self, keys: M, columns: Range<usize>, rows: Range<usize>) -> Product<M> {
+    fn scores<M: DecodedMatrix>(
+        &self,
+        keys: M,
+        columns: Range<usize>,
+        rows: Range<usize>,
+    ) -> Product<M> {
         let shape = self.job.shape;
         let first = rows.start * shape.group;
         Product {
@@ -547,7 +552,7 @@ impl Piece<'_> {
 
     /// Adds the values of `count` positions from column `first` of the tile on, weighted by some
     /// rows' weights.
-    fn sums<M: Matrix>(
+    fn sums<M: DecodedMatrix>(
         &self,
         values: M,
         first: usize,
@@ -572,6 +577,6 @@ impl Piece<'_> {
 }
 
 /// Bytes from one matrix to another.
-fn distance<M: Matrix>(from: M, to: M) -> isize {
+fn distance<M: DecodedMatrix>(from: M, to: M) -> isize {
     (to.line(0, 0) as isize).wrapping_sub(from.line(0, 0) as isize)
 }

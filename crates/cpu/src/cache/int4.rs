@@ -20,7 +20,7 @@ use lathe_program::kv_codec::{Int4Range, KvVector, hadamard};
 
 use super::code::ELEMENTS_MAX;
 use super::store::{KvStore, Plane};
-use crate::lanes::product::Matrix;
+use crate::lanes::product::DecodedMatrix;
 use crate::lanes::{LANES, Lanes};
 
 /// Half-byte codes.
@@ -53,7 +53,7 @@ unsafe fn number(code: u8, scale: *const u16, zero: *const u16) -> f32 {
     zero + f32::from(code) * scale
 }
 
-impl Matrix for Columns {
+impl DecodedMatrix for Columns {
     const GROUP: usize = INT4_GROUP;
     const LANES_BYTES: usize = LANES;
     type Group<L: Lanes> = (L, L);
@@ -84,7 +84,7 @@ impl Matrix for Columns {
     }
 }
 
-impl Matrix for Rows {
+impl DecodedMatrix for Rows {
     // Each row is a vector with its own scales.
     const GROUP: usize = 1;
     const LANES_BYTES: usize = LANES / 2;
@@ -319,7 +319,12 @@ mod tests {
     }
 
     /// Reads a number by itself, and checks that its lanes hold the same if there are 16 columns.
-    fn read<L: Lanes>(m: impl Matrix, row: usize, column: usize, columns: usize) -> [f32; 2] {
+    fn read<L: Lanes>(
+        m: impl DecodedMatrix,
+        row: usize,
+        column: usize,
+        columns: usize,
+    ) -> [f32; 2] {
         let first = column / LANES * LANES;
         // SAFETY: row and columns are within the matrix.
         unsafe {

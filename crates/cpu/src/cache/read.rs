@@ -7,7 +7,7 @@ use lathe_program::{BlockTable, KvLayerShape};
 use super::store::KvStore;
 use super::with_store;
 use super::{KvCache, LayerPlace};
-use crate::lanes::product::Matrix;
+use crate::lanes::product::DecodedMatrix;
 use crate::lanes::{Kernel, LANES, Lanes};
 
 /// Positions in a tile of attention.
@@ -227,7 +227,7 @@ impl KvCache {
 /// # Safety
 /// The matrix has these rows and columns, and `to` room for them.
 #[inline(always)]
-unsafe fn decode<L: Lanes, M: Matrix>(
+unsafe fn decode<L: Lanes, M: DecodedMatrix>(
     matrix: M,
     rows: usize,
     columns: usize,

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use lathe_program::kv_codec::KvVector;
 
 use super::code::Code;
-use crate::lanes::product::Matrix;
+use crate::lanes::product::DecodedMatrix;
 use crate::lanes::{LANES, Lanes};
 
 /// One vector of `dims` elements for each of `tokens` slots of a page: the keys or the values of
@@ -27,9 +27,9 @@ pub(crate) struct Plane {
 /// sixteen lanes compute the scores of sixteen positions. In *rows* it is `[tokens, dims]`.
 pub(crate) trait KvStore {
     /// A plane in columns, from a slot on: `[dims, slots]`.
-    type Columns: Matrix;
+    type Columns: DecodedMatrix;
     /// A plane in rows, from a slot on: `[slots, dims]`.
-    type Rows: Matrix;
+    type Rows: DecodedMatrix;
     /// Whether each vector has an `f32` scale that the matrices leave out.
     const SCALES_APART: bool;
     /// Bytes of one slot's codes that lie side by side in a plane in columns.
@@ -83,7 +83,7 @@ impl<C> Plain<C> {
     }
 }
 
-impl<C: Code> Matrix for Plain<C> {
+impl<C: Code> DecodedMatrix for Plain<C> {
     const GROUP: usize = usize::MAX;
     const LANES_BYTES: usize = LANES * C::BYTES;
     type Group<L: Lanes> = ();

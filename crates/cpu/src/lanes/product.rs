@@ -5,9 +5,9 @@
 
 use super::{Kernel, LANES, Lanes, Width, dispatch};
 
-/// The right matrix of a product. Its numbers are decoded when they are read. [`Matrix::lanes`] and
-/// [`Matrix::one`] give the same numbers.
-pub(crate) trait Matrix: Copy {
+/// The right matrix of a product. Its numbers are decoded when they are read.
+/// [`DecodedMatrix::lanes`] and [`DecodedMatrix::one`] give the same numbers.
+pub(crate) trait DecodedMatrix: Copy {
     /// Rows that share a group. A group begins at a multiple of this number.
     const GROUP: usize;
     /// Bytes of 16 columns' codes in a row.
@@ -21,7 +21,7 @@ pub(crate) trait Matrix: Copy {
     unsafe fn group<L: Lanes>(&self, row: usize, column: usize) -> Self::Group<L>;
     /// Sixteen columns of a row of that group.
     /// # Safety
-    /// As [`Matrix::group`].
+    /// As [`DecodedMatrix::group`].
     unsafe fn lanes<L: Lanes>(&self, group: Self::Group<L>, row: usize, column: usize) -> L;
     /// One number.
     /// # Safety
@@ -57,7 +57,7 @@ pub(crate) struct Product<B> {
     pub ahead: Option<isize>,
 }
 
-impl<B: Matrix> Product<B> {
+impl<B: DecodedMatrix> Product<B> {
     /// Computes it.
     ///
     /// # Safety
@@ -180,7 +180,7 @@ impl<B: Matrix> Product<B> {
 
 struct RunProduct<B>(Product<B>);
 
-impl<B: Matrix> Kernel for RunProduct<B> {
+impl<B: DecodedMatrix> Kernel for RunProduct<B> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

@@ -5,10 +5,12 @@
 //! sixteen rows of a segment are the operand of an AMX tile:
 //! ```text
 //! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
-//! codes: segment = 32 positions, 32 high and 32 low bytes a row (AVX2: 32 words); with f32 scale, sum * scale, -zero * sum
+//! codes: segment = 32 positions, 32 high and 32 low bytes a row (AVX2: 32 words);
+//!        with f32 scale, sum * scale, -zero * sum
 //! f32  : segment = 32 positions, 128 bytes a row
 //! split: segment = 32 positions, 64 bytes of bf16 a row, twice: the nearest, and what that leaves
-//! tiles: segment = 32 positions, 64 bytes of bf16 a row; prefill rows alone, and 1 KB between blocks
+//! tiles: segment = 32 positions, 64 bytes of bf16 a row; prefill rows alone,
+//!        and 1 KB between blocks
 //! ```
 //! A code is made of two signed bytes: `2^n * high + low`, with `high` in -127..=127 and `low` in
 //! `-2^(n-1)..2^(n-1)`. Both bytes are operands of an int8 dot, whose results add up exactly. With
@@ -171,7 +173,7 @@ pub struct Activations {
     /// Rows in the decoding form in `bf16`, and what that leaves.
     split: [Plane; SPLIT_PARTS],
     /// One for each [`Fineness`].
-    codes: [Codes<Plane>; Fineness::COUNT],
+    codes: [CodePlanes<Plane>; Fineness::COUNT],
     offsets: [Plane; OFFSETS_MAX],
     scratch: Plane,
     tile_scratch: Plane,
@@ -179,7 +181,7 @@ pub struct Activations {
 
 /// Codes of one [`Fineness`].
 #[derive(Debug, Clone, Copy, Default)]
-struct Codes<P> {
+struct CodePlanes<P> {
     codes: P,
     scales: P,
     sums: P,
@@ -195,7 +197,7 @@ struct Writer<'a> {
     float: *mut f32,
     tiles: [*mut u16; TILE_PARTS_MAX],
     split: [*mut u16; SPLIT_PARTS],
-    codes: [Codes<*mut u8>; Fineness::COUNT],
+    codes: [CodePlanes<*mut u8>; Fineness::COUNT],
     offsets: [*mut i32; OFFSETS_MAX],
     scratch: *mut f32,
 }
@@ -350,7 +352,7 @@ impl Activations {
             float: self.float.pointer(),
             tiles: std::array::from_fn(|i| self.tiles[i].pointer()),
             split: self.split.each_ref().map(Plane::pointer),
-            codes: self.codes.each_ref().map(|planes| Codes {
+            codes: self.codes.each_ref().map(|planes| CodePlanes {
                 codes: planes.codes.pointer(),
                 scales: planes.scales.pointer(),
                 sums: planes.sums.pointer(),

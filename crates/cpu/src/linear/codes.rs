@@ -43,7 +43,7 @@ pub(crate) struct Decoded {
 }
 
 /// How codes are stored.
-pub(crate) trait Width: 'static {
+pub(crate) trait StoredCodes: 'static {
     const BITS: u32;
     const ZERO: i32;
     const SEGMENT_BYTES: usize;
@@ -62,7 +62,7 @@ pub(crate) trait Tail: 'static {
 /// Codes of one width with scales of one kind.
 pub(crate) struct Pair<W, T>(PhantomData<(W, T)>);
 
-impl<W: Width, T: Tail> Coded for Pair<W, T> {
+impl<W: StoredCodes, T: Tail> Coded for Pair<W, T> {
     const BITS: u32 = W::BITS;
     const ZERO: i32 = W::ZERO;
     const SEGMENT_BYTES: usize = W::SEGMENT_BYTES;
@@ -92,7 +92,7 @@ impl<W: Width, T: Tail> Coded for Pair<W, T> {
 /// Unsigned codes of `BITS` bits minus `ZERO`.
 pub(crate) struct Plain<const BITS: u32, const ZERO: i32>;
 
-impl<const BITS: u32, const ZERO: i32> Width for Plain<BITS, ZERO> {
+impl<const BITS: u32, const ZERO: i32> StoredCodes for Plain<BITS, ZERO> {
     const BITS: u32 = BITS;
     const ZERO: i32 = ZERO;
     const SEGMENT_BYTES: usize = BITS as usize * 64;
@@ -122,7 +122,7 @@ impl<const BITS: u32> Table<BITS> {
     };
 }
 
-impl<const BITS: u32> Width for Table<BITS> {
+impl<const BITS: u32> StoredCodes for Table<BITS> {
     const BITS: u32 = BITS;
     const ZERO: i32 = if BITS == 8 { 128 } else { 12 };
     const SEGMENT_BYTES: usize = 256;

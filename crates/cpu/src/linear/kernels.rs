@@ -2,8 +2,8 @@
 //!
 //! Each output is one lane of one accumulator. Terms are added to it in the order of k:
 //! ```text
-//! coded: acc = fma(dw * dx, f32(-zero * sum(qx) + sum(qw * qx)), acc)   a segment (or half) at a time,
-//!                                                                       qx = 2^n * high + low
+//! coded: acc = fma(dw * dx, f32(-zero * sum(qx) + sum(qw * qx)), acc)  a segment (or half) at a
+//!                                                                      time, qx = 2^n * high + low
 //!        acc = fma(min, dx * sum(qx), acc)                             formats with a min
 //! float: acc = fma(w, x, acc)                                          a position at a time
 //! fp8  : acc = fma(w * dw, x, acc)                                     a position at a time

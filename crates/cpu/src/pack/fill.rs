@@ -14,7 +14,7 @@ use lathe_tensor::{FloatType, Format, GgmlType, Tensor};
 
 use super::PANEL;
 use super::layout::PanelLayout;
-use super::words::{Rows, Words};
+use super::words::{RowPointers, Words};
 use super::{float, ggml, scaled};
 use crate::isa::Isa;
 #[cfg(target_arch = "x86_64")]
@@ -53,7 +53,7 @@ enum PanelRows<'a> {
 
 /// Sixteen rows of bytes.
 struct Lines<'a> {
-    rows: Rows,
+    rows: RowPointers,
     row_bytes: usize,
     /// The address behind these rows, where the next panel's rows lie.
     next: *const u8,

@@ -3,7 +3,7 @@
 use lathe_tensor::FloatType;
 
 use super::PANEL;
-use super::words::{Rows, Words, prefetch};
+use super::words::{RowPointers, Words, prefetch};
 
 /// Bytes of a row that one step transposes.
 const STEP: usize = 16;
@@ -13,12 +13,12 @@ const STEP: usize = 16;
 /// behind the end of the rows stay zero.
 ///
 /// # Safety
-/// Rows have `row_bytes` bytes, `out` has room for sixteen times as many, rounded up to a unit; the
+/// Rows have `row_bytes` bytes, `out` has room for sixteen times as many, rounded up to a unit. The
 /// machine has `W`'s features.
 #[inline(always)]
 pub(crate) unsafe fn place_panel<W: Words>(
     kind: FloatType,
-    rows: &Rows,
+    rows: &RowPointers,
     row_bytes: usize,
     next: *const u8,
     out: *mut u8,

@@ -8,7 +8,7 @@ use super::place::{
     FIVE_BITS, FOUR_BITS, SIX_BITS, low_nibbles, place_bytes, place_halves, place_high_halves,
     place_nibbles, place_pair_planes, place_plane,
 };
-use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
+use super::words::{LOW4, ONES, RowPointers, Words, load8, prefetch};
 
 /// Writes a panel of `chunks` chunks, one block of each row a chunk. It also prefetches as many
 /// bytes from `next` on, which are the rows of the next panel. The hardware does not prefetch
@@ -20,7 +20,7 @@ use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
 #[inline(always)]
 pub(crate) unsafe fn place_panel<W: Words>(
     kind: GgmlType,
-    rows: &Rows,
+    rows: &RowPointers,
     chunks: usize,
     next: *const u8,
     out: *mut u8,
@@ -36,7 +36,7 @@ pub(crate) unsafe fn place_panel<W: Words>(
 
 /// Writes a chunk from the block at byte `at` of each row.
 #[inline(always)]
-unsafe fn place<W: Words>(kind: GgmlType, rows: &Rows, at: usize, out: *mut u8) {
+unsafe fn place<W: Words>(kind: GgmlType, rows: &RowPointers, at: usize, out: *mut u8) {
     // SAFETY: the caller's; the offsets are those of the block's fields and the chunk's planes.
     unsafe {
         match kind {
@@ -132,7 +132,7 @@ unsafe fn place_fifth_bits<W: Words>(high: W, out: *mut u8) {
 /// ones the next segment. Segments lie `segment_bytes` apart.
 #[inline(always)]
 unsafe fn place_super_nibbles<W: Words>(
-    rows: &Rows,
+    rows: &RowPointers,
     at: usize,
     segment_bytes: usize,
     out: *mut u8,
@@ -151,7 +151,7 @@ unsafe fn place_super_nibbles<W: Words>(
 /// of 128 positions, segment `g` of four has its low bits in nibble `g / 2` of `ql[32 (g % 2)..]`,
 /// and its high bits at bit `2g` of `qh`.
 #[inline(always)]
-unsafe fn place_q6_k<W: Words>(rows: &Rows, at: usize, out: *mut u8) {
+unsafe fn place_q6_k<W: Words>(rows: &RowPointers, at: usize, out: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
         for half in 0..2 {
@@ -180,7 +180,7 @@ unsafe fn place_q6_k<W: Words>(rows: &Rows, at: usize, out: *mut u8) {
 /// scales and mins 0..4 are the low six bits of bytes 0..4 and 4..8. Scales and mins 4..8 have
 /// their low nibbles in bytes 8..12 and their two high bits in the top bits of bytes 0..4 and 4..8.
 #[inline(always)]
-unsafe fn place_super_min<W: Words>(rows: &Rows, at: usize, tail: *mut u8) {
+unsafe fn place_super_min<W: Words>(rows: &RowPointers, at: usize, tail: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
         let (six, two, low4) = (W::splat(63 * ONES), W::splat(3 * ONES), W::splat(LOW4));

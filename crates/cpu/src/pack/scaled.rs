@@ -12,7 +12,7 @@ use lathe_tensor::{Block, Element, Format, ScaleType, ScaledFormat, Tensor, Zero
 use super::PANEL;
 use super::layout::{Codes, PanelLayout, Scales};
 use super::place::{place_lane, place_nibbles, plane};
-use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
+use super::words::{LOW4, ONES, RowPointers, Words, load8, prefetch};
 use crate::isa::SEGMENT;
 
 /// The most segments that share a stored scale.
@@ -122,7 +122,7 @@ pub(crate) unsafe fn place_panel<W: Words>(
 ///
 /// # Safety
 /// Rows have `row_bytes` bytes.
-unsafe fn padded(rows: &Rows, row_bytes: usize, at: usize) -> [[u8; SEGMENT]; PANEL] {
+unsafe fn padded(rows: &RowPointers, row_bytes: usize, at: usize) -> [[u8; SEGMENT]; PANEL] {
     let mut all = [[0; SEGMENT]; PANEL];
     let count = row_bytes.saturating_sub(at).min(SEGMENT);
     for (padded, row) in all.iter_mut().zip(rows) {
@@ -139,7 +139,7 @@ unsafe fn padded(rows: &Rows, row_bytes: usize, at: usize) -> [[u8; SEGMENT]; PA
 /// # Safety
 /// Rows have them, `out` has room for a segment, the machine has `W`'s features.
 #[inline(always)]
-unsafe fn place_segment<W: Words>(codes: Codes, rows: &Rows, at: usize, out: *mut u8) {
+unsafe fn place_segment<W: Words>(codes: Codes, rows: &RowPointers, at: usize, out: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
         if codes == Codes::Signed8 {

@@ -12,7 +12,7 @@
 use super::PANEL;
 
 /// The first byte of each row.
-pub(crate) type Rows = [*const u8; PANEL];
+pub(crate) type RowPointers = [*const u8; PANEL];
 
 /// The lowest bit of each byte.
 pub(crate) const ONES: u32 = 0x0101_0101;
@@ -26,7 +26,7 @@ pub(crate) trait Words: Copy {
     /// # Safety
     /// Each row has bytes `at..at + 16`; the machine has the features of the implementation (so
     /// for all methods).
-    unsafe fn load4(rows: &Rows, at: usize) -> [Self; 4];
+    unsafe fn load4(rows: &RowPointers, at: usize) -> [Self; 4];
     /// The same word in every lane.
     unsafe fn splat(word: u32) -> Self;
     /// `self & other`, and so on.
@@ -65,7 +65,7 @@ pub(crate) fn prefetch(start: *const u8, bytes: usize) {
 /// # Safety
 /// Each row has bytes `at..at + 32`.
 #[inline(always)]
-pub(crate) unsafe fn load8<W: Words>(rows: &Rows, at: usize) -> [W; 8] {
+pub(crate) unsafe fn load8<W: Words>(rows: &RowPointers, at: usize) -> [W; 8] {
     // SAFETY: the caller's.
     let ([a, b, c, d], [e, f, g, h]) = unsafe { (W::load4(rows, at), W::load4(rows, at + 16)) };
     [a, b, c, d, e, f, g, h]
@@ -73,7 +73,7 @@ pub(crate) unsafe fn load8<W: Words>(rows: &Rows, at: usize) -> [W; 8] {
 
 impl Words for [u32; PANEL] {
     #[inline(always)]
-    unsafe fn load4(rows: &Rows, at: usize) -> [Self; 4] {
+    unsafe fn load4(rows: &RowPointers, at: usize) -> [Self; 4] {
         let mut words = [[0; PANEL]; 4];
         for lane in 0..PANEL {
             // SAFETY: the caller's.
@@ -167,7 +167,7 @@ pub(crate) mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{Rows, Words};
+    use super::{RowPointers, Words};
 
     /// AVX2: lanes 0..8 and 8..16.
     #[derive(Clone, Copy)]
@@ -179,7 +179,7 @@ pub(crate) mod x86 {
 
     /// Rows `first + 0..4` and `first + 4..8`.
     #[inline(always)]
-    unsafe fn transposed8(rows: &Rows, first: usize, at: usize) -> [__m256i; 4] {
+    unsafe fn transposed8(rows: &RowPointers, first: usize, at: usize) -> [__m256i; 4] {
         // SAFETY: the callers' rows and features.
         unsafe {
             let mut square = [_mm256_setzero_si256(); 4];
@@ -203,7 +203,7 @@ pub(crate) mod x86 {
     // SAFETY of the bodies below: the callers' memory and features.
     impl Words for Avx2 {
         #[inline(always)]
-        unsafe fn load4(rows: &Rows, at: usize) -> [Self; 4] {
+        unsafe fn load4(rows: &RowPointers, at: usize) -> [Self; 4] {
             // SAFETY: see above.
             let ([a, b, c, d], [e, f, g, h]) =
                 unsafe { (transposed8(rows, 0, at), transposed8(rows, 8, at)) };
@@ -298,7 +298,7 @@ pub(crate) mod x86 {
     // SAFETY of the bodies below: the callers' memory and features.
     impl Words for Avx512 {
         #[inline(always)]
-        unsafe fn load4(rows: &Rows, at: usize) -> [Self; 4] {
+        unsafe fn load4(rows: &RowPointers, at: usize) -> [Self; 4] {
             // SAFETY: see above.
             unsafe {
                 let mut square = [_mm512_setzero_si512(); 4];

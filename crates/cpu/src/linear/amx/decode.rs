@@ -58,7 +58,7 @@ pub(crate) unsafe fn multiply_split(
             // SAFETY: as the caller promises.
             unsafe {
                 configure(rows);
-                let split = Split::new(matrix, activations, panel, block);
+                let split = SplitBlock::new(matrix, activations, panel, block);
                 if count == PANELS {
                     split.four_panels(&mut sums.0);
                 } else {
@@ -80,7 +80,7 @@ pub(crate) unsafe fn multiply_split(
 struct Aligned<T>(T);
 
 /// One block of rows and some panels.
-struct Split {
+struct SplitBlock {
     /// The rows' first segment, one pointer for each part.
     rows: [*const u8; 2],
     /// Bytes from a segment of the rows to the next.
@@ -189,10 +189,10 @@ macro_rules! run {
     };
 }
 
-impl Split {
-    fn new(matrix: &Matrix, activations: &Activations, panel: usize, block: usize) -> Split {
+impl SplitBlock {
+    fn new(matrix: &Matrix, activations: &Activations, panel: usize, block: usize) -> SplitBlock {
         let [first, second] = [0, 1].map(|part| activations.split_rows(part, block));
-        Split {
+        SplitBlock {
             rows: [first.0, second.0],
             step: first.1,
             weights: matrix.packed.panel(panel),
@@ -367,16 +367,16 @@ impl Walk {
 }
 
 /// The scales of a panel, read one segment after another.
-struct Scales {
+struct ScaleWalk {
     walk: Walk,
     /// The scales of the current chunk.
     scales: [f32; 8 * PANEL],
     mins: [f32; 8 * PANEL],
 }
 
-impl Scales {
-    fn new(walk: Walk) -> Scales {
-        Scales { walk, scales: [0.0; 8 * PANEL], mins: [0.0; 8 * PANEL] }
+impl ScaleWalk {
+    fn new(walk: Walk) -> ScaleWalk {
+        ScaleWalk { walk, scales: [0.0; 8 * PANEL], mins: [0.0; 8 * PANEL] }
     }
 
     /// Scale and min of the next segment.
@@ -418,7 +418,7 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
         let mut acc = load_acc::<Avx512, R>(args.acc);
         let mut rows = args.rows;
         let mut in_front = Walk { at: args.weights, left: in_chunk };
-        let mut behind = Scales::new(Walk { at: args.weights, left: in_chunk });
+        let mut behind = ScaleWalk::new(Walk { at: args.weights, left: in_chunk });
         let mut decode_next = |i: usize| {
             let (codes, _) = in_front.next::<C>(in_chunk, tail_bytes);
             prefetch(codes.wrapping_add(AHEAD_BYTES), constants.segment_bytes);
