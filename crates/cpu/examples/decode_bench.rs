@@ -1,7 +1,7 @@
 //! Times prefill and decoding of Llama-shaped programs with made-up weights, without a model file.
 //!
-//! `cargo run --release -p lathe-cpu --example decode_bench -- [smollm2|1b|8b] [format] [threads] [prompt] [generate]`
-//! `LATHE_PROFILE=1` adds the time by kind of stage.
+//! `cargo run --release -p lathe-cpu --example decode_bench -- [smollm2|1b|8b] [format] [threads]
+//! [prompt] [generate]` `LATHE_PROFILE=1` adds the time by kind of stage.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -70,7 +70,7 @@ const SHAPES: [(&str, Shape); 3] = [
     ),
 ];
 
-/// The same few numbers over and over: speed does not depend on them.
+/// Weights that repeat a few numbers, because speed does not depend on them.
 struct MadeUp {
     program: Arc<Program>,
     format: Format,
@@ -241,7 +241,7 @@ fn main() {
     );
     let mut times: Vec<f64> = (0..generate).map(|i| run(&mut *executor, prompt + i, 1)).collect();
     times.sort_by(f64::total_cmp);
-    // Every weight but the embedding is read once a step (a tied head is counted, a table is not).
+    // Every weight is read once a step except the embedding's table. A tied head counts.
     let big = 34.0 / 32.0 * table.iter().product::<usize>() as f64;
     let bytes = executor.weight_bytes() as f64 - big.max(table_bytes as f64);
     for (what, time) in [("median", times[generate / 2]), ("best", times[0])] {

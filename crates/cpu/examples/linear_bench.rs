@@ -1,11 +1,12 @@
-//! Speed of the linear kernels next to the machine's roofs, measured in one run.
+//! Compares the speed of the linear kernels with the limits of the machine, measured in one run.
 //!
 //! `cargo run --release -p lathe-cpu --example linear_bench -- [--isa NAME] [--threads N]
 //! [--formats q4_0,bf16] [--rows 1,2,4] [--out N] [--columns N] [--exact] [--prefill]`
 //!
-//! For each format and number of rows: the time of one product, bytes of weights (as in the file)
-//! over that time as a part of the measured read bandwidth, and operations over that time as a
-//! part of the measured register rate. Enough matrices take turns that none is found in a cache.
+//! For each format and number of rows it prints the time of one product, the bytes of weights (as
+//! in the file) over that time relative to the measured read bandwidth, and the operations over
+//! that time relative to the measured rate in registers. The matrices that take turns are too many
+//! for a cache.
 
 use std::time::Instant;
 
@@ -61,7 +62,8 @@ fn weight(format: Format, rows: usize, columns: usize) -> Tensor {
     Tensor::new(vec![rows, columns], format, Bytes::new(codes)).expect("whole blocks")
 }
 
-/// Seconds of one product, the least of many: other work on the machine only adds to it.
+/// The least of many times of one product, in seconds. Other work on the machine only adds to a
+/// time.
 fn seconds(gang: &Gang, matrices: &[Matrix], rows: usize, prefill: bool) -> f64 {
     let (out_width, columns) = (matrices[0].rows(), matrices[0].columns());
     let x: Vec<f32> = (0..rows * columns).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();

@@ -13,7 +13,7 @@ use crate::attend::Attention;
 use crate::attend::split::SplitProducts;
 use crate::cache::KvCache;
 use crate::executor::{Angles, CpuExecutor, State};
-use crate::experts::{Choice, GroupScratch};
+use crate::experts::{ChosenExperts, GroupScratch};
 use crate::gang::{Gang, available_cores};
 use crate::isa::Isa;
 use crate::lanes::Width;
@@ -26,10 +26,11 @@ use crate::ranks::Ranks;
 use crate::stage::Stage;
 use crate::weights::Weights;
 
-/// What is chosen when the backend is made.
+/// Choices that are made with the backend.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CpuOptions {
-    /// Instructions to use; `None`: what `LATHE_ISA` names, else the best that the machine has.
+    /// The instruction set. `None`: the one that `LATHE_ISA` names, else the strongest of the
+    /// machine.
     pub isa: Option<Isa>,
 }
 
@@ -46,8 +47,8 @@ impl CpuBackend {
         Self { options, collective: Arc::new(SingleRank) }
     }
 
-    /// The same as one rank of several, each with threads of its own; its programs are one rank's
-    /// programs.
+    /// The same backend as one rank of several. Each rank has threads of its own, and its programs
+    /// are one rank's programs.
     pub fn collective(self, collective: Arc<HostCollective>) -> Self {
         Self { collective, ..self }
     }
@@ -59,7 +60,7 @@ impl Backend for CpuBackend {
     }
 
     fn supports(&self, program: &Program, options: &ExecutorOptions) -> Result<(), Missing> {
-        let format = options.kv_format.unwrap_or(default_format(options.exact));
+        let format = kv_format(options);
         let mut missing = Vec::new();
         let found = Isa::select(self.options.isa).map(drop);
         for result in [found, crate::cache::code::check(format, &program.kv)] {
@@ -97,8 +98,7 @@ impl Backend for CpuBackend {
         let rows_max = options.rows_max.max(1);
         let weights = Weights::load(&program, weights, isa, options.exact)?;
         let buffers = Buffers::new(&program, rows_max)?;
-        let kv_format = options.kv_format.unwrap_or(default_format(options.exact));
-        let planner = Planner::new(&program, &weights, &buffers, options.exact, kv_format);
+        let planner = Planner::new(&program, &weights, &buffers, options.exact, kv_format(options));
         let stages = planner.stages()?;
         let gang = Gang::one_of(self.collective.ranks(), threads);
         let ranks = Ranks::new(Arc::clone(&self.collective), &stages, rows_max);
@@ -127,8 +127,13 @@ impl Backend for CpuBackend {
     }
 }
 
-/// The cache's format if the caller leaves the choice to the backend. Halves would move logits of
-/// tiny models ten times as far, which sends tokens to other experts.
+/// The format of the cache: the caller's choice, or the default.
+fn kv_format(options: &ExecutorOptions) -> KvFormat {
+    options.kv_format.unwrap_or(default_format(options.exact))
+}
+
+/// The format of the cache if the caller does not choose it. Halves would move logits of tiny
+/// models ten times as far, which sends tokens to other experts.
 fn default_format(exact: bool) -> KvFormat {
     if exact { KvFormat::F32 } else { KvFormat::Int16 }
 }
@@ -143,7 +148,7 @@ fn state(
 ) -> Result<State, BackendError> {
     let width = Width::of(isa);
     let split = if options.exact { None } else { SplitProducts::of(isa) };
-    let format = options.kv_format.unwrap_or(default_format(options.exact));
+    let format = kv_format(options);
     let shapes: Vec<_> = program
         .ops
         .iter()
@@ -159,8 +164,8 @@ fn state(
     });
     let angles =
         program.ropes.iter().map(|r| Angles::new(r, rows_max)).collect::<Result<_, _>>()?;
-    let (choices, router) = choices(program, rows_max);
-    let (activations, groups) = scratch(program, stages, &gang, &choices, rows_max);
+    let (routings, router) = routings(program, rows_max);
+    let (activations, groups) = scratch(program, stages, &gang, &routings, rows_max);
     let capture_widths = program.capture_widths();
     Ok(State {
         width,
@@ -177,7 +182,7 @@ fn state(
         ranks,
         activations,
         angles,
-        choices,
+        routings,
         router,
         groups,
         logits: Vec::new(),
@@ -194,17 +199,17 @@ fn state(
     })
 }
 
-/// Room for the inputs of products, and for grouping rows by expert.
+/// Memory for the inputs of products, and for grouping rows by expert.
 fn scratch(
     program: &Program,
     stages: &[Stage],
     gang: &Gang,
-    choices: &[Choice],
+    routings: &[ChosenExperts],
     rows_max: usize,
 ) -> (Activations, GroupScratch) {
     let mut groups = GroupScratch::default();
     let mut activations = Activations::new();
-    // A little error may send a token to another expert, which is a large one.
+    // A small error may send a token to another expert, which is a large error.
     activations.set_tile_parts(if program.routings > 0 { 2 } else { 1 });
     let mut reserve = |operands, columns| activations.reserve(gang, operands, rows_max, columns);
     for stage in stages {
@@ -213,7 +218,7 @@ fn scratch(
             Stage::Logits(logits) => reserve(logits.operands, logits.matrix.columns()),
             Stage::Route(route) => reserve(route.operands, route.input.width()),
             Stage::Experts(experts) => {
-                groups.reserve(experts, rows_max, choices[experts.routing].per_row);
+                groups.reserve(experts, rows_max, routings[experts.routing].per_row);
                 reserve(experts.operands, experts.input.width());
                 reserve(experts.down_operands, experts.spec.hidden);
             }
@@ -227,14 +232,15 @@ fn makes_logits(stage: &Stage) -> bool {
     matches!(stage, Stage::Logits(_))
 }
 
-/// Room for every routing's choices, and for a router's logits and ranks.
-fn choices(program: &Program, rows_max: usize) -> (Vec<Choice>, Vec<f32>) {
-    let mut choices: Vec<Choice> = (0..program.routings).map(|_| Choice::default()).collect();
+/// Memory for every routing, and for a router's logits and ranks.
+fn routings(program: &Program, rows_max: usize) -> (Vec<ChosenExperts>, Vec<f32>) {
+    let mut routings: Vec<ChosenExperts> =
+        (0..program.routings).map(|_| ChosenExperts::default()).collect();
     let mut router = 0;
     for op in &program.ops {
         if let Op::Route { spec, out, .. } = op {
             let pairs = rows_max * spec.experts_per_token;
-            choices[out.0 as usize] = Choice {
+            routings[out.0 as usize] = ChosenExperts {
                 per_row: spec.experts_per_token,
                 experts: vec![0; pairs],
                 weights: vec![0.0; pairs],
@@ -242,5 +248,5 @@ fn choices(program: &Program, rows_max: usize) -> (Vec<Choice>, Vec<f32>) {
             router = router.max((rows_max + 1) * spec.experts);
         }
     }
-    (choices, vec![0.0; router])
+    (routings, vec![0.0; router])
 }

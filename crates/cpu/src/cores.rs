@@ -1,16 +1,19 @@
-//! Which processors this process may use: one of each physical core, within its affinity mask
-//! (which a control group's cpuset narrows) and its control group's quota.
+//! The processors that this process may use: one of each physical core, within its affinity mask
+//! (which includes the cpuset of its control group) and within the quota of its control group.
 //!
-//! The quota is the standard library's business, which reads both versions' files up to the root of
-//! the hierarchy: `cpu.max`, and `cpu.cfs_quota_us` over `cpu.cfs_period_us`, rounded down.
+//! The standard library reads the quota. It reads the files of both versions of control groups up
+//! to the root of the hierarchy: `cpu.max`, and `cpu.cfs_quota_us` over `cpu.cfs_period_us`,
+//! rounded down.
 
 /// The cores that this process may use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cores {
-    /// How many threads make sense: physical cores, less if a control group's quota says so.
+    /// The useful number of threads: the number of physical cores, or less if a control group's
+    /// quota says so.
     pub count: usize,
-    /// One logical processor of each physical core that this process may run on; empty where the
-    /// system does not tell, or where a quota (shared with other processes) makes binding harmful.
+    /// One logical processor of each physical core that this process may use. It is empty where the
+    /// system does not say, or where there is a quota: other processes share the cores then, and
+    /// binding threads would do harm.
     pub ids: Vec<usize>,
 }
 
@@ -23,8 +26,9 @@ pub fn available_cores() -> Cores {
     })
 }
 
-/// The cores of the logical processors `allowed`, of which no more than `limit` may be busy at a
-/// time; `siblings` is the system's list of a processor's hardware threads, itself among them.
+/// The cores of the logical processors `allowed`, of which at most `limit` may be busy at a time.
+/// `siblings` gives the system's list of the hardware threads of a processor's core, its own
+/// included.
 fn choose(allowed: &[usize], limit: usize, siblings: impl Fn(usize) -> Option<String>) -> Cores {
     let mut ids: Vec<usize> = Vec::new();
     let mut seen = Vec::new();
@@ -45,9 +49,9 @@ fn choose(allowed: &[usize], limit: usize, siblings: impl Fn(usize) -> Option<St
     Cores { count, ids }
 }
 
-/// The processors of a list as the kernel writes it, such as `0-3,8`; `None` if it is none.
+/// The processors of a list in the kernel's notation, such as `0-3,8`. `None` if it is malformed.
 fn parse_list(text: &str) -> Option<Vec<usize>> {
-    // Every machine that the kernel runs on has fewer; a longer range is a damaged file.
+    // No machine has more processors. A longer range is a damaged file.
     const PROCESSORS_MAX: usize = 1 << 16;
     let mut ids = Vec::new();
     for part in text.trim().split(',') {
@@ -73,7 +77,7 @@ fn affinity() -> Vec<usize> {
     }
 }
 
-/// Binds the calling thread to one processor; a refusal is harmless.
+/// Binds the calling thread to one processor. A refusal is harmless.
 #[cfg(target_os = "linux")]
 pub(crate) fn bind_to(core: usize) {
     // SAFETY: the set is valid and `core` came from the system's own mask.
@@ -117,12 +121,13 @@ mod tests {
 
     #[test]
     fn a_core_counts_once() {
-        // Hardware threads beside each other (Arm, some Xeons), and in two halves (most x86).
+        // Hardware threads of a core have neighbouring numbers (Arm, some Xeons), or lie half the
+        // processors apart (most x86).
         let beside = choose(&[0, 1, 2, 3], 4, all_of("0-1 2-3"));
         assert_eq!(beside, Cores { count: 2, ids: vec![0, 2] });
         let halves = choose(&[0, 1, 2, 3, 4, 5, 6, 7], 8, all_of("0,4 1,5 2,6 3,7"));
         assert_eq!(halves, Cores { count: 4, ids: vec![0, 1, 2, 3] });
-        // Four threads a core, and a core without any.
+        // One core has four hardware threads, another has one.
         let four = choose(&[0, 1, 2, 3, 4], 5, all_of("0-3 4"));
         assert_eq!(four, Cores { count: 2, ids: vec![0, 4] });
         let untold = choose(&[0, 1, 2], 3, |_| None);
@@ -131,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_cpuset_narrows_the_choice() {
-        // Both threads of core 1, and the second thread alone of cores 2 and 3.
+        // Both threads of core 1 are allowed, and only the second thread of cores 2 and 3.
         let cores = choose(&[1, 5, 6, 7], 4, all_of("0,4 1,5 2,6 3,7"));
         assert_eq!(cores, Cores { count: 3, ids: vec![1, 6, 7] });
     }
@@ -141,11 +146,12 @@ mod tests {
         let siblings = || all_of("0,4 1,5 2,6 3,7");
         let all = [0, 1, 2, 3, 4, 5, 6, 7];
         assert_eq!(choose(&all, 3, siblings()), Cores { count: 3, ids: vec![] });
-        // As many processors as cores, but of more processors: others run on these cores too.
+        // The limit is below the number of allowed processors, so other programs run on these cores
+        // too.
         assert_eq!(choose(&all, 4, siblings()), Cores { count: 4, ids: vec![] });
         assert_eq!(choose(&all, 7, siblings()), Cores { count: 4, ids: vec![] });
         assert_eq!(choose(&[2], 1, siblings()), Cores { count: 1, ids: vec![2] });
-        // Where there is no affinity mask, the limit is all that is known.
+        // Without an affinity mask only the limit is known.
         assert_eq!(choose(&[], 6, siblings()), Cores { count: 6, ids: vec![] });
     }
 

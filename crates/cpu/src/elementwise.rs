@@ -1,7 +1,7 @@
-//! Work on rows that needs nothing but the row: norms, nonlinearities, sums, gates, rotations.
+//! Work on single rows: norms, nonlinearities, sums, gates, rotations.
 //!
-//! Each kernel works on a range of rows, so that a chunk of prompt is divided among workers by
-//! rows. Inputs and outputs may be the same buffer: every element is read before it is written.
+//! Each kernel works on a range of rows, so workers divide a chunk of prompt by rows. Input and
+//! output may be the same buffer, because every element is read before it is written.
 
 use std::ops::Range;
 
@@ -18,15 +18,15 @@ pub(crate) struct Norm<'a> {
     pub weight: Option<&'a [f32]>,
     /// As `weight`.
     pub bias: Option<&'a [f32]>,
-    /// Which norm.
+    /// The kind of norm.
     pub kind: NormKind,
-    /// Added under the root.
+    /// Is added under the root.
     pub epsilon: f32,
-    /// Parts that are normalised by themselves.
+    /// Parts of a row that are normalised separately.
     pub groups: usize,
     /// As `input`.
     pub out: Rows,
-    /// Which rows; valid in both buffers, and nobody else's.
+    /// The rows. They are valid in both buffers, and nobody else touches them.
     pub rows: Range<usize>,
 }
 
@@ -72,7 +72,7 @@ impl Norm<'_> {
                 NormKind::Rms { offset } => (0.0, offset),
                 NormKind::Layer => (total::<L, false>(from, n, 0.0) / n as f32, 0.0),
             };
-            // Lanes past the end are zeros, not deviations.
+            // Lanes past the end are zeros. Their deviations from the mean must not count.
             let padding = (n.next_multiple_of(LANES) - n) as f32 * mean * mean;
             let squares = total::<L, true>(from, n, mean) - padding;
             let scale = L::splat(1.0 / (squares / n as f32 + self.epsilon).sqrt());
@@ -91,8 +91,8 @@ impl Norm<'_> {
     }
 }
 
-/// The sum of `x`, or of `(x - mean)^2`, over `n` floats (zeros to the end of the last vector), in
-/// a fixed order.
+/// The sum of `x`, or of `(x - mean)^2`, over `n` floats in a fixed order. Lanes past the end count
+/// as zeros.
 #[inline(always)]
 unsafe fn total<L: Lanes, const SQUARES: bool>(from: *const f32, n: usize, mean: f32) -> f32 {
     let mean = L::splat(mean);
@@ -116,8 +116,9 @@ unsafe fn total<L: Lanes, const SQUARES: bool>(from: *const f32, n: usize, mean:
     sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
 }
 
-/// Where each vector of `n` floats begins, and the floats from there on. (A loop over this, and not
-/// a function that takes the loop's body: a closure that is not inlined knows no wide vectors.)
+/// The start of each vector of `n` floats, and the number of floats from there on. Callers loop
+/// over this. A function that takes the body of the loop would be slow: a closure is compiled
+/// without the wide vectors unless it is inlined.
 #[inline(always)]
 fn vectors(n: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..n).step_by(LANES).map(move |i| (i, n - i))
@@ -129,11 +130,11 @@ pub(crate) struct Add {
     pub left: Rows,
     /// `[rows, n]`.
     pub right: Rows,
-    /// Multiplies `right`.
+    /// The factor of `right`.
     pub scale: f32,
     /// `[rows, n]`.
     pub out: Rows,
-    /// Which rows; valid in all buffers, and nobody else's.
+    /// The rows. They are valid in all buffers, and nobody else touches them.
     pub rows: Range<usize>,
 }
 
@@ -162,13 +163,13 @@ pub(crate) struct Activate {
     pub gate: Rows,
     /// `[rows, n]`, for the gated kinds.
     pub up: Option<Rows>,
-    /// Which nonlinearity.
+    /// The kind of nonlinearity.
     pub kind: Activation,
     /// `[rows, n]`.
     pub out: Rows,
-    /// Which rows; valid in all buffers, and nobody else's.
+    /// The rows. They are valid in all buffers, and nobody else touches them.
     pub rows: Range<usize>,
-    /// Which columns.
+    /// The columns.
     pub columns: Range<usize>,
 }
 
@@ -222,7 +223,7 @@ pub(crate) struct SigmoidGate {
     pub gate: Rows,
     /// `[rows, n]`.
     pub out: Rows,
-    /// Which rows; valid in all buffers, and nobody else's.
+    /// The rows. They are valid in all buffers, and nobody else touches them.
     pub rows: Range<usize>,
 }
 
@@ -261,15 +262,15 @@ pub(crate) struct Rotate {
     pub input: Rows,
     /// Heads in a row.
     pub heads: usize,
-    /// First turned element of a head.
+    /// The first element of a head that is rotated.
     pub offset: usize,
-    /// Which elements pair up.
+    /// Which elements form pairs.
     pub style: RopeStyle,
     /// `[rows, 2 * pairs]`: cosines, then sines.
     pub angles: Rows,
     /// As `input`.
     pub out: Rows,
-    /// Which rows; valid in all buffers, and nobody else's.
+    /// The rows. They are valid in all buffers, and nobody else touches them.
     pub rows: Range<usize>,
 }
 

@@ -1,7 +1,7 @@
-//! `CpuExecutor`: runs the stages of a prepared program, one after another, each on the gang.
+//! `CpuExecutor`: runs the stages of a prepared program one after another, each on the gang.
 //!
-//! The calling thread is worker 0 and does what is too small to share by itself. In steady state
-//! a step allocates nothing.
+//! The calling thread is worker 0. It does alone what is too small to share. A step allocates
+//! nothing once a step of its kind has run.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use lathe_tensor::Tensor;
 use crate::attend::{AttendJob, Attention, RowForm};
 use crate::cache::{KvCache, Write};
 use crate::elementwise::{Activate, Add, Norm, Rotate, SigmoidGate, fill_angles};
-use crate::experts::{Choice, GroupScratch, RouteStage};
+use crate::experts::{ChosenExperts, GroupScratch, RouteStage};
 use crate::gang::{Gang, share};
 use crate::lanes::{Kernel, LANES, Lanes, Width, dispatch, math};
 use crate::latent::{LatentScratch, LatentStage};
@@ -26,16 +26,16 @@ use crate::profile::Profile;
 use crate::ranks::Ranks;
 use crate::rows::Rows;
 use crate::stage::{
-    ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage, Source,
-    Stage,
+    ActivateStage, AddStage, AttendStage, LinearInput, LinearStage, LogitsInput, LogitsStage,
+    NormStage, PartStage, Stage,
 };
 use crate::transform::TransformStage;
 
-/// Whole blocks of as many rows of a prompt are in the prefill form: decoding weights for fewer
-/// does not pay, and pages of the cache do not straddle them.
+/// Whole blocks of this many rows of a prompt are in the prefill form. Decoding weights for fewer
+/// rows does not pay, and no page of the cache lies across the border of a block.
 const PREFILL_ROWS: usize = 64;
 
-/// Floats below which a piece of elementwise work is not worth waking the gang.
+/// Elementwise work on fewer floats is done without waking the gang.
 const ALONE_FLOATS: usize = 8192;
 
 /// A prepared program on the CPU.
@@ -43,18 +43,18 @@ const ALONE_FLOATS: usize = 8192;
 pub(crate) struct CpuExecutor {
     pub(crate) program: Arc<Program>,
     pub(crate) stages: Vec<Stage>,
-    /// Whether products of prompts' rows differ from those of decoding rows.
+    /// Whether rows in the prefill form are computed differently from the others.
     pub(crate) prefill_form: bool,
     pub(crate) weight_bytes: usize,
     pub(crate) limits: ExecutorLimits,
-    /// Rows of a step that ran and is not collected, or why it failed.
+    /// The rows of a step that ran and is not collected yet, or the error that ended it.
     pub(crate) in_flight: Option<Result<usize, BackendError>>,
     pub(crate) state: State,
-    /// The stages point into it.
+    /// The memory that the stages' pointers refer to.
     pub(crate) _buffers: Buffers,
 }
 
-/// Everything that stages work with.
+/// The memory and the workers that stages use.
 #[derive(Debug)]
 pub(crate) struct State {
     pub width: Width,
@@ -65,12 +65,12 @@ pub(crate) struct State {
     pub latent: LatentScratch,
     pub activations: Activations,
     pub angles: Vec<Angles>,
-    pub choices: Vec<Choice>,
+    pub routings: Vec<ChosenExperts>,
     /// Router logits and ranks, `[rows_max, 2 * experts]`.
     pub router: Vec<f32>,
     pub groups: GroupScratch,
     pub logits: Vec<f32>,
-    /// The vocabulary; 0 if the program makes no logits.
+    /// Tokens of the vocabulary. 0 if the program makes no logits.
     pub logits_width: usize,
     pub captures: Vec<Vec<f32>>,
     pub capture_widths: Vec<usize>,
@@ -80,11 +80,11 @@ pub(crate) struct State {
     pub prefill: Vec<bool>,
     /// Whether each row turns by the long rotary tables.
     pub long_rope: Vec<bool>,
-    /// Stretches of the step's rows whose latent attention is absorbed.
+    /// Ranges of the step's rows whose latent attention is absorbed.
     pub absorbed: Vec<Range<usize>>,
     /// The sequences' block tables.
     pub tables: SequenceTables,
-    /// The tokens of rows, and those that are chosen.
+    /// Chooses tokens, and keeps the tokens of the step's rows.
     pub chooser: Chooser,
     pub profile: Profile,
 }
@@ -134,7 +134,7 @@ impl Executor for CpuExecutor {
         self.limits
     }
 
-    /// The step runs to its end; whether it did well is told when it is collected.
+    /// Runs the step to its end. `collect` tells whether it succeeded.
     fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
         if self.in_flight.is_some() {
             return Err(StepError("a step is in flight already".to_owned()).into());
@@ -173,12 +173,12 @@ impl Executor for CpuExecutor {
     }
 
     fn routing(&self, routing: Routing) -> Option<RoutedExperts<'_>> {
-        let choice = self.state.choices.get(routing.0 as usize)?;
-        let pairs = self.state.sequence_of.len() * choice.per_row;
+        let chosen = self.state.routings.get(routing.0 as usize)?;
+        let pairs = self.state.sequence_of.len() * chosen.per_row;
         (pairs > 0).then(|| RoutedExperts {
-            experts: &choice.experts[..pairs],
-            weights: &choice.weights[..pairs],
-            experts_per_token: choice.per_row,
+            experts: &chosen.experts[..pairs],
+            weights: &chosen.weights[..pairs],
+            experts_per_token: chosen.per_row,
         })
     }
 
@@ -209,7 +209,8 @@ impl CpuExecutor {
 }
 
 impl State {
-    /// What a step's stages share: the sequence of each row, angles, room for logits.
+    /// Prepares what the stages of a step share: the sequence of each row, angles, and memory for
+    /// logits.
     fn begin(&mut self, program: &Program, step: &Step) {
         self.chooser.begin(step);
         self.sequence_of.clear();
@@ -249,7 +250,7 @@ impl State {
         }
     }
 
-    /// Divides rows among the workers, or does them all here if they are little work.
+    /// Divides rows among the workers, or does them all on this thread if they are little work.
     fn by_rows(&self, rows: usize, floats_per_row: usize, work: impl Fn(Range<usize>) + Sync) {
         if rows == 1 || rows * floats_per_row < ALONE_FLOATS {
             return work(0..rows);
@@ -257,8 +258,8 @@ impl State {
         self.gang.run(|worker, workers| work(share(rows, worker, workers)));
     }
 
-    /// Runs one stage. Stages' buffers hold `rows_max` rows and the step has no more; a stage's
-    /// inputs are complete before it starts.
+    /// Runs one stage. The buffers hold `rows_max` rows, and a step has no more. A stage's inputs
+    /// are complete before it starts.
     fn run(&mut self, stage: &Stage, step: &Step) -> Result<(), BackendError> {
         let (width, count) = (self.width, step.rows());
         match stage {
@@ -298,11 +299,11 @@ impl State {
             Stage::Copy { input, start, out } => copy(*input, *start, *out, count),
             Stage::Route(route) => self.route(route, count),
             Stage::Experts(experts) => {
-                let choice = &self.choices[experts.routing];
+                let routing = &self.routings[experts.routing];
                 let scratch = (&mut self.activations, &mut self.groups);
                 // SAFETY: see above.
                 unsafe {
-                    experts.run((width, &self.gang), &self.prefill[..count], choice, scratch)
+                    experts.run((width, &self.gang), &self.prefill[..count], routing, scratch)
                 };
             }
             Stage::AllReduce { input, out } => {
@@ -449,9 +450,9 @@ impl State {
         let (logits, ranks) = self.router.split_at_mut(count * experts);
         let part = Part { bias: stage.bias.as_deref(), ..Part::new(&stage.matrix, logits) };
         matmul(&self.gang, &mut [part], &self.activations);
-        let choice = &mut self.choices[stage.routing];
-        let chosen = choice.experts.chunks_exact_mut(choice.per_row);
-        let weights = choice.weights.chunks_exact_mut(choice.per_row);
+        let routing = &mut self.routings[stage.routing];
+        let chosen = routing.experts.chunks_exact_mut(routing.per_row);
+        let weights = routing.weights.chunks_exact_mut(routing.per_row);
         for ((logits, chosen), weights) in logits.chunks_exact_mut(experts).zip(chosen).zip(weights)
         {
             stage.choose(logits, &mut ranks[..experts], chosen, weights);
@@ -472,15 +473,12 @@ impl State {
             |i, out| {
                 let row = asked[i].row as usize;
                 match &stage.source {
-                    Source::Norm(norm) => {
+                    LogitsInput::Norm(norm) => {
                         let out = window(out, row);
                         run_norm(width, norm, norm.input, out, row..row + 1);
                     }
                     // SAFETY: the row is valid and complete.
-                    Source::Rows(rows) => out.copy_from_slice(unsafe { rows.slice(row) }),
-                    Source::AddNorm(..) | Source::Activate(_) => {
-                        unreachable!("the planner fuses norms only")
-                    }
+                    LogitsInput::Rows(rows) => out.copy_from_slice(unsafe { rows.slice(row) }),
                 }
             },
         );
@@ -497,7 +495,7 @@ impl State {
             self.gang.run(|worker, workers| {
                 dispatch(
                     width,
-                    Soften { all, range: share(floats, worker, workers), scale, softcap },
+                    SoftenLogits { all, range: share(floats, worker, workers), scale, softcap },
                 );
             });
         }
@@ -509,7 +507,7 @@ impl State {
     }
 }
 
-/// Prepares the input of a linear group, with what was fused into it.
+/// Prepares the input of a linear group. An op that is fused into it is computed on the way.
 fn prepare(
     width: Width,
     gang: &Gang,
@@ -519,21 +517,23 @@ fn prepare(
 ) {
     let shape = (count, stage.columns);
     match &stage.source {
-        Source::Rows(rows) => {
+        LinearInput::Rows(rows) => {
             // SAFETY: the buffer holds the step's rows, complete.
             let input = unsafe { rows.slices(count) };
             activations.prepare(gang, stage.operands, input, stage.columns);
         }
-        Source::Norm(norm) => activations.prepare_with(gang, stage.operands, shape, |row, out| {
-            run_norm(width, norm, norm.input, window(out, row), row..row + 1);
-        }),
-        Source::AddNorm(add, norm) => {
+        LinearInput::Norm(norm) => {
+            activations.prepare_with(gang, stage.operands, shape, |row, out| {
+                run_norm(width, norm, norm.input, window(out, row), row..row + 1);
+            })
+        }
+        LinearInput::AddNorm(add, norm) => {
             activations.prepare_with(gang, stage.operands, shape, |row, out| {
                 run_add(width, add, row..row + 1);
                 run_norm(width, norm, norm.input, window(out, row), row..row + 1);
             })
         }
-        Source::Activate(activate) => {
+        LinearInput::Activate(activate) => {
             activations.prepare_with(gang, stage.operands, shape, |row, out| {
                 run_activate(width, activate, window(out, row), row..row + 1);
             })
@@ -541,7 +541,7 @@ fn prepare(
     }
 }
 
-/// A buffer of which only row `row` is there: `out`.
+/// A buffer of which only row `row` exists, at `out`.
 fn window(out: &mut [f32], row: usize) -> Rows {
     Rows::new(out.as_mut_ptr().wrapping_sub(row * out.len()), out.len())
 }
@@ -596,16 +596,16 @@ fn copy(input: Rows, start: usize, out: Rows, count: usize) {
     }
 }
 
-/// Scale and soft-cap of logits.
-struct Soften {
+/// Scales and caps logits.
+struct SoftenLogits {
     all: Rows,
-    /// Which of them; this worker's own.
+    /// The logits of this worker.
     range: Range<usize>,
     scale: f32,
     softcap: Option<f32>,
 }
 
-impl Kernel for Soften {
+impl Kernel for SoftenLogits {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

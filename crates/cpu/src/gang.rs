@@ -1,11 +1,10 @@
 //! `Gang`: worker threads that start and join in a fraction of a microsecond.
 //!
-//! A decode step runs some hundred small parallel regions, so a region must not cost a lock, an
-//! allocation or a system call. Workers spin on an epoch counter; the caller is worker 0. Work is
-//! divided by index (static partition). After `SPIN` of idleness a worker sleeps on a condition
-//! variable, so an idle process costs nothing.
+//! A decode step runs some hundred small parallel regions. So a region must not cost a lock, an
+//! allocation or a system call. Workers spin on an epoch counter, and the caller is worker 0. Work
+//! is divided by index. A worker that is idle for `SPIN` sleeps on a condition variable, so an idle
+//! process costs nothing.
 //!
-//! It knows nothing of what it runs.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -16,11 +15,11 @@ use std::time::{Duration, Instant};
 use crate::cores::bind_to;
 pub use crate::cores::{Cores, available_cores};
 
-/// How long a worker spins before it sleeps. Longer than the serial gaps of a step (some
-/// microseconds), shorter than what a person would notice on a process list.
+/// How long a worker spins before it sleeps. It is longer than the serial gaps of a step, which
+/// take some microseconds.
 const SPIN: Duration = Duration::from_micros(150);
 
-/// What workers run: a closure and how to call it, without an allocation.
+/// A closure and the function that calls it, without an allocation.
 #[derive(Clone, Copy)]
 struct Job {
     closure: *const (),
@@ -32,22 +31,23 @@ struct Job {
 struct Line<T>(T);
 
 struct Shared {
-    /// Counts runs; a worker runs once for each change.
+    /// Counts runs. A worker runs once for each change.
     epoch: Line<AtomicU32>,
     /// Workers that have not finished the current run.
     remaining: Line<AtomicU32>,
-    /// Workers on the condition variable (or about to be).
+    /// Workers that wait on the condition variable or are about to.
     sleeping: AtomicU32,
     stop: AtomicBool,
-    /// Written by the caller before the epoch changes, read by workers after.
+    /// The caller writes it before the epoch changes. Workers read it after.
     job: std::cell::UnsafeCell<Option<Job>>,
     sleep: Mutex<()>,
     wake: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    /// Whether `panic` holds one: spares every run the lock.
+    /// Whether `panic` holds a panic. Runs need not take its lock to know.
     panicked: AtomicBool,
     workers: usize,
-    /// Fewer cores than workers: give the core away instead of spinning on it.
+    /// Whether there are more workers than cores. Waiting workers then yield their core instead of
+    /// spinning.
     crowded: bool,
 }
 
@@ -65,16 +65,16 @@ pub struct Gang {
 }
 
 impl Gang {
-    /// A gang of `threads` workers (at least 1), the caller of [`Gang::run`] among them.
+    /// A gang of `threads` workers (at least 1). The caller of [`Gang::run`] is one of them.
     ///
-    /// Workers are bound to a core each if the gang fills the machine; otherwise the operating
-    /// system places them, since other processes may want the same cores.
+    /// If the gang fills the machine, each worker is bound to a core. Else the operating system
+    /// places the workers, because other processes may need the same cores.
     pub fn new(threads: usize) -> Gang {
         Self::one_of(1, threads)
     }
 
-    /// One of `gangs` gangs of `threads` workers each that work at the same time. If together they
-    /// are more than there are cores, waiting workers give their core away.
+    /// One of `gangs` gangs of `threads` workers each, which work at the same time. If together
+    /// they have more workers than there are cores, waiting workers yield their core.
     pub fn one_of(gangs: usize, threads: usize) -> Gang {
         let workers = threads.max(1);
         let cores = available_cores();
@@ -117,11 +117,11 @@ impl Gang {
 
     /// Calls `work(worker, workers)` once on each worker and returns when all have returned.
     ///
-    /// If the gang is already running (a nested call, or another thread's), the call runs as
-    /// `work(0, 1)` on the calling thread alone, which is the same work.
+    /// If the gang is already running (a nested call, or another thread's), the call runs `work(0,
+    /// 1)` on the calling thread alone.
     ///
     /// # Panics
-    /// With the panic of a worker, after all have finished.
+    /// If a worker panics, with its panic, after all workers have finished.
     pub fn run<W: Fn(usize, usize) + Sync>(&self, work: W) {
         let alone = self.shared.workers == 1;
         if alone || self.busy.swap(true, Ordering::Acquire) {
@@ -150,8 +150,8 @@ impl Gang {
         };
         shared.remaining.0.store(shared.workers as u32 - 1, Ordering::Relaxed);
         shared.epoch.0.fetch_add(1, Ordering::SeqCst);
-        // Either this load sees the sleeper, or the sleeper's check of `epoch` sees the change:
-        // both are sequentially consistent, in opposite orders.
+        // Either this load sees the sleeper, or the sleeper's check of `epoch` sees the change.
+        // Both are sequentially consistent and in opposite orders.
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
             drop(lock(&shared.sleep));
             shared.wake.notify_all();
@@ -159,7 +159,7 @@ impl Gang {
     }
 }
 
-/// Waits for the workers and frees the gang, also when the caller's own share panics.
+/// Waits for the workers and frees the gang, even if the caller's own share panics.
 struct Finish<'a> {
     gang: &'a Gang,
 }
@@ -177,7 +177,7 @@ impl Drop for Finish<'_> {
             }
         }
         if std::thread::panicking() {
-            // The caller's own panic is on its way; a worker's must not reach the next run.
+            // The caller is panicking itself. A worker's panic must not reach the next run.
             shared.panicked.store(false, Ordering::Relaxed);
         }
         self.gang.busy.store(false, Ordering::Release);
@@ -203,7 +203,7 @@ impl std::fmt::Debug for Gang {
     }
 }
 
-/// The life of a worker.
+/// The loop of a worker thread.
 fn serve(shared: &Shared, worker: usize) {
     let mut seen = 0;
     loop {
@@ -226,7 +226,7 @@ fn serve(shared: &Shared, worker: usize) {
     }
 }
 
-/// Spins, then sleeps, until the epoch differs from `seen`; the new epoch.
+/// Spins and then sleeps until the epoch differs from `seen`. Returns the new epoch.
 fn next_epoch(shared: &Shared, seen: u32) -> u32 {
     let mut spins = 0u32;
     let mut start = None;
@@ -262,7 +262,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The part `index` of `0..total` when it is cut into `parts` nearly equal runs.
+/// Part `index` of `0..total`, which is cut into `parts` nearly equal parts.
 pub fn share(total: usize, index: usize, parts: usize) -> std::ops::Range<usize> {
     total * index / parts..total * (index + 1) / parts
 }
@@ -300,16 +300,17 @@ mod tests {
 
     #[test]
     fn idle_workers_sleep() {
-        // More workers than cores too: those give the core away, and must sleep all the same.
+        // Some gangs have more workers than cores. These yield the core, and must sleep all the
+        // same.
         for workers in [2, 5, 40] {
             let gang = Gang::new(workers);
             for _ in 0..3 {
                 gang.run(|_, _| ());
-                // Without a limit: a worker that never sleeps hangs the test.
+                // There is no time limit. If a worker never sleeps, the test hangs.
                 while gang.shared.sleeping.load(Ordering::SeqCst) < workers as u32 - 1 {
                     std::thread::yield_now();
                 }
-                // The lock is free only when the last of them waits for the condition.
+                // The lock is free only when the last worker waits for the condition.
                 drop(lock(&gang.shared.sleep));
                 assert!(gang.threads.iter().all(|thread| !thread.is_finished()));
             }

@@ -1,16 +1,17 @@
 //! Multi-head latent attention (DeepSeek-V2, section 2.1.2), in two forms.
 //!
-//! *Absorbed.* A head's score of a cached latent `c` is `q_nope . (key_up c) = (key_up^T q_nope) . c`,
-//! so the query is brought to the latent space once and every head attends over the same latents,
-//! which are keys and values of one key head; the weighted latent then goes through `value_up`.
+//! *Absorbed.* A head's score of a cached latent `c` is `q_nope . (key_up c) = (key_up^T q_nope) .
+//! c`. So the query is multiplied by `key_up^T` once, and every head attends over the same latents,
+//! which are the keys and values of one key head. The weighted latent is then multiplied by
+//! `value_up`.
 //!
-//! *Expanded.* Keys and values of a head are made from the latents, a tile of positions at a time
-//! and once for all rows of the step (up to 512), and the rows attend to those.
+//! *Expanded.* The keys and values of a head are made from the latents, one tile of positions at a
+//! time, once for up to 512 rows of the step. The rows attend to those.
 //!
-//! The forms round differently, and text must not depend on how a prompt was cut into steps: which
-//! one a row gets is in the step ([`lathe_program::StepSequence::expanded`]), from the model and
-//! the request alone; `LatentSpec::expanded_rows` is the rule, in FLOPs. What is left of a prompt
-//! after its last whole block, all that is generated, and trees are absorbed.
+//! The forms round differently, and text must not depend on how a prompt was cut into steps. So the
+//! step says which form a row has ([`lathe_program::StepSequence::expanded`]), and that follows
+//! from the model and the request alone. `LatentSpec::expanded_rows` is the rule, in FLOPs. The
+//! rest of a prompt after its last whole block, all generated tokens, and trees are absorbed.
 
 use std::ops::Range;
 
@@ -18,7 +19,7 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use lathe_program::kv_codec::hadamard;
 use lathe_program::{BackendError, LatentSpec};
 
-use crate::attend::{AttendShape, Expand};
+use crate::attend::{AttendShape, ExpandLatents};
 use crate::cache::code::{Code, F16, F32};
 use crate::cache::store::Plain;
 use crate::cache::{TILE, TileBuffers};
@@ -28,10 +29,10 @@ use crate::lanes::product::Product;
 use crate::memory::Memory;
 use crate::rows::Rows;
 
-/// What a half may differ from a weight by, of the largest weight: halves of small floats of 16
-/// bits differ by less, halves of other numbers by more.
+/// The most by which a half may differ from a weight, relative to the largest weight. Halves of
+/// small floats of 16 bits differ by less, halves of other numbers by more.
 const HALF_ERROR: f32 = 1.0 / 65536.0;
-/// Rows of one piece of work.
+/// The rows of one piece of work.
 const ROWS: usize = 32;
 
 /// Matrices of all heads, `[heads, depth, columns]`.
@@ -42,8 +43,8 @@ enum HeadMatrices {
 }
 
 impl HeadMatrices {
-    /// Halves where they hold what a checkpoint's floats of 16 bits hold; numbers under scales
-    /// have more bits.
+    /// Uses halves if they hold the numbers of a checkpoint's floats of 16 bits. Numbers under
+    /// scales have more bits.
     fn new(values: Vec<f32>, exact: bool) -> Self {
         let halves: Vec<u16> = values.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect();
         let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
@@ -53,7 +54,8 @@ impl HeadMatrices {
         if exact || lossy { Self::Full(values) } else { Self::Half(halves) }
     }
 
-    /// A head's matrix of `elements` as floats, at `to` if they have to be made.
+    /// The matrix of a head, `elements` floats. It is written to `to` unless it is stored as
+    /// floats.
     ///
     /// # Safety
     /// `to` has room for them, and nobody else touches it.
@@ -81,9 +83,9 @@ impl HeadMatrices {
 /// One latent attention, ready to run.
 #[derive(Debug)]
 pub(crate) struct LatentStage {
-    /// The numbers of the attention over latents.
+    /// The attention over latents.
     pub shape: AttendShape,
-    /// The numbers of the attention over keys and values made from them.
+    /// The attention over keys and values that are made from latents.
     pub expanded_shape: AttendShape,
     /// The layer of the cache.
     pub layer: usize,
@@ -99,9 +101,9 @@ pub(crate) struct LatentStage {
 }
 
 impl LatentStage {
-    /// Lays the matrices out; `key_up` is `[heads * nope_dim, rank]` and `value_up`
-    /// `[heads * value_dim, rank]`. Where the cache's latents are `rotated` (int4), both are too,
-    /// once and for all: `K c = (K H)(H c)`.
+    /// Lays the matrices out. `key_up` is `[heads * nope_dim, rank]` and `value_up` is `[heads *
+    /// value_dim, rank]`. If the cache stores its latents `rotated` (int4), both matrices are
+    /// rotated here: `K c = (K H)(H c)`.
     pub(crate) fn new(
         spec: &LatentSpec,
         layer: usize,
@@ -129,8 +131,8 @@ impl LatentStage {
         Self { shape, expanded_shape, layer, query, out, spec: spec.clone(), key_up, value_up }
     }
 
-    /// The attention over latents as one over a single key head, and that over the keys and values
-    /// that are made from them.
+    /// The attention over latents, which has a single key head, and the attention over the keys and
+    /// values that are made from them.
     pub(crate) fn shapes(spec: &LatentSpec) -> [AttendShape; 2] {
         let absorbed = AttendShape {
             kv_heads: 1,
@@ -153,12 +155,12 @@ impl LatentStage {
         [absorbed, expanded]
     }
 
-    /// Bytes of the matrices as laid out.
+    /// Bytes of the matrices.
     pub(crate) fn bytes(&self) -> usize {
         self.key_up.bytes() + self.value_up.bytes()
     }
 
-    /// Brings the queries of some rows to the latent space.
+    /// Multiplies the queries of some rows by `key_up^T`.
     ///
     /// # Safety
     /// The query and `scratch.query` are valid for these rows, and nobody else touches the latter.
@@ -193,7 +195,7 @@ impl LatentStage {
         });
     }
 
-    /// Brings the weighted latents of some rows to values.
+    /// Multiplies the weighted latents of some rows by `value_up`.
     ///
     /// # Safety
     /// As [`LatentStage::absorb`], for `scratch.latents` and the output.
@@ -244,7 +246,7 @@ impl LatentStage {
     }
 }
 
-impl Expand for LatentStage {
+impl ExpandLatents for LatentStage {
     unsafe fn tile(
         &self,
         width: Width,
@@ -315,7 +317,7 @@ impl LatentScratch {
     }
 }
 
-/// One head's columns of some rows times its matrix.
+/// The product of one head's columns of some rows and its matrix.
 struct HeadProduct {
     from: Rows,
     from_column: usize,

@@ -1,11 +1,11 @@
 //! The CPU backend: packed weights, kernels for each instruction set, the gang of workers that
 //! runs them, and the executor of programs.
 //!
-//! [`CpuBackend`] is the way in: it has the weights loaded and laid out (`weights`, [`pack`]),
+//! [`CpuBackend`] is the way in. It loads the weights and lays them out (`weights`, [`pack`]),
 //! fuses ops to stages (`plan`), and makes an executor that runs steps on a [`gang`] of spinning
-//! threads. [`linear`] has the products of packed weights, `attend` the attention over the paged
-//! `cache`; [`isa`] chooses instructions, [`machine`] measures the roofs of the roofline. This
-//! crate knows nothing of model families, requests or files.
+//! threads. [`linear`] has the products of packed weights, and `attend` the attention over the
+//! paged `cache`. [`isa`] chooses instructions, and [`machine`] measures what the machine can do.
+//! This crate knows nothing of model families, requests or files.
 
 mod attend;
 mod backend;

@@ -1,9 +1,9 @@
-//! What this machine can do, measured: the roofs of the roofline.
+//! Measures what this machine can do: the roofs of the roofline model.
 //!
-//! [`measure_bandwidth`] streams a buffer much larger than the last-level cache, which is what
-//! decoding does with weights; [`measure_matmul`] multiplies in registers, which no real product
-//! can outrun. Both take well under half a second and return the best of many short runs, since
-//! other work on the machine only ever makes a run slower.
+//! [`measure_bandwidth`] reads a buffer much larger than the last-level cache, as decoding reads
+//! weights. [`measure_matmul`] multiplies in registers, and no real product is faster. Both take
+//! well under half a second and return the best of many short runs, because other work on the
+//! machine only makes a run slower.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -11,12 +11,14 @@ use std::time::Instant;
 use lathe_program::BackendError;
 
 use crate::gang::{Gang, share};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::isa::features::with_features;
 #[cfg(target_arch = "aarch64")]
 use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
 use crate::isa::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{avx2::Avx2, avx512::Avx512};
+use crate::isa::{avx2::Avx2, avx512::Avx512, features};
 use crate::pack::memory::AlignedBytes;
 
 /// Memory bandwidth of some threads together, in 10^9 bytes a second.
@@ -39,22 +41,22 @@ pub struct MatmulReport {
     pub isa: Isa,
     /// Threads that took part.
     pub threads: usize,
-    /// int8 x int8 to int32.
+    /// Products of int8 with sums in int32.
     pub int8_gop_s: f64,
-    /// bf16 x bf16 to f32; where the ISA has no such instruction, the f32 rate.
+    /// Products of bf16 with sums in f32. Where the instruction set has none, the rate of f32.
     pub bf16_gop_s: f64,
-    /// f32 fused multiply-add.
+    /// Fused multiply-adds in f32.
     pub f32_gop_s: f64,
 }
 
 /// Passes over the buffer.
 const PASSES: usize = 4;
-/// Slices of the buffer that are timed one by one; the best counts. A slice takes a millisecond or
-/// so, so that even on a busy machine some are not interrupted.
+/// Slices of the buffer that are timed separately. The best one counts. A slice takes about a
+/// millisecond, so some are not interrupted even on a busy machine.
 const SLICES: usize = 16;
-/// Buffers at least this large, even where caches are small.
+/// The least size of the buffer.
 const BUFFER_BYTES_MIN: usize = 192 << 20;
-/// And at most this large, even where caches are huge.
+/// The largest size of the buffer.
 const BUFFER_BYTES_MAX: usize = 1 << 30;
 
 /// Bytes of the largest cache that the first core sees, if the system tells.
@@ -113,17 +115,16 @@ pub fn measure_bandwidth(threads: usize) -> Result<BandwidthReport, BackendError
     })
 }
 
-/// Measures how fast `threads` threads together multiply and add with `isa` (which this machine
-/// must have) when nothing has to be loaded.
+/// Measures how fast `threads` threads together multiply and add with `isa`, without loads. This
+/// machine must have `isa`.
 pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
     let gang = Gang::new(threads);
     let int8 = |steps| run_peak(isa, Number::Int8, steps);
-    let bf16 = |steps| run_peak(isa, Number::Bf16, steps);
     let float = |steps| run_peak(isa, Number::F32, steps);
     let float_rate = rate(&gang, 2 * 16, &float);
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Amx {
-        // A step has four products of tiles; `rate` counts `CHAINS` instructions.
+        // A step has four products of tiles, but `rate` counts `CHAINS` instructions.
         let product = 4 * 2 * 16 * 16 * 32 / CHAINS;
         // SAFETY: `isa` is available, so the caller promised.
         let tiles = |int8: bool| move |steps| unsafe { crate::linear::amx::peak(int8, steps) };
@@ -139,12 +140,12 @@ pub fn measure_matmul(threads: usize, isa: Isa) -> MatmulReport {
         isa,
         threads: gang.workers(),
         int8_gop_s: rate(&gang, 2 * 64, &int8),
-        bf16_gop_s: if isa.has_bf16_dot() { rate(&gang, 2 * 32, &bf16) } else { float_rate },
+        bf16_gop_s: bf16_rate(&gang, isa).unwrap_or(float_rate),
         f32_gop_s: float_rate,
     }
 }
 
-/// A pointer that workers share; each uses a part of its own.
+/// A pointer that workers share. Each uses a part of its own.
 struct Shared(*mut u8);
 
 // SAFETY: see the uses.
@@ -165,10 +166,10 @@ fn best_seconds(runs: usize, mut run: impl FnMut(usize)) -> f64 {
     times.fold(f64::INFINITY, f64::min)
 }
 
-/// Reads `len` bytes (a multiple of 256) and returns something made of all of them.
+/// Reads `len` bytes (a multiple of 256) and returns a number that depends on all of them.
 unsafe fn read_all(start: *const u8, len: usize) -> u64 {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512f") {
+    if features::avx512() {
         // SAFETY: detected.
         return unsafe { read_all_avx512(start, len) };
     }
@@ -184,7 +185,7 @@ unsafe fn read_all(start: *const u8, len: usize) -> u64 {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn read_all_avx512(start: *const u8, len: usize) -> u64 {
     use std::arch::x86_64::*;
     let mut sums = [_mm512_setzero_si512(); 4];
@@ -202,14 +203,15 @@ unsafe fn read_all_avx512(start: *const u8, len: usize) -> u64 {
 #[derive(Clone, Copy)]
 enum Number {
     Int8,
-    Bf16,
     F32,
 }
 
-/// Independent accumulators: more than latency times instructions a cycle on any core so far.
+/// The number of independent accumulators. It is more than latency times instructions a cycle on
+/// any core so far.
 const CHAINS: usize = 12;
 
-/// 10^9 operations a second when each of a step's `CHAINS` instructions does `operations`.
+/// The rate in 10^9 operations a second, if each of a step's `CHAINS` instructions does
+/// `operations`.
 fn rate(gang: &Gang, operations: usize, work: &(dyn Fn(usize) + Sync)) -> f64 {
     let mut steps = 1000;
     loop {
@@ -223,12 +225,21 @@ fn rate(gang: &Gang, operations: usize, work: &(dyn Fn(usize) + Sync)) -> f64 {
     }
 }
 
+/// The rate of dots of `bf16` pairs, if `isa` has them.
+fn bf16_rate(gang: &Gang, isa: Isa) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_bf16_dot() {
+        // SAFETY: the instructions were detected.
+        return Some(rate(gang, 2 * 32, &|steps| unsafe { peak_avx512_bf16(steps) }));
+    }
+    let _ = (gang, isa);
+    None
+}
+
 fn run_peak(isa: Isa, number: Number, steps: usize) {
     // SAFETY: `isa` is available, so the caller promised.
     unsafe {
         match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if matches!(number, Number::Bf16) => peak_avx512_bf16(steps),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Amx => peak_avx512(number, steps),
             #[cfg(target_arch = "x86_64")]
@@ -245,42 +256,61 @@ fn run_peak(isa: Isa, number: Number, steps: usize) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn peak_avx512(number: Number, steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Avx512>(number, steps) }
+with_features! { avx512 =>
+    unsafe fn peak_avx512(number: Number, steps: usize) {
+        // SAFETY: the features are enabled here.
+        unsafe { peak::<Avx512>(number, steps) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
-unsafe fn peak_avx512_bf16(steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Avx512>(Number::Bf16, steps) }
+with_features! { avx512_bf16 =>
+    unsafe fn peak_avx512_bf16(steps: usize) {
+        let ones = black_box([1u32; 16]);
+        // SAFETY: the features are enabled here, and `ones` has the 64 bytes of a vector.
+        unsafe {
+            let pairs = Avx512::load_b(ones.as_ptr().cast());
+            let mut sums = [Avx512::splat(0.0); CHAINS];
+            for _ in 0..steps {
+                for sum in &mut sums {
+                    *sum = Avx512::dot_bf16(*sum, pairs, ones.as_ptr());
+                }
+            }
+            for sum in sums {
+                let mut out = [0f32; 16];
+                Avx512::store(out.as_mut_ptr(), sum);
+                black_box(out);
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn peak_avx2(number: Number, steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Avx2<false>>(number, steps) }
+with_features! { avx2 =>
+    unsafe fn peak_avx2(number: Number, steps: usize) {
+        // SAFETY: the features are enabled here.
+        unsafe { peak::<Avx2<false>>(number, steps) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-unsafe fn peak_avx_vnni(number: Number, steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Avx2<true>>(number, steps) }
+with_features! { avx_vnni =>
+    unsafe fn peak_avx_vnni(number: Number, steps: usize) {
+        // SAFETY: the features are enabled here.
+        unsafe { peak::<Avx2<true>>(number, steps) }
+    }
 }
 
 #[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "neon,dotprod")]
-unsafe fn peak_neon_dot(number: Number, steps: usize) {
-    // SAFETY: the features are enabled here.
-    unsafe { peak::<Neon<true>>(number, steps) }
+with_features! { neon_dot =>
+    unsafe fn peak_neon_dot(number: Number, steps: usize) {
+        // SAFETY: the features are enabled here.
+        unsafe { peak::<Neon<true>>(number, steps) }
+    }
 }
 
 /// `steps` times `CHAINS` independent multiply-adds.
-// Loops and no `map`: a closure inside a library function is not compiled for the ISA's features.
+// Loops and not `map`: a closure that a library function calls is compiled without the features.
 #[inline(always)]
 unsafe fn peak<S: Simd>(number: Number, steps: usize) {
     let ones = black_box([1u32; 16]);
@@ -294,11 +324,6 @@ unsafe fn peak<S: Simd>(number: Number, steps: usize) {
                 Number::Int8 => {
                     for acc in &mut ints {
                         *acc = S::dot_step(*acc, b, b);
-                    }
-                }
-                Number::Bf16 => {
-                    for acc in &mut floats {
-                        *acc = S::dot_bf16(*acc, b, ones.as_ptr());
                     }
                 }
                 Number::F32 => {

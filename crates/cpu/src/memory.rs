@@ -1,16 +1,17 @@
-//! `Memory`: one large zeroed allocation, whose pages the system hands out when first touched.
+//! `Memory`: one large zeroed allocation. The system provides its pages when they are first
+//! touched.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
 use lathe_program::BackendError;
 
-/// Start of the memory, of pages of the cache and of activation buffers: a cache line, and the
-/// widest register.
+/// The alignment of the memory, of pages of the cache and of activation buffers: a cache line,
+/// which is also the widest register.
 pub(crate) const ALIGNMENT: usize = 64;
 
-// What the allocator promises anyway. Asking for more would make it clear the memory by hand,
-// which touches every page; so the first aligned byte is found here instead.
+// The alignment that every allocator provides. If more were asked for, the allocator would clear
+// the memory itself and touch every page. So `pointer` finds the first aligned byte.
 const ASKED_ALIGNMENT: usize = 16;
 
 /// Zeroed bytes that several workers may read and write at disjoint places.
@@ -28,7 +29,7 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// `bytes` zeroes; `what` names them in the error.
+    /// `bytes` zeros. `what` names them in the error.
     ///
     /// # Errors
     /// [`BackendError::Memory`] if the system does not have them.
@@ -42,12 +43,11 @@ impl Memory {
         Ok(Self { start, layout, bytes })
     }
 
-    /// Number of bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The first byte, aligned to [`ALIGNMENT`]; `bytes()` of them may be read and written as
+    /// The first byte, aligned to [`ALIGNMENT`]. Its `bytes()` bytes may be read and written, as
     /// long as no two threads touch the same byte at once while one of them writes.
     pub(crate) fn pointer(&self) -> *mut u8 {
         let start = self.start.as_ptr();
@@ -63,8 +63,8 @@ impl Drop for Memory {
     }
 }
 
-/// Allocations from here on are asked to be backed by huge pages: a page of the cache that is read
-/// in small pieces would else cost a walk of the page table every 4 KiB.
+/// Allocations of at least this size ask for huge pages. With pages of 4 KiB, every piece of the
+/// cache that is read would cost a walk of the page table.
 const HUGE_FROM: usize = 4 << 20;
 
 #[cfg(target_os = "linux")]

@@ -1,11 +1,16 @@
-//! From a program's ops to an executor's stages: buffers by lifetime, and neighbours fused.
+//! Turns a program's ops into an executor's stages: shares buffers by lifetime and fuses
+//! neighbouring ops.
 //!
 //! A norm, a residual sum before it, or a nonlinearity is computed while the linear group that
-//! alone reads it prepares its input, and never stored; a residual sum after a linear layer is
-//! made by the layer adding to the residual's buffer. Fused ops are neighbours, and a linear
-//! group reads all of its input before it writes, so the lifetimes of the unfused program hold.
+//! alone reads it prepares its input. Its result is never stored. A residual sum after a linear
+//! layer is fused too: the layer adds its product to the residual's buffer. Fused ops are
+//! neighbours, and a linear group reads all of its input before it writes. So the lifetimes of the
+//! unfused program hold.
 
-use lathe_program::{BackendError, BufferPlan, GateKind, KvFormat, Op, Program, Value, Weight};
+use lathe_program::{
+    Activation, AttendSpec, BackendError, BufferPlan, ExpertsSpec, GateKind, KvFormat, KvLayer,
+    LatentSpec, NormKind, Op, Program, RouterSpec, Routing, Value, Weight,
+};
 
 use crate::attend::{AttendShape, check_layer};
 use crate::experts::{ExpertsStage, RouteStage};
@@ -14,20 +19,20 @@ use crate::linear::Operands;
 use crate::memory::{ALIGNMENT, Memory};
 use crate::rows::Rows;
 use crate::stage::{
-    ActivateStage, AddStage, AttendStage, LinearStage, LogitsStage, NormStage, PartStage,
-    RotateStage, Source, Stage,
+    ActivateStage, AddStage, AttendStage, LinearInput, LinearStage, LogitsInput, LogitsStage,
+    NormStage, PartStage, RotateStage, Stage,
 };
 use crate::transform::{Transform, TransformStage};
 use crate::weights::Weights;
 
-/// What keeps the stages from running `op`, if anything does.
+/// The feature of `op` that the stages do not support, if there is one.
 pub(crate) fn unsupported(op: &Op) -> Option<String> {
     let Op::Route { spec, .. } = op else { return None };
     let many = spec.groups.is_some_and(|groups| groups.groups > ROUTER_GROUPS_MAX);
     many.then(|| format!("routers with more than {ROUTER_GROUPS_MAX} groups of experts"))
 }
 
-/// Groups of experts that a router may have.
+/// The most groups of experts that a router may have.
 const ROUTER_GROUPS_MAX: usize = 256;
 
 /// The buffers of a program's values.
@@ -41,7 +46,7 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
-    /// Buffers for `rows_max` rows.
+    /// Memory for the values of `rows_max` rows.
     ///
     /// # Errors
     /// [`BackendError::Memory`].
@@ -78,7 +83,7 @@ pub(crate) struct Planner<'a> {
     buffers: &'a Buffers,
     exact: bool,
     kv_format: KvFormat,
-    /// How many ops read each value.
+    /// The number of ops that read each value.
     readers: Vec<u32>,
 }
 
@@ -124,7 +129,8 @@ impl<'a> Planner<'a> {
         Ok(stages)
     }
 
-    /// A linear group or logits with their neighbours, and how many ops they are.
+    /// A linear group or logits with the ops that are fused into it, and the number of these ops in
+    /// all.
     fn fused(&self, at: usize) -> Option<(Stage, usize)> {
         let (prelude, skipped) = self.prelude(at);
         let at = at + skipped;
@@ -140,10 +146,12 @@ impl<'a> Planner<'a> {
                 Some((Stage::Linear(stage), skipped + 1 + usize::from(residual.is_some())))
             }
             Op::Logits { input, head, gather, scale, softcap } => {
-                // A sum before the norm would be stored for the asked rows only: leave it alone.
+                // A sum before the norm would be stored for the asked rows only, so it is not
+                // fused.
                 let source = match prelude {
-                    Prelude::AddNorm(..) | Prelude::Activate(..) => return None,
-                    other => self.source(other, *input)?,
+                    Prelude::None => LogitsInput::Rows(self.rows(*input)),
+                    Prelude::Norm(norm, out) if out == *input => LogitsInput::Norm(norm),
+                    _ => return None,
                 };
                 let matrix = self.weights.matrix(*head);
                 let operands = Operands::of([&matrix]);
@@ -155,22 +163,28 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// What may be fused into the op after it, and how many ops it is.
+    /// The ops that may be fused into the op after them, and their number.
     fn prelude(&self, at: usize) -> (Prelude, usize) {
         let ops = &self.program.ops;
         match (&ops[at], ops.get(at + 1)) {
-            (Op::Norm { out, groups: 1, .. }, _) if self.read_once(*out) => {
-                (Prelude::Norm(self.norm(&ops[at]), *out), 1)
+            (Op::Norm { input, weight, bias, kind, epsilon, groups: 1, out }, _)
+                if self.read_once(*out) =>
+            {
+                let rows = (*input, *out);
+                let norm = self.norm(rows, (*weight, *bias), *kind, *epsilon, 1);
+                (Prelude::Norm(norm, *out), 1)
             }
             (
                 Op::Add { out: sum, left, right, scale },
-                Some(Op::Norm { input, out, groups: 1, .. }),
+                Some(Op::Norm { input, weight, bias, kind, epsilon, groups: 1, out }),
             ) if input == sum && self.read_once(*out) => {
                 let add = self.add(*left, *right, *scale, *sum);
-                (Prelude::AddNorm(add, self.norm(&ops[at + 1]), *out), 2)
+                let rows = (*input, *out);
+                let norm = self.norm(rows, (*weight, *bias), *kind, *epsilon, 1);
+                (Prelude::AddNorm(add, norm, *out), 2)
             }
-            (Op::Activate { out, .. }, _) if self.read_once(*out) => {
-                (Prelude::Activate(self.activate(&ops[at]), *out), 1)
+            (Op::Activate { gate, up, kind, out }, _) if self.read_once(*out) => {
+                (Prelude::Activate(self.activate(*gate, *up, *kind, *out), *out), 1)
             }
             _ => (Prelude::None, 0),
         }
@@ -180,21 +194,22 @@ impl<'a> Planner<'a> {
         self.readers[value.0 as usize] == 1
     }
 
-    /// The source of an op that reads `input`, or nothing if the prelude makes something else.
-    fn source(&self, prelude: Prelude, input: Value) -> Option<Source> {
+    /// The input of an op that reads `input`. `None` if the prelude makes another value.
+    fn source(&self, prelude: Prelude, input: Value) -> Option<LinearInput> {
         match prelude {
-            Prelude::None => Some(Source::Rows(self.rows(input))),
-            Prelude::Norm(norm, out) => (out == input).then_some(Source::Norm(norm)),
+            Prelude::None => Some(LinearInput::Rows(self.rows(input))),
+            Prelude::Norm(norm, out) => (out == input).then_some(LinearInput::Norm(norm)),
             Prelude::AddNorm(add, norm, out) => {
-                (out == input).then_some(Source::AddNorm(add, norm))
+                (out == input).then_some(LinearInput::AddNorm(add, norm))
             }
             Prelude::Activate(activate, out) => {
-                (out == input).then_some(Source::Activate(activate))
+                (out == input).then_some(LinearInput::Activate(activate))
             }
         }
     }
 
-    /// The value that the linear layer at `at` may add its product to, and how much of it.
+    /// The value that the linear layer at `at` may add its product to, and the factor of the
+    /// product.
     fn residual(&self, at: usize) -> Option<(Value, f32)> {
         let Op::Linear { parts, .. } = &self.program.ops[at] else { return None };
         let Some(Op::Add { left, right, scale, out }) = self.program.ops.get(at + 1) else {
@@ -208,7 +223,7 @@ impl<'a> Planner<'a> {
         fits.then_some((*out, *scale))
     }
 
-    fn linear(&self, op: &Op, source: Source) -> Option<LinearStage> {
+    fn linear(&self, op: &Op, source: LinearInput) -> Option<LinearStage> {
         let Op::Linear { input, parts } = op else { return None };
         let parts: Vec<PartStage> = parts
             .iter()
@@ -234,7 +249,9 @@ impl<'a> Planner<'a> {
             Op::Input { input, out } => {
                 Stage::Input { input: *input as usize, out: self.rows(*out) }
             }
-            Op::Norm { .. } => Stage::Norm(self.norm(op)),
+            Op::Norm { input, weight, bias, kind, epsilon, groups, out } => {
+                Stage::Norm(self.norm((*input, *out), (*weight, *bias), *kind, *epsilon, *groups))
+            }
             Op::Transform { input, transform, out } => Stage::Transform(TransformStage {
                 input: self.rows(*input),
                 transform: Transform::new(transform),
@@ -254,11 +271,24 @@ impl<'a> Planner<'a> {
                 first: self.rows(*first),
                 second: self.rows(*second),
             },
-            Op::Attend { .. } => Stage::Attend(self.attend(op)?),
-            Op::AttendLatent { .. } => Stage::AttendLatent(Box::new(self.attend_latent(op)?)),
-            Op::Activate { .. } => Stage::Activate(self.activate(op)),
-            Op::Route { .. } => Stage::Route(Box::new(self.route(op)?)),
-            Op::Experts { .. } => Stage::Experts(Box::new(self.experts(op)?)),
+            Op::Attend { query, layer, spec, out } => {
+                Stage::Attend(self.attend((*query, *out), *layer, spec)?)
+            }
+            Op::AttendLatent { query, layer, spec, out } => {
+                Stage::AttendLatent(Box::new(self.attend_latent((*query, *out), *layer, spec)?))
+            }
+            Op::Activate { gate, up, kind, out } => {
+                Stage::Activate(self.activate(*gate, *up, *kind, *out))
+            }
+            Op::Route { input, spec, out } => {
+                if let Some(feature) = unsupported(op) {
+                    return Err(BackendError::Unsupported { backend: "cpu", feature });
+                }
+                Stage::Route(Box::new(self.route(*input, spec, *out)))
+            }
+            Op::Experts { input, routing, spec, out } => {
+                Stage::Experts(Box::new(self.experts((*input, *out), *routing, spec)))
+            }
             Op::Add { left, right, scale, out } => {
                 Stage::Add(self.add(*left, *right, *scale, *out))
             }
@@ -267,6 +297,15 @@ impl<'a> Planner<'a> {
                 gate: self.rows(*gate),
                 out: self.rows(*out),
             },
+            _ => self.moved(op).ok_or_else(|| {
+                BackendError::Device(format!("no stage was made of {}", op.kind()))
+            })?,
+        })
+    }
+
+    /// The stage of an op that moves rows and computes nothing of its own.
+    fn moved(&self, op: &Op) -> Option<Stage> {
+        Some(match op {
             Op::AllReduce { input, out } => {
                 Stage::AllReduce { input: self.rows(*input), out: self.rows(*out) }
             }
@@ -279,9 +318,7 @@ impl<'a> Planner<'a> {
             Op::Capture { input, tap } => {
                 Stage::Capture { input: self.rows(*input), tap: *tap as usize }
             }
-            Op::Linear { .. } | Op::Logits { .. } => {
-                return Err(BackendError::Device(format!("no stage was made of {}", op.kind())));
-            }
+            _ => return None,
         })
     }
 
@@ -293,18 +330,22 @@ impl<'a> Planner<'a> {
         weight.map(|w| self.weights.floats(w))
     }
 
-    fn norm(&self, op: &Op) -> NormStage {
-        let Op::Norm { input, weight, bias, kind, epsilon, groups, out } = op else {
-            unreachable!("called for norms");
-        };
+    fn norm(
+        &self,
+        (input, out): (Value, Value),
+        (weight, bias): (Option<Weight>, Option<Weight>),
+        kind: NormKind,
+        epsilon: f32,
+        groups: usize,
+    ) -> NormStage {
         NormStage {
-            input: self.rows(*input),
-            weight: self.floats(*weight),
-            bias: self.floats(*bias),
-            kind: *kind,
-            epsilon: *epsilon,
-            groups: *groups,
-            out: self.rows(*out),
+            input: self.rows(input),
+            weight: self.floats(weight),
+            bias: self.floats(bias),
+            kind,
+            epsilon,
+            groups,
+            out: self.rows(out),
         }
     }
 
@@ -312,22 +353,23 @@ impl<'a> Planner<'a> {
         AddStage { left: self.rows(left), right: self.rows(right), scale, out: self.rows(out) }
     }
 
-    fn activate(&self, op: &Op) -> ActivateStage {
-        let Op::Activate { gate, up, kind, out } = op else {
-            unreachable!("called for activations")
-        };
-        ActivateStage {
-            gate: self.rows(*gate),
-            up: up.map(|u| self.rows(u)),
-            kind: *kind,
-            out: self.rows(*out),
-        }
+    fn activate(
+        &self,
+        gate: Value,
+        up: Option<Value>,
+        kind: Activation,
+        out: Value,
+    ) -> ActivateStage {
+        let (gate, up) = (self.rows(gate), up.map(|u| self.rows(u)));
+        ActivateStage { gate, up, kind, out: self.rows(out) }
     }
 
-    fn attend(&self, op: &Op) -> Result<AttendStage, BackendError> {
-        let Op::Attend { query, layer, spec, out } = op else {
-            unreachable!("called for attentions")
-        };
+    fn attend(
+        &self,
+        (query, out): (Value, Value),
+        layer: KvLayer,
+        spec: &AttendSpec,
+    ) -> Result<AttendStage, BackendError> {
         let shape = attend_shape(spec);
         check_layer(&self.program.kv, layer.0, &shape)?;
         let sinks = self.floats(spec.sinks);
@@ -335,49 +377,49 @@ impl<'a> Planner<'a> {
             shape,
             layer: layer.0 as usize,
             sinks,
-            query: self.rows(*query),
-            out: self.rows(*out),
+            query: self.rows(query),
+            out: self.rows(out),
         })
     }
 
-    fn attend_latent(&self, op: &Op) -> Result<LatentStage, BackendError> {
-        let Op::AttendLatent { query, layer, spec, out } = op else {
-            unreachable!("called for latents")
-        };
+    fn attend_latent(
+        &self,
+        (query, out): (Value, Value),
+        layer: KvLayer,
+        spec: &LatentSpec,
+    ) -> Result<LatentStage, BackendError> {
         check_layer(&self.program.kv, layer.0, &LatentStage::shapes(spec)[0])?;
         let (key_up, value_up) =
             (self.weights.floats(spec.key_up), self.weights.floats(spec.value_up));
-        let rows = (self.rows(*query), self.rows(*out));
+        let rows = (self.rows(query), self.rows(out));
         let rotated = self.kv_format == KvFormat::Int4;
         let up = (key_up, value_up);
         Ok(LatentStage::new(spec, layer.0 as usize, rows, up, (self.exact, rotated)))
     }
 
-    fn route(&self, op: &Op) -> Result<RouteStage, BackendError> {
-        let Op::Route { input, spec, out } = op else { unreachable!("called for routers") };
-        if let Some(feature) = unsupported(op) {
-            return Err(BackendError::Unsupported { backend: "cpu", feature });
-        }
+    fn route(&self, input: Value, spec: &RouterSpec, out: Routing) -> RouteStage {
         let matrix = self.weights.matrix(spec.weight);
-        Ok(RouteStage {
-            input: self.rows(*input),
+        RouteStage {
+            input: self.rows(input),
             operands: Operands::of([&matrix]),
             matrix,
             bias: self.floats(spec.bias),
             correction: self.floats(spec.correction),
             spec: spec.clone(),
             routing: out.0 as usize,
-        })
+        }
     }
 
-    fn experts(&self, op: &Op) -> Result<ExpertsStage, BackendError> {
-        let Op::Experts { input, routing, spec, out } = op else {
-            unreachable!("called for experts")
-        };
+    fn experts(
+        &self,
+        (input, out): (Value, Value),
+        routing: Routing,
+        spec: &ExpertsSpec,
+    ) -> ExpertsStage {
         let (gate, up) = (self.weights.experts(spec.gate), self.weights.experts(spec.up));
         let down = self.weights.experts(spec.down);
-        Ok(ExpertsStage {
-            input: self.rows(*input),
+        ExpertsStage {
+            input: self.rows(input),
             routing: routing.0 as usize,
             operands: Operands::of(gate.iter().chain(&up)),
             down_operands: Operands::of(&down),
@@ -389,13 +431,13 @@ impl<'a> Planner<'a> {
             down_bias: self.floats(spec.down_bias),
             hidden_transform: Transform::new(&spec.hidden_transform),
             spec: spec.clone(),
-            out: self.rows(*out),
-        })
+            out: self.rows(out),
+        }
     }
 }
 
-/// The numbers of an attention over heads.
-pub(crate) fn attend_shape(spec: &lathe_program::AttendSpec) -> AttendShape {
+/// The shape of an attention over heads.
+pub(crate) fn attend_shape(spec: &AttendSpec) -> AttendShape {
     AttendShape {
         kv_heads: spec.kv_heads,
         group: spec.heads / spec.kv_heads,

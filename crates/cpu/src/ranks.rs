@@ -1,8 +1,8 @@
-//! `Ranks`: this rank's end of its group, with the memory that gathering takes.
+//! `Ranks`: this rank's connection to its group, and the memory that gathering needs.
 //!
-//! A collective puts ranks one after another; values and logits are wanted row by row. What a rank
-//! gives and gets is kept from step to step, so that a step allocates nothing once one of its size
-//! has run. The calling thread talks while the gang waits.
+//! A collective puts the parts of the ranks one after another, but values and logits are needed row
+//! by row. Buffers are kept from step to step, so a step allocates nothing once one of its size has
+//! run. The calling thread talks to the other ranks while the gang waits.
 
 use std::sync::Arc;
 
@@ -10,21 +10,21 @@ use lathe_program::{CollectiveError, HostCollective};
 
 use crate::stage::Stage;
 
-/// One rank's end of a group, and its buffers.
+/// One rank's connection to its group, and its buffers.
 #[derive(Debug)]
 pub(crate) struct Ranks {
     collective: Arc<HostCollective>,
     /// This rank's logits, `[asked, tokens of this rank]`.
     logits: Vec<f32>,
-    /// The same at the width of the widest rank.
+    /// The same, padded to the width of the widest rank.
     padded: Vec<f32>,
-    /// What all ranks gave, rank by rank.
+    /// The parts of all ranks, one after another.
     gathered: Vec<f32>,
 }
 
 impl Ranks {
-    /// Room for what `stages` gather in steps of `rows_max` rows; logits take theirs when asked
-    /// for.
+    /// Memory for what `stages` gather in steps of `rows_max` rows. Memory for logits is taken when
+    /// they are asked for.
     pub(crate) fn new(collective: Arc<HostCollective>, stages: &[Stage], rows_max: usize) -> Self {
         let width = stages.iter().map(|stage| match stage {
             Stage::AllGather { out, .. } => out.width(),
@@ -42,8 +42,8 @@ impl Ranks {
         self.collective.all_reduce_sum(values)
     }
 
-    /// Puts the rows of `width` floats that each rank has in `part` side by side in the rows of
-    /// `whole`, whose `whole_width` leaves out what the last rank has too many.
+    /// Puts the rows of `width` floats of each rank's `part` side by side in the rows of `whole`. A
+    /// row of `whole` has `whole_width` floats and leaves out what the last rank has too many.
     ///
     /// # Errors
     /// As [`Ranks::sum`].
@@ -57,7 +57,7 @@ impl Ranks {
         gather(&*self.collective, &mut self.gathered, part, width, whole, whole_width)
     }
 
-    /// Room for `floats` logits of this rank.
+    /// Memory for `floats` logits of this rank.
     pub(crate) fn own_logits(&mut self, floats: usize) -> &mut [f32] {
         if self.logits.len() < floats {
             self.logits.resize(floats, 0.0);
@@ -65,8 +65,8 @@ impl Ranks {
         &mut self.logits[..floats]
     }
 
-    /// Puts the ranks' logits side by side in the rows of `whole`; this rank's are `own_width` wide
-    /// and lie in [`Ranks::own_logits`].
+    /// Puts the logits of all ranks side by side in the rows of `whole`. This rank's logits lie in
+    /// [`Ranks::own_logits`] and are `own_width` wide.
     ///
     /// # Errors
     /// As [`Ranks::sum`].

@@ -1,7 +1,7 @@
 //! `Rows`: a buffer of activations that workers share.
 
-/// A view of `[rows, width]` floats, rows one after another. Copies of it may be in the hands of
-/// several workers; kernels see to it that no two touch the same element while one writes.
+/// A view of `[rows, width]` floats, one row after another. Several workers may have copies of it.
+/// Kernels make sure that no two touch the same element while one writes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rows {
     start: *mut f32,
@@ -24,7 +24,7 @@ impl Rows {
         self.width
     }
 
-    /// The first float of row `index`; valid for reads and writes as far as the buffer goes.
+    /// The first float of row `index`. It may be read and written as far as the buffer reaches.
     #[inline(always)]
     pub(crate) fn row(self, index: usize) -> *mut f32 {
         self.start.wrapping_add(index * self.width)

@@ -1,5 +1,5 @@
-//! `Stage`: an op, or a few fused ones, with everything resolved that does not change from step
-//! to step: buffers, packed weights, cache layers.
+//! `Stage`: an op, or a few fused ops, with all that does not change from step to step: buffers,
+//! packed weights, cache layers.
 
 use lathe_program::{Activation, NormKind, RopeStyle};
 use lathe_tensor::Tensor;
@@ -12,7 +12,7 @@ use crate::linear::Operands;
 use crate::rows::Rows;
 use crate::transform::TransformStage;
 
-/// A norm's numbers.
+/// The operands of a norm.
 #[derive(Debug)]
 pub(crate) struct NormStage {
     /// `[rows, groups * n]`.
@@ -21,53 +21,62 @@ pub(crate) struct NormStage {
     pub weight: Option<Vec<f32>>,
     /// As `weight`.
     pub bias: Option<Vec<f32>>,
-    /// Which norm.
+    /// The kind of norm.
     pub kind: NormKind,
-    /// Added under the root.
+    /// Is added under the root.
     pub epsilon: f32,
-    /// Parts of a row.
+    /// Parts of a row that are normalised separately.
     pub groups: usize,
-    /// As `input`; unused where a norm is fused into what reads it.
+    /// As `input`. Unused where the norm is fused into what reads it.
     pub out: Rows,
 }
 
-/// A sum's numbers.
+/// The operands of a sum.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AddStage {
     /// `[rows, n]`.
     pub left: Rows,
     /// `[rows, n]`.
     pub right: Rows,
-    /// Multiplies `right`.
+    /// The factor of `right`.
     pub scale: f32,
     /// `[rows, n]`.
     pub out: Rows,
 }
 
-/// A nonlinearity's numbers.
+/// The operands of a nonlinearity.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ActivateStage {
     /// `[rows, n]`.
     pub gate: Rows,
     /// `[rows, n]`.
     pub up: Option<Rows>,
-    /// Which.
+    /// The kind of nonlinearity.
     pub kind: Activation,
-    /// `[rows, n]`; unused where fused into what reads it.
+    /// `[rows, n]`. Unused where the nonlinearity is fused into what reads it.
     pub out: Rows,
 }
 
-/// What a linear group reads.
+/// The input of a linear group.
 #[derive(Debug)]
-pub(crate) enum Source {
+pub(crate) enum LinearInput {
     /// A buffer.
     Rows(Rows),
-    /// A norm, made on the way.
+    /// A norm, which is computed while its rows are prepared.
     Norm(NormStage),
-    /// A sum, stored, and its norm, made on the way.
+    /// A sum, which is stored, and its norm. Both are computed while the rows are prepared.
     AddNorm(AddStage, NormStage),
-    /// A nonlinearity, made on the way.
+    /// A nonlinearity, which is computed while its rows are prepared.
     Activate(ActivateStage),
+}
+
+/// The input of the logits' matrix.
+#[derive(Debug)]
+pub(crate) enum LogitsInput {
+    /// A buffer.
+    Rows(Rows),
+    /// A norm, which is computed for the rows that are asked for.
+    Norm(NormStage),
 }
 
 /// One matrix of a linear group.
@@ -77,7 +86,7 @@ pub(crate) struct PartStage {
     pub matrix: Matrix,
     /// `[out]`.
     pub bias: Option<Vec<f32>>,
-    /// How much of the product is added to what `out` holds; `None` replaces it.
+    /// The factor of the product that is added to `out`. `None`: the product replaces `out`.
     pub accumulate: Option<f32>,
     /// `[rows, out]`.
     pub out: Rows,
@@ -86,11 +95,11 @@ pub(crate) struct PartStage {
 /// A linear group.
 #[derive(Debug)]
 pub(crate) struct LinearStage {
-    /// What it reads.
-    pub source: Source,
+    /// The input.
+    pub source: LinearInput,
     /// Elements of an input row.
     pub columns: usize,
-    /// What the matrices need of their input.
+    /// The forms of the input that the matrices need.
     pub operands: Operands,
     /// The matrices.
     pub parts: Vec<PartStage>,
@@ -99,17 +108,17 @@ pub(crate) struct LinearStage {
 /// The logits.
 #[derive(Debug)]
 pub(crate) struct LogitsStage {
-    /// What it reads: a buffer or a norm.
-    pub source: Source,
+    /// The input.
+    pub source: LogitsInput,
     /// `[vocabulary, width]`.
     pub matrix: Matrix,
-    /// What the matrix needs of its input.
+    /// The forms of the input that the matrix needs.
     pub operands: Operands,
-    /// Multiplies the product.
+    /// The factor of the product.
     pub scale: f32,
-    /// Applied after the scale.
+    /// `softcap * tanh(logit / softcap)`, applied after the scale.
     pub softcap: Option<f32>,
-    /// Whether the matrix has this rank's tokens only, and the ranks' logits are put together.
+    /// Whether the matrix has only this rank's tokens. The logits of all ranks are then gathered.
     pub gather: bool,
 }
 
@@ -120,11 +129,11 @@ pub(crate) struct RotateStage {
     pub input: Rows,
     /// Heads.
     pub heads: usize,
-    /// First turned element of a head.
+    /// The first element of a head that is rotated.
     pub offset: usize,
-    /// Which elements pair up.
+    /// Which elements form pairs.
     pub style: RopeStyle,
-    /// Which table.
+    /// The number of the rotary table.
     pub rope: usize,
     /// As `input`.
     pub out: Rows,
@@ -133,7 +142,7 @@ pub(crate) struct RotateStage {
 /// An attention over heads.
 #[derive(Debug)]
 pub(crate) struct AttendStage {
-    /// The numbers.
+    /// The shape.
     pub shape: AttendShape,
     /// The layer of the cache.
     pub layer: usize,
@@ -152,16 +161,16 @@ pub(crate) enum Stage {
     Embed {
         /// `[vocabulary, width]`.
         table: Tensor,
-        /// Token of the table's first row.
+        /// The token of the table's first row.
         first_token: u32,
-        /// Multiplies the row.
+        /// The factor of the row.
         multiplier: f32,
         /// `[rows, width]`.
         out: Rows,
     },
     /// A value from outside.
     Input {
-        /// Which of the step's inputs.
+        /// The number of the step's input.
         input: usize,
         /// `[rows, n]`.
         out: Rows,
@@ -172,9 +181,9 @@ pub(crate) enum Stage {
     Linear(LinearStage),
     /// A rotation.
     Rotate(RotateStage),
-    /// Rows rotated and rounded.
+    /// Rotates and rounds rows.
     Transform(TransformStage),
-    /// Keys and values, or latents and rotary keys, into the cache.
+    /// Writes keys and values, or latents and rotary keys, to the cache.
     Write {
         /// The layer of the cache.
         layer: usize,
@@ -229,17 +238,17 @@ pub(crate) enum Stage {
     Experts(Box<ExpertsStage>),
     /// Logits.
     Logits(LogitsStage),
-    /// A value for the caller.
+    /// A value that is handed to the caller.
     Capture {
         /// `[rows, n]`.
         input: Rows,
-        /// Which tap.
+        /// The number of the tap.
         tap: usize,
     },
 }
 
 impl Stage {
-    /// Whether it makes a difference to its products which rows are in the prefill form.
+    /// Whether rows in the prefill form are computed differently from the others.
     pub(crate) fn has_prefill_form(&self) -> bool {
         match self {
             Stage::Linear(linear) => linear.operands.has_prefill_form(),
@@ -251,51 +260,28 @@ impl Stage {
         }
     }
 
-    /// Names of the kinds, by [`Stage::kind`].
-    pub(crate) const KINDS: [&str; 19] = [
-        "embed",
-        "norm",
-        "linear",
-        "rotate",
-        "write",
-        "attend",
-        "attend_latent",
-        "activate",
-        "add",
-        "gate",
-        "copy",
-        "route",
-        "experts",
-        "logits",
-        "capture",
-        "all_reduce",
-        "all_gather",
-        "transform",
-        "input",
-    ];
-
-    /// Which kind of stage it is: an index into [`Stage::KINDS`].
-    pub(crate) fn kind(&self) -> usize {
+    /// The name of its kind, for profiles.
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
-            Stage::Embed { .. } => 0,
-            Stage::Norm(_) => 1,
-            Stage::Linear(_) => 2,
-            Stage::Rotate(_) => 3,
-            Stage::Write { .. } => 4,
-            Stage::Attend(_) => 5,
-            Stage::AttendLatent(_) => 6,
-            Stage::Activate(_) => 7,
-            Stage::Add(_) => 8,
-            Stage::Gate { .. } => 9,
-            Stage::Copy { .. } => 10,
-            Stage::Route(_) => 11,
-            Stage::Experts(_) => 12,
-            Stage::Logits(_) => 13,
-            Stage::Capture { .. } => 14,
-            Stage::AllReduce { .. } => 15,
-            Stage::AllGather { .. } => 16,
-            Stage::Transform(_) => 17,
-            Stage::Input { .. } => 18,
+            Stage::Embed { .. } => "embed",
+            Stage::Input { .. } => "input",
+            Stage::Norm(_) => "norm",
+            Stage::Linear(_) => "linear",
+            Stage::Rotate(_) => "rotate",
+            Stage::Transform(_) => "transform",
+            Stage::Write { .. } => "write",
+            Stage::Attend(_) => "attend",
+            Stage::AttendLatent(_) => "attend_latent",
+            Stage::Activate(_) => "activate",
+            Stage::Add(_) => "add",
+            Stage::Gate { .. } => "gate",
+            Stage::Copy { .. } => "copy",
+            Stage::AllReduce { .. } => "all_reduce",
+            Stage::AllGather { .. } => "all_gather",
+            Stage::Route(_) => "route",
+            Stage::Experts(_) => "experts",
+            Stage::Logits(_) => "logits",
+            Stage::Capture { .. } => "capture",
         }
     }
 }

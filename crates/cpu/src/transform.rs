@@ -1,5 +1,5 @@
-//! [`lathe_program::Op::Transform`]: rows rotated and rounded. Scales are the scalar codec's own; the
-//! numbers of a block are rounded in loops without branches, to the codec's values bit for bit.
+//! [`lathe_program::Op::Transform`]: rotates and rounds rows. The scales are those of the scalar
+//! codec. Numbers are rounded in loops without branches, to the codec's values bit for bit.
 
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ pub(crate) struct Transform {
 }
 
 impl Transform {
-    /// `None` if it changes nothing. Programs are validated: the matrix exists.
+    /// `None` if the transform changes nothing. A validated program names only matrices that exist.
     pub(crate) fn new(transform: &InputTransform) -> Option<Self> {
         let hadamard = transform.matrix().expect("a valid program");
         let format = transform.format;
@@ -34,14 +34,14 @@ impl Transform {
     }
 }
 
-/// Rows of a step.
+/// The transform of a step's rows.
 #[derive(Debug)]
 pub(crate) struct TransformStage {
     /// `[rows, n]`.
     pub input: Rows,
-    /// How.
+    /// The transform. `None` copies the rows.
     pub transform: Option<Transform>,
-    /// `[rows, n]`; may be `input`.
+    /// `[rows, n]`. May be `input`.
     pub out: Rows,
 }
 
@@ -77,7 +77,7 @@ struct TransformRow<'a> {
 
 impl Kernel for TransformRow<'_> {
     type Output = ();
-    /// The vectors are the compiler's: what is here is compiled with the instructions of `L`.
+    /// The compiler vectorizes these loops with the instructions of `L`.
     #[inline(always)]
     fn run<L: Lanes>(self) {
         if let Some(matrix) = &self.transform.hadamard {
@@ -116,14 +116,14 @@ fn round(format: ActivationFormat, row: &mut [f32]) {
                 }
             }
             Element::F4E2M1 => round_floats::<1, 0>(block, scale, 6.0),
-            // The only other elements of activations are e4m3.
+            // Activations have no other elements but e4m3.
             other => round_floats::<3, -6>(block, scale, element::max(other)),
         }
     }
 }
 
-/// To the nearest multiple of a float's last place, ties to even: adding a power of two whose own
-/// last place is that one rounds. `LEAST` is the exponent of the least normal number.
+/// Rounds to the nearest number of a small float, ties to even. It adds a power of two whose own
+/// last place is that of the small float. `LEAST` is the exponent of the least normal number.
 #[inline(always)]
 fn round_floats<const MANTISSA: i32, const LEAST: i32>(block: &mut [f32], scale: f32, max: f32) {
     let least = (127 + LEAST) << 23;
@@ -149,7 +149,7 @@ mod tests {
         (0..count).map(|i| next() * if i % 37 == 5 { 40.0 } else { 1.0 }).collect()
     }
 
-    /// Rows that meet every path of a codec: random ones, zeros, ties, denormals, huge numbers,
+    /// Rows that reach every path of a codec: random numbers, zeros, ties, denormals, huge numbers,
     /// infinities and NaN.
     fn rows(width: usize) -> Vec<Vec<f32>> {
         let mut all: Vec<Vec<f32>> = (0..40).map(|seed| numbers(width, seed)).collect();

@@ -1,4 +1,4 @@
-//! Asks the source for each weight and lays it out for the ops that read it.
+//! Loads each weight from its source and lays it out for the ops that read it.
 
 use lathe_program::{BackendError, ExpertsSpec, Op, Program, Weight, WeightSource};
 use lathe_tensor::{Element, Format, Tensor};
@@ -8,22 +8,22 @@ use crate::isa::Isa;
 use crate::linear::Matrix;
 use crate::pack::PackedMatrix;
 
-/// A weight as laid out. Each form is there if some op reads the weight that way.
+/// A weight, laid out in each form that some op reads.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
     table: Option<Tensor>,
     matrix: Option<Matrix>,
     experts: Option<Vec<Matrix>>,
     floats: Option<Vec<f32>>,
-    /// Whether `floats` are laid out once more by what reads them.
+    /// Whether the readers of `floats` lay them out once more, so that they need not be kept.
     passing: bool,
 }
 
-/// The forms that a weight is needed in.
+/// The forms of a weight that ops need.
 #[derive(Debug, Clone, Copy, Default)]
 struct Needs {
     table: bool,
-    /// Whether activations may be rounded, for each use as a matrix.
+    /// For a use as a matrix, whether activations may be rounded.
     matrix: Option<Rounding>,
     experts: Option<usize>,
     floats: bool,
@@ -47,7 +47,8 @@ impl Weights {
     /// Loads every weight that an op of `program` reads, in parallel.
     ///
     /// # Errors
-    /// The source's, or [`BackendError::Weight`] for a tensor of another shape than declared.
+    /// The source's error, or [`BackendError::Weight`] for a tensor whose shape is not the declared
+    /// one.
     pub(crate) fn load(
         program: &Program,
         source: &dyn WeightSource,
@@ -64,22 +65,22 @@ impl Weights {
         Ok(Self { loaded, names })
     }
 
-    /// A table of rows to look up.
+    /// The weight as a table whose rows are looked up.
     pub(crate) fn table(&self, weight: Weight) -> Tensor {
         self.get(weight, |l| l.table.clone())
     }
 
-    /// A matrix for products.
+    /// The weight as a matrix for products.
     pub(crate) fn matrix(&self, weight: Weight) -> Matrix {
         self.get(weight, |l| l.matrix.clone())
     }
 
-    /// A matrix for each expert.
+    /// The weight as one matrix for each expert.
     pub(crate) fn experts(&self, weight: Weight) -> Vec<Matrix> {
         self.get(weight, |l| l.experts.clone())
     }
 
-    /// All numbers.
+    /// The weight as floats.
     pub(crate) fn floats(&self, weight: Weight) -> Vec<f32> {
         self.get(weight, |l| l.floats.clone())
     }
@@ -90,8 +91,7 @@ impl Weights {
             .unwrap_or_else(|| panic!("{} was not loaded in this form", self.names[index]))
     }
 
-    /// Bytes of all weights as laid out, but for those of latent attentions, which lay theirs out
-    /// themselves.
+    /// Bytes of all weights without those of latent attentions, which lay theirs out themselves.
     pub(crate) fn bytes(&self) -> usize {
         let bytes = |l: &Loaded| {
             l.table.as_ref().map_or(0, Tensor::byte_len)
@@ -116,7 +116,8 @@ fn needs(program: &Program) -> Vec<Needs> {
             }
             Op::Logits { head, .. } => needs[head.0 as usize].matrix = Some(Rounding::Allowed),
             Op::Route { spec, .. } => {
-                // A rounded input could choose another expert: not worth the few bytes.
+                // A rounded input could choose another expert. The few bytes that rounding saves
+                // are not worth that.
                 needs[spec.weight.0 as usize].matrix = Some(Rounding::Never);
                 let vectors = spec.bias.iter().chain(&spec.correction);
                 vectors.for_each(|v| needs[v.0 as usize].floats = true);
@@ -175,7 +176,8 @@ fn load(
         }
         other => other,
     };
-    // With routers rows would be multiplied in two parts, which pays on tiles alone.
+    // In programs with routers, rows in the prefill form are multiplied in two parts. That pays on
+    // AMX only.
     let one_form = program.routings > 0 && isa != Isa::Amx;
     let pack = |tensor: &Tensor, exact| {
         let packed = Matrix::pack(tensor, isa, exact)?;
@@ -198,9 +200,9 @@ fn load(
     Ok(loaded)
 }
 
-/// Floats of eight and six bits whose scales no kernel takes (tiles of less than 32 columns; published
-/// checkpoints have 128) become `f32`, which holds each product of number and scale without
-/// rounding, in four times the memory.
+/// Converts floats of eight and six bits to `f32` if no kernel reads their scales (tiles of fewer
+/// than 32 columns; published checkpoints have 128). `f32` holds each product of number and scale
+/// without rounding, in four times the memory.
 fn with_kernels(tensor: Tensor) -> Tensor {
     let float8 = |element| {
         matches!(element, Element::F8E4M3 | Element::F8E5M2 | Element::F6E2M3 | Element::F6E3M2)

@@ -1,4 +1,4 @@
-//! The conformance suite of `lathe-program`, on this machine's best instructions.
+//! The conformance suite of `lathe-program`, on the strongest instruction set of this machine.
 
 use lathe_cpu::{CpuBackend, CpuOptions, Isa};
 use lathe_program::KvFormat;
@@ -33,12 +33,12 @@ fn every_cache_format_agrees_with_the_reference() {
     }
 }
 
-/// Exact products of quantized weights are as good as those of floats. Rounding the input of a
-/// product to two bytes errs by 1/32512 of the largest of 32 elements at most; the cases' experts
-/// multiply two such products of some tens, and sum several: at most 4e-3 was seen. Weights of four
-/// bits meet inputs in steps eight times as large: at most 1.5e-2 was seen. With one byte the step
-/// is 128 times as large and the same cases differ by half a unit; a router that chose another
-/// expert would make a difference of some units.
+/// Exact products of quantized weights are as good as those of floats. The default path rounds the
+/// input of a product to two bytes, which errs by at most 1/32512 of the largest of 32 elements.
+/// The experts of the cases multiply two such products of some tens and sum several: the largest
+/// error seen is 4e-3. Weights of four bits have steps eight times as large: the largest error seen
+/// is 1.5e-2. With one byte the same cases would differ by half a unit, and with another expert by
+/// some units.
 #[test]
 fn quantized_weights_agree_with_the_reference() {
     for kind in [GgmlType::Q8_0, GgmlType::Q4_0, GgmlType::Q4_1] {
@@ -57,8 +57,8 @@ fn quantized_weights_agree_with_the_reference() {
             continue;
         }
         run_with(Some(Isa::Avx512), &tight);
-        // Rows in the prefill form meet weights rounded to bf16, 1/512 of each at most: 32 times
-        // what two bytes err by, in the same cases.
+        // Rows in the prefill form multiply weights that are rounded to bf16, which errs by at most
+        // 1/512 of each. That is 32 times the error of two bytes in the same cases.
         let tolerance = Tolerance { absolute: 0.25, relative: 1e-2 };
         run(&Settings { tolerance, ..tight });
     }
@@ -71,9 +71,9 @@ fn choices_are_those_of_the_sampler() {
     choices(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
 }
 
-/// A chain has the bits of plain decoding. An accepted branch's rows saw their ancestors in other
-/// slots: the same terms in other lanes of a sum, so that what follows differs by the rounding of
-/// `f32`, and where that moves a code of the cache, by that code.
+/// A chain has the bits of plain decoding. The rows of an accepted branch saw their ancestors in
+/// other slots: the same terms in other lanes of a sum. So what follows differs by the rounding of
+/// `f32`, and by a code of the cache where that rounding moves one.
 #[test]
 fn trees_are_plain_decoding() {
     let backend = CpuBackend::new(CpuOptions::default());

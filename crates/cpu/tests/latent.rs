@@ -1,4 +1,4 @@
-//! Latent attention: the expanded form and the absorbed one make the same logits, up to rounding.
+//! The expanded and the absorbed form of latent attention make the same logits, up to rounding.
 
 use std::sync::Arc;
 
@@ -59,16 +59,16 @@ fn logits(
     all
 }
 
-/// The largest difference, and the largest number.
+/// The largest difference and the largest number.
 fn compare(a: &[f32], b: &[f32]) -> (f32, f32) {
     assert_eq!(a.len(), b.len());
     let difference = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     (difference, a.iter().map(|x| x.abs()).fold(0.0, f32::max))
 }
 
-/// In `f32` they differ by rounding alone: sums of some hundred terms, 1e-5 of the largest logit
-/// after two layers. Halves for the matrices (not `exact`) and four bits for the latents are the
-/// same numbers in both forms, but for the rounding of matrices and queries: 1e-2.
+/// In `f32` the forms differ only by the rounding of sums of some hundred terms: 1e-5 of the
+/// largest logit after two layers. Matrices in halves (not `exact`) and latents of four bits are
+/// the same numbers in both forms. Rounding of matrices and queries differs: 1e-2.
 #[test]
 fn both_forms_agree() {
     let program = Arc::new(SmallDecoder::latent().program());

@@ -1,5 +1,5 @@
-//! Programs divided over ranks on the CPU make the logits of one rank, in every format that a row
-//! can be cut in, and ranks that fail fail the step.
+//! Programs that are divided over ranks make the logits of one rank, in every format whose rows can
+//! be cut. A rank that fails makes the step fail.
 
 use std::sync::Arc;
 
@@ -54,7 +54,7 @@ fn check(name: &str, decoder: &SmallDecoder, options: &ShardOptions, format: For
     let expected = logits(&mut *prepare(&backend()), &steps);
     let found = logits(&mut *prepare(&ShardedBackend::new(options.clone(), rank)), &steps);
     assert_eq!(found.len(), expected.len());
-    // Sums over ranks are added in another order; what is rounded on the way may go either way.
+    // Ranks add in another order. Numbers that are rounded on the way may be rounded differently.
     let tolerance = if exact { 2e-4 } else { 3e-2 };
     for (index, (e, f)) in expected.iter().zip(&found).enumerate() {
         let close = (e - f).abs() <= tolerance * (1.0 + e.abs());
@@ -80,7 +80,7 @@ fn ranks_make_the_logits_of_one() {
             let options = ShardOptions::new(ranks);
             check("latent", &SmallDecoder::latent(), &options, Format::BF16, exact);
             check("grouped", &SmallDecoder::grouped(), &options, Format::BF16, exact);
-            // Rows of heads that are normalised whole are gathered, which uneven parts cannot be.
+            // Norms over all heads gather whole rows, which uneven parts cannot do.
             if ranks != 3 {
                 check("gated", &SmallDecoder::gated(), &options, Format::BF16, exact);
             }
@@ -103,7 +103,7 @@ fn kv_heads_are_shared_and_vocabularies_need_not_divide() {
     }
 }
 
-/// A decoder whose rows hold two blocks of 256 for each of two ranks.
+/// A decoder whose rows have two blocks of 256 for each of two ranks.
 fn wide() -> SmallDecoder {
     let attention = SmallAttention::Grouped {
         style: GroupedStyle::HeadNorms,
@@ -146,7 +146,7 @@ fn every_format_is_cut_at_its_blocks() {
 
 #[test]
 fn blocks_are_never_cut_and_never_become_floats() {
-    // Heads of 16 elements: four a rank end within a block of 256 whatever is aligned.
+    // Heads have 16 elements. Four heads a rank end within a block of 256.
     let attention = SmallAttention::Grouped {
         style: GroupedStyle::HeadNorms,
         heads: 16,
@@ -168,9 +168,9 @@ fn blocks_are_never_cut_and_never_become_floats() {
     let text = error.to_string();
     let expected = "columns 0..128 of layers.0.attention.output cut a block of 256";
     assert!(text.contains(expected), "{text}");
-    // Hidden elements are moved to the borders instead: 512 in blocks of 256 are two parts.
+    // Hidden elements are cut at the borders of blocks: 512 in blocks of 256 are two parts.
     assert!(prepare(2, "q8_0").is_ok());
-    // Groups with scales of their own become smaller, and as many bytes of codes remain.
+    // Groups with scales of their own become smaller. The bytes of codes stay the same.
     let whole = {
         let format = Format::parse("int8-g256-f32").expect("a format");
         let weights = SeededWeights { program: &program, format, seed: 2 };

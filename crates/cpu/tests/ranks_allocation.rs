@@ -1,5 +1,5 @@
-//! A rank's step allocates nothing once steps of its kind have run: neither its stages nor what it
-//! says to the others.
+//! A rank's step allocates nothing once steps of its kind have run. That includes its messages to
+//! the other ranks.
 
 mod common;
 #[path = "common/counting.rs"]
@@ -48,7 +48,7 @@ fn steps_of_ranks_do_not_allocate() {
                         }
                         barrier.wait();
                     };
-                    // Twice: there are two sets of slots, taken in turns.
+                    // Two runs, because there are two sets of slots, which are used in turns.
                     run();
                     run();
                     let before = ALLOCATIONS.load(Ordering::Relaxed);
@@ -62,6 +62,6 @@ fn steps_of_ranks_do_not_allocate() {
             .collect();
         threads.into_iter().map(|thread| thread.join().expect("it ends")).collect()
     });
-    // Whatever either rank counted, it counted both.
+    // The counter counts the allocations of both ranks.
     assert_eq!(counted, [0, 0]);
 }

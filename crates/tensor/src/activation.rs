@@ -1,5 +1,5 @@
-//! Formats that inputs of linear layers are rounded to while a model runs: what a row becomes
-//! depends on that row alone, so that no other row of a step changes it.
+//! Formats that inputs of linear layers are rounded to while a model runs. A rounded row depends on
+//! that row alone, so no other row of a step changes it.
 
 use std::fmt;
 
@@ -7,8 +7,8 @@ use crate::codec::scaled::{self, E8m0Rounding};
 use crate::error::TensorError;
 use crate::format::{Block, Element, ScaleType, ScaledFormat, ZeroPoint};
 
-/// How a row of activations is rounded. All are symmetric, with scales made from the numbers at
-/// hand ("dynamic"); integers follow compressed-tensors (`largest / ((2^bits - 1) / 2)`).
+/// How a row of activations is rounded. All formats are symmetric, and their scales are computed
+/// from the row ("dynamic"). Integers follow compressed-tensors: `largest / ((2^bits - 1) / 2)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ActivationFormat {
     /// 4-bit integers, one `f32` scale a row.
@@ -36,11 +36,11 @@ impl ActivationFormat {
         ActivationFormat::Nvfp4,
     ];
 
-    /// The power of two of an MX block: the largest number is rounded to the element's mantissa
-    /// first, as compressed-tensors does for activations.
+    /// How the power of two of an MX block is chosen. The largest number is rounded to the
+    /// element's mantissa first, as compressed-tensors does for activations.
     pub const POWER_OF_TWO: E8m0Rounding = E8m0Rounding::Even;
 
-    /// Its name in recipes: `int8-token`, `mxfp4`.
+    /// The name in recipes, such as `int8-token` or `mxfp4`.
     pub const fn name(self) -> &'static str {
         match self {
             ActivationFormat::Int4Token => "int4-token",
@@ -57,7 +57,7 @@ impl ActivationFormat {
         Self::ALL.into_iter().find(|format| format.name() == name)
     }
 
-    /// The format of one row, as a matrix of its own.
+    /// The format of one row, which counts as a matrix.
     pub const fn scaled(self) -> ScaledFormat {
         match self {
             ActivationFormat::Int4Token => Self::token(Element::Int(4)),
@@ -74,7 +74,7 @@ impl ActivationFormat {
         ScaledFormat { element, block: Block::Channel, scale, zero }
     }
 
-    /// Elements that share a scale and depend on no others; `None` if that is the whole row.
+    /// Elements that share a scale and depend on no others. `None` if that is the whole row.
     pub const fn group(self) -> Option<usize> {
         match self {
             ActivationFormat::Mxfp8 | ActivationFormat::Mxfp4 => Some(32),
@@ -91,7 +91,7 @@ impl ActivationFormat {
         }
     }
 
-    /// `values`, `[rows, width]`, as the format has them: the scalar codec's round trip.
+    /// Rounds `values`, `[rows, width]`, by the scalar codec: quantizes and dequantizes them.
     ///
     /// # Errors
     /// If `width` is no multiple of [`Self::width_unit`].
@@ -100,7 +100,7 @@ impl ActivationFormat {
     /// If `values` is no whole number of rows.
     pub fn round(self, values: &[f32], width: usize) -> Result<Vec<f32>, TensorError> {
         assert!(values.len().is_multiple_of(width.max(1)), "whole rows");
-        // Each row is a matrix, so that NVFP4's second scale is its own.
+        // Each row counts as a matrix, so that it has its own second scale in NVFP4.
         let shape = [values.len() / width.max(1), 1, width];
         Ok(scaled::quantize(&shape, &self.scaled(), values, Self::POWER_OF_TWO)?.to_f32())
     }

@@ -1,9 +1,9 @@
-//! `Bytes`: a cheap-to-clone view of read-only memory, owned or mapped from a file.
+//! `Bytes`: a view of read-only memory, owned or mapped from a file. Clones are cheap.
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-/// Read-only bytes that are shared, not copied, by `clone` and `slice`.
+/// Read-only bytes. `clone` and `slice` share them and copy nothing.
 #[derive(Clone)]
 pub struct Bytes {
     owner: Arc<dyn Owner>,
@@ -14,11 +14,11 @@ pub struct Bytes {
 pub(crate) trait Owner: Send + Sync {
     fn bytes(&self) -> &[u8];
 
-    /// Gives memory back that can be filled again from elsewhere.
+    /// Frees memory that can be read again from elsewhere.
     fn release(&self) {}
 }
 
-/// Whatever has bytes in memory.
+/// An owner whose bytes are in memory and stay there.
 struct Plain<T>(T);
 
 impl<T: AsRef<[u8]> + Send + Sync> Owner for Plain<T> {
@@ -38,8 +38,9 @@ impl Bytes {
         Self { owner: Arc::new(owner), range }
     }
 
-    /// Gives the memory of a mapped file back, all of it, whoever else reads it: what is read again comes
-    /// from the system's cache of files or from the disk. Bytes that are not mapped stay where they are.
+    /// Frees the memory of the whole mapped file, whoever else reads it. Bytes that are read again
+    /// come from the system's cache of files or from the disk. Nothing happens to bytes that are
+    /// not mapped.
     pub fn release(&self) {
         self.owner.release();
     }
@@ -47,7 +48,7 @@ impl Bytes {
     /// The part `range` of these bytes, without a copy.
     ///
     /// # Panics
-    /// If `range` does not lie within these bytes (a programmer's error: readers check first).
+    /// If `range` does not lie within these bytes. Readers of files check that first.
     pub fn slice(&self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len(), "slice out of range");
         let start = self.range.start + range.start;

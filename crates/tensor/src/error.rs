@@ -1,4 +1,4 @@
-//! What is wrong with a tensor.
+//! Errors of tensors.
 
 use std::ops::Range;
 
@@ -22,7 +22,7 @@ pub enum TensorError {
     /// The scales or zero points do not fit the shape and format.
     #[error("tensor of shape {shape:?} in {format} needs {expected} {what}, found {found}")]
     Side {
-        /// Of what there are too many or too few.
+        /// `scales`, `zero points` or the like.
         what: &'static str,
         /// The shape asked for.
         shape: Vec<usize>,
@@ -49,7 +49,7 @@ pub enum TensorError {
         /// The shape asked for.
         shape: Vec<usize>,
     },
-    /// Rows that the tensor does not have, or that its blocks do not let apart.
+    /// Rows that the tensor does not have, or that its blocks do not let us separate.
     #[error("rows {rows:?} cannot be taken from shape {shape:?} in {format}: {reason}")]
     Rows {
         /// The rows asked for (first and last of a gather).
@@ -58,7 +58,7 @@ pub enum TensorError {
         shape: Vec<usize>,
         /// The tensor's format.
         format: Format,
-        /// What stands in the way.
+        /// Why not.
         reason: &'static str,
     },
     /// No format has this name.

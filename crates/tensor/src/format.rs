@@ -1,8 +1,8 @@
 //! `Format`: how the numbers of a tensor are stored, as a value.
 //!
-//! A format is an element type, a block that shares a scale, and the scale's own type. Three
-//! families cover what checkpoints hold: plain floats, GGUF's interleaved block structs, and
-//! codes with scales in planes of their own (compressed-tensors, MX, NVFP4, fp8, GPTQ, AWQ).
+//! A format is an element type, a block that shares a scale, and the type of the scale. Three
+//! families cover the contents of checkpoints: plain floats, GGUF's interleaved blocks, and codes
+//! with scales in planes of their own (compressed-tensors, MX, NVFP4, fp8, GPTQ, AWQ).
 
 use std::fmt;
 
@@ -101,7 +101,7 @@ impl GgmlType {
         }
     }
 
-    /// The type with this id, if it is one that can be read.
+    /// The type with this id. `None` if it cannot be read.
     pub fn from_id(id: u32) -> Option<GgmlType> {
         Self::ALL.into_iter().find(|t| t.id() == id)
     }
@@ -210,8 +210,8 @@ pub enum Format {
 
 /// The shape of the grid of scales of one `Format::Scaled` tensor.
 ///
-/// A tensor of more than two dimensions is a stack of `[rows, columns]` matrices (one an expert);
-/// blocks never reach across matrices, so `Block::Tensor` has one scale a matrix.
+/// A tensor of more than two dimensions is a stack of `[rows, columns]` matrices (one for each
+/// expert). Blocks never reach across matrices, so `Block::Tensor` has one scale a matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScaleGrid {
     /// Matrices in the stack.
@@ -229,7 +229,8 @@ pub struct ScaleGrid {
 }
 
 impl ScaleGrid {
-    /// Scales in all. The product fits: each factor divides or equals a checked dimension.
+    /// The number of scales. The product fits, because each factor divides or equals a checked
+    /// dimension.
     pub fn len(&self) -> usize {
         self.matrices * self.rows * self.columns
     }
@@ -239,7 +240,8 @@ impl ScaleGrid {
         self.len() == 0
     }
 
-    /// Where the scales of row `row` of the flattened `[matrices * rows, columns]` view begin.
+    /// The index of the first scale of row `row` in the flattened `[matrices * rows, columns]`
+    /// view.
     pub fn row_start(&self, row: usize) -> usize {
         let (matrix, row) = (row / self.matrix_rows, row % self.matrix_rows);
         (matrix * self.rows + row / self.block_rows) * self.columns
@@ -270,7 +272,7 @@ impl ScaledFormat {
         ScaledFormat { element, block, scale, zero }
     }
 
-    /// The grid of scales for `shape`; `None` if a block has no rows or columns.
+    /// The grid of scales for `shape`. `None` if a block has no rows or columns.
     pub fn grid(&self, shape: &[usize]) -> Option<ScaleGrid> {
         let columns = shape.last().copied().unwrap_or(1);
         let matrix_rows = if shape.len() < 2 { 1 } else { shape[shape.len() - 2] };
@@ -300,7 +302,7 @@ impl Format {
     /// bfloat16.
     pub const BF16: Format = Format::Float(FloatType::BF16);
 
-    /// Elements that come together: a row is a multiple of this. 1 for floats, and for scaled
+    /// The number of elements that a row must be a multiple of. It is 1 for floats, and for scaled
     /// formats whose blocks may be cut off at the end of a row (channel, tensor, tiles).
     pub fn block_len(&self) -> usize {
         match self {
@@ -338,13 +340,13 @@ impl Format {
         let leading = &shape[..shape.len().saturating_sub(1)];
         let rows =
             leading.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).ok_or_else(overflow)?;
-        // The number of elements is checked too: dequantizing multiplies it out.
+        // The number of elements is checked too, because dequantizing computes it.
         rows.checked_mul(columns).and_then(|n| n.checked_mul(8)).ok_or_else(overflow)?;
         self.row_bytes(columns)?.checked_mul(rows).ok_or_else(overflow)
     }
 
-    /// Bits that one element takes in a large tensor: codes, and its share of a group's scale.
-    /// Scales of channels, tiles and tensors vanish and are not counted.
+    /// Bits that one element takes in a large tensor: its code and its share of a group's scale.
+    /// Scales of channels, tiles and tensors are not counted, because many elements share them.
     pub fn bits_per_weight(&self) -> f64 {
         match self {
             Format::Float(t) => (t.bytes() * 8) as f64,
@@ -420,14 +422,14 @@ fn parse_scaled(name: &str) -> Option<ScaledFormat> {
 
 fn parse_block(name: &str) -> Option<Block> {
     let positive = |n: &str| n.parse::<u32>().ok().filter(|&n| n > 0);
+    if let Some(tile) = name.strip_prefix("tile") {
+        let (rows, columns) = tile.split_once('x')?;
+        return Some(Block::Tile(positive(rows)?, positive(columns)?));
+    }
     match name {
         "tensor" => Some(Block::Tensor),
         "channel" => Some(Block::Channel),
-        _ if name.starts_with("tile") => {
-            let (rows, columns) = name.strip_prefix("tile")?.split_once('x')?;
-            Some(Block::Tile(positive(rows)?, positive(columns)?))
-        }
-        _ => Some(Block::Group(positive(name.strip_prefix('g')?)?)),
+        group => Some(Block::Group(positive(group.strip_prefix('g')?)?)),
     }
 }
 

@@ -1,21 +1,21 @@
-//! Orthonormal Hadamard transforms, fast, of sizes that need not be powers of two.
+//! Fast orthonormal Hadamard transforms, also of sizes that are no powers of two.
 //!
-//! A size `n = m * 2^k` uses `H_m ⊗ H_{2^k}`: Sylvester's matrix for the power of two (as
-//! `scipy.linalg.hadamard`), Paley's construction over a prime field for `m` (both of his
-//! kinds), which covers 12, 20, 28, 36, 76, 108, 140, 148 and many more. Everything is
-//! divided by `sqrt(n)`, so that the transform is a rotation.
+//! A size `n = m * 2^k` uses `H_m ⊗ H_{2^k}`. The matrix of the power of two is Sylvester's (as in
+//! `scipy.linalg.hadamard`). The matrix of `m` is one of Paley's two constructions over a prime
+//! field, which give 12, 20, 28, 36, 76, 108, 140, 148 and many more. The result is divided by
+//! `sqrt(n)`, so the transform is a rotation.
 
 use std::ops::{Add, Mul, Sub};
 
 use rayon::prelude::*;
 
-/// The largest dense factor: a row costs `n * m` additions, which must stay affordable.
+/// The largest dense factor. A row costs `n * m` additions, which must stay affordable.
 const FACTOR_MAX: usize = 1024;
 
 /// Columns that are multiplied by the dense factor together.
 const TILE: usize = 8;
 
-/// Numbers below which a second thread does not pay.
+/// With fewer numbers than this a second thread does not pay.
 const PARALLEL_ELEMENTS_MIN: usize = 1 << 15;
 
 /// A float that can be transformed: `f32` or `f64`.
@@ -41,7 +41,7 @@ impl Real for f64 {
 /// An orthonormal Hadamard matrix of one size.
 #[derive(Debug, Clone)]
 pub struct Hadamard {
-    /// `factor` x `factor` signs, row-major, true for -1; empty if `factor` is 1.
+    /// `factor` x `factor` signs, row-major, true for -1. Empty if `factor` is 1.
     negative: Vec<bool>,
     factor: usize,
     /// The power of two.
@@ -58,7 +58,7 @@ impl Hadamard {
         if odd == 1 {
             return Some(Self { negative: Vec::new(), factor: 1, power: size });
         }
-        // An order is a multiple of 4; the smallest multiple of the odd part costs least.
+        // An order is a multiple of 4. The smallest multiple of the odd part costs least.
         let mut factor = odd.checked_mul(4)?;
         while factor <= FACTOR_MAX && size.is_multiple_of(factor) {
             if let Some(negative) = paley(factor) {
@@ -204,7 +204,7 @@ fn paley_second(q: usize) -> Vec<bool> {
     (0..order * order).map(|k| sign(k / order, k % order)).collect()
 }
 
-/// Which numbers modulo `q` are squares of others than zero.
+/// Which numbers modulo `q` are squares of numbers other than zero.
 fn squares(q: usize) -> Vec<bool> {
     let mut residues = vec![false; q];
     (1..q).for_each(|x| residues[x * x % q] = true);

@@ -1,8 +1,8 @@
 //! Number formats as values, tensors in those formats, and the files that hold them.
 //!
-//! The way in: [`Format`] says how numbers are stored, [`Tensor`] is a shape with bytes in a
-//! format, [`codec`] turns one into `f32` and back (the scalar oracle for every kernel), and
-//! [`safetensors`] / [`gguf`] read and write checkpoint files. This crate knows nothing of models.
+//! [`Format`] says how numbers are stored. [`Tensor`] is a shape with bytes in a format. [`codec`]
+//! turns these into `f32` and back, and is the scalar oracle for every kernel. [`safetensors`] and
+//! [`gguf`] read and write checkpoint files. This crate knows nothing of models.
 
 #![deny(unsafe_code)]
 

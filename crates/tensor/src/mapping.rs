@@ -1,4 +1,4 @@
-//! Files as read-only memory. The only `unsafe` of this crate.
+//! Maps files as read-only memory. This is the only `unsafe` code of this crate.
 
 use std::fs::File;
 use std::io;
@@ -33,9 +33,10 @@ impl Owner for Mapping {
     }
 
     fn release(&self) {
-        // A request: where it is not heard, pages stay until memory is short.
+        // This is only a request. If the system ignores it, pages stay until memory is short.
         #[cfg(unix)]
-        // SAFETY: the mapping is shared and read-only, so pages that come back have the file's bytes.
+        // SAFETY: the mapping is shared and read-only, so pages that come back have the file's
+        // bytes.
         let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 }

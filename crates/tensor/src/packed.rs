@@ -1,9 +1,9 @@
-//! compressed-tensors' `pack-quantized` planes: integers of 4 or 8 bits in words of 32.
+//! The planes of compressed-tensors' `pack-quantized`: integers of 4 or 8 bits in words of 32 bits.
 //!
-//! A code is stored with `2^(bits - 1)` added; element `i` of a row lies at bit `i * bits`, low
-//! bits first, and rows are filled up to whole words with zeros. Zero points are packed the same
-//! way, but down the rows: word `w` of a column of groups holds those of rows `w * 32 / bits`
-//! onwards.
+//! A code is stored with `2^(bits - 1)` added. Element `i` of a row lies at bit `i * bits`, low
+//! bits first. Rows are filled up to whole words with zeros. Zero points are packed the same way,
+//! but down the rows: word `w` of a column of groups holds the zero points of `32 / bits` rows from
+//! row `w * 32 / bits` on.
 
 use crate::bytes::Bytes;
 use crate::error::TensorError;
@@ -20,12 +20,12 @@ pub struct PackedPlanes {
     pub codes: Bytes,
     /// `[rows, groups]` in the format's scale type.
     pub scales: Bytes,
-    /// `[zero_rows, groups]` little-endian words; empty in symmetric formats.
+    /// `[zero_rows, groups]` little-endian words. Empty in symmetric formats.
     pub zeros: Bytes,
 }
 
-/// Whether the planes can say `format`: integers of 4 or 8 bits, plain scales, a scale for each
-/// group of a row or for each row.
+/// Whether the planes can represent `format`: integers of 4 or 8 bits, plain scales, and one scale
+/// for each group of a row or for each row.
 pub fn can_pack(format: &ScaledFormat) -> bool {
     let bits = matches!(format.element, Element::Int(4 | 8));
     let block = matches!(format.block, Block::Group(_) | Block::Channel);
@@ -38,7 +38,8 @@ pub fn words(count: usize, bits: usize) -> usize {
     count.div_ceil(32 / bits)
 }
 
-/// What turns two's complement codes into codes with an offset, and back: their top bits.
+/// The top bits of the codes in a byte. Flipping them turns two's complement codes into codes with
+/// an offset, and back.
 fn top_bits(bits: usize) -> u8 {
     if bits == 4 { 0x88 } else { 0x80 }
 }
@@ -172,7 +173,8 @@ mod tests {
         for bits in [4, 8] {
             for block in [Block::Group(16), Block::Channel] {
                 for zero in [ZeroPoint::None, ZeroPoint::Int] {
-                    // 11 rows do not fill the words of zero points, 48 columns those of codes.
+                    // 11 rows do not fill the words of zero points. 48 columns do not fill the
+                    // words of codes.
                     let shape = [11, 48];
                     let format = format(bits, block, zero);
                     let values: Vec<f32> =

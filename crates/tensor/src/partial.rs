@@ -1,10 +1,12 @@
-//! Files that appear whole or not at all: written under a temporary name, renamed at the end.
+//! Files that appear whole or not at all. They are written under a temporary name and renamed at
+//! the end.
 
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// A file being written. Dropped before [`PartialFile::finish`], it leaves nothing behind.
+/// A file that is being written. If it is dropped before [`PartialFile::finish`], nothing is left
+/// of it.
 #[derive(Debug)]
 pub(crate) struct PartialFile {
     file: File,
@@ -15,7 +17,8 @@ pub(crate) struct PartialFile {
 }
 
 impl PartialFile {
-    /// Starts a file that will be `path`, under a name of this process's own beside it.
+    /// Starts a file that will become `path`. Its temporary name lies in the same directory and no
+    /// other process uses it.
     pub(crate) fn create(path: &Path) -> io::Result<Self> {
         let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         let mut temporary = name.to_os_string();
@@ -30,14 +33,14 @@ impl PartialFile {
         if self.position != offset {
             self.file.seek(SeekFrom::Start(offset))?;
         }
-        // Unknown after a failed write: the next one seeks.
+        // After a failed write the position is unknown, so the next write seeks.
         self.position = u64::MAX;
         self.file.write_all(bytes)?;
         self.position = offset + bytes.len() as u64;
         Ok(())
     }
 
-    /// Gives the file its length, in case the last bytes are a hole or padding.
+    /// Sets the length of the file. Its last bytes may be a hole or padding.
     pub(crate) fn set_len(&mut self, bytes: u64) -> io::Result<()> {
         self.file.set_len(bytes)
     }
@@ -47,14 +50,14 @@ impl PartialFile {
         &self.path
     }
 
-    /// Brings the data to the disk and gives the file its name.
+    /// Flushes the data to the disk and renames the file.
     pub(crate) fn finish(self) -> io::Result<()> {
         self.file.sync_all()?;
         self.finish_cached()
     }
 
-    /// Gives the file its name and leaves it to the operating system when the data goes to the
-    /// disk: that outlives this process, not a loss of power.
+    /// Renames the file without flushing it. The file outlives this process, but not a loss of
+    /// power.
     pub(crate) fn finish_cached(mut self) -> io::Result<()> {
         fs::rename(&self.temporary, &self.path)?;
         self.finished = true;

@@ -9,36 +9,37 @@ use crate::codec;
 use crate::error::TensorError;
 use crate::format::{Block, FloatType, Format, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint};
 
-/// Elements below which a second thread does not pay.
+/// With fewer elements than this a second thread does not pay.
 const PARALLEL_ELEMENTS_MIN: usize = 1 << 16;
 
-/// A tensor in memory, read-only. The last dimension is contiguous; for weights it is the
-/// input dimension, and every block format runs along it.
+/// A read-only tensor in memory. The last dimension is contiguous. For weights it is the input
+/// dimension, and the blocks of every format run along it.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     /// Dimensions, outermost first.
     pub shape: Vec<usize>,
     /// How the numbers are stored.
     pub format: Format,
-    /// Plain floats or GGUF blocks, row-major; for `Format::Scaled` the codes, packed low bits
-    /// first along a row, each row starting on a byte.
+    /// Plain floats or GGUF blocks, row-major. For `Format::Scaled` the codes, packed low bits
+    /// first along a row. Each row starts on a byte.
     pub codes: Bytes,
     /// Scales of `Format::Scaled`, `[rows, blocks]` in the scale's type (see [`ScaleGrid`] for
-    /// tiles and stacks of matrices); empty otherwise.
+    /// tiles and stacks of matrices). Empty in other formats.
     pub scales: Bytes,
-    /// Zero points of `ZeroPoint::Int` as `i8`, in the scales' order; empty otherwise.
+    /// Zero points of `ZeroPoint::Int` as `i8`, in the order of the scales. Empty in other formats.
     pub zeros: Bytes,
-    /// What every scale of a matrix is multiplied by (`ScaleType::E4M3Global`).
+    /// The factor of every scale of a matrix (`ScaleType::E4M3Global`).
     pub global: GlobalScale,
 }
 
 /// The second scale of NVFP4: one `f32` for each `[rows, columns]` matrix of a stack.
 ///
-/// Checkpoints disagree on its direction. Both are kept as they are, because a reciprocal
-/// would round, and dequantized weights are to agree with the format's own reader bit for bit.
+/// Some checkpoints store the factor and others its inverse. Each is kept as it is, because a
+/// reciprocal would be rounded, and dequantized weights must agree bit for bit with the format's
+/// own reader.
 #[derive(Debug, Clone, PartialEq)]
 pub enum GlobalScale {
-    /// None: the format has no global scale.
+    /// The format has no global scale.
     One,
     /// `scale * global` (ModelOpt's `weight_scale_2`).
     Multiply(Vec<f32>),
@@ -47,7 +48,7 @@ pub enum GlobalScale {
 }
 
 impl GlobalScale {
-    /// The multiplier of a block in matrix `matrix` whose stored scale is `scale`.
+    /// The factor of a block of matrix `matrix` whose stored scale is `scale`.
     pub fn apply(&self, matrix: usize, scale: f32) -> f32 {
         match self {
             GlobalScale::One => scale,
@@ -56,7 +57,7 @@ impl GlobalScale {
         }
     }
 
-    /// How many matrices it has a scale for.
+    /// The number of matrices that it has a scale for.
     fn len(&self) -> usize {
         match self {
             GlobalScale::One => 0,
@@ -73,7 +74,7 @@ impl GlobalScale {
     }
 }
 
-/// Bytes of scales, bytes of zero points and global scales that a tensor has.
+/// The bytes of scales, the bytes of zero points and the number of global scales of a tensor.
 fn side_lengths(shape: &[usize], format: Format) -> Result<[usize; 3], TensorError> {
     let Format::Scaled(format) = format else { return Ok([0; 3]) };
     let overflow = || TensorError::Overflow { shape: shape.to_vec() };
@@ -83,7 +84,7 @@ fn side_lengths(shape: &[usize], format: Format) -> Result<[usize; 3], TensorErr
     Ok([grid.len() * format.scale.bytes(), zeros, globals])
 }
 
-/// `f32` numbers as the owner of bytes, so that they stay aligned.
+/// `f32` numbers as the owner of bytes. So the bytes stay aligned.
 struct FloatBytes(Vec<f32>);
 
 impl AsRef<[u8]> for FloatBytes {
@@ -153,7 +154,7 @@ impl Tensor {
         self.shape[..self.shape.len().saturating_sub(1)].iter().product()
     }
 
-    /// Elements of a row: the last dimension (1 for a scalar).
+    /// Elements of a row: the last dimension, or 1 for a scalar.
     pub fn columns(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)
     }
@@ -168,7 +169,7 @@ impl Tensor {
         self.codes.len() + self.scales.len() + self.zeros.len()
     }
 
-    /// The numbers themselves, if they are `f32` and lie aligned on a little-endian machine.
+    /// The numbers without a copy, if they are `f32` and aligned, on a little-endian machine.
     pub fn as_f32(&self) -> Option<&[f32]> {
         let readable = self.format == Format::F32 && cfg!(target_endian = "little");
         readable.then(|| bytemuck::try_cast_slice(&self.codes).ok()).flatten()
@@ -354,7 +355,7 @@ impl Tensor {
     }
 }
 
-/// Which scales go with `rows`, or why they cannot be had apart.
+/// The grid of the scales of `rows`, or the reason why they cannot be separated.
 fn slice_grid(
     grid: &ScaleGrid,
     block: Block,

@@ -1,5 +1,5 @@
-//! Formats of activations and powers of two of MX blocks, against what compressed-tensors and
-//! torchao made of the same rows (`tests/peers/activation_formats.py`).
+//! Compares formats of activations, and powers of two of MX blocks, with what compressed-tensors
+//! and torchao made of the same rows (`tests/peers/activation_formats.py`).
 
 use std::path::Path;
 
@@ -42,8 +42,8 @@ fn rows_are_rounded_as_compressed_tensors_does() {
             other => other.name(),
         };
         let expected = file.tensor(name).unwrap().to_f32();
-        // A second scale that is divided by falls to another side of made ties than one that is
-        // multiplied by: NVFP4 is compared on the random rows, which come first.
+        // These rows have ties on purpose. A product with a second scale and a division by it may
+        // round them differently. So NVFP4 is compared on the random rows, which come first.
         let rows = match format {
             ActivationFormat::Nvfp4 => &rows[..16 * WIDTH],
             _ => &rows[..],
@@ -51,7 +51,7 @@ fn rows_are_rounded_as_compressed_tensors_does() {
         let expected = &expected[..rows.len()];
         let found = format.round(rows, WIDTH).unwrap();
         for (row, found, expected) in differing(rows, &found, expected) {
-            // Scales below 2^-126 are zero there, and what `f32` cannot hold is no number.
+            // There scales below 2^-126 are zero, and numbers that `f32` cannot hold are NaN.
             let largest = row.iter().fold(0f32, |most, x| most.max(x.abs()));
             if !(1e-36..1e38).contains(&largest) {
                 continue;
@@ -75,7 +75,7 @@ fn powers_of_two_are_torchaos() {
             let expected = file.tensor(&format!("{name}.{mode}")).unwrap().to_f32();
             let found = scaled::quantize(&shape, &format, &rows, rounding).unwrap().to_f32();
             for (row, found, expected) in differing(&rows, &found, &expected) {
-                // torchao multiplies by no scale below 2^-126.
+                // torchao does not use scales below 2^-126.
                 if row.iter().all(|x| x.abs() < 1e-36) {
                     continue;
                 }
@@ -85,7 +85,7 @@ fn powers_of_two_are_torchaos() {
     }
 }
 
-/// The best power of two of all, found by trying them in `f64`.
+/// `Mse` finds the best power of two, which this test finds by trying all of them in `f64`.
 #[test]
 fn the_least_error_is_the_least() {
     let rows = fixture().tensor("rows").unwrap().to_f32();

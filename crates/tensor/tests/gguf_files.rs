@@ -1,4 +1,4 @@
-//! GGUF files: written ones are read back, malformed ones are refused by name.
+//! GGUF files that were written are read back. Malformed files are refused by name.
 
 use std::fs;
 use std::path::Path;
@@ -24,7 +24,7 @@ fn string(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// A header with these counts, then `rest` as it is.
+/// A header with these counts, followed by `rest`.
 fn file(tensors: u64, entries: u64, rest: &[Vec<u8>]) -> Vec<u8> {
     let mut bytes = b"GGUF".to_vec();
     bytes.extend(3u32.to_le_bytes());
@@ -272,7 +272,7 @@ fn valid() -> Vec<u8> {
     with_data(file(3, 4, &[entries.concat(), infos.concat()]), 64 + 210)
 }
 
-/// Reads everything that a file promises.
+/// Reads everything that a file has according to its header.
 fn read_all(bytes: Vec<u8>) -> Result<(), GgufError> {
     let read = open(bytes)?;
     for (_, value) in read.metadata.iter() {

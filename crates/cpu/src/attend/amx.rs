@@ -1,4 +1,5 @@
-//! [`super::split`]'s products by AMX. Sums are tiles 0 to 3, rows 4 and 5, columns 6 and 7.
+//! AMX products of [`super::split`]. Sums are tiles 0 to 3, rows tiles 4 and 5, columns tiles 6 and
+//! 7.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -13,11 +14,13 @@ pub(super) const PRODUCTS: SplitProducts =
 
 /// # Safety
 /// AVX-512 with BF16 is available; otherwise as [`SplitRows::chunk`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 unsafe fn rows(split: &SplitRows) {
-    /// The numbers that halves of a vector of `bf16` stand for.
+    /// The numbers that half a vector of `bf16` stands for.
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(
+        enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"
+    )]
     fn widen(high: __m256i) -> __m512 {
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)))
     }
@@ -41,7 +44,7 @@ unsafe fn rows(split: &SplitRows) {
 
 /// # Safety
 /// AVX-512 with BF16 is available; otherwise as [`SplitColumns::pair`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 unsafe fn columns(split: &SplitColumns) {
     let order = lane_by_lane();
     let odd_lanes = _mm512_set1_epi32(0xffff_0000_u32 as i32);
@@ -72,7 +75,8 @@ unsafe fn begin() {
 /// # Safety
 /// Tiles are configured for sixteen rows; otherwise as [`super::split::multiply`].
 unsafe fn multiply(blocks: &Blocks) {
-    // SAFETY: the caller vouches for operands and sums of these counts; the compiler knows nothing of tile registers.
+    // SAFETY: the caller vouches for operands and sums of these counts; the compiler knows nothing
+    // of tile registers.
     unsafe {
         load_sums(blocks);
         asm!(
@@ -117,7 +121,7 @@ unsafe fn multiply(blocks: &Blocks) {
     }
 }
 
-/// Loads the sums, or zeros them.
+/// Loads the sums, or sets them to zero.
 ///
 /// # Safety
 /// As [`multiply`].

@@ -1,17 +1,17 @@
 //! Attention over the paged cache, for any mix of prefill chunks, decoding rows and draft trees.
 //!
-//! Invariant: what a row computes depends on nothing but its own query and the positions that it
-//! sees. Positions are walked in tiles of 64 and segments of 512, both aligned to absolute
-//! positions; a segment starts from nothing, and segments are merged in order. So a row gives the
-//! same bits alone and in a chunk, on one worker and on many, wherever its blocks lie. Positions
-//! that a row does not see contribute exactly nothing. Rows in the prefill form have products of
-//! their own where the machine has AMX ([`split`]).
+//! Invariant: the result of a row depends only on its own query and on the positions that it sees.
+//! Positions are walked in tiles of 64 and spans of 512, both aligned to absolute positions. Each
+//! span is summed by itself, and spans are merged in order. So a row has the same bits alone and in
+//! a chunk, on one worker and on many, wherever its blocks lie. Positions that a row does not see
+//! contribute exactly nothing. Rows in the prefill form have products of their own where the
+//! machine has AMX ([`split`]).
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod plan;
 mod softmax;
-// AMX alone splits products.
+// Only AMX multiplies numbers that are split in two parts.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod split;
 mod tile;
@@ -32,23 +32,24 @@ use softmax::MergeSplits;
 use split::SplitProducts;
 use tile::{Piece, Scratch, ScratchSizes};
 
-/// Positions of a span: attention sums a span by itself and merges spans in order.
+/// Positions of a span. Attention sums each span by itself and merges spans in order.
 pub(crate) const SPAN: usize = 512;
 
-/// Query vectors that share one pass over the keys: rows of a task times query heads of a key head.
+/// The most query vectors that share one pass over the keys: rows of a task times query heads of a
+/// key head.
 const VECTORS_MAX: usize = 64;
 
-/// The same for rows whose products are split ([`split`]): keys and values are split once for all
-/// of them.
+/// The same limit for rows whose products are split ([`split`]). Keys and values are split once for
+/// all of them.
 const VECTORS_SPLIT: usize = 192;
 
-/// The same where keys are made from latents.
+/// The same limit where keys are made from latents.
 const VECTORS_EXPANDED: usize = 512;
 
-/// Floats set aside for segments that several workers compute for the same row.
+/// The most floats for spans of one row that several workers compute.
 const PARTIAL_FLOATS_MAX: usize = 8 << 20;
 
-/// The numbers of one attention, with latents seen as one key head of `rank + rope_dim`.
+/// The sizes and constants of one attention. Latents count as one key head of `rank + rope_dim`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct AttendShape {
     /// Key heads.
@@ -59,19 +60,19 @@ pub(crate) struct AttendShape {
     pub key_dim: usize,
     /// Elements of a value.
     pub value_dim: usize,
-    /// Multiplies the scores.
+    /// The factor of the scores.
     pub scale: f32,
-    /// Positions that a query sees, itself included; `None`: all.
+    /// Positions that a query sees, its own included. `None` for all.
     pub window: Option<usize>,
     /// `softcap * tanh(score / softcap)`.
     pub softcap: Option<f32>,
-    /// Elements of the latents that keys and values are made from, tile by tile.
+    /// Elements of the latents, if keys and values are made from latents, tile by tile.
     pub expanded_rank: Option<usize>,
 }
 
 impl AttendShape {
     fn rows_per_task(&self, split: bool) -> usize {
-        // Expanding a tile is shared by the rows of a task.
+        // Expanding a tile serves all rows of a task, so a task has many rows.
         let vectors = match self.expanded_rank {
             Some(_) => VECTORS_EXPANDED,
             None if split => VECTORS_SPLIT,
@@ -80,23 +81,23 @@ impl AttendShape {
         (vectors / self.group).max(1)
     }
 
-    /// Query vectors of a task, at most.
+    /// The most query vectors of a task.
     fn vectors_max(&self, split: bool) -> usize {
         self.group * self.rows_per_task(split)
     }
 
-    /// Floats of a value row in scratch memory: whole vectors.
+    /// Floats of a value row in scratch memory, which is whole vectors.
     fn value_stride(&self) -> usize {
         self.value_dim.next_multiple_of(LANES)
     }
 
-    /// Floats of a stored segment: its largest score, its sum, and the weighted values.
+    /// Floats of a stored span: its largest score, the sum of its weights, and the weighted values.
     fn partial_stride(&self) -> usize {
         LANES + self.value_stride()
     }
 }
 
-/// What one call works on.
+/// The operands of one attention.
 pub(crate) struct AttendJob<'a> {
     /// The numbers.
     pub shape: &'a AttendShape,
@@ -114,10 +115,10 @@ pub(crate) struct AttendJob<'a> {
     pub sinks: Option<&'a [f32]>,
     /// `[rows, kv_heads * group * value_dim]`.
     pub out: Rows,
-    /// Which rows.
+    /// Which rows are computed.
     pub form: RowForm,
-    /// Makes keys and values from the layer's latents, if the shape says so.
-    pub expand: Option<&'a dyn Expand>,
+    /// Makes keys and values from the layer's latents, if the shape says that they are expanded.
+    pub expand: Option<&'a dyn ExpandLatents>,
 }
 
 /// Which rows of a step an attention computes.
@@ -125,14 +126,14 @@ pub(crate) struct AttendJob<'a> {
 pub(crate) enum RowForm {
     /// All.
     All,
-    /// Those whose latents are expanded.
+    /// The rows whose latents are expanded.
     Expanded,
-    /// The others.
+    /// The other rows.
     Absorbed,
 }
 
 impl RowForm {
-    /// The rows, counted within the sequence: those in the prefill form, and the others.
+    /// The rows of a sequence, counted within it: first those in the prefill form, then the others.
     pub(crate) fn rows(self, sequence: &StepSequence) -> [Range<usize>; 2] {
         let (expanded, all) = (sequence.rows_expanded(), sequence.rows as usize);
         match self {
@@ -143,10 +144,10 @@ impl RowForm {
     }
 }
 
-/// Makes a head's keys and values of a tile from its latents.
-pub(crate) trait Expand: Sync {
-    /// `latents` is a tile of latents, its `keys` with the rotary keys under them; `to` gets the
-    /// head's keys, rotary part last, and the values of the tile's positions `filled`.
+/// Makes the keys and values of one head and one tile from latents.
+pub(crate) trait ExpandLatents: Sync {
+    /// `latents` is a tile of latents. Its `keys` have the rotary keys under them. `to` receives
+    /// the head's keys, the rotary part last, and the values of the tile's positions `filled`.
     ///
     /// # Safety
     /// Both have room for a tile of their shapes, nobody else touches `to`, and `matrix` has room
@@ -162,11 +163,11 @@ pub(crate) trait Expand: Sync {
     );
 }
 
-/// Memory for attention, kept from step to step.
+/// Memory for attention, which is kept from step to step.
 #[derive(Debug)]
 pub(crate) struct Attention {
     width: Width,
-    /// For rows in the prefill form, if they have products of their own.
+    /// The products of rows in the prefill form, if they have their own.
     split: Option<SplitProducts>,
     plan: Plan,
     scratch: Memory,
@@ -191,10 +192,10 @@ impl Attention {
             workers * sizes.floats() * size_of::<f32>(),
             "attention's scratch memory",
         )?;
-        let segments = context_max.div_ceil(SPAN) + 1;
+        let spans = context_max.div_ceil(SPAN) + 1;
         let wanted = |s: &AttendShape| {
             (plan::ITEMS_PER_WORKER * workers * s.vectors_max(split.is_some()))
-                .saturating_mul(segments)
+                .saturating_mul(spans)
                 .saturating_mul(s.partial_stride())
         };
         let partials = shapes.iter().map(wanted).max().unwrap_or(0).min(PARTIAL_FLOATS_MAX);
@@ -203,7 +204,7 @@ impl Attention {
         Ok(Self { width, split, plan, scratch, sizes, partials })
     }
 
-    /// Whether it makes a difference which rows are in the prefill form.
+    /// Whether rows in the prefill form are computed differently from the others.
     pub(crate) fn has_prefill_form(&self) -> bool {
         self.split.is_some()
     }
@@ -255,7 +256,7 @@ impl Attention {
     }
 }
 
-/// A pointer that workers share; they write disjoint places behind it.
+/// A pointer that workers share. They write disjoint places behind it.
 #[derive(Clone, Copy)]
 struct Shared(*mut f32);
 // SAFETY: tasks write partial sums at places of their own; merges read them after all tasks.

@@ -1,4 +1,4 @@
-//! Which rows and segments are one worker's piece of attention.
+//! Divides attention into pieces: which rows and spans a worker computes.
 
 use std::ops::Range;
 
@@ -6,10 +6,10 @@ use lathe_program::{Step, StepSequence};
 
 use super::{AttendShape, RowForm, SPAN};
 
-/// Below this many pieces a worker, pieces are cut further, along the positions.
+/// With fewer pieces a worker than this, pieces are also cut along the positions.
 pub(super) const ITEMS_PER_WORKER: usize = 2;
 
-/// Rows of one sequence that walk their positions together.
+/// Rows of one sequence that read their positions together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Task {
     /// Index into the step's sequences.
@@ -18,58 +18,58 @@ pub(super) struct Task {
     pub first: usize,
     /// Rows.
     pub rows: usize,
-    /// Segments to walk.
-    pub segments: Range<usize>,
-    /// Where its segments are stored, if other tasks walk the rest of these rows' segments.
+    /// The spans to compute.
+    pub spans: Range<usize>,
+    /// Where its spans are stored, if other tasks compute the rest of these rows' spans.
     pub stored: Option<Stored>,
-    /// Whether its products are split.
+    /// Whether its products are split in two parts.
     pub split: bool,
 }
 
-/// Where the segments of some rows are stored before they are merged.
+/// Where the spans of some rows are stored before they are merged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stored {
-    /// Place of the first.
+    /// The place of the first stored span.
     pub base: usize,
-    /// First segment.
+    /// The number of the first span.
     pub first: usize,
-    /// Number of segments.
+    /// The number of spans.
     pub count: usize,
     /// Query vectors of a key head.
     pub vectors: usize,
 }
 
 impl Stored {
-    /// The place of one segment of one vector.
-    pub(super) fn entry(&self, head: usize, vector: usize, segment: usize) -> usize {
-        self.base + (head * self.vectors + vector) * self.count + segment - self.first
+    /// The place of one span of one vector.
+    pub(super) fn entry(&self, head: usize, vector: usize, span: usize) -> usize {
+        self.base + (head * self.vectors + vector) * self.count + span - self.first
     }
 }
 
-/// Rows whose segments are computed by several tasks and then merged.
+/// Rows whose spans are computed by several tasks and then merged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Split {
     /// First row of the step.
     pub row: usize,
-    /// Where the segments are.
+    /// Where the spans are stored.
     pub stored: Stored,
 }
 
 /// The pieces of one attention.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
-    /// Pieces, for each key head.
+    /// The tasks. Each is done once for each key head.
     pub tasks: Vec<Task>,
     /// Rows that need a merge.
     pub splits: Vec<Split>,
 }
 
-/// The positions that a row sees: a stretch, and the rows of its tree.
+/// The positions that a row sees: a range, and the rows of its tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Visible<'a> {
-    /// A stretch of slots.
+    /// A range of slots.
     pub slots: Range<usize>,
-    /// Rows of the sequence that it sees, from slot `cached` on.
+    /// What it sees from slot `cached` on, if it is a row of a tree.
     pub tree: Option<Tree<'a>>,
 }
 
@@ -78,11 +78,11 @@ pub(super) struct Visible<'a> {
 pub(super) struct Tree<'a> {
     /// Slot of the sequence's first row.
     pub cached: usize,
-    /// Bit `j` for row `j`.
+    /// Bit `j` is set if the row sees row `j`.
     pub ancestors: u64,
     /// Positions of the sequence's rows.
     pub positions: &'a [u32],
-    /// Rows at earlier positions are outside of the window.
+    /// The first position that the window includes.
     pub first_position: usize,
 }
 
@@ -148,8 +148,9 @@ impl Plan {
         }
     }
 
-    /// Cuts the rows of one form in `step` into pieces for some workers, those in the prefill form apart if their
-    /// products are `split`; at most `capacity` segments are stored for a merge.
+    /// Cuts the rows of one form in `step` into pieces for the workers. If the products of rows in
+    /// the prefill form are `split`, these rows have pieces of their own. At most `capacity` spans
+    /// are stored for a merge.
     pub(super) fn fill(
         &mut self,
         step: &Step,
@@ -159,12 +160,13 @@ impl Plan {
     ) {
         self.tasks.clear();
         self.splits.clear();
-        // The last rows see most: begin with them, so that no worker ends with a long piece.
+        // The last rows see the most positions. They come first, so that no worker ends with a long
+        // piece.
         let stretches = |sequence: &StepSequence| {
             let [prefill, others] = form.rows(sequence);
             match split {
                 true => [(others, false), (prefill, true)],
-                // One stretch: they are neighbours.
+                // The two ranges are neighbours, so they are one.
                 false if prefill.is_empty() => [(others, false), (0..0, false)],
                 false => [(prefill.start..prefill.end.max(others.end), false), (0..0, false)],
             }
@@ -186,26 +188,25 @@ impl Plan {
                 let first = start + piece * rows_per_task;
                 let rows = rows_per_task.min(end - first);
                 let slots = seen_by_all(step, sequence, first, rows, shape.window);
-                let segments = slots.start / SPAN..slots.end.div_ceil(SPAN);
-                let entries = segments.len() * rows * shape.group * shape.kv_heads;
-                let parts =
-                    if stored + entries <= capacity { parts.min(segments.len()) } else { 1 };
+                let spans = slots.start / SPAN..slots.end.div_ceil(SPAN);
+                let entries = spans.len() * rows * shape.group * shape.kv_heads;
+                let parts = if stored + entries <= capacity { parts.min(spans.len()) } else { 1 };
                 if parts <= 1 {
                     let stored = None;
-                    self.tasks.push(Task { sequence: index, first, rows, segments, stored, split });
+                    self.tasks.push(Task { sequence: index, first, rows, spans, stored, split });
                     continue;
                 }
                 let vectors = rows * shape.group;
                 let place =
-                    Stored { base: stored, first: segments.start, count: segments.len(), vectors };
+                    Stored { base: stored, first: spans.start, count: spans.len(), vectors };
                 for part in 0..parts {
-                    let cut = crate::gang::share(segments.len(), part, parts);
-                    let segments = segments.start + cut.start..segments.start + cut.end;
+                    let cut = crate::gang::share(spans.len(), part, parts);
+                    let spans = spans.start + cut.start..spans.start + cut.end;
                     self.tasks.push(Task {
                         sequence: index,
                         first,
                         rows,
-                        segments,
+                        spans,
                         stored: Some(place),
                         split,
                     });

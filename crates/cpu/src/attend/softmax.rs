@@ -1,5 +1,5 @@
-//! The softmax of attention: online within a segment (FlashAttention-2, Dao 2023, algorithm 1),
-//! segments merged in order, sinks and division at the end.
+//! The softmax of attention: online within a span (FlashAttention-2, Dao 2023, algorithm 1). Spans
+//! are merged in order. Sinks and the division come at the end.
 
 use std::ops::Range;
 
@@ -9,15 +9,16 @@ use super::{AttendJob, AttendShape};
 use crate::cache::TILE;
 use crate::lanes::{Kernel, LANES, Lanes, math};
 
-/// The state of some query vectors: largest score, sum of weights, weighted values `[stride]`.
-/// Kernels that take a state own it: valid for their vectors, and nobody else's.
+/// The state of some query vectors: the largest score, the sum of weights, and weighted values
+/// `[stride]`. A kernel that gets a state has it for itself, and the state is valid for the
+/// kernel's vectors.
 #[derive(Clone, Copy)]
 pub(super) struct State {
-    /// Minus infinity before anything was seen.
+    /// The largest score. Minus infinity before any position was seen.
     pub largest: *mut f32,
-    /// Of the weights, relative to `largest`.
+    /// The sum of the weights, relative to `largest`.
     pub sum: *mut f32,
-    /// Weighted with the same weights.
+    /// The values, weighted and added.
     pub values: *mut f32,
     /// Floats from a vector's values to the next, a multiple of 16.
     pub stride: usize,
@@ -35,14 +36,14 @@ impl State {
         }
     }
 
-    /// A stored segment's state: largest score and sum in the first 16 floats, then the values.
+    /// The state of a stored span: largest score and sum in the first 16 floats, then the values.
     pub(super) fn stored(partials: *mut f32, shape: &AttendShape, entry: usize) -> Self {
         let at = partials.wrapping_add(entry * shape.partial_stride());
         let (sum, values) = (at.wrapping_add(1), at.wrapping_add(LANES));
         Self { largest: at, sum, values, stride: shape.value_stride() }
     }
 
-    /// Nothing seen yet.
+    /// Sets the state to that of a vector that saw no position.
     #[inline(always)]
     unsafe fn clear<L: Lanes>(self) {
         // SAFETY: the caller owns the state.
@@ -55,7 +56,7 @@ impl State {
         }
     }
 
-    /// Adds a segment to the segments before it.
+    /// Adds a span to the spans before it.
     #[inline(always)]
     unsafe fn merge<L: Lanes>(self, part: Self) {
         // SAFETY: the caller owns both states.
@@ -65,7 +66,7 @@ impl State {
                 return;
             }
             if a == f32::NEG_INFINITY {
-                // What the sums below come to, without their exponentials.
+                // The formulas below give the same numbers. This needs no exponentials.
                 (*self.largest, *self.sum) = (b, *part.sum);
                 for i in (0..self.stride).step_by(LANES) {
                     L::load(part.values.add(i)).store(self.values.add(i));
@@ -102,7 +103,7 @@ impl Kernel for Clear {
     }
 }
 
-/// Adds the segments of `vectors` to the segments before.
+/// Adds the spans of `vectors` to the spans before them.
 pub(super) struct Merge {
     pub total: State,
     pub part: State,
@@ -120,7 +121,7 @@ impl Kernel for Merge {
     }
 }
 
-/// Copies the states of `vectors` to where they wait for the merge.
+/// Copies the states of `vectors` to the places where they wait for the merge.
 pub(super) struct Store<F> {
     pub state: State,
     pub vectors: usize,
@@ -154,13 +155,13 @@ pub(super) struct Soften<'a> {
     pub rows: Range<usize>,
     /// First position of the tile.
     pub tile: usize,
-    /// Columns of the tile that were computed, whole vectors.
+    /// The columns of the tile that were computed, in whole vectors.
     pub columns: Range<usize>,
     /// `[vectors, 64]`, this kernel's.
     pub scores: *mut f32,
     /// The states of the task's vectors.
     pub state: State,
-    /// `[64]` each: what multiplies scores, and what multiplies weights of values.
+    /// Factors of the scores and factors of the values' weights, `[64]` each.
     pub scales: Option<(*const f32, *const f32)>,
 }
 
@@ -188,7 +189,7 @@ impl Kernel for Soften<'_> {
 }
 
 impl Soften<'_> {
-    /// Whether scores are weights' logits as they are, once scaled: of a whole tile that a row sees all of.
+    /// Whether the scaled scores need neither cap nor mask, because the row sees the whole tile.
     fn sees_all(&self, seen: &Visible<'_>) -> bool {
         let tile = self.tile..self.tile + TILE;
         let slots = seen.slots.start <= tile.start && seen.slots.end >= tile.end;
@@ -196,7 +197,8 @@ impl Soften<'_> {
         self.columns == (0..TILE) && slots && !tree && self.job.shape.softcap.is_none()
     }
 
-    /// [`Soften::one`] where [`Soften::sees_all`]: the same numbers, with the scores in registers from load to store.
+    /// [`Soften::one`] for rows where [`Soften::sees_all`] holds. It computes the same numbers and
+    /// keeps the scores in registers.
     #[inline(always)]
     unsafe fn whole<L: Lanes>(&self, scores: *mut f32, state: State) {
         const VECTORS: usize = TILE / LANES;
@@ -259,7 +261,8 @@ impl Soften<'_> {
         }
     }
 
-    /// Adds the sum of a tile's weights, whose largest score so far is `largest`, and rescales what was there.
+    /// Adds the sum of a tile's weights and rescales the state. `largest` is the largest score so
+    /// far.
     #[inline(always)]
     unsafe fn settle<L: Lanes>(&self, state: State, largest: f32, sum: f32) {
         // SAFETY: the state is the kernel's.
@@ -267,7 +270,7 @@ impl Soften<'_> {
             let before = *state.largest;
             *state.largest = largest;
             if before == largest || before == f32::NEG_INFINITY {
-                // Nothing to rescale, or nothing there yet.
+                // There is nothing to rescale.
                 *state.sum += sum;
                 return;
             }
@@ -280,7 +283,7 @@ impl Soften<'_> {
         }
     }
 
-    /// Applies the soft cap, and puts minus infinity where the row does not see.
+    /// Applies the soft cap, and writes minus infinity where the row does not see.
     #[inline(always)]
     unsafe fn cap_and_mask<L: Lanes>(&self, seen: &Visible<'_>, scores: *mut f32) {
         let (tile, columns) = (self.tile, self.columns.clone());
@@ -323,7 +326,7 @@ pub(super) struct Finish<'a> {
     pub row: usize,
     /// The query head.
     pub head: usize,
-    /// One vector's.
+    /// The state of one vector.
     pub state: State,
 }
 
@@ -352,11 +355,11 @@ impl Kernel for Finish<'_> {
     }
 }
 
-/// Merges the stored segments of rows that were split.
+/// Merges the stored spans of rows that were split.
 pub(super) struct MergeSplits<'a> {
     pub job: &'a AttendJob<'a>,
     pub plan: &'a Plan,
-    /// Which of all vectors to merge, counted over splits, heads and vectors.
+    /// The vectors to merge, counted over splits, heads and vectors.
     pub mine: Range<usize>,
     pub scratch: Scratch,
     pub partials: *mut f32,
@@ -376,11 +379,11 @@ impl Kernel for MergeSplits<'_> {
             for index in self.mine.start.max(before)..self.mine.end.min(before + vectors) {
                 let (head, vector) =
                     ((index - before) / stored.vectors, (index - before) % stored.vectors);
-                // SAFETY: the tasks have stored every segment; the scratch is this worker's.
+                // SAFETY: the tasks have stored every span; the scratch is this worker's.
                 unsafe {
                     state.clear::<L>();
-                    for segment in stored.first..stored.first + stored.count {
-                        let entry = stored.entry(head, vector, segment);
+                    for span in stored.first..stored.first + stored.count {
+                        let entry = stored.entry(head, vector, span);
                         state.merge::<L>(State::stored(self.partials, shape, entry));
                     }
                 }

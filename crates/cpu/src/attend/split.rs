@@ -1,20 +1,20 @@
 //! Products of rows in the prefill form, on AMX tiles of `bf16` in two parts.
 //!
-//! A number is the nearest `bf16` and the nearest of what that leaves, which errs by `2^-17` of it; of the four products of
-//! parts that of the two lesser ones, `2^-16` of the greater, is left out. (In one part attention moves SmolLM2's
-//! log-probabilities by 0.002 on average.) The cache's codes of 16 bits are exact in two parts.
+//! A number is split into the nearest `bf16` and the nearest `bf16` of what that leaves. Together
+//! they err by `2^-17` of the number. Of the four products of parts, the product of the two smaller
+//! parts is left out, which is `2^-16` of the largest. The cache's codes of 16 bits are exact in
+//! two parts. With one part, attention would move SmolLM2's log-probabilities by 0.002 nats on
+//! average.
 //!
-//! Cost. Two blocks of sixteen rows by two of sixteen columns take ten loads of tiles (80 cycles from the first-level cache) and twelve
-//! products (192 cycles) for 32 of k. A tile of 64 positions with heads of 64 against 192 vectors: 576 products, 9,200 cycles; `f32` takes 49,000
-//! at its peak. Measured there (SmolLM2's shape, a prompt of 2000, thousands of cycles at 2.1 GHz, all that a thread does): scores 11, sums 15.5, exponentials and masks
-//! 25, weights split 6.4, codes decoded 4.2, keys and values split 2.8, together 65: the products run at a third of their rate, as a visit to a
-//! tile of sums has two chunks alone and operands come from the second-level cache. To `f32`: attention's time 0.73 to 0.78 at 2000 tokens, the same at 512.
+//! docs/performance-notes.md has predictions and measurements.
 //!
-//! An operand lies as `[blocks of 16][chunks of 32 of k][2 parts][1 KB]`. A chunk of rows has 32 numbers of each of sixteen
-//! rows side by side, one of columns sixteen pairs of k with the pair of each column side by side.
+//! An operand is stored as `[blocks of 16][chunks of 32 of k][2 parts][1 KB]`. A chunk of rows has
+//! 32 neighbouring numbers of each of sixteen rows. A chunk of columns has sixteen pairs of k, with
+//! the pairs of all columns side by side.
 //!
-//! Invariant: chunks are added in order, in each the product of the greater parts, the lesser of the rows by the greater of the
-//! columns, and the greater by the lesser, to what the sums hold; what else lies in a block changes nothing.
+//! Invariant: chunks are added in order. In each chunk three products are added in order: the
+//! greater parts, the smaller part of the rows by the greater part of the columns, and the greater
+//! by the smaller. Other rows and columns of a block change nothing.
 
 use std::ops::Range;
 
@@ -23,7 +23,7 @@ use crate::lanes::LANES;
 
 /// Rows or columns of a tile.
 pub(crate) const BLOCK: usize = 16;
-/// Of k in a tile.
+/// Positions along k in a tile.
 pub(crate) const CHUNK: usize = 32;
 /// Bytes of a tile.
 const PART: usize = 1024;
@@ -38,9 +38,9 @@ pub(crate) fn operand_floats(lines: usize, k: usize) -> usize {
 /// Up to two blocks of rows by up to two blocks of columns.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Blocks {
-    /// The first chunks of the blocks of rows; the second is the first if there is one alone.
+    /// The first chunks of the blocks of rows. With one block both pointers are the same.
     pub rows: [*const u8; 2],
-    /// The same of the columns.
+    /// The first chunks of the blocks of columns, likewise.
     pub columns: [*const u8; 2],
     /// Chunks of each.
     pub chunks: usize,
@@ -54,23 +54,23 @@ pub(crate) struct Blocks {
     pub fresh: bool,
 }
 
-/// What splits operands and multiplies blocks.
+/// Functions that split operands and multiply blocks.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SplitProducts {
-    /// Splits a block of rows. Unsafe as what it takes says.
+    /// Splits a block of rows. Its safety is stated at [`SplitRows`].
     pub rows: unsafe fn(&SplitRows),
-    /// Splits columns, likewise.
+    /// Splits columns. Its safety is stated at [`SplitColumns`].
     pub columns: unsafe fn(&SplitColumns),
-    /// Before the first product of a piece of work, on its thread.
+    /// Must be called before the first product of a piece of work, on its thread.
     pub begin: unsafe fn(),
-    /// One product of blocks.
+    /// Computes one product of blocks.
     pub multiply: unsafe fn(&Blocks),
-    /// After the last.
+    /// Must be called after the last product.
     pub end: unsafe fn(),
 }
 
 impl SplitProducts {
-    /// Those of `isa`, which this machine has.
+    /// The functions of `isa`, which this machine must have. `None` if it has none.
     pub(crate) fn of(isa: Isa) -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         if isa == Isa::Amx {
@@ -83,26 +83,28 @@ impl SplitProducts {
 
 /// An operand in memory.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Operand {
+pub(crate) struct SplitOperand {
     /// The first block.
     pub start: *const u8,
     /// Blocks.
     pub blocks: usize,
 }
 
-impl Operand {
+impl SplitOperand {
     fn block(self, index: usize, chunks: usize) -> *const u8 {
         self.start.wrapping_add(index.min(self.blocks - 1) * chunks * CHUNK_BYTES)
     }
 }
 
-/// Adds the product of `rows` and `columns` to `[16 x rows.blocks, stride]` sums, or puts it there.
+/// Adds the product of `rows` and `columns` to the sums `[16 x rows.blocks, stride]`, or overwrites
+/// the sums.
 ///
 /// # Safety
-/// The operands have `chunks` chunks in each block, the sums are the caller's alone, and `products` has begun.
+/// The operands have `chunks` chunks in each block, the sums are the caller's alone, and `products`
+/// has begun.
 pub(crate) unsafe fn multiply(
     products: SplitProducts,
-    (rows, columns, chunks): (Operand, Operand, usize),
+    (rows, columns, chunks): (SplitOperand, SplitOperand, usize),
     (sums, stride): (*mut f32, usize),
     fresh: bool,
 ) {
@@ -125,22 +127,22 @@ pub(crate) unsafe fn multiply(
 
 /// Splits a block of rows.
 pub(crate) struct SplitRows {
-    /// `[16, stride]`; only what is in both ranges is read, the rest is zero.
+    /// `[16, stride]`. Only numbers in both ranges are read. The others count as zero.
     pub from: *const f32,
     /// Floats from a row to the next.
     pub stride: usize,
-    /// Rows that are there.
+    /// The rows that exist.
     pub rows: Range<usize>,
-    /// Numbers that are there in each.
+    /// The numbers of each row that exist.
     pub columns: Range<usize>,
     /// Chunks to write.
     pub chunks: usize,
-    /// The block, this kernel's.
+    /// The block, which only this call touches.
     pub to: *mut u8,
 }
 
 impl SplitRows {
-    /// Chunk `chunk` of row `row`, and where its parts go.
+    /// Chunk `chunk` of row `row`, and the places of its parts.
     ///
     /// # Safety
     /// `from` has what is there, and `to` room for the chunks.
@@ -167,24 +169,25 @@ impl SplitRows {
     }
 }
 
-/// Splits columns, which lie line by line of k.
+/// Splits columns. In memory each line has one position along k.
 pub(crate) struct SplitColumns {
-    /// `[k, stride]`; lines outside of `lines` are zero.
+    /// `[k, stride]`. Lines outside of `lines` count as zero.
     pub from: *const f32,
     /// Floats from a line to the next.
     pub stride: usize,
-    /// Lines that are there.
+    /// The lines that exist.
     pub lines: Range<usize>,
     /// Chunks to write.
     pub chunks: usize,
     /// Blocks of columns.
     pub blocks: usize,
-    /// The operand, this kernel's.
+    /// The operand, which only this call touches.
     pub to: *mut u8,
 }
 
 impl SplitColumns {
-    /// Lines `2 * pair` and the next of block `block`, and where the parts of their pairs go.
+    /// Lines `2 * pair` and `2 * pair + 1` of block `block`, and the places of the parts of their
+    /// pairs.
     ///
     /// # Safety
     /// `from` has what is there, and `to` room for the operand.
@@ -214,7 +217,7 @@ mod tests {
     use super::*;
     use crate::linear::activations::round_to_bf16;
 
-    /// The same without tiles and vectors.
+    /// The same functions without tiles and vectors.
     const SCALAR: SplitProducts = SplitProducts {
         rows: scalar_rows,
         columns: scalar_columns,
@@ -293,12 +296,12 @@ mod tests {
         }
     }
 
-    /// Aligned room for an operand.
+    /// Aligned memory for an operand.
     fn room(lines: usize, k: usize) -> Vec<[f32; 16]> {
         vec![[f32::NAN; 16]; operand_floats(lines, k) / 16]
     }
 
-    /// `[blocks x 16, k]` rows, of which some are there, by `[k, columns]`, of which some lines are.
+    /// A product of `[blocks x 16, k]` by `[k, columns]`, where only some rows and lines exist.
     struct Case {
         there: Range<usize>,
         k: usize,
@@ -407,7 +410,7 @@ mod tests {
                 let parts = case.split(*products);
                 assert!(bits(&parts) == expected, "{name} splits otherwise");
                 let [rows, columns] = [(&parts[0], case.blocks), (&parts[1], case.columns / BLOCK)]
-                    .map(|(parts, blocks)| Operand { start: parts.as_ptr().cast(), blocks });
+                    .map(|(parts, blocks)| SplitOperand { start: parts.as_ptr().cast(), blocks });
                 for fresh in [true, false] {
                     let mut sums = case.sums.clone();
                     let to = (sums.as_mut_ptr(), case.columns + Case::GAP);

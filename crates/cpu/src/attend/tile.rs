@@ -1,4 +1,4 @@
-//! One worker's piece of attention: some rows over the tiles of some segments.
+//! One worker's piece of attention: some rows and the tiles of some spans.
 
 use std::ops::Range;
 
@@ -8,17 +8,17 @@ use lathe_program::{BlockTable, KvFormat, KvLayerShape};
 use super::plan::{Task, seen_by_all};
 use super::softmax::{Clear, Finish, Merge, Soften, State, Store};
 use super::split::{
-    self, BLOCK, CHUNK, Operand, SplitColumns, SplitProducts, SplitRows, operand_floats,
+    self, BLOCK, CHUNK, SplitColumns, SplitOperand, SplitProducts, SplitRows, operand_floats,
 };
 use super::{AttendJob, AttendShape, SPAN};
 use crate::cache::code::F32;
 use crate::cache::store::{KvStore, Plain};
-use crate::cache::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs, with_store};
-use crate::lanes::product::{Matrix, Product};
+use crate::cache::{LoadScales, LoadTile, PageRun, TILE, TileBuffers, page_runs, with_store};
+use crate::lanes::product::{DecodedMatrix, Product};
 use crate::lanes::{LANES, Width, dispatch};
 use crate::memory::Memory;
 
-/// Up to this many query vectors multiply the cache's codes in place.
+/// Up to this many query vectors multiply the cache's codes where they lie.
 const IN_PLACE_VECTORS_MAX: usize = 12;
 
 /// Largest sizes of one worker's scratch memory, in floats.
@@ -30,7 +30,7 @@ pub(super) struct ScratchSizes {
     scores: usize,
     sums: usize,
     rows: usize,
-    /// Of a tile of latents that keys and values are made from, and of a head's matrix.
+    /// Sizes of a tile of latents that keys and values are made from, and of a head's matrix.
     latent_keys: usize,
     latent_values: usize,
     matrix: usize,
@@ -39,7 +39,7 @@ pub(super) struct ScratchSizes {
 }
 
 impl ScratchSizes {
-    /// Room for each of `shapes`, with rows whose products are split or without.
+    /// Sizes that suffice for each of `shapes`, with or without rows whose products are split.
     pub(super) fn for_shapes(shapes: &[AttendShape], split: bool) -> Self {
         let mut sizes = Self::default();
         for shape in shapes {
@@ -97,9 +97,9 @@ pub(super) struct Scratch {
     matrix: *mut f32,
     scores: *mut f32,
     split: SplitScratch,
-    /// The state of the segment that is being walked.
-    segment: State,
-    /// The state of all segments before it.
+    /// The state of the current span.
+    span: State,
+    /// The state of all spans before it.
     pub total: State,
 }
 
@@ -141,7 +141,7 @@ impl Scratch {
             values: take(sizes.sums),
             stride,
         };
-        Self { query, tile, latents, matrix, scores, split, segment: state(), total: state() }
+        Self { query, tile, latents, matrix, scores, split, span: state(), total: state() }
     }
 }
 
@@ -150,38 +150,38 @@ impl Scratch {
 struct SplitScratch {
     queries: *mut u8,
     keys: *mut u8,
-    /// Of two blocks of vectors.
+    /// The weights of two blocks of vectors.
     weights: *mut u8,
     values: *mut u8,
 }
 
 /// One task for one key head.
 pub(super) struct Piece<'a> {
-    /// What all pieces work on.
+    /// The operands of all pieces.
     pub job: &'a AttendJob<'a>,
-    /// Which rows and segments.
+    /// The rows and spans of this piece.
     pub task: &'a Task,
     /// The key head.
     pub head: usize,
     /// This worker's memory.
     pub scratch: Scratch,
-    /// Where segments go that are merged later.
+    /// Memory for spans that are merged later.
     pub partials: *mut f32,
-    /// What multiplies in place of `f32`.
+    /// The products that replace those of `f32`.
     pub split: Option<SplitProducts>,
 }
 
 impl Piece<'_> {
-    /// Walks the tiles.
+    /// Computes the piece, tile by tile.
     ///
     /// # Safety
     /// Scratch memory was sized for this shape; [`super::Attention::run`]'s caller vouches for the
-    /// job's rows and tables; stored segments go to places of this task alone.
+    /// job's rows and tables; stored spans go to places of this task alone.
     pub(super) unsafe fn run(&self, width: Width) {
         let (job, task) = (self.job, self.task);
         let sequence = &job.step.sequences[task.sequence];
         let slots = seen_by_all(job.step, sequence, task.first, task.rows, job.shape.window);
-        let (segment_state, total) = (self.scratch.segment, self.scratch.total);
+        let (span_state, total) = (self.scratch.span, self.scratch.total);
         let vectors = self.vectors();
         // SAFETY: as the caller promises.
         unsafe {
@@ -191,23 +191,23 @@ impl Piece<'_> {
                 (split.begin)();
             }
             dispatch(width, Clear { state: total, vectors });
-            for segment in task.segments.clone() {
-                dispatch(width, Clear { state: segment_state, vectors });
-                let from = slots.start.max(segment * SPAN);
-                let to = slots.end.min((segment + 1) * SPAN);
+            for span in task.spans.clone() {
+                dispatch(width, Clear { state: span_state, vectors });
+                let from = slots.start.max(span * SPAN);
+                let to = slots.end.min((span + 1) * SPAN);
                 let mut tile = from / TILE * TILE;
                 while tile < to {
                     self.tile(width, tile, from.max(tile)..to.min(tile + TILE), slots.end);
                     tile += TILE;
                 }
                 match &task.stored {
-                    None => dispatch(width, Merge { total, part: segment_state, vectors }),
+                    None => dispatch(width, Merge { total, part: span_state, vectors }),
                     Some(stored) => {
                         let place = |vector| {
-                            let entry = stored.entry(self.head, vector, segment);
+                            let entry = stored.entry(self.head, vector, span);
                             State::stored(self.partials, job.shape, entry)
                         };
-                        dispatch(width, Store { state: segment_state, vectors, place });
+                        dispatch(width, Store { state: span_state, vectors, place });
                     }
                 }
             }
@@ -235,7 +235,8 @@ impl Piece<'_> {
         (first + vector / group, self.head * group + vector % group)
     }
 
-    /// Copies the queries side by side, the scale multiplied in, and rotated as the cache's keys.
+    /// Copies the queries side by side, multiplied by the scale and rotated as the cache's keys
+    /// are.
     unsafe fn stage_query(&self) {
         let dim = self.job.shape.key_dim;
         let rotated = self.rotated();
@@ -268,13 +269,14 @@ impl Piece<'_> {
         }
     }
 
-    /// The blocks of the vectors of some rows of the task.
+    /// The blocks that hold the vectors of some rows of the task.
     fn blocks(&self, rows: &Range<usize>) -> Range<usize> {
         let group = self.job.shape.group;
         rows.start * group / BLOCK..(rows.end * group).div_ceil(BLOCK)
     }
 
-    /// Scores of some rows' vectors, and of others in their blocks, in some columns of the tile.
+    /// Computes scores in some columns of the tile, for whole blocks that hold the vectors of
+    /// `rows`.
     unsafe fn split_scores(
         &self,
         products: SplitProducts,
@@ -292,14 +294,14 @@ impl Piece<'_> {
         unsafe { (products.columns)(&split) };
         let queries = scratch.split.queries.cast::<f32>();
         let queries = queries.wrapping_add(operand_floats(blocks.start * BLOCK, dim));
-        let queries = Operand { start: queries.cast(), blocks: blocks.len() };
-        let keys = Operand { start: to, blocks: columns_blocks };
+        let queries = SplitOperand { start: queries.cast(), blocks: blocks.len() };
+        let keys = SplitOperand { start: to, blocks: columns_blocks };
         let scores = scratch.scores.wrapping_add(blocks.start * BLOCK * TILE + columns.start);
         // SAFETY: the scratch has room for whole blocks; the caller has begun.
         unsafe { split::multiply(products, (queries, keys, chunks), (scores, TILE), true) };
     }
 
-    /// Adds the values of the tile's positions `filled` by some rows' weights, which are in
+    /// Adds the values of the tile's positions `filled`, weighted by some rows' weights in
     /// `columns`.
     unsafe fn split_sums(
         &self,
@@ -310,9 +312,9 @@ impl Piece<'_> {
     ) {
         const CHUNKS: usize = TILE / CHUNK;
         let (scratch, group) = (self.scratch, self.job.shape.group);
-        let (state, blocks) = (scratch.segment, self.blocks(&rows));
+        let (state, blocks) = (scratch.span, self.blocks(&rows));
         let vectors = rows.start * group..rows.end * group;
-        let values = Operand { start: scratch.split.values, blocks: state.stride / BLOCK };
+        let values = SplitOperand { start: scratch.split.values, blocks: state.stride / BLOCK };
         let split = SplitColumns {
             from: scratch.tile.values,
             stride: state.stride,
@@ -340,7 +342,7 @@ impl Piece<'_> {
                 // SAFETY: the weights are there, and the scratch has room for two blocks.
                 unsafe { (products.rows)(&split) };
             }
-            let weights = Operand { start: scratch.split.weights, blocks: count };
+            let weights = SplitOperand { start: scratch.split.weights, blocks: count };
             let sums = state.values.wrapping_add(pair * BLOCK * state.stride);
             let operands = (weights, values, CHUNKS);
             // SAFETY: the scratch has room for whole blocks; the caller has begun.
@@ -348,8 +350,8 @@ impl Piece<'_> {
         }
     }
 
-    /// Elements at a query's end that an int4 cache asks to be rotated: all, or the rotary part of
-    /// one that meets latents, whose rotation is in the matrices that they meet.
+    /// Elements at the end of a query that an int4 cache needs rotated. It is the whole query, or
+    /// only the rotary part if the query meets latents: the matrices before it rotate the rest.
     fn rotated(&self) -> usize {
         match (self.job.cache.format(), self.job.layer.shape) {
             (KvFormat::Int4, KvLayerShape::Heads { key_dim, .. }) => key_dim,
@@ -358,10 +360,11 @@ impl Piece<'_> {
         }
     }
 
-    /// Adds the tile that starts at `tile`; some row sees something of `slots`, none from `end` on.
+    /// Adds the tile that starts at `tile`. Some row sees some of `slots`, and no row sees a slot
+    /// from `end` on.
     unsafe fn tile(&self, width: Width, tile: usize, slots: Range<usize>, end: usize) {
         let (job, scratch, task) = (self.job, self.scratch, self.task);
-        // Whole vectors of columns around the slots; what is outside of them is masked.
+        // The columns are whole vectors around the slots. Columns outside of the slots are masked.
         let first = (slots.start - tile) / LANES * LANES;
         let columns = first..(slots.end - tile).next_multiple_of(LANES);
         let to = scratch.tile;
@@ -369,7 +372,7 @@ impl Piece<'_> {
             .cache
             .scales_apart(job.layer)
             .then_some((to.key_scales.cast_const(), to.value_scales.cast_const()));
-        let (scores, state) = (scratch.scores, scratch.segment);
+        let (scores, state) = (scratch.scores, scratch.span);
         let rows = self.rows_that_see(&slots);
         if rows.is_empty() {
             return;
@@ -417,7 +420,7 @@ impl Piece<'_> {
         }
     }
 
-    /// Decodes positions to the tile's floats, or makes them from latents.
+    /// Decodes positions to floats in the tile, or makes them from latents.
     unsafe fn fill_tile(&self, width: Width, filled: Range<usize>, slots: Range<usize>) {
         let Scratch { tile, latents, matrix, .. } = self.scratch;
         match self.job.expand {
@@ -430,15 +433,15 @@ impl Piece<'_> {
         }
     }
 
-    /// The rows of the task, counted within it, that can see one of `slots`; what the others would
-    /// add is nothing.
+    /// The rows that can see one of `slots`, counted within the task. The other rows would add
+    /// nothing.
     fn rows_that_see(&self, slots: &Range<usize>) -> Range<usize> {
         let (task, job) = (self.task, self.job);
         let sequence = &job.step.sequences[task.sequence];
         if sequence.ancestors.is_some() {
             return 0..task.rows;
         }
-        // Row `i` is at position `at + i`, and sees from `window - 1` positions before it on.
+        // Row `i` is at position `at + i` and sees `window` positions up to its own.
         let at = sequence.cached as usize + task.first;
         let last = job.shape.window.map_or(usize::MAX, |window| slots.end - 1 + window);
         slots.start.saturating_sub(at)..task.rows.min(last.saturating_sub(at))
@@ -451,13 +454,13 @@ impl Piece<'_> {
 
     fn load(&self, positions: Range<usize>, to: TileBuffers) -> LoadTile<'_> {
         let (cache, layer) = (self.job.cache, self.job.layer);
-        // Latents have one head.
+        // Latents have only one head.
         let head = if self.job.expand.is_some() { 0 } else { self.head };
         LoadTile { cache, layer, head, table: self.table(), positions, to }
     }
 
-    /// Whether the codes are multiplied where they lie: for few query vectors turning a tile into
-    /// floats first costs more than it saves. The numbers are the same.
+    /// Whether codes are multiplied where they lie. For few query vectors, decoding a tile first
+    /// costs more than it saves. The numbers are the same.
     fn reads_in_place(&self) -> bool {
         let heads = matches!(self.job.layer.shape, KvLayerShape::Heads { .. });
         let whole = |n: usize| n.is_multiple_of(LANES);
@@ -473,8 +476,9 @@ impl Piece<'_> {
         rows: Range<usize>,
     ) {
         let tokens = self.job.cache.block_tokens();
-        for mut run in runs(self.table(), tokens, slots) {
-            // Pages, tiles and vectors begin at the same positions: go back to a vector's first.
+        for mut run in page_runs(self.table(), tokens, slots) {
+            // Pages, tiles and vectors begin at multiples of the same positions. The run starts at
+            // the first position of its vector.
             let before = run.slot % LANES;
             (run.slot, run.position, run.count) =
                 (run.slot - before, run.position - before, run.count + before);
@@ -500,7 +504,7 @@ impl Piece<'_> {
         rows: Range<usize>,
     ) {
         let tokens = self.job.cache.block_tokens();
-        for run in runs(self.table(), tokens, slots) {
+        for run in page_runs(self.table(), tokens, slots) {
             let next = self
                 .after_a_tile(run, end)
                 .map(|run| self.job.cache.values::<S>(self.job.layer, self.head, run));
@@ -514,17 +518,22 @@ impl Piece<'_> {
         }
     }
 
-    /// The place where the positions a tile after `run` lie, if they are before `end`: what to ask
-    /// the memory for while `run` is worked on. Pages are read in pieces of a few KiB here and
-    /// there, too short for the hardware to see them coming.
-    fn after_a_tile(&self, run: Run, end: usize) -> Option<Run> {
+    /// The place of the positions one tile after `run`, if they are before `end`. They are fetched
+    /// while `run` is computed. Pages are read in pieces of a few KiB, which are too short for the
+    /// hardware's prefetching.
+    fn after_a_tile(&self, run: PageRun, end: usize) -> Option<PageRun> {
         let next = run.position + TILE;
         let tokens = self.job.cache.block_tokens();
-        (next < end).then(|| runs(self.table(), tokens, next..next + 1).next()).flatten()
+        (next < end).then(|| page_runs(self.table(), tokens, next..next + 1).next()).flatten()
     }
 
-    /// Scores of some rows' vectors in some columns of the tile.
-    fn scores<M: Matrix>(&self, keys: M, columns: Range<usize>, rows: Range<usize>) -> Product<M> {
+    /// Computes the scores of some rows' vectors in some columns of the tile.
+    fn scores<M: DecodedMatrix>(
+        &self,
+        keys: M,
+        columns: Range<usize>,
+        rows: Range<usize>,
+    ) -> Product<M> {
         let shape = self.job.shape;
         let first = rows.start * shape.group;
         Product {
@@ -541,15 +550,16 @@ impl Piece<'_> {
         }
     }
 
-    /// Adds `count` positions' values from column `first` of the tile on, by some rows' weights.
-    fn sums<M: Matrix>(
+    /// Adds the values of `count` positions from column `first` of the tile on, weighted by some
+    /// rows' weights.
+    fn sums<M: DecodedMatrix>(
         &self,
         values: M,
         first: usize,
         count: usize,
         rows: Range<usize>,
     ) -> Product<M> {
-        let (state, group) = (self.scratch.segment, self.job.shape.group);
+        let (state, group) = (self.scratch.span, self.job.shape.group);
         let vector = rows.start * group;
         Product {
             a: self.scratch.scores.wrapping_add(vector * TILE + first),
@@ -567,6 +577,6 @@ impl Piece<'_> {
 }
 
 /// Bytes from one matrix to another.
-fn distance<M: Matrix>(from: M, to: M) -> isize {
+fn distance<M: DecodedMatrix>(from: M, to: M) -> isize {
     (to.line(0, 0) as isize).wrapping_sub(from.line(0, 0) as isize)
 }

@@ -1,10 +1,11 @@
-//! How the cache stores a number: plain codes, of whole bytes, and their scales.
+//! How the cache stores a number: codes of whole bytes, and their scales.
 
 use lathe_program::{BackendError, KvFormat, KvLayout};
 
 use crate::lanes::Lanes;
 
-/// A plain code of the cache: what `lanes` reads times the vector's scale, if it has one.
+/// A code of whole bytes. A number is the code times the scale of its vector, if the vector has
+/// one.
 pub(crate) trait Code {
     /// Bytes of a code.
     const BYTES: usize;
@@ -18,11 +19,11 @@ pub(crate) trait Code {
     /// # Safety
     /// A code at `from` is readable.
     unsafe fn one(from: *const u8) -> f32;
-    /// Stores `x / scale`.
+    /// Stores `x * inverse_scale`.
     /// # Safety
     /// A code at `to` is writable.
     unsafe fn put(x: f32, inverse_scale: f32, to: *mut u8);
-    /// Stores sixteen `x / scale`.
+    /// Stores sixteen `x * inverse_scale`.
     /// # Safety
     /// 16 codes at `to` are writable.
     #[inline(always)]
@@ -42,11 +43,11 @@ pub(crate) struct F32;
 pub(crate) struct F16;
 /// bfloat16.
 pub(crate) struct Bf16;
-/// Signed words, scaled.
+/// Signed words under a scale.
 pub(crate) struct I16;
-/// Signed bytes, scaled.
+/// Signed bytes under a scale.
 pub(crate) struct I8;
-/// fp8 e4m3, scaled.
+/// fp8 e4m3 under a scale.
 pub(crate) struct E4m3;
 
 impl Code for F32 {
@@ -78,7 +79,7 @@ impl Code for F32 {
     }
 }
 
-/// The largest half: what is larger is stored as this and not as infinity, which would turn a
+/// The largest half. Larger numbers are stored as this and not as infinity, which would turn a
 /// masked product into NaN.
 const F16_MAX: f32 = 65504.0;
 
@@ -215,16 +216,16 @@ impl Code for E4m3 {
 
 /// The nearest e4m3 code, ties to even, largest magnitude 448.
 fn encode_e4m3(x: f32) -> u8 {
-    // Rebiased by 2^-120, an e4m3 number (subnormals too) is a float whose low 20 bits are zero.
+    // Times 2^-120, an e4m3 number (subnormals too) is a float whose low 20 bits are zero.
     let bits = (x.abs().min(448.0) * f32::from_bits(0x0380_0000)).to_bits();
     let rounded = bits + 0x7_ffff + ((bits >> 20) & 1);
     ((rounded >> 20) as u8 & 0x7f) | ((x.to_bits() >> 24) as u8 & 0x80)
 }
 
-/// Elements of a vector at most: it is rotated on the stack.
+/// The most elements of a vector, because a vector is rotated on the stack.
 pub(crate) const ELEMENTS_MAX: usize = 2048;
 
-/// Whether these kernels read and write `layout` in `format`.
+/// Checks that these kernels read and write `layout` in `format`.
 pub(crate) fn check(format: KvFormat, layout: &KvLayout) -> Result<(), BackendError> {
     let vectors = layout.layers.iter().flat_map(|layer| layer.shape.vectors());
     let longest = vectors.map(|(_, elements)| elements).max().unwrap_or(0);

@@ -1,11 +1,11 @@
-//! The int4 cache: codes of half a byte, and for each 32 elements of a vector a scale and a zero
-//! in `f16`. Keys, latents and rotary keys are rotated by a Hadamard matrix before they are stored,
-//! and stay so: attention rotates its queries instead (`q . k = Hq . Hk`), and the matrices that
-//! latents meet are rotated when they are laid out.
+//! The int4 cache: codes of half a byte, and for each 32 elements of a vector a scale and a zero in
+//! `f16`. Keys, latents and rotary keys are multiplied by a Hadamard matrix before they are stored
+//! and stay so. Attention multiplies its queries by the same matrix (`q . k = Hq . Hk`), and the
+//! matrices that multiply latents are rotated when they are loaded.
 //!
-//! The numbers are those of `lathe_program::kv_codec`, to the bit: a code times a scale has no
-//! more than 15 bits, so that `zero + code * scale` rounds once, fused or not. The layout is made
-//! for sixteen lanes:
+//! The numbers are those of `lathe_program::kv_codec` to the bit. A code times a scale has at most
+//! 15 bits, so `zero + code * scale` rounds once, fused or not. The layout is made for sixteen
+//! lanes:
 //! - in columns, a byte holds elements `2i` (low half) and `2i + 1` of one position, `[dims / 2,
 //!   tokens]` bytes, then scales `[groups, tokens]`, then zeros; two positions never share a byte,
 //!   so that workers may write neighbours;
@@ -20,7 +20,7 @@ use lathe_program::kv_codec::{Int4Range, KvVector, hadamard};
 
 use super::code::ELEMENTS_MAX;
 use super::store::{KvStore, Plane};
-use crate::lanes::product::Matrix;
+use crate::lanes::product::DecodedMatrix;
 use crate::lanes::{LANES, Lanes};
 
 /// Half-byte codes.
@@ -44,7 +44,7 @@ pub(crate) struct Rows {
     dims: usize,
 }
 
-/// The number of a code, from halves at `scale` and `zero`.
+/// The number of a code, with its scale and zero as halves at `scale` and `zero`.
 #[inline(always)]
 unsafe fn number(code: u8, scale: *const u16, zero: *const u16) -> f32 {
     // SAFETY: the caller vouches for both halves.
@@ -53,7 +53,7 @@ unsafe fn number(code: u8, scale: *const u16, zero: *const u16) -> f32 {
     zero + f32::from(code) * scale
 }
 
-impl Matrix for Columns {
+impl DecodedMatrix for Columns {
     const GROUP: usize = INT4_GROUP;
     const LANES_BYTES: usize = LANES;
     type Group<L: Lanes> = (L, L);
@@ -84,8 +84,8 @@ impl Matrix for Columns {
     }
 }
 
-impl Matrix for Rows {
-    // Each row is a vector with scales of its own.
+impl DecodedMatrix for Rows {
+    // Each row is a vector with its own scales.
     const GROUP: usize = 1;
     const LANES_BYTES: usize = LANES / 2;
     type Group<L: Lanes> = (L, L);
@@ -117,7 +117,8 @@ impl Matrix for Rows {
     }
 }
 
-/// The byte of an element within a row, and its place in the byte.
+/// The byte of an element within a row, and how far its half is shifted within the byte: 0 or 4
+/// bits.
 #[inline(always)]
 fn place_in_row(element: usize, dims: usize) -> (usize, usize) {
     let whole = dims / LANES * LANES;
@@ -209,14 +210,14 @@ impl KvStore for Int4 {
     }
 }
 
-/// Scales and zeros of all slots.
+/// The scales of all slots, and their zeros.
 #[inline(always)]
 fn halves(plane: Plane) -> (*mut u16, *mut u16) {
     let scales = plane.scales.cast::<u16>();
     (scales, scales.wrapping_add(plane.tokens * plane.dims.div_ceil(INT4_GROUP)))
 }
 
-/// Stores scales and zeros of a vector, that of group `g` at `place(g)`, and hands its codes out.
+/// Stores the scales and zeros of a vector: those of group `g` at `place(g)`. Passes the codes on.
 #[inline(always)]
 unsafe fn encode(
     plane: Plane,
@@ -260,7 +261,8 @@ mod tests {
     use super::*;
     use crate::lanes::{Kernel, Width, dispatch};
 
-    /// Stores vectors with the scalar codec and here, and compares all numbers that are read back.
+    /// Stores vectors with the scalar codec and with these kernels, and compares all numbers that
+    /// are read back.
     struct Compare {
         dims: usize,
         kind: KvVector,
@@ -301,7 +303,7 @@ mod tests {
                 for slot in 0..TOKENS {
                     let mut bytes = vec![0; KvFormat::Int4.vector_bytes(dims)];
                     encode(KvFormat::Int4, kind, &vector(slot), &mut bytes);
-                    // As stored: a value is decoded without turning it back.
+                    // Numbers stay rotated, so the codec decodes without turning them back.
                     let mut expected = vec![0.0; dims];
                     decode(KvFormat::Int4, KvVector::Value, &bytes, &mut expected);
                     for (element, expected) in expected.iter().enumerate() {
@@ -316,8 +318,13 @@ mod tests {
         }
     }
 
-    /// A number alone, and out of its lanes where 16 columns are there.
-    fn read<L: Lanes>(m: impl Matrix, row: usize, column: usize, columns: usize) -> [f32; 2] {
+    /// Reads a number by itself, and checks that its lanes hold the same if there are 16 columns.
+    fn read<L: Lanes>(
+        m: impl DecodedMatrix,
+        row: usize,
+        column: usize,
+        columns: usize,
+    ) -> [f32; 2] {
         let first = column / LANES * LANES;
         // SAFETY: row and columns are within the matrix.
         unsafe {

@@ -1,10 +1,10 @@
 //! The paged KV cache: one allocation, pages of `block_tokens` positions of every layer of a group.
 //!
-//! Within a page each layer has its own region, and within that each head. Keys lie transposed,
-//! `[key_dim, block_tokens]`, so that sixteen positions' scores are computed in sixteen lanes
-//! without a sum across lanes; values lie `[block_tokens, value_dim]`, so that the weighted sum
-//! of values runs over lanes too. Latents (MLA), which are keys and values at once, lie
-//! `[block_tokens, rank + rope_dim]`. Attention's arithmetic is not here.
+//! Within a page each layer has its own region, and within that each head. Keys are stored
+//! transposed, `[key_dim, block_tokens]`, so that sixteen lanes compute the scores of sixteen
+//! positions without a sum across lanes. Values are stored `[block_tokens, value_dim]`, so that the
+//! weighted sum of values runs over lanes too. Latents (MLA) are keys and values at once and are
+//! stored `[block_tokens, rank + rope_dim]`. The arithmetic of attention is in `attend`.
 
 pub(crate) mod code;
 pub(crate) mod int4;
@@ -18,10 +18,10 @@ use lathe_program::{BackendError, KvFormat, KvLayerShape, KvLayout};
 use crate::memory::{ALIGNMENT, Memory};
 use store::{KvStore, Plane};
 
-pub(crate) use read::{LoadScales, LoadTile, Run, TILE, TileBuffers, runs};
+pub(crate) use read::{LoadScales, LoadTile, PageRun, TILE, TileBuffers, page_runs};
 pub(crate) use write::Write;
 
-/// Calls `$body` with `$store` naming the [`KvStore`] of a format.
+/// Evaluates `$body`, in which `$store` names the [`KvStore`] of a format.
 macro_rules! with_store {
     ($format:expr, $store:ident => $body:expr) => {
         match $format {
@@ -58,19 +58,19 @@ macro_rules! with_store {
 }
 pub(crate) use with_store;
 
-/// Where a layer's numbers lie.
+/// The place of a layer within a page.
 #[derive(Debug, Clone)]
 pub(crate) struct LayerPlace {
     /// Bytes from the start of a page to the layer's region.
     pub offset: usize,
-    /// What it stores.
+    /// The vectors that it stores.
     pub shape: KvLayerShape,
-    /// The block table that it goes by.
+    /// The KV group, which has a block table.
     pub group: usize,
 }
 
 impl LayerPlace {
-    /// Elements of a head's key and value, or of a latent and its rotary key.
+    /// The elements of a head's key and of its value, or of a latent and of its rotary key.
     #[inline(always)]
     pub(crate) fn dims(&self) -> (usize, usize) {
         match self.shape {
@@ -129,7 +129,7 @@ impl KvCache {
         self.memory.bytes()
     }
 
-    /// How numbers are stored.
+    /// The format of the numbers.
     pub(crate) fn format(&self) -> KvFormat {
         self.format
     }
@@ -139,13 +139,14 @@ impl KvCache {
         self.block_tokens
     }
 
-    /// Where `layer` lies.
+    /// The place of `layer`.
     pub(crate) fn layer(&self, layer: usize) -> &LayerPlace {
         &self.layers[layer]
     }
 
-    /// Keys and values of a head in a page, or latents and rotary keys, as a head of that shape:
-    /// codes of the first, codes of the second, scales of the first, scales of the second.
+    /// The keys and the values of a head in a page, or the latents and the rotary keys, which count
+    /// as one head. The region has the codes of the first, the codes of the second, the scales of
+    /// the first and the scales of the second.
     #[inline(always)]
     pub(crate) fn planes<S: KvStore>(
         &self,

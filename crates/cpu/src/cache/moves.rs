@@ -1,4 +1,4 @@
-//! Moving a token's codes from slot to slot: what a draft tree leaves of its accepted branch.
+//! Moves a token's codes from slot to slot. An accepted branch of a draft tree is kept in this way.
 
 use lathe_program::KvLayerShape;
 
@@ -7,8 +7,8 @@ use super::with_store;
 use super::{KvCache, LayerPlace};
 
 impl KvCache {
-    /// Copies what a slot of a page holds to another slot, in all layers of a group; pages and
-    /// places as [`lathe_program::BlockTable::locate`] gives them.
+    /// Copies the contents of a slot to another slot, in all layers of a group. Pages and places
+    /// are those of [`lathe_program::BlockTable::locate`].
     ///
     /// # Panics
     /// If there is no such page or place.
@@ -27,7 +27,7 @@ impl KvCache {
         from: (usize, usize),
         to: (usize, usize),
     ) {
-        // Keys of heads go down a column, everything else along a row.
+        // Keys of heads are columns, everything else is rows.
         let (heads, in_columns) = match layer.shape {
             KvLayerShape::Heads { kv_heads, .. } => (kv_heads, true),
             KvLayerShape::Latent { .. } => (1, false),

@@ -1,4 +1,4 @@
-//! Reading the cache: codes of a stretch of positions become floats in attention's tiles.
+//! Reads the cache: codes of a range of positions become floats in attention's tiles.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use lathe_program::{BlockTable, KvLayerShape};
 use super::store::KvStore;
 use super::with_store;
 use super::{KvCache, LayerPlace};
-use crate::lanes::product::Matrix;
+use crate::lanes::product::DecodedMatrix;
 use crate::lanes::{Kernel, LANES, Lanes};
 
 /// Positions in a tile of attention.
@@ -15,23 +15,23 @@ pub(crate) const TILE: usize = 64;
 
 /// Neighbouring positions within one page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Run {
+pub(crate) struct PageRun {
     /// The page.
     pub page: u32,
-    /// Place of the first position in the page.
+    /// The slot of the first position in the page.
     pub slot: usize,
     /// The first position.
     pub position: usize,
-    /// How many.
+    /// The number of positions.
     pub count: usize,
 }
 
-/// Cuts `positions` at page boundaries; all of them must be held by `table`.
-pub(crate) fn runs(
+/// Cuts `positions` at the borders of pages. `table` must hold all of them.
+pub(crate) fn page_runs(
     table: &BlockTable,
     block_tokens: usize,
     positions: Range<usize>,
-) -> impl Iterator<Item = Run> {
+) -> impl Iterator<Item = PageRun> {
     let mut position = positions.start;
     std::iter::from_fn(move || {
         if position >= positions.end {
@@ -40,13 +40,13 @@ pub(crate) fn runs(
         let slot = position % block_tokens;
         let count = (block_tokens - slot).min(positions.end - position);
         let page = table.blocks[position / block_tokens - table.first as usize];
-        let run = Run { page, slot, position, count };
+        let run = PageRun { page, slot, position, count };
         position += count;
         Some(run)
     })
 }
 
-/// Where a tile's floats go.
+/// Memory for the floats of a tile.
 #[derive(Clone, Copy)]
 pub(crate) struct TileBuffers {
     /// `[key_dim, 64]`: a column for each position.
@@ -55,25 +55,25 @@ pub(crate) struct TileBuffers {
     pub values: *mut f32,
     /// Floats of a row of `values`.
     pub value_stride: usize,
-    /// `[64]`: what the scores of a position are multiplied by, if [`KvCache::scales_apart`].
+    /// `[64]`: the factor of a position's scores, if [`KvCache::scales_apart`].
     pub key_scales: *mut f32,
-    /// `[64]`: what the weight of a position's value is multiplied by, likewise.
+    /// `[64]`: the factor of the weight of a position's value, likewise.
     pub value_scales: *mut f32,
 }
 
 /// Loads some positions of one aligned tile.
 pub(crate) struct LoadTile<'a> {
-    /// Where from.
+    /// The cache to read.
     pub cache: &'a KvCache,
     /// The layer.
     pub layer: &'a LayerPlace,
-    /// The key head; 0 for latents.
+    /// The key head. 0 for latents.
     pub head: usize,
-    /// The sequence's table for the layer; it holds the positions.
+    /// The sequence's block table for the layer. It holds the positions.
     pub table: &'a BlockTable,
-    /// Which positions; nobody writes them meanwhile.
+    /// The positions. Nobody writes them meanwhile.
     pub positions: Range<usize>,
-    /// Where to: room for a tile, and nobody else's.
+    /// The destination, with room for a tile. Nobody else uses it.
     pub to: TileBuffers,
 }
 
@@ -83,7 +83,7 @@ impl Kernel for LoadTile<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let (cache, to) = (self.cache, self.to);
-        for run in runs(self.table, cache.block_tokens, self.positions) {
+        for run in page_runs(self.table, cache.block_tokens, self.positions) {
             // SAFETY: buffers have room for a tile, and the pages hold the run.
             unsafe {
                 with_store!(cache.format, S => match self.layer.shape {
@@ -95,7 +95,7 @@ impl Kernel for LoadTile<'_> {
     }
 }
 
-/// Loads the scales of some positions of one aligned tile, and no codes.
+/// Loads only the scales of some positions of one aligned tile.
 pub(crate) struct LoadScales<'a>(pub LoadTile<'a>);
 
 impl Kernel for LoadScales<'_> {
@@ -104,7 +104,7 @@ impl Kernel for LoadScales<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let LoadTile { cache, layer, head, table, positions, to } = self.0;
-        for run in runs(table, cache.block_tokens, positions) {
+        for run in page_runs(table, cache.block_tokens, positions) {
             // SAFETY: the buffers have room for a tile.
             unsafe { with_store!(cache.format, S => cache.load_scales::<S>(layer, head, run, to)) };
         }
@@ -112,21 +112,32 @@ impl Kernel for LoadScales<'_> {
 }
 
 impl KvCache {
-    /// Whether positions have scales of their own that attention applies to scores and weights.
-    /// (A latent's two scales are multiplied into its tile, and int4's are part of the codes.)
+    /// Whether positions have their own scales, which attention applies to scores and weights. The
+    /// two scales of a latent are applied when its tile is made, and int4's scales are part of its
+    /// codes.
     pub(crate) fn scales_apart(&self, layer: &LayerPlace) -> bool {
         let heads = matches!(layer.shape, KvLayerShape::Heads { .. });
         heads && with_store!(self.format, S => S::SCALES_APART)
     }
 
-    /// The keys of a head, `[key_dim, slots]` from a run's place on.
-    pub(crate) fn keys<S: KvStore>(&self, layer: &LayerPlace, head: usize, run: Run) -> S::Columns {
+    /// The keys of a head, `[key_dim, slots]`, from the first slot of a run on.
+    pub(crate) fn keys<S: KvStore>(
+        &self,
+        layer: &LayerPlace,
+        head: usize,
+        run: PageRun,
+    ) -> S::Columns {
         let [keys, _] = self.planes::<S>(layer, run.page, head);
         S::columns(keys, run.slot)
     }
 
-    /// The values of a head, `[slots, value_dim]` from a run's place on.
-    pub(crate) fn values<S: KvStore>(&self, layer: &LayerPlace, head: usize, run: Run) -> S::Rows {
+    /// The values of a head, `[slots, value_dim]`, from the first slot of a run on.
+    pub(crate) fn values<S: KvStore>(
+        &self,
+        layer: &LayerPlace,
+        head: usize,
+        run: PageRun,
+    ) -> S::Rows {
         let [_, values] = self.planes::<S>(layer, run.page, head);
         S::rows(values, run.slot)
     }
@@ -136,12 +147,13 @@ impl KvCache {
         &self,
         layer: &LayerPlace,
         head: usize,
-        run: Run,
+        run: PageRun,
         to: TileBuffers,
     ) {
         let (key_dim, value_dim) = layer.dims();
         let column = run.position % TILE;
-        // Whole vectors where page and tile have room for them: what lies after the run is masked.
+        // Whole vectors are read where page and tile have room for them. Positions after the run
+        // are masked.
         let round = run.count.next_multiple_of(LANES);
         let fits = run.slot + round <= self.block_tokens && column + round <= TILE;
         let count = if fits { round } else { run.count };
@@ -163,7 +175,7 @@ impl KvCache {
         &self,
         layer: &LayerPlace,
         head: usize,
-        run: Run,
+        run: PageRun,
         to: TileBuffers,
     ) {
         let [keys, values] = self.planes::<S>(layer, run.page, head);
@@ -177,12 +189,13 @@ impl KvCache {
         }
     }
 
-    /// Latents lie in rows; the tile wants them in columns too, and the rotary keys under them.
+    /// Latents are stored in rows. The tile needs them in columns too, with the rotary keys under
+    /// them.
     #[inline(always)]
     unsafe fn load_latent<L: Lanes, S: KvStore>(
         &self,
         layer: &LayerPlace,
-        run: Run,
+        run: PageRun,
         to: TileBuffers,
     ) {
         let (rank, rope_dim) = layer.dims();
@@ -214,7 +227,7 @@ impl KvCache {
 /// # Safety
 /// The matrix has these rows and columns, and `to` room for them.
 #[inline(always)]
-unsafe fn decode<L: Lanes, M: Matrix>(
+unsafe fn decode<L: Lanes, M: DecodedMatrix>(
     matrix: M,
     rows: usize,
     columns: usize,

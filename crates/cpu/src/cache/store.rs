@@ -1,21 +1,21 @@
-//! How a page holds the vectors of a head: where codes and scales lie, and as which matrices
-//! products read them in place. The plain codes are stored here; int4 in a file of its own.
+//! How a page holds the vectors of a head: the places of codes and scales, and the matrices that
+//! read them where they lie. This file stores codes of whole bytes. int4 has a file of its own.
 
 use std::marker::PhantomData;
 
 use lathe_program::kv_codec::KvVector;
 
 use super::code::Code;
-use crate::lanes::product::Matrix;
+use crate::lanes::product::DecodedMatrix;
 use crate::lanes::{LANES, Lanes};
 
-/// One vector of `dims` elements for each of `tokens` slots, in a page: of one head its keys or its
-/// values, or the latents, or the rotary keys.
+/// One vector of `dims` elements for each of `tokens` slots of a page: the keys or the values of
+/// one head, or the latents, or the rotary keys.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Plane {
     /// Codes of all slots.
     pub codes: *mut u8,
-    /// Scales of all slots, if there are any.
+    /// Scales of all slots, if the codes have scales.
     pub scales: *mut u8,
     /// Slots.
     pub tokens: usize,
@@ -24,30 +24,30 @@ pub(crate) struct Plane {
 }
 
 /// A way to store vectors. In *columns* (keys of heads) a plane is `[dims, tokens]`, so that
-/// sixteen positions' scores are computed in sixteen lanes; in *rows* it is `[tokens, dims]`.
+/// sixteen lanes compute the scores of sixteen positions. In *rows* it is `[tokens, dims]`.
 pub(crate) trait KvStore {
     /// A plane in columns, from a slot on: `[dims, slots]`.
-    type Columns: Matrix;
+    type Columns: DecodedMatrix;
     /// A plane in rows, from a slot on: `[slots, dims]`.
-    type Rows: Matrix;
+    type Rows: DecodedMatrix;
     /// Whether each vector has an `f32` scale that the matrices leave out.
     const SCALES_APART: bool;
-    /// Bytes of codes that lie side by side in a column of a plane in columns.
+    /// Bytes of one slot's codes that lie side by side in a plane in columns.
     const CODE_UNIT: usize;
     /// Bytes of one scale (or zero).
     const SCALE_UNIT: usize;
-    /// Planes of as many slots that scales lie in one after the other: scales, then zeros.
+    /// The number of planes of scales: one for scales, and one for zeros if there are any.
     const SCALE_PLANES: usize;
 
     /// Bytes of a vector's codes.
     fn code_bytes(dims: usize) -> usize;
-    /// Bytes of what decodes them.
+    /// Bytes of a vector's scales and zeros.
     fn scale_bytes(dims: usize) -> usize;
     /// The columns of `plane` from `slot` on.
     fn columns(plane: Plane, slot: usize) -> Self::Columns;
     /// The rows of `plane` from `slot` on.
     fn rows(plane: Plane, slot: usize) -> Self::Rows;
-    /// The scale of the vector in `slot`; 1 where the matrices leave none out.
+    /// The scale of the vector in `slot`. It is 1 where the matrices include the scale.
     /// # Safety
     /// The plane lies in a page and has that slot.
     unsafe fn scale(plane: Plane, slot: usize) -> f32;
@@ -77,13 +77,13 @@ impl<C> Clone for Plain<C> {
 impl<C> Copy for Plain<C> {}
 
 impl<C> Plain<C> {
-    /// A matrix from its first code on, and codes from a row to the next.
+    /// A matrix whose first code is at `codes`, with `stride` codes from a row to the next.
     pub(crate) fn new(codes: *const u8, stride: usize) -> Self {
         Self { codes, stride, code: PhantomData }
     }
 }
 
-impl<C: Code> Matrix for Plain<C> {
+impl<C: Code> DecodedMatrix for Plain<C> {
     const GROUP: usize = usize::MAX;
     const LANES_BYTES: usize = LANES * C::BYTES;
     type Group<L: Lanes> = ();
@@ -175,7 +175,7 @@ impl<C: Code> KvStore for C {
     }
 }
 
-/// Stores the scale of a vector, if its code has one; what to multiply the vector by.
+/// Stores the scale of a vector, if its code has one. Returns the factor for the vector's elements.
 #[inline(always)]
 unsafe fn put_scale<L: Lanes, C: Code>(plane: Plane, slot: usize, vector: *const f32) -> f32 {
     if !C::SCALED {

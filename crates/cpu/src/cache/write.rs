@@ -1,4 +1,4 @@
-//! Writing the cache: rows' keys and values become codes at their positions.
+//! Writes the cache: keys and values of rows become codes at their positions.
 
 use std::ops::Range;
 
@@ -13,13 +13,13 @@ use crate::rows::Rows;
 
 /// Stores rows of a step in the cache.
 pub(crate) struct Write<'a> {
-    /// Where to.
+    /// The cache to write.
     pub cache: &'a KvCache,
     /// The layer.
     pub layer: &'a LayerPlace,
     /// The step.
     pub step: &'a Step,
-    /// Where its sequences' positions lie.
+    /// The block tables of the step's sequences.
     pub tables: &'a SequenceTables,
     /// The sequence of each row of the step.
     pub sequence_of: &'a [u32],
@@ -27,7 +27,7 @@ pub(crate) struct Write<'a> {
     pub first: Rows,
     /// Values of all heads, or rotary keys.
     pub second: Rows,
-    /// Which rows; nobody else writes their slots, and nobody reads the cache meanwhile.
+    /// The rows. Nobody else writes their slots, and nobody reads the cache meanwhile.
     pub rows: Range<usize>,
 }
 
@@ -52,7 +52,7 @@ impl Kernel for Write<'_> {
 }
 
 impl Write<'_> {
-    /// Keys go down a column, values, latents and rotary keys along a row.
+    /// Stores keys as columns, and values, latents and rotary keys as rows.
     #[inline(always)]
     unsafe fn store<L: Lanes, S: KvStore>(&self, row: usize, page: u32, slot: usize) {
         let (first, second) = (self.first.row(row), self.second.row(row));

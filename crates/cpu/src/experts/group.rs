@@ -1,14 +1,14 @@
-//! [`lathe_program::Op::Experts`] as a grouped product: rows are sorted by expert, and each
-//! expert that was chosen reads its matrices once for all of its rows.
+//! [`lathe_program::Op::Experts`] as a grouped product. Rows are sorted by expert, and each chosen
+//! expert reads its matrices once for all of its rows.
 //!
-//! Invariant: a row's experts are added in the order of their numbers, so its sum does not depend
+//! Invariant: a row's experts are added in the order of their numbers. So its sum does not depend
 //! on the rows beside it.
 
 use std::ops::Range;
 
 use lathe_program::ExpertsSpec;
 
-use super::route::Choice;
+use super::route::ChosenExperts;
 use crate::elementwise::Activate;
 use crate::gang::Gang;
 use crate::lanes::{Kernel, LANES, Lanes, Width, dispatch};
@@ -22,11 +22,11 @@ use crate::transform::Transform;
 pub(crate) struct ExpertsStage {
     /// `[rows, in]`.
     pub input: Rows,
-    /// Which choice decides.
+    /// The program's number of the routing that says which rows each expert gets.
     pub routing: usize,
-    /// The numbers.
+    /// The spec of the experts.
     pub spec: ExpertsSpec,
-    /// What is done to what down reads.
+    /// The transform of the input of `down`.
     pub hidden_transform: Option<Transform>,
     /// `[hidden, in]` each.
     pub gate: Vec<Matrix>,
@@ -40,9 +40,9 @@ pub(crate) struct ExpertsStage {
     pub up_bias: Option<Vec<f32>>,
     /// `[experts, out]`.
     pub down_bias: Option<Vec<f32>>,
-    /// What gate and up need of their input.
+    /// The forms of the input that gate and up need.
     pub operands: Operands,
-    /// What down needs of its input.
+    /// The forms of the input that down needs.
     pub down_operands: Operands,
     /// `[rows, out]`.
     pub out: Rows,
@@ -51,9 +51,9 @@ pub(crate) struct ExpertsStage {
 /// Memory for grouping rows, kept from step to step.
 #[derive(Debug, Default)]
 pub(crate) struct GroupScratch {
-    /// Where each expert's pairs begin, and the end of the last.
+    /// The start of each expert's pairs, and the end of the last.
     starts: Vec<u32>,
-    /// Pairs of row and place in the row's choice, sorted by expert: `row * per_row + place`.
+    /// Pairs of a row and a place among its experts, sorted by expert: `row * per_row + place`.
     pairs: Vec<u32>,
     /// `[rows_max, hidden]`.
     pub gate: Vec<f32>,
@@ -64,7 +64,7 @@ pub(crate) struct GroupScratch {
 }
 
 impl GroupScratch {
-    /// Grows to what `stage` needs for `rows` rows.
+    /// Grows to the memory that `stage` needs for `rows` rows.
     pub(crate) fn reserve(&mut self, stage: &ExpertsStage, rows: usize, per_row: usize) {
         let grow = |v: &mut Vec<f32>, n: usize| v.resize(v.len().max(n), 0.0);
         grow(&mut self.gate, rows * stage.spec.hidden);
@@ -74,9 +74,9 @@ impl GroupScratch {
         self.pairs.reserve(rows * per_row);
     }
 
-    /// Sorts the pairs of `rows` rows by expert, keeping the order of rows.
-    fn sort(&mut self, choice: &Choice, rows: usize, spec: &ExpertsSpec) {
-        let experts = &choice.experts[..rows * choice.per_row];
+    /// Sorts the pairs of `rows` rows by expert and keeps the order of rows.
+    fn sort(&mut self, routing: &ChosenExperts, rows: usize, spec: &ExpertsSpec) {
+        let experts = &routing.experts[..rows * routing.per_row];
         let local = |expert: u32| {
             (expert as usize).checked_sub(spec.first_expert).filter(|e| *e < spec.experts)
         };
@@ -94,14 +94,14 @@ impl GroupScratch {
                 self.starts[e] += 1;
             }
         }
-        // Filling moved each start to its group's end.
+        // Filling the pairs moved each start to the end of its group.
         self.starts.rotate_right(1);
         self.starts[0] = 0;
     }
 }
 
 impl ExpertsStage {
-    /// Runs every chosen expert on its rows, of which `prefill` are in the prefill form.
+    /// Runs every chosen expert on its rows. `prefill` says which rows are in the prefill form.
     ///
     /// # Safety
     /// Input and output are valid for `rows` rows and overlap nothing that others touch.
@@ -109,21 +109,23 @@ impl ExpertsStage {
         &self,
         (width, gang): (Width, &Gang),
         prefill: &[bool],
-        choice: &Choice,
+        routing: &ChosenExperts,
         (activations, scratch): (&mut Activations, &mut GroupScratch),
     ) {
         let rows = prefill.len();
-        scratch.sort(choice, rows, &self.spec);
+        scratch.sort(routing, rows, &self.spec);
         // SAFETY: the caller vouches for the rows.
         unsafe { self.out.slices_mut(rows) }.fill(0.0);
         for expert in 0..self.spec.experts {
             let range = scratch.starts[expert] as usize..scratch.starts[expert + 1] as usize;
             if !range.is_empty() {
                 let pairs = scratch.pairs[range.clone()].iter();
-                let row_of = |pair: &u32| *pair as usize / choice.per_row;
+                let row_of = |pair: &u32| *pair as usize / routing.per_row;
                 activations.set_forms(pairs.map(|pair| prefill[row_of(pair)]));
                 // SAFETY: as above.
-                unsafe { self.run_one((width, gang), expert, range, choice, activations, scratch) };
+                unsafe {
+                    self.run_one((width, gang), expert, range, routing, activations, scratch)
+                };
             }
         }
         activations.set_forms(prefill.iter().copied());
@@ -134,15 +136,15 @@ impl ExpertsStage {
         (width, gang): (Width, &Gang),
         expert: usize,
         range: Range<usize>,
-        choice: &Choice,
+        routing: &ChosenExperts,
         activations: &mut Activations,
         scratch: &mut GroupScratch,
     ) {
         let (hidden, columns) = (self.spec.hidden, self.input.width());
         let count = range.len();
         let pairs = &scratch.pairs[range];
-        let row_of = |i: usize| pairs[i] as usize / choice.per_row;
-        let weight_of = |i: usize| choice.weights[pairs[i] as usize];
+        let row_of = |i: usize| pairs[i] as usize / routing.per_row;
+        let weight_of = |i: usize| routing.weights[pairs[i] as usize];
         activations.prepare_with(gang, self.operands, (count, columns), |i, out| {
             // SAFETY: the input's rows are valid and nobody writes them now.
             out.copy_from_slice(unsafe { self.input.slice(row_of(i)) });
@@ -200,7 +202,7 @@ fn part_of(bias: &Option<Vec<f32>>, expert: usize, n: usize) -> Option<&[f32]> {
 struct AddWeighted<'a> {
     from: &'a [f32],
     weight: f32,
-    /// As many floats as `from`; nobody else's.
+    /// As many floats as `from`. Nobody else touches them.
     to: *mut f32,
 }
 

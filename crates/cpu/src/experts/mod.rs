@@ -1,7 +1,7 @@
-//! Mixture of experts: choosing experts for each row, and running each expert on its rows.
+//! Mixture of experts: chooses experts for each row and runs each expert on its rows.
 
 mod group;
 mod route;
 
 pub(crate) use group::{ExpertsStage, GroupScratch};
-pub(crate) use route::{Choice, RouteStage};
+pub(crate) use route::{ChosenExperts, RouteStage};

@@ -6,10 +6,10 @@ use crate::linear::Matrix;
 use crate::linear::Operands;
 use crate::rows::Rows;
 
-/// The choice for all rows of a step, `experts_per_token` a row.
+/// The experts of all rows of a step.
 #[derive(Debug, Default)]
-pub(crate) struct Choice {
-    /// Chosen in a row.
+pub(crate) struct ChosenExperts {
+    /// Experts a row.
     pub per_row: usize,
     /// `[rows, per_row]`, best first.
     pub experts: Vec<u32>,
@@ -22,23 +22,23 @@ pub(crate) struct Choice {
 pub(crate) struct RouteStage {
     /// `[rows, in]`.
     pub input: Rows,
-    /// The numbers.
+    /// The spec of the router.
     pub spec: RouterSpec,
     /// `[experts, in]`.
     pub matrix: Matrix,
-    /// What the matrix needs of its input.
+    /// The forms of the input that the matrix needs.
     pub operands: Operands,
     /// `[experts]`.
     pub bias: Option<Vec<f32>>,
     /// `[experts]`.
     pub correction: Option<Vec<f32>>,
-    /// Which choice is made.
+    /// The program's number of the routing that it makes.
     pub routing: usize,
 }
 
 impl RouteStage {
-    /// Chooses for one row. `logits` are the router's, bias included, and are used up; `ranks`
-    /// is scratch memory; both `[experts]`.
+    /// Chooses the experts of one row. `logits` are the router's, bias included, and are
+    /// overwritten. `ranks` is scratch memory. Both are `[experts]`.
     pub(crate) fn choose(
         &self,
         logits: &mut [f32],
@@ -79,7 +79,7 @@ fn softmax(x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x /= sum);
 }
 
-/// The first of equals.
+/// The index of the largest number, and of the first if several are equal.
 fn index_of_largest(x: &[f32]) -> usize {
     let mut best = 0;
     for i in 1..x.len() {
@@ -93,8 +93,8 @@ fn index_of_largest(x: &[f32]) -> usize {
 /// Sets the ranks of all experts outside the best groups to minus infinity.
 fn keep_best_groups(ranks: &mut [f32], limit: &GroupLimit) {
     let size = ranks.len() / limit.groups.max(1);
-    // A group's standing is read from its own ranks, so those of groups already chosen are needed
-    // no more for choosing and marked by their index instead of a list on the heap.
+    // The score of a group depends on its own ranks only. So groups that are chosen already are
+    // marked by their index, without a list on the heap.
     let mut kept = [false; 256];
     for _ in 0..limit.groups_per_token {
         let mut best: Option<(usize, f32)> = None;

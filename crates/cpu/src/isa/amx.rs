@@ -1,7 +1,7 @@
 //! Whether AMX can be used.
 
-/// Whether this processor has AMX with `bf16` and `int8`, and the system lets this process use it
-/// (Linux hands the tile registers out on request, once a process).
+/// Whether this processor has AMX with `bf16` and `int8`, and the system lets this process use it.
+/// Linux gives a process the tile registers when it asks for them.
 pub(crate) fn is_available() -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
     // Bits 22, 24, 25 of EDX: AMX-BF16, AMX-TILE, AMX-INT8.

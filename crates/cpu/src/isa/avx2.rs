@@ -1,16 +1,29 @@
 //! [`Simd`] on AVX2, FMA and F16C (Haswell, Zen and later): two registers a vector.
 //!
-//! Without AVX-VNNI, codes and activations meet as `i16`, by `madd`. `maddubs` takes twice as many bytes, but
-//! an activation has two, and its sums have to be kept from saturating: on Zen 1, where one port multiplies,
-//! blocks of rows ran at 0.64 of that port's limit with it.
+//! Without AVX-VNNI, codes and activations are multiplied as `i16` by `madd`. `maddubs` would take
+//! twice as many bytes. But an activation has two bytes, and the sums of `maddubs` saturate unless
+//! they are kept small (docs/performance-notes.md has the comparison).
 
 use std::arch::x86_64::*;
 
-use super::{SEGMENT, Simd, unroll};
+use super::{ByteCodes, ByteDots, SEGMENT, Simd, WordCodes, WordDots, unroll};
 
-/// AVX2, FMA and F16C; with `VNNI` also AVX-VNNI.
+/// AVX2, FMA and F16C. With `VNNI` also AVX-VNNI.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2<const VNNI: bool>;
+
+/// The form of coded activations with and without AVX-VNNI.
+pub(crate) trait CodesOfAvx2 {
+    type Codes: 'static;
+}
+
+impl CodesOfAvx2 for Avx2<true> {
+    type Codes = ByteCodes;
+}
+
+impl CodesOfAvx2 for Avx2<false> {
+    type Codes = WordCodes;
+}
 
 #[inline(always)]
 unsafe fn both<T: Copy, U>(x: [T; 2], f: impl Fn(T) -> U) -> [U; 2] {
@@ -19,12 +32,14 @@ unsafe fn both<T: Copy, U>(x: [T; 2], f: impl Fn(T) -> U) -> [U; 2] {
 
 // SAFETY of every block below: the caller of a `Simd` method promises the instructions and
 // readable or writable pointers.
-impl<const VNNI: bool> Simd for Avx2<VNNI> {
+impl<const VNNI: bool> Simd for Avx2<VNNI>
+where
+    Self: CodesOfAvx2,
+{
+    type Codes = <Self as CodesOfAvx2>::Codes;
     type F = [__m256; 2];
     type I = [__m256i; 2];
     type B = [__m256i; 2];
-
-    const WORDS: bool = !VNNI;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
@@ -200,6 +215,27 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
+    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
+        // SAFETY: see above.
+        unsafe {
+            if VNNI {
+                return [
+                    _mm256_dpbusd_avx_epi32(acc[0], codes[0], x[0]),
+                    _mm256_dpbusd_avx_epi32(acc[1], codes[1], x[1]),
+                ];
+            }
+            // One factor is the sum itself. The compiler would move a product that does not depend
+            // on the sum out of the loop.
+            [
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(codes[0], acc[0])),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(codes[1], acc[1])),
+            ]
+        }
+    }
+}
+
+impl ByteDots for Avx2<true> {
+    #[inline(always)]
     unsafe fn dot<const N: usize>(
         [_, low_bits]: [u32; 2],
         start: i32,
@@ -207,14 +243,11 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         x: *const i8,
     ) -> Self::I {
         // SAFETY: see above.
-        unsafe {
-            if VNNI {
-                dot_vnni(low_bits, start, codes, x)
-            } else {
-                unreachable!("activations are words")
-            }
-        }
+        unsafe { dot_vnni(low_bits, start, codes, x) }
     }
+}
+
+impl WordDots for Avx2<false> {
     #[inline(always)]
     unsafe fn dots<const N: usize, const R: usize>(
         start: *const i32,
@@ -264,30 +297,9 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             sums
         }
     }
-    #[inline(always)]
-    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
-        // SAFETY: see above.
-        unsafe {
-            if VNNI {
-                return [
-                    _mm256_dpbusd_avx_epi32(acc[0], codes[0], x[0]),
-                    _mm256_dpbusd_avx_epi32(acc[1], codes[1], x[1]),
-                ];
-            }
-            // `x` is the sum itself: products that do not depend on it would be taken out of the loop.
-            [
-                _mm256_add_epi32(acc[0], _mm256_madd_epi16(codes[0], acc[0])),
-                _mm256_add_epi32(acc[1], _mm256_madd_epi16(codes[1], acc[1])),
-            ]
-        }
-    }
-    #[inline(always)]
-    unsafe fn dot_bf16(acc: Self::F, _w: Self::B, _x: *const u32) -> Self::F {
-        acc // unreachable: AVX2 multiplies widened bf16
-    }
 }
 
-/// [`Simd::dot`] by AVX-VNNI: a chain for the high bytes and one for the low ones.
+/// [`ByteDots::dot`] by AVX-VNNI. The high bytes and the low bytes have a chain of sums each.
 #[inline(always)]
 unsafe fn dot_vnni<const N: usize>(
     low_bits: u32,
@@ -316,8 +328,8 @@ unsafe fn dot_vnni<const N: usize>(
     }
 }
 
-/// [`Simd::dots`] of words: even and odd bytes of a code's word apart, one multiplication for two
-/// products, and no saturation.
+/// [`WordDots::dots`]. Even and odd bytes of a vector of codes are multiplied apart: one
+/// instruction makes two products, and nothing saturates.
 #[inline(always)]
 unsafe fn dots_split<const N: usize, const R: usize>(
     start: *const i32,

@@ -2,15 +2,16 @@
 
 use std::arch::x86_64::*;
 
-use super::{SEGMENT, Simd};
+use super::{ByteCodes, ByteDots, SEGMENT, Simd};
 
-/// AVX-512 F, BW, VL, VNNI, with AVX2, FMA and F16C; [`Simd::dot_bf16`] also needs BF16.
+/// AVX-512 F, BW, DQ, VL and VNNI, with AVX2, FMA and F16C. [`Avx512::dot_bf16`] also needs BF16.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
 
 // SAFETY of every block below: the caller of a `Simd` method promises the instructions and
 // readable or writable pointers.
 impl Simd for Avx512 {
+    type Codes = ByteCodes;
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
@@ -164,6 +165,14 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn dot_step(acc: __m512i, codes: __m512i, x: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_dpbusd_epi32(acc, codes, x) }
+    }
+}
+
+impl ByteDots for Avx512 {
+    #[inline(always)]
     unsafe fn dot<const N: usize>(
         [_, low_bits]: [u32; 2],
         start: i32,
@@ -183,13 +192,16 @@ impl Simd for Avx512 {
             _mm512_add_epi32(_mm512_sll_epi32(high, _mm_cvtsi32_si128(low_bits as i32)), low)
         }
     }
+}
+
+impl Avx512 {
+    /// `acc + w[lane, 0] * x[0] + w[lane, 1] * x[1]` for pairs of `bf16`, rounded as the
+    /// instruction does.
+    ///
+    /// # Safety
+    /// As the methods of [`Simd`]; the machine also has AVX-512 BF16.
     #[inline(always)]
-    unsafe fn dot_step(acc: __m512i, codes: __m512i, x: __m512i) -> __m512i {
-        // SAFETY: see above.
-        unsafe { _mm512_dpbusd_epi32(acc, codes, x) }
-    }
-    #[inline(always)]
-    unsafe fn dot_bf16(acc: __m512, w: __m512i, x: *const u32) -> __m512 {
+    pub(crate) unsafe fn dot_bf16(acc: __m512, w: __m512i, x: *const u32) -> __m512 {
         // SAFETY: see above; the casts are between vectors of the same size.
         unsafe {
             let pair = _mm512_set1_epi32(x.read_unaligned() as i32);

@@ -1,12 +1,13 @@
 //! Which instructions the kernels may use, chosen at run time.
 //!
-//! [`Isa`] is the public choice; `Simd` is what a kernel is written against: sixteen lanes of
-//! `f32` or `i32` and sixty-four bytes of codes, whatever the registers of the machine are. A
-//! kernel is one generic function, instantiated inside a `#[target_feature]` wrapper for each
-//! implementation of `Simd`, so that everything inlines into code for those features.
+//! [`Isa`] is the public choice. Kernels are written against [`Simd`]: sixteen lanes of `f32` or
+//! `i32`, and sixty-four bytes of codes, on every machine. A kernel is one generic function. Each
+//! implementation of `Simd` has a wrapper with the attribute `#[target_feature]` ([`features`]),
+//! into which the kernel is inlined and so compiled for those features.
 //!
-//! Invariant: every implementation rounds alike (products and sums in `f32`, fused where the
-//! method says so, integer dots exact), so the integer kernels agree to the bit across ISAs.
+//! Invariant: every implementation rounds alike. Products and sums are in `f32`, fused where the
+//! method says so. Integer dots are exact. So the integer kernels agree to the bit across
+//! instruction sets.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -14,17 +15,18 @@ pub(crate) mod amx;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod features;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod portable;
 
 use lathe_program::BackendError;
 
-/// Positions along k that activations quantize together, and what kernels step by.
+/// Positions along k whose activations share a scale. Kernels advance by one segment.
 pub(crate) const SEGMENT: usize = 32;
 
-/// Repeats a block with a constant `$r` from 0 to `$n - 1`, without a loop: arrays indexed by it
-/// live in registers.
+/// Repeats a block with a constant `$r` from 0 to `$n - 1`, without a loop. Arrays that are indexed
+/// by it stay in registers.
 macro_rules! unroll {
     ($r:ident in $n:expr => $body:block) => {
         unroll!(@ $r, $n, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
@@ -35,11 +37,11 @@ macro_rules! unroll {
 }
 pub(crate) use unroll;
 
-/// An instruction set that kernels exist for; those of one architecture from the weakest to the
-/// strongest.
+/// An instruction set that kernels exist for. Those of one architecture are ordered from the
+/// weakest to the strongest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Isa {
-    /// Plain Rust; runs everywhere.
+    /// Plain Rust, which runs everywhere.
     Portable,
     /// NEON, which every 64-bit Arm processor has.
     Neon,
@@ -49,7 +51,7 @@ pub enum Isa {
     Avx2,
     /// The same with AVX-VNNI.
     AvxVnni,
-    /// AVX-512 F, BW, VL and VNNI, with BF16 where present.
+    /// AVX-512 F, BW, DQ, VL and VNNI, with BF16 where present.
     Avx512,
     /// All of AVX-512 above, and AMX tiles of BF16 and INT8.
     Amx,
@@ -70,34 +72,18 @@ impl Isa {
         match self {
             Isa::Portable => true,
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            Isa::Neon => features::neon(),
             #[cfg(target_arch = "aarch64")]
-            Isa::NeonDot => {
-                Isa::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod")
-            }
+            Isa::NeonDot => features::neon_dot(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
-                is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c")
-            }
+            Isa::Avx2 => features::avx2(),
             #[cfg(target_arch = "x86_64")]
-            Isa::AvxVnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            Isa::AvxVnni => features::avx_vnni(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
-                Isa::Avx2.is_available()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512vnni")
-            }
+            Isa::Avx512 => features::avx512(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx => {
-                Isa::Avx512.is_available()
-                    && is_x86_feature_detected!("avx512bf16")
-                    && amx::is_available()
-            }
-            // Of another architecture.
+            Isa::Amx => features::avx512_bf16() && amx::is_available(),
+            // Instruction sets of another architecture.
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 | Isa::Amx => false,
             #[cfg(not(target_arch = "aarch64"))]
@@ -106,17 +92,16 @@ impl Isa {
     }
 
     /// Whether this ISA multiplies pairs of `bf16` on this machine.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn has_bf16_dot(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
-        #[cfg(not(target_arch = "x86_64"))]
-        false
+        self >= Isa::Avx512 && features::avx512_bf16()
     }
 
-    /// Whether dots of `bf16` pairs outrun products of `f32` on this processor. AMD's cores (Zen 4 and later) start one of 512
-    /// bits a cycle, as they do one product of `f32`, so that pairs are twice as fast; Intel's start one in two
-    /// cycles and two products of `f32` a cycle (measured on Sapphire Rapids: 87 and 179 GOP/s a thread). A rule and no
-    /// measurement, so that the same processor always computes the same numbers.
+    /// Whether dots of `bf16` pairs are faster than products of `f32` on this processor. AMD's
+    /// cores (Zen 4 and later) start one dot of 512 bits a cycle and one product of `f32`, so pairs
+    /// are twice as fast. Intel's cores start a dot every second cycle and two products of `f32`
+    /// each cycle, so pairs are slower. This is a rule and not a measurement: the same processor
+    /// must always compute the same numbers.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn prefers_bf16_dot(self) -> bool {
         let vendor = std::arch::x86_64::__cpuid(0);
@@ -137,13 +122,13 @@ impl Isa {
         }
     }
 
-    /// Reads `portable`, `avx2`, ...; `None` for anything else.
+    /// Reads a name that [`Isa::name`] gives. `None` for anything else.
     pub fn parse(name: &str) -> Option<Isa> {
         Isa::ALL.into_iter().find(|isa| isa.name() == name)
     }
 
-    /// The choice of the caller, else that of the environment variable `LATHE_ISA`, else the
-    /// strongest.
+    /// The choice of the caller. Without one it is what the environment variable `LATHE_ISA` names,
+    /// and without that the strongest set of this machine.
     ///
     /// # Errors
     /// [`BackendError::Unsupported`] if the machine lacks the choice or `LATHE_ISA` names none.
@@ -176,7 +161,7 @@ fn unsupported(feature: String) -> BackendError {
     BackendError::Unsupported { backend: "cpu", feature }
 }
 
-/// Asks for the cache line at `at`, which need not be readable.
+/// Asks for the cache line at `at`. The address need not be readable.
 #[inline(always)]
 pub(crate) fn prefetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
@@ -197,13 +182,12 @@ pub(crate) fn prefetch(at: *const u8) {
 /// Sixteen lanes of numbers and what kernels do with them.
 ///
 /// # Safety
-/// Every method may be called only where the implementation's instructions exist, and pointers
-/// must be readable (or writable) for the whole vector: 64 bytes unless the method says less. No
-/// alignment is required.
+/// Every method may be called only where the implementation's instructions exist. Pointers must be
+/// readable (or writable) for the whole vector: 64 bytes unless the method says less. No alignment
+/// is required.
 pub(crate) trait Simd: Copy + 'static {
-    /// Whether integer dots multiply `i16`: activations are then words and not `high` and `low` bytes apart, of four neighbours
-    /// along k those at 0, 2, 1, 3, and expanded codes are words in the same order ([`Simd::store_words`]).
-    const WORDS: bool = false;
+    /// The form of coded activations for this instruction set: [`ByteCodes`] or [`WordCodes`].
+    type Codes: 'static;
     /// Sixteen `f32`.
     type F: Copy;
     /// Sixteen `i32` (or `u32`).
@@ -236,7 +220,7 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load_i8(p: *const i8) -> Self::I;
     unsafe fn shr<const N: u32>(x: Self::I) -> Self::I;
     unsafe fn shl<const N: u32>(x: Self::I) -> Self::I;
-    /// [`Simd::shr`] by an amount that is a constant only after unrolling.
+    /// [`Simd::shr`] by an amount that becomes a constant when loops are unrolled.
     unsafe fn shr_by(x: Self::I, n: u32) -> Self::I;
     unsafe fn and(x: Self::I, mask: u32) -> Self::I;
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
@@ -255,45 +239,56 @@ pub(crate) trait Simd: Copy + 'static {
         codes: Self::B,
         plane: Self::B,
     ) -> Self::B;
-    /// `start + sum over j and b of codes[j][lane, b] * (2^n * high[4 j + b] + low[4 j + b])`, `widths` being `[bits, n]`,
-    /// exact: `codes` are unsigned with `bits` bits, `high` is at `x` and `low` `SEGMENT` bytes
-    /// further, `4 * N` signed bytes each, none of them -128. Not where [`Simd::WORDS`]: see [`Simd::dots`].
+    /// One instruction of an integer dot, or the instructions that replace it. It is used to
+    /// measure their rate.
+    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I;
+}
+
+/// Coded activations as bytes: the high bytes of a segment, then its low bytes. [`ByteDots`]
+/// multiplies them.
+pub(crate) struct ByteCodes;
+
+/// Coded activations as `i16`. Four neighbours along k lie in the order 0, 2, 1, 3. [`WordDots`]
+/// multiplies them.
+pub(crate) struct WordCodes;
+
+/// Integer dots of codes with activations that are [`ByteCodes`].
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait ByteDots: Simd<Codes = ByteCodes> {
+    /// `start + sum over j and b of codes[j][lane, b] * (2^n * high[4 j + b] + low[4 j + b])`,
+    /// exact. `widths` is `[bits, n]`, and `codes` are unsigned with `bits` bits. `high` is at
+    /// `x` and `low` `SEGMENT` bytes further: `4 * N` signed bytes each, none of them -128.
     unsafe fn dot<const N: usize>(
         widths: [u32; 2],
         start: i32,
         codes: &[Self::B; N],
         x: *const i8,
     ) -> Self::I;
+}
 
-    /// [`Simd::dot`] for the words of `R` rows, `stride` bytes apart, each from its own `start` on. Only where
-    /// [`Simd::WORDS`].
+/// Integer dots of codes with activations that are [`WordCodes`].
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait WordDots: Simd<Codes = WordCodes> {
+    /// `start[r] + sum over j and b of codes[j][lane, b] * x[r][4 j + b]` for `R` rows of `x`,
+    /// which are `stride` bytes apart; exact.
     unsafe fn dots<const N: usize, const R: usize>(
-        _start: *const i32,
-        _codes: &[Self::B; N],
-        _x: *const i8,
-        _stride: usize,
-    ) -> [Self::I; R] {
-        unreachable!("codes of this instruction set are bytes")
-    }
-    /// Codes as words for [`Simd::dot_words`], 128 bytes. Only where [`Simd::WORDS`].
-    unsafe fn store_words(_p: *mut u8, _codes: Self::B) {
-        unreachable!("codes of this instruction set are bytes")
-    }
-    /// [`Simd::dots`] with `2 * pairs` expanded codes a lane. Only where [`Simd::WORDS`].
+        start: *const i32,
+        codes: &[Self::B; N],
+        x: *const i8,
+        stride: usize,
+    ) -> [Self::I; R];
+    /// Writes codes as words in the order of [`WordCodes`]: 128 bytes.
+    unsafe fn store_words(p: *mut u8, codes: Self::B);
+    /// [`WordDots::dots`] with `2 * pairs` codes a lane that [`WordDots::store_words`] wrote.
     unsafe fn dot_words<const R: usize>(
-        _pairs: usize,
-        _start: *const i32,
-        _codes: *const u8,
-        _x: *const u8,
-        _stride: usize,
-    ) -> [Self::I; R] {
-        unreachable!("codes of this instruction set are bytes")
-    }
-
-    /// One instruction of [`Simd::dot`] (or what stands for it), to measure its rate.
-    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I;
-
-    /// `acc + w[lane, 0] * x[0] + w[lane, 1] * x[1]` for pairs of `bf16`; only where the ISA has
-    /// an instruction for it, with that instruction's rounding.
-    unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const u32) -> Self::F;
+        pairs: usize,
+        start: *const i32,
+        codes: *const u8,
+        x: *const u8,
+        stride: usize,
+    ) -> [Self::I; R];
 }

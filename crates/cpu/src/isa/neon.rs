@@ -1,24 +1,26 @@
 //! [`Simd`] on NEON (every 64-bit Arm): four registers a vector.
 //!
-//! Integer dots are of signed bytes: `sdot` where the processor has it (Arm v8.2's dot product; every
-//! core since Cortex-A55 and A76, Neoverse N1 and Apple's A11), else products in `i16`, added in
-//! pairs to `i32` before they could saturate. Codes of eight bits are made signed by taking away 128,
-//! and 128 times the sum of the activations is given back.
+//! Integer dots multiply signed bytes. Processors with Arm v8.2's dot product use `sdot`
+//! (Cortex-A55 and A76, Neoverse N1, Apple's A11 and later). Others multiply in `i16` and add pairs
+//! to `i32` before they can saturate. Codes of eight bits become signed by subtracting 128, and 128
+//! times the sum of the activations is added back.
 //!
-//! `sdot` is `asm!`, as is the prefetch: Rust's intrinsics for them are not stable.
+//! `sdot` and the prefetch are written in `asm!`, because Rust's intrinsics for them are not
+//! stable.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::{SEGMENT, Simd};
+use super::{ByteCodes, ByteDots, SEGMENT, Simd};
 
-/// NEON; with `DOT` also the dot product.
+/// NEON. With `DOT` also the dot product.
 #[derive(Clone, Copy)]
 pub(crate) struct Neon<const DOT: bool>;
 
 // SAFETY of every block below: the caller of a `Simd` method promises the instructions and
 // readable or writable pointers.
 impl<const DOT: bool> Simd for Neon<DOT> {
+    type Codes = ByteCodes;
     type F = [float32x4_t; 4];
     type I = [uint32x4_t; 4];
     type B = [uint8x16_t; 4];
@@ -128,7 +130,8 @@ impl<const DOT: bool> Simd for Neon<DOT> {
             ]
         }
     }
-    // A shift by a register of constants folds to an immediate; to the right is a negative count.
+    // A shift by a register of constants becomes an immediate. A negative count shifts to the
+    // right.
     #[inline(always)]
     unsafe fn shr<const N: u32>(x: Self::I) -> Self::I {
         // SAFETY: see above.
@@ -206,6 +209,27 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         }
     }
     #[inline(always)]
+    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
+        // SAFETY: see above.
+        unsafe {
+            std::array::from_fn(|i| {
+                let (code, x) = (vreinterpretq_s8_u8(codes[i]), vreinterpretq_s8_u8(x[i]));
+                if DOT {
+                    let acc = vreinterpretq_s32_u32(acc[i]);
+                    return vreinterpretq_u32_s32(sdot_lane::<0>(acc, code, x));
+                }
+                // As in the dot of four-bit codes. That adds pairs once in eight products, which is
+                // left out here.
+                let acc = vreinterpretq_s16_u32(acc[i]);
+                let acc = vmlal_s8(acc, vget_low_s8(code), vget_low_s8(x));
+                vreinterpretq_u32_s16(vmlal_high_s8(acc, code, x))
+            })
+        }
+    }
+}
+
+impl<const DOT: bool> ByteDots for Neon<DOT> {
+    #[inline(always)]
     unsafe fn dot<const N: usize>(
         widths: [u32; 2],
         start: i32,
@@ -224,27 +248,6 @@ impl<const DOT: bool> Simd for Neon<DOT> {
                 dot_signed::<DOT, N>(widths, start, &signed, x)
             }
         }
-    }
-    #[inline(always)]
-    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
-        // SAFETY: see above.
-        unsafe {
-            std::array::from_fn(|i| {
-                let (code, x) = (vreinterpretq_s8_u8(codes[i]), vreinterpretq_s8_u8(x[i]));
-                if DOT {
-                    let acc = vreinterpretq_s32_u32(acc[i]);
-                    return vreinterpretq_u32_s32(sdot_lane::<0>(acc, code, x));
-                }
-                // As in the dot of four-bit codes, whose additions of pairs are one in eight.
-                let acc = vreinterpretq_s16_u32(acc[i]);
-                let acc = vmlal_s8(acc, vget_low_s8(code), vget_low_s8(x));
-                vreinterpretq_u32_s16(vmlal_high_s8(acc, code, x))
-            })
-        }
-    }
-    #[inline(always)]
-    unsafe fn dot_bf16(acc: Self::F, _w: Self::B, _x: *const u32) -> Self::F {
-        acc // unreachable: NEON multiplies widened bf16
     }
 }
 
@@ -296,7 +299,7 @@ unsafe fn sum_of<const N: usize>(low_bits: u32, x: *const i8) -> i32 {
     }
 }
 
-/// [`Simd::dot`] of codes that are signed bytes.
+/// [`ByteDots::dot`] of codes that are signed bytes.
 #[inline(always)]
 unsafe fn dot_signed<const DOT: bool, const N: usize>(
     widths: [u32; 2],
@@ -314,7 +317,7 @@ unsafe fn dot_signed<const DOT: bool, const N: usize>(
     }
 }
 
-/// By `sdot`: a chain for the high bytes and one for the low ones.
+/// By `sdot`. The high bytes and the low bytes have a chain of sums each.
 #[inline(always)]
 unsafe fn dot_by_lanes<const N: usize>(
     low_bits: u32,
@@ -344,8 +347,8 @@ unsafe fn dot_by_lanes<const N: usize>(
     }
 }
 
-/// By products in `i16`, as many of which are added as cannot saturate: signed codes are at most
-/// `2^(bits - 1)` (eight bits) or below `2^bits`, activations at most 127.
+/// By products in `i16`. As many of them are added in `i16` as cannot saturate. Signed codes are at
+/// most `2^(bits - 1)` for eight bits and below `2^bits` otherwise. Activations are at most 127.
 #[inline(always)]
 unsafe fn dot_by_pairs<const N: usize>(
     [bits, low_bits]: [u32; 2],
@@ -363,7 +366,7 @@ unsafe fn dot_by_pairs<const N: usize>(
         let (mut high, mut low) = ([vdupq_n_s32(0); 4], [vdupq_n_s32(start); 4]);
         for i in 0..4 {
             let zero = vdupq_n_s32(0);
-            // By half of the register: sums of neighbouring pairs of products.
+            // One sum for each half of the register, made of neighbouring pairs of products.
             let (mut highs, mut lows) = ([zero; 2], [zero; 2]);
             for first in (0..N).step_by(terms) {
                 let some = first..N.min(first + terms);

@@ -1,15 +1,16 @@
 //! [`Simd`] in plain Rust: the semantics that the other implementations are tested against.
 
-use super::{SEGMENT, Simd};
-use half::{bf16, f16};
+use super::{ByteCodes, ByteDots, SEGMENT, Simd};
+use half::f16;
 use lathe_tensor::{Element, codec::element};
 
-/// Arrays of sixteen, left to the compiler to vectorize; calls, because inlining dozens of loops
-/// into each kernel costs minutes of building and gains nothing that matters here.
+/// Arrays of sixteen, which the compiler may vectorize. Most methods are calls: inlining their
+/// loops into each kernel would cost minutes of building for little speed.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
 
 impl Simd for Portable {
+    type Codes = ByteCodes;
     type F = [f32; 16];
     type I = [u32; 16];
     type B = [u8; 64];
@@ -137,6 +138,17 @@ impl Simd for Portable {
         std::array::from_fn(|i| codes[i] | ((plane[i] << LEFT >> RIGHT) & MASK))
     }
     #[inline(never)]
+    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
+        std::array::from_fn(|lane| {
+            let product =
+                |b: usize| i32::from(codes[4 * lane + b]) * i32::from(x[4 * lane + b] as i8);
+            acc[lane].wrapping_add((product(0) + product(1) + product(2) + product(3)) as u32)
+        })
+    }
+}
+
+impl ByteDots for Portable {
+    #[inline(never)]
     unsafe fn dot<const N: usize>(
         [_, low_bits]: [u32; 2],
         start: i32,
@@ -156,24 +168,5 @@ impl Simd for Portable {
             }
         }
         sum.map(|v| v as u32)
-    }
-    #[inline(never)]
-    unsafe fn dot_step(acc: Self::I, codes: Self::B, x: Self::B) -> Self::I {
-        std::array::from_fn(|lane| {
-            let product =
-                |b: usize| i32::from(codes[4 * lane + b]) * i32::from(x[4 * lane + b] as i8);
-            acc[lane].wrapping_add((product(0) + product(1) + product(2) + product(3)) as u32)
-        })
-    }
-    #[inline(never)]
-    unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const u32) -> Self::F {
-        // SAFETY: the caller gives one readable word.
-        let pair = unsafe { x.read_unaligned() };
-        let widen = |bits: u32| bf16::from_bits(bits as u16).to_f32();
-        let words: [u32; 16] = bytemuck::cast(w);
-        std::array::from_fn(|i| {
-            let high = widen(words[i] >> 16).mul_add(widen(pair >> 16), acc[i]);
-            widen(words[i]).mul_add(widen(pair), high)
-        })
     }
 }

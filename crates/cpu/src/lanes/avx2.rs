@@ -47,7 +47,8 @@ fn power(n: __m256) -> __m256 {
 
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx2 {
-    // 12 sums of one half each, 2 vectors' halves and one broadcast fit into the 16 registers.
+    // The block has 12 registers of sums. With two vectors' halves and one broadcast they fit into
+    // the 16 registers.
     const BLOCK_ROWS: usize = 3;
     const BLOCK_VECTORS: usize = 2;
 
@@ -114,7 +115,8 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn load_e4m3(from: *const u8) -> Self {
         unsafe {
-            // Sign-extended: the top bit of the code is the float's sign.
+            // The codes are extended with their sign, because the top bit of a code is the float's
+            // sign.
             let (low, high) = Self::widen(_mm_loadu_si128(from.cast()), true);
             Self(e4m3(low), e4m3(high))
         }

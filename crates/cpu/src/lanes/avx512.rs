@@ -65,7 +65,8 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn load_e4m3(from: *const u8) -> Self {
         unsafe {
-            // Sign and magnitude moved to a float's place, then rebiased by 2^(127 - 7).
+            // Sign and magnitude move to their places in an `f32`. The product with 2^(127 - 7)
+            // corrects the exponent's bias.
             let codes = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()));
             let sign = _mm512_and_si512(codes, _mm512_set1_epi32(i32::MIN));
             let rest = _mm512_slli_epi32::<20>(_mm512_and_si512(codes, _mm512_set1_epi32(0x7f)));

@@ -2,13 +2,13 @@
 
 use super::Lanes;
 
-/// Below this `exp` is given as zero: its result would be subnormal.
+/// Below this argument `exp` returns zero, because its result would be subnormal.
 const EXP_LOW: f32 = -87.336_54;
-/// Above this `exp` would overflow.
+/// The argument of `exp` is clamped to this, because larger ones overflow.
 const EXP_HIGH: f32 = 88.376_26;
 
-/// `e^x`, about 1 unit in the last place; exactly 0 below -87.3 (so for minus infinity), clamped above 88.4.
-/// The polynomial is Cephes' `expf`.
+/// `e^x` with an error of about one unit in the last place. It is exactly 0 below -87.3, and the
+/// argument is clamped above 88.4. The polynomial is that of Cephes' `expf`.
 #[inline(always)]
 pub(crate) fn exp<L: Lanes>(x: L) -> L {
     let clamped = x.max(L::splat(EXP_LOW)).min(L::splat(EXP_HIGH));
@@ -47,12 +47,13 @@ pub(crate) fn silu<L: Lanes>(x: L) -> L {
 /// `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
 #[inline(always)]
 pub(crate) fn gelu_tanh<L: Lanes>(x: L) -> L {
-    // 0.5 (1 + tanh(y)) = sigmoid(2 y), which keeps its relative accuracy for negative y.
+    // 0.5 (1 + tanh(y)) = sigmoid(2 y). The right side keeps its relative accuracy for negative y.
     let cubic = x.mul(x).fma(L::splat(0.044_715), L::splat(1.0)).mul(x);
     x.mul(sigmoid(cubic.mul(L::splat(2.0 * 0.797_884_6))))
 }
 
-/// `0.5 x (1 + erf(x / sqrt(2)))`; erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+/// `0.5 x (1 + erf(x / sqrt(2)))`. The error function is formula 7.1.26 of Abramowitz and Stegun,
+/// with an absolute error of 1.5e-7.
 #[inline(always)]
 pub(crate) fn gelu_erf<L: Lanes>(x: L) -> L {
     let z = x.mul(L::splat(std::f32::consts::FRAC_1_SQRT_2));
@@ -62,7 +63,7 @@ pub(crate) fn gelu_erf<L: Lanes>(x: L) -> L {
     let p = p.fma(t, L::splat(1.421_413_7));
     let p = p.fma(t, L::splat(-0.284_496_74));
     let p = p.fma(t, L::splat(0.254_829_6)).mul(t);
-    // Half of erfc(|z|), which is what x is scaled by on its negative side.
+    // Half of erfc(|z|). For negative `x` the result is `x` times this.
     let tail = p.mul(exp(L::splat(0.0).sub(z.mul(z)))).mul(L::splat(0.5));
     let positive = L::splat(1.0).sub(tail).zero_below(z, L::splat(0.0));
     let negative = tail.sub(tail.zero_below(z, L::splat(0.0)));

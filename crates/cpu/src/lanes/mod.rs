@@ -1,9 +1,9 @@
 //! Sixteen `f32` lanes: the vector on which every float kernel of this crate is written once.
 //!
-//! The width is the same on every instruction set (one AVX-512 register, two of AVX2, four of
-//! NEON, an array elsewhere), so that layouts and the order of additions within a kernel are too. A kernel is a
-//! struct that implements [`Kernel`]; [`dispatch`] compiles it once for each instruction set and
-//! picks the copy at run time. What the kernels compute is no concern of this module.
+//! The width is the same on every instruction set: one AVX-512 register, two of AVX2, four of NEON,
+//! an array elsewhere. So memory layouts and the order of additions are the same too. A kernel is a
+//! struct that implements [`Kernel`]. [`dispatch`] compiles it once for each instruction set and
+//! picks the copy at run time.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -16,16 +16,18 @@ mod portable;
 pub(crate) mod product;
 
 use crate::isa::Isa;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::isa::features::with_features;
 
-/// Lanes of a vector.
+/// Numbers in a vector.
 pub(crate) const LANES: usize = 16;
 
-/// Sixteen `f32`. Methods are safe to call only where the instruction set is there, which
-/// [`dispatch`] sees to; those that touch memory say what must be readable or writable.
+/// Sixteen `f32`. Methods may be called only where the instruction set exists, and [`dispatch`]
+/// guarantees that. Methods that touch memory say what must be readable or writable.
 pub(crate) trait Lanes: Copy {
-    /// Rows of the register block of a matrix product.
+    /// Rows of a matrix product that are computed together, with their sums in registers.
     const BLOCK_ROWS: usize;
-    /// Vectors in a row of the register block of a matrix product.
+    /// Vectors of columns of a matrix product that are computed together.
     const BLOCK_VECTORS: usize;
 
     /// All lanes `x`.
@@ -36,7 +38,7 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// 16 floats at `to` are writable.
     unsafe fn store(self, to: *mut f32);
-    /// The first `n` floats (16 at most), zeros after them.
+    /// Loads the first `n` floats (16 at most). The other lanes are zero.
     /// # Safety
     /// `n` floats at `from` are readable.
     unsafe fn load_first(from: *const f32, n: usize) -> Self {
@@ -82,7 +84,8 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// 16 words at `from` are readable.
     unsafe fn load_i16(from: *const i16) -> Self;
-    /// Sixteen fp8 e4m3 codes as numbers; codes that mean NaN are never stored and read as 480.
+    /// Sixteen fp8 e4m3 codes as numbers. Codes that mean NaN are never stored, and are read as
+    /// 480.
     /// # Safety
     /// 16 bytes at `from` are readable.
     unsafe fn load_e4m3(from: *const u8) -> Self;
@@ -90,11 +93,11 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// A half at `from` is readable.
     unsafe fn splat_f16(from: *const u16) -> Self;
-    /// The low or high halves of sixteen bytes as numbers 0 to 15.
+    /// The low or the high halves of sixteen bytes, as numbers from 0 to 15.
     /// # Safety
     /// 16 bytes at `from` are readable.
     unsafe fn load_half_bytes(from: *const u8, high: bool) -> Self;
-    /// The low halves of eight bytes and then their high halves, as numbers 0 to 15.
+    /// The low halves of eight bytes, then their high halves, as numbers from 0 to 15.
     /// # Safety
     /// 8 bytes at `from` are readable.
     unsafe fn load_u4(from: *const u8) -> Self;
@@ -135,20 +138,19 @@ pub(crate) trait Lanes: Copy {
 
 /// A piece of work that is written once for all instruction sets.
 pub(crate) trait Kernel {
-    /// What it returns.
     type Output;
-    /// Does the work with vectors `L`. Implementations are `#[inline(always)]`, so that the body
+    /// Does the work with vectors `L`. Implementations must be `#[inline(always)]`. Then the body
     /// is compiled within [`dispatch`]'s functions, which enable the instructions.
     fn run<L: Lanes>(self) -> Self::Output;
 }
 
-/// Which implementation of [`Lanes`] to use. A value other than `Portable` exists only where its
-/// instructions were detected.
+/// The vectors that float kernels use: an implementation of [`Lanes`]. A value exists only where
+/// its instructions were detected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Width(Kind);
+pub(crate) struct Width(Vectors);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum Vectors {
     Portable,
     #[cfg(target_arch = "aarch64")]
     Neon,
@@ -159,53 +161,31 @@ enum Kind {
 }
 
 impl Width {
-    /// The widest that `isa` allows on this machine.
+    /// The vectors of `isa`.
+    ///
+    /// # Panics
+    /// If this machine lacks `isa`.
     pub(crate) fn of(isa: Isa) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let name = isa.name();
-            let (avx2, avx512) = Self::detected();
-            if avx512 && (name.starts_with("avx512") || name.starts_with("amx")) {
-                return Self(Kind::Avx512);
-            }
-            if avx2 && name != "portable" {
-                return Self(Kind::Avx2);
-            }
-        }
-        #[cfg(target_arch = "aarch64")]
-        if isa != Isa::Portable && Isa::Neon.is_available() {
-            return Self(Kind::Neon);
-        }
-        let _ = isa;
-        Self(Kind::Portable)
+        assert!(isa.is_available(), "this machine has {isa}");
+        Self(match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Amx => Vectors::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::AvxVnni => Vectors::Avx2,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon | Isa::NeonDot => Vectors::Neon,
+            // Other instruction sets are portable, or of another architecture and so not available.
+            _ => Vectors::Portable,
+        })
     }
 
-    /// All that this machine has.
+    /// All that this machine has, each once.
     #[cfg(test)]
     pub(crate) fn available() -> Vec<Self> {
-        let mut all = vec![Self(Kind::Portable)];
-        #[cfg(target_arch = "aarch64")]
-        all.extend(Isa::Neon.is_available().then_some(Self(Kind::Neon)));
-        #[cfg(target_arch = "x86_64")]
-        {
-            let (avx2, avx512) = Self::detected();
-            all.extend(avx2.then_some(Self(Kind::Avx2)));
-            all.extend(avx512.then_some(Self(Kind::Avx512)));
-        }
+        let mut all: Vec<Self> =
+            Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Self::of).collect();
+        all.dedup();
         all
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn detected() -> (bool, bool) {
-        let avx2 = std::is_x86_feature_detected!("avx2")
-            && std::is_x86_feature_detected!("fma")
-            && std::is_x86_feature_detected!("f16c");
-        let avx512 = avx2
-            && std::is_x86_feature_detected!("avx512f")
-            && std::is_x86_feature_detected!("avx512bw")
-            && std::is_x86_feature_detected!("avx512dq")
-            && std::is_x86_feature_detected!("avx512vl");
-        (avx2, avx512)
     }
 }
 
@@ -215,31 +195,34 @@ pub(crate) fn dispatch<K: Kernel>(width: Width, kernel: K) -> K::Output {
     match width.0 {
         // SAFETY: a `Width` exists only where its instructions were detected.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 => unsafe { run_avx512(kernel) },
+        Vectors::Avx512 => unsafe { run_avx512(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => unsafe { run_avx2(kernel) },
+        Vectors::Avx2 => unsafe { run_avx2(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Kind::Neon => unsafe { run_neon(kernel) },
-        Kind::Portable => kernel.run::<portable::Portable>(),
+        Vectors::Neon => unsafe { run_neon(kernel) },
+        Vectors::Portable => kernel.run::<portable::Portable>(),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<avx512::Avx512>()
-}
-
-#[cfg(target_arch = "aarch64")]
-#[target_feature(enable = "neon")]
-unsafe fn run_neon<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<neon::Neon>()
+with_features! { avx512 =>
+    unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<avx512::Avx512>()
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<avx2::Avx2>()
+with_features! { avx2 =>
+    unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<avx2::Avx2>()
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+with_features! { neon =>
+    unsafe fn run_neon<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<neon::Neon>()
+    }
 }

@@ -38,16 +38,17 @@ impl Neon {
             Self::signed(vreinterpretq_s16_u16(a), vreinterpretq_s16_u16(b))
         }
     }
-    /// `a` where `first`, else `b`. So the larger and the smaller of a pair with a NaN is the second,
-    /// as on other instruction sets, and not as for `fmax`.
+    /// `a` where `first`, else `b`. If one of a pair is a NaN, the larger and the smaller of them
+    /// is `b`, as on other instruction sets. `fmax` does otherwise.
     #[inline(always)]
     fn choose(first: uint32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
         unsafe { vbslq_f32(first, a, b) }
     }
 }
 
-/// Exponent and mantissa moved to a float's place, then rebiased by a product, which gets
-/// subnormals right: 2^(127 - 7) = 2^120. The codes are extended with their sign, which is the float's.
+/// Exponent and mantissa move to their places in an `f32`. The product with 2^(127 - 7) = 2^120
+/// corrects the exponent's bias, for subnormals too. The codes are extended with their sign, which
+/// is the float's sign.
 #[inline(always)]
 fn e4m3(codes: int32x4_t) -> float32x4_t {
     // SAFETY: as for the impl below.
@@ -62,7 +63,7 @@ fn e4m3(codes: int32x4_t) -> float32x4_t {
 
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Neon {
-    // 24 sums of a quarter each, a vector's quarters and one broadcast fit into the 32 registers.
+    // 24 registers of sums, a vector's four quarters and one broadcast fit into the 32 registers.
     const BLOCK_ROWS: usize = 6;
     const BLOCK_VECTORS: usize = 1;
 

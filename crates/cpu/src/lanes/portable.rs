@@ -1,4 +1,4 @@
-//! Lanes as an array: the compiler makes of them what the target's baseline offers.
+//! Lanes as an array. The compiler uses the instructions of the target's baseline for it.
 
 use super::{LANES, Lanes};
 
@@ -65,8 +65,8 @@ impl Lanes for Portable {
     unsafe fn load_e4m3(from: *const u8) -> Self {
         // SAFETY: the caller vouches for 16 readable bytes.
         let codes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
-        // The exponent and mantissa moved to a float's place, then rebiased by a product, which
-        // gets subnormals right: 2^(127 - 7) = 2^120.
+        // The exponent and the mantissa move to their places in an `f32`. The product with 2^(127 -
+        // 7) = 2^120 corrects the exponent's bias, for subnormals too.
         Self(codes.map(|c| {
             let bits = (u32::from(c & 0x80) << 24) | (u32::from(c & 0x7f) << 20);
             f32::from_bits(bits) * f32::from_bits(0x7b80_0000)
@@ -105,7 +105,7 @@ impl Lanes for Portable {
     fn div(self, other: Self) -> Self {
         self.zip(other, |a, b| a / b)
     }
-    // Not `mul_add`: without the instruction that is a call into libm for every element.
+    // Not `mul_add`, which calls libm for every element where there is no such instruction.
     #[inline(always)]
     fn fma(self, factor: Self, addend: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i] * factor.0[i] + addend.0[i]))

@@ -1,18 +1,18 @@
-//! A float matrix product in a fixed order of additions: what attention is made of.
+//! Float matrix products in a fixed order of additions. Attention is made of them.
 //!
 //! Every element of the result is one chain of fused multiply-adds over the depth, ascending, so
 //! it does not depend on how many rows or columns are computed together.
 
 use super::{Kernel, LANES, Lanes, Width, dispatch};
 
-/// What a product reads on its right: numbers that are decoded on the way, the same from
-/// [`Matrix::lanes`] and [`Matrix::one`].
-pub(crate) trait Matrix: Copy {
-    /// Rows that share what [`Matrix::group`] gives, from multiples of this number on.
+/// The right matrix of a product. Its numbers are decoded when they are read.
+/// [`DecodedMatrix::lanes`] and [`DecodedMatrix::one`] give the same numbers.
+pub(crate) trait DecodedMatrix: Copy {
+    /// Rows that share a group. A group begins at a multiple of this number.
     const GROUP: usize;
     /// Bytes of 16 columns' codes in a row.
     const LANES_BYTES: usize;
-    /// What decodes the rows of a group, such as their scales.
+    /// What decodes the rows of a group, for example their scales.
     type Group<L: Lanes>: Copy;
 
     /// Reads what decodes 16 columns from `column` on in the group of `row`.
@@ -21,13 +21,13 @@ pub(crate) trait Matrix: Copy {
     unsafe fn group<L: Lanes>(&self, row: usize, column: usize) -> Self::Group<L>;
     /// Sixteen columns of a row of that group.
     /// # Safety
-    /// As [`Matrix::group`].
+    /// As [`DecodedMatrix::group`].
     unsafe fn lanes<L: Lanes>(&self, group: Self::Group<L>, row: usize, column: usize) -> L;
     /// One number.
     /// # Safety
     /// It is within the matrix.
     unsafe fn one(&self, row: usize, column: usize) -> f32;
-    /// Where the codes of a row lie from `column` on, a multiple of 16.
+    /// The address of a row's codes from `column` on, which is a multiple of 16.
     fn line(&self, row: usize, column: usize) -> *const u8;
 }
 
@@ -50,21 +50,21 @@ pub(crate) struct Product<B> {
     pub columns: usize,
     /// Columns of `a`, rows of `b`.
     pub depth: usize,
-    /// Whether the chains start at what `c` holds, and not at 0.
+    /// Whether the product is added to what `c` holds. Else `c` is overwritten.
     pub accumulate: bool,
-    /// Bytes from `b` to a matrix like it that is wanted next: its cache lines are asked for while
-    /// `b`'s are read. Nothing depends on their being readable.
+    /// Bytes from `b` to a matrix of the same shape that is read next. Its cache lines are fetched
+    /// while `b` is read. They need not be readable.
     pub ahead: Option<isize>,
 }
 
-impl<B: Matrix> Product<B> {
+impl<B: DecodedMatrix> Product<B> {
     /// Computes it.
     ///
     /// # Safety
     /// All three matrices lie in memory of their shapes and strides; `c` overlaps neither `a` nor
     /// `b` and nobody else touches it.
     pub(crate) unsafe fn run(self, width: Width) {
-        dispatch(width, Run(self));
+        dispatch(width, RunProduct(self));
     }
 
     #[inline(always)]
@@ -86,7 +86,8 @@ impl<B: Matrix> Product<B> {
         unsafe { self.last_columns(column) };
     }
 
-    /// The columns that fill no vector, one by one; heads of odd sizes only.
+    /// Computes the last columns, which do not fill a vector, one by one. Only heads of odd sizes
+    /// have such columns.
     #[inline(always)]
     unsafe fn last_columns(&self, first: usize) {
         for row in 0..self.rows {
@@ -105,7 +106,7 @@ impl<B: Matrix> Product<B> {
         }
     }
 
-    /// All rows of `V` vectors of columns; returns `V`.
+    /// Computes all rows of `V` vectors of columns. Returns `V`.
     #[inline(always)]
     unsafe fn strip<L: Lanes, const V: usize>(&self, column: usize) -> usize {
         let mut row = 0;
@@ -124,7 +125,7 @@ impl<B: Matrix> Product<B> {
         V
     }
 
-    /// A block of sums held in registers; returns `R`.
+    /// Computes a block of sums in registers. Returns `R`.
     #[inline(always)]
     unsafe fn block<L: Lanes, const R: usize, const V: usize>(
         &self,
@@ -143,7 +144,7 @@ impl<B: Matrix> Product<B> {
                     }
                 }
             }
-            // Once for each strip: by the first block of rows.
+            // Only the first block of rows of a strip fetches ahead.
             let ahead = if row == 0 { self.ahead } else { None };
             for first in (0..self.depth).step_by(B::GROUP) {
                 let group: [B::Group<L>; V] =
@@ -177,9 +178,9 @@ impl<B: Matrix> Product<B> {
     }
 }
 
-struct Run<B>(Product<B>);
+struct RunProduct<B>(Product<B>);
 
-impl<B: Matrix> Kernel for Run<B> {
+impl<B: DecodedMatrix> Kernel for RunProduct<B> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

@@ -1,60 +1,68 @@
 //! `Activations`: rows of a linear group's input, prepared once for all of its matrices.
 //!
-//! Rows are grouped in blocks of sixteen (the last block may have fewer) and laid out segment by
-//! segment, so that a kernel walks one block along k with constant offsets between its rows, and
-//! so that sixteen rows of a segment are the operand of an AMX tile:
+//! Rows are grouped in blocks of sixteen (the last block may have fewer) and stored segment by
+//! segment. So a kernel walks one block along k with constant distances between its rows, and
+//! sixteen rows of a segment are the operand of an AMX tile:
 //! ```text
 //! block of B rows = segment 0: row 0, row 1, ... row B-1;  segment 1: ...
-//! codes: segment = 32 positions, 32 high and 32 low bytes a row (AVX2: 32 words); with f32 scale, sum * scale, -zero * sum
+//! codes: segment = 32 positions, 32 high and 32 low bytes a row (AVX2: 32 words);
+//!        with f32 scale, sum * scale, -zero * sum
 //! f32  : segment = 32 positions, 128 bytes a row
 //! split: segment = 32 positions, 64 bytes of bf16 a row, twice: the nearest, and what that leaves
-//! tiles: segment = 32 positions, 64 bytes of bf16 a row; prefill rows alone, and 1 KB between blocks
+//! tiles: segment = 32 positions, 64 bytes of bf16 a row; prefill rows alone,
+//!        and 1 KB between blocks
 //! ```
-//! A code has two signed bytes, `2^n * high + low` with `high` in -127..=127 and `low` in
-//! `-2^(n-1)..2^(n-1)`, so both are operands of an int8 dot, whose results add up exactly: with
-//! `most = 127 * 2^n` the scale is `max|x| / most` over the segment, the code `round(x * most / max|x|)`, ties to even.
-//! One byte a code is what others use; on SmolLM2 it moves log-probabilities by 0.044 nats on average
-//! (0.039 with 16 positions a scale), two bytes with `n = 7` ([`Fineness::Fine`]) by less than 0.0005, and decoding, bound by the
-//! bytes of the weights, does not notice the second dot. Weights of four bits, which err by far more themselves, meet codes with
-//! `n = 4` ([`Fineness::Coarse`]): sixteen times a nibble is a byte, so that one product of tiles takes both halves of a code.
-//! A segment that holds a NaN or an infinity
-//! gets that as its scale, so it is not hidden. Every row is prepared alike, whatever rows are
-//! beside it.
+//! A code is made of two signed bytes: `2^n * high + low`, with `high` in -127..=127 and `low` in
+//! `-2^(n-1)..2^(n-1)`. Both bytes are operands of an int8 dot, whose results add up exactly. With
+//! `most = 127 * 2^n` the scale of a segment is `max|x| / most`, and the code is `round(x * most /
+//! max|x|)`, ties to even.
+//!
+//! [`Fineness::Fine`] has `n = 7`. It moves SmolLM2's log-probabilities by less than 0.0005 nats on
+//! average, where one byte a code would move them by 0.044. The second dot costs no time while
+//! decoding, which waits for the bytes of the weights. [`Fineness::Coarse`] has `n = 4` and is for
+//! weights of four bits, whose own error is much larger. Sixteen times a nibble fits a byte, so one
+//! product of tiles serves both bytes of a code.
+//!
+//! A segment that holds a NaN or an infinity gets it as its scale, so it is not hidden. Every row
+//! is prepared alike, whatever rows are beside it.
 
 use super::block::{BLOCK, BlockView, CODE_BYTES, padded_rows};
 use super::matrix::Matrix;
 use super::table::{Args, Tiles};
 use crate::gang::Gang;
 use crate::isa::SEGMENT;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::features::{self, with_features};
 use crate::pack::PANEL;
 use crate::pack::layout::{Fineness, Offset, Operand};
 use crate::pack::memory::AlignedBytes;
 
-/// Every row is padded with zeros to a multiple of this: the longest chunk of a format.
+/// Rows are padded with zeros to a multiple of this number of positions, the longest chunk of a
+/// format.
 const PADDING: usize = 256;
-/// Different zero points among the matrices of one group.
+/// The most different zero points that the matrices of one group may have.
 const OFFSETS_MAX: usize = 5;
 
-/// Segments of a row between a block of tiled rows and the next: blocks a power of two apart would
-/// all fall into a few sets of a cache.
+/// Segments between a block of tiled rows and the next. Blocks that lie a power of two apart would
+/// share a few sets of a cache.
 const TILE_GAP: usize = 16;
-/// Parts of a row that tiles multiply at most.
+/// The most `bf16` parts of a row in the prefill form.
 const TILE_PARTS_MAX: usize = 2;
-/// Parts of a row in the decoding form that tiles multiply.
+/// The `bf16` parts of a row in the decoding form.
 const SPLIT_PARTS: usize = 2;
-/// Segments of k that AMX multiplies while sums stay in registers, at most.
+/// The most segments of k that AMX multiplies while sums stay in registers.
 pub(super) const TILE_SEGMENTS: usize = 64;
-/// Rows of a pass over so many segments: 1 MB of activations, half of a second-level cache.
+/// Rows of a pass over [`TILE_SEGMENTS`]: 1 MB of activations, half of a second-level cache.
 pub(super) const TILE_ROWS: usize = 256;
-/// Panels whose sums are kept in tiles while slices of k pass by.
+/// The most panels whose sums are kept in memory while slices of k are multiplied.
 pub(super) const TILE_PANELS: usize = 32;
 
 /// A worker's memory for AMX.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct TileScratch {
-    /// Sums as tiles.
+    /// Sums, tile by tile.
     pub(super) sums: *mut f32,
-    /// The weights of two panels as tiles, [`TILE_SEGMENTS`] each.
+    /// The weights of two panels as tiles, [`TILE_SEGMENTS`] of each.
     pub(super) weights: *mut u8,
 }
 
@@ -66,19 +74,21 @@ fn tile_sums_bytes(rows: usize) -> usize {
     rows.next_multiple_of(2 * BLOCK).min(TILE_ROWS) * TILE_PANELS * PANEL * 4
 }
 
-/// Which forms of the input a set of matrices needs. Made once, when the matrices are packed.
+/// The forms of its input that a set of matrices needs. It is made once, when the matrices are
+/// packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Operands {
     float: bool,
-    /// `f32` for rows in the prefill form too: some matrix has no tiles.
+    /// Rows in the prefill form are needed in `f32` too, because some matrix has no tiles.
     float_all: bool,
-    /// By [`Fineness`].
+    /// One for each [`Fineness`].
     int8: [bool; Fineness::COUNT],
-    /// Codes are words, not two bytes apart.
+    /// Whether codes are words and not separate bytes.
     words: bool,
-    /// Two parts in `bf16` for rows in the decoding form.
+    /// Whether rows in the decoding form are needed in two `bf16` parts.
     split: bool,
-    /// `bf16` for the rows in the prefill form, and what is above for the others alone.
+    /// Whether rows in the prefill form are needed in `bf16`. The other forms are then for the
+    /// other rows only.
     tiles: bool,
     offsets: [Option<Offset>; OFFSETS_MAX],
 }
@@ -107,7 +117,7 @@ impl Operands {
         all
     }
 
-    /// Whether it makes a difference which rows are in the prefill form.
+    /// Whether rows in the prefill form are prepared differently from the others.
     pub fn has_prefill_form(&self) -> bool {
         self.tiles
     }
@@ -122,20 +132,21 @@ impl Operands {
     }
 }
 
-/// Whether tiles multiply rows in the decoding form, in two parts.
+/// Whether `matrix` multiplies rows in the decoding form as tiles of two `bf16` parts.
 fn is_split(matrix: &Matrix) -> bool {
     matches!(matrix.kernels.tiles, Tiles::Split)
 }
 
-/// A growing plane of numbers.
+/// Memory that grows when it is reserved.
 #[derive(Debug, Default)]
 struct Plane(Option<AlignedBytes>);
 
 impl Plane {
-    /// At least `bytes` long; what it held is lost if it grows.
+    /// Makes the plane at least `bytes` long. If it grows, its contents are lost.
     fn reserve(&mut self, bytes: usize) {
         if self.0.as_ref().is_none_or(|have| have.len() < bytes) {
-            // Activations are a few megabytes at most; like `Vec`, running out aborts.
+            // Activations take a few megabytes at most. If even these cannot be had the process
+            // aborts, as `Vec` does.
             let fresh = AlignedBytes::zeroed("activations", bytes);
             self.0 = Some(fresh.expect("memory for activations"));
         }
@@ -146,8 +157,8 @@ impl Plane {
     }
 }
 
-/// Prepared input rows `[rows, columns]`. Keep one and prepare it again each time: its memory is
-/// reused and only grows.
+/// Prepared input rows `[rows, columns]`. Keep one value and prepare it again for each product: its
+/// memory is reused and only grows.
 #[derive(Debug)]
 pub struct Activations {
     rows: usize,
@@ -155,13 +166,14 @@ pub struct Activations {
     operands: Operands,
     forms: Forms,
     float: Plane,
-    /// What rows are rounded to, and what that left of them if tiles multiply both.
+    /// Rows in the prefill form in `bf16`. A second plane has what the first leaves, if two parts
+    /// are multiplied.
     tiles: [Plane; TILE_PARTS_MAX],
     tile_parts: usize,
-    /// Rows in the decoding form, rounded, and what that left of them.
+    /// Rows in the decoding form in `bf16`, and what that leaves.
     split: [Plane; SPLIT_PARTS],
-    /// By [`Fineness`].
-    codes: [Codes<Plane>; Fineness::COUNT],
+    /// One for each [`Fineness`].
+    codes: [CodePlanes<Plane>; Fineness::COUNT],
     offsets: [Plane; OFFSETS_MAX],
     scratch: Plane,
     tile_scratch: Plane,
@@ -169,13 +181,13 @@ pub struct Activations {
 
 /// Codes of one [`Fineness`].
 #[derive(Debug, Clone, Copy, Default)]
-struct Codes<P> {
+struct CodePlanes<P> {
     codes: P,
     scales: P,
     sums: P,
 }
 
-/// Pointers to all planes, for workers that each write rows of their own.
+/// Pointers to all planes. Each worker writes its own rows.
 #[derive(Clone, Copy)]
 struct Writer<'a> {
     rows: usize,
@@ -185,7 +197,7 @@ struct Writer<'a> {
     float: *mut f32,
     tiles: [*mut u16; TILE_PARTS_MAX],
     split: [*mut u16; SPLIT_PARTS],
-    codes: [Codes<*mut u8>; Fineness::COUNT],
+    codes: [CodePlanes<*mut u8>; Fineness::COUNT],
     offsets: [*mut i32; OFFSETS_MAX],
     scratch: *mut f32,
 }
@@ -193,17 +205,18 @@ struct Writer<'a> {
 // SAFETY: workers write disjoint rows through it (and disjoint scratch).
 unsafe impl Sync for Writer<'_> {}
 
-/// Which rows are in the prefill form, and where each row lies in the planes: rows of either form
-/// are numbered by themselves.
+/// Which rows are in the prefill form, and the place of each row in the planes. The rows of each
+/// form are numbered separately.
 #[derive(Debug, Default)]
 struct Forms {
-    /// By row: its number among those of its form.
+    /// For each row, its number among the rows of its form.
     place: Vec<u32>,
-    /// By row.
+    /// For each row, whether it is in the prefill form.
     tiled: Vec<bool>,
-    /// Rows in the decoding form, then the others.
+    /// The rows in the decoding form, then the rows in the prefill form.
     order: Vec<u32>,
-    /// How many are in the prefill form; 0: every row is at its own number.
+    /// How many rows are in the prefill form. If there are none, every row's place is its own
+    /// number.
     tiled_count: usize,
 }
 
@@ -247,12 +260,12 @@ impl Default for Activations {
 }
 
 impl Activations {
-    /// Nothing prepared yet.
+    /// Activations of no rows.
     pub fn new() -> Activations {
         Activations::default()
     }
 
-    /// Memory for `rows` of `columns`, so that [`Activations::prepare`] need not allocate.
+    /// Reserves memory for `[rows, columns]`, so that [`Activations::prepare`] need not allocate.
     pub fn reserve(&mut self, gang: &Gang, operands: Operands, rows: usize, columns: usize) {
         let padded = columns.next_multiple_of(PADDING);
         let rows = rows.next_multiple_of(BLOCK);
@@ -299,8 +312,8 @@ impl Activations {
         });
     }
 
-    /// As [`Activations::prepare`], the rows being made on the way: `fill(row, out)` writes row
-    /// `row` to `out`, `[columns]`, on some worker (a norm, an activation, a gather).
+    /// As [`Activations::prepare`], but the rows are computed on the way: `fill(row, out)` writes
+    /// row `row` to `out`, `[columns]`, on some worker (a norm, an activation, a gather).
     pub fn prepare_with(
         &mut self,
         gang: &Gang,
@@ -339,7 +352,7 @@ impl Activations {
             float: self.float.pointer(),
             tiles: std::array::from_fn(|i| self.tiles[i].pointer()),
             split: self.split.each_ref().map(Plane::pointer),
-            codes: self.codes.each_ref().map(|planes| Codes {
+            codes: self.codes.each_ref().map(|planes| CodePlanes {
                 codes: planes.codes.pointer(),
                 scales: planes.scales.pointer(),
                 sums: planes.sums.pointer(),
@@ -359,31 +372,32 @@ impl Activations {
         self.columns
     }
 
-    /// Says which of the rows that are prepared from now on are in the prefill form, which AMX and
-    /// AVX-512's dots multiply as `bf16`; none until the first call. Without either the form makes no difference.
+    /// Says which of the rows that are prepared from now on are in the prefill form. AMX and
+    /// AVX-512's `bf16` dots multiply those rows in `bf16`. On other machines the form changes
+    /// nothing. Before the first call no row is in the prefill form.
     pub fn set_forms(&mut self, prefill: impl Iterator<Item = bool> + Clone) {
         self.forms.set(prefill);
     }
 
-    /// How many parts of a row in the prefill form are multiplied: 1, its nearest `bf16`, or 2, that
-    /// and the nearest `bf16` of what is left, which errs no more than `f32` would for most ends
-    /// and costs twice the products.
+    /// How many `bf16` parts of a row in the prefill form are multiplied. One part is the nearest
+    /// `bf16`. The second part is the nearest `bf16` of what the first leaves. Two parts err about
+    /// as `f32` does and cost twice the products.
     pub fn set_tile_parts(&mut self, parts: usize) {
         assert!((1..=TILE_PARTS_MAX).contains(&parts), "{parts} parts of a row");
         self.tile_parts = parts;
     }
 
-    /// Parts of a row in the prefill form.
+    /// The number of `bf16` parts of a row in the prefill form.
     pub(crate) fn tile_parts(&self) -> usize {
         self.tile_parts
     }
 
-    /// Rows in the prefill form, if that makes a difference.
+    /// The number of rows in the prefill form. It is 0 where the form changes nothing.
     pub(crate) fn tiled_rows(&self) -> usize {
         if self.operands.tiles { self.forms.tiled_count } else { 0 }
     }
 
-    /// Rows that kernels other than tiles multiply by `matrix`.
+    /// The number of rows that `matrix` multiplies by kernels other than tiles.
     pub(crate) fn rows_for(&self, matrix: &Matrix) -> usize {
         if matrix.kernels.has_prompt() { self.rows - self.tiled_rows() } else { self.rows }
     }
@@ -406,7 +420,7 @@ impl Activations {
         self.forms.order[self.rows - self.tiled_rows() + slot] as usize
     }
 
-    /// The scratch of worker `worker`.
+    /// The scratch memory of worker `worker`.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(super) fn tile_scratch(&self, worker: usize) -> TileScratch {
         let sums = tile_sums_bytes(self.rows);
@@ -415,7 +429,8 @@ impl Activations {
         TileScratch { sums: at.cast(), weights: at.wrapping_add(sums) }
     }
 
-    /// Part `part` of segment `segment` of the tiles of block `block`, and the bytes to the next.
+    /// Part `part` of segment `segment` of block `block` in the planes of tiles, and the bytes from
+    /// it to the next segment.
     pub(crate) fn tile(&self, part: usize, block: usize, segment: usize) -> (*const u8, usize) {
         let step = padded_rows((self.tiled_rows() - block * BLOCK).min(BLOCK)) * CODE_BYTES;
         let padded = self.columns.next_multiple_of(PADDING);
@@ -434,18 +449,18 @@ impl Activations {
         (plane.wrapping_add(block * BLOCK * padded * 2), step * CODE_BYTES)
     }
 
-    /// Blocks of up to sixteen slots that kernels other than tiles multiply by `matrix`.
+    /// The number of blocks that `matrix` multiplies by kernels other than tiles.
     pub(crate) fn blocks(&self, matrix: &Matrix) -> usize {
         self.rows_for(matrix).div_ceil(BLOCK)
     }
 
-    /// Slots of block `block`.
+    /// The number of rows in block `block`.
     pub(crate) fn block_rows(&self, matrix: &Matrix, block: usize) -> usize {
         (self.rows_for(matrix) - block * BLOCK).min(BLOCK)
     }
 
-    /// All segments of packed panel `panel` (and its neighbours, for kernels of several) against the rows from
-    /// `first_row` of `block` on.
+    /// The arguments for all segments of packed panel `panel` and the rows from `first_row` of
+    /// `block` on. Kernels of several panels also read the panels after it.
     pub(super) fn args_of_panel<'a>(
         &self,
         matrix: &'a Matrix,
@@ -470,7 +485,8 @@ impl Activations {
         self.columns == matrix.columns() && self.operands.serve(matrix)
     }
 
-    /// Block `block` from its row `first` and segment `segment` on, as `operand`.
+    /// The rows of block `block` from `first` on and their segments from `segment` on, as
+    /// `operand`.
     pub(crate) fn view(
         &self,
         operand: Operand,
@@ -514,7 +530,7 @@ impl Activations {
     }
 }
 
-/// Runs `work(worker, row)` for each row, on the gang if that is worth its start.
+/// Runs `work(worker, row)` for each row. The gang helps if there is enough work.
 fn for_each_row(gang: &Gang, rows: usize, columns: usize, work: impl Fn(usize, usize) + Sync) {
     if rows < 2 || rows * columns < 4096 {
         for row in 0..rows {
@@ -530,30 +546,31 @@ fn for_each_row(gang: &Gang, rows: usize, columns: usize, work: impl Fn(usize, u
 }
 
 impl Writer<'_> {
-    /// Writes row `row`, with the widest vectors that the machine has: every width rounds alike,
-    /// so this need not follow the choice of [`crate::Isa`].
+    /// Writes row `row` with the widest vectors of the machine. All widths round alike, so the
+    /// choice of [`crate::Isa`] does not matter here.
     ///
     /// # Safety
     /// The planes hold `rows` rows of `padded`, `row < rows`, and nobody else writes this row.
     unsafe fn write_row(&self, row: usize, x: &[f32]) {
         #[cfg(target_arch = "x86_64")]
         {
-            #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
-            unsafe fn avx512(writer: &Writer<'_>, row: usize, x: &[f32]) {
-                // SAFETY: as the caller promises.
-                unsafe { writer.write_row_inline(row, x) }
+            with_features! { avx512 =>
+                unsafe fn avx512(writer: &Writer<'_>, row: usize, x: &[f32]) {
+                    // SAFETY: as the caller promises.
+                    unsafe { writer.write_row_inline(row, x) }
+                }
             }
-            #[target_feature(enable = "avx2")]
-            unsafe fn avx2(writer: &Writer<'_>, row: usize, x: &[f32]) {
-                // SAFETY: as the caller promises.
-                unsafe { writer.write_row_inline(row, x) }
+            with_features! { avx2 =>
+                unsafe fn avx2(writer: &Writer<'_>, row: usize, x: &[f32]) {
+                    // SAFETY: as the caller promises.
+                    unsafe { writer.write_row_inline(row, x) }
+                }
             }
-            let wide = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
-            if wide && is_x86_feature_detected!("avx512dq") {
+            if features::avx512() {
                 // SAFETY: detected; and as the caller promises.
                 return unsafe { avx512(self, row, x) };
             }
-            if is_x86_feature_detected!("avx2") {
+            if features::avx2() {
                 // SAFETY: detected; and as the caller promises.
                 return unsafe { avx2(self, row, x) };
             }
@@ -609,7 +626,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Slot `index` of the planes of tiles, whose blocks have gaps between them.
+    /// Slot `index` of the planes of tiles, which have gaps between their blocks.
     #[inline(always)]
     fn tile_slot(&self, index: usize, rows: usize) -> Slot {
         let slot = self.slot(index, rows);
@@ -622,14 +639,14 @@ impl Writer<'_> {
         let block = index / BLOCK;
         Slot {
             start: block * BLOCK * self.padded / SEGMENT,
-            // A row of the other form has no slot in this plane, and none is asked for.
+            // The stride is right only for rows of this plane's form, and only they are asked for.
             stride: padded_rows(rows.saturating_sub(block * BLOCK).min(BLOCK)),
             first: index % BLOCK,
         }
     }
 
-    /// Writes the codes of segment `at` and their sums; `pair` are the places of its two halves
-    /// in planes that have two numbers a segment.
+    /// Writes the codes of segment `at` and their sums. `pair` has the places of the segment's two
+    /// halves in planes that keep two numbers a segment.
     #[inline(always)]
     unsafe fn write_codes(
         &self,
@@ -670,10 +687,10 @@ impl Writer<'_> {
     }
 }
 
-/// Where a row lies in a plane, in segments.
+/// The place of a row in a plane, counted in segments.
 #[derive(Clone, Copy)]
 struct Slot {
-    /// Of the row's block.
+    /// The first segment of the row's block.
     start: usize,
     /// Rows from one segment to the next.
     stride: usize,
@@ -682,7 +699,8 @@ struct Slot {
 }
 
 impl Slot {
-    /// Rows of a block are neighbours within a segment.
+    /// The place of one of the row's segments. The rows of a block lie beside each other within a
+    /// segment.
     #[inline(always)]
     fn segment(self, segment: usize) -> usize {
         self.start + segment * self.stride + self.first
@@ -698,7 +716,8 @@ fn padded_segment(x: &[f32], segment: usize) -> [f32; SEGMENT] {
     values
 }
 
-/// Writes what each of `planes` holds of a segment: the nearest `bf16`, and the nearest of what that leaves.
+/// Writes a segment to each of `planes`. The first holds the nearest `bf16`, the second the nearest
+/// `bf16` of what the first leaves.
 ///
 /// # Safety
 /// The planes that are not null have room for segment `at`.
@@ -706,7 +725,7 @@ fn padded_segment(x: &[f32], segment: usize) -> [f32; SEGMENT] {
 unsafe fn write_parts(planes: &[*mut u16], at: usize, values: [f32; SEGMENT]) {
     let mut left = values;
     for plane in planes.iter().filter(|plane| !plane.is_null()) {
-        // A loop: `map` over an array stays a call, without this one's features.
+        // A loop and not `map`: a closure would be compiled without this function's features.
         let mut rounded = [0; SEGMENT];
         for (left, rounded) in left.iter_mut().zip(&mut rounded) {
             *rounded = round_to_bf16(*left);
@@ -722,7 +741,7 @@ unsafe fn write_parts(planes: &[*mut u16], at: usize, values: [f32; SEGMENT]) {
 pub(crate) fn quantize_segment(x: &[f32; SEGMENT], fineness: Fineness) -> ([i32; SEGMENT], f32) {
     // The largest code.
     let most = (127 << fineness.low_bits()) as f32;
-    // The bit pattern orders absolute values, with infinities and NaNs above all numbers.
+    // Bit patterns are ordered as absolute values are. Infinities and NaNs are above all numbers.
     let mut bits = 0;
     for value in x {
         bits = bits.max(value.to_bits() & 0x7fff_ffff);
@@ -737,7 +756,7 @@ pub(crate) fn quantize_segment(x: &[f32; SEGMENT], fineness: Fineness) -> ([i32;
     (codes, largest / most)
 }
 
-/// Words, of four neighbours those at 0, 2, 1, 3.
+/// Codes as words. Four neighbours lie in the order 0, 2, 1, 3.
 #[inline(always)]
 fn words_of(codes: &[i32; SEGMENT]) -> [i16; SEGMENT] {
     let mut words = [0; SEGMENT];
@@ -749,7 +768,7 @@ fn words_of(codes: &[i32; SEGMENT]) -> [i16; SEGMENT] {
     words
 }
 
-/// High and low bytes.
+/// Codes as high bytes and low bytes.
 #[inline(always)]
 fn split_codes(codes: &[i32; SEGMENT], fineness: Fineness) -> [[i8; SEGMENT]; 2] {
     let bits = fineness.low_bits();
@@ -761,7 +780,7 @@ fn split_codes(codes: &[i32; SEGMENT], fineness: Fineness) -> [[i8; SEGMENT]; 2]
     [high, low]
 }
 
-/// The nearest `bf16`, ties to even; a NaN stays one.
+/// The nearest `bf16`, ties to even. A NaN stays a NaN.
 #[inline(always)]
 pub(crate) fn round_to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();

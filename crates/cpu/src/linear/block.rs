@@ -4,12 +4,12 @@ use crate::isa::SEGMENT;
 
 /// Rows in a block: the rows of an AMX tile, and what AVX-512's registers hold.
 pub(crate) const BLOCK: usize = 16;
-/// Bytes of a row's segment of codes: the high ones, then the low ones; or words.
+/// Bytes of a row's segment of codes: the high bytes and then the low bytes, or words.
 pub(crate) const CODE_BYTES: usize = 2 * SEGMENT;
 /// Bytes of a tile of weights: a segment of a panel.
 pub(crate) const TILE_BYTES: usize = 1024;
 
-/// The planes of one block, from one of its rows on; segments are `stride` rows apart.
+/// The planes of one block, from one of its rows on. Segments are `stride` rows apart.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BlockView {
     /// Rows from one segment to the next.
@@ -25,8 +25,8 @@ pub(crate) struct BlockView {
 }
 
 impl BlockView {
-    /// The view `segments` further along k, where a row's segment of the operand has `BYTES`
-    /// bytes and the matrix `parts` scales a segment.
+    /// The view `segments` further along k. A row's segment of the operand has `BYTES` bytes, and
+    /// the matrix has `parts` scales a segment.
     #[inline(always)]
     pub(crate) fn after<const BYTES: usize>(self, segments: usize, parts: usize) -> BlockView {
         let rows = segments * self.stride;
@@ -40,7 +40,7 @@ impl BlockView {
     }
 }
 
-/// Rows that a block of `rows` is padded to: those for which kernels exist.
+/// The number of rows that a block of `rows` is padded to. Kernels exist for these numbers only.
 pub(crate) fn padded_rows(rows: usize) -> usize {
     match rows {
         0..=2 => rows,

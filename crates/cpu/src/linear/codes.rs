@@ -1,7 +1,8 @@
 //! Decoding of coded chunks in registers: [`Coded`] for each pair of codes and scales.
 //!
-//! A decoder yields unsigned codes, 64 bytes a vector, and `f32` scales and mins. Scales are exact
-//! (`f16` times at most eight bits fits `f32`), so every ISA decodes the same numbers.
+//! A decoder gives unsigned codes, 64 bytes a vector, and `f32` scales and mins. The scales are
+//! exact, because the product of an `f16` and at most eight bits fits an `f32`. So every
+//! instruction set decodes the same numbers.
 
 use std::marker::PhantomData;
 
@@ -15,7 +16,7 @@ use crate::pack::{PANEL, table};
 pub(crate) trait Coded: 'static {
     /// Bits of an unsigned code after decoding.
     const BITS: u32;
-    /// What the codes are shifted by.
+    /// The code that stands for zero.
     const ZERO: i32;
     /// Bytes of a segment's codes.
     const SEGMENT_BYTES: usize;
@@ -42,7 +43,7 @@ pub(crate) struct Decoded {
 }
 
 /// How codes are stored.
-pub(crate) trait Width: 'static {
+pub(crate) trait StoredCodes: 'static {
     const BITS: u32;
     const ZERO: i32;
     const SEGMENT_BYTES: usize;
@@ -61,7 +62,7 @@ pub(crate) trait Tail: 'static {
 /// Codes of one width with scales of one kind.
 pub(crate) struct Pair<W, T>(PhantomData<(W, T)>);
 
-impl<W: Width, T: Tail> Coded for Pair<W, T> {
+impl<W: StoredCodes, T: Tail> Coded for Pair<W, T> {
     const BITS: u32 = W::BITS;
     const ZERO: i32 = W::ZERO;
     const SEGMENT_BYTES: usize = W::SEGMENT_BYTES;
@@ -91,7 +92,7 @@ impl<W: Width, T: Tail> Coded for Pair<W, T> {
 /// Unsigned codes of `BITS` bits minus `ZERO`.
 pub(crate) struct Plain<const BITS: u32, const ZERO: i32>;
 
-impl<const BITS: u32, const ZERO: i32> Width for Plain<BITS, ZERO> {
+impl<const BITS: u32, const ZERO: i32> StoredCodes for Plain<BITS, ZERO> {
     const BITS: u32 = BITS;
     const ZERO: i32 = ZERO;
     const SEGMENT_BYTES: usize = BITS as usize * 64;
@@ -110,7 +111,7 @@ impl<const BITS: u32, const ZERO: i32> Width for Plain<BITS, ZERO> {
     }
 }
 
-/// Nibbles that index the IQ4 (`BITS` 8) or e2m1 (`BITS` 5) table.
+/// Nibbles that index a table: IQ4's with `BITS` 8, e2m1's with `BITS` 5.
 pub(crate) struct Table<const BITS: u32>;
 
 impl<const BITS: u32> Table<BITS> {
@@ -121,7 +122,7 @@ impl<const BITS: u32> Table<BITS> {
     };
 }
 
-impl<const BITS: u32> Width for Table<BITS> {
+impl<const BITS: u32> StoredCodes for Table<BITS> {
     const BITS: u32 = BITS;
     const ZERO: i32 = if BITS == 8 { 128 } else { 12 };
     const SEGMENT_BYTES: usize = 256;
@@ -213,7 +214,7 @@ unsafe fn eight_bits<S: Simd>(p: *const u8) -> [S::B; 8] {
     }
 }
 
-/// An `f16` scale a segment, and with `MIN` an `f16` min: `Scales::Half`, `Scales::HalfMin`.
+/// One `f16` scale a segment, and with `MIN` one `f16` min: `Scales::Half`, `Scales::HalfMin`.
 pub(crate) struct Half<const MIN: bool>;
 
 impl<const MIN: bool> Tail for Half<MIN> {
@@ -346,7 +347,7 @@ impl Tail for SuperSix {
     }
 }
 
-/// `Scales::E8m0`: the exponent bits of an `f32`; code 0 is the smallest normal's half.
+/// `Scales::E8m0`: the exponent bits of an `f32`. Code 0 is half of the smallest normal number.
 pub(crate) struct E8m0;
 
 impl Tail for E8m0 {
@@ -372,7 +373,7 @@ impl Tail for E8m0 {
     }
 }
 
-/// `Scales::E4m3`: moved into an `f16`, whose exponent bias is 8 larger.
+/// `Scales::E4m3`. The code's bits are moved into an `f16`, whose exponent bias is 8 larger.
 pub(crate) struct E4m3;
 
 impl Tail for E4m3 {
@@ -416,7 +417,7 @@ pub(crate) unsafe fn group_scale<S: Simd>(tail: *const u8, kind: ScaleType) -> S
     }
 }
 
-/// `Scales::Group`; with `ZEROS` its zero points become mins, `-zero * scale`.
+/// `Scales::Group`. With `ZEROS` its zero points become mins, `-zero * scale`.
 pub(crate) struct Group<const ZEROS: bool>;
 
 impl<const ZEROS: bool> Tail for Group<ZEROS> {

@@ -13,26 +13,28 @@ use super::prompt::weights;
 use super::table::{Args, ChooseFn, ExpandFn, Kernels, RunFn, Scratch, Tiles};
 #[cfg(target_arch = "x86_64")]
 use super::table::{BatchFn, Prompt, TileInstructions, ToTilesFn};
+use crate::isa::Isa;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::isa::features::with_features;
 #[cfg(target_arch = "aarch64")]
 use crate::isa::neon::Neon;
 use crate::isa::portable::Portable;
-use crate::isa::{Isa, Simd};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{avx2::Avx2, avx512::Avx512};
-use crate::pack::layout::{Codes, Constants, Fineness, Layout, Operand, Scales};
+use crate::pack::layout::{Codes, Constants, Fineness, Operand, PanelLayout, Scales};
 
-/// An ISA as something that kernels are compiled for.
+/// A set of features that kernels are compiled for.
 trait Target {
-    /// Rows that its registers hold: 4 or 16.
+    /// The most rows whose sums fit its registers: 4 or 16.
     const ROWS_MAX: usize;
-    /// Whether its integer dot takes codes of any width alike.
+    /// Whether its integer dot is the same for codes of every width.
     const ANY_WIDTH: bool;
-    /// Most rows of a block that direct kernels multiply, up to eight at a time: with few registers, or where
-    /// decoding costs more than what it shares, decoding once for all rows wins from there on.
+    /// The most rows that direct kernels multiply. For more rows it is faster to decode once for
+    /// all of them. With few registers that limit is lower.
     const DIRECT_ROWS: usize;
-    /// [`crate::isa::Simd::WORDS`] of its vectors.
+    /// Whether its coded activations are words.
     const WORDS: bool;
-    fn run<K: Kernel, const R: usize>() -> RunFn;
+    fn run<K: PanelKernel, const R: usize>() -> RunFn;
     fn expand<E: Expand>() -> ExpandFn;
 }
 
@@ -42,10 +44,10 @@ impl Target for PortableTarget {
     const ROWS_MAX: usize = 4;
     const ANY_WIDTH: bool = true;
     const DIRECT_ROWS: usize = 0;
-    const WORDS: bool = Portable::WORDS;
-    fn run<K: Kernel, const R: usize>() -> RunFn {
-        unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
-            // SAFETY: as `Kernel::run`; plain Rust runs everywhere.
+    const WORDS: bool = words::<Portable>();
+    fn run<K: PanelKernel, const R: usize>() -> RunFn {
+        unsafe fn run<K: PanelKernel, const R: usize>(args: &Args<'_>) {
+            // SAFETY: as `PanelKernel::run`; plain Rust runs everywhere.
             unsafe { K::run::<Portable, R>(args) }
         }
         run::<K, R>
@@ -62,27 +64,34 @@ impl Target for PortableTarget {
 /// A target whose kernels are compiled with `$features`.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! target {
-    ($name:ident, $simd:ty, $rows:literal, $any_width:literal, $features:literal) => {
+    ($name:ident, $simd:ty, $rows:literal, $any_width:literal, $features:ident) => {
         struct $name;
 
         impl Target for $name {
             const ROWS_MAX: usize = $rows;
             const ANY_WIDTH: bool = $any_width;
             const DIRECT_ROWS: usize = if $rows > 4 { 16 } else { 4 };
-            const WORDS: bool = <$simd>::WORDS;
-            fn run<K: Kernel, const R: usize>() -> RunFn {
-                #[target_feature(enable = $features)]
-                unsafe fn run<K: Kernel, const R: usize>(args: &Args<'_>) {
-                    // SAFETY: as `Kernel::run`.
-                    unsafe { K::run::<$simd, R>(args) }
+            const WORDS: bool = words::<$simd>();
+            fn run<K: PanelKernel, const R: usize>() -> RunFn {
+                with_features! { $features =>
+                    unsafe fn run<K: PanelKernel, const R: usize>(args: &Args<'_>) {
+                        // SAFETY: as `PanelKernel::run`.
+                        unsafe { K::run::<$simd, R>(args) }
+                    }
                 }
                 run::<K, R>
             }
             fn expand<E: Expand>() -> ExpandFn {
-                #[target_feature(enable = $features)]
-                unsafe fn run<E: Expand>(p: *const u8, n: usize, c: &Constants, out: &mut Scratch) {
-                    // SAFETY: as `Expand::expand`.
-                    unsafe { E::expand::<$simd>(p, n, c, out) }
+                with_features! { $features =>
+                    unsafe fn run<E: Expand>(
+                        panel: *const u8,
+                        segments: usize,
+                        constants: &Constants,
+                        out: &mut Scratch,
+                    ) {
+                        // SAFETY: as `Expand::expand`.
+                        unsafe { E::expand::<$simd>(panel, segments, constants, out) }
+                    }
                 }
                 run::<E>
             }
@@ -91,72 +100,74 @@ macro_rules! target {
 }
 
 #[cfg(target_arch = "x86_64")]
-target!(Avx2Target, Avx2<false>, 4, true, "avx2,fma,f16c");
+target!(Avx2Target, Avx2<false>, 4, true, avx2);
 #[cfg(target_arch = "x86_64")]
-target!(AvxVnniTarget, Avx2<true>, 4, true, "avx2,fma,f16c,avxvnni");
+target!(AvxVnniTarget, Avx2<true>, 4, true, avx_vnni);
 #[cfg(target_arch = "x86_64")]
-target!(Avx512Target, Avx512, 16, true, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni");
+target!(Avx512Target, Avx512, 16, true, avx512);
 #[cfg(target_arch = "aarch64")]
-target!(NeonTarget, Neon<false>, 4, false, "neon");
+target!(NeonTarget, Neon<false>, 4, false, neon);
 #[cfg(target_arch = "aarch64")]
-target!(NeonDotTarget, Neon<true>, 4, false, "neon,dotprod");
+target!(NeonDotTarget, Neon<true>, 4, false, neon_dot);
 
-/// The kernels of a matrix.
-pub(crate) fn kernels(isa: Isa, layout: Layout, operand: Operand) -> Kernels {
-    match isa {
+/// The kernels of a matrix. `None` if no kernel reads its codes under its scales.
+pub(crate) fn kernels(isa: Isa, layout: PanelLayout, operand: Operand) -> Option<Kernels> {
+    Some(match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Amx => {
-            let kernels = for_target::<Avx512Target>(layout, operand);
+            let kernels = for_target::<Avx512Target>(layout, operand)?;
             let prompt = match (layout, operand) {
-                // Of fp8 it is not the operand's to say that nothing is rounded.
-                (Layout::Coded(codes, scales), Operand::Int8(_)) => {
-                    let to_tiles = Some(with_coded(codes, scales, OnTiles));
+                (PanelLayout::Coded(codes, scales), Operand::Int8(_)) => {
+                    let to_tiles = Some(with_coded(codes, scales, OnTiles)?);
                     Some(Prompt { to_tiles, products: TileInstructions::Amx })
                 }
+                // Integer codes whose operand is `f32` have no prefill form. The operand of fp8
+                // codes is always `f32`, and they have one.
                 _ => prompt_of_floats(layout, TileInstructions::Amx),
             };
             let tiles = match layout {
-                Layout::Float(FloatType::BF16) => Tiles::Split,
+                PanelLayout::Float(FloatType::BF16) => Tiles::Split,
                 _ => nibbles(layout, operand).map_or(Tiles::None, Tiles::Codes),
             };
             Kernels { prompt, tiles, ..kernels }
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => {
-            let kernels = for_target::<Avx512Target>(layout, operand);
-            // Two dots of bytes are as fast as one of pairs, and exact: codes have no prefill form.
+            let kernels = for_target::<Avx512Target>(layout, operand)?;
+            // Two dots of bytes are as fast as one of pairs, and exact. So integer codes have no
+            // prefill form here.
             if isa.prefers_bf16_dot() { with_dots(kernels, layout) } else { kernels }
         }
         #[cfg(target_arch = "x86_64")]
         Isa::AvxVnni if matches!(operand, Operand::Int8(_)) => {
-            for_target::<AvxVnniTarget>(layout, operand)
+            for_target::<AvxVnniTarget>(layout, operand)?
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::AvxVnni => for_target::<Avx2Target>(layout, operand),
+        Isa::Avx2 | Isa::AvxVnni => for_target::<Avx2Target>(layout, operand)?,
         #[cfg(target_arch = "aarch64")]
         Isa::NeonDot if matches!(operand, Operand::Int8(_)) => {
-            for_target::<NeonDotTarget>(layout, operand)
+            for_target::<NeonDotTarget>(layout, operand)?
         }
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon | Isa::NeonDot => for_target::<NeonTarget>(layout, operand),
-        _ => for_target::<PortableTarget>(layout, operand),
-    }
+        Isa::Neon | Isa::NeonDot => for_target::<NeonTarget>(layout, operand)?,
+        _ => for_target::<PortableTarget>(layout, operand)?,
+    })
 }
 
-/// `kernels` whose rows in the prefill form are multiplied by AVX-512's dots of `bf16` pairs, where
-/// the weights are floats of 16 or 8 bits.
+/// `kernels`, but rows in the prefill form are multiplied by AVX-512's `bf16` dots if the weights
+/// are `bf16` or fp8.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn with_dots(kernels: Kernels, layout: Layout) -> Kernels {
+pub(super) fn with_dots(kernels: Kernels, layout: PanelLayout) -> Kernels {
     Kernels { prompt: prompt_of_floats(layout, TileInstructions::Dots), ..kernels }
 }
 
 /// The products of `bf16` and fp8 weights with rows in the prefill form.
 #[cfg(target_arch = "x86_64")]
-fn prompt_of_floats(layout: Layout, products: TileInstructions) -> Option<Prompt> {
+fn prompt_of_floats(layout: PanelLayout, products: TileInstructions) -> Option<Prompt> {
     let to_tiles: Option<ToTilesFn> = match layout {
-        Layout::Float(FloatType::BF16) => None,
-        Layout::Coded(Codes::F8E4m3, _) => Some(weights::to_tiles_of_floats::<Float8E4m3>),
-        Layout::Coded(Codes::F8E5m2, _) => Some(weights::to_tiles_of_floats::<Float8E5m2>),
+        PanelLayout::Float(FloatType::BF16) => None,
+        PanelLayout::Coded(Codes::F8E4m3, _) => Some(weights::to_tiles_of_floats::<Float8E4m3>),
+        PanelLayout::Coded(Codes::F8E5m2, _) => Some(weights::to_tiles_of_floats::<Float8E5m2>),
         _ => return None,
     };
     Some(Prompt { to_tiles, products })
@@ -187,20 +198,20 @@ fn scaled_floats<T: Target, W: Float>() -> Kernels {
     }
 }
 
-fn for_target<T: Target>(layout: Layout, operand: Operand) -> Kernels {
-    match layout {
-        Layout::Float(FloatType::F32) => Kernels { expand: None, ..floats::<T, Single>() },
-        Layout::Float(FloatType::F16) => floats::<T, HalfFloat>(),
-        Layout::Float(FloatType::BF16) => floats::<T, Brain>(),
-        Layout::Coded(Codes::F8E4m3, _) => scaled_floats::<T, Float8E4m3>(),
-        Layout::Coded(Codes::F8E5m2, _) => scaled_floats::<T, Float8E5m2>(),
-        Layout::Coded(codes, scales) => {
-            with_coded(codes, scales, OnTarget::<T>(operand, PhantomData))
+fn for_target<T: Target>(layout: PanelLayout, operand: Operand) -> Option<Kernels> {
+    Some(match layout {
+        PanelLayout::Float(FloatType::F32) => Kernels { expand: None, ..floats::<T, Single>() },
+        PanelLayout::Float(FloatType::F16) => floats::<T, HalfFloat>(),
+        PanelLayout::Float(FloatType::BF16) => floats::<T, Brain>(),
+        PanelLayout::Coded(Codes::F8E4m3, _) => scaled_floats::<T, Float8E4m3>(),
+        PanelLayout::Coded(Codes::F8E5m2, _) => scaled_floats::<T, Float8E5m2>(),
+        PanelLayout::Coded(codes, scales) => {
+            with_coded(codes, scales, OnTarget::<T>(operand, PhantomData))?
         }
-    }
+    })
 }
 
-/// Something to make of a coded format.
+/// A function of the type of a coded format.
 trait Visit {
     type Output;
     fn with<C: Coded>(self) -> Self::Output;
@@ -230,8 +241,10 @@ impl Visit for OnTiles {
 
 /// The kernel for batches of rows in the decoding form.
 #[cfg(target_arch = "x86_64")]
-fn nibbles(layout: Layout, operand: Operand) -> Option<BatchFn> {
-    let (Layout::Coded(codes, scales), Operand::Int8(_)) = (layout, operand) else { return None };
+fn nibbles(layout: PanelLayout, operand: Operand) -> Option<BatchFn> {
+    let (PanelLayout::Coded(codes, scales), Operand::Int8(_)) = (layout, operand) else {
+        return None;
+    };
     let zeros = matches!(scales, Scales::Group { zeros: true, .. });
     Some(match (codes, scales) {
         (Codes::Signed4, Scales::Half) => decode::nibbles_of::<Pair<Plain<4, 8>, Half<false>>>,
@@ -247,10 +260,10 @@ fn nibbles(layout: Layout, operand: Operand) -> Option<BatchFn> {
     })
 }
 
-/// The type that stands for a pair of codes and scales.
-fn with_coded<V: Visit>(codes: Codes, scales: Scales, visit: V) -> V::Output {
+/// Calls `visit` with the type that stands for a pair of codes and scales, if there is one.
+fn with_coded<V: Visit>(codes: Codes, scales: Scales, visit: V) -> Option<V::Output> {
     let zeros = matches!(scales, Scales::Group { zeros: true, .. });
-    match (codes, scales) {
+    Some(match (codes, scales) {
         (Codes::Signed4, Scales::Half) => visit.with::<Pair<Plain<4, 8>, Half<false>>>(),
         (Codes::Unsigned4, Scales::HalfMin) => visit.with::<Pair<Plain<4, 0>, Half<true>>>(),
         (Codes::Signed5, Scales::Half) => visit.with::<Pair<Plain<5, 16>, Half<false>>>(),
@@ -271,8 +284,8 @@ fn with_coded<V: Visit>(codes: Codes, scales: Scales, visit: V) -> V::Output {
             visit.with::<Pair<Plain<8, 128>, Group<true>>>()
         }
         (Codes::Signed8, Scales::Group { .. }) => visit.with::<Pair<Plain<8, 128>, Group<false>>>(),
-        (codes, scales) => unreachable!("no layout has {codes:?} with {scales:?}"),
-    }
+        _ => return None,
+    })
 }
 
 fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
@@ -302,19 +315,27 @@ fn coded<T: Target, C: Coded>(operand: Operand) -> Kernels {
     }
 }
 
-/// The kernel of expanded codes: how wide they are matters where a dot could saturate, and four bits meet other
-/// activations. Width 8 stands for all where that makes no difference.
+/// The kernel of expanded codes. Its type has the codes' width where a dot could saturate, and
+/// where codes of four bits meet coarser activations. Elsewhere width 8 stands for every width.
 fn tile<T: Target>(bits: u32, parts: usize, min: bool) -> ChooseFn {
     const FINE: u32 = Fineness::Fine.low_bits();
     const COARSE: u32 = Fineness::Coarse.low_bits();
-    let bits = if T::WORDS || T::ANY_WIDTH && bits != 4 { 8 } else { bits };
+    if T::WORDS || T::ANY_WIDTH {
+        let coarse = bits == 4 && !T::WORDS;
+        return match (coarse, parts, min) {
+            (true, _, false) => rows_of::<T, Tile<4, COARSE, 1, false>>,
+            (true, _, true) => rows_of::<T, Tile<4, COARSE, 1, true>>,
+            (false, 1, false) => rows_of::<T, Tile<8, FINE, 1, false>>,
+            (false, 1, true) => rows_of::<T, Tile<8, FINE, 1, true>>,
+            (false, _, _) => rows_of::<T, Tile<8, FINE, 2, false>>,
+        };
+    }
     match (bits, parts, min) {
         (8, 1, false) => rows_of::<T, Tile<8, FINE, 1, false>>,
         (8, 1, true) => rows_of::<T, Tile<8, FINE, 1, true>>,
         (8, _, _) => rows_of::<T, Tile<8, FINE, 2, false>>,
         (4, _, false) => rows_of::<T, Tile<4, COARSE, 1, false>>,
         (4, _, true) => rows_of::<T, Tile<4, COARSE, 1, true>>,
-        _ if T::ANY_WIDTH => unreachable!("width 8 stands for {bits}"),
         (5, 1, false) => rows_of::<T, Tile<5, FINE, 1, false>>,
         (5, 1, true) => rows_of::<T, Tile<5, FINE, 1, true>>,
         (5, _, _) => rows_of::<T, Tile<5, FINE, 2, false>>,
@@ -322,7 +343,7 @@ fn tile<T: Target>(bits: u32, parts: usize, min: bool) -> ChooseFn {
     }
 }
 
-/// The instance of a kernel whose type depends on how many panels it takes.
+/// Chooses the instance of a kernel that multiplies several panels at once.
 macro_rules! choose_direct {
     ($name:ident, $bound:ident, $kernel:ident) => {
         fn $name<T: Target, C: $bound>(rows: usize, panels: usize) -> (RunFn, usize, usize) {
@@ -342,9 +363,10 @@ choose_direct!(direct_rows_of, Coded, Direct);
 choose_direct!(direct_floats_of, Float, DirectFloats);
 choose_direct!(direct_scaled_of, Float, DirectScaled);
 
-/// The instance for the most rows that `left`, the registers and the kernel allow. Only default
-/// kernels are instantiated for many numbers of rows: each instance costs seconds of building.
-fn rows_of<T: Target, K: Kernel>(left: usize) -> (RunFn, usize) {
+/// The instance for the most rows that `left`, the registers and the kernel allow. Only tuned
+/// kernels have instances for many numbers of rows, because each instance costs seconds of
+/// building.
+fn rows_of<T: Target, K: PanelKernel>(left: usize) -> (RunFn, usize) {
     match left.min(T::ROWS_MAX) {
         16.. if T::ROWS_MAX >= 16 => (T::run::<K, 16>(), 16),
         12.. if T::ROWS_MAX >= 16 && K::TUNED => (T::run::<K, 12>(), 12),

@@ -1,59 +1,179 @@
 //! The arithmetic of one panel against up to sixteen rows, generic over ISA and format.
 //!
-//! Each output is one lane of one accumulator, added to in the order of k:
+//! Each output is one lane of one accumulator. Terms are added to it in the order of k:
 //! ```text
-//! coded: acc = fma(dw * dx, f32(-zero * sum(qx) + sum(qw * qx)), acc)   a segment (or half) at a time,
-//!                                                                       qx = 2^n * high + low
+//! coded: acc = fma(dw * dx, f32(-zero * sum(qx) + sum(qw * qx)), acc)  a segment (or half) at a
+//!                                                                      time, qx = 2^n * high + low
 //!        acc = fma(min, dx * sum(qx), acc)                             formats with a min
 //! float: acc = fma(w, x, acc)                                          a position at a time
 //! fp8  : acc = fma(w * dw, x, acc)                                     a position at a time
 //! ```
-//! The integer dot is exact, so any ISA may compute it in any order. The number of rows (`R`)
-//! changes which accumulators exist, never what is added to one of them; nor does it matter
-//! whether codes come straight from the panel ([`Direct`]: up to eight rows of one block) or
-//! from a scratch where [`Expand`] put eight segments for all rows to share ([`Tile`]).
+//! The integer dot is exact, so any instruction set may compute it in any order. The number of rows
+//! (`R`) changes how many accumulators exist, but not what is added to one of them. Codes may come
+//! straight from the panel ([`Direct`], up to eight rows of one block), or from a scratch where
+//! [`Expand`] put eight segments for all rows ([`Tile`]). That changes nothing either.
 
 use std::marker::PhantomData;
 
 use super::block::{BLOCK, BlockView, CODE_BYTES};
 use super::codes::{Coded, Decoded, Group, Tail, group_scale};
 use super::table::{Args, Scratch};
-use crate::isa::{self, SEGMENT, Simd, unroll};
+use crate::isa::{self, ByteCodes, ByteDots, SEGMENT, Simd, WordCodes, WordDots, unroll};
 use crate::pack::PANEL;
 use crate::pack::layout::{Constants, Fineness};
 
-/// What a kernel does with a run: one of the types below, for one format.
-pub(crate) trait Kernel: 'static {
-    /// Whether it is worth an instance for every number of rows.
+/// The arithmetic of a run of segments. Each type below implements it for some formats.
+pub(crate) trait PanelKernel: 'static {
+    /// Whether the kernel has an instance for every number of rows that blocks are padded to.
     const TUNED: bool;
     /// # Safety
     /// `S` runs here; `args` covers `segments` segments of this kernel's weights and of `R` rows
     /// of its operand; `acc` has `R` vectors.
-    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>);
+    unsafe fn run<S: CodedSimd, const R: usize>(args: &Args<'_>);
 }
 
-/// [`add_segment`] of codes that were expanded to words.
-#[inline(always)]
-unsafe fn add_words<S: Simd, const R: usize, const PARTS: usize, const MIN: bool>(
-    codes: *const u8,
-    scales: *const f32,
-    mins: *const f32,
-    rows: &BlockView,
-    acc: &mut [S::F; R],
-) {
-    // SAFETY: the caller gives `R` rows and the segment's codes, scales and mins.
-    unsafe {
-        unroll!(part in PARTS => {
-            let codes = codes.add(part * SEGMENT * 2 * PANEL / PARTS);
-            let x = rows.x.add(part * CODE_BYTES / PARTS);
-            let start = rows.offsets.add(part * rows.stride);
-            let dots = S::dot_words::<R>(SEGMENT / 2 / PARTS, start, codes, x, CODE_BYTES);
-            add_scaled::<S, R>(S::load(scales.add(part * PANEL)), &dots, rows, acc);
-        });
-        if MIN {
-            add_min::<S, R>(mins, rows, acc);
+/// Vectors with the steps of kernels that depend on the form of coded activations.
+pub(crate) trait CodedSimd: Simd<Codes: CodeForm<Self>> {}
+
+impl<S: Simd<Codes: CodeForm<S>>> CodedSimd for S {}
+
+/// The steps of kernels that differ between activations of bytes and of words.
+pub(crate) trait CodeForm<S: Simd> {
+    /// Whether activations and expanded codes are words.
+    const WORDS: bool;
+
+    /// Adds the dots of positions that share a scale to the accumulators of `R` rows.
+    ///
+    /// # Safety
+    /// `S` runs here; `rows` has `R` rows of `4 * N` positions.
+    unsafe fn add_dots<const N: usize, const R: usize>(
+        widths: [u32; 2],
+        codes: &[S::B; N],
+        scale: S::F,
+        rows: &BlockView,
+        acc: &mut [S::F; R],
+    );
+
+    /// Writes a vector of codes where [`CodeForm::add_expanded`] reads them.
+    ///
+    /// # Safety
+    /// `S` runs here; `to` has room for 64 bytes, or 128 of words.
+    unsafe fn store(to: *mut u8, codes: S::B);
+
+    /// Adds the dots of one expanded segment to the accumulators of `R` rows.
+    ///
+    /// # Safety
+    /// `S` runs here; `codes`, `scales` and `mins` hold the segment, `rows` has `R` rows.
+    unsafe fn add_expanded<const R: usize, const PARTS: usize, const MIN: bool>(
+        widths: [u32; 2],
+        codes: *const u8,
+        scales: *const f32,
+        mins: *const f32,
+        rows: &BlockView,
+        acc: &mut [S::F; R],
+    );
+}
+
+impl<S: ByteDots> CodeForm<S> for ByteCodes {
+    const WORDS: bool = false;
+
+    #[inline(always)]
+    unsafe fn add_dots<const N: usize, const R: usize>(
+        widths: [u32; 2],
+        codes: &[S::B; N],
+        scale: S::F,
+        rows: &BlockView,
+        acc: &mut [S::F; R],
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            unroll!(r in R => {
+                let x = rows.x.add(CODE_BYTES * r).cast();
+                let dot = S::dot::<N>(widths, *rows.offsets.add(r), codes, x);
+                let factor = S::mul(scale, S::splat(*rows.scales.add(r)));
+                acc[r] = S::fma(factor, S::to_f(dot), acc[r]);
+            });
         }
     }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut u8, codes: S::B) {
+        // SAFETY: as the caller promises.
+        unsafe { S::store_b(to, codes) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_expanded<const R: usize, const PARTS: usize, const MIN: bool>(
+        widths: [u32; 2],
+        codes: *const u8,
+        scales: *const f32,
+        mins: *const f32,
+        rows: &BlockView,
+        acc: &mut [S::F; R],
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let mut vectors = [S::load_b(codes); 8];
+            unroll!(j in 8 => {
+                vectors[j] = S::load_b(codes.add(64 * j));
+            });
+            add_segment::<S, R, PARTS, MIN>(widths, &vectors, scales, mins, rows, acc);
+        }
+    }
+}
+
+impl<S: WordDots> CodeForm<S> for WordCodes {
+    const WORDS: bool = true;
+
+    #[inline(always)]
+    unsafe fn add_dots<const N: usize, const R: usize>(
+        _widths: [u32; 2],
+        codes: &[S::B; N],
+        scale: S::F,
+        rows: &BlockView,
+        acc: &mut [S::F; R],
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let dots = S::dots::<N, R>(rows.offsets, codes, rows.x.cast(), CODE_BYTES);
+            add_scaled::<S, R>(scale, &dots, rows, acc);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut u8, codes: S::B) {
+        // SAFETY: as the caller promises.
+        unsafe { S::store_words(to, codes) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_expanded<const R: usize, const PARTS: usize, const MIN: bool>(
+        _widths: [u32; 2],
+        codes: *const u8,
+        scales: *const f32,
+        mins: *const f32,
+        rows: &BlockView,
+        acc: &mut [S::F; R],
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            unroll!(part in PARTS => {
+                let codes = codes.add(part * SEGMENT * 2 * PANEL / PARTS);
+                let x = rows.x.add(part * CODE_BYTES / PARTS);
+                let start = rows.offsets.add(part * rows.stride);
+                let dots = S::dot_words::<R>(SEGMENT / 2 / PARTS, start, codes, x, CODE_BYTES);
+                add_scaled::<S, R>(S::load(scales.add(part * PANEL)), &dots, rows, acc);
+            });
+            if MIN {
+                add_min::<S, R>(mins, rows, acc);
+            }
+        }
+    }
+}
+
+/// Whether the vectors' coded activations are words.
+pub(crate) const fn words<S: CodedSimd>() -> bool {
+    <S::Codes as CodeForm<S>>::WORDS
 }
 
 /// A segment's min times the sum of its activations.
@@ -74,7 +194,7 @@ unsafe fn add_min<S: Simd, const R: usize>(
 
 /// Integer dots of one segment, added to the accumulators of `R` rows.
 #[inline(always)]
-unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bool>(
+unsafe fn add_segment<S: CodedSimd, const R: usize, const PARTS: usize, const MIN: bool>(
     widths: [u32; 2],
     codes: &[S::B; 8],
     scales: *const f32,
@@ -85,46 +205,21 @@ unsafe fn add_segment<S: Simd, const R: usize, const PARTS: usize, const MIN: bo
     // SAFETY: the caller gives `R` rows and the segment's vectors of scales and mins.
     unsafe {
         if PARTS == 1 {
-            add_dots::<S, 8, R>(widths, codes, scales, rows, acc);
+            S::Codes::add_dots::<8, R>(widths, codes, S::load(scales), rows, acc);
         } else {
             let low = [codes[0], codes[1], codes[2], codes[3]];
             let high = [codes[4], codes[5], codes[6], codes[7]];
             let second = BlockView {
-                x: rows.x.add(if S::WORDS { SEGMENT } else { SEGMENT / 2 }),
+                x: rows.x.add(if words::<S>() { SEGMENT } else { SEGMENT / 2 }),
                 offsets: rows.offsets.add(rows.stride),
                 ..*rows
             };
-            add_dots::<S, 4, R>(widths, &low, scales, rows, acc);
-            add_dots::<S, 4, R>(widths, &high, scales.add(PANEL), &second, acc);
+            S::Codes::add_dots::<4, R>(widths, &low, S::load(scales), rows, acc);
+            let scale = S::load(scales.add(PANEL));
+            S::Codes::add_dots::<4, R>(widths, &high, scale, &second, acc);
         }
         if MIN {
             add_min::<S, R>(mins, rows, acc);
-        }
-    }
-}
-
-/// The dots of what shares a scale, for `R` rows.
-#[inline(always)]
-unsafe fn add_dots<S: Simd, const N: usize, const R: usize>(
-    widths: [u32; 2],
-    codes: &[S::B; N],
-    scales: *const f32,
-    rows: &BlockView,
-    acc: &mut [S::F; R],
-) {
-    // SAFETY: the caller gives `R` rows and a vector of scales.
-    unsafe {
-        let scale = S::load(scales);
-        if S::WORDS {
-            let dots = S::dots::<N, R>(rows.offsets, codes, rows.x.cast(), CODE_BYTES);
-            add_scaled::<S, R>(scale, &dots, rows, acc);
-        } else {
-            unroll!(r in R => {
-                let x = rows.x.add(CODE_BYTES * r).cast();
-                let dot = S::dot::<N>(widths, *rows.offsets.add(r), codes, x);
-                let factor = S::mul(scale, S::splat(*rows.scales.add(r)));
-                acc[r] = S::fma(factor, S::to_f(dot), acc[r]);
-            });
         }
     }
 }
@@ -169,29 +264,30 @@ pub(super) unsafe fn store_acc<S: Simd, const R: usize>(acc: *mut f32, all: [S::
     }
 }
 
-/// `P` packed panels side by side times coded activations: more chains for the arithmetic to hide in,
-/// and more streams for the memory to serve.
+/// Multiplies `P` packed panels by coded activations. Several panels give the processor more
+/// independent sums and the memory more streams to serve.
 pub(crate) struct Direct<C, const P: usize>(PhantomData<C>);
 
-/// How far ahead of its use a packed panel is asked for. On Sapphire Rapids (two threads, 33 GB/s
-/// from memory) Q4_0 with one row reads 18 GB/s with neither, 24 with this, 28.6 with four panels too.
+/// Bytes between what a kernel reads and what it asks the memory for (docs/performance-notes.md has
+/// the measurement).
 pub(super) const AHEAD_BYTES: usize = 4096;
-/// From a byte of one of `panels` panels side by side to the one that is wanted [`AHEAD_BYTES`] later:
-/// past the panel's end that is in the panel which takes its place.
+/// The bytes from a byte of one of `panels` neighbouring panels to the byte that is read
+/// [`AHEAD_BYTES`] later. Past the panel's end that byte lies in the panel that is read next in its
+/// place.
 #[inline(always)]
 fn ahead(offset: usize, panels: usize, panel_bytes: usize) -> usize {
     let next = if offset + AHEAD_BYTES < panel_bytes { 0 } else { (panels - 1) * panel_bytes };
     AHEAD_BYTES + next
 }
 
-/// Floats of a block's product: from one panel's accumulators to the next's.
+/// Floats from one panel's accumulators to the next panel's.
 const PRODUCT: usize = BLOCK * PANEL;
 
-impl<C: Coded, const P: usize> Kernel for Direct<C, P> {
+impl<C: Coded, const P: usize> PanelKernel for Direct<C, P> {
     const TUNED: bool = true;
 
     #[inline(always)]
-    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>) {
+    unsafe fn run<S: CodedSimd, const R: usize>(args: &Args<'_>) {
         // SAFETY: as the caller promises; a chunk has at most eight segments of two parts.
         unsafe {
             let constants = args.constants;
@@ -238,7 +334,7 @@ impl<C: Coded, const P: usize> Kernel for Direct<C, P> {
 
 /// [`add_segment`] with the format's own constants.
 #[inline(always)]
-unsafe fn add_segment_of<S: Simd, C: Coded, const R: usize, const PARTS: usize>(
+unsafe fn add_segment_of<S: CodedSimd, C: Coded, const R: usize, const PARTS: usize>(
     codes: &[S::B; 8],
     scales: *const f32,
     mins: *const f32,
@@ -259,8 +355,9 @@ unsafe fn add_segment_of<S: Simd, C: Coded, const R: usize, const PARTS: usize>(
 /// Decodes a batch for kernels that many rows share.
 pub(crate) trait Expand: 'static {
     /// # Safety
-    /// `S` runs here, and `panel` has `segments` (at most [`super::table::BATCH`]) segments in whole chunks.
-    unsafe fn expand<S: Simd>(
+    /// `S` runs here, and `panel` has `segments` (at most [`super::table::BATCH`]) segments in
+    /// whole chunks.
+    unsafe fn expand<S: CodedSimd>(
         panel: *const u8,
         segments: usize,
         constants: &Constants,
@@ -269,8 +366,8 @@ pub(crate) trait Expand: 'static {
 }
 
 /// Bytes of a segment of expanded codes.
-const fn expanded_bytes<S: Simd>() -> usize {
-    SEGMENT * PANEL * if S::WORDS { 2 } else { 1 }
+const fn expanded_bytes<S: CodedSimd>() -> usize {
+    SEGMENT * PANEL * if words::<S>() { 2 } else { 1 }
 }
 
 /// To unsigned bytes or words, and scales.
@@ -278,7 +375,7 @@ pub(crate) struct ToCodes<C>(PhantomData<C>);
 
 impl<C: Coded> Expand for ToCodes<C> {
     #[inline(always)]
-    unsafe fn expand<S: Simd>(
+    unsafe fn expand<S: CodedSimd>(
         panel: *const u8,
         segments: usize,
         constants: &Constants,
@@ -295,11 +392,7 @@ impl<C: Coded> Expand for ToCodes<C> {
                 for _ in 0..in_chunk {
                     let vectors = C::codes::<S>(panel);
                     unroll!(j in 8 => {
-                        if S::WORDS {
-                            S::store_words(codes.add(128 * j), vectors[j]);
-                        } else {
-                            S::store_b(codes.add(64 * j), vectors[j]);
-                        }
+                        S::Codes::store(codes.add(expanded_bytes::<S>() / 8 * j), vectors[j]);
                     });
                     panel = panel.add(C::SEGMENT_BYTES);
                     codes = codes.add(expanded_bytes::<S>());
@@ -318,7 +411,7 @@ pub(crate) struct ToFloats<C>(PhantomData<C>);
 
 impl<C: Coded> Expand for ToFloats<C> {
     #[inline(always)]
-    unsafe fn expand<S: Simd>(
+    unsafe fn expand<S: CodedSimd>(
         panel: *const u8,
         segments: usize,
         constants: &Constants,
@@ -364,7 +457,12 @@ pub(crate) struct ToWide<W>(PhantomData<W>);
 
 impl<W: Float> Expand for ToWide<W> {
     #[inline(always)]
-    unsafe fn expand<S: Simd>(panel: *const u8, segments: usize, _: &Constants, out: &mut Scratch) {
+    unsafe fn expand<S: CodedSimd>(
+        panel: *const u8,
+        segments: usize,
+        _: &Constants,
+        out: &mut Scratch,
+    ) {
         let to = out.weights.as_mut_ptr();
         for pair in 0..segments * SEGMENT / 2 {
             // SAFETY: as the caller promises.
@@ -382,7 +480,7 @@ pub(crate) struct ToScaledFloats<W>(PhantomData<W>);
 
 impl<W: Float> Expand for ToScaledFloats<W> {
     #[inline(always)]
-    unsafe fn expand<S: Simd>(
+    unsafe fn expand<S: CodedSimd>(
         panel: *const u8,
         segments: usize,
         constants: &Constants,
@@ -409,7 +507,7 @@ impl<W: Float> Expand for ToScaledFloats<W> {
     }
 }
 
-/// Asks for `len` bytes from `start` on, which need not be readable.
+/// Asks for the cache lines of `len` bytes from `start` on. They need not be readable.
 #[inline(always)]
 pub(super) fn prefetch(start: *const u8, len: usize) {
     for line in (0..len).step_by(64) {
@@ -417,16 +515,17 @@ pub(super) fn prefetch(start: *const u8, len: usize) {
     }
 }
 
-/// Expanded codes of `BITS` times codes of activations whose low byte has `LOW_BITS`.
+/// Multiplies expanded codes of `BITS` bits by codes of activations whose low byte has `LOW_BITS`
+/// bits.
 pub(crate) struct Tile<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool>;
 
-impl<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool> Kernel
+impl<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool> PanelKernel
     for Tile<BITS, LOW_BITS, PARTS, MIN>
 {
     const TUNED: bool = true;
 
     #[inline(always)]
-    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>) {
+    unsafe fn run<S: CodedSimd, const R: usize>(args: &Args<'_>) {
         // SAFETY: as the caller promises.
         unsafe {
             let mut acc = load_acc::<S, R>(args.acc);
@@ -439,16 +538,8 @@ impl<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool> 
                 let p = args.weights.add(segment * expanded_bytes::<S>());
                 let scales = args.scales.add(segment * PARTS * PANEL);
                 let mins = args.mins.add(segment * PANEL);
-                if S::WORDS {
-                    add_words::<S, R, PARTS, MIN>(p, scales, mins, &rows, &mut acc);
-                } else {
-                    let mut codes = [S::load_b(p); 8];
-                    unroll!(j in 8 => {
-                        codes[j] = S::load_b(p.add(64 * j));
-                    });
-                    let widths = [BITS, LOW_BITS];
-                    add_segment::<S, R, PARTS, MIN>(widths, &codes, scales, mins, &rows, &mut acc);
-                }
+                let widths = [BITS, LOW_BITS];
+                S::Codes::add_expanded::<R, PARTS, MIN>(widths, p, scales, mins, &rows, &mut acc);
                 rows = rows.after::<CODE_BYTES>(1, PARTS);
             }
             store_acc::<S, R>(args.acc, acc);
@@ -456,7 +547,7 @@ impl<const BITS: u32, const LOW_BITS: u32, const PARTS: usize, const MIN: bool> 
     }
 }
 
-/// Plain floats of 16 or 32 bits, loaded as `f32`.
+/// Floats of 8, 16 or 32 bits, loaded as `f32`.
 pub(crate) trait Float: 'static {
     /// Bytes of two positions of sixteen lanes.
     const PAIR_BYTES: usize;
@@ -464,7 +555,7 @@ pub(crate) trait Float: 'static {
     unsafe fn pair<S: Simd>(p: *const u8) -> (S::F, S::F);
 }
 
-/// `f32` weights, or expanded ones.
+/// `f32` weights, or weights that were expanded to `f32`.
 pub(crate) struct Single;
 
 impl Float for Single {
@@ -488,7 +579,7 @@ impl Float for HalfFloat {
     }
 }
 
-/// `bf16` weights, pairs in words.
+/// `bf16` weights. A word holds two neighbours along k.
 pub(crate) struct Brain;
 
 impl Float for Brain {
@@ -530,11 +621,11 @@ impl Float for Float8E5m2 {
 /// As [`Direct`], for float weights.
 pub(crate) struct DirectFloats<W, const P: usize>(PhantomData<W>);
 
-impl<W: Float, const P: usize> Kernel for DirectFloats<W, P> {
+impl<W: Float, const P: usize> PanelKernel for DirectFloats<W, P> {
     const TUNED: bool = true;
 
     #[inline(always)]
-    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>) {
+    unsafe fn run<S: CodedSimd, const R: usize>(args: &Args<'_>) {
         // SAFETY: as the caller promises.
         unsafe {
             let mut acc = [[S::splat(0.0); R]; P];
@@ -570,11 +661,11 @@ impl<W: Float, const P: usize> Kernel for DirectFloats<W, P> {
 /// As [`DirectFloats`], for fp8 under the scales of [`Group`].
 pub(crate) struct DirectScaled<W, const P: usize>(PhantomData<W>);
 
-impl<W: Float, const P: usize> Kernel for DirectScaled<W, P> {
+impl<W: Float, const P: usize> PanelKernel for DirectScaled<W, P> {
     const TUNED: bool = true;
 
     #[inline(always)]
-    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>) {
+    unsafe fn run<S: CodedSimd, const R: usize>(args: &Args<'_>) {
         // SAFETY: as the caller promises.
         unsafe {
             let constants = args.constants;
@@ -623,11 +714,11 @@ impl<W: Float, const P: usize> Kernel for DirectScaled<W, P> {
 /// Float weights times `f32` activations.
 pub(crate) struct Widened<W>(PhantomData<W>);
 
-impl<W: Float> Kernel for Widened<W> {
+impl<W: Float> PanelKernel for Widened<W> {
     const TUNED: bool = false;
 
     #[inline(always)]
-    unsafe fn run<S: Simd, const R: usize>(args: &Args<'_>) {
+    unsafe fn run<S: CodedSimd, const R: usize>(args: &Args<'_>) {
         // SAFETY: as the caller promises.
         unsafe {
             let mut acc = load_acc::<S, R>(args.acc);

@@ -1,4 +1,4 @@
-//! `Matrix`: a packed weight with the kernels that multiply it.
+//! `Matrix`: a packed weight and the kernels that multiply it.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use super::table::Kernels;
 use crate::pack::PackedMatrix;
 use crate::pack::layout::Operand;
 
-/// A packed weight `[rows, columns]`, and what multiplies it. Cloning shares the memory.
+/// A packed weight `[rows, columns]` and its kernels. Clones share the memory.
 #[derive(Debug, Clone)]
 pub struct Matrix {
     pub(crate) packed: PackedMatrix,
@@ -16,7 +16,7 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// Multiplies rows in the prefill form as all others are.
+    /// The same matrix, but rows in the prefill form are multiplied as all others are.
     pub(crate) fn without_prefill_form(self) -> Matrix {
         Matrix { kernels: self.kernels.without_prompt(), ..self }
     }
@@ -36,7 +36,8 @@ impl Matrix {
         self.packed.bytes()
     }
 
-    /// Rows `range` as a matrix of its own, sharing the memory: one expert of a stack.
+    /// Rows `range` as a matrix of their own, which shares the memory. One expert of a stack is
+    /// such a matrix.
     ///
     /// # Panics
     /// If `range` leaves the matrix or does not start on a multiple of 16.
@@ -48,7 +49,7 @@ impl Matrix {
         self.packed.panels()
     }
 
-    /// From a panel to the next, in bytes.
+    /// Bytes from a panel to the next.
     pub(crate) fn panel_bytes(&self) -> usize {
         self.packed.panel_bytes()
     }

@@ -1,13 +1,16 @@
-//! Matrix products of packed weights and prepared rows: `out[r, o] = sum over k of w[o, k] x[r, k]`.
+//! Matrix products of packed weights and prepared rows: `out[r, o] = sum over k of w[o, k] x[r,
+//! k]`.
 //!
-//! [`matmul`] divides the panels of all parts of a linear group among the workers by bytes, so
-//! that each streams one run of memory; `kernels` has the arithmetic, `activations` the
-//! operand, `codes` the decoders, `dispatch` the choice of kernel. One row, a small batch and a prefill chunk run the
-//! same kernels with more or fewer accumulators, but where the machine multiplies pairs of `bf16` (AMX,
-//! AVX-512 BF16): rows in the prefill form are tiles of such pairs, in units that whoever is free takes (`prompt`), and some formats take
-//! decoding rows as tiles of AMX too (`amx`).
+//! [`matmul`] divides the panels of all parts of a linear group among the workers by bytes, so that
+//! each worker reads one run of memory. `kernels` has the arithmetic, `activations` prepares the
+//! input, `codes` decodes weights, and `dispatch` chooses kernels.
+//!
+//! One row, a small batch and a prefill chunk run the same kernels with more or fewer accumulators.
+//! There are two exceptions on machines that multiply pairs of `bf16` (AMX, AVX-512 BF16). Rows in
+//! the prefill form are multiplied as tiles of such pairs (`prompt`), in units that whichever
+//! worker is free takes. Some formats multiply decoding rows as AMX tiles too (`amx`).
 
-// Only x86-64 has rows in tiles.
+// Only x86-64 multiplies rows as tiles.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -37,7 +40,7 @@ pub use matrix::Matrix;
 
 use crate::gang::{Gang, share};
 use crate::isa::Isa;
-use crate::pack::layout::{Layout, Offset, Operand};
+use crate::pack::layout::{Offset, Operand, PanelLayout};
 use crate::pack::{PANEL, PackedMatrix};
 use block::{BLOCK, padded_rows};
 use output::{Output, store};
@@ -45,11 +48,11 @@ use output::{Output, store};
 use table::Tiles;
 use table::{Args, BATCH, ChooseFn, DirectFn, ExpandFn, Scratch};
 
-/// Elements of activations that stay in a core's second-level cache while panels pass by.
+/// The number of activations that stay in a core's second-level cache while panels are read.
 const CACHED_ELEMENTS: usize = 512 << 10;
-/// Panels that direct kernels multiply at a time, at most.
+/// The most panels that direct kernels multiply at a time.
 const PANELS_AT_ONCE: usize = 4;
-/// Blocks of rows that one worker multiplies by a panel while the panel is decoded.
+/// The most blocks of rows that one worker multiplies by a panel after decoding it once.
 const BLOCKS_AT_ONCE: usize = 16;
 
 impl Matrix {
@@ -58,22 +61,26 @@ impl Matrix {
     /// in anything but `f32`.
     ///
     /// # Errors
-    /// As [`PackedMatrix::pack`].
+    /// As [`PackedMatrix::pack`], and [`BackendError::Unsupported`] for codes under scales that
+    /// no kernel reads.
     pub fn pack(tensor: &Tensor, isa: Isa, exact: bool) -> Result<Matrix, BackendError> {
         let packed = PackedMatrix::pack(tensor)?;
         let operand = operand(packed.layout, exact);
-        let kernels = dispatch::kernels(isa, packed.layout, operand);
+        let kernels = dispatch::kernels(isa, packed.layout, operand).ok_or_else(|| {
+            let feature = format!("weights in {} laid out as {:?}", tensor.format, packed.layout);
+            BackendError::Unsupported { backend: "cpu", feature }
+        })?;
         let kernels = if exact { kernels.exact() } else { kernels };
         Ok(Matrix { packed, operand, kernels })
     }
 }
 
-/// Floats meet activations as they are: rounding those to `bf16`, for the sake of the machines'
-/// dots of `bf16`, moves logits of tiny models by 0.01 to 0.2, by 4 where it sends a token to
-/// another expert, and saves no byte of the weights that decoding is bound by.
-fn operand(layout: Layout, exact: bool) -> Operand {
+/// How a matrix meets its input. Float weights multiply activations in `f32`. Rounding activations
+/// to `bf16` would move logits of tiny models by 0.01 to 0.2, and by 4 where a token goes to
+/// another expert. It would save no byte of the weights, which decoding waits for.
+fn operand(layout: PanelLayout, exact: bool) -> Operand {
     match layout {
-        Layout::Coded(codes, scales) if !exact && !codes.is_float() => Operand::Int8(Offset {
+        PanelLayout::Coded(codes, scales) if !exact && !codes.is_float() => Operand::Int8(Offset {
             zero: codes.zero(),
             parts: scales.parts(),
             fineness: codes.fineness(),
@@ -162,8 +169,8 @@ impl Job<'_, '_> {
         }
     }
 
-    /// The part and panels of unit `unit`, if each part that `takes` part has its panels cut into units of
-    /// `panels`; `None` past the last.
+    /// The part and the panels of unit `unit`. The panels of each part that `takes` accepts are cut
+    /// into units of `panels`. `None` past the last unit.
     #[cfg(target_arch = "x86_64")]
     fn unit(
         &self,
@@ -183,9 +190,10 @@ impl Job<'_, '_> {
         None
     }
 
-    /// Multiplies rows in the prefill form, a few panels by a pass of rows after the other: whoever is free takes
-    /// the next, as cores that are shared with others run at very different speeds. All panels take a
-    /// pass of rows before the next pass, so that those rows stay in the cache.
+    /// Multiplies rows in the prefill form. A unit of work is a few panels and a pass of rows, and
+    /// whichever worker is free takes the next unit, because cores that are shared with other
+    /// programs run at different speeds. All panels multiply a pass of rows before the next pass
+    /// begins, so these rows stay in the cache.
     ///
     /// # Safety
     /// Workers have numbers of their own below `workers`, and the same `next`.
@@ -213,14 +221,16 @@ impl Job<'_, '_> {
             let (matrix, out) = (self.matrix(part), self.output(part));
             let Some(prompt) = matrix.kernels.prompt else { break };
             let rows = first..blocks.min(first + pass);
-            // SAFETY: units are disjoint; a matrix has products only where their instructions are available.
+            // SAFETY: units are disjoint; a matrix has products only where their instructions are
+            // available.
             unsafe {
                 prompt::multiply(prompt, matrix, self.activations, panels, rows, &out, scratch);
             }
         }
     }
 
-    /// The share `(index, of)` of the panels, against a share of the blocks of rows: what no unit takes.
+    /// Multiplies a share `(index, of)` of the panels by a share of the blocks of rows. It does
+    /// what [`Job::prompt_units`] leaves.
     ///
     /// # Safety
     /// Concurrent calls have disjoint shares of panels or of rows.
@@ -246,11 +256,11 @@ impl Job<'_, '_> {
     }
 }
 
-/// Panels of a unit of rows in the prefill form, at most.
+/// The most panels of a unit of rows in the prefill form.
 #[cfg(target_arch = "x86_64")]
 const UNIT_PANELS: usize = 32;
 
-/// Multiplies `blocks` of rows by `panels`, a cacheful of rows at a time.
+/// Multiplies `blocks` of rows by `panels`, as many rows at a time as a cache holds.
 ///
 /// # Safety
 /// `out` is `[rows, out]`, and nobody else touches those elements.
@@ -294,7 +304,8 @@ unsafe fn panels_by_blocks(
     }
 }
 
-/// Multiplies one block of few rows by `panels`, some at a time, straight from the packed bytes.
+/// Multiplies one block of few rows by `panels`, some of them at a time, straight from the packed
+/// bytes.
 ///
 /// # Safety
 /// As [`panels_by_blocks`].
@@ -313,7 +324,8 @@ unsafe fn panels_direct(
         let (_, _, count) = choose(rows, panels.end - panel);
         let mut row = 0;
         while row < rows {
-            // Fewer rows than the first take as few panels: what is left of six or twelve.
+            // Blocks of 6 and 12 rows take two calls. The first call multiplies one panel, so the
+            // second one does too.
             let (kernel, at_once, _) =
                 choose(rows - row, if row == 0 { panels.end - panel } else { 1 });
             for product in &mut product[..count] {
@@ -352,7 +364,7 @@ unsafe fn panel_by_blocks(
     // when the matrix was packed, and the activations serve it.
     unsafe {
         product.write_bytes(0, blocks.len());
-        let run = Run { matrix, activations, panel, blocks: blocks.clone(), product };
+        let run = PanelProduct { matrix, activations, panel, blocks: blocks.clone(), product };
         match (matrix.kernels.plain, matrix.kernels.expand) {
             (plain, Some(expand)) if plain.is_none() || blocks.len() > 1 => run.expanded(expand),
             (plain, _) => run.plain(plain.unwrap_or(matrix.kernels.tile)),
@@ -363,34 +375,34 @@ unsafe fn panel_by_blocks(
     }
 }
 
-/// Where kernels find a run of segments.
+/// The weights of a run of segments, as kernels read them.
 #[derive(Clone, Copy)]
-struct Source<'a> {
+struct SegmentWeights<'a> {
     weights: *const u8,
     /// Scales and mins, if the weights were expanded.
     scratch: Option<&'a Scratch>,
-    /// Packed bytes that are wanted soon, or null.
+    /// Packed bytes that are read next, or null.
     next: *const u8,
 }
 
-impl Source<'_> {
+impl SegmentWeights<'_> {
     fn packed(weights: *const u8) -> Self {
-        Source { weights, scratch: None, next: std::ptr::null() }
+        SegmentWeights { weights, scratch: None, next: std::ptr::null() }
     }
 }
 
 /// One panel against some blocks of rows.
-struct Run<'a> {
+struct PanelProduct<'a> {
     matrix: &'a Matrix,
     activations: &'a Activations,
     panel: usize,
     blocks: Range<usize>,
-    /// By block.
+    /// The sums of each block.
     product: *mut [f32; BLOCK * PANEL],
 }
 
-impl Run<'_> {
-    /// A batch of segments at a time, decoded once for all rows.
+impl PanelProduct<'_> {
+    /// Decodes a batch of segments at a time, once for all rows.
     ///
     /// # Safety
     /// As [`panel_by_blocks`].
@@ -407,16 +419,17 @@ impl Run<'_> {
                 let scratch = &mut *scratch.as_mut_ptr();
                 let packed = self.matrix.packed.segment(self.panel, first);
                 expand(packed, some.len(), &self.matrix.packed.constants, scratch);
-                // While rows multiply this batch, the next one arrives.
+                // The next batch is fetched while rows multiply this one.
                 let next = packed.wrapping_add(batch_bytes);
                 let weights = scratch.weights.as_ptr().cast();
-                let source = Source { weights, scratch: Some(scratch), next };
+                let source = SegmentWeights { weights, scratch: Some(scratch), next };
                 self.segments(source, some, self.matrix.kernels.tile);
             }
         }
     }
 
-    /// Numbers that kernels read as they are packed; in batches if several blocks share them.
+    /// Multiplies numbers that kernels read as they are packed, in batches if several blocks share
+    /// them.
     ///
     /// # Safety
     /// As [`panel_by_blocks`].
@@ -427,7 +440,7 @@ impl Run<'_> {
             let some = first..total.min(first + batch);
             let packed = self.matrix.packed.segment(self.panel, first);
             // SAFETY: as the caller promises.
-            unsafe { self.segments(Source::packed(packed), some, choose) };
+            unsafe { self.segments(SegmentWeights::packed(packed), some, choose) };
         }
     }
 
@@ -435,7 +448,12 @@ impl Run<'_> {
     ///
     /// # Safety
     /// As [`panel_by_blocks`]; `source` holds those segments for `choose`'s kernels.
-    unsafe fn segments(&self, source: Source<'_>, segments: Range<usize>, choose: ChooseFn) {
+    unsafe fn segments(
+        &self,
+        source: SegmentWeights<'_>,
+        segments: Range<usize>,
+        choose: ChooseFn,
+    ) {
         let none = std::ptr::null();
         let mut next = source.next;
         for (index, block) in self.blocks.clone().enumerate() {

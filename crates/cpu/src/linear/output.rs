@@ -1,11 +1,11 @@
-//! Where products go.
+//! What happens to a product: a bias is added, and it is written or added to `out`.
 
 use super::activations::Activations;
 use super::block::BLOCK;
 use super::matrix::Matrix;
 use crate::pack::PANEL;
 
-/// Where a part's product goes.
+/// The destination of a part's product.
 pub(super) struct Output<'a> {
     pub(super) pointer: *mut f32,
     pub(super) bias: Option<&'a [f32]>,
@@ -13,7 +13,8 @@ pub(super) struct Output<'a> {
 }
 
 impl Output<'_> {
-    /// Writes the sums of a row's outputs from `from` on, or adds them, with the bias.
+    /// Writes the sums of a row's outputs from `from` on, with the bias, or adds them to what is
+    /// there.
     #[inline(always)]
     pub(super) fn store(&self, sums: &[f32], from: usize, to: &mut [f32]) {
         for (lane, value) in to.iter_mut().enumerate() {
@@ -21,13 +22,14 @@ impl Output<'_> {
             if let Some(bias) = self.bias {
                 sum += bias[from + lane];
             }
-            // Times 1 changes no bit.
+            // A product with 1 changes no bit.
             *value = self.accumulate.map_or(sum, |scale| *value + sum * scale);
         }
     }
 }
 
-/// Adds the bias, and writes or adds the product of one panel to the rows of a block.
+/// Adds the bias to the product of one panel, and writes it to the rows of a block or adds it to
+/// them.
 ///
 /// # Safety
 /// `out` is `[rows, out]`, and nobody else touches the elements of this block and panel.

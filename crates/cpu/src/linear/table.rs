@@ -1,21 +1,21 @@
-//! The table of a matrix's kernels: function types, and what the functions take.
+//! The table of a matrix's kernels: the types of the functions and of their arguments.
 
 use super::block::BlockView;
 use crate::isa::SEGMENT;
 use crate::pack::PANEL;
 use crate::pack::layout::Constants;
 
-/// Segments that are expanded at once.
+/// The most segments that are expanded at once.
 pub(crate) const BATCH: usize = 8;
 
-/// A run of segments of one panel against the first rows of a block.
+/// The arguments of a kernel: a run of segments of one panel, and rows of a block.
 #[derive(Clone, Copy)]
 pub(crate) struct Args<'a> {
     /// The packed panel, or expanded codes or numbers.
     pub(crate) weights: *const u8,
-    /// From one packed panel to the next, for kernels of several.
+    /// Bytes from one packed panel to the next, for kernels of several panels.
     pub(crate) panel_bytes: usize,
-    /// Packed bytes that the next call expands, to be fetched meanwhile; null for none.
+    /// Packed bytes that the next call expands. They are fetched meanwhile. Null if there are none.
     pub(crate) next: *const u8,
     /// Expanded scales, `[segments][parts][16]`.
     pub(crate) scales: *const f32,
@@ -25,16 +25,16 @@ pub(crate) struct Args<'a> {
     pub(crate) segments: usize,
     /// The activations at the first segment.
     pub(crate) rows: BlockView,
-    /// What the run adds to, `[R][16]`.
+    /// The accumulators, `[R][16]`.
     pub(crate) acc: *mut f32,
-    /// The matrix's.
+    /// The constants of the matrix.
     pub(crate) constants: &'a Constants,
 }
 
-/// Where a batch of segments is expanded to.
+/// Memory for a batch of expanded segments.
 #[repr(C, align(64))]
 pub(crate) struct Scratch {
-    /// Codes `[segments][8][64]`, the same as words ([`crate::isa::Simd::WORDS`]), or `f32` numbers `[segments][32][16]`.
+    /// Codes `[segments][8][64]` as bytes or as words, or `f32` numbers `[segments][32][16]`.
     pub(crate) weights: [f32; BATCH * SEGMENT * PANEL],
     /// `[segments][parts][16]`.
     pub(crate) scales: [f32; BATCH * 2 * PANEL],
@@ -42,59 +42,62 @@ pub(crate) struct Scratch {
     pub(crate) mins: [f32; BATCH * PANEL],
 }
 
-/// A kernel instantiated for one ISA and number of rows. Unsafe as [`super::kernels::Kernel::run`].
+/// A kernel for one instruction set and number of rows. Unsafe as
+/// [`super::kernels::PanelKernel::run`].
 pub(crate) type RunFn = unsafe fn(&Args<'_>);
 /// Unsafe as [`super::kernels::Expand::expand`].
 pub(crate) type ExpandFn = unsafe fn(*const u8, usize, &Constants, &mut Scratch);
-/// Writes segments (whole chunks) as tiles of `bf16` pairs, `[segments][16][16][2]`. Unsafe as [`super::kernels::Expand::expand`].
+/// Writes segments (whole chunks) as tiles of `bf16` pairs, `[segments][16][16][2]`. Unsafe as
+/// [`super::kernels::Expand::expand`].
 #[cfg(target_arch = "x86_64")]
 pub(crate) type ToTilesFn = unsafe fn(*const u8, usize, &Constants, *mut u8);
-/// The instance for the most rows up to those given, and how many it takes.
+/// The instance for the most rows up to the given number, and that number of rows.
 pub(crate) type ChooseFn = fn(usize) -> (RunFn, usize);
 
-/// The instance for the most rows and panels up to those given, and how many of each it takes.
+/// The instance for the most rows and panels up to the given numbers, and those two numbers.
 pub(crate) type DirectFn = fn(usize, usize) -> (RunFn, usize, usize);
 
-/// The instance for a block padded to so many rows.
+/// The instance for a block that is padded to the given number of rows.
 pub(crate) type BatchFn = fn(usize) -> RunFn;
 
 /// The kernels of one matrix.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kernels {
-    /// Reads the packed panel, for one block of few rows.
+    /// Multiplies one block of few rows straight from the packed panel.
     pub(crate) direct: Option<DirectFn>,
-    /// Most rows that `direct` takes.
+    /// The most rows that `direct` multiplies.
     pub(crate) direct_rows: usize,
-    /// Straight from the packed panel, for one block of rows; absent if codes must be decoded.
+    /// Multiplies one block of rows straight from the packed panel. `None` if codes must be
+    /// decoded.
     pub(crate) plain: Option<ChooseFn>,
-    /// Decodes a batch for `tile`; absent if `tile` reads the packed panel.
+    /// Decodes a batch for `tile`. `None` if `tile` reads the packed panel.
     pub(crate) expand: Option<ExpandFn>,
-    /// For any number of rows.
+    /// Multiplies any number of rows.
     pub(crate) tile: ChooseFn,
-    /// For rows in the prefill form, if they are not multiplied as all others are.
+    /// Multiplies rows in the prefill form, if they are not multiplied as all others are.
     #[cfg(target_arch = "x86_64")]
     pub(crate) prompt: Option<Prompt>,
-    /// What AMX multiplies of the rows in the decoding form.
+    /// Which rows in the decoding form AMX multiplies.
     pub(crate) tiles: Tiles,
-    /// Whether coded activations are words ([`crate::isa::Simd::WORDS`]).
+    /// Whether coded activations are words ([`crate::isa::WordCodes`]).
     pub(crate) words: bool,
 }
 
-/// What AMX tiles multiply of the rows in the decoding form.
+/// Which rows in the decoding form AMX tiles multiply.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Tiles {
-    /// Nothing.
+    /// No rows.
     None,
-    /// All of them, in two parts of `bf16`: packed panels are tiles.
+    /// All rows, in two parts of `bf16`. The packed panels are tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     Split,
-    /// Blocks of several rows as codes.
+    /// Blocks of several rows, as codes.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     Codes(BatchFn),
 }
 
 impl Kernels {
-    /// Whether rows in the prefill form are multiplied as none else.
+    /// Whether rows in the prefill form have kernels of their own.
     pub(crate) fn has_prompt(&self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return self.prompt.is_some();
@@ -102,7 +105,7 @@ impl Kernels {
         false
     }
 
-    /// Multiplies rows in the prefill form as all others are.
+    /// The same kernels without those for rows in the prefill form.
     pub(crate) fn without_prompt(self) -> Kernels {
         Kernels {
             #[cfg(target_arch = "x86_64")]
@@ -111,17 +114,17 @@ impl Kernels {
         }
     }
 
-    /// Leaves out what rounds floats to `bf16`.
+    /// The same kernels without those that round floats to `bf16`.
     pub(crate) fn exact(self) -> Kernels {
         Kernels { tiles: Tiles::None, ..self.without_prompt() }
     }
 }
 
-/// How a matrix meets rows in the prefill form.
+/// How a matrix multiplies rows in the prefill form.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Prompt {
-    /// Decodes segments to tiles; absent if packed panels are tiles.
+    /// Decodes segments to tiles. `None` if packed panels are tiles.
     pub(crate) to_tiles: Option<ToTilesFn>,
     /// The instructions that multiply the tiles.
     pub(crate) products: TileInstructions,

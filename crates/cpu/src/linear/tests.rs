@@ -1,5 +1,5 @@
-//! Every kernel x ISA of this machine x format x odd shapes, against a scalar oracle; and the
-//! bits of a row's product, which must not depend on the rows beside it.
+//! Compares every kernel, instruction set of this machine, format and odd shape with a scalar
+//! oracle. Also checks that the bits of a row's product do not depend on the rows beside it.
 
 mod formats;
 
@@ -16,7 +16,7 @@ use crate::gang::Gang;
 use crate::isa::{Isa, SEGMENT};
 use crate::pack::layout::Operand;
 
-/// A small generator: tests need variety, not quality.
+/// A small generator of random numbers. Tests need variety, not quality.
 struct Random(u64);
 
 impl Random {
@@ -34,7 +34,8 @@ fn isas() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.is_available())
 }
 
-/// `weight` as each ISA of this machine multiplies it, and as AVX-512's dots do where it has them and does not choose them.
+/// `weight`, packed for each instruction set of this machine, and once more for AVX-512's `bf16`
+/// dots if the machine has them but prefers other kernels.
 fn packed_by_all(weight: &Tensor) -> Vec<(String, Matrix)> {
     let pack = |isa| Matrix::pack(weight, isa, false).expect("packs");
     let all = isas().map(|isa| (isa.to_string(), pack(isa)));
@@ -66,7 +67,7 @@ fn column_counts(format: Format) -> Vec<usize> {
     }
 }
 
-/// `[rows, out]` of the packed matrix, `threads` at once.
+/// The product `[rows, out]`, computed by `threads` threads.
 fn product(packed: &Matrix, x: &[f32], threads: usize) -> Vec<f32> {
     let gang = Gang::new(threads);
     let mut activations = Activations::new();
@@ -114,7 +115,7 @@ fn check(name: &str, got: &[f32], expected: &[(f64, f64)], out: usize) {
     }
 }
 
-/// Some rows beyond what one block holds, and every number up to that and one more.
+/// Every number of rows up to one more than a block holds, and some larger ones.
 const ROWS: [usize; 19] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 33, 65];
 
 #[test]
@@ -122,7 +123,8 @@ fn kernels_agree_with_the_oracle() {
     let mut random = Random(1);
     for format in formats::layouts() {
         for columns in column_counts(format) {
-            // One panel and less, and more than the kernels of several panels take.
+            // One panel, less than one, and more than the kernels of several panels multiply at
+            // once.
             for out in [1, 16, 83] {
                 let weight = tensor(format, out, columns, &mut random);
                 let dequantized = weight.to_f32();
@@ -151,7 +153,7 @@ fn kernels_agree_with_the_oracle() {
     }
 }
 
-/// Formats that share a layout differ in where their scales come from.
+/// Formats that share a layout differ in where their scales are stored.
 #[test]
 fn every_format_is_laid_out_as_it_reads() {
     let mut random = Random(8);
@@ -182,8 +184,8 @@ fn formats_without_kernels_are_refused_by_name() {
     }
 }
 
-/// Packed, a matrix has the bytes of its file but for scales that are repeated every 256
-/// positions, fp6 (which becomes fp8) and the gaps between panels.
+/// A packed matrix has the bytes of its file. The exceptions are scales that are repeated every 256
+/// positions, fp6 (which becomes fp8), and the gaps between panels.
 #[test]
 fn weights_stay_as_small_as_they_are() {
     let (rows, columns) = (64, 2048);
@@ -211,7 +213,7 @@ fn weights_stay_as_small_as_they_are() {
     }
 }
 
-/// Kernels read the code as 480, so packing must not let it through.
+/// Kernels read a NaN's code as 480, so packing must not let it through.
 #[test]
 fn a_nan_among_fp8_codes_is_not_hidden() {
     for (block, scale) in [
@@ -284,7 +286,8 @@ fn a_row_does_not_depend_on_its_neighbours() {
 #[test]
 fn kernels_agree_to_the_bit_across_isas() {
     let mut random = Random(3);
-    // Those of floats too: one chain of fused products for each output, whatever the lanes, but for tiles of `bf16`.
+    // Kernels of floats agree too, because each output is one chain of fused products on every
+    // instruction set. Tiles of `bf16` are the exception.
     for format in formats::layouts() {
         let (out, columns) = (50, 1024);
         let weight = tensor(format, out, columns, &mut random);
@@ -362,19 +365,20 @@ fn bias_residual_and_groups_of_parts() {
     }
 }
 
-/// Rows in the prefill form: `bf16` weights and activations where AMX or AVX-512 multiply pairs of them, no
-/// difference elsewhere, and rows in the decoding form as if they were alone.
+/// Where AMX or AVX-512 multiply pairs of `bf16`, rows in the prefill form have `bf16` weights and
+/// activations. Elsewhere the form changes nothing. Rows in the decoding form are computed as if
+/// they were alone.
 #[test]
 fn rows_of_both_forms_lie_beside_each_other() {
     let mut random = Random(7);
     for format in formats::kernels() {
-        // Some with more of k than tiles take at once.
+        // Some formats have more positions along k than tiles multiply at once.
         let long = matches!(format, Format::Ggml(GgmlType::Q4_K) | Format::BF16);
         let columns = if long { 2304 } else { 288_usize.next_multiple_of(format.block_len()) };
         let weight = tensor(format, 70, columns, &mut random);
         let rounded_weight: Vec<f32> =
             weight.to_f32().iter().map(|&w| half::bf16::from_f32(w).to_f32()).collect();
-        // Several pairs of blocks of tiles.
+        // These rows are several pairs of blocks of tiles.
         let rows = 89;
         let x = random.values(rows * columns);
         let before = random.values(rows * 70);
@@ -407,7 +411,7 @@ fn rows_of_both_forms_lie_beside_each_other() {
                         .zip(&bias)
                         .map(|((sum, before), bias)| sum - before - bias)
                         .collect();
-                    // Two parts leave less than `check` allows.
+                    // Two parts err less than `check` allows.
                     let round = |&x: &f32| half::bf16::from_f32(x).to_f32();
                     let x = if parts == 1 { x.iter().map(round).collect() } else { x.to_vec() };
                     let name = format!("{format} {isa} in {parts} parts");

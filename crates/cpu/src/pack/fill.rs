@@ -1,31 +1,28 @@
-//! Writing panels from a tensor's rows, with the widest vectors that the machine has (packing moves
-//! bits: every width gives the same).
+//! Writes panels from a tensor's rows, with the widest vectors of the machine. Packing moves bits,
+//! so every width gives the same bytes.
 //!
-//! Loading a model reads the file's bytes once and writes as many, into memory that the system
-//! clears when it is first touched. Of these three the clearing cannot be helped; the rest is to
-//! run at the memory's speed, for which [`super::words`] has the transposition and [`populate`]
-//! and the packing loops' prefetches the page table and the cache.
+//! Loading a model reads the file's bytes once and writes as many. The system clears the memory
+//! when it is first touched, which cannot be avoided. The rest should run at the memory's speed.
+//! [`super::words`] transposes in registers, [`populate`] fills the page table, and the packing
+//! loops prefetch.
 //!
-//! Predicted for one core of an AMD EPYC 7001 that reads 10 and copies 5 GB/s: 0.15 s for 0.73 GB.
-//! Measured there (source mapped from the page cache, pages of the target already touched; GB/s of
-//! the file's bytes, 2026-11-26): Q4_0 0.69 before, 3.9 to 5.3 now; Q4_K 0.70, 3.4 to 3.9; Q6_K
-//! 0.53, 2.8 to 3.0; `bf16` 2.1, 3.9 to 5.5; without prefetches Q4_0 2.0. In the cache: Q4_0 7.7,
-//! Q4_K 9.2, Q6_K 7.5, `bf16` 9.1. Stores past the cache gave `bf16` nothing, Q6_K a
-//! tenth, and cost Q4_0, whose chunks are no whole lines, a factor of three.
+//! docs/performance-notes.md has measurements.
 
 use std::ops::Range;
 
 use lathe_tensor::{FloatType, Format, GgmlType, Tensor};
 
 use super::PANEL;
-use super::layout::Layout;
-use super::words::{Rows, Words};
+use super::layout::PanelLayout;
+use super::words::{RowPointers, Words};
 use super::{float, ggml, scaled};
 use crate::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::features::with_features;
 
 /// Makes the pages that hold rows `rows` of `tensor` readable in one call. A file's pages are in
-/// memory but not in this process's page table; one fault for each 64 KiB costs more than the
-/// call, and prefetches of pages that are not in the table yet are dropped.
+/// memory but not in this process's page table. One fault for each 64 KiB costs more than the call,
+/// and prefetches of pages outside of the table are dropped.
 pub(crate) fn populate(tensor: &Tensor, rows: Range<usize>) {
     let row_bytes = match tensor.format {
         Format::Scaled(format) => (tensor.columns() * format.element.bits()).div_ceil(8),
@@ -47,8 +44,8 @@ fn populate_bytes(bytes: &[u8]) {
 #[cfg(not(target_os = "linux"))]
 fn populate_bytes(_bytes: &[u8]) {}
 
-/// Where the numbers of a panel come from.
-enum Source<'a> {
+/// The rows of a tensor that become one panel.
+enum PanelRows<'a> {
     Ggml(GgmlType, Lines<'a>),
     Float(FloatType, Lines<'a>),
     Scaled(&'a Tensor, Range<usize>),
@@ -56,11 +53,11 @@ enum Source<'a> {
 
 /// Sixteen rows of bytes.
 struct Lines<'a> {
-    rows: Rows,
+    rows: RowPointers,
     row_bytes: usize,
-    /// Behind these rows, where the next panel's lie.
+    /// The address behind these rows, where the next panel's rows lie.
     next: *const u8,
-    /// Stands in for rows past the matrix's end.
+    /// Zeros, which replace rows past the end of the matrix.
     _zeros: Vec<u8>,
     _bytes: &'a [u8],
 }
@@ -81,31 +78,39 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Writes the panel `out`, which is zeroed, from up to sixteen rows of the tensor.
-pub(crate) fn fill_panel(tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
+/// Writes a panel from up to sixteen rows of the tensor. `out` is zeroed.
+pub(crate) fn fill_panel(tensor: &Tensor, layout: PanelLayout, rows: Range<usize>, out: &mut [u8]) {
     let widest = [Isa::Avx512, Isa::Avx2].into_iter().find(|isa| isa.is_available());
     fill_panel_with(widest.unwrap_or(Isa::Portable), tensor, layout, rows, out);
 }
 
-/// As [`fill_panel`], with the vectors of `isa`, which this machine must have.
-fn fill_panel_with(isa: Isa, tensor: &Tensor, layout: Layout, rows: Range<usize>, out: &mut [u8]) {
+/// As [`fill_panel`] with the vectors of `isa`, which this machine must have.
+fn fill_panel_with(
+    isa: Isa,
+    tensor: &Tensor,
+    layout: PanelLayout,
+    rows: Range<usize>,
+    out: &mut [u8],
+) {
     let source = match tensor.format {
-        Format::Scaled(_) => Source::Scaled(tensor, rows),
-        Format::Ggml(kind) => Source::Ggml(kind, Lines::new(tensor, rows)),
-        Format::Float(kind) => Source::Float(kind, Lines::new(tensor, rows)),
+        Format::Scaled(_) => PanelRows::Scaled(tensor, rows),
+        Format::Ggml(kind) => PanelRows::Ggml(kind, Lines::new(tensor, rows)),
+        Format::Float(kind) => PanelRows::Float(kind, Lines::new(tensor, rows)),
     };
     #[cfg(target_arch = "x86_64")]
     {
         use super::words::x86::{Avx2, Avx512};
-        #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl")]
-        fn avx512(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
-            // SAFETY: the features are enabled here.
-            unsafe { fill::<Avx512>(source, layout, out) }
+        with_features! { avx512 =>
+            fn avx512(source: &PanelRows<'_>, layout: PanelLayout, out: &mut [u8]) {
+                // SAFETY: the features are enabled here.
+                unsafe { fill::<Avx512>(source, layout, out) }
+            }
         }
-        #[target_feature(enable = "avx2")]
-        fn avx2(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
-            // SAFETY: the features are enabled here.
-            unsafe { fill::<Avx2>(source, layout, out) }
+        with_features! { avx2 =>
+            fn avx2(source: &PanelRows<'_>, layout: PanelLayout, out: &mut [u8]) {
+                // SAFETY: the features are enabled here.
+                unsafe { fill::<Avx2>(source, layout, out) }
+            }
         }
         match isa {
             // SAFETY: available, so the caller promised.
@@ -124,10 +129,10 @@ fn fill_panel_with(isa: Isa, tensor: &Tensor, layout: Layout, rows: Range<usize>
 /// # Safety
 /// The machine has `W`'s features.
 #[inline(always)]
-unsafe fn fill<W: Words>(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
+unsafe fn fill<W: Words>(source: &PanelRows<'_>, layout: PanelLayout, out: &mut [u8]) {
     let chunk_bytes = layout.chunk_bytes();
     match source {
-        Source::Ggml(kind, lines) => {
+        PanelRows::Ggml(kind, lines) => {
             let chunks = lines.row_bytes / kind.block_bytes();
             assert!(out.len() >= chunks * chunk_bytes, "room for the panel");
             // SAFETY: each row has so many blocks, and `out` the room.
@@ -135,7 +140,7 @@ unsafe fn fill<W: Words>(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
                 ggml::place_panel::<W>(*kind, &lines.rows, chunks, lines.next, out.as_mut_ptr())
             }
         }
-        Source::Float(kind, lines) => {
+        PanelRows::Float(kind, lines) => {
             let row_bytes = lines.row_bytes;
             assert!(out.len() >= row_bytes.next_multiple_of(4) * PANEL, "room for the panel");
             // SAFETY: as above.
@@ -143,7 +148,7 @@ unsafe fn fill<W: Words>(source: &Source<'_>, layout: Layout, out: &mut [u8]) {
                 float::place_panel::<W>(*kind, &lines.rows, row_bytes, lines.next, out.as_mut_ptr())
             }
         }
-        Source::Scaled(tensor, rows) => {
+        PanelRows::Scaled(tensor, rows) => {
             // SAFETY: the caller's features.
             unsafe { scaled::place_panel::<W>(tensor, layout, rows.clone(), out) }
         }
@@ -187,12 +192,12 @@ mod tests {
         Tensor::new_scaled(shape, format, codes, scales, zeros, global).expect("a tensor")
     }
 
-    /// The panel's bytes, with a margin that nothing may write.
+    /// The bytes of a panel, and a margin that nothing may write.
     fn panel(isa: Isa, tensor: &Tensor, rows: Range<usize>) -> Vec<u8> {
         const MARGIN: usize = 64;
         let layout = match tensor.format {
-            Format::Float(kind) => Layout::Float(kind),
-            Format::Ggml(kind) => Layout::of_ggml(kind),
+            Format::Float(kind) => PanelLayout::Float(kind),
+            Format::Ggml(kind) => PanelLayout::of_ggml(kind),
             Format::Scaled(format) => scaled::layout(&format, tensor.columns()).expect("a layout"),
         };
         let chunk = layout.chunk_segments() * crate::isa::SEGMENT;
@@ -240,8 +245,8 @@ mod tests {
         }
     }
 
-    /// A panel is a permutation of its rows' bits: what each lane holds is told apart by packing
-    /// one row alone. (That products of packed matrices are right is tested beside the kernels.)
+    /// A panel is a permutation of its rows' bits. Packing one row alone shows where its bits go.
+    /// Tests beside the kernels check the products of packed matrices.
     #[test]
     fn rows_do_not_mix() {
         for format in formats() {
@@ -259,7 +264,7 @@ mod tests {
         }
     }
 
-    /// The tensor with all bits of the planes zero but for those of `row`.
+    /// The tensor with all bits zero but those of `row`.
     fn only_row(tensor: &Tensor, row: usize) -> Tensor {
         let only = |plane: &Bytes| {
             let each = plane.len() / tensor.rows();

@@ -1,24 +1,24 @@
-//! Panels of plain floats: the transposition alone.
+//! Panels of plain floats, which are only transposed.
 
 use lathe_tensor::FloatType;
 
 use super::PANEL;
-use super::words::{Rows, Words, prefetch};
+use super::words::{RowPointers, Words, prefetch};
 
 /// Bytes of a row that one step transposes.
 const STEP: usize = 16;
 
-/// Writes a panel from `row_bytes` bytes of each row: units of four bytes (an `f32`, a pair of
-/// `bf16`) or two (an `f16`), each beside the other rows'. What is behind the last row's end in
-/// `out` stays as it is, which is zero.
+/// Writes a panel from `row_bytes` bytes of each row. A unit of four bytes (an `f32`, a pair of
+/// `bf16`) or two bytes (an `f16`) lies beside the same unit of the other rows. Bytes of `out`
+/// behind the end of the rows stay zero.
 ///
 /// # Safety
-/// Rows have `row_bytes` bytes, `out` has room for sixteen times as many, rounded up to a unit; the
+/// Rows have `row_bytes` bytes, `out` has room for sixteen times as many, rounded up to a unit. The
 /// machine has `W`'s features.
 #[inline(always)]
 pub(crate) unsafe fn place_panel<W: Words>(
     kind: FloatType,
-    rows: &Rows,
+    rows: &RowPointers,
     row_bytes: usize,
     next: *const u8,
     out: *mut u8,

@@ -1,18 +1,18 @@
-//! GGUF's blocks, taken apart: the codes and scales of sixteen rows' blocks, placed in a chunk.
+//! Takes GGUF's blocks apart and places the codes and scales of sixteen rows' blocks in a chunk.
 
 use lathe_tensor::GgmlType;
 
 use super::PANEL;
-use super::layout::{Codes, Layout};
+use super::layout::{Codes, PanelLayout};
 use super::place::{
     FIVE_BITS, FOUR_BITS, SIX_BITS, low_nibbles, place_bytes, place_halves, place_high_halves,
     place_nibbles, place_pair_planes, place_plane,
 };
-use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
+use super::words::{LOW4, ONES, RowPointers, Words, load8, prefetch};
 
-/// Writes a panel of `chunks` chunks, one block of each row a chunk, and asks for as many bytes
-/// from `next` on: the rows of the next panel. Sixteen streams that end after a row of a kilobyte
-/// or two are too much for the machine's own prefetching.
+/// Writes a panel of `chunks` chunks, one block of each row a chunk. It also prefetches as many
+/// bytes from `next` on, which are the rows of the next panel. The hardware does not prefetch
+/// sixteen streams that end after one or two kilobytes.
 ///
 /// # Safety
 /// Rows have `chunks` blocks, `out` has room for as many chunks, the machine has `W`'s features (so
@@ -20,12 +20,12 @@ use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
 #[inline(always)]
 pub(crate) unsafe fn place_panel<W: Words>(
     kind: GgmlType,
-    rows: &Rows,
+    rows: &RowPointers,
     chunks: usize,
     next: *const u8,
     out: *mut u8,
 ) {
-    let chunk_bytes = Layout::of_ggml(kind).chunk_bytes();
+    let chunk_bytes = PanelLayout::of_ggml(kind).chunk_bytes();
     for chunk in 0..chunks {
         let at = chunk * kind.block_bytes();
         prefetch(next.wrapping_add(at * PANEL), kind.block_bytes() * PANEL);
@@ -36,7 +36,7 @@ pub(crate) unsafe fn place_panel<W: Words>(
 
 /// Writes a chunk from the block at byte `at` of each row.
 #[inline(always)]
-unsafe fn place<W: Words>(kind: GgmlType, rows: &Rows, at: usize, out: *mut u8) {
+unsafe fn place<W: Words>(kind: GgmlType, rows: &RowPointers, at: usize, out: *mut u8) {
     // SAFETY: the caller's; the offsets are those of the block's fields and the chunk's planes.
     unsafe {
         match kind {
@@ -99,7 +99,7 @@ unsafe fn place<W: Words>(kind: GgmlType, rows: &Rows, at: usize, out: *mut u8) 
     }
 }
 
-/// 32 nibbles of sixteen bytes, the low ones first.
+/// The 32 nibbles of sixteen bytes, the low ones first.
 #[inline(always)]
 unsafe fn two_halves<W: Words>([a, b, c, d]: [W; 4]) -> [W; 8] {
     // SAFETY: the caller's.
@@ -110,8 +110,8 @@ unsafe fn two_halves<W: Words>([a, b, c, d]: [W; 4]) -> [W; 8] {
     }
 }
 
-/// Bit `k` of `high` is bit 4 of code `k`. The plane's byte `b` has bits `b`, `4 + b`, `8 + b`, ..:
-/// each fourth bit, brought together in three steps.
+/// Places bit `k` of `high`, which is bit 4 of code `k`. Byte `b` of the plane has bits `b`, `4 +
+/// b`, `8 + b` and so on: every fourth bit, which three steps bring together.
 #[inline(always)]
 unsafe fn place_fifth_bits<W: Words>(high: W, out: *mut u8) {
     // SAFETY: the caller's.
@@ -128,11 +128,11 @@ unsafe fn place_fifth_bits<W: Words>(high: W, out: *mut u8) {
     }
 }
 
-/// The nibbles of Q4_K or Q5_K: of each 32 bytes the low ones are a segment, the high ones the
-/// next. Segments lie `segment_bytes` apart.
+/// Places the nibbles of Q4_K or Q5_K. The low nibbles of each 32 bytes are a segment, the high
+/// ones the next segment. Segments lie `segment_bytes` apart.
 #[inline(always)]
 unsafe fn place_super_nibbles<W: Words>(
-    rows: &Rows,
+    rows: &RowPointers,
     at: usize,
     segment_bytes: usize,
     out: *mut u8,
@@ -147,11 +147,11 @@ unsafe fn place_super_nibbles<W: Words>(
     }
 }
 
-/// `struct { u8 ql[128]; u8 qh[64]; i8 scales[16]; f16 d; }`: in each half of 128 positions,
-/// segment `g` of four has its low bits in nibble `g / 2` of `ql[32 (g % 2)..]` and its high
-/// bits at bit `2g` of `qh`.
+/// Places a block of Q6_K: `struct { u8 ql[128]; u8 qh[64]; i8 scales[16]; f16 d; }`. In each half
+/// of 128 positions, segment `g` of four has its low bits in nibble `g / 2` of `ql[32 (g % 2)..]`,
+/// and its high bits at bit `2g` of `qh`.
 #[inline(always)]
-unsafe fn place_q6_k<W: Words>(rows: &Rows, at: usize, out: *mut u8) {
+unsafe fn place_q6_k<W: Words>(rows: &RowPointers, at: usize, out: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
         for half in 0..2 {
@@ -171,16 +171,16 @@ unsafe fn place_q6_k<W: Words>(rows: &Rows, at: usize, out: *mut u8) {
         for i in 0..4 {
             place_bytes(scales[i], tail.add(64 * i));
         }
-        // The block's last sixteen bytes: `d` is the high half of their last word.
+        // The load covers the block's last sixteen bytes. `d` is the high half of their last word.
         place_high_halves(W::load4(rows, at + 194)[3], tail.add(256));
     }
 }
 
-/// The twelve bytes of sub-scales and the two `f16` of Q4_K or Q5_K blocks. In the file, scales
-/// and mins 0..4 are the low six bits of bytes 0..4 and 4..8; scales and mins 4..8 have their low
-/// nibbles in bytes 8..12 and their two high bits atop bytes 0..4 and 4..8.
+/// Places the twelve bytes of sub-scales and the two `f16` of Q4_K or Q5_K blocks. In the file,
+/// scales and mins 0..4 are the low six bits of bytes 0..4 and 4..8. Scales and mins 4..8 have
+/// their low nibbles in bytes 8..12 and their two high bits in the top bits of bytes 0..4 and 4..8.
 #[inline(always)]
-unsafe fn place_super_min<W: Words>(rows: &Rows, at: usize, tail: *mut u8) {
+unsafe fn place_super_min<W: Words>(rows: &RowPointers, at: usize, tail: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
         let (six, two, low4) = (W::splat(63 * ONES), W::splat(3 * ONES), W::splat(LOW4));
@@ -201,7 +201,7 @@ unsafe fn place_super_min<W: Words>(rows: &Rows, at: usize, tail: *mut u8) {
     }
 }
 
-/// Four bytes of six bits each, without the gaps.
+/// Moves four bytes of six bits each together, without gaps.
 #[inline(always)]
 unsafe fn pack_sixes<W: Words>(w: W) -> W {
     // SAFETY: the caller's.

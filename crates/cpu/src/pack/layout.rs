@@ -1,7 +1,7 @@
-//! What a panel looks like: the geometry that packing writes and kernels read.
+//! The layout of a panel, which packing writes and kernels read.
 //!
-//! A panel is a run of chunks along k. A chunk is the codes of its segments of 32 positions, then
-//! (coded layouts) its scales:
+//! A panel is a run of chunks along k. A chunk has the codes of its segments of 32 positions. In
+//! coded layouts its scales follow:
 //! ```text
 //! f32, f16 : 32 x 16 lanes
 //! bf16     : 16 pairs (k, k+1) x 16 lanes: the operand of a bf16 dot or of an AMX tile
@@ -12,9 +12,10 @@
 //!   bytes  : 8 vectors; vector j, lane word = c[j]                                (8-bit codes)
 //! fp8      : 32 x 16 lanes, codes of floats, each converted to f32 by itself
 //! ```
-//! A vector is 64 bytes, 16 lanes x 4 neighbours in k: the operand of an int8 dot or tile. Codes
-//! are unsigned (or indexes of a table of 16); the zero point is subtracted in the integer dot.
-//! A chunk has exactly the bytes of its blocks in the file, so decoding reads what the file has.
+//! A vector has 64 bytes, 16 lanes x 4 neighbours along k. It is the operand of an int8 dot or
+//! tile. Codes are unsigned, or indexes of a table of 16. The integer dot subtracts the zero point.
+//! A chunk has exactly the bytes of its blocks in the file, so decoding reads as many bytes as the
+//! file has.
 
 use crate::isa::SEGMENT;
 use lathe_tensor::{FloatType, GgmlType, ScaleType};
@@ -57,21 +58,21 @@ impl Codes {
         }
     }
 
-    /// Whether codes are floats, which only floats can be multiplied by.
+    /// Whether codes are floats. Only floats can multiply them.
     pub(crate) fn is_float(self) -> bool {
         matches!(self, Codes::F8E4m3 | Codes::F8E5m2)
     }
 
-    /// How finely the activations that the codes meet are rounded.
+    /// How finely activations are rounded before these codes multiply them.
     pub(crate) fn fineness(self) -> Fineness {
         match self {
             Codes::Signed4 | Codes::Unsigned4 => Fineness::Coarse,
-            // Codes that pick a number become that number, of more than four bits.
+            // Codes that index a table become the number there, which has more than four bits.
             _ => Fineness::Fine,
         }
     }
 
-    /// What the unsigned codes that kernels multiply are shifted by.
+    /// The unsigned code that stands for zero when kernels multiply.
     pub(crate) fn zero(self) -> i32 {
         match self {
             Codes::Unsigned4 | Codes::Unsigned5 | Codes::F8E4m3 | Codes::F8E5m2 => 0,
@@ -147,18 +148,18 @@ impl Scales {
     }
 }
 
-/// What the numbers of a panel look like; selects the kernels.
+/// How the numbers of a panel are stored. It chooses the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Layout {
+pub(crate) enum PanelLayout {
     /// Plain floats.
     Float(FloatType),
     /// Codes and scales.
     Coded(Codes, Scales),
 }
 
-impl Layout {
+impl PanelLayout {
     /// The layout of a GGUF type.
-    pub(crate) fn of_ggml(kind: GgmlType) -> Layout {
+    pub(crate) fn of_ggml(kind: GgmlType) -> PanelLayout {
         let (codes, scales) = match kind {
             GgmlType::Q4_0 => (Codes::Signed4, Scales::Half),
             GgmlType::Q4_1 => (Codes::Unsigned4, Scales::HalfMin),
@@ -171,14 +172,14 @@ impl Layout {
             GgmlType::IQ4_NL => (Codes::Iq4, Scales::Half),
             GgmlType::IQ4_XS => (Codes::Iq4, Scales::SuperSix),
         };
-        Layout::Coded(codes, scales)
+        PanelLayout::Coded(codes, scales)
     }
 
-    /// Segments in a chunk; rows are padded with zero weights to whole chunks.
+    /// Segments in a chunk. Rows are padded with zero weights to whole chunks.
     pub(crate) fn chunk_segments(self) -> usize {
         match self {
-            Layout::Float(_) => 1,
-            Layout::Coded(_, scales) => scales.segments(),
+            PanelLayout::Float(_) => 1,
+            PanelLayout::Coded(_, scales) => scales.segments(),
         }
     }
 
@@ -187,8 +188,8 @@ impl Layout {
         SEGMENT
             * PANEL
             * match self {
-                Layout::Float(kind) => kind.bytes() * 8,
-                Layout::Coded(codes, _) => codes.bits(),
+                PanelLayout::Float(kind) => kind.bytes() * 8,
+                PanelLayout::Coded(codes, _) => codes.bits(),
             }
             / 8
     }
@@ -196,8 +197,8 @@ impl Layout {
     /// Bytes of a chunk of sixteen rows.
     pub(crate) fn chunk_bytes(self) -> usize {
         let scales = match self {
-            Layout::Float(_) => 0,
-            Layout::Coded(_, scales) => scales.lane_bytes() * PANEL,
+            PanelLayout::Float(_) => 0,
+            PanelLayout::Coded(_, scales) => scales.lane_bytes() * PANEL,
         };
         self.chunk_segments() * self.segment_bytes() + scales
     }
@@ -206,22 +207,21 @@ impl Layout {
 /// How finely activations are rounded to codes of two bytes, `2^low_bits * high + low`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fineness {
-    /// Of -16256 to 16256.
+    /// Codes from -16256 to 16256.
     Fine,
-    /// Of -2032 to 2032, for weights of four bits.
+    /// Codes from -2032 to 2032, for weights of four bits.
     Coarse,
 }
 
 impl Fineness {
-    /// How many there are.
     pub(crate) const COUNT: usize = 2;
 
-    /// For weights whose unsigned codes have `bits`.
+    /// The fineness for weights whose unsigned codes have `bits`.
     pub(crate) const fn of_bits(bits: u32) -> Fineness {
         if bits == 4 { Fineness::Coarse } else { Fineness::Fine }
     }
 
-    /// Bits of the low byte.
+    /// The number of bits of the low byte.
     pub(crate) const fn low_bits(self) -> u32 {
         match self {
             Fineness::Fine => 7,
@@ -230,28 +230,28 @@ impl Fineness {
     }
 }
 
-/// How the zero point of unsigned codes is subtracted: the integer dot starts at
-/// `-zero * sum(x)` over the positions that share a scale.
+/// How the zero point of unsigned codes is subtracted. The integer dot starts at `-zero * sum(x)`
+/// over the positions that share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Offset {
-    /// What the codes are shifted by.
+    /// The code that stands for zero.
     pub(crate) zero: i32,
     /// Scales of a segment: 1 or 2.
     pub(crate) parts: usize,
-    /// Of the codes of activations.
+    /// How finely activations are rounded.
     pub(crate) fineness: Fineness,
 }
 
-/// The numbers that a matrix multiplies: how its rows of activations must be prepared.
+/// How the activations of a matrix must be prepared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Operand {
-    /// `f32`, as they are.
+    /// `f32`, not rounded.
     F32,
-    /// `int8` with a scale per segment.
+    /// Codes of two `int8`, with a scale a segment.
     Int8(Offset),
 }
 
-/// What decoding needs to know beyond the bytes of a panel.
+/// Constants that decoding needs beside the bytes of a panel.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Constants {
     /// Segments in a chunk of [`Scales::Group`].
@@ -260,6 +260,6 @@ pub(crate) struct Constants {
     pub(crate) scale: ScaleType,
     /// Bytes of a packed segment with its part of the scales, rounded up.
     pub(crate) segment_bytes: usize,
-    /// Multiplies every scale.
+    /// A factor of every scale.
     pub(crate) multiplier: f32,
 }

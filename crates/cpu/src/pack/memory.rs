@@ -1,4 +1,5 @@
-//! Memory for weights and activations: zeroed, aligned to cache lines, on huge pages where large.
+//! Zeroed memory for weights and activations, aligned to cache lines, on huge pages where it is
+//! large.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
@@ -7,18 +8,19 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use lathe_program::BackendError;
 
-/// Above this a buffer asks for huge pages: a worker that streams 4 KiB pages stalls on a page
-/// walk every 64 cache lines, and the hardware prefetcher stops at each page's end.
+/// Buffers above this size ask for huge pages. With pages of 4 KiB a worker waits for a page walk
+/// every 64 cache lines, and the hardware prefetcher stops at the end of each page.
 const HUGE: usize = 2 << 20;
 
-/// What smaller weights share, so that they lie on huge pages too.
+/// The size of a pool that smaller weights share, so that they lie on huge pages too.
 const POOL: usize = 16 << 20;
 
-/// The pool that has room left, and where its room begins. It lives as long as a weight in it.
+/// The pool that has room left, and where its room begins. It lives as long as a weight in it. This
+/// is global so that weights of one model share pools, whatever loads them.
 static OPEN: Mutex<(Weak<AlignedBytes>, usize)> = Mutex::new((Weak::new(), 0));
 
-/// `len` zeroed bytes for a weight, aligned to a cache line: a buffer, and where in it they begin.
-/// Nobody else is given any of them.
+/// `len` zeroed bytes for a weight: a buffer, and the place in it where they begin, aligned to a
+/// cache line. No other weight gets any of these bytes.
 pub(crate) fn weight_memory(len: usize) -> Result<(Arc<AlignedBytes>, usize), BackendError> {
     if len >= POOL / 2 {
         return Ok((Arc::new(AlignedBytes::zeroed("weights", len)?), 0));

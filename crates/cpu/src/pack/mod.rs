@@ -1,12 +1,12 @@
-//! `PackedMatrix`: a weight as the kernels stream it.
+//! `PackedMatrix`: a weight laid out for the kernels.
 //!
-//! Output rows are grouped in panels of sixteen, one lane of a vector each, and a panel is one
-//! run of memory along k (`layout`): a kernel reads it once, front to back. Every output element
-//! therefore accumulates over k in its own lane in one fixed order, whether one row of activations
-//! or a thousand pass by (batch invariance). The packed form has the bytes of the file's (plus the
-//! padding of the last panel): decoding is bound by reading them.
+//! Output rows are grouped in panels of sixteen, one lane of a vector each. A panel is one run of
+//! memory along k (`layout`), which a kernel reads once from front to back. So every output element
+//! adds over k in its own lane in a fixed order, for one row of activations or a thousand (batch
+//! invariance). The packed form has as many bytes as the file, plus the padding of the last panel.
+//! Decoding waits for these bytes.
 //!
-//! Packing moves bits and never rounds. It is words in, words out, in parallel over panels.
+//! Packing moves bits and never rounds. It reads and writes words, in parallel over panels.
 
 mod fill;
 mod float;
@@ -26,21 +26,22 @@ use rayon::prelude::*;
 
 use crate::isa::SEGMENT;
 pub(crate) use ggml::table;
-use layout::{Constants, Layout};
+use layout::{Constants, PanelLayout};
 use memory::{AlignedBytes, weight_memory};
 
-/// Output rows in a panel: the lanes of the widest vector.
+/// Output rows in a panel: the number of lanes of the widest vector.
 pub(crate) const PANEL: usize = 16;
 
-/// What a thread packs at a time: a huge page, which the system clears when it is first touched.
+/// Bytes that a thread packs at a time: one huge page, which the system clears when it is first
+/// touched.
 const TASK_BYTES: usize = 2 << 20;
 
-/// A weight `[rows, columns]` laid out for kernels. Cloning shares the memory.
+/// A weight `[rows, columns]` laid out for kernels. Clones share the memory.
 #[derive(Debug, Clone)]
 pub struct PackedMatrix {
     rows: usize,
     columns: usize,
-    pub(crate) layout: Layout,
+    pub(crate) layout: PanelLayout,
     pub(crate) constants: Constants,
     /// Chunks along a row.
     pub(crate) chunks: usize,
@@ -50,8 +51,8 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
-    /// Whether there are kernels for rows of `columns` numbers in `format`: what [`Self::pack`] asks
-    /// of a tensor, for those who have none yet.
+    /// Checks that there are kernels for rows of `columns` numbers in `format`. [`Self::pack`]
+    /// checks the same. This is for callers that have no tensor yet.
     ///
     /// # Errors
     /// [`BackendError::Unsupported`], which names what has no kernel.
@@ -115,7 +116,8 @@ impl PackedMatrix {
         self.panels() * self.panel_bytes()
     }
 
-    /// Rows `range` as a matrix of its own, sharing the memory: one expert of a stack.
+    /// Rows `range` as a matrix of their own, which shares the memory. One expert of a stack is
+    /// such a matrix.
     ///
     /// # Panics
     /// If `range` leaves the matrix or does not start on a multiple of 16.
@@ -130,7 +132,7 @@ impl PackedMatrix {
         self.rows.div_ceil(PANEL)
     }
 
-    /// From a panel to the next.
+    /// Bytes from a panel to the next.
     pub(crate) fn panel_bytes(&self) -> usize {
         panel_bytes(self.chunks * self.layout.chunk_bytes())
     }
@@ -140,7 +142,7 @@ impl PackedMatrix {
         self.chunks * self.layout.chunk_segments()
     }
 
-    /// Where segment `segment` of a panel begins; it is the first of a chunk.
+    /// The address of segment `segment` of a panel, which must be the first of a chunk.
     pub(crate) fn segment(&self, panel: usize, segment: usize) -> *const u8 {
         let chunk = segment / self.layout.chunk_segments();
         // SAFETY: the chunk lies within the panel.
@@ -156,22 +158,22 @@ impl PackedMatrix {
 }
 
 /// The layout of a format's panels, for rows of `columns`.
-pub(crate) fn layout_of(format: Format, columns: usize) -> Result<Layout, BackendError> {
+pub(crate) fn layout_of(format: Format, columns: usize) -> Result<PanelLayout, BackendError> {
     match format {
-        Format::Float(kind) => Ok(Layout::Float(kind)),
-        Format::Ggml(kind) => Ok(Layout::of_ggml(kind)),
+        Format::Float(kind) => Ok(PanelLayout::Float(kind)),
+        Format::Ggml(kind) => Ok(PanelLayout::of_ggml(kind)),
         Format::Scaled(format) => scaled::layout(&format, columns),
     }
 }
 
-/// From a panel of `bytes` to the next. Panels that are read side by side must not lie a multiple of
-/// 4 KiB apart: they would compete for one place in the first-level cache.
+/// Bytes from a panel of `bytes` to the next. Panels that are read side by side must not lie a
+/// multiple of 4 KiB apart, because they would compete for the same lines of the first-level cache.
 fn panel_bytes(bytes: usize) -> usize {
     const GAP: usize = 192;
     if bytes > 0 && bytes.is_multiple_of(4096) { bytes + GAP } else { bytes }
 }
 
-fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError> {
+fn constants(tensor: &Tensor, layout: PanelLayout) -> Result<Constants, BackendError> {
     let mut constants = Constants {
         group_segments: 1,
         scale: ScaleType::F16,
@@ -179,8 +181,8 @@ fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError>
         multiplier: multiplier(tensor)?,
     };
     match layout {
-        Layout::Coded(layout::Codes::E2m1, _) => constants.multiplier *= 0.5,
-        Layout::Coded(_, layout::Scales::Group { segments, kind, .. }) => {
+        PanelLayout::Coded(layout::Codes::E2m1, _) => constants.multiplier *= 0.5,
+        PanelLayout::Coded(_, layout::Scales::Group { segments, kind, .. }) => {
             (constants.group_segments, constants.scale) = (segments, kind);
         }
         _ => {}
@@ -188,7 +190,7 @@ fn constants(tensor: &Tensor, layout: Layout) -> Result<Constants, BackendError>
     Ok(constants)
 }
 
-/// What every scale of the tensor is multiplied by.
+/// The factor of every scale of the tensor.
 fn multiplier(tensor: &Tensor) -> Result<f32, BackendError> {
     let globals = match &tensor.global {
         GlobalScale::One => return Ok(1.0),

@@ -1,11 +1,10 @@
-//! Puts the codes and scales of sixteen rows into a chunk (see [`super::layout`]): vectors of 64
-//! bytes from words of each row. Loading a model is bound by the memory that it reads and writes,
-//! not by this.
+//! Puts the codes and scales of sixteen rows into a chunk (see [`super::layout`]). It makes vectors
+//! of 64 bytes from words of each row.
 
 use super::PANEL;
 use super::words::{LOW4, ONES, Words};
 
-/// Bytes of a segment of sixteen rows in codes of so many bits.
+/// Bytes of a segment of sixteen rows, in codes of this many bits.
 pub(crate) const FOUR_BITS: usize = 256;
 pub(crate) const FIVE_BITS: usize = 320;
 pub(crate) const SIX_BITS: usize = 384;
@@ -26,7 +25,7 @@ pub(crate) unsafe fn low_nibbles<W: Words, const N: usize>(
     words
 }
 
-/// Places the low nibbles of a segment; words hold one code a byte, less than 16.
+/// Places the low nibbles of a segment. Words hold one code a byte, each less than 16.
 #[inline(always)]
 pub(crate) unsafe fn place_nibbles<W: Words>(codes: &[W; 8], segment: *mut u8) {
     for s in 0..4 {
@@ -48,7 +47,7 @@ pub(crate) unsafe fn place_plane<W: Words>(words: &[W; 8], bit: u32, out: *mut u
     }
 }
 
-/// Places bits `bit` and `bit + 1` of each byte of eight words: two planes of four words.
+/// Places bits `bit` and `bit + 1` of each byte of eight words in two planes of four words.
 #[inline(always)]
 pub(crate) unsafe fn place_pair_planes<W: Words>(words: &[W; 8], bit: u32, out: *mut u8) {
     for h in 0..2 {
@@ -92,7 +91,7 @@ pub(crate) fn place_lane<const N: usize>(value: [u8; N], lane: usize, plane: &mu
     plane[lane * N..lane * N + N].copy_from_slice(&value);
 }
 
-/// The plane at byte `lane_bytes` of each lane: planes before it take that many bytes a lane.
+/// The plane that follows planes of `lane_bytes` bytes a lane.
 pub(crate) fn plane(tail: &mut [u8], lane_bytes: usize) -> &mut [u8] {
     &mut tail[lane_bytes * PANEL..]
 }

@@ -1,8 +1,8 @@
-//! Formats whose codes and scales lie in planes of their own, placed in chunks.
+//! Places formats whose codes and scales lie in planes of their own.
 //!
 //! A group's scale keeps the checkpoint's type. Scales that more than 256 positions share (a
-//! channel, a tensor, tiles of 128 x 128) are repeated: every 256 positions, or at the group's end.
-//! fp6 codes become the e4m3 codes of the same numbers: of all 64 both have each.
+//! channel, a tensor, tiles of 128 x 128) are repeated every 256 positions, or at the end of the
+//! group. fp6 codes become e4m3 codes. Both formats have all 64 numbers of fp6.
 
 use std::ops::Range;
 
@@ -10,16 +10,16 @@ use lathe_program::BackendError;
 use lathe_tensor::{Block, Element, Format, ScaleType, ScaledFormat, Tensor, ZeroPoint, codec};
 
 use super::PANEL;
-use super::layout::{Codes, Layout, Scales};
+use super::layout::{Codes, PanelLayout, Scales};
 use super::place::{place_lane, place_nibbles, plane};
-use super::words::{LOW4, ONES, Rows, Words, load8, prefetch};
+use super::words::{LOW4, ONES, RowPointers, Words, load8, prefetch};
 use crate::isa::SEGMENT;
 
-/// Segments that share a stored scale, at most.
+/// The most segments that share a stored scale.
 const GROUP_SEGMENTS_MAX: usize = 8;
 
 /// The layout of a format, or why there is none.
-pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<Layout, BackendError> {
+pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<PanelLayout, BackendError> {
     let refuse = |what: &str| {
         let name = Format::Scaled(*format);
         Err(BackendError::Unsupported { backend: "cpu", feature: format!("{what} ({name})") })
@@ -57,10 +57,10 @@ pub(crate) fn layout(format: &ScaledFormat, columns: usize) -> Result<Layout, Ba
     if shifted && (codes.is_float() || !matches!(scales, Scales::Group { .. })) {
         return refuse("zero points beside elements and scales of these types");
     }
-    Ok(Layout::Coded(codes, scales))
+    Ok(PanelLayout::Coded(codes, scales))
 }
 
-/// The largest divisor of `n` that is a power of two up to `most`.
+/// The largest power of two that divides `n` and is at most `most`.
 fn common(n: usize, most: usize) -> usize {
     (1 << n.trailing_zeros()).min(most)
 }
@@ -72,11 +72,12 @@ fn common(n: usize, most: usize) -> usize {
 #[inline(always)]
 pub(crate) unsafe fn place_panel<W: Words>(
     tensor: &Tensor,
-    layout: Layout,
+    layout: PanelLayout,
     rows: Range<usize>,
     out: &mut [u8],
 ) {
-    let (Format::Scaled(format), Layout::Coded(codes, scales)) = (tensor.format, layout) else {
+    let (Format::Scaled(format), PanelLayout::Coded(codes, scales)) = (tensor.format, layout)
+    else {
         return;
     };
     let Some(grid) = format.grid(&tensor.shape) else { return };
@@ -117,11 +118,11 @@ pub(crate) unsafe fn place_panel<W: Words>(
     }
 }
 
-/// What is left of each row from byte `at` on, and zeros.
+/// The rest of each row from byte `at` on, padded with zeros.
 ///
 /// # Safety
 /// Rows have `row_bytes` bytes.
-unsafe fn padded(rows: &Rows, row_bytes: usize, at: usize) -> [[u8; SEGMENT]; PANEL] {
+unsafe fn padded(rows: &RowPointers, row_bytes: usize, at: usize) -> [[u8; SEGMENT]; PANEL] {
     let mut all = [[0; SEGMENT]; PANEL];
     let count = row_bytes.saturating_sub(at).min(SEGMENT);
     for (padded, row) in all.iter_mut().zip(rows) {
@@ -138,7 +139,7 @@ unsafe fn padded(rows: &Rows, row_bytes: usize, at: usize) -> [[u8; SEGMENT]; PA
 /// # Safety
 /// Rows have them, `out` has room for a segment, the machine has `W`'s features.
 #[inline(always)]
-unsafe fn place_segment<W: Words>(codes: Codes, rows: &Rows, at: usize, out: *mut u8) {
+unsafe fn place_segment<W: Words>(codes: Codes, rows: &RowPointers, at: usize, out: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
         if codes == Codes::Signed8 {
@@ -148,7 +149,7 @@ unsafe fn place_segment<W: Words>(codes: Codes, rows: &Rows, at: usize, out: *mu
             }
             return;
         }
-        // Nibbles lie low first along the row: each half of a word has four codes.
+        // The low nibble comes first along the row, so each half of a word has four codes.
         let words = W::load4(rows, at);
         let zero = W::splat(if codes == Codes::Signed4 { 8 * ONES } else { 0 });
         let mut spread = [zero; 8];
@@ -165,11 +166,11 @@ unsafe fn place_segment<W: Words>(codes: Codes, rows: &Rows, at: usize, out: *mu
 fn place_float_panel(
     tensor: &Tensor,
     format: &ScaledFormat,
-    layout: Layout,
+    layout: PanelLayout,
     rows: Range<usize>,
     out: &mut [u8],
 ) {
-    let Layout::Coded(codes, scales) = layout else { return };
+    let PanelLayout::Coded(codes, scales) = layout else { return };
     let Some(grid) = format.grid(&tensor.shape) else { return };
     let (bits, columns) = (format.element.bits(), tensor.columns());
     let recoded: Option<[u8; 64]> = (bits == 6).then(|| {
@@ -194,7 +195,7 @@ fn place_float_panel(
             }
             let block = |column: usize| grid.row_start(row) + column / grid.block_columns;
             place_scales(tensor, scales, first, &block, lane, tail);
-            // Kernels read the codes of NaN as numbers: a NaN for a scale gives the same sum.
+            // Kernels read the codes of NaN as numbers. A NaN as the scale makes the sum a NaN.
             let mut written = positions.iter().skip(lane).step_by(PANEL);
             if codes == Codes::F8E4m3 && written.any(|code| code & 0x7f == 0x7f) {
                 place_nan(scales, lane, tail);
@@ -203,7 +204,7 @@ fn place_float_panel(
     }
 }
 
-/// Makes the scale of a chunk's lane a NaN (or the infinity that E8M0's NaN is decoded to).
+/// Makes the scale of a chunk's lane a NaN. E8M0's NaN is decoded to an infinity, which serves too.
 fn place_nan(scales: Scales, lane: usize, tail: &mut [u8]) {
     let Scales::Group { kind, .. } = scales else { return };
     match kind {
@@ -214,7 +215,7 @@ fn place_nan(scales: Scales, lane: usize, tail: &mut [u8]) {
     }
 }
 
-/// Places the scales of the chunk that begins at column `first`; past the end they stay zero.
+/// Places the scales of the chunk that begins at column `first`. Scales past the end stay zero.
 fn place_scales(
     tensor: &Tensor,
     scales: Scales,

@@ -1,19 +1,20 @@
-//! `Words`: one 32-bit word of each of a panel's sixteen rows, in the registers of one ISA.
+//! `Words`: one 32-bit word of each of a panel's sixteen rows, in the registers of an instruction
+//! set.
 //!
-//! Packing is a transposition: four neighbouring words of sixteen rows become four vectors of
-//! sixteen lanes ([`Words::load4`]), which shifts and masks turn into a layout's vectors. It moves
-//! bits, so that every implementation gives the same bytes.
+//! Packing transposes: four neighbouring words of sixteen rows become four vectors of sixteen lanes
+//! ([`Words::load4`]). Shifts and masks turn these into the vectors of a layout. Only bits move, so
+//! every implementation gives the same bytes.
 //!
-//! Packing functions are generic over `Words`, `#[inline(always)]`, free of closures (a closure is
-//! a function of its own, compiled without the features of the one around it: that alone cost half
-//! of the time), and instantiated in a `#[target_feature]` wrapper each ([`super::fill`]).
+//! Packing functions are generic over `Words` and `#[inline(always)]`. Each is compiled in a
+//! function with the right features ([`super::fill`]). They have no closures: a closure is a
+//! function of its own, compiled without those features, which made packing twice as slow.
 
 use super::PANEL;
 
 /// The first byte of each row.
-pub(crate) type Rows = [*const u8; PANEL];
+pub(crate) type RowPointers = [*const u8; PANEL];
 
-/// One bit a byte.
+/// The lowest bit of each byte.
 pub(crate) const ONES: u32 = 0x0101_0101;
 /// The low nibbles of four bytes.
 pub(crate) const LOW4: u32 = 0x0f0f_0f0f;
@@ -25,7 +26,7 @@ pub(crate) trait Words: Copy {
     /// # Safety
     /// Each row has bytes `at..at + 16`; the machine has the features of the implementation (so
     /// for all methods).
-    unsafe fn load4(rows: &Rows, at: usize) -> [Self; 4];
+    unsafe fn load4(rows: &RowPointers, at: usize) -> [Self; 4];
     /// The same word in every lane.
     unsafe fn splat(word: u32) -> Self;
     /// `self & other`, and so on.
@@ -46,7 +47,7 @@ pub(crate) trait Words: Copy {
     unsafe fn store_bytes(self, out: *mut u8);
 }
 
-/// Asks for `bytes` bytes from `start` on, which may lie anywhere: a hint.
+/// Asks for the cache lines of `bytes` bytes from `start` on. They need not be readable.
 #[inline(always)]
 pub(crate) fn prefetch(start: *const u8, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
@@ -64,7 +65,7 @@ pub(crate) fn prefetch(start: *const u8, bytes: usize) {
 /// # Safety
 /// Each row has bytes `at..at + 32`.
 #[inline(always)]
-pub(crate) unsafe fn load8<W: Words>(rows: &Rows, at: usize) -> [W; 8] {
+pub(crate) unsafe fn load8<W: Words>(rows: &RowPointers, at: usize) -> [W; 8] {
     // SAFETY: the caller's.
     let ([a, b, c, d], [e, f, g, h]) = unsafe { (W::load4(rows, at), W::load4(rows, at + 16)) };
     [a, b, c, d, e, f, g, h]
@@ -72,7 +73,7 @@ pub(crate) unsafe fn load8<W: Words>(rows: &Rows, at: usize) -> [W; 8] {
 
 impl Words for [u32; PANEL] {
     #[inline(always)]
-    unsafe fn load4(rows: &Rows, at: usize) -> [Self; 4] {
+    unsafe fn load4(rows: &RowPointers, at: usize) -> [Self; 4] {
         let mut words = [[0; PANEL]; 4];
         for lane in 0..PANEL {
             // SAFETY: the caller's.
@@ -161,12 +162,12 @@ impl Words for [u32; PANEL] {
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
-    //! A transposition of four words of four rows is four unpackings within 128 bits; a register
-    //! of 256 or 512 bits holds two or four such squares side by side.
+    //! Four unpackings within 128 bits transpose four words of four rows. A register of 256 or 512
+    //! bits holds two or four such squares side by side.
 
     use std::arch::x86_64::*;
 
-    use super::{Rows, Words};
+    use super::{RowPointers, Words};
 
     /// AVX2: lanes 0..8 and 8..16.
     #[derive(Clone, Copy)]
@@ -178,7 +179,7 @@ pub(crate) mod x86 {
 
     /// Rows `first + 0..4` and `first + 4..8`.
     #[inline(always)]
-    unsafe fn transposed8(rows: &Rows, first: usize, at: usize) -> [__m256i; 4] {
+    unsafe fn transposed8(rows: &RowPointers, first: usize, at: usize) -> [__m256i; 4] {
         // SAFETY: the callers' rows and features.
         unsafe {
             let mut square = [_mm256_setzero_si256(); 4];
@@ -202,7 +203,7 @@ pub(crate) mod x86 {
     // SAFETY of the bodies below: the callers' memory and features.
     impl Words for Avx2 {
         #[inline(always)]
-        unsafe fn load4(rows: &Rows, at: usize) -> [Self; 4] {
+        unsafe fn load4(rows: &RowPointers, at: usize) -> [Self; 4] {
             // SAFETY: see above.
             let ([a, b, c, d], [e, f, g, h]) =
                 unsafe { (transposed8(rows, 0, at), transposed8(rows, 8, at)) };
@@ -287,7 +288,8 @@ pub(crate) mod x86 {
             unsafe {
                 let low = _mm256_set1_epi32(0xffff);
                 let (a, b) = (_mm256_and_si256(self.0, low), _mm256_and_si256(self.1, low));
-                // Packs within 128 bits: quarters 0, 2, 1, 3.
+                // The instruction packs within 128 bits, so the quarters come in the order 0, 2, 1,
+                // 3.
                 _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(a, b))
             }
         }
@@ -296,7 +298,7 @@ pub(crate) mod x86 {
     // SAFETY of the bodies below: the callers' memory and features.
     impl Words for Avx512 {
         #[inline(always)]
-        unsafe fn load4(rows: &Rows, at: usize) -> [Self; 4] {
+        unsafe fn load4(rows: &RowPointers, at: usize) -> [Self; 4] {
             // SAFETY: see above.
             unsafe {
                 let mut square = [_mm512_setzero_si512(); 4];

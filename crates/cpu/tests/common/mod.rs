@@ -148,7 +148,7 @@ pub(crate) fn executor(
         .expect("it prepares")
 }
 
-/// A sequence as far as it was run, with pages of its own.
+/// A sequence with its own pages, and how far it was run.
 pub(crate) struct Sequence {
     pub tokens: Vec<u32>,
     pub cached: usize,
@@ -177,7 +177,7 @@ impl Sequence {
     }
 }
 
-/// A step of the next `rows` tokens of each sequence, all logits asked for.
+/// A step of the next `rows` tokens of each sequence. All logits are asked for.
 pub(crate) fn step(parts: &mut [(&mut Sequence, usize)]) -> Step {
     let mut step = Step::default();
     for (sequence, rows) in parts.iter_mut() {

@@ -1,7 +1,7 @@
 //! GGUF's simple types: blocks of 32 with one half-precision scale, and for the `_1` types a
 //! minimum. Nibbles `i` and `i + 16` share byte `i`. Encoders follow the Python package `gguf`
-//! operation by operation, so that their bytes agree; with an importance they search for scales
-//! instead, as llama.cpp does (q8_0 has codes enough without).
+//! operation by operation, so that their bytes agree. With an importance they search for scales as
+//! llama.cpp does. q8_0 has enough codes and does not search.
 
 use half::f16;
 
@@ -124,8 +124,8 @@ pub(super) fn encode_q8_0(values: &[f32], out: &mut [u8]) {
     }
 }
 
-/// Stores the scale that errs least under an importance, and returns the codes, which are the
-/// nearest under the scale as it is stored.
+/// Stores the scale with the least error under an importance. Returns the codes, which are the
+/// nearest under the stored scale.
 fn search_symmetric(values: &[f32], importance: &[f32], half: i32, out: &mut [u8]) -> [u8; LEN] {
     let d = fit_symmetric(values, &importance_weights::<LEN>(values, importance), half as f32);
     put_half(out, 0, d);
@@ -133,13 +133,13 @@ fn search_symmetric(values: &[f32], importance: &[f32], half: i32, out: &mut [u8
     std::array::from_fn(|i| (round_within(inverse * values[i], -half, half - 1) + half) as u8)
 }
 
-/// Scales that [`fit_symmetric`] tries for each end of the codes: this part of the plain one and
-/// its multiples, three towards a larger range and eight that cut it off.
+/// The step between the scales that [`fit_symmetric`] tries, relative to the plain scale. For each
+/// end of the codes it tries three larger ranges and eight that cut the largest number off.
 const STEP: f32 = 0.04;
 
 /// The best scale found for `value ≈ scale * code` with codes in `-half..=half - 1`. Either end of
-/// the codes may meet the largest number, and may cut it off: blocks of 32 gain by both where few
-/// columns have most of the importance (llama.cpp tries one end within 6 %).
+/// the codes may stand for the largest number, and may cut it off. Both help where few columns have
+/// most of the importance. llama.cpp tries one end, within 6 %.
 fn fit_symmetric(values: &[f32], weights: &[f32; LEN], half: f32) -> f32 {
     let largest = largest_magnitude(values);
     if largest == 0.0 || !largest.is_finite() {
@@ -151,7 +151,7 @@ fn fit_symmetric(values: &[f32], weights: &[f32; LEN], half: f32) -> f32 {
     best_symmetric(values, weights, half, inverses)
 }
 
-/// As [`search_symmetric`], scale and minimum; the range includes zero.
+/// As [`search_symmetric`], for a scale and a minimum. The range includes zero.
 fn search_affine(values: &[f32], importance: &[f32], levels: i32, out: &mut [u8]) -> [u8; LEN] {
     let fit = fit_affine(values, &importance_weights::<LEN>(values, importance), levels);
     put_half(out, 0, fit.scale);
@@ -161,7 +161,7 @@ fn search_affine(values: &[f32], importance: &[f32], levels: i32, out: &mut [u8]
     std::array::from_fn(|i| round_within(inverse * (values[i] - min), 0, levels) as u8)
 }
 
-/// The first number of the largest magnitude, with its sign.
+/// The number of the largest magnitude, with its sign. The first one if there are several.
 fn largest_magnitude(values: &[f32]) -> f32 {
     values.iter().fold(values[0], |best, &v| if v.abs() > best.abs() { v } else { best })
 }
@@ -174,13 +174,13 @@ fn inverse_or_zero(d: f32) -> f32 {
     if d == 0.0 { 0.0 } else { 1.0 / d }
 }
 
-/// Truncates to a code of at most `max`. What no code can express (the inverse of a denormal
-/// scale overflows) becomes 0: the scale itself is stored as zero then.
+/// Truncates to a code of at most `max`. Infinities and NaN become 0. They occur where the inverse
+/// of a denormal scale overflows, and that scale is stored as zero.
 fn truncate(value: f32, max: u8) -> u8 {
     wrap_to_byte(value).min(max)
 }
 
-/// Rounds ties away from zero; what is no number becomes 0.
+/// Rounds ties away from zero. NaN becomes 0.
 fn round_half_away(value: f32) -> u8 {
     let magnitude = value.abs();
     let whole = if magnitude < 256.0 { magnitude as i32 } else { 0 };
@@ -265,7 +265,7 @@ mod tests {
         }
     }
 
-    /// As above, scale and minimum.
+    /// The same for scale and minimum.
     #[test]
     fn with_an_importance_scale_and_minimum_come_near_the_best() {
         for (t, levels) in [(GgmlType::Q4_1, 15.0), (GgmlType::Q5_1, 31.0)] {

@@ -1,4 +1,4 @@
-//! The number that a single code stands for: integers and OCP small floats, both ways.
+//! Converts single codes to numbers and back: integers and OCP small floats.
 //!
 //! OCP 8-bit Floating Point Specification 1.0, OCP Microscaling Formats (MX) 1.0.
 
@@ -7,8 +7,8 @@ use std::sync::LazyLock;
 use super::search::round_float_within;
 use crate::format::Element;
 
-/// Sign, exponent and mantissa of a small float.
-pub(super) struct Layout {
+/// The widths of a small float's parts, in bits, and what its codes mean.
+pub(super) struct FloatParts {
     pub exponent: u32,
     pub mantissa: u32,
     pub bias: i32,
@@ -18,13 +18,15 @@ pub(super) struct Layout {
     pub nan: Option<u8>,
 }
 
-const E4M3: Layout = Layout { exponent: 4, mantissa: 3, bias: 7, max: 448.0, nan: Some(0x7f) };
-const E5M2: Layout = Layout { exponent: 5, mantissa: 2, bias: 15, max: 57344.0, nan: Some(0x7e) };
-const E2M3: Layout = Layout { exponent: 2, mantissa: 3, bias: 1, max: 7.5, nan: None };
-const E3M2: Layout = Layout { exponent: 3, mantissa: 2, bias: 3, max: 28.0, nan: None };
-const E2M1: Layout = Layout { exponent: 2, mantissa: 1, bias: 1, max: 6.0, nan: None };
+const E4M3: FloatParts =
+    FloatParts { exponent: 4, mantissa: 3, bias: 7, max: 448.0, nan: Some(0x7f) };
+const E5M2: FloatParts =
+    FloatParts { exponent: 5, mantissa: 2, bias: 15, max: 57344.0, nan: Some(0x7e) };
+const E2M3: FloatParts = FloatParts { exponent: 2, mantissa: 3, bias: 1, max: 7.5, nan: None };
+const E3M2: FloatParts = FloatParts { exponent: 3, mantissa: 2, bias: 3, max: 28.0, nan: None };
+const E2M1: FloatParts = FloatParts { exponent: 2, mantissa: 1, bias: 1, max: 6.0, nan: None };
 
-pub(super) fn layout(element: Element) -> Option<&'static Layout> {
+pub(super) fn float_parts(element: Element) -> Option<&'static FloatParts> {
     match element {
         Element::Int(_) => None,
         Element::F8E4M3 => Some(&E4M3),
@@ -35,50 +37,50 @@ pub(super) fn layout(element: Element) -> Option<&'static Layout> {
     }
 }
 
-/// The largest finite value of an element: 448 for e4m3, 127 for 8-bit integers.
+/// The largest finite value of an element, such as 448 for e4m3 and 127 for 8-bit integers.
 pub fn max(element: Element) -> f32 {
     match element {
         Element::Int(bits) => ((1i32 << (bits - 1)) - 1) as f32,
-        other => layout(other).map_or(0.0, |layout| layout.max),
+        other => float_parts(other).map_or(0.0, |parts| parts.max),
     }
 }
 
-/// Bits of an element's mantissa; 0 for integers.
+/// Bits of an element's mantissa. 0 for integers.
 pub fn mantissa_bits(element: Element) -> u32 {
-    layout(element).map_or(0, |layout| layout.mantissa)
+    float_parts(element).map_or(0, |parts| parts.mantissa)
 }
 
-/// The code nearest to `value`: ties to even, denormals kept, values beyond the largest finite
-/// one (infinities too) become that one. NaN becomes the element's NaN where it has one, and
-/// zero otherwise: the scale of its block is what carries it then.
+/// The code nearest to `value`, ties to even, denormals kept. Values beyond the largest finite one,
+/// infinities too, become that one. NaN becomes the element's NaN. Elements without a NaN get zero,
+/// and the scale of the block carries the NaN.
 pub fn from_f32(element: Element, value: f32) -> u8 {
-    let Some(layout) = layout(element) else {
+    let Some(parts) = float_parts(element) else {
         let limit = max(element);
         return round_float_within(value, -limit - 1.0, limit) as i8 as u8 & mask(element);
     };
-    let sign = u8::from(value.is_sign_negative()) << (layout.exponent + layout.mantissa);
+    let sign = u8::from(value.is_sign_negative()) << (parts.exponent + parts.mantissa);
     if value.is_nan() {
-        return layout.nan.map_or(0, |nan| nan | sign);
+        return parts.nan.map_or(0, |nan| nan | sign);
     }
-    let magnitude = value.abs().min(layout.max);
-    let dropped = 23 - layout.mantissa;
-    let least_normal = ((128 - layout.bias) as u32) << 23;
+    let magnitude = value.abs().min(parts.max);
+    let dropped = 23 - parts.mantissa;
+    let least_normal = ((128 - parts.bias) as u32) << 23;
     let bits = magnitude.to_bits();
     let code = if bits >= least_normal {
-        // To nearest, ties to even, on the bits: a carry moves into the exponent by itself.
+        // Rounds the bits to nearest, ties to even. A carry moves into the exponent.
         let half_less = (1u32 << (dropped - 1)) - 1;
         let rounded = bits + half_less + (bits >> dropped & 1);
-        (rounded >> dropped) - (((127 - layout.bias) as u32) << layout.mantissa)
+        (rounded >> dropped) - (((127 - parts.bias) as u32) << parts.mantissa)
     } else {
-        // Neighbours of this number are one step of the denormals apart: adding it rounds.
-        let exponent = 127 + 1 - layout.bias + dropped as i32;
+        // The neighbours of this number are one denormal step apart, so adding it rounds.
+        let exponent = 127 + 1 - parts.bias + dropped as i32;
         let magic = (exponent as u32) << 23;
         (magnitude + f32::from_bits(magic)).to_bits() - magic
     };
     code as u8 | sign
 }
 
-/// `floor(log2(value))` of a value that is not negative; very small for zero.
+/// `floor(log2(value))` of a value that is not negative. Very small for zero.
 pub fn exponent_of(value: f32) -> i32 {
     match value.to_bits() >> 23 {
         0 if value == 0.0 => i32::MIN / 2,
@@ -97,12 +99,16 @@ pub fn to_f32(element: Element, code: u8) -> f32 {
     table(element)[usize::from(code & mask(element))]
 }
 
-/// The value of each code of an element (the unused upper codes repeat the lower ones).
+/// The value of each code of an element. The unused upper codes repeat the lower ones.
 pub fn table(element: Element) -> &'static [f32; 256] {
-    static FLOATS: LazyLock<[[f32; 256]; 5]> = LazyLock::new(|| {
-        [Element::F8E4M3, Element::F8E5M2, Element::F6E2M3, Element::F6E3M2, Element::F4E2M1]
-            .map(|element| std::array::from_fn(|code| decode(element, code as u8)))
-    });
+    /// The values of one element, computed at the first use.
+    macro_rules! values {
+        ($element:expr) => {{
+            static VALUES: LazyLock<[f32; 256]> =
+                LazyLock::new(|| std::array::from_fn(|code| decode($element, code as u8)));
+            &VALUES
+        }};
+    }
     static INTEGERS: LazyLock<[[f32; 256]; 9]> = LazyLock::new(|| {
         std::array::from_fn(|bits| {
             std::array::from_fn(|code| f32::from(int_to_i8(code as u8, bits.max(1) as u8)))
@@ -110,27 +116,28 @@ pub fn table(element: Element) -> &'static [f32; 256] {
     });
     match element {
         Element::Int(bits) => &INTEGERS[usize::from(bits)],
-        Element::F8E4M3 => &FLOATS[0],
-        Element::F8E5M2 => &FLOATS[1],
-        Element::F6E2M3 => &FLOATS[2],
-        Element::F6E3M2 => &FLOATS[3],
-        Element::F4E2M1 => &FLOATS[4],
+        Element::F8E4M3 => values!(Element::F8E4M3),
+        Element::F8E5M2 => values!(Element::F8E5M2),
+        Element::F6E2M3 => values!(Element::F6E2M3),
+        Element::F6E3M2 => values!(Element::F6E3M2),
+        Element::F4E2M1 => values!(Element::F4E2M1),
     }
 }
 
 fn decode(element: Element, code: u8) -> f32 {
-    match (element, layout(element)) {
-        (Element::F8E4M3, _) if code & 0x7f == 0x7f => f32::NAN,
+    let Some(parts) = float_parts(element) else {
+        return f32::from(int_to_i8(code, element.bits() as u8));
+    };
+    match element {
+        Element::F8E4M3 if code & 0x7f == 0x7f => f32::NAN,
         // e5m2 is the upper byte of an IEEE half, infinities and NaN included.
-        (Element::F8E5M2, _) => half::f16::from_bits(u16::from(code) << 8).to_f32(),
-        (_, Some(layout)) => small_float(layout, code & mask(element)),
-        (Element::Int(bits), _) => f32::from(int_to_i8(code, bits)),
-        (_, None) => unreachable!("every float has a layout"),
+        Element::F8E5M2 => half::f16::from_bits(u16::from(code) << 8).to_f32(),
+        _ => value_of(parts, code & mask(element)),
     }
 }
 
-fn small_float(layout: &Layout, code: u8) -> f32 {
-    let Layout { exponent, mantissa, bias, .. } = *layout;
+fn value_of(parts: &FloatParts, code: u8) -> f32 {
+    let FloatParts { exponent, mantissa, bias, .. } = *parts;
     let fraction = f32::from(code & ((1 << mantissa) - 1)) / (1u32 << mantissa) as f32;
     let power = i32::from(code >> mantissa) & ((1 << exponent) - 1);
     let magnitude = match power {
@@ -146,7 +153,7 @@ pub fn int_to_i8(code: u8, bits: u8) -> i8 {
     ((code << unused) as i8) >> unused
 }
 
-/// The value of an e8m0 scale, `2^(code - 127)`; 255 is NaN. 0 gives the `f32` denormal 2^-127.
+/// The value of an e8m0 scale, `2^(code - 127)`. 255 is NaN. 0 gives the `f32` denormal 2^-127.
 pub fn e8m0_to_f32(code: u8) -> f32 {
     match code {
         0 => f32::from_bits(1 << 22),
@@ -155,7 +162,7 @@ pub fn e8m0_to_f32(code: u8) -> f32 {
     }
 }
 
-/// The e8m0 code of `2^exponent`, at the nearest end of the range if it is beyond.
+/// The e8m0 code of `2^exponent`. An exponent out of range gets the nearest end of the range.
 pub fn e8m0_from_exponent(exponent: i32) -> u8 {
     (exponent.clamp(-127, 127) + 127) as u8
 }

@@ -1,4 +1,4 @@
-//! GGUF's non-linear 4-bit types: a code picks one of 16 values that lie denser around zero.
+//! GGUF's non-linear 4-bit types. A code picks one of 16 values, which are denser around zero.
 //!
 //! IQ4_NL: blocks of 32, one half-precision scale. IQ4_XS: super-blocks of 256 with 6-bit
 //! scales for its 8 sub-blocks.
@@ -8,13 +8,14 @@ use half::f16;
 use super::search::{importance_weights, round_within, sums};
 use super::{half_at, put_half};
 
-/// What the 16 codes stand for.
+/// The values of the 16 codes.
 const VALUES: [f32; 16] = [
     -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0,
     89.0, 113.0,
 ];
 
-/// Scales tried on either side of the one that maps the largest magnitude onto an end.
+/// The number of scales that are tried on either side of the scale that maps the largest magnitude
+/// to an end.
 const STEPS: i32 = 14;
 
 pub(super) fn decode_iq4_nl(block: &[u8], out: &mut [f32]) {
@@ -31,7 +32,7 @@ pub(super) fn decode_iq4_xs(block: &[u8], out: &mut [f32]) {
     }
 }
 
-/// 32 codes: nibbles `i` and `i + 16` share byte `i`.
+/// Decodes 32 codes. Nibbles `i` and `i + 16` share byte `i`.
 fn decode_codes(codes: &[u8], scale: f32, out: &mut [f32]) {
     for i in 0..16 {
         out[i] = scale * VALUES[usize::from(codes[i] & 15)];
@@ -46,12 +47,12 @@ fn put_codes(values: &[f32], scale: f32, out: &mut [u8]) {
     }
 }
 
-/// The code whose value is nearest; NaN ends at 0.
+/// The code whose value is nearest. NaN gets 0.
 fn nearest(value: f32) -> u8 {
     VALUES.windows(2).filter(|pair| value > (pair[0] + pair[1]) / 2.0).count() as u8
 }
 
-/// The nearest of the 16 values, without branches: it climbs a step at each middle passed.
+/// The nearest of the 16 values, without branches: it adds a step for each middle below the number.
 #[inline(always)]
 fn snap(value: f32) -> f32 {
     let mut snapped = VALUES[0];
@@ -64,7 +65,7 @@ fn snap(value: f32) -> f32 {
 
 pub(super) fn encode_iq4_nl(values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     let weights: [f32; 32] = weights(values, importance);
-    // Half precision moves the scale a little: its neighbours are tried too.
+    // Half precision changes the scale a little, so its neighbours are tried too.
     let fitted = f16::from_f32(fit(values, &weights));
     let bits = fitted.to_bits();
     let candidates = [bits, bits.saturating_sub(1), bits.saturating_add(1)];
@@ -84,7 +85,7 @@ pub(super) fn encode_iq4_xs(values: &[f32], importance: Option<&[f32]>, out: &mu
     let sub = |i: usize| (&values[i * 32..][..32], &weights[i * 32..][..32]);
     let fits: [f32; 8] = std::array::from_fn(|i| fit(sub(i).0, sub(i).1));
     let largest = fits.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
-    // The largest scale takes the end of the signed range that reaches further.
+    // The largest scale uses the end of the signed range that reaches further.
     let d = f16::from_f32(largest / -32.0).to_f32();
     let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
     out.fill(0);
@@ -105,8 +106,8 @@ pub(super) fn encode_iq4_xs(values: &[f32], importance: Option<&[f32]>, out: &mu
     out[2..4].copy_from_slice(&high.to_le_bytes());
 }
 
-/// How much each squared error counts: as in the K-quants with an importance, and with the
-/// square of the number itself without one.
+/// The weight of each squared error. With an importance it is that of the K-quants. Without one it
+/// is the square of the number.
 fn weights<const N: usize>(values: &[f32], importance: Option<&[f32]>) -> [f32; N] {
     match importance {
         Some(importance) => importance_weights(values, importance),
@@ -121,7 +122,8 @@ fn fit(values: &[f32], weights: &[f32]) -> f32 {
         return 0.0;
     }
     let (mut best, mut best_gain) = (0.0, 0.0);
-    // Both ends of the table may meet the largest number, and so may values a step inside.
+    // Both ends of the table may stand for the largest number, and so may the values one step
+    // inside.
     for end in [VALUES[0], VALUES[15]] {
         for step in -STEPS..=STEPS {
             let inverse = (end + step as f32) / largest;

@@ -45,8 +45,9 @@ fn affine_scales(block: &[u8], sub: usize) -> (f32, f32) {
     (half_at(block, 0) * f32::from(scale), half_at(block, 2) * f32::from(min))
 }
 
-/// 6-bit scale and minimum `sub` of 8: the first four have their 6 bits in one byte each; the
-/// last four have low nibbles in bytes 8..12 and their upper two bits atop the first four's.
+/// The 6-bit scale and minimum `sub` of 8. The first four have one byte each. The last four have
+/// their low nibbles in bytes 8..12, and their upper two bits in the upper bits of the bytes of the
+/// first four.
 fn unpack_scale_min(packed: &[u8], sub: usize) -> (u8, u8) {
     if sub < 4 {
         (packed[sub] & 63, packed[sub + 4] & 63)
@@ -80,9 +81,9 @@ pub(super) fn decode_q6_k(block: &[u8], out: &mut [f32]) {
     }
 }
 
-/// How much each squared error counts. With an importance matrix its entries are scaled by the
-/// magnitude of the weight, as a large weight's error is a large part of the output's; without
-/// one the magnitude stands alone.
+/// The weight of each squared error. With an importance matrix it is the matrix's entry times a
+/// measure of the weight's magnitude, because the error of a large weight is a large part of the
+/// output's error. Without one it is the magnitude alone.
 fn error_weights(values: &[f32], importance: Option<&[f32]>) -> [f32; LEN] {
     if let Some(importance) = importance {
         return importance_weights(values, importance);
@@ -113,11 +114,11 @@ impl Affine {
     }
 }
 
-/// Refits of the super-block's two half-precision factors to the codes.
+/// The most refits of a super-block's two half-precision factors.
 const REFITS: usize = 3;
 
-/// Searches scales for each sub-block, then quantizes the scales, then refits the two factors
-/// to the codes that came out and repeats as long as the error falls.
+/// Searches scales for each sub-block and quantizes them. Then it refits the two factors to the
+/// codes and repeats this while the error falls.
 fn fit_super_block(values: &[f32], weights: &[f32; LEN], levels: i32) -> Affine {
     let sub = |i: usize| (&values[i * 32..][..32], &weights[i * 32..][..32]);
     let fits: [_; 8] = std::array::from_fn(|i| fit_affine(sub(i).0, sub(i).1, levels));
@@ -154,7 +155,7 @@ fn fit_super_block(values: &[f32], weights: &[f32; LEN], levels: i32) -> Affine 
     best
 }
 
-/// The codes of scale and minimum around `centre` with the least error.
+/// The codes of scale and minimum near `centre` with the least error.
 fn best_neighbour(
     values: &[f32],
     weights: &[f32],
@@ -174,7 +175,7 @@ fn best_neighbour(
     best
 }
 
-/// Least squares for `d` and `dmin` given every code, scale and minimum.
+/// The least-squares `d` and `dmin` for given codes, scales and minima.
 fn refit_factors(
     values: &[f32],
     weights: &[f32; LEN],
@@ -238,7 +239,7 @@ pub(super) fn encode_q6_k(values: &[f32], importance: Option<&[f32]>, out: &mut 
     let sub = |i: usize| (&values[i * 16..][..16], &weights[i * 16..][..16]);
     let fits: [f32; 16] = std::array::from_fn(|i| fit_symmetric(sub(i).0, sub(i).1, 32));
     let largest = fits.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
-    // The largest scale takes the end of the signed range that reaches further.
+    // The largest scale uses the end of the signed range that reaches further.
     let d = f16::from_f32(largest / -128.0).to_f32();
     let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
     out.fill(0);

@@ -1,8 +1,9 @@
-//! Scalar codecs: every format to `f32` and back, one plain way each. They are the oracle that
-//! faster kernels are checked against, so they favour the definition over speed.
+//! Scalar codecs: every format to `f32` and back, each in one plain way. Faster kernels are checked
+//! against them, so they favour the definition over speed.
 //!
-//! Dequantizing agrees with the Python package `gguf` bit for bit in `f32`; so does quantizing
-//! for the types that it can write. The K-quants' search is this crate's own ([`search`]).
+//! Dequantizing agrees bit for bit with the Python package `gguf` in `f32`. Quantizing does too,
+//! for the types that the package can write. The search of the K-quants is this crate's own
+//! ([`search`]).
 
 mod block;
 pub mod element;
@@ -19,7 +20,7 @@ use rayon::prelude::*;
 
 use crate::format::{FloatType, Format, GgmlType};
 
-/// Elements that one thread quantizes at a time; a multiple of every block length.
+/// Elements that one thread quantizes at a time. It is a multiple of every block length.
 const CHUNK_ELEMENTS: usize = 1 << 12;
 
 /// Turns whole blocks into numbers.
@@ -32,7 +33,7 @@ pub fn dequantize(format: Format, codes: &[u8], out: &mut [f32]) {
     match format {
         Format::Float(FloatType::F32) => each(codes, out, f32::from_le_bytes),
         Format::Float(FloatType::F16) => halves(codes, out),
-        // The upper half of an `f32`, NaN of any kind included.
+        // A bf16 is the upper half of an `f32`, for every kind of NaN too.
         Format::Float(FloatType::BF16) => {
             each(codes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16));
         }
@@ -45,7 +46,7 @@ pub fn dequantize(format: Format, codes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Turns numbers into whole blocks, to the nearest of each type's own rule.
+/// Turns numbers into whole blocks. Each type rounds to nearest by its own rule.
 ///
 /// # Panics
 /// If `values` is no whole number of blocks, or if the format keeps its scales in a plane of
@@ -54,12 +55,12 @@ pub fn quantize(format: Format, values: &[f32]) -> Vec<u8> {
     quantize_weighted(format, values, None)
 }
 
-/// As [`quantize`]; `importance` (one non-negative number a column, as an importance matrix
-/// gives) weighs squared errors in the encoder's search for scales. q8_0 and the floats have no
-/// search and ignore it; q4_0, q4_1, q5_0 and q5_1 search with an importance only.
+/// As [`quantize`], but `importance` (one non-negative number a column, from an importance matrix)
+/// is the weight of squared errors in the encoder's search for scales. q8_0 and floats do not
+/// search and ignore it. q4_0, q4_1, q5_0 and q5_1 search only with an importance.
 ///
 /// # Panics
-/// As [`quantize`]; also if `values` is no whole number of rows of `importance.len()`, or a row
+/// As [`quantize`]. Also if `values` is no whole number of rows of `importance.len()`, or a row is
 /// no whole number of blocks.
 pub fn quantize_weighted(format: Format, values: &[f32], importance: Option<&[f32]>) -> Vec<u8> {
     let bytes = format.row_bytes(values.len()).expect("whole blocks");
@@ -77,7 +78,7 @@ pub fn quantize_weighted(format: Format, values: &[f32], importance: Option<&[f3
     out
 }
 
-/// Quantizes one chunk; `importance` comes with the chunk's offset in the tensor.
+/// Quantizes one chunk. `importance` comes with the chunk's offset in the tensor.
 fn quantize_chunk(
     format: Format,
     values: &[f32],
@@ -145,7 +146,8 @@ fn each_back<const N: usize>(values: &[f32], out: &mut [u8], encode: impl Fn(f32
     }
 }
 
-/// Halves at a time, so that the conversion instruction is looked for once for all of them.
+/// Halves that are converted at once. The machine's conversion instruction is detected once for all
+/// of them.
 const HALVES: usize = 256;
 
 fn halves(codes: &[u8], out: &mut [f32]) {

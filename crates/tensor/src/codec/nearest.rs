@@ -1,15 +1,15 @@
-//! Many numbers to their nearest codes at once: what [`encode`](super::scale::encode) and
-//! [`element::to_f32`] say of each, in loops without branches or tables that compilers turn into
-//! vectors. It knows nothing of where scales come from.
+//! Rounds many numbers to their nearest codes at once. The results are those of
+//! [`encode`](super::scale::encode) and [`element::to_f32`] for each number. The loops have no
+//! branches and no tables, so compilers vectorize them.
 
-use super::element::{self, Layout};
+use super::element::{self, FloatParts};
 use crate::format::Element;
 
-/// `1.5 * 2^23`: its neighbours are one apart, and the low bits of its sum with a small integer
-/// are that integer in two's complement.
+/// `1.5 * 2^23`. Its neighbours are one apart, and the low bits of its sum with a small integer are
+/// that integer in two's complement.
 const MAGIC: f32 = 12_582_912.0;
 
-/// How a number over its scale becomes a code, and what that code stands for.
+/// How the ratio of a number to its scale becomes a code, and the value of that code.
 trait Nearest: Copy {
     fn code_and_value(self, ratio: f32, zero: f32) -> (u8, f32);
 }
@@ -23,7 +23,7 @@ struct Integer {
 }
 
 impl Nearest for Integer {
-    // Not `clamp`: NaN ends at the lower bound, as `encode` has it.
+    // Not `clamp`, so that NaN becomes the lower bound, as in `encode`.
     #[allow(clippy::manual_clamp)]
     #[inline(always)]
     fn code_and_value(self, ratio: f32, zero: f32) -> (u8, f32) {
@@ -33,7 +33,7 @@ impl Nearest for Integer {
     }
 }
 
-/// Sign, exponent and mantissa; the fields are what [`element::from_f32`] derives from a layout.
+/// A small float. The fields are what [`element::from_f32`] computes from its parts.
 #[derive(Clone, Copy)]
 struct SmallFloat {
     max: f32,
@@ -42,22 +42,22 @@ struct SmallFloat {
     exponents_apart: u32,
     denormal_magic: f32,
     sign_shift: u32,
-    /// The code of NaN and what it stands for.
+    /// The code of NaN and its value.
     nan: (u32, f32),
 }
 
 impl SmallFloat {
-    fn new(layout: &Layout) -> Self {
-        let dropped = 23 - layout.mantissa;
-        let denormal_exponent = (127 + 1 - layout.bias + dropped as i32) as u32;
+    fn new(parts: &FloatParts) -> Self {
+        let dropped = 23 - parts.mantissa;
+        let denormal_exponent = (127 + 1 - parts.bias + dropped as i32) as u32;
         SmallFloat {
-            max: layout.max,
+            max: parts.max,
             dropped,
-            least_normal: ((128 - layout.bias) as u32) << 23,
-            exponents_apart: ((127 - layout.bias) as u32) << layout.mantissa,
+            least_normal: ((128 - parts.bias) as u32) << 23,
+            exponents_apart: ((127 - parts.bias) as u32) << parts.mantissa,
             denormal_magic: f32::from_bits(denormal_exponent << 23),
-            sign_shift: layout.exponent + layout.mantissa,
-            nan: layout.nan.map_or((0, 0.0), |code| (u32::from(code), f32::NAN)),
+            sign_shift: parts.exponent + parts.mantissa,
+            nan: parts.nan.map_or((0, 0.0), |code| (u32::from(code), f32::NAN)),
         }
     }
 }
@@ -80,7 +80,7 @@ impl Nearest for SmallFloat {
         let (code, value) = if bits >= self.least_normal { normal } else { denormal };
         let (sign, number) = (ratio.to_bits() >> 31, !ratio.is_nan());
         let signed = (code | sign << self.sign_shift, value.copysign(ratio));
-        // An element without a NaN has plain zero for it.
+        // An element without a NaN uses plain zero.
         let nan_sign = if self.nan.0 == 0 { 0 } else { sign << self.sign_shift };
         let code = if number { signed.0 } else { self.nan.0 | nan_sign };
         (code as u8, if number { signed.1 } else { self.nan.1 })
@@ -90,8 +90,8 @@ impl Nearest for SmallFloat {
 /// Calls `$loop` with the [`Nearest`] of an element, so that each loop is compiled for each kind.
 macro_rules! with_nearest {
     ($kind:expr, $loop:expr) => {
-        match element::layout($kind) {
-            Some(layout) => $loop(SmallFloat::new(layout)),
+        match element::float_parts($kind) {
+            Some(parts) => $loop(SmallFloat::new(parts)),
             None => {
                 let high = element::max($kind);
                 $loop(Integer { low: -high - 1.0, high, mask: element::mask($kind) })
@@ -100,7 +100,7 @@ macro_rules! with_nearest {
     };
 }
 
-/// What `value` is in steps of its block: zero where the step is.
+/// `value / step`. Zero if the step is zero.
 #[inline(always)]
 fn in_steps(value: f32, step: f32) -> f32 {
     if step == 0.0 { 0.0 } else { value / step }
@@ -121,7 +121,7 @@ pub fn encode_block(kind: Element, values: &[f32], step: f32, zero: i8, codes: &
     with_nearest!(kind, |how| all(how, values, step, f32::from(zero), codes));
 }
 
-/// What the nearest code of each of `values` stands for in one block.
+/// The value of the nearest code of each of `values` in one block.
 ///
 /// # Panics
 /// If there is not one result for each value.
@@ -136,8 +136,7 @@ pub fn round_block(kind: Element, values: &[f32], step: f32, zero: i8, rounded: 
     with_nearest!(kind, |how| all(how, values, step, f32::from(zero), rounded));
 }
 
-/// The nearest code of each of `values` and what it stands for, each under its own step and zero
-/// point.
+/// The nearest code of each of `values` and its value. Each has its own step and zero point.
 ///
 /// # Panics
 /// If there is not one of each for each value.

@@ -1,5 +1,5 @@
-//! Scales of blocks: how they are stored, and which scale a block of numbers takes when each
-//! is rounded to nearest.
+//! Scales of blocks: how they are stored, and which scale a block gets if each number is rounded to
+//! nearest.
 
 use half::{bf16, f16};
 
@@ -10,16 +10,16 @@ use crate::format::{Element, ScaleType, ScaledFormat, ZeroPoint};
 /// How the power of two of an MX block is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum E8m0Rounding {
-    /// `floor(log2(largest)) - floor(log2(element's largest))`, as the OCP MX specification:
-    /// numbers between the element's largest and the next power of two saturate.
+    /// `floor(log2(largest)) - floor(log2(element's largest))`, as in the OCP MX specification.
+    /// Numbers between the element's largest and the next power of two saturate.
     #[default]
     Floor,
-    /// The least power of two with which nothing saturates (NVIDIA's RCEIL).
+    /// The least power of two for which nothing saturates (NVIDIA's RCEIL).
     Ceil,
-    /// As `Floor`, after the largest number was rounded to the element's mantissa: saturation
-    /// never costs more than a rounding.
+    /// As `Floor`, after rounding the largest number to the element's mantissa. So saturation costs
+    /// no more than rounding does.
     Even,
-    /// Of `Floor`'s exponent, its two neighbours and their plain rounding, the one with the least squared error.
+    /// The exponent with the least squared error, of `Floor`'s exponent and its two neighbours.
     Mse,
 }
 
@@ -28,11 +28,11 @@ pub enum E8m0Rounding {
 pub struct BlockScale {
     /// A value that the scale's type can store, without the global scale.
     pub scale: f32,
-    /// The code that stands for zero; 0 in symmetric formats.
+    /// The code that stands for zero. 0 in symmetric formats.
     pub zero: i8,
 }
 
-/// The scale in bytes as a tensor stores it, low byte first; unused bytes are zero.
+/// The bytes of a stored scale, low byte first. Unused bytes are zero.
 pub(super) fn store(kind: ScaleType, scale: f32) -> [u8; 4] {
     match kind {
         ScaleType::F32 => scale.to_le_bytes(),
@@ -58,8 +58,8 @@ pub(super) fn load(kind: ScaleType, bytes: &[u8]) -> f32 {
     }
 }
 
-/// The nearest scale that the type can store; for E8M0 the least power of two that is not
-/// smaller (so that nothing saturates that did not before).
+/// The nearest scale that the type can store. For E8M0 it is the least power of two that is not
+/// smaller, so that nothing saturates that did not before.
 pub fn round(kind: ScaleType, scale: f32) -> f32 {
     load(kind, &store(kind, scale))
 }
@@ -77,9 +77,9 @@ fn e8m0_above(scale: f32) -> u8 {
 /// The scale and zero point of a block for rounding each number to nearest. `global` is what
 /// the format multiplies stored scales by (1 without a global scale).
 ///
-/// Integers follow compressed-tensors: symmetric `largest / ((2^bits - 1) / 2)`; asymmetric
-/// `(max - min) / (2^bits - 1)` over a range that holds zero. Floats map the largest magnitude
-/// onto the element's largest value.
+/// Integers follow compressed-tensors: symmetric `largest / ((2^bits - 1) / 2)`, asymmetric `(max -
+/// min) / (2^bits - 1)` over a range that includes zero. For floats the largest magnitude becomes
+/// the element's largest value.
 pub fn fit(
     format: &ScaledFormat,
     values: &[f32],
@@ -89,7 +89,7 @@ pub fn fit(
     fit_shrunken(format, values, Span::of(values), 1.0, global, rounding)
 }
 
-/// The least and the largest of some numbers and zero; NaN if one of them is not finite.
+/// The least and the largest of some numbers and zero. NaN if one of them is not finite.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Span {
     low: f32,
@@ -97,14 +97,14 @@ pub struct Span {
 }
 
 impl Span {
-    /// Of `values`.
+    /// The span of `values`.
     pub fn of(values: &[f32]) -> Self {
         const LANES: usize = 16;
         let (mut low, mut high, mut nothing) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
         let mut take = |i: usize, v: f32| {
             low[i] = low[i].min(v);
             high[i] = high[i].max(v);
-            // Zero, but for NaN and infinities.
+            // This adds zero, or NaN if `v` is not finite.
             nothing[i] += v * 0.0;
         };
         let (whole, rest) = values.as_chunks::<LANES>();
@@ -116,8 +116,8 @@ impl Span {
     }
 }
 
-/// As [`fit`] of `values` times a `ratio` that is not negative; `span` is theirs before that.
-/// Rounding keeps order, so that a search over ratios looks at the numbers once.
+/// As [`fit`] for `values` times a `ratio` that is not negative. `span` is the span of `values`.
+/// Rounding keeps order, so a search over ratios needs to read the numbers only once.
 pub fn fit_shrunken(
     format: &ScaledFormat,
     values: &[f32],
@@ -128,7 +128,7 @@ pub fn fit_shrunken(
 ) -> BlockScale {
     let (low, high) = (span.low * ratio, span.high * ratio);
     if !(low.is_finite() && high.is_finite()) {
-        // A NaN must not pass for a number: its whole block says so.
+        // A NaN must not become a number. It makes its whole block NaN.
         return BlockScale { scale: load(format.scale, &store(format.scale, f32::NAN)), zero: 0 };
     }
     let largest = high.max(-low);
@@ -151,7 +151,7 @@ pub fn fit_shrunken(
         _ => {
             let wanted = largest / range / global;
             let least = match format.scale {
-                // A block of small numbers keeps a scale, the least one there is.
+                // A block of small numbers gets the least scale that is not zero.
                 ScaleType::E4M3Global if largest > 0.0 => 2f32.powi(-9),
                 _ => 0.0,
             };
@@ -174,7 +174,8 @@ fn fit_power(
     match rounding {
         E8m0Rounding::Floor => power(floor),
         E8m0Rounding::Ceil => {
-            // Exact: a power of two times a small float is no rounding in f64.
+            // This is exact, because the product of a power of two and a small float is not rounded
+            // in f64.
             let fits = f64::from(largest) <= f64::from(range) * 2f64.powi(floor.max(-200));
             power(if fits { floor } else { floor + 1 })
         }
@@ -209,7 +210,7 @@ pub fn encode(kind: Element, value: f32, scale: f32, zero: i8) -> u8 {
     let ratio = if scale == 0.0 { 0.0 } else { value / scale };
     match kind {
         Element::Int(_) => {
-            // The bounds only keep the addition exact; the element's own come after.
+            // These bounds only keep the addition exact. The element's own bounds follow.
             element::from_f32(kind, round_float_within(ratio, -1e6, 1e6) + f32::from(zero))
         }
         _ => element::from_f32(kind, ratio),

@@ -1,5 +1,5 @@
-//! Formats whose scales lie in planes of their own: `value = (code - zero) * scale`, times the
-//! matrix's global scale for NVFP4.
+//! Formats whose scales lie in planes of their own: `value = (code - zero) * scale`, and for NVFP4
+//! times the global scale of the matrix.
 
 use std::borrow::Cow;
 
@@ -13,7 +13,7 @@ use crate::error::TensorError;
 use crate::format::{Element, Format, ScaleGrid, ScaleType, ScaledFormat, ZeroPoint};
 use crate::tensor::{GlobalScale, Tensor};
 
-/// Dequantizes one row of the `[rows, columns]` view; `tensor.format` is `format`.
+/// Dequantizes one row of the `[rows, columns]` view. `tensor.format` is `format`.
 pub(crate) fn dequantize_row(tensor: &Tensor, format: &ScaledFormat, row: usize, out: &mut [f32]) {
     let grid = tensor.grid(format);
     let (row_bytes, bits) = (tensor.row_bytes(), format.element.bits());
@@ -72,8 +72,8 @@ pub fn pack(codes: &[u8], bits: usize, out: &mut [u8]) {
     }
 }
 
-/// Rounds `values` to nearest in `format`, each block with the scale of [`fit`], under the
-/// [`global_scale`] of each matrix.
+/// Rounds `values` to nearest in `format`. Each block has the scale of [`fit`], and each matrix its
+/// [`global_scale`].
 ///
 /// # Errors
 /// If the shape does not fit the format.
@@ -91,7 +91,7 @@ pub fn quantize(
     quantize_under(shape, format, values, global, rounding)
 }
 
-/// As [`quantize`], under a global scale that the caller chose.
+/// As [`quantize`], with a global scale that the caller chose.
 ///
 /// # Errors
 /// If the shape does not fit the format, or the global scale is not what the format asks for.
@@ -119,8 +119,8 @@ pub fn quantize_under(
     quantize_with(shape, format, values, &blocks, global)
 }
 
-/// Rounds `values` to nearest with scales and zero points chosen by the caller, one a block in
-/// the order of [`ScaleGrid`]; scales are rounded to what the format stores ([`round`]).
+/// Rounds `values` to nearest. The caller chooses one scale and zero point a block, in the order of
+/// [`ScaleGrid`]. Scales are rounded to what the format stores ([`round`]).
 ///
 /// # Errors
 /// If the shape does not fit the format, or the global scale is not what the format asks for.
@@ -153,7 +153,7 @@ pub fn quantize_with(
     assemble(shape, format, &codes, blocks, global)
 }
 
-/// Packs codes (one a byte, row-major) and scales that an algorithm chose into a tensor.
+/// Makes a tensor of codes (one a byte, row-major) and scales that an algorithm chose.
 ///
 /// # Errors
 /// If the shape does not fit the format, or the global scale is not what the format asks for.
@@ -201,9 +201,9 @@ fn checked_grid(shape: &[usize], format: &ScaledFormat) -> Result<ScaleGrid, Ten
     format.grid(shape).ok_or_else(|| TensorError::Overflow { shape: shape.to_vec() })
 }
 
-/// The global scale under which the largest number of a matrix gets the largest block scale, for
-/// matrices whose largest magnitudes these are: `448 * 6 / largest`, a divisor as
-/// compressed-tensors stores it. [`GlobalScale::One`] for formats that have none.
+/// The global scale with which the largest number of a matrix gets the largest block scale.
+/// `largest` has the largest magnitude of each matrix. It is the divisor `448 * 6 / largest`, as
+/// compressed-tensors stores it. [`GlobalScale::One`] for formats without a global scale.
 pub fn global_scale(format: &ScaledFormat, largest: impl Iterator<Item = f32>) -> GlobalScale {
     if format.scale != ScaleType::E4M3Global {
         return GlobalScale::One;
@@ -211,12 +211,12 @@ pub fn global_scale(format: &ScaledFormat, largest: impl Iterator<Item = f32>) -
     GlobalScale::Divide(largest.map(|largest| global_divisor(format, largest)).collect())
 }
 
-/// [`global_scale`] of one matrix of a format that has it.
+/// [`global_scale`] of one matrix, for a format that has one.
 pub fn global_divisor(format: &ScaledFormat, largest: f32) -> f32 {
     let unit = element::max(Element::F8E4M3) * element::max(format.element);
     match unit / largest {
         divisor if divisor.is_normal() && divisor.recip().is_normal() => divisor,
-        // A matrix of zeros, or of numbers too small to scale, needs no scale.
+        // A matrix of zeros, or of numbers that are too small to scale, needs no scale.
         _ => 1.0,
     }
 }
@@ -230,7 +230,7 @@ fn largest_of_each(grid: &ScaleGrid, values: &[f32]) -> Vec<f32> {
     all
 }
 
-/// The numbers of one block: a slice where they are contiguous.
+/// The numbers of one block. It is a slice if they are contiguous.
 fn block_values<'a>(
     shape: &[usize],
     grid: &ScaleGrid,

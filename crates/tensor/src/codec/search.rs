@@ -1,14 +1,14 @@
-//! Scale searches: given numbers and weights, the scale (and offset) whose rounded codes have
+//! Searches scales: for given numbers and weights, the scale (and offset) whose rounded codes have
 //! the least weighted squared error.
 //!
-//! Rounding makes the error a piecewise quadratic function of the scale. Each search tries a
-//! fan of starting scales; codes rounded with one of them make the error exactly quadratic, so
-//! the best scale for those codes is a least-squares solution in closed form, and the best pair
-//! of all is kept. This is the scheme of llama.cpp's K-quants; the fans are wider here.
+//! Rounding makes the error a piecewise quadratic function of the scale. Each search tries many
+//! starting scales. For the codes that one of them gives, the error is quadratic, so the best scale
+//! is a least-squares solution in closed form. The best pair of codes and scale is kept.
+//! llama.cpp's K-quants use this scheme with fewer starting scales.
 //!
-//! Loops run over lanes with separate sums, so that the compiler can use vector registers.
+//! Loops have separate sums for each lane, so that the compiler can use vector registers.
 
-/// Lanes of the sums; every sub-block is a multiple.
+/// The number of separate sums. The length of every sub-block is a multiple of it.
 const LANES: usize = 8;
 
 /// `value ≈ scale * code - min`, with codes in `0..=levels` and `min >= 0`.
@@ -16,7 +16,7 @@ const LANES: usize = 8;
 pub struct AffineFit {
     /// Step between codes, not negative.
     pub scale: f32,
-    /// What is subtracted, not negative.
+    /// The minimum that is subtracted, not negative.
     pub min: f32,
 }
 
@@ -25,24 +25,24 @@ const AFFINE_STEPS: i32 = 20;
 /// Starting scales that [`fit_symmetric`] tries on either side of the plain one.
 const SYMMETRIC_STEPS: i32 = 12;
 
-/// Rounds to the nearest integer within bounds, ties to even; NaN becomes `low`. The bounds are
-/// below 2^22: beyond that the addition would not round to integers.
+/// Rounds to the nearest integer within bounds, ties to even. NaN becomes `low`. The bounds must be
+/// below 2^22, because the addition does not round to integers beyond that.
 #[inline(always)]
 pub fn round_float_within(value: f32, low: f32, high: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: its neighbours are one apart
-    // Not `clamp`: `max` and `min` are single instructions, and NaN ends at `low`.
+    // Not `clamp`: `max` and `min` are single instructions, and NaN becomes `low`.
     #[allow(clippy::manual_clamp)]
     let bounded = value.max(low).min(high);
     (bounded + MAGIC) - MAGIC
 }
 
-/// Rounds to the nearest integer within bounds; NaN becomes `low`.
+/// Rounds to the nearest integer within bounds. NaN becomes `low`.
 pub fn round_within(value: f32, low: i32, high: i32) -> i32 {
     round_float_within(value, low as f32, high as f32) as i32
 }
 
-/// How much each squared error of `N` numbers counts under an importance matrix: its entries
-/// scaled by the numbers' sizes.
+/// The weights of the squared errors of `N` numbers under an importance matrix: its entries, scaled
+/// by the magnitudes of the numbers.
 pub(super) fn importance_weights<const N: usize>(values: &[f32], importance: &[f32]) -> [f32; N] {
     let mean = values.iter().map(|v| v * v).sum::<f32>() / N as f32;
     std::array::from_fn(|i| importance[i] * (2.0 * mean + values[i] * values[i]).sqrt())
@@ -69,8 +69,8 @@ pub(super) fn sums<const N: usize>(
     lanes.map(|lanes| lanes.iter().sum())
 }
 
-/// The best affine fit found for `values` under `weights` (equally many, a multiple of 8, not
-/// negative).
+/// The best affine fit found for `values` under `weights`. Both are equally long, a multiple of 8.
+/// Weights are not negative.
 pub fn fit_affine(values: &[f32], weights: &[f32], levels: i32) -> AffineFit {
     let (mut low, mut high) = (0.0f32, f32::NEG_INFINITY);
     for &v in values {
@@ -79,7 +79,7 @@ pub fn fit_affine(values: &[f32], weights: &[f32], levels: i32) -> AffineFit {
     }
     let range = high - low;
     if range.is_nan() || range <= 0.0 || range.is_infinite() {
-        // All equal and not positive (or not numbers): the minimum alone says it.
+        // All values are equal and not positive, or not numbers. The minimum alone represents them.
         return AffineFit { scale: 0.0, min: -low };
     }
     let plain = AffineFit { scale: range / levels as f32, min: -low };
@@ -94,7 +94,7 @@ pub fn fit_affine(values: &[f32], weights: &[f32], levels: i32) -> AffineFit {
             [w * q, w * q * q, w * q * x]
         });
         let Some(fit) = solve_affine(w, wx, [wq, wqq, wqx]) else { continue };
-        // The error of these codes under their own least squares.
+        // The error of these codes with their least-squares scale.
         let error = wxx - fit.scale * wqx + fit.min * wx;
         if error < best_error {
             best = fit;
@@ -113,7 +113,7 @@ fn solve_affine(w: f32, wx: f32, [wq, wqq, wqx]: [f32; 3]) -> Option<AffineFit> 
     let scale = (w * wqx - wx * wq) / determinant;
     let min = (wq * wqx - wqq * wx) / determinant;
     if min < 0.0 {
-        // The file stores no negative minimum: the best fit through zero.
+        // A file cannot store a negative minimum, so this is the best fit through zero.
         let scale = wqx / wqq;
         return (wqq > 0.0 && scale > 0.0).then_some(AffineFit { scale, min: 0.0 });
     }
@@ -133,7 +133,7 @@ pub fn affine_error(values: &[f32], weights: &[f32], levels: i32, scale: f32, mi
 }
 
 /// The best scale found for `value ≈ scale * code` with codes in `-half..=half - 1`. It may be
-/// negative, so that the number of largest magnitude meets the end that reaches further.
+/// negative. Then the number of the largest magnitude uses the end that reaches further.
 pub fn fit_symmetric(values: &[f32], weights: &[f32], half: i32) -> f32 {
     let largest = values.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
     if largest == 0.0 || !largest.is_finite() {
@@ -144,8 +144,8 @@ pub fn fit_symmetric(values: &[f32], weights: &[f32], half: i32) -> f32 {
     best_symmetric(values, weights, half, steps.map(|step| -(half + 0.1 * step as f32) / largest))
 }
 
-/// The best scale for the codes that each of `inverses`, starting scales inverted, gives; codes in
-/// `-half..=half - 1`.
+/// The best scale of all, over the codes that each of `inverses` gives. These are the inverses of
+/// starting scales. Codes are in `-half..=half - 1`.
 pub(super) fn best_symmetric(
     values: &[f32],
     weights: &[f32],
@@ -158,7 +158,7 @@ pub(super) fn best_symmetric(
             let q = round_float_within(inverse * x, -half, half - 1.0);
             [w * q * x, w * q * q]
         });
-        // The error falls by wqx^2 / wqq from that of coding everything as zero.
+        // Compared with coding everything as zero, the error falls by wqx^2 / wqq.
         if wqq > 0.0 && wqx * wqx > best_gain * wqq {
             best = wqx / wqq;
             best_gain = wqx * wqx / wqq;

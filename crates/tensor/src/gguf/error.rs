@@ -1,4 +1,4 @@
-//! What can be wrong with GGUF files, each with its name.
+//! Errors of GGUF files.
 
 use std::fmt;
 use std::io;
@@ -108,7 +108,7 @@ pub enum GgufProblem {
         /// What was found.
         found: u8,
     },
-    /// Arrays in arrays, too deep.
+    /// Arrays are nested too deeply.
     #[error("metadata {key:?} nests arrays more than {limit} deep")]
     Nesting {
         /// Which entry.
@@ -124,7 +124,7 @@ pub enum GgufProblem {
         /// Which.
         name: String,
     },
-    /// An alignment that is no power of two, or absurd.
+    /// An alignment that is no power of two, or too large.
     #[error("general.alignment is {found}, expected a power of two up to {limit}")]
     Alignment {
         /// What was found.

@@ -37,7 +37,7 @@ impl Metadata {
         self.index.get(key).map(|&i| &self.entries[i].1)
     }
 
-    /// Sets a key, in place if it exists, at the end otherwise. Returns what was there.
+    /// Sets a key. A new key goes to the end. Returns the old value.
     pub fn insert(&mut self, key: impl Into<String>, value: MetaValue) -> Option<MetaValue> {
         let key = key.into();
         match self.index.get(&key) {
@@ -50,8 +50,8 @@ impl Metadata {
         }
     }
 
-    /// The value of a key that has to be there, as `T`. Integers may be stored in any integer
-    /// type that holds them, floats in either float type.
+    /// The value of a key that must exist, as `T`. Integers may be stored in any integer type,
+    /// floats in either float type.
     ///
     /// # Errors
     /// If it is not there or of another type.
@@ -60,7 +60,7 @@ impl Metadata {
         self.optional(key)?.ok_or_else(missing)
     }
 
-    /// As [`Metadata::require`]; `None` if the key is not there.
+    /// As [`Metadata::require`], but `None` if the key does not exist.
     ///
     /// # Errors
     /// If it is of another type.

@@ -1,7 +1,7 @@
 //! GGUF files: metadata, tensor descriptions, then the data. Little-endian, versions 2 and 3.
 //!
-//! [`GgufFile`] maps a file and checks it once; [`Writer`] streams tensors into a new one.
-//! Shapes are outermost first here; the file has them the other way round.
+//! [`GgufFile`] maps a file and checks it once. [`Writer`] streams tensors into a new file. Shapes
+//! are outermost first here. The file has them innermost first.
 
 mod compact;
 mod error;
@@ -35,7 +35,8 @@ pub struct GgufTensor {
     pub shape: Vec<usize>,
     /// Its type, readable or not.
     pub kind: GgufType,
-    /// Where its bytes lie in the file; `None` if the type is unknown, and with it the size.
+    /// The place of its bytes in the file. `None` if the type is unknown, because its size is
+    /// unknown too.
     pub range: Option<Range<usize>>,
 }
 
@@ -48,7 +49,7 @@ pub struct GgufFile {
     pub tensors: Vec<GgufTensor>,
     /// 2 or 3.
     pub version: u32,
-    /// Every tensor begins at a multiple of so many bytes.
+    /// Every tensor begins at a multiple of this number of bytes.
     pub alignment: u64,
     path: PathBuf,
     file: Bytes,
@@ -71,7 +72,7 @@ impl GgufFile {
         self.file.release();
     }
 
-    /// As [`GgufFile::open`], from bytes in memory; `path` is for messages.
+    /// As [`GgufFile::open`], from bytes in memory. Messages name `path`.
     ///
     /// # Errors
     /// If the header breaks any rule of the format.

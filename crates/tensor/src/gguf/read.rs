@@ -1,5 +1,5 @@
-//! Reading a header: every count and length is checked against what is left of the file
-//! before anything is allocated for it.
+//! Reads a header. Every count and length is checked against the rest of the file before anything
+//! is allocated for it.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use super::value::{MetaArray, MetaType, MetaValue};
 use super::{GgufProblem, GgufTensor, GgufType, Metadata};
 use crate::bytes::Bytes;
 
-/// Arrays in arrays that are accepted; no known file nests at all.
+/// The deepest nesting of arrays that is accepted. No known file nests arrays at all.
 const NESTING_MAX: usize = 4;
 /// The largest alignment that is accepted, in bytes.
 const ALIGNMENT_MAX: u64 = 1 << 20;
@@ -68,7 +68,7 @@ fn read_version(cursor: &mut Cursor<'_>) -> Result<u32, GgufProblem> {
     cursor.at = 4;
     match cursor.u32("the version")? {
         version @ (2 | 3) => Ok(version),
-        // Small numbers in the other byte order have nothing in their lower half.
+        // A small number in the other byte order has zeros in its lower half.
         found if found != 0 && found & 0xffff == 0 => Err(GgufProblem::BigEndian),
         found => Err(GgufProblem::Version { found }),
     }
@@ -111,7 +111,7 @@ fn read_kind(cursor: &mut Cursor<'_>, key: &str) -> Result<MetaType, GgufProblem
     MetaType::from_id(found).ok_or_else(|| GgufProblem::MetaType { key: key.to_owned(), found })
 }
 
-/// Steps over an array's elements, checking each length, and keeps where they lie.
+/// Steps over the elements of an array, checks each length, and keeps their place.
 fn read_array(cursor: &mut Cursor<'_>, key: &str, depth: usize) -> Result<MetaArray, GgufProblem> {
     let kind = read_kind(cursor, key)?;
     let count = cursor.u64("an array's length")?;
@@ -140,7 +140,7 @@ fn read_array(cursor: &mut Cursor<'_>, key: &str, depth: usize) -> Result<MetaAr
             cursor.take("an array", count * element_bytes_min)?;
         }
     }
-    // The count fits: the elements lie in the file.
+    // The count fits, because the elements lie in the file.
     Ok(MetaArray { kind, len: count as usize, data: cursor.file.slice(start..cursor.at) })
 }
 
@@ -156,7 +156,7 @@ impl MetaArray {
     }
 }
 
-/// Array at `at` of the elements of an array of arrays that was checked at opening.
+/// The array at `at` of an array of arrays, which was checked when the file was opened.
 fn inner_array(data: &Bytes, at: &mut usize) -> Option<MetaArray> {
     let mut cursor = Cursor { file: data, at: *at };
     let array = read_array(&mut cursor, "", 1).ok()?;
@@ -164,7 +164,7 @@ fn inner_array(data: &Bytes, at: &mut usize) -> Option<MetaArray> {
     Some(array)
 }
 
-/// A tensor as the header has it.
+/// A tensor's description in the header.
 struct Info {
     name: String,
     dimensions: Vec<u64>,
@@ -207,20 +207,20 @@ fn check_info(
     if !offset.is_multiple_of(alignment) {
         return Err(GgufProblem::Unaligned { name, offset, alignment });
     }
-    // An unknown type has an unknown size; its beginning is checked all the same.
+    // The size of an unknown type is unknown, but its beginning is checked.
     let end = offset.saturating_add(size.unwrap_or(0));
     if end > available {
         return Err(GgufProblem::Offsets { name, begin: offset, end, available });
     }
     let range = size.map(|size| match size {
-        // The data of a file without any may begin beyond its end.
+        // A file without data may say that its data begins beyond its end.
         0 => 0..0,
         _ => (start + offset) as usize..(start + end) as usize,
     });
     Ok(GgufTensor { name, shape, kind, range })
 }
 
-/// Bytes that a tensor takes; `None` if its type is unknown.
+/// Bytes that a tensor takes. `None` if its type is unknown.
 fn size_of(dimensions: &[u64], kind: GgufType) -> Result<Option<u64>, &'static str> {
     let overflow = "their product is too large";
     let elements = dimensions.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).ok_or(overflow)?;
@@ -253,7 +253,7 @@ fn check_names_and_overlap(tensors: &[GgufTensor]) -> Result<(), GgufProblem> {
     }
 }
 
-/// A position in the file; everything is taken through a check of what is left.
+/// A position in the file. All reads check how much of the file is left.
 struct Cursor<'a> {
     file: &'a Bytes,
     at: usize,
@@ -294,7 +294,8 @@ impl<'a> Cursor<'a> {
         text.map(str::to_owned).map_err(|_| GgufProblem::Text { what, at })
     }
 
-    /// Refuses counts of things of at least `bytes_min` bytes that cannot be in the file.
+    /// Refuses a count of entries of at least `bytes_min` bytes each, if the rest of the file
+    /// cannot hold them.
     fn check_count(
         &self,
         what: &'static str,

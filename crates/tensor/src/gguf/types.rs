@@ -48,7 +48,7 @@ const TYPES: [(u32, &str, u64, u64); 34] = [
 ];
 
 impl GgufType {
-    /// `f64`: read by rounding to `f32`.
+    /// `f64`, which is rounded to `f32` when it is read.
     pub const F64: GgufType = GgufType(28);
     /// fp4 in groups of 16, with a second scale in a tensor of its own.
     pub const NVFP4: GgufType = GgufType(40);
@@ -62,7 +62,7 @@ impl GgufType {
         self.row().map(|row| (row.2, row.3))
     }
 
-    /// The format that tensors of this type are read in; `None` if they cannot be read.
+    /// The format that tensors of this type are read as. `None` if they cannot be read.
     pub fn format(self) -> Option<Format> {
         match self.0 {
             0 => Some(Format::F32),
@@ -77,7 +77,7 @@ impl GgufType {
         compact::format(self).is_some()
     }
 
-    /// The type that a format is written as; `None` for formats that GGUF does not have.
+    /// The type that a format is written as. `None` for formats that GGUF does not have.
     pub fn of(format: Format) -> Option<GgufType> {
         match format {
             Format::Ggml(t) => Some(GgufType(t.id())),

@@ -1,5 +1,5 @@
-//! Metadata values. Arrays stay where they lie in the file and are decoded when asked for, so
-//! that a vocabulary of a quarter million tokens costs nothing at opening.
+//! Metadata values. Arrays stay in the file and are decoded when they are asked for. So opening a
+//! file with a vocabulary of a quarter million tokens is fast.
 
 use std::fmt;
 
@@ -33,7 +33,7 @@ impl MetaType {
         ALL.get(id as usize).copied()
     }
 
-    /// Bytes of a value; `None` for strings and arrays, which vary.
+    /// Bytes of a value. `None` for strings and arrays, whose sizes vary.
     pub const fn bytes(self) -> Option<usize> {
         match self {
             MetaType::U8 | MetaType::I8 | MetaType::Bool => Some(1),
@@ -158,7 +158,7 @@ pub(super) fn encode_string(text: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(text);
 }
 
-/// An array of one element type, as it lies in the file.
+/// An array of one element type, in the file's bytes.
 #[derive(Clone)]
 pub struct MetaArray {
     pub(super) kind: MetaType,
@@ -220,8 +220,8 @@ impl MetaArray {
         self.len == 0
     }
 
-    /// The strings' bytes, borrowed; `None` if the elements are no strings. GGUF means UTF-8,
-    /// but vocabularies with broken characters exist, and a tokenizer can use them.
+    /// The bytes of the strings, borrowed. `None` if the elements are no strings. GGUF demands
+    /// UTF-8, but some vocabularies have broken characters, and a tokenizer can use them.
     pub fn byte_strings(&self) -> Option<impl Iterator<Item = &[u8]>> {
         (self.kind == MetaType::String).then(|| {
             let mut rest: &[u8] = &self.data;
@@ -234,7 +234,7 @@ impl MetaArray {
         })
     }
 
-    /// The strings, borrowed; `None` if the elements are no strings or not UTF-8.
+    /// The strings, borrowed. `None` if the elements are no strings or not UTF-8.
     pub fn strings(&self) -> Option<Vec<&str>> {
         self.byte_strings()?.map(|bytes| std::str::from_utf8(bytes).ok()).collect()
     }

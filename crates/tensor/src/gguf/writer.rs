@@ -1,5 +1,5 @@
-//! Writing: metadata and tensors are declared first, then the bytes come in any order, piece
-//! by piece. The file has a temporary name until all is there.
+//! Writes files. Metadata and tensors are declared first. Then their bytes come in any order, piece
+//! by piece. The file has a temporary name until it is complete.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,25 +11,25 @@ use super::{GgufError, GgufProblem, GgufType, Metadata};
 use crate::format::Format;
 use crate::partial::PartialFile;
 
-/// What a tensor will be.
+/// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorDeclaration {
     /// Its name.
     pub name: String,
     /// How its numbers are stored: plain floats or GGUF blocks.
     pub format: Format,
-    /// Dimensions, outermost first; 1 to 4.
+    /// Dimensions, outermost first, 1 to 4 of them.
     pub shape: Vec<usize>,
 }
 
-/// Where a declared tensor goes and how much of it has come.
+/// The place of a declared tensor, and how much of it is written.
 #[derive(Debug)]
 struct Slot {
     range: Range<u64>,
     written: u64,
 }
 
-/// A file being written. Dropped before [`Writer::finish`], it leaves nothing.
+/// A file that is being written. If it is dropped before [`Writer::finish`], nothing is left of it.
 #[derive(Debug)]
 pub struct Writer {
     file: PartialFile,
@@ -38,8 +38,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts the file `path` (version 3, alignment 32; a `general.alignment` among the
-    /// metadata is left out, as it may be another file's).
+    /// Starts the file `path`, with version 3 and alignment 32. A `general.alignment` in the
+    /// metadata is left out, because it may come from another file.
     ///
     /// # Errors
     /// If a tensor cannot be stored, two have one name, or the file cannot be written.
@@ -80,7 +80,7 @@ impl Writer {
         Ok(Self { file, slots, end: start + end.next_multiple_of(ALIGNMENT_DEFAULT) })
     }
 
-    /// Adds the next bytes of a declared tensor; large tensors may come in several pieces.
+    /// Adds the next bytes of a declared tensor. A large tensor may come in several pieces.
     ///
     /// # Errors
     /// If the tensor was not declared, if more comes than was declared, or if the disk is full.
@@ -100,10 +100,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Checks that every tensor is complete, brings all to the disk and gives the file its name.
+    /// Checks that every tensor is complete, flushes the file to the disk and renames it.
     ///
     /// # Errors
-    /// If a tensor is not complete or the disk refuses; the temporary file is gone then.
+    /// If a tensor is not complete or the disk refuses. The temporary file is removed then.
     pub fn finish(mut self) -> Result<(), GgufError> {
         let path = self.file.path().to_owned();
         for (name, slot) in &self.slots {
@@ -118,7 +118,7 @@ impl Writer {
     }
 }
 
-/// Adds one tensor's description to the header; its place is the next aligned one after `end`.
+/// Adds the description of one tensor to the header. Its place is the next aligned one after `end`.
 fn declare(
     tensor: &TensorDeclaration,
     end: u64,

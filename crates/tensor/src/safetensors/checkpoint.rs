@@ -1,4 +1,4 @@
-//! A directory of weights: one file, or shards with an index.
+//! A directory of weights: one file, or shards and an index.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -16,7 +16,7 @@ pub(super) const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The only file's name in a directory without an index.
 pub(super) const SINGLE_NAME: &str = "model.safetensors";
 
-/// All tensors of a checkpoint, whichever files they lie in.
+/// All tensors of a checkpoint, in one file or several.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -26,7 +26,7 @@ pub struct Checkpoint {
     owner: HashMap<String, usize>,
 }
 
-/// The index; its `metadata` says nothing that a reader needs.
+/// The index. Readers do not need its `metadata`.
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
@@ -42,8 +42,8 @@ impl Checkpoint {
     /// `model.safetensors.index.json` and its shards. Every header is checked here.
     ///
     /// # Errors
-    /// If no weights are there, if any file is malformed, if a shard is missing or lies
-    /// elsewhere, or if a shard lacks a tensor that the index promises.
+    /// If there are no weights, if a file is malformed, if a shard is missing or lies in another
+    /// directory, or if a shard lacks a tensor that the index names.
     pub fn open(path: &Path) -> Result<Self, SafetensorsError> {
         if !path.is_dir() {
             return Self::of_one(path, SafetensorsFile::open(path)?);
@@ -85,8 +85,8 @@ impl Checkpoint {
                 let (name, file) = ((*name).to_owned(), file.to_owned());
                 return Err(at_index(SafetensorsProblem::NotInShard { name, file }));
             }
-            // Readers of the format load whole shards, so a tensor that the index forgot is there
-            // too. One that the index gives to another shard is that shard's.
+            // Other readers load whole shards. So a tensor that the index does not name is there
+            // too. A tensor that the index gives to another shard is read from that shard.
             for name in
                 shard.names().filter(|name| index.weight_map.get(*name).is_none_or(|f| f == file))
             {
@@ -158,7 +158,7 @@ fn read_index(path: &Path) -> Result<Index, SafetensorsError> {
         .map_err(|e| at(SafetensorsProblem::Index { reason: e.to_string() }))
 }
 
-/// Whether `name` is one plain component, so that it cannot lead out of the directory.
+/// Whether `name` is one plain component, which cannot lead out of the directory.
 fn is_plain_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     let first_is_plain = matches!(components.next(), Some(Component::Normal(part)) if part == name);

@@ -1,4 +1,4 @@
-//! What can be wrong with safetensors files, each with its name.
+//! Errors of safetensors files.
 
 use std::fmt;
 use std::io;
@@ -48,7 +48,7 @@ pub enum SafetensorsProblem {
         /// Bytes of the file.
         found: usize,
     },
-    /// The header reaches past the end of the file or past any sensible size.
+    /// The header reaches past the end of the file or past the largest accepted size.
     #[error("the header claims {found} bytes; at most {limit} are possible here")]
     HeaderSize {
         /// Bytes claimed.
@@ -59,7 +59,7 @@ pub enum SafetensorsProblem {
     /// The header is not the JSON that the format asks for.
     #[error("the header is not valid: {reason}")]
     Json {
-        /// What the JSON reader said.
+        /// The JSON reader's message.
         reason: String,
     },
     /// Two tensors have one name.
@@ -76,7 +76,7 @@ pub enum SafetensorsProblem {
         /// What was found.
         dtype: String,
     },
-    /// Shape and type do not make the bytes that the offsets span.
+    /// Shape and type need more or fewer bytes than the offsets span.
     #[error(
         "tensor {name:?} of {dtype} and shape {shape:?} needs {expected} bytes, its offsets span {found}"
     )]

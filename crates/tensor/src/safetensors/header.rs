@@ -1,4 +1,4 @@
-//! The header: 8 bytes of size, JSON, and the rules that it has to keep.
+//! The header: 8 bytes of size, then JSON, and the rules that it must obey.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -58,7 +58,7 @@ pub(super) fn parse(file: &[u8]) -> Result<Header, SafetensorsProblem> {
     check(entries, 8 + json.len(), data.len() as u64)
 }
 
-/// Checks types, sizes and the order of offsets: each tensor begins where the one before ends.
+/// Checks types, sizes and the order of offsets. Each tensor must begin where the one before ends.
 fn check(entries: Entries, start: usize, available: u64) -> Result<Header, SafetensorsProblem> {
     let Entries { metadata, mut tensors } = entries;
     let mut names = HashSet::with_capacity(tensors.len());
@@ -96,8 +96,8 @@ fn check_size(name: &str, entry: Entry) -> Result<(Dtype, Vec<usize>), Safetenso
     })?;
     let found = entry.data_offsets.1 - entry.data_offsets.0;
     let expected = entry.shape.iter().try_fold(dtype.bytes() as u64, |n, &d| n.checked_mul(d));
-    // Dimensions beside a zero may be anything in a file, but not in a shape that this crate
-    // multiplies out: they have to fit on their own.
+    // A file may have any dimensions beside a zero. But this crate multiplies shapes, so the
+    // dimensions must fit by themselves.
     let shape: Option<Vec<usize>> =
         entry.shape.iter().map(|&d| usize::try_from(d).ok().filter(|&d| d <= 1 << 60)).collect();
     match shape {
@@ -112,7 +112,7 @@ fn check_size(name: &str, entry: Entry) -> Result<(Dtype, Vec<usize>), Safetenso
     }
 }
 
-/// The header's object in its own order, so that a repeated name can be seen.
+/// The header's object in its own order, which shows a repeated name.
 struct Entries {
     metadata: BTreeMap<String, String>,
     tensors: Vec<(String, Entry)>,

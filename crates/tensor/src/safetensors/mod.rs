@@ -1,7 +1,7 @@
 //! Safetensors files: a JSON header with names, types, shapes and offsets, then the bytes.
 //!
-//! [`SafetensorsFile`] maps one file and checks its header once; [`Checkpoint`] is a directory
-//! of one or many; [`Writer`] streams tensors into new ones.
+//! [`SafetensorsFile`] maps one file and checks its header once. [`Checkpoint`] is a directory of
+//! one file or many. [`Writer`] streams tensors into new files.
 
 mod checkpoint;
 mod error;
@@ -153,13 +153,13 @@ impl SafetensorsFile {
 
     /// As [`Bytes::release`].
     pub fn release(&self) {
-        // Any tensor has the whole file behind it.
+        // Every tensor shares the mapping of the whole file.
         if let Some((_, tensor)) = self.tensors.first() {
             tensor.bytes.release();
         }
     }
 
-    /// As [`SafetensorsFile::open`], from bytes in memory; `path` is for messages.
+    /// As [`SafetensorsFile::open`], from bytes in memory. Messages name `path`.
     ///
     /// # Errors
     /// If the header breaks any rule of the format.
@@ -229,7 +229,7 @@ impl SafetensorsFile {
                 return Err(self.error(SafetensorsProblem::NotFloat { name, dtype }));
             }
         };
-        // The header's check is the same product of the shape.
+        // The check of the header computed the same size.
         Ok(Tensor::new(raw.shape.clone(), format, raw.bytes.clone()).expect("checked at opening"))
     }
 

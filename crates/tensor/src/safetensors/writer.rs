@@ -1,5 +1,5 @@
-//! Writing: tensors are declared first, then their bytes come in any order, piece by piece.
-//! Files have temporary names until all is there.
+//! Writes files. Tensors are declared first. Then their bytes come in any order, piece by piece.
+//! Files have temporary names until all are complete.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -12,7 +12,7 @@ use super::header::METADATA_KEY;
 use super::{Dtype, SafetensorsError, SafetensorsProblem};
 use crate::partial::PartialFile;
 
-/// What a tensor will be.
+/// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorDeclaration {
     /// Its name.
@@ -31,16 +31,17 @@ impl TensorDeclaration {
     }
 }
 
-/// Where a declared tensor goes and how much of it has come.
+/// The place of a declared tensor, and how much of it is written.
 #[derive(Debug)]
 struct Slot {
     file: usize,
-    /// Within the file.
+    /// The bytes within the file.
     range: Range<u64>,
     written: u64,
 }
 
-/// One or several files being written. Dropped before [`Writer::finish`], it leaves nothing.
+/// One or several files that are being written. If this is dropped before [`Writer::finish`],
+/// nothing is left of them.
 #[derive(Debug)]
 pub struct Writer {
     files: Vec<PartialFile>,
@@ -65,9 +66,9 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Starts the files of a checkpoint in `directory`: `model.safetensors` if all fits in
-    /// `shard_bytes_max`, otherwise shards of at most so many bytes of data (one tensor more
-    /// than that has a shard of its own) and their index.
+    /// Starts the files of a checkpoint in `directory`. If all fits in `shard_bytes_max`, the file
+    /// is `model.safetensors`. Else there are shards of at most that many bytes of data and an
+    /// index. A larger tensor has a shard of its own.
     ///
     /// # Errors
     /// As [`Writer::create`].
@@ -102,8 +103,8 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Writes one file's header and gives its tensors their places. Types of larger elements
-    /// come first, so that every tensor is aligned to its own element.
+    /// Writes the header of one file and gives its tensors their places. Types of larger elements
+    /// come first, so that every tensor is aligned to its elements.
     fn start_file(
         &mut self,
         path: &Path,
@@ -146,7 +147,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Adds the next bytes of a declared tensor; large tensors may come in several pieces.
+    /// Adds the next bytes of a declared tensor. A large tensor may come in several pieces.
     ///
     /// # Errors
     /// If the tensor was not declared, if more comes than was declared, or if the disk is full.
@@ -170,18 +171,17 @@ impl Writer {
         Ok(())
     }
 
-    /// Checks that every tensor is complete, brings all to the disk and gives the files their
-    /// names, the index last. Returns the names.
+    /// Checks that every tensor is complete, flushes the files to the disk and renames them, the
+    /// index last. Returns their paths.
     ///
     /// # Errors
-    /// If a tensor is not complete or the disk refuses; temporary files are gone then.
+    /// If a tensor is not complete or the disk refuses. Temporary files are removed then.
     pub fn finish(self) -> Result<Vec<PathBuf>, SafetensorsError> {
         self.finish_by(PartialFile::finish)
     }
 
-    /// As [`Self::finish`], but leaves it to the operating system when the data goes to the disk:
-    /// for files that have to outlive this process and not a loss of power, and may be gone again
-    /// before they cost the disk anything.
+    /// As [`Self::finish`], but does not flush the files. It is for files that need not outlive a
+    /// loss of power, and that may be removed before they are ever written to the disk.
     ///
     /// # Errors
     /// As [`Self::finish`].
@@ -213,7 +213,7 @@ impl Writer {
     }
 }
 
-/// Checks names and sizes; returns the sizes in bytes.
+/// Checks names and sizes. Returns the sizes in bytes.
 fn check_declarations(
     path: &Path,
     tensors: &[TensorDeclaration],

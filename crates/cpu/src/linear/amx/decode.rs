@@ -1,21 +1,17 @@
 //! Rows in the decoding form.
 //!
-//! `bf16` weights are tiles as they lie in memory. Rows come in two parts, the nearest `bf16` and the nearest of what
-//! that leaves, which errs by `2^-17` of a number, and both meet a tile of weights while it is loaded, so that
-//! weights are read once and memory sets the pace.
-//! Predicted for 8192 x 2048: the read of 33.5 MB, as eight products of 16 cycles for each 4 KB leave half of the time free.
-//! Measured, one thread, microseconds, for 1, 2, 4, 8, 16, 32 rows: 1570, 1610, 1630, 1680, 1780, 2720 (19 to 21 GB/s).
+//! `bf16` weights are tiles as they lie in memory. Rows come in two parts: the nearest `bf16`, and
+//! the nearest `bf16` of what that leaves. Together they err by `2^-17` of a number. Both parts
+//! multiply a tile of weights while it is loaded, so weights are read once and memory sets the
+//! pace.
 //!
-//! Nibbles meet codes of activations, `16 * high + low`, by one product a segment: its tile has sixteen times the
-//! nibbles, which high bytes meet, and the nibbles, which low bytes meet. The sums of a segment must leave the tiles, as each
-//! lane has a scale of its own. What that costs is hidden by doing four things side by side, each for another segment:
-//! decoding the third next, the product of this one, storing the sums of the one before, and
-//! scaling those of the third before; one after the other, loads of tiles wait for stores on their way.
-//! Predicted in cycles a segment and panel for sixteen rows, from loads, stores and instructions: 42. Measured with weights in the
-//! third-level cache, eight rows / sixteen: 60 / 88 (in order 80 / 110, AVX-512's dots 100 / 198); tiles without the rest 27 / 32, with scaling
-//! 49 / 78, all but the tiles 29 / 38: they do not run as much side by side as they could. With weights from memory 80 / 108. Activations in the first-level
-//! cache would save 10 %, but slices of k that keep them there cost more in short runs: 1036 and 1395 us in place of 930 and 1250
-//! for 8 and 16 rows of Q4_0, 8192 x 2048.
+//! Nibbles meet codes of activations, `16 * high + low`. One product of tiles does a segment: the
+//! tile of weights has sixteen times each nibble, which the high bytes multiply, and each nibble,
+//! which the low bytes multiply. The sums of a segment must leave the tiles, because each lane has
+//! its own scale. Four steps run side by side, each for another segment, to hide what that costs:
+//! decoding of the third next segment, the product of this one, storing the sums of the one before,
+//! and scaling the sums of the third before. If they ran in order, loads would wait for stores.
+//! docs/performance-notes.md has predictions and measurements.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -35,14 +31,14 @@ use crate::isa::{Simd, unroll};
 use crate::pack::PANEL;
 use crate::pack::layout::Constants;
 
-/// Panels of `bf16` that a block of rows takes at a time.
+/// Panels of `bf16` that a block of rows multiplies at once.
 const PANELS: usize = 4;
 
 /// Multiplies `blocks` of rows in the decoding form, in two parts, by `panels` of `bf16` weights.
 ///
 /// # Safety
-/// AMX is available, the activations serve the matrix, whose packed panels are tiles, `out` is `[rows, out]`, and
-/// nobody else touches the elements of these rows and panels.
+/// AMX is available, the activations serve the matrix, whose packed panels are tiles, `out` is
+/// `[rows, out]`, and nobody else touches the elements of these rows and panels.
 pub(crate) unsafe fn multiply_split(
     matrix: &Matrix,
     activations: &Activations,
@@ -62,7 +58,7 @@ pub(crate) unsafe fn multiply_split(
             // SAFETY: as the caller promises.
             unsafe {
                 configure(rows);
-                let split = Split::new(matrix, activations, panel, block);
+                let split = SplitBlock::new(matrix, activations, panel, block);
                 if count == PANELS {
                     split.four_panels(&mut sums.0);
                 } else {
@@ -79,13 +75,13 @@ pub(crate) unsafe fn multiply_split(
     unsafe { release() };
 }
 
-/// Something on a line of the cache.
+/// A value that begins on a line of the cache.
 #[repr(C, align(64))]
 struct Aligned<T>(T);
 
 /// One block of rows and some panels.
-struct Split {
-    /// By part.
+struct SplitBlock {
+    /// The rows' first segment, one pointer for each part.
     rows: [*const u8; 2],
     /// Bytes from a segment of the rows to the next.
     step: usize,
@@ -94,8 +90,8 @@ struct Split {
     segments: usize,
 }
 
-/// One segment of the panel at `$at`: its products with both parts are added to `$sum`, and its lines of later are
-/// asked for.
+/// Adds the products of one segment of the panel at `$at` with both parts to `$sum`, and fetches
+/// lines that are read later.
 macro_rules! panel {
     ($sum:literal, $tile:literal, $at:literal) => {
         concat!(
@@ -169,7 +165,7 @@ macro_rules! panel {
     };
 }
 
-/// For each segment both parts of its rows, then `$line`s.
+/// For each segment, loads both parts of its rows and then runs every `$line`.
 macro_rules! run {
     ($split:expr, $segments:expr, [$($line:expr),+ $(,)?], $($name:ident = $at:expr),+) => {
         asm!(
@@ -193,10 +189,10 @@ macro_rules! run {
     };
 }
 
-impl Split {
-    fn new(matrix: &Matrix, activations: &Activations, panel: usize, block: usize) -> Split {
+impl SplitBlock {
+    fn new(matrix: &Matrix, activations: &Activations, panel: usize, block: usize) -> SplitBlock {
         let [first, second] = [0, 1].map(|part| activations.split_rows(part, block));
-        Split {
+        SplitBlock {
             rows: [first.0, second.0],
             step: first.1,
             weights: matrix.packed.panel(panel),
@@ -205,18 +201,19 @@ impl Split {
         }
     }
 
-    /// Segment `segment` of panel `panel` of these.
+    /// The address of a segment of one of these panels.
     fn at(&self, panel: usize, segment: usize) -> *const u8 {
         self.weights.wrapping_add(panel * self.panel_bytes + segment * TILE_BYTES)
     }
 
-    /// Runs of segments; behind the last one's end lie panels that are being read already.
+    /// The segments in two runs. Behind the end of the last run lie panels that are being read
+    /// already.
     fn runs(&self) -> [Range<usize>; 2] {
         let turn = self.segments.saturating_sub(AHEAD_BYTES / TILE_BYTES);
         [0..turn, turn..self.segments]
     }
 
-    /// What is asked for while a run of four panels is multiplied.
+    /// How far ahead a run of four panels fetches.
     fn ahead(&self, run: &Range<usize>) -> usize {
         let last = run.end == self.segments;
         AHEAD_BYTES + if last { (PANELS - 1) * self.panel_bytes } else { 0 }
@@ -278,15 +275,15 @@ impl Split {
     }
 }
 
-/// Rows from which on products of tiles beat those of AVX-512.
+/// The least number of rows for which products of tiles are faster than AVX-512.
 const BATCH_ROWS: usize = 6;
 
-/// Multiplies those of `blocks` of rows in the decoding form that have enough rows for tiles by `panels` of nibbles;
-/// the blocks that are left.
+/// Multiplies `blocks` of rows in the decoding form by `panels` of nibbles, if they have enough
+/// rows for tiles. Returns the blocks that are left.
 ///
 /// # Safety
-/// AMX is available, the activations serve the matrix, whose kernel `batch` is, `out` is `[rows, out]`, and nobody
-/// else touches the elements of these rows and panels.
+/// AMX is available, the activations serve the matrix, whose kernel `batch` is, `out` is `[rows,
+/// out]`, and nobody else touches the elements of these rows and panels.
 pub(crate) unsafe fn multiply_nibbles(
     matrix: &Matrix,
     activations: &Activations,
@@ -296,7 +293,7 @@ pub(crate) unsafe fn multiply_nibbles(
     batch: BatchFn,
 ) -> Range<usize> {
     let rows_of = |block| padded_rows(activations.block_rows(matrix, block));
-    // The last one alone may have fewer than sixteen.
+    // Only the last block may have fewer than sixteen rows.
     let few = blocks.clone().next_back().filter(|last| rows_of(*last) < BATCH_ROWS);
     let many = blocks.start..few.unwrap_or(blocks.end);
     if many.is_empty() || panels.is_empty() {
@@ -309,7 +306,7 @@ pub(crate) unsafe fn multiply_nibbles(
             let mut product = [0f32; BLOCK * PANEL];
             // SAFETY: as the caller promises.
             unsafe {
-                // Takes a hundred cycles.
+                // Configuring takes a hundred cycles.
                 if rows != configured {
                     configure(rows);
                     configured = rows;
@@ -325,7 +322,8 @@ pub(crate) unsafe fn multiply_nibbles(
     many.end..blocks.end
 }
 
-/// The kernel of nibbles for a block padded to `rows`, [`BATCH_ROWS`] at least, for which tiles are configured.
+/// The kernel of nibbles for a block that is padded to `rows`, which is at least [`BATCH_ROWS`].
+/// Tiles must be configured for that number.
 pub(crate) fn nibbles_of<C: Coded>(rows: usize) -> RunFn {
     match rows {
         0..=6 => nibbles::<C, 6>,
@@ -335,19 +333,19 @@ pub(crate) fn nibbles_of<C: Coded>(rows: usize) -> RunFn {
     }
 }
 
-/// Tiles of weights, or of sums, on their way.
+/// Tiles of weights that are decoded ahead, and tiles of sums that wait to be scaled.
 const RING: usize = 4;
-/// From decoding a segment to its product, and from that to the scaling of its sums.
+/// Segments between decoding and product, and between product and scaling.
 const LAG: usize = 3;
 
-/// What is between the steps of a segment.
+/// Memory between the steps of a segment.
 #[repr(C, align(64))]
 struct Ring {
     weights: [[u8; TILE_BYTES]; RING],
     sums: [[u8; TILE_BYTES]; RING],
 }
 
-/// Walks along a panel, a segment at a time.
+/// A place in a panel that advances by one segment.
 struct Walk {
     at: *const u8,
     /// Segments left in the chunk.
@@ -368,17 +366,17 @@ impl Walk {
     }
 }
 
-/// The scales of a panel, a segment at a time.
-struct Scales {
+/// The scales of a panel, read one segment after another.
+struct ScaleWalk {
     walk: Walk,
-    /// Of a chunk.
+    /// The scales of the current chunk.
     scales: [f32; 8 * PANEL],
     mins: [f32; 8 * PANEL],
 }
 
-impl Scales {
-    fn new(walk: Walk) -> Scales {
-        Scales { walk, scales: [0.0; 8 * PANEL], mins: [0.0; 8 * PANEL] }
+impl ScaleWalk {
+    fn new(walk: Walk) -> ScaleWalk {
+        ScaleWalk { walk, scales: [0.0; 8 * PANEL], mins: [0.0; 8 * PANEL] }
     }
 
     /// Scale and min of the next segment.
@@ -386,7 +384,7 @@ impl Scales {
     /// # Safety
     /// The panel has another segment; a chunk has at most eight, of one part.
     #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn next<C: Coded>(&mut self, constants: &Constants) -> (__m512, Option<__m512>) {
         let in_chunk = C::segments(constants);
         let (codes, index) = self.walk.next::<C>(in_chunk, C::tail_bytes(constants));
@@ -403,9 +401,9 @@ impl Scales {
     }
 }
 
-/// Adds to the accumulators of `R` rows what a panel's segments make of them. A segment's integer sums and the order
-/// in which they are added are those of the other kernels.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+/// Adds the products of a panel's segments to the accumulators of `R` rows. The integer sums of a
+/// segment, and the order in which they are added, are those of the other kernels.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
     const { assert!(C::BITS == 4 && C::PARTS == 1) };
     // SAFETY: as the caller promises; a chunk has at most eight segments.
@@ -420,7 +418,7 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
         let mut acc = load_acc::<Avx512, R>(args.acc);
         let mut rows = args.rows;
         let mut in_front = Walk { at: args.weights, left: in_chunk };
-        let mut behind = Scales::new(Walk { at: args.weights, left: in_chunk });
+        let mut behind = ScaleWalk::new(Walk { at: args.weights, left: in_chunk });
         let mut decode_next = |i: usize| {
             let (codes, _) = in_front.next::<C>(in_chunk, tail_bytes);
             prefetch(codes.wrapping_add(AHEAD_BYTES), constants.segment_bytes);
@@ -474,15 +472,15 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
     }
 }
 
-/// A segment's nibbles as a tile: sixteen times each, then each.
+/// Writes a segment's nibbles as a tile: sixteen times each nibble, then each nibble.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn decode<C: Coded>(packed: *const u8, tile: *mut u8) {
     // SAFETY: the caller gives a segment and room for a tile.
     unsafe {
         let codes = C::codes::<Avx512>(packed);
         unroll!(j in 8 => {
-            // No bit leaves its byte.
+            // The shift moves no bit into a neighbouring byte.
             Avx512::store_b(tile.add(64 * j), _mm512_slli_epi16::<4>(codes[j]));
             Avx512::store_b(tile.add(TILE_BYTES / 2 + 64 * j), codes[j]);
         });
@@ -491,7 +489,7 @@ unsafe fn decode<C: Coded>(packed: *const u8, tile: *mut u8) {
 
 /// Adds a segment's sums, `[R][16]`, to the accumulators as the other kernels do.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn add_scaled<const R: usize>(
     sums: *const u8,
     scale: __m512,

@@ -1,11 +1,12 @@
-//! AMX: products of tiles of up to sixteen rows by sixteen outputs, for rows in the prefill form (`prompt/tiles.rs`), and
-//! of those in the decoding form for `bf16` weights and for batches of rows with weights of four bits ([`decode`]).
+//! AMX: products of tiles of up to sixteen rows by sixteen outputs. Rows in the prefill form are in
+//! `prompt/tiles.rs`. Rows in the decoding form are in [`decode`]: all of them for `bf16` weights,
+//! and batches of them for weights of four bits.
 //!
-//! Costs measured on Sapphire Rapids (quiet, 2.9 GHz), in cycles: a product of whole tiles 16, whatever
-//! the type, and a load of a tile from the first-level cache 8, from the second 18 to 20, from the third
-//! about 100; a store 16; four loads and four products overlap to 64. A neighbour on the same physical
-//! core makes loops that mix loads and products four times slower, and leaves products alone as they are:
-//! on shared machines measure such a loop, not the products, beside a figure.
+//! Costs in cycles on Sapphire Rapids: a product of whole tiles takes 16, whatever the type.
+//! Loading a tile takes 8 from the first-level cache, 18 to 20 from the second and about 100 from
+//! the third. A store takes 16. Four loads and four products overlap to 64. A busy neighbour on the
+//! same physical core makes a loop of loads and products four times slower, but not a loop of
+//! products alone. So such a mixed loop shows whether a shared machine is quiet.
 
 pub(super) mod decode;
 
@@ -23,8 +24,8 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// Eight tiles of 64 bytes a row: tiles 0 to 3 (sums) and 4 and 5 (activations) of `rows` rows, 6 and 7 (weights)
-/// of 16.
+/// Eight tiles of 64 bytes a row. Tiles 0 to 3 (sums) and 4 and 5 (activations) have `rows` rows,
+/// tiles 6 and 7 (weights) have 16.
 const fn config_of(rows: u8) -> TileConfig {
     let mut config = TileConfig {
         palette: 1,
@@ -42,7 +43,7 @@ const fn config_of(rows: u8) -> TileConfig {
     config
 }
 
-/// By rows, less one.
+/// One for each number of rows, from 1 on.
 static CONFIGS: [TileConfig; 16] = {
     let mut configs = [const { config_of(1) }; 16];
     let mut rows = 1;
@@ -53,7 +54,7 @@ static CONFIGS: [TileConfig; 16] = {
     configs
 };
 
-/// Gives this thread tiles for `rows` rows of activations, 1 to 16.
+/// Configures this thread's tiles for `rows` rows of activations, 1 to 16.
 ///
 /// # Safety
 /// AMX is available, and [`release`] follows on this thread.
@@ -63,7 +64,7 @@ pub(crate) unsafe fn configure(rows: usize) {
     unsafe { asm!("ldtilecfg [{}]", in(reg) config, options(nostack, readonly)) }
 }
 
-/// Gives the tiles back, so that switching threads does not save them.
+/// Releases the tiles, so that a switch of threads need not save them.
 ///
 /// # Safety
 /// AMX is available.
@@ -72,7 +73,7 @@ pub(crate) unsafe fn release() {
     unsafe { asm!("tilerelease", options(nomem, nostack)) }
 }
 
-/// `steps` times four independent products of whole tiles, to measure their rate.
+/// Computes `steps` times four independent products of whole tiles, to measure their rate.
 ///
 /// # Safety
 /// AMX is available.

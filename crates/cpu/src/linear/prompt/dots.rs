@@ -1,13 +1,14 @@
-//! Products by AVX-512's dots of `bf16` pairs, where they outrun `f32` and there is no AMX ([`crate::isa::Isa::prefers_bf16_dot`]).
+//! Products by AVX-512's dots of `bf16` pairs. They are used where dots are faster than `f32` and
+//! there is no AMX ([`crate::isa::Isa::prefers_bf16_dot`]).
 //!
-//! Cost. Eight rows against two panels take, a pair of positions, ten loads for sixteen dots, which are the limit even
-//! at one a cycle. Both halves of a block read the weights, from the first-level cache. Measured on Sapphire Rapids, which starts a dot every
-//! other cycle and does not use them, 512 rows, 8192 x 2048: 84 of 87 GOP/s a thread (0.97); by `f32`, widened once for all rows, 120 to 124 of 179.
+//! Cost: for each pair of positions, eight rows and two panels take ten loads and sixteen dots. The
+//! dots are the limit, even at one a cycle. Both halves of a block read the weights from the
+//! first-level cache.
 
 use std::arch::x86_64::*;
 
 use super::super::block::{BLOCK, TILE_BYTES};
-use super::products::{Products, Run, SUMS};
+use super::products::{Products, SUMS, TileOperands};
 use crate::isa::Simd;
 use crate::isa::avx512::Avx512;
 use crate::pack::PANEL;
@@ -15,9 +16,9 @@ use crate::pack::PANEL;
 /// Products by AVX-512 with BF16.
 pub(super) struct Dots;
 
-/// Pairs of positions of a segment.
+/// Pairs of positions in a segment.
 const PAIRS: usize = 16;
-/// Bytes of a row's segment, and of all lanes' pair.
+/// Bytes of a row's segment, and of one pair of positions in all lanes.
 const LINE: usize = 64;
 
 impl Products for Dots {
@@ -25,7 +26,7 @@ impl Products for Dots {
 
     unsafe fn release() {}
 
-    unsafe fn one_block(run: &Run, sums: *mut f32, panels: usize) {
+    unsafe fn one_block(run: &TileOperands, sums: *mut f32, panels: usize) {
         // SAFETY: as the caller promises; a block has two halves.
         unsafe {
             for first in [0, BLOCK / 2] {
@@ -37,7 +38,7 @@ impl Products for Dots {
         }
     }
 
-    unsafe fn two_by_two(run: &Run, sums: *mut f32) {
+    unsafe fn two_by_two(run: &TileOperands, sums: *mut f32) {
         // SAFETY: as in `one_block`.
         unsafe {
             for block in 0..2 {
@@ -49,12 +50,17 @@ impl Products for Dots {
     }
 }
 
-/// Eight rows of a block, from `first` on, against `P` panels: sums are `[P][16][16]`.
+/// Multiplies eight rows of a block, from `first` on, by `P` panels. The sums are `[P][16][16]`.
 ///
 /// # Safety
 /// AVX-512 with BF16 is available; otherwise as [`Products::one_block`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
-unsafe fn half_block<const P: usize>(run: &Run, block: usize, first: usize, sums: *mut f32) {
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+unsafe fn half_block<const P: usize>(
+    run: &TileOperands,
+    block: usize,
+    first: usize,
+    sums: *mut f32,
+) {
     const ROWS: usize = BLOCK / 2;
     // SAFETY: as the caller promises; tiles have sixteen rows of a line, whatever the block has.
     unsafe {

@@ -1,24 +1,23 @@
-//! Rows in the prefill form: `bf16` activations times `bf16` weights.
+//! Products of rows in the prefill form: `bf16` activations times `bf16` weights.
 //!
-//! A packed panel of `bf16` weights is a run of tiles as it lies in memory (a segment is 16 pairs
-//! of positions x 16 lanes, 1 KB); the codes of other formats are decoded to such tiles ([`weights`]), once for a pass
-//! of rows. AMX multiplies them ([`tiles`]), or AVX-512's dots of pairs ([`dots`]). With AMX a program with routers,
-//! where a little error may send a token to another expert, has its rows multiplied in two parts, the nearest `bf16` and what that
-//! leaves; dots in two parts would cost what `f32` does, so that there such rows have no form of their own.
+//! A packed panel of `bf16` weights is a run of tiles as it lies in memory: a segment is 16 pairs
+//! of positions x 16 lanes, 1 KB. Codes of other formats are decoded to such tiles ([`weights`])
+//! once for a pass of rows. AMX multiplies the tiles ([`tiles`]), or AVX-512's dots of pairs do
+//! ([`dots`]).
 //!
-//! Cost with AMX. Two blocks of rows against two panels load four tiles for four products of 16 cycles: with random
-//! numbers (which cost the core a fifth of its clock), the activations and the weights in the second-level cache, that runs at
-//! 1.66 to 1.77 TFLOP/s a thread of 2.33 with both in the first; with either in the third at half of it. So a pass takes as
-//! many rows as fit the second-level cache with all of k, or with a slice of 64 segments (256 rows); sums stay
-//! in registers for all of k or a slice: storing and loading them every 8 segments costs 43 %. Decoding
-//! takes about 90 cycles a segment and panel by prediction, a quarter of the products' time for the 16 blocks of a pass; measured
-//! in Q4_0, 512 rows, 8192 x 2048: products 78 % of the time, decoding 13 %, sums to `out` 7 %, rows 2 %,
-//! together 0.97 TFLOP/s. Asking for the next panels' bytes from within the loop gains nothing: such requests
-//! take the fill buffers that tile loads from the second-level cache need.
+//! A program with routers may send a token to another expert because of a small error. With AMX its
+//! rows are multiplied in two parts: the nearest `bf16`, and what that leaves. With dots two parts
+//! would cost as much as `f32`, so there such a program's rows have no prefill form.
 //!
-//! Invariant (batch invariance): a row's sum takes segments in order from zero, whatever rows lie
-//! beside it in the tile: tiles always have sixteen rows, and those past the block's are computed
-//! from whatever lies there and thrown away.
+//! Cost with AMX: two blocks of rows and two panels load four tiles for four products of 16 cycles.
+//! Activations and weights should lie in the second-level cache. From the third-level cache
+//! products run at half that speed. So a pass has as many rows as fit the second-level cache with
+//! all of k, or with a slice of 64 segments (256 rows). Sums stay in registers for all of k or for
+//! a slice. docs/performance-notes.md has the measurements.
+//!
+//! Invariant (batch invariance): the terms of a row's sum are added in the order of the segments,
+//! whatever rows lie beside it in the tile. Tiles always have sixteen rows. Rows past the end of
+//! the block are computed from whatever lies there, and thrown away.
 
 mod dots;
 mod products;
@@ -35,24 +34,26 @@ use super::output::Output;
 use super::table::{Prompt, TileInstructions, ToTilesFn};
 use crate::pack::PANEL;
 use dots::Dots;
-use products::{Products, Run, SUMS};
+use products::{Products, SUMS, TileOperands};
 use tiles::TileProducts;
 
-/// Blocks of rows of a pass, of `blocks` in all: as many passes of as equal length as the cache allows.
+/// The number of blocks of rows in a pass, if there are `blocks` in all. The passes are as long as
+/// the cache allows and about equally long.
 pub(super) fn pass_blocks(segments: usize, parts: usize, blocks: usize) -> usize {
     let most = TILE_ROWS * TILE_SEGMENTS / (BLOCK * slice_segments(segments) * parts);
     let passes = blocks.div_ceil(most.max(2)).max(1);
     blocks.div_ceil(passes).next_multiple_of(2)
 }
 
-/// Segments of a slice of k, of `segments` in all: whole chunks of every format.
+/// The number of segments in a slice of k, if there are `segments` in all. Slices are whole chunks
+/// of every format.
 fn slice_segments(segments: usize) -> usize {
     let slices = segments.div_ceil(TILE_SEGMENTS).max(1);
     segments.div_ceil(slices).next_multiple_of(8)
 }
 
-/// Multiplies the rows in the prefill form, of `blocks` of their slots (one pass, see
-/// [`pass_blocks`]), by `panels`, as `prompt` says.
+/// Multiplies one pass of rows in the prefill form (the slots of `blocks`, see [`pass_blocks`]) by
+/// `panels`, as `prompt` says.
 ///
 /// # Safety
 /// The products' instructions are available, the activations serve the matrix, `out` is
@@ -101,7 +102,7 @@ struct Job<'a> {
     matrix: &'a Matrix,
     to_tiles: Option<ToTilesFn>,
     activations: &'a Activations,
-    /// A pass.
+    /// The blocks of one pass.
     blocks: Range<usize>,
     out: &'a Output<'a>,
     /// Sums are `[pairs of panels][pairs of blocks][2 blocks][2 panels][16][16]`.
@@ -111,20 +112,22 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// The sums of a pair of blocks (counted from the first of these) and a pair of panels of those at once.
+    /// The sums of a pair of blocks and a pair of panels. Both are counted from the first of those
+    /// that are multiplied at once.
     fn sums(&self, block: usize, panel: usize) -> *mut f32 {
         if self.slice >= self.matrix.segments() {
-            // Written to `out` at once.
+            // These sums are written to `out` at once, so one place is enough.
             return self.scratch.sums;
         }
         let pairs = self.blocks.len().div_ceil(2);
         self.scratch.sums.wrapping_add((panel / 2 * pairs + block / 2) * 4 * SUMS)
     }
 
-    /// Multiplies the blocks by `panels`, a slice of k after the other.
+    /// Multiplies the blocks by `panels`, one slice of k after another.
     ///
     /// # Safety
-    /// As [`Prompt::multiply`], with products configured; the scratch has the sums of so many panels.
+    /// As [`Prompt::multiply`], with products configured; the scratch has the sums of so many
+    /// panels.
     unsafe fn panels<P: Products>(&self, panels: Range<usize>) {
         let total = self.matrix.segments();
         for first in (0..total).step_by(self.slice) {
@@ -140,7 +143,8 @@ impl Job<'_> {
         }
     }
 
-    /// The tiles of `segments` of up to two panels: where they lie, or decoded.
+    /// The tiles of `segments` of up to two panels: where they lie in memory, or decoded to the
+    /// scratch.
     ///
     /// # Safety
     /// As [`Prompt::multiply`].
@@ -162,7 +166,8 @@ impl Job<'_> {
     /// Adds the products of `segments` of one or two panels to all blocks, two at a time.
     ///
     /// # Safety
-    /// As [`Prompt::multiply`]; `weights` has the tiles of the segments of each of `pair`; the panels at once begin with `first_panel`.
+    /// As [`Prompt::multiply`]; `weights` has the tiles of the segments of each of `pair`; the
+    /// panels at once begin with `first_panel`.
     unsafe fn blocks<P: Products>(
         &self,
         weights: [*const u8; 2],
@@ -180,7 +185,7 @@ impl Job<'_> {
             for part in 0..parts {
                 let [first, second] = [block, last.min(block + 1)]
                     .map(|block| self.activations.tile(part, block, segments.start));
-                let run = Run {
+                let run = TileOperands {
                     rows: [first.0, second.0],
                     rows_step: first.1,
                     weights,
@@ -194,13 +199,15 @@ impl Job<'_> {
                     } else {
                         P::one_block(&run, sums, panels);
                         if block < last {
-                            let second = Run { rows: [second.0; 2], rows_step: second.1, ..run };
+                            let second =
+                                TileOperands { rows: [second.0; 2], rows_step: second.1, ..run };
                             P::one_block(&second, sums.add(2 * SUMS), panels);
                         }
                     }
                 }
             }
-            // At once: the lines of `out` arrive while the next blocks are multiplied.
+            // The sums are written at once, so that the lines of `out` arrive while the next blocks
+            // are multiplied.
             if segments.end == self.matrix.segments() {
                 let blocks = block..(block + 2).min(self.blocks.end);
                 // SAFETY: as the caller promises.
@@ -209,11 +216,11 @@ impl Job<'_> {
         }
     }
 
-    /// Writes the sums of two blocks and two panels to `out`, or adds them to it, with the bias.
+    /// Writes the sums of two blocks and two panels to `out` with the bias, or adds them to it.
     ///
     /// # Safety
     /// As [`Prompt::multiply`].
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn store(&self, blocks: Range<usize>, panels: Range<usize>, sums: *const f32) {
         let width = self.matrix.rows();
         let slots = blocks.start * BLOCK..(blocks.end * BLOCK).min(self.activations.tiled_rows());

@@ -1,16 +1,16 @@
-//! Products of tiles for rows in the prefill form ([`super`]). Sums are tiles 0 to 3, rows 4 and 5, weights
-//! 6 and 7.
+//! AMX products of rows in the prefill form ([`super`]). Sums are tiles 0 to 3, rows tiles 4 and 5,
+//! weights tiles 6 and 7.
 
 use std::arch::asm;
 
 use super::super::amx::{configure, release};
 use super::super::block::BLOCK;
-use super::products::{Products, Run};
+use super::products::{Products, TileOperands};
 
 /// Products by AMX.
 pub(super) struct TileProducts;
 
-/// `$line`s for each segment, after which everything is moved on.
+/// Runs every `$line` for each segment, and then advances all pointers.
 macro_rules! products {
     ($run:expr, $($line:literal),+ $(,)?) => {
         asm!(
@@ -45,7 +45,7 @@ impl Products for TileProducts {
         unsafe { release() }
     }
 
-    unsafe fn one_block(run: &Run, sums: *mut f32, panels: usize) {
+    unsafe fn one_block(run: &TileOperands, sums: *mut f32, panels: usize) {
         // SAFETY: as the caller promises; the compiler knows nothing of tile registers.
         unsafe {
             begin(run, sums, 2);
@@ -70,7 +70,7 @@ impl Products for TileProducts {
         }
     }
 
-    unsafe fn two_by_two(run: &Run, sums: *mut f32) {
+    unsafe fn two_by_two(run: &TileOperands, sums: *mut f32) {
         // SAFETY: as in `one_block`.
         unsafe {
             begin(run, sums, 4);
@@ -90,11 +90,11 @@ impl Products for TileProducts {
     }
 }
 
-/// Loads the sums of one or two blocks and two panels, or zeros them if they start here.
+/// Loads the sums of one or two blocks and two panels, or sets them to zero if they start here.
 ///
 /// # Safety
 /// Tiles are configured, and `sums` has `tiles` tiles.
-unsafe fn begin(run: &Run, sums: *mut f32, tiles: usize) {
+unsafe fn begin(run: &TileOperands, sums: *mut f32, tiles: usize) {
     // SAFETY: as the caller promises.
     unsafe {
         if run.fresh {
@@ -122,7 +122,7 @@ unsafe fn begin(run: &Run, sums: *mut f32, tiles: usize) {
     }
 }
 
-/// Stores what [`begin`] loads.
+/// Stores the sums that [`begin`] loaded.
 ///
 /// # Safety
 /// As [`begin`].

@@ -1,4 +1,4 @@
-//! Weights of other formats as tiles of `bf16`.
+//! Decodes weights of other formats to tiles of `bf16`.
 
 use std::arch::x86_64::*;
 
@@ -14,7 +14,7 @@ use crate::pack::layout::Constants;
 ///
 /// # Safety
 /// AVX-512 with BF16 is available; both places hold the segments.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(crate) unsafe fn to_tiles<C: Coded>(
     packed: *const u8,
     segments: usize,
@@ -58,7 +58,7 @@ pub(crate) unsafe fn to_tiles<C: Coded>(
 ///
 /// # Safety
 /// As [`to_tiles`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(crate) unsafe fn to_tiles_of_floats<W: Float>(
     packed: *const u8,
     segments: usize,
@@ -85,18 +85,19 @@ pub(crate) unsafe fn to_tiles_of_floats<W: Float>(
     }
 }
 
-/// The order that puts the first numbers' sixteen lanes and the second's, side by side, lane by lane.
+/// The permutation that interleaves two vectors of sixteen `bf16`: lane by lane, the first vector's
+/// number and then the second's.
 #[inline]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(crate) fn lane_by_lane() -> __m512i {
     let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * PANEL) as u16);
     // SAFETY: both are 64 bytes of plain data.
     unsafe { std::mem::transmute(order) }
 }
 
-/// Two numbers of each lane, rounded and side by side.
+/// Rounds two numbers of each lane to `bf16` and puts them side by side.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(crate) fn bf16_pairs(first: __m512, second: __m512, order: __m512i) -> __m512i {
     let both = _mm512_cvtne2ps_pbh(second, first);
     // SAFETY: both are 64 bytes of plain data.
@@ -104,9 +105,9 @@ pub(crate) fn bf16_pairs(first: __m512, second: __m512, order: __m512i) -> __m51
     _mm512_permutexvar_epi16(order, both)
 }
 
-/// `(code - zero) * scale + min` of four positions as two vectors of `bf16` pairs.
+/// Computes `(code - zero) * scale + min` of four positions, as two vectors of `bf16` pairs.
 #[inline]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 fn four_pairs<C: Coded>(
     codes: __m512i,
     scale: __m512,
@@ -114,7 +115,8 @@ fn four_pairs<C: Coded>(
     order: __m512i,
 ) -> [__m512i; 2] {
     let zero = _mm512_set1_ps(-C::ZERO as f32);
-    // A zero point that is a power of two times a scale is exact, so it can go with the min.
+    // A zero point that is a power of two has an exact product with a scale. So it can be added to
+    // the min.
     let exact = C::ZERO & (C::ZERO - 1) == 0;
     let bias = if exact { _mm512_fmadd_ps(zero, scale, min) } else { min };
     let value = |word: __m512i| {

@@ -1,13 +1,13 @@
 //! Every format that the types allow, and which of them the kernels promise to read.
 //!
-//! The lists are made by `match`es without a wildcard, so that a new variant does not compile
-//! until it has a place here, and then is tested with the others.
+//! The lists are made by `match`es without a wildcard. So a new variant does not compile until it
+//! has a place here, and then it is tested with the others.
 
 use lathe_tensor::{
     Block, Element, FloatType, Format, GgmlType, ScaleType, ScaledFormat, ZeroPoint,
 };
 
-use crate::pack::layout::{Layout, Scales};
+use crate::pack::layout::{PanelLayout, Scales};
 use crate::pack::layout_of;
 
 fn elements() -> impl Iterator<Item = Element> {
@@ -58,7 +58,7 @@ fn floats() -> impl Iterator<Item = FloatType> {
     })
 }
 
-/// Every format, with blocks of some sizes.
+/// Every format, with a choice of block sizes.
 pub(crate) fn all() -> Vec<Format> {
     let mut all: Vec<Format> = floats().map(Format::Float).collect();
     all.extend(GgmlType::ALL.map(Format::Ggml));
@@ -73,7 +73,7 @@ pub(crate) fn all() -> Vec<Format> {
     all
 }
 
-/// Which formats are promised to run as they are.
+/// Whether the kernels promise to read a format without converting it.
 pub(crate) fn is_promised(format: Format) -> bool {
     let Format::Scaled(ScaledFormat { element, block, scale, zero }) = format else { return true };
     let float_scale = matches!(scale, ScaleType::F32 | ScaleType::F16 | ScaleType::BF16);
@@ -92,27 +92,28 @@ pub(crate) fn is_promised(format: Format) -> bool {
     }
 }
 
-/// Those that run as they are.
+/// The formats that kernels read without converting them.
 pub(crate) fn promised() -> Vec<Format> {
     all().into_iter().filter(|format| is_promised(*format)).collect()
 }
 
-/// One of each layout that panels can have.
+/// One format for each layout of panels.
 pub(crate) fn layouts() -> Vec<Format> {
     one_of_each(|layout| layout)
 }
 
-/// One of each kernel: sizes of groups and types of their scales are numbers to it.
+/// One format for each kernel. The size of a group and the type of its scales are arguments of a
+/// kernel and do not choose it.
 pub(crate) fn kernels() -> Vec<Format> {
     one_of_each(|layout| match layout {
-        Layout::Coded(codes, Scales::Group { zeros, .. }) => {
-            Layout::Coded(codes, Scales::Group { segments: 2, kind: ScaleType::F32, zeros })
+        PanelLayout::Coded(codes, Scales::Group { zeros, .. }) => {
+            PanelLayout::Coded(codes, Scales::Group { segments: 2, kind: ScaleType::F32, zeros })
         }
         layout => layout,
     })
 }
 
-fn one_of_each(class: impl Fn(Layout) -> Layout) -> Vec<Format> {
+fn one_of_each(class: impl Fn(PanelLayout) -> PanelLayout) -> Vec<Format> {
     let mut seen = Vec::new();
     let mut formats = promised();
     formats.retain(|format| {
