@@ -31,7 +31,7 @@ use lathe_tensor::{Tensor, TensorError};
 pub use self::awq::AwqScheme;
 pub use self::compressed::CompressedTensors;
 pub use self::gptq::GptqScheme;
-pub use self::inputs::InputScheme;
+pub use self::inputs::{InputScheme, ModuleInput};
 pub use self::quantization::Quantization;
 pub use self::scheme::{Encoding, Scheme};
 pub(crate) use self::scheme::{MIXED, part_of};

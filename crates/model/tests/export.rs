@@ -241,7 +241,7 @@ fn a_group_whose_inputs_are_rounded_names_its_format() {
         let mut original = tiny("llama");
         let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
         let linear_weights = program.weights.iter().filter(|it| it.role == WeightRole::Linear);
-        let transform = InputTransform { hadamard: None, format: Some(inputs) };
+        let transform = InputTransform { format: Some(inputs), ..InputTransform::default() };
         original.spec.inputs = linear_weights.map(|it| (it.name.clone(), transform)).collect();
         let config = written_and_read(&original, Integers::Words, &linear(scaled(name)));
         let group = &config["config_groups"]["group_0"];

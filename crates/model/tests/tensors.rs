@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use lathe_model::Model;
 use lathe_model::lower::{LowerOptions, lower};
+use lathe_program::{InputTransform, StaticScale};
+use lathe_tensor::ActivationFormat;
 use lathe_tensor::safetensors::SafetensorsFile;
 use serde_json::{Value, json};
 
@@ -230,6 +232,55 @@ fn old_keys_and_scales_of_a_cache_do_not_stand_in_the_way() {
     folder.config["compression_config"] = config;
     folder.config["compression_config"]["format"] = "dense".into();
     assert!(folder.open().notes.iter().any(|note| note.contains("kv_cache_scheme")));
+}
+
+/// Scales of inputs that calibration found are followed, whatever the weights are stored in.
+#[test]
+fn stored_scales_of_inputs_are_followed() {
+    let modules = ["q_proj", "k_proj", "v_proj"].map(|it| format!("model.layers.1.self_attn.{it}"));
+    let inputs = |kind: &str| match kind {
+        "fp8" => json!({"num_bits": 8, "type": "float", "symmetric": true, "strategy": "tensor",
+                        "dynamic": false}),
+        _ => json!({"num_bits": 4, "type": "float", "symmetric": true, "group_size": 16,
+                    "strategy": "tensor_group", "dynamic": "local",
+                    "scale_dtype": "torch.float8_e4m3fn"}),
+    };
+    for (kind, ending, format, scales) in [
+        ("fp8", "input_scale", ActivationFormat::Fp8Token, [0.03, 0.03, 0.05]),
+        ("nvfp4", "input_global_scale", ActivationFormat::Nvfp4, [700.0, 700.0, 500.0]),
+    ] {
+        let mut folder = Folder::of("llama");
+        folder.config["quantization_config"] = json!({
+            "quant_method": "compressed-tensors", "format": "dense",
+            "config_groups": {"g": {"targets": modules, "input_activations": inputs(kind)}}});
+        let message = |folder: &Folder| {
+            let at = folder.directory.path();
+            std::fs::write(at.join("config.json"), folder.config.to_string()).expect("written");
+            write(&at.join("model.safetensors"), &folder.tensors, &folder.raw);
+            Model::open(at).expect_err("refused").to_string()
+        };
+        let error = message(&folder);
+        assert!(error.contains(&format!("q_proj.{ending}")), "{error}");
+        for (module, scale) in modules.iter().zip(scales) {
+            folder.zeros(&format!("{module}.{ending}"), &[1], scale);
+        }
+        let model = folder.open();
+        let found = logits(&model);
+        // The same, said by the spec.
+        let mut plain = Folder::of("llama").open();
+        for (name, scale) in ["query", "key", "value"].into_iter().zip(scales) {
+            let scale = StaticScale::new(scale);
+            let transform = InputTransform { hadamard: None, format: Some(format), scale };
+            plain.spec.inputs.insert(format!("layers.1.attention.{name}"), transform);
+        }
+        assert_eq!(model.spec.inputs, plain.spec.inputs);
+        assert_eq!(found, logits(&plain));
+        // Not the row's own scales, and not plain inputs.
+        plain.spec.inputs.values_mut().for_each(|it| it.scale = None);
+        assert!(found != logits(&plain) && found != logits(&Folder::of("llama").open()));
+        folder.zeros(&format!("{}.{ending}", modules[0]), &[1], -1.0);
+        assert!(message(&folder).contains("one positive number"));
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 mod experts;
 mod explain;
 mod fused;
+mod inputs;
 mod resume;
 mod rounding;
 
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use lathe_model::export::{Replacement, ReplacementError};
 use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
-use lathe_program::{Op, Program, Value, Weight, WeightRole};
+use lathe_program::{Op, Program, StaticScale, Value, Weight, WeightRole};
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -34,6 +35,7 @@ use crate::targets::targets;
 use crate::technique::{Apply, Stage};
 pub use experts::CoverageReport;
 use experts::{Coverage, ExpertInputs};
+use inputs::set_input_scales;
 use resume::Store;
 pub(crate) use rounding::bits_of_correction;
 
@@ -132,6 +134,10 @@ pub struct Job<'a> {
     turned: BTreeMap<Weight, Format>,
     /// Largest magnitudes of matrices that engines run as one, by the first of them.
     fused: BTreeMap<Weight, Vec<f32>>,
+    /// Whether calibration will be, or was, run.
+    calibrated: bool,
+    /// Scales of inputs that calibration found, by the matrix that reads them.
+    input_scales: BTreeMap<Weight, StaticScale>,
     progress: Box<dyn FnMut(Progress) + 'a>,
     done: usize,
     /// What became of each weight, in the order in which they were written.
@@ -181,17 +187,19 @@ impl<'a> Job<'a> {
             turns,
             turned,
             fused: BTreeMap::new(),
+            calibrated,
+            input_scales: BTreeMap::new(),
             progress: Box::new(progress),
             done: 0,
             reports: Vec::new(),
             prepared: Vec::new(),
             coverage: Vec::new(),
         };
-        job.check(calibrated)?;
+        job.check()?;
         Ok(job)
     }
 
-    fn check(&self, calibrated: bool) -> Result<(), QuantError> {
+    fn check(&self) -> Result<(), QuantError> {
         for weight in self.targets.keys() {
             let decl = self.program.weight(*weight);
             let rounding = self.recipe.rounding_of(&decl.name)?;
@@ -208,7 +216,7 @@ impl<'a> Job<'a> {
             }
             let steps = self.recipe.steps.iter().filter(prepares).chain([rounding]);
             let mut steps = steps.chain(correction);
-            if let Some(step) = steps.find(|step| step.needs_calibration() && !calibrated) {
+            if let Some(step) = steps.find(|step| step.needs_calibration() && !self.calibrated) {
                 let (technique, tensor) = (step.technique.name, decl.name.clone());
                 return Err(QuantError::Unobserved { technique, tensor });
             }
@@ -296,7 +304,7 @@ impl<'a> Job<'a> {
         let Prefixes { stream, float } = prefixes;
         let ops: BTreeSet<usize> =
             self.targets.values().copied().filter(|op| range.contains(op)).collect();
-        let plain = Section::new(self.program, range.clone(), &[out])?;
+        let mut plain = Section::new(self.program, range.clone(), &[out])?;
         if ops.is_empty() {
             let through = |it: &Stream| self.stream_of(&plain, calibration, Some(it));
             let float = float.as_ref().map(through).transpose()?;
@@ -304,6 +312,7 @@ impl<'a> Job<'a> {
         }
         let (experts, after) = self.observe_layer(calibration, &ops, range, out, prefixes)?;
         self.apply_steps(&ops)?;
+        self.find_input_scales(&ops);
         for op in &ops {
             self.round_experts(*op, calibration, &experts)?;
         }
@@ -311,6 +320,7 @@ impl<'a> Job<'a> {
         match (self.recipe.prefix, after) {
             (Prefix::Float, Some(after)) => Ok(after),
             (_, after) => {
+                set_input_scales(&mut plain, &self.input_scales);
                 let stream = self.stream_of(&plain, calibration, Some(stream))?;
                 Ok(Prefixes { stream, float: after.and_then(|it| it.float) })
             }
@@ -658,6 +668,14 @@ fn float_of(format: Format) -> lathe_tensor::FloatType {
 }
 
 impl Replacement for Job<'_> {
+    fn stores_input_scales(&self) -> bool {
+        self.finds_input_scales()
+    }
+
+    fn input_scale(&self, weight: Weight) -> Option<StaticScale> {
+        self.input_scales.get(&weight).copied()
+    }
+
     fn format(&self, weight: Weight) -> Option<Format> {
         if self.targets.contains_key(&weight) {
             return Some(self.recipe.format_of(&self.name(weight)));

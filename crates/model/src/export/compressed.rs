@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use lathe_program::{Program, Weight, WeightRole};
-use lathe_tensor::safetensors::Writer;
+use lathe_program::{Program, StaticScale, Weight, WeightRole};
+use lathe_tensor::safetensors::{Dtype, TensorDeclaration, Writer};
 use lathe_tensor::{Block, Format, ScaledFormat, Tensor};
 use serde_json::{Value, json};
 
@@ -13,6 +13,7 @@ use super::encode::{
     Integers, Part, TARGET, declare, encoding_of, interleave, join, module_of, write,
 };
 use super::hugging_face::{copy_texts, write_json};
+use super::inputs::InputRounding;
 use super::quantization_config::{Groups, compressed_tensors, mxfp4_experts};
 use super::readers::{Contents, Folder};
 use super::{ExportError, Replacement, ReplacementError, float_of, inputs, io};
@@ -203,7 +204,7 @@ impl<'a> PackedLayout<'a> {
         if !plan.blocks.is_empty() {
             return Ok(Contents::ExpertBlocks);
         }
-        let inputs = inputs::format_of_all(&self.model.spec.inputs, program, &plan.quantized)?;
+        let inputs = plan.inputs;
         let part_of = |weight: Weight| {
             let quantized = plan.quantized.contains_key(&(weight.0 as usize));
             let format = replacement.format(weight).filter(|_| quantized)?;
@@ -331,6 +332,8 @@ struct Plan<'a> {
     quantized: BTreeMap<usize, Vec<String>>,
     /// Whether embedding and head become two tensors.
     untied: bool,
+    /// How inputs of quantized matrices are rounded.
+    inputs: Option<InputRounding>,
 }
 
 impl<'a> Plan<'a> {
@@ -387,6 +390,10 @@ impl<'a> Plan<'a> {
             }
         }
         plan.check(program)?;
+        let (inputs, stored) = (&layout.model.spec.inputs, replacement.stores_input_scales());
+        if plan.blocks.is_empty() {
+            plan.inputs = inputs::format_of_all(inputs, program, &plan.quantized, stored)?;
+        }
         Ok(plan)
     }
 
@@ -451,6 +458,30 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// The tensor that holds the scale of the inputs of tensor `name`, and the scale, if such
+    /// scales are stored and the tensor is quantized.
+    fn input_scale(
+        &self,
+        layout: &PackedLayout<'_>,
+        name: &str,
+        replacement: &dyn Replacement,
+    ) -> Result<Option<(String, StaticScale)>, ExportError> {
+        let Some(inputs) = self.inputs.filter(|inputs| inputs.stored) else { return Ok(None) };
+        let joined = layout.joined.get(name).filter(|_| self.joined.contains_key(name));
+        let weight = match (self.replaced.get(name), joined) {
+            (Some(Replaced { weight, part: Part::Coded(..), .. }), _) => *weight,
+            (_, Some(parts)) => parts[0].weight,
+            _ => return Ok(None),
+        };
+        match replacement.input_scale(weight) {
+            Some(scale) => Ok(Some((inputs.scale_name(&module_of(name)), scale))),
+            None => Err(ExportError::Feature {
+                feature: format!("tensor {name} without a scale of its inputs"),
+                target: TARGET,
+            }),
+        }
+    }
+
     /// What becomes of tensor `name` of `format` in the model's own files.
     fn part(&self, name: &str, format: Format) -> Part {
         match (self.replaced.get(name), self.joined.get(name)) {
@@ -500,8 +531,7 @@ pub fn to_packed(
         let quantization = match plan.blocks.is_empty() {
             true => {
                 let (inputs, matrices) = (&model.spec.inputs, &plan.quantized);
-                let format = inputs::format_of_all(inputs, &program, matrices)?;
-                let mut config = compressed_tensors(&plan.groups, &ignored, format);
+                let mut config = compressed_tensors(&plan.groups, &ignored, plan.inputs);
                 if let Some(transforms) = inputs::transforms(inputs, &program, matrices) {
                     config["transform_config"] = transforms;
                 }
@@ -547,6 +577,9 @@ fn write_tensors(
             shape.swap(1, 2);
         }
         declare(&name, &shape, &part, &mut declarations);
+        if let Some((name, _)) = plan.input_scale(layout, &name, replacement)? {
+            declarations.push(TensorDeclaration { name, dtype: Dtype::F32, shape: vec![1] });
+        }
         parts.push((name, part));
     }
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -575,6 +608,9 @@ fn write_tensors(
             (Some(replaced), None) => stacks.tensor(replaced, replacement).map_err(at)?,
         };
         write(&mut writer, name, part, &tensor)?;
+        if let Some((name, scale)) = plan.input_scale(layout, name, replacement)? {
+            writer.write(&name, &scale.value().to_le_bytes())?;
+        }
     }
     writer.finish()?;
     Ok(())

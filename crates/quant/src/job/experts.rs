@@ -79,8 +79,6 @@ impl ExpertInputs {
     }
 }
 
-type StatisticsOf<'a> = dyn FnMut(usize) -> Result<Option<Statistics>, QuantError> + 'a;
-
 impl Job<'_> {
     /// Quantizes the experts of op `op`, if it has some that are to be.
     pub(super) fn round_experts(
@@ -115,19 +113,32 @@ impl Job<'_> {
             let width = self.program.value_width(*input);
             let stream = Stream { width, values: inputs.0[input].clone().into() };
             let experts = spec.experts;
-            let mut statistics = |expert: usize| {
+            let products = step.needs_products();
+            let statistics = |expert: usize| -> Result<Statistics, QuantError> {
                 let mut part = |weight: Weight| {
                     let shape = &hidden.program.weights[weight.0 as usize].shape;
                     let len = loaded[weight.0 as usize].len() / experts;
                     let values = &loaded[weight.0 as usize][expert * len..][..len];
                     Ok(Tensor::from_f32(shape, values))
                 };
-                let mut seen = Statistics::new(hidden.program.capture_widths()[0]);
+                let new = if products { Statistics::new } else { Statistics::without_products };
+                let mut seen = new(hidden.program.capture_widths()[0]);
                 let mut add = |window: Seen<'_>| seen.add(window.taps[0]);
                 calibration.run(&hidden, Some(&stream), &mut part, &mut add)?;
-                Ok(Some(seen))
+                Ok(seen)
             };
-            self.round_stack(step, weight, &mut statistics)?;
+            let all = 0..experts;
+            let scales = self.finds_input_scales();
+            let seen = match step.needs_calibration() || scales {
+                true => all.map(|it| statistics(it).map(Some)).collect::<Result<Vec<_>, _>>()?,
+                false => vec![None; experts],
+            };
+            if scales {
+                let seen: Vec<&Statistics> = seen.iter().flatten().collect();
+                self.keep_input_scale(&[weight], &seen);
+            }
+            let observed = if step.needs_calibration() { seen } else { vec![None; experts] };
+            self.round_stack(step, weight, &observed)?;
         }
         Ok(())
     }
@@ -182,21 +193,17 @@ impl Job<'_> {
         self.finish_stack(step, weight, vec![group])
     }
 
-    /// Quantizes a stack matrix by matrix, each with what `statistics` says of its input.
+    /// Quantizes a stack matrix by matrix, each with what `seen` says of its input.
     pub(super) fn round_stack(
         &mut self,
         step: &TechniqueStep,
         weight: Weight,
-        statistics: &mut StatisticsOf<'_>,
+        seen: &[Option<Statistics>],
     ) -> Result<(), QuantError> {
         let (shape, values) = self.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
-        let seen = match step.needs_calibration() {
-            true => (0..shape[0]).map(statistics).collect::<Result<Vec<_>, _>>()?,
-            false => vec![None; shape[0]],
-        };
         let fused = self.fused_largest(weight)?;
-        let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).zip(&seen).enumerate();
+        let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).zip(seen).enumerate();
         let groups = matrices.map(|(expert, ((name, values), statistics))| {
             let fused_largest = fused.get(expert).copied();
             let (rows, columns) = (shape[1], shape[2]);

@@ -455,7 +455,10 @@ impl Job<'_> {
         }
         let step = self.recipe.rounding_of(&self.name(weight))?;
         match self.program.weight(weight).role {
-            WeightRole::Experts => self.round_stack(step, weight, &mut |_| Ok(None)),
+            WeightRole::Experts => {
+                let experts = self.program.weight(weight).shape[0];
+                self.round_stack(step, weight, &vec![None; experts])
+            }
             _ => self.round(&[weight], None),
         }
     }
