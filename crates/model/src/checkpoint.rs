@@ -26,7 +26,7 @@ use lathe_tensor::gguf::{GgufError, GgufFile};
 use lathe_tensor::safetensors::{
     Checkpoint as SafetensorsFiles, Dtype, RawTensor, SafetensorsError,
 };
-use lathe_tensor::{Tensor, TensorError};
+use lathe_tensor::{ActivationFormat, Tensor, TensorError};
 
 pub use self::awq::AwqScheme;
 pub use self::compressed::CompressedTensors;
@@ -160,6 +160,33 @@ impl Checkpoint {
                 quantization.naming().parts_of(files, name)
             }
             Checkpoint::Gguf(_) => vec![name.to_owned()],
+        }
+    }
+
+    /// Whether [`Self::stored_input`] may find something.
+    pub(crate) fn may_store_inputs(&self) -> bool {
+        let Checkpoint::Safetensors { quantization, .. } = self else { return false };
+        matches!(quantization, Quantization::Fp8Tensors | Quantization::ModelOpt)
+    }
+
+    /// How the input of `module` is rounded, where a scale that the files store for it says so, and
+    /// that scale, as [`lathe_program::StaticScale`] has it: the step of a code for fp8, and the
+    /// divisor for NVFP4.
+    ///
+    /// # Errors
+    /// If the tensor of the scale is not one number.
+    pub(crate) fn stored_input(
+        &self,
+        module: &str,
+    ) -> Result<Option<(ActivationFormat, f32)>, CheckpointError> {
+        match self {
+            Checkpoint::Safetensors { files, quantization: Quantization::Fp8Tensors } => {
+                fp8::stored_input(files, module)
+            }
+            Checkpoint::Safetensors { files, quantization: Quantization::ModelOpt } => {
+                modelopt::stored_input(files, module)
+            }
+            _ => Ok(None),
         }
     }
 

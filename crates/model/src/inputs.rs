@@ -75,6 +75,9 @@ impl Stored {
         module: &str,
     ) -> Result<Self, SpecError> {
         let ModuleInput { transform, stored_scale } = scheme.of_module(module)?;
+        if transform.is_nothing() {
+            return Self::beside_codes(checkpoint, module);
+        }
         let Some(ending) = stored_scale else { return Ok(Stored(transform)) };
         let name = format!("{module}.{ending}");
         let expected = || "one positive number, for `input_activations` says that it is stored";
@@ -85,6 +88,18 @@ impl Stored {
             ref all => return Err(wrong(&format!("{} numbers", all.len()))),
         };
         Ok(Stored(InputTransform { scale: Some(scale), ..transform }))
+    }
+
+    /// What the method that quantized the weights stores of the input of `module`.
+    fn beside_codes(checkpoint: &Checkpoint, module: &str) -> Result<Self, SpecError> {
+        let name = || format!("the scale of the inputs of {module}");
+        let expected = "one positive number";
+        let found = checkpoint.stored_input(module);
+        let found = found.map_err(|error| SpecError::value(name(), error, expected))?;
+        let Some((format, scale)) = found else { return Ok(Stored(InputTransform::default())) };
+        let wrong = || SpecError::value(name(), scale, expected);
+        let scale = Some(StaticScale::new(scale).ok_or_else(wrong)?);
+        Ok(Stored(InputTransform { hadamard: None, format: Some(format), scale }))
     }
 
     /// What is done to one input for two matrices, under the wider of two stored scales; `None` if

@@ -204,7 +204,7 @@ impl Model {
             notes.push("the file's head differs from its embedding and is used".to_owned());
         }
         let scheme = InputScheme::from_hf_config(&config).map_err(at)?;
-        if !scheme.is_empty() {
+        if !scheme.is_empty() || checkpoint.may_store_inputs() {
             spec.inputs = inputs_of(&spec, &checkpoint, family.rules(), &scheme, &at)?;
         }
         Ok(Model {
