@@ -154,8 +154,6 @@ fn drafts_are_lossless() {
             assert_eq!(drafted["token_ids"], plain["token_ids"], "{drafter} {random:?}");
             assert!(drafted["drafted"].as_u64() >= drafted["accepted"].as_u64(), "{drafted}");
         }
-        let own = run(&["--draft", "tiny"]);
-        assert!(own["accepted"].as_u64() > Some(0), "a model agrees with itself: {own}");
     }
 }
 
