@@ -606,7 +606,7 @@ impl<'a> Job<'a> {
     /// A weight with the scales of its rows and columns in it.
     fn load(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
         let (shape, mut values) = self.turned(weight)?;
-        let columns = self.targets.get(&weight).and_then(|op| self.columns.get(op));
+        let columns = self.columns_of(weight);
         let rows = self.rows.get(&weight);
         let width = match shape.as_slice() {
             [] | [_] => 1,
@@ -626,14 +626,46 @@ impl<'a> Job<'a> {
     /// A weight as rotations leave it.
     fn turned(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
         let tensor = self.weights.load(weight)?;
-        let values = tensor.to_f32();
-        let norm = |norm| Ok(self.weights.load(norm)?.to_f32());
-        let turns = self.turns.of(weight);
-        let values = match turns.is_empty() {
-            true => values,
-            false => turned::<QuantError>(&tensor.shape, &values, turns, norm)?,
-        };
+        if self.turns.of(weight).is_empty() {
+            let values = tensor.to_f32();
+            return Ok((tensor.shape, values));
+        }
+        let mut values = Vec::with_capacity(tensor.shape.iter().product());
+        self.turn(weight, &tensor, &mut |part| values.extend_from_slice(part))?;
         Ok((tensor.shape, values))
+    }
+
+    /// Hands out what rotations make of a weight, part after part.
+    fn turn(
+        &self,
+        weight: Weight,
+        tensor: &Tensor,
+        take: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), QuantError> {
+        let norm = |norm| Ok(self.weights.load(norm)?.to_f32());
+        turned::<QuantError>(tensor, self.turns.of(weight), norm, take)
+    }
+
+    /// A weight that is not quantized, in a format of floats: never all of it in `f32`.
+    fn floats(&self, weight: Weight, format: Format) -> Result<Tensor, QuantError> {
+        let scaled = self.rows.contains_key(&weight) || self.columns_of(weight).is_some();
+        let tensor = self.weights.load(weight)?;
+        let mut codes = Vec::with_capacity(format.bytes_for(&tensor.shape).unwrap_or(0));
+        match scaled || self.turns.of(weight).is_empty() {
+            true => codes = codec::quantize(format, &self.load(weight)?.1),
+            false => self.turn(weight, &tensor, &mut |part| {
+                codes.extend_from_slice(&codec::quantize(format, part));
+                // An embedding may be half of a small model: its pages leave as it goes.
+                self.weights.release();
+            })?,
+        }
+        let at = |source| QuantError::Format { tensor: self.name(weight), source };
+        Tensor::new(tensor.shape, format, Bytes::new(codes)).map_err(at)
+    }
+
+    /// Scales of the input channels of a matrix.
+    fn columns_of(&self, weight: Weight) -> Option<&Vec<f32>> {
+        self.targets.get(&weight).and_then(|op| self.columns.get(op))
     }
 }
 
@@ -696,6 +728,8 @@ impl Replacement for Job<'_> {
     fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
         if self.targets.contains_key(&weight) {
             self.finish(weight)?;
+            // What was read of the model is not read again.
+            self.weights.release();
             // The writer asks once: what it has is not kept.
             return Ok(self.finished.remove(&weight).expect("it was just rounded"));
         }
@@ -703,8 +737,9 @@ impl Replacement for Job<'_> {
             return Ok(norm.clone());
         }
         let format = Replacement::format(self, weight).unwrap_or(Format::F32);
-        let (shape, values) = self.load(weight)?;
-        Ok(Tensor::new(shape, format, Bytes::new(codec::quantize(format, &values)))?)
+        let tensor = self.floats(weight, format)?;
+        self.weights.release();
+        Ok(tensor)
     }
 }
 

@@ -16,7 +16,7 @@ use super::hugging_face::{copy_texts, write_json};
 use super::inputs::InputRounding;
 use super::quantization_config::{Groups, compressed_tensors, mxfp4_experts};
 use super::readers::{Contents, Folder};
-use super::{ExportError, Replacement, ReplacementError, float_of, inputs, io};
+use super::{ExportError, Replacement, ReplacementError, bytes_in, float_of, inputs, io};
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::generation::read_json;
 use crate::lower::{LowerOptions, lower};
@@ -397,7 +397,8 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    /// Plans the tensor that `parts` divide among them: all of them are replaced alike.
+    /// Plans the tensor that `parts` divide among them. All of them are quantized alike, or none
+    /// is: floats stay beside floats.
     fn join(
         &mut self,
         layout: &'a PackedLayout<'_>,
@@ -412,13 +413,13 @@ impl<'a> Plan<'a> {
             format!("weight {} in {format}", program.weight(weight).name)
         };
         let formats = parts.iter().map(|part| (part.weight, replacement.format(part.weight)));
-        let Some(format) = replacement.format(first) else {
-            let other = formats.into_iter().find(|(_, format)| format.is_some());
-            return other
-                .map_or(Ok(()), |(other, _)| refuse_pair(&spelled(first), &spelled(other)));
+        let given = formats.clone().find_map(|(weight, format)| Some((weight, format?)));
+        let Some((one, format)) = given else { return Ok(()) };
+        let alike = |found: Option<Format>| {
+            found == Some(format) || (found.is_none() && matches!(format, Format::Float(_)))
         };
-        if let Some((other, _)) = formats.into_iter().find(|(_, found)| *found != Some(format)) {
-            return refuse_pair(&spelled(first), &spelled(other));
+        if let Some((other, _)) = formats.into_iter().find(|(_, found)| !alike(*found)) {
+            return refuse_pair(&spelled(one), &spelled(other));
         }
         let sources = &layout.sources[first.0 as usize];
         let part = layout.part(&program.weight(first).name, format)?;
@@ -490,6 +491,12 @@ impl<'a> Plan<'a> {
             (None, None) => Part::Float(Format::Float(float_of(format))),
         }
     }
+}
+
+/// Rows of a tensor of floats, in `format`.
+fn floats_of(stored: &Tensor, rows: &[usize], format: Format) -> Result<Tensor, ReplacementError> {
+    let part = stored.gather_rows(rows)?;
+    Ok(Tensor::new(part.shape.clone(), format, bytes_in(&part, format))?)
 }
 
 /// Two matrices that are one tensor of the file cannot be in formats of their own.
@@ -592,7 +599,11 @@ fn write_tensors(
             (None, None) => match joined {
                 Some(format) => {
                     let parts = &layout.joined[name.as_str()];
-                    let make = |part: &Rows| made(replacement, part.weight, format);
+                    let stored = checkpoint.tensor(name)?;
+                    let make = |part: &Rows| match replacement.format(part.weight) {
+                        Some(_) => made(replacement, part.weight, format),
+                        None => floats_of(&stored, &part.rows, format),
+                    };
                     let list = parts.iter().map(make).collect::<Result<Vec<_>, _>>();
                     let rows = parts.iter().flat_map(|part| &part.rows).copied();
                     join(name, &list.map_err(at)?, rows)?
