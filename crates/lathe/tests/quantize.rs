@@ -621,6 +621,28 @@ fn most_of_a_mixture_is_quantized_by_default() {
         assert!(share > 0.8 && share < 1.0, "{name}: {share}");
         runs_as_its_floats(home.path(), &path(name));
     }
+    // Techniques that need to see inputs see those of experts; an adapter is for modules alone.
+    let tokens = path("tokens.json");
+    let ids: Vec<String> = (0..60).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    for method in ["gptaq", "awq+gptq", "gptq+low-rank"] {
+        for name in ["mixtral", "deepseek-v3"] {
+            let (model, out) = (fixture(name), path(&format!("{name}-{method}")));
+            let words = ["quantize", &model, &out, "--format", "w8a16", "--method", method];
+            let words = [&words[..], &["--calibration", &tokens, "--json"]].concat();
+            let report = run_json(&mut command(home.path(), &words));
+            let tensors = report["tensors"].as_array().expect("tensors");
+            let corrected = |part: &str| {
+                let ours = tensors.iter().filter(|it| it["tensor"].to_string().contains(part));
+                ours.filter(|it| it["correction"].is_object()).count()
+            };
+            let corrects = method.ends_with("low-rank");
+            assert!((corrected("attention.output") > 0) == corrects && corrected("experts") == 0);
+            if !corrects {
+                runs_as_its_floats(home.path(), &out);
+            }
+        }
+    }
     // All rows of a fused tensor have one scale: its matrices, and what runs beside them, stay.
     let (report, told) = quantize("deepseek-v3", "fp8_tensor", &path("tensor"));
     assert!(!names(&report).contains("kv_down") && !names(&report).contains("query_down"));

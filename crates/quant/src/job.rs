@@ -376,7 +376,8 @@ impl<'a> Job<'a> {
             prepared.run(window, &mut |window| {
                 seen.add(&taps, window.taps);
                 for (at, (value, rows)) in taps.iter().zip(window.taps).enumerate() {
-                    experts.add(*value, rows);
+                    let float = (!floats.is_empty()).then(|| floats[at].as_slice());
+                    experts.add(*value, rows, float);
                     if let Some(asymmetry) = asymmetries.get_mut(value) {
                         asymmetry.add(&floats[at], rows);
                     }

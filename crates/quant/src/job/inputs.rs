@@ -12,7 +12,6 @@ use lathe_tensor::{ActivationFormat, ScaledFormat};
 
 use super::Job;
 use crate::section::Section;
-use crate::statistics::Statistics;
 
 impl Job<'_> {
     /// Whether calibration finds scales of inputs.
@@ -33,14 +32,14 @@ impl Job<'_> {
                 _ => continue,
             };
             if let Some(seen) = self.statistics(*op) {
-                self.keep_input_scale(&weights, &[&seen]);
+                let largest = seen.largest().iter().fold(0.0f32, |most, x| most.max(*x));
+                self.keep_input_scale(&weights, largest);
             }
         }
     }
 
-    /// Keeps the scale of the one input of `weights`, of which `seen` is all that was seen.
-    pub(super) fn keep_input_scale(&mut self, weights: &[Weight], seen: &[&Statistics]) {
-        let largest = seen.iter().flat_map(|seen| seen.largest()).fold(0.0f32, |a, b| a.max(*b));
+    /// Keeps the scale of the one input of `weights`, whose largest magnitude is `largest`.
+    pub(super) fn keep_input_scale(&mut self, weights: &[Weight], largest: f32) {
         let scale = StaticScale::new(global_divisor(&ScaledFormat::NVFP4, largest));
         let scale = scale.expect("a divisor is a normal number");
         let ours = weights.iter().filter(|weight| self.targets.contains_key(weight));
