@@ -19,7 +19,7 @@ from unittest.mock import MagicMock
 
 import torch
 import torch._dynamo  # noqa: F401 - what torch and transformers look for is looked for before there are mocks
-from folders import MODELS, PRESETS, make, run
+from folders import MODELS, PRESETS, calibration, make, run
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"],
          "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"]}
@@ -124,7 +124,8 @@ def main(lathe, *presets):
                 if preset == "hadamard":
                     continue
                 small = scratch / f"{kind}-{preset}"
-                refusal = run(lathe, "quantize", plain, small, "--format", preset, "--json")["readers"]["vllm"]
+                words = ["--format", preset, *calibration(scratch, preset), "--json"]
+                refusal = run(lathe, "quantize", plain, small, *words)["readers"]["vllm"]
                 try:
                     found = ", ".join(sorted(schemes(config_class, experts_class, small, kind)))
                     runs = True

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use lathe_program::InputTransform;
+use lathe_program::{InputTransform, StaticScale};
 use lathe_tensor::codec::element;
 use lathe_tensor::codec::scaled::{fit, global_divisor};
 use lathe_tensor::codec::search::round_float_within;
@@ -18,14 +18,16 @@ use crate::rows::Rows;
 pub(crate) struct Transform {
     hadamard: Option<Hadamard>,
     format: Option<ActivationFormat>,
+    /// The scale of the rounding, if it is not the row's own.
+    scale: Option<f32>,
 }
 
 impl Transform {
     /// `None` if the transform changes nothing. A validated program names only matrices that exist.
     pub(crate) fn new(transform: &InputTransform) -> Option<Self> {
         let hadamard = transform.matrix().expect("a valid program");
-        let format = transform.format;
-        (hadamard.is_some() || format.is_some()).then_some(Self { hadamard, format })
+        let (format, scale) = (transform.format, transform.scale.map(StaticScale::value));
+        (hadamard.is_some() || format.is_some()).then_some(Self { hadamard, format, scale })
     }
 
     /// Transforms one row in place.
@@ -86,16 +88,17 @@ impl Kernel for TransformRow<'_> {
             }
         }
         if let Some(format) = self.transform.format {
-            round(format, self.row);
+            round(format, self.transform.scale, self.row);
         }
     }
 }
 
 #[inline(always)]
-fn round(format: ActivationFormat, row: &mut [f32]) {
+fn round(format: ActivationFormat, stored: Option<f32>, row: &mut [f32]) {
     let scaled = format.scaled();
-    let divisor = match format {
-        ActivationFormat::Nvfp4 => {
+    let divisor = match (format, stored) {
+        (ActivationFormat::Nvfp4, Some(stored)) => stored,
+        (ActivationFormat::Nvfp4, None) => {
             global_divisor(&scaled, row.iter().fold(0.0f32, |most, x| most.max(x.abs())))
         }
         _ => 1.0,
@@ -105,8 +108,13 @@ fn round(format: ActivationFormat, row: &mut [f32]) {
         _ => row.len().max(1),
     };
     for block in row.chunks_mut(columns) {
-        let fitted = fit(&scaled, block, 1.0 / divisor, ActivationFormat::POWER_OF_TWO);
-        let scale = fitted.scale / divisor;
+        let scale = match stored.filter(|_| format != ActivationFormat::Nvfp4) {
+            Some(stored) => stored,
+            None => {
+                let unit = 1.0 / divisor;
+                fit(&scaled, block, unit, ActivationFormat::POWER_OF_TWO).scale / divisor
+            }
+        };
         match scaled.element {
             _ if scale == 0.0 => block.fill(0.0),
             Element::Int(bits) => {
@@ -132,7 +140,9 @@ fn round_floats<const MANTISSA: i32, const LEAST: i32>(block: &mut [f32], scale:
         let magnitude = ratio.abs().min(max);
         let exponent = (magnitude.to_bits() as i32 & 0x7f80_0000).max(least);
         let magic = f32::from_bits((exponent + ((23 - MANTISSA) << 23)) as u32);
-        *x = ((magnitude + magic) - magic).copysign(ratio) * scale;
+        let rounded = ((magnitude + magic) - magic).copysign(ratio) * scale;
+        // e4m3 has a NaN, e2m1 has none.
+        *x = if MANTISSA == 3 && ratio.is_nan() { ratio } else { rounded };
     }
 }
 
@@ -178,11 +188,21 @@ mod tests {
 
     #[test]
     fn rounding_is_the_codecs_to_the_bit() {
+        let stored = [None, Some(0.037), Some(1.0), Some(117.3), Some(3e-39)]
+            .map(|scale| scale.map(|scale| StaticScale::new(scale).expect("a positive number")));
+        let takes = |format: ActivationFormat, scale: Option<StaticScale>| {
+            scale.is_none() || format.takes_scale()
+        };
         for width in [32, 96, 160] {
             for row in rows(width) {
-                for format in ActivationFormat::ALL {
-                    let expected = format.round(&row, width).unwrap();
-                    let transform = InputTransform { hadamard: None, format: Some(format) };
+                let all = ActivationFormat::ALL.into_iter();
+                let all = all.flat_map(|format| stored.map(|scale| (format, scale)));
+                for (format, scale) in all.filter(|(format, scale)| takes(*format, *scale)) {
+                    let expected = match scale {
+                        Some(scale) => format.round_under(&row, width, scale.value()).unwrap(),
+                        None => format.round(&row, width).unwrap(),
+                    };
+                    let transform = InputTransform { hadamard: None, format: Some(format), scale };
                     let transform = Transform::new(&transform).unwrap();
                     for lanes in Width::available() {
                         let mut found = row.clone();

@@ -325,6 +325,66 @@ fn inputs_are_rotated_and_rounded_as_the_folder_says() {
     assert!(reason.contains("transformed already"), "{reason}");
 }
 
+/// Calibration finds the scale of NVFP4's inputs, and the folder stores it as other readers want it.
+#[test]
+fn scales_of_inputs_are_found_and_stored() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).display().to_string();
+    let tokens = path("tokens.json");
+    let ids: Vec<String> = (0..60).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    for (name, reader) in [("llama-tied", "transformers"), ("mixtral", "vllm"), ("deepseek-v3", "")]
+    {
+        let (model, out, recipe) = (fixture(name), path(name), path("recipe.toml"));
+        // Rows of 24 and 12 are no whole groups of 16.
+        let keep = if name == "deepseek-v3" { "keep = [\"*.query_up\", \"*.down\"]" } else { "" };
+        let text = format!("format = \"nvfp4-a4\"\n{keep}\n[[technique]]\nuse = \"rtn\"");
+        std::fs::write(&recipe, text).expect("writes");
+        let words = ["quantize", &model, &out, "--recipe", &recipe, "--json"];
+        let report = run_json(&mut command(home.path(), &words));
+        let refusal = &report["readers"]["vllm"];
+        assert!(refusal.as_str().is_some_and(|it| it.contains("stored scales")), "{report}");
+        std::fs::remove_dir_all(&out).expect("is removed");
+        let reader = if reader.is_empty() { vec![] } else { vec!["--for", reader] };
+        let words = [&words[..], &["--calibration", &tokens], &reader].concat();
+        run_json(&mut command(home.path(), &words));
+        let config = std::fs::read_to_string(Path::new(&out).join("config.json")).expect("reads");
+        let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+        let group = &config["quantization_config"]["config_groups"]["group_0"];
+        assert_eq!(group["input_activations"]["dynamic"], "local", "{name}");
+        let file = std::fs::read(Path::new(&out).join("model.safetensors")).expect("reads");
+        let (header, numbers) = header_of(&file);
+        let (header, start) = (header.as_object().expect("an object"), file.len() - numbers);
+        let scale = |tensor: &str| {
+            let at = header[tensor]["data_offsets"][0].as_u64().expect("an offset") as usize;
+            f32::from_le_bytes(file[start + at..][..4].try_into().expect("four bytes"))
+        };
+        let packed = header.keys().filter_map(|it| it.strip_suffix("weight_packed"));
+        let scales: Vec<(&str, f32)> =
+            packed.map(|it| (it, scale(&format!("{it}input_global_scale")))).collect();
+        assert!(scales.iter().all(|(_, scale)| scale.is_normal() && *scale > 0.0), "{scales:?}");
+        // What one input feeds has one scale, of all experts too.
+        let of = |ending: &str| -> Vec<f32> {
+            let ours = scales.iter().filter(|(name, _)| name.contains(ending));
+            ours.map(|(_, scale)| *scale).collect()
+        };
+        let (one, other) = match name {
+            "llama-tied" => ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"),
+            "mixtral" => {
+                ("layers.1.block_sparse_moe.experts.0.w1", "layers.1.block_sparse_moe.experts.7.w3")
+            }
+            _ => ("layers.1.mlp.experts.0.gate_proj", "layers.1.mlp.experts.7.up_proj"),
+        };
+        assert!(!of(one).is_empty() && of(one) == of(other), "{scales:?}");
+        let score = |device: &str| {
+            let words = ["score", &out, "--tokens", &tokens, "--json", "--device", device];
+            run_json(&mut command(home.path(), &words))["mean_nll"].as_f64().expect("a number")
+        };
+        let (reference, cpu) = (score("reference"), score("cpu"));
+        assert!((reference - cpu).abs() < 0.2, "{name}: {reference} {cpu}");
+    }
+}
+
 /// Groups of 16 have no kernels on the CPU: who says that the reference is to run them gets them.
 #[test]
 fn groups_that_only_the_reference_runs_are_written_for_it() {
@@ -560,6 +620,28 @@ fn most_of_a_mixture_is_quantized_by_default() {
         let share = report["quantized_share"].as_f64().expect("a number");
         assert!(share > 0.8 && share < 1.0, "{name}: {share}");
         runs_as_its_floats(home.path(), &path(name));
+    }
+    // Techniques that need to see inputs see those of experts; an adapter is for modules alone.
+    let tokens = path("tokens.json");
+    let ids: Vec<String> = (0..60).map(|i| (i * 7 % 60).to_string()).collect();
+    std::fs::write(&tokens, format!("[{}]", ids.join(","))).expect("writes");
+    for method in ["gptaq", "awq+gptq", "gptq+low-rank"] {
+        for name in ["mixtral", "deepseek-v3"] {
+            let (model, out) = (fixture(name), path(&format!("{name}-{method}")));
+            let words = ["quantize", &model, &out, "--format", "w8a16", "--method", method];
+            let words = [&words[..], &["--calibration", &tokens, "--json"]].concat();
+            let report = run_json(&mut command(home.path(), &words));
+            let tensors = report["tensors"].as_array().expect("tensors");
+            let corrected = |part: &str| {
+                let ours = tensors.iter().filter(|it| it["tensor"].to_string().contains(part));
+                ours.filter(|it| it["correction"].is_object()).count()
+            };
+            let corrects = method.ends_with("low-rank");
+            assert!((corrected("attention.output") > 0) == corrects && corrected("experts") == 0);
+            if !corrects {
+                runs_as_its_floats(home.path(), &out);
+            }
+        }
     }
     // All rows of a fused tensor have one scale: its matrices, and what runs beside them, stay.
     let (report, told) = quantize("deepseek-v3", "fp8_tensor", &path("tensor"));

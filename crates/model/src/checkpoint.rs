@@ -26,12 +26,12 @@ use lathe_tensor::gguf::{GgufError, GgufFile};
 use lathe_tensor::safetensors::{
     Checkpoint as SafetensorsFiles, Dtype, RawTensor, SafetensorsError,
 };
-use lathe_tensor::{Tensor, TensorError};
+use lathe_tensor::{ActivationFormat, Tensor, TensorError};
 
 pub use self::awq::AwqScheme;
 pub use self::compressed::CompressedTensors;
 pub use self::gptq::GptqScheme;
-pub use self::inputs::InputScheme;
+pub use self::inputs::{InputScheme, ModuleInput};
 pub use self::quantization::Quantization;
 pub use self::scheme::{Encoding, Scheme};
 pub(crate) use self::scheme::{MIXED, part_of};
@@ -166,6 +166,33 @@ impl Checkpoint {
                 let scale = file.scale_of(name).map(|scale| scale.name.clone());
                 [name.to_owned()].into_iter().chain(scale).collect()
             }
+        }
+    }
+
+    /// Whether [`Self::stored_input`] may find something.
+    pub(crate) fn may_store_inputs(&self) -> bool {
+        let Checkpoint::Safetensors { quantization, .. } = self else { return false };
+        matches!(quantization, Quantization::Fp8Tensors | Quantization::ModelOpt)
+    }
+
+    /// How the input of `module` is rounded, where a scale that the files store for it says so, and
+    /// that scale, as [`lathe_program::StaticScale`] has it: the step of a code for fp8, and the
+    /// divisor for NVFP4.
+    ///
+    /// # Errors
+    /// If the tensor of the scale is not one number.
+    pub(crate) fn stored_input(
+        &self,
+        module: &str,
+    ) -> Result<Option<(ActivationFormat, f32)>, CheckpointError> {
+        match self {
+            Checkpoint::Safetensors { files, quantization: Quantization::Fp8Tensors } => {
+                fp8::stored_input(files, module)
+            }
+            Checkpoint::Safetensors { files, quantization: Quantization::ModelOpt } => {
+                modelopt::stored_input(files, module)
+            }
+            _ => Ok(None),
         }
     }
 

@@ -13,6 +13,7 @@ pub mod config;
 pub mod export;
 pub mod families;
 mod generation;
+mod inputs;
 pub mod lower;
 mod model;
 pub mod names;

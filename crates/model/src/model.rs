@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use lathe_program::{InputTransform, Program, Weight, WeightRole};
+use lathe_program::Program;
 use lathe_tensor::gguf::{GgufError, GgufFile};
 use serde_json::Value;
 
@@ -13,7 +13,7 @@ use crate::chat::ChatTemplate;
 use crate::checkpoint::{Checkpoint, CheckpointError, InputScheme, Quantization};
 use crate::families::{Family, GgufFamily};
 use crate::generation::{GenerationDefaults, read_json};
-use crate::lower::{LowerOptions, lower};
+use crate::inputs::inputs_of;
 use crate::names::{Rules, hugging_face};
 use crate::spec::{DecoderSpec, SpecError};
 use crate::tokenizer::Tokenizer;
@@ -205,7 +205,7 @@ impl Model {
             notes.push("the file's head differs from its embedding and is used".to_owned());
         }
         let scheme = InputScheme::from_hf_config(&config).map_err(at)?;
-        if !scheme.is_empty() {
+        if !scheme.is_empty() || checkpoint.may_store_inputs() {
             spec.inputs = inputs_of(&spec, &checkpoint, family.rules(), &scheme, &at)?;
         }
         Ok(Model {
@@ -291,40 +291,6 @@ fn unpacked_note(file: &GgufFile) -> Option<String> {
             megabytes[1]
         )
     })
-}
-
-/// What `scheme`, which names modules, means for the matrices of `spec`.
-fn inputs_of(
-    spec: &DecoderSpec,
-    checkpoint: &Checkpoint,
-    rules: &[Rules],
-    scheme: &InputScheme,
-    at: &dyn Fn(SpecError) -> ModelError,
-) -> Result<BTreeMap<String, InputTransform>, ModelError> {
-    let program = lower(spec, &LowerOptions::new(spec.context_max)).map_err(at)?;
-    let weights = ModelWeights::new(checkpoint, spec, rules, None, &program)?;
-    let mut inputs = BTreeMap::new();
-    for (index, decl) in program.weights.iter().enumerate() {
-        let modules = weights.tensors_of(Weight(index as u32)).iter();
-        let mut modules = modules.filter_map(|tensor| tensor.strip_suffix(".weight"));
-        // A table and vectors multiply nothing; a tied head is the table.
-        let matrix = !matches!(decl.role, WeightRole::Embedding | WeightRole::Vector);
-        if !matrix || (decl.role == WeightRole::Head && spec.tied_head) {
-            continue;
-        }
-        let Some(first) = modules.next() else { continue };
-        let transform = scheme.of_module(first).map_err(at)?;
-        for other in modules {
-            if scheme.of_module(other).map_err(at)? != transform {
-                let feature = format!("{first} and {other} with different inputs");
-                return Err(at(SpecError::feature(feature)));
-            }
-        }
-        if !transform.is_nothing() {
-            inputs.insert(decl.name.clone(), transform);
-        }
-    }
-    Ok(inputs)
 }
 
 /// The spec of a model whose weights may be absent (a directory with a `config.json`, or a GGUF

@@ -241,7 +241,7 @@ fn a_group_whose_inputs_are_rounded_names_its_format() {
         let mut original = tiny("llama");
         let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
         let linear_weights = program.weights.iter().filter(|it| it.role == WeightRole::Linear);
-        let transform = InputTransform { hadamard: None, format: Some(inputs) };
+        let transform = InputTransform { format: Some(inputs), ..InputTransform::default() };
         original.spec.inputs = linear_weights.map(|it| (it.name.clone(), transform)).collect();
         let config = written_and_read(&original, Integers::Words, &linear(scaled(name)));
         let group = &config["config_groups"]["group_0"];
@@ -441,5 +441,42 @@ fn a_group_with_experts_comes_first() {
         };
         let config = written_and_read(&tiny("qwen3-moe"), Integers::Words, &mixed);
         assert_eq!(config["config_groups"]["group_0"]["weights"]["num_bits"], bits);
+    }
+}
+
+/// Floats that replace some rows of a tensor stay beside the floats that are left.
+#[test]
+fn floats_of_some_rows_of_a_tensor_are_replaced() {
+    let original = tiny("deepseek-v3");
+    let program = lower(&original.spec, &LowerOptions::new(64)).unwrap();
+    let weights = original.weights(&program).unwrap();
+    struct Doubled<'a>(&'a ModelWeights<'a>, ScaledFormat);
+    impl Replacement for Doubled<'_> {
+        fn format(&self, weight: Weight) -> Option<Format> {
+            let name = &self.0.program().weight(weight).name;
+            let scaled = name.ends_with("ffn.down").then_some(Format::Scaled(self.1));
+            scaled.or(name.ends_with("value_up").then_some(Format::F32))
+        }
+
+        fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
+            let tensor = self.0.load(weight)?;
+            let values: Vec<f32> = tensor.to_f32().iter().map(|x| 2.0 * x).collect();
+            if let Some(Format::F32) = self.format(weight) {
+                return Ok(Tensor::from_f32(&tensor.shape, &values));
+            }
+            Ok(scaled::quantize(&tensor.shape, &self.1, &values, E8m0Rounding::Floor)?)
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let layout = PackedLayout::new(&original, &weights).unwrap();
+    let mut doubled = Doubled(&weights, scaled("int8-channel-f32"));
+    to_packed(&layout, folder.path(), &mut doubled).expect("writes");
+    let packed = Model::open(folder.path()).expect("opens");
+    let back = packed.weights(&program).expect("has all weights");
+    for (name, factor) in [("value_up", 2.0), ("key_up", 1.0)] {
+        let weight = program.weight_named(&format!("layers.1.attention.{name}")).unwrap();
+        let expected: Vec<f32> =
+            weights.load(weight).unwrap().to_f32().iter().map(|x| factor * x).collect();
+        assert_eq!(back.load(weight).unwrap().to_f32(), expected, "{name}");
     }
 }

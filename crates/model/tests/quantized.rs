@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use lathe_model::Model;
 use lathe_model::checkpoint::{InputScheme, Quantization};
 use lathe_model::lower::{LowerOptions, lower};
+use lathe_program::{InputTransform, StaticScale};
+use lathe_tensor::ActivationFormat;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use support::{prepare, run};
@@ -294,4 +296,22 @@ fn a_cache_scheme_beside_dense_weights_is_told() {
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
     let model = Model::open(folder.path()).unwrap();
     assert!(model.notes.iter().any(|note| note.contains("kv_cache_scheme")), "{:?}", model.notes);
+}
+
+/// ModelOpt stores of inputs what fp8's codes are multiplied by, and of NVFP4 the largest number
+/// over 6 * 448.
+#[test]
+fn scales_that_modelopt_found_are_followed() {
+    for (name, format, scale) in [
+        ("modelopt-fp8", ActivationFormat::Fp8Token, 0.02),
+        ("modelopt-nvfp4", ActivationFormat::Nvfp4, 1.0 / 0.02),
+    ] {
+        let inputs = open(name).spec.inputs;
+        assert_eq!(inputs.len(), 7, "{name}");
+        for (matrix, found) in inputs {
+            let scale = StaticScale::new(scale);
+            let expected = InputTransform { hadamard: None, format: Some(format), scale };
+            assert_eq!(found, expected, "{name}: {matrix}");
+        }
+    }
 }

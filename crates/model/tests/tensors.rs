@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use lathe_model::Model;
 use lathe_model::lower::{LowerOptions, lower};
+use lathe_program::{InputTransform, StaticScale};
+use lathe_tensor::ActivationFormat;
 use lathe_tensor::safetensors::SafetensorsFile;
 use serde_json::{Value, json};
 
@@ -152,9 +154,10 @@ fn layers_that_predict_further_tokens_pass_where_the_file_says_that_there_are_so
 
 /// `llama` with the matrix `down_proj` of layer 1 as codes of one byte: `codes` gives each number's
 /// code and what the code stands for after the row's scale. Its logits, and those of the same
-/// numbers stored as floats.
+/// numbers stored as floats, whose inputs `input` is done to.
 fn with_codes(
     quantization: Value,
+    input: InputTransform,
     dtype: &'static str,
     code: impl Fn(f32) -> (u8, f32),
     beside: impl Fn(&mut Folder, &str, usize),
@@ -164,7 +167,11 @@ fn with_codes(
     let (shape, values) = folder.tensors[&format!("{stem}.weight")].clone();
     let (codes, numbers): (Vec<u8>, Vec<f32>) = values.iter().map(|x| code(*x)).unzip();
     folder.tensors.insert(format!("{stem}.weight"), (shape.clone(), numbers));
-    let expected = logits(&folder.open());
+    let mut plain = folder.open();
+    if !input.is_nothing() {
+        plain.spec.inputs.insert("layers.1.ffn.down".to_owned(), input);
+    }
+    let expected = logits(&plain);
     folder.tensors.remove(&format!("{stem}.weight"));
     folder.raw.insert(format!("{stem}.weight"), (dtype, shape.clone(), codes));
     beside(&mut folder, stem, shape[0]);
@@ -188,10 +195,17 @@ fn fp8_with_one_scale_a_matrix_is_read() {
     ] {
         let config = json!({"quant_method": "fp8", "activation_scheme": scheme,
                             "weight_block_size": null});
-        let (found, expected) = with_codes(config, "F8_E4M3", sign, |folder, stem, _| {
+        // A static scale is followed.
+        let rounding = InputTransform {
+            hadamard: None,
+            format: Some(ActivationFormat::Fp8Token),
+            scale: StaticScale::new(0.125),
+        };
+        let rounding = input.map_or(InputTransform::default(), |_| rounding);
+        let (found, expected) = with_codes(config, rounding, "F8_E4M3", sign, |folder, stem, _| {
             folder.zeros(&format!("{stem}.{scale}"), &[1], 0.25);
             if let Some(input) = input {
-                folder.zeros(&format!("{stem}.{input}"), &[], 0.5);
+                folder.zeros(&format!("{stem}.{input}"), &[], 0.125);
             }
         });
         assert_close(&found, &expected);
@@ -202,10 +216,11 @@ fn fp8_with_one_scale_a_matrix_is_read() {
 fn bitsandbytes_integers_of_eight_bits_are_read() {
     let sign = |x: f32| if x < 0.0 { (-127_i8 as u8, -0.25) } else { (127, 0.25) };
     let config = json!({"quant_method": "bitsandbytes", "load_in_8bit": true});
-    let (found, expected) = with_codes(config, "I8", sign, |folder, stem, rows| {
-        folder.zeros(&format!("{stem}.SCB"), &[rows], 0.25);
-        folder.raw.insert(format!("{stem}.weight_format"), ("U8", vec![], vec![0]));
-    });
+    let (found, expected) =
+        with_codes(config, InputTransform::default(), "I8", sign, |folder, stem, rows| {
+            folder.zeros(&format!("{stem}.SCB"), &[rows], 0.25);
+            folder.raw.insert(format!("{stem}.weight_format"), ("U8", vec![], vec![0]));
+        });
     assert_close(&found, &expected);
 }
 
@@ -223,13 +238,63 @@ fn old_keys_and_scales_of_a_cache_do_not_stand_in_the_way() {
         folder.zeros("model.layers.1.self_attn.k_scale", &[1], 0.25);
         folder.zeros("model.layers.1.self_attn.v_scale", &[1], 0.25);
     };
-    let (found, expected) = with_codes(config.clone(), "F8_E4M3", sign, beside);
+    let (found, expected) =
+        with_codes(config.clone(), InputTransform::default(), "F8_E4M3", sign, beside);
     assert_close(&found, &expected);
     let mut folder = Folder::of("llama");
     // Its tensors are plain floats.
     folder.config["compression_config"] = config;
     folder.config["compression_config"]["format"] = "dense".into();
     assert!(folder.open().notes.iter().any(|note| note.contains("kv_cache_scheme")));
+}
+
+/// Scales of inputs that calibration found are followed, whatever the weights are stored in.
+#[test]
+fn stored_scales_of_inputs_are_followed() {
+    let modules = ["q_proj", "k_proj", "v_proj"].map(|it| format!("model.layers.1.self_attn.{it}"));
+    let inputs = |kind: &str| match kind {
+        "fp8" => json!({"num_bits": 8, "type": "float", "symmetric": true, "strategy": "tensor",
+                        "dynamic": false}),
+        _ => json!({"num_bits": 4, "type": "float", "symmetric": true, "group_size": 16,
+                    "strategy": "tensor_group", "dynamic": "local",
+                    "scale_dtype": "torch.float8_e4m3fn"}),
+    };
+    for (kind, ending, format, scales) in [
+        ("fp8", "input_scale", ActivationFormat::Fp8Token, [0.03, 0.03, 0.05]),
+        ("nvfp4", "input_global_scale", ActivationFormat::Nvfp4, [700.0, 700.0, 500.0]),
+    ] {
+        let mut folder = Folder::of("llama");
+        folder.config["quantization_config"] = json!({
+            "quant_method": "compressed-tensors", "format": "dense",
+            "config_groups": {"g": {"targets": modules, "input_activations": inputs(kind)}}});
+        let message = |folder: &Folder| {
+            let at = folder.directory.path();
+            std::fs::write(at.join("config.json"), folder.config.to_string()).expect("written");
+            write(&at.join("model.safetensors"), &folder.tensors, &folder.raw);
+            Model::open(at).expect_err("refused").to_string()
+        };
+        let error = message(&folder);
+        assert!(error.contains(&format!("q_proj.{ending}")), "{error}");
+        for (module, scale) in modules.iter().zip(scales) {
+            folder.zeros(&format!("{module}.{ending}"), &[1], scale);
+        }
+        let model = folder.open();
+        let found = logits(&model);
+        // The same, said by the spec.
+        let mut plain = Folder::of("llama").open();
+        for (name, scale) in ["query", "key", "value"].into_iter().zip(scales) {
+            let scale = StaticScale::new(scale);
+            let transform = InputTransform { hadamard: None, format: Some(format), scale };
+            plain.spec.inputs.insert(format!("layers.1.attention.{name}"), transform);
+        }
+        assert_eq!(model.spec.inputs, plain.spec.inputs);
+        assert_eq!(found, logits(&plain));
+        // Not the row's own scales, and not plain inputs.
+        plain.spec.inputs.values_mut().for_each(|it| it.scale = None);
+        assert!(found != logits(&plain) && found != logits(&Folder::of("llama").open()));
+        folder.zeros(&format!("{}.{ending}", modules[0]), &[1], -1.0);
+        assert!(message(&folder).contains("one positive number"));
+    }
 }
 
 #[test]

@@ -45,5 +45,5 @@ pub use step::{
     TableChange, TokenSource,
 };
 pub use tables::{BlockTable, SequenceTables, replace_tables};
-pub use transform::InputTransform;
+pub use transform::{InputTransform, StaticScale};
 pub use validate::ProgramError;

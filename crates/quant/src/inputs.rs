@@ -25,7 +25,8 @@ pub fn with_inputs(spec: &DecoderSpec, recipe: &Recipe) -> Result<DecoderSpec, Q
     let program = lower(spec, &options)?;
     let mut inputs = BTreeMap::new();
     for (weight, op) in targets(&program, recipe)? {
-        let mut transform = InputTransform { hadamard: None, format: recipe.activations };
+        let mut transform =
+            InputTransform { format: recipe.activations, ..InputTransform::default() };
         for step in &recipe.steps {
             if let Apply::Inputs(block_of) = step.technique.apply {
                 transform.hadamard = block_of(&program, weight, op, &step.parameters);

@@ -5,6 +5,7 @@
 mod experts;
 mod explain;
 mod fused;
+mod inputs;
 mod resume;
 mod rounding;
 
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use lathe_model::export::{Replacement, ReplacementError};
 use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
-use lathe_program::{Op, Program, Value, Weight, WeightRole};
+use lathe_program::{Op, Program, StaticScale, Value, Weight, WeightRole};
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -34,6 +35,7 @@ use crate::targets::targets;
 use crate::technique::{Apply, Stage};
 pub use experts::CoverageReport;
 use experts::{Coverage, ExpertInputs};
+use inputs::set_input_scales;
 use resume::Store;
 pub(crate) use rounding::bits_of_correction;
 
@@ -132,6 +134,10 @@ pub struct Job<'a> {
     turned: BTreeMap<Weight, Format>,
     /// Largest magnitudes of matrices that engines run as one, by the first of them.
     fused: BTreeMap<Weight, Vec<f32>>,
+    /// Whether calibration will be, or was, run.
+    calibrated: bool,
+    /// Scales of inputs that calibration found, by the matrix that reads them.
+    input_scales: BTreeMap<Weight, StaticScale>,
     progress: Box<dyn FnMut(Progress) + 'a>,
     done: usize,
     /// What became of each weight, in the order in which they were written.
@@ -181,17 +187,19 @@ impl<'a> Job<'a> {
             turns,
             turned,
             fused: BTreeMap::new(),
+            calibrated,
+            input_scales: BTreeMap::new(),
             progress: Box::new(progress),
             done: 0,
             reports: Vec::new(),
             prepared: Vec::new(),
             coverage: Vec::new(),
         };
-        job.check(calibrated)?;
+        job.check()?;
         Ok(job)
     }
 
-    fn check(&self, calibrated: bool) -> Result<(), QuantError> {
+    fn check(&self) -> Result<(), QuantError> {
         for weight in self.targets.keys() {
             let decl = self.program.weight(*weight);
             let rounding = self.recipe.rounding_of(&decl.name)?;
@@ -208,7 +216,7 @@ impl<'a> Job<'a> {
             }
             let steps = self.recipe.steps.iter().filter(prepares).chain([rounding]);
             let mut steps = steps.chain(correction);
-            if let Some(step) = steps.find(|step| step.needs_calibration() && !calibrated) {
+            if let Some(step) = steps.find(|step| step.needs_calibration() && !self.calibrated) {
                 let (technique, tensor) = (step.technique.name, decl.name.clone());
                 return Err(QuantError::Unobserved { technique, tensor });
             }
@@ -296,7 +304,7 @@ impl<'a> Job<'a> {
         let Prefixes { stream, float } = prefixes;
         let ops: BTreeSet<usize> =
             self.targets.values().copied().filter(|op| range.contains(op)).collect();
-        let plain = Section::new(self.program, range.clone(), &[out])?;
+        let mut plain = Section::new(self.program, range.clone(), &[out])?;
         if ops.is_empty() {
             let through = |it: &Stream| self.stream_of(&plain, calibration, Some(it));
             let float = float.as_ref().map(through).transpose()?;
@@ -304,6 +312,7 @@ impl<'a> Job<'a> {
         }
         let (experts, after) = self.observe_layer(calibration, &ops, range, out, prefixes)?;
         self.apply_steps(&ops)?;
+        self.find_input_scales(&ops);
         for op in &ops {
             self.round_experts(*op, calibration, &experts)?;
         }
@@ -311,6 +320,7 @@ impl<'a> Job<'a> {
         match (self.recipe.prefix, after) {
             (Prefix::Float, Some(after)) => Ok(after),
             (_, after) => {
+                set_input_scales(&mut plain, &self.input_scales);
                 let stream = self.stream_of(&plain, calibration, Some(stream))?;
                 Ok(Prefixes { stream, float: after.and_then(|it| it.float) })
             }
@@ -366,7 +376,8 @@ impl<'a> Job<'a> {
             prepared.run(window, &mut |window| {
                 seen.add(&taps, window.taps);
                 for (at, (value, rows)) in taps.iter().zip(window.taps).enumerate() {
-                    experts.add(*value, rows);
+                    let float = (!floats.is_empty()).then(|| floats[at].as_slice());
+                    experts.add(*value, rows, float);
                     if let Some(asymmetry) = asymmetries.get_mut(value) {
                         asymmetry.add(&floats[at], rows);
                     }
@@ -596,7 +607,7 @@ impl<'a> Job<'a> {
     /// A weight with the scales of its rows and columns in it.
     fn load(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
         let (shape, mut values) = self.turned(weight)?;
-        let columns = self.targets.get(&weight).and_then(|op| self.columns.get(op));
+        let columns = self.columns_of(weight);
         let rows = self.rows.get(&weight);
         let width = match shape.as_slice() {
             [] | [_] => 1,
@@ -616,14 +627,46 @@ impl<'a> Job<'a> {
     /// A weight as rotations leave it.
     fn turned(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
         let tensor = self.weights.load(weight)?;
-        let values = tensor.to_f32();
-        let norm = |norm| Ok(self.weights.load(norm)?.to_f32());
-        let turns = self.turns.of(weight);
-        let values = match turns.is_empty() {
-            true => values,
-            false => turned::<QuantError>(&tensor.shape, &values, turns, norm)?,
-        };
+        if self.turns.of(weight).is_empty() {
+            let values = tensor.to_f32();
+            return Ok((tensor.shape, values));
+        }
+        let mut values = Vec::with_capacity(tensor.shape.iter().product());
+        self.turn(weight, &tensor, &mut |part| values.extend_from_slice(part))?;
         Ok((tensor.shape, values))
+    }
+
+    /// Hands out what rotations make of a weight, part after part.
+    fn turn(
+        &self,
+        weight: Weight,
+        tensor: &Tensor,
+        take: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), QuantError> {
+        let norm = |norm| Ok(self.weights.load(norm)?.to_f32());
+        turned::<QuantError>(tensor, self.turns.of(weight), norm, take)
+    }
+
+    /// A weight that is not quantized, in a format of floats: never all of it in `f32`.
+    fn floats(&self, weight: Weight, format: Format) -> Result<Tensor, QuantError> {
+        let scaled = self.rows.contains_key(&weight) || self.columns_of(weight).is_some();
+        let tensor = self.weights.load(weight)?;
+        let mut codes = Vec::with_capacity(format.bytes_for(&tensor.shape).unwrap_or(0));
+        match scaled || self.turns.of(weight).is_empty() {
+            true => codes = codec::quantize(format, &self.load(weight)?.1),
+            false => self.turn(weight, &tensor, &mut |part| {
+                codes.extend_from_slice(&codec::quantize(format, part));
+                // An embedding may be half of a small model: its pages leave as it goes.
+                self.weights.release();
+            })?,
+        }
+        let at = |source| QuantError::Format { tensor: self.name(weight), source };
+        Tensor::new(tensor.shape, format, Bytes::new(codes)).map_err(at)
+    }
+
+    /// Scales of the input channels of a matrix.
+    fn columns_of(&self, weight: Weight) -> Option<&Vec<f32>> {
+        self.targets.get(&weight).and_then(|op| self.columns.get(op))
     }
 }
 
@@ -658,6 +701,14 @@ fn float_of(format: Format) -> lathe_tensor::FloatType {
 }
 
 impl Replacement for Job<'_> {
+    fn stores_input_scales(&self) -> bool {
+        self.finds_input_scales()
+    }
+
+    fn input_scale(&self, weight: Weight) -> Option<StaticScale> {
+        self.input_scales.get(&weight).copied()
+    }
+
     fn format(&self, weight: Weight) -> Option<Format> {
         if self.targets.contains_key(&weight) {
             return Some(self.recipe.format_of(&self.name(weight)));
@@ -678,6 +729,8 @@ impl Replacement for Job<'_> {
     fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
         if self.targets.contains_key(&weight) {
             self.finish(weight)?;
+            // What was read of the model is not read again.
+            self.weights.release();
             // The writer asks once: what it has is not kept.
             return Ok(self.finished.remove(&weight).expect("it was just rounded"));
         }
@@ -685,8 +738,9 @@ impl Replacement for Job<'_> {
             return Ok(norm.clone());
         }
         let format = Replacement::format(self, weight).unwrap_or(Format::F32);
-        let (shape, values) = self.load(weight)?;
-        Ok(Tensor::new(shape, format, Bytes::new(codec::quantize(format, &values)))?)
+        let tensor = self.floats(weight, format)?;
+        self.weights.release();
+        Ok(tensor)
     }
 }
 

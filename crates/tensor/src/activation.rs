@@ -6,6 +6,7 @@ use std::fmt;
 use crate::codec::scaled::{self, E8m0Rounding};
 use crate::error::TensorError;
 use crate::format::{Block, Element, ScaleType, ScaledFormat, ZeroPoint};
+use crate::tensor::GlobalScale;
 
 /// How a row of activations is rounded. All formats are symmetric, and their scales are computed
 /// from the row ("dynamic"). Integers follow compressed-tensors: `largest / ((2^bits - 1) / 2)`.
@@ -89,6 +90,39 @@ impl ActivationFormat {
             ActivationFormat::Nvfp4 => 16,
             _ => 1,
         }
+    }
+
+    /// Whether a scale can be found beforehand in place of the row's own: the step of a code for
+    /// integers and fp8, and what scales of blocks are divided by for NVFP4.
+    pub const fn takes_scale(self) -> bool {
+        !matches!(self, ActivationFormat::Mxfp8 | ActivationFormat::Mxfp4)
+    }
+
+    /// As [`Self::round`], under a scale that was found beforehand ([`Self::takes_scale`]).
+    /// Numbers beyond its range saturate.
+    ///
+    /// # Errors
+    /// As [`Self::round`].
+    ///
+    /// # Panics
+    /// If the format takes no scale, or `values` is no whole number of rows.
+    pub fn round_under(
+        self,
+        values: &[f32],
+        width: usize,
+        scale: f32,
+    ) -> Result<Vec<f32>, TensorError> {
+        assert!(self.takes_scale(), "{self} takes no scale");
+        assert!(values.len().is_multiple_of(width.max(1)), "whole rows");
+        if self != ActivationFormat::Nvfp4 {
+            let mut rounded = vec![0.0; values.len()];
+            scaled::round_block(self.scaled().element, values, scale, 0, &mut rounded);
+            return Ok(rounded);
+        }
+        let shape = [values.len() / width.max(1), width];
+        let global = GlobalScale::Divide(vec![scale]);
+        let rounding = Self::POWER_OF_TWO;
+        Ok(scaled::quantize_under(&shape, &self.scaled(), values, global, rounding)?.to_f32())
     }
 
     /// Rounds `values`, `[rows, width]`, by the scalar codec: quantizes and dequantizes them.

@@ -289,7 +289,7 @@ fn adapters_read_inputs_as_they_are() {
         let made = make(&base, 5, 1.0);
         let plain = with_adapter(&base, &made);
         let mut turned = with_adapter(&base, &made);
-        let rotation = InputTransform { hadamard: Some(16), format: None };
+        let rotation = InputTransform { hadamard: Some(16), ..InputTransform::default() };
         // Not all, so that groups fall apart in different ways.
         let whole = lower(&plain.spec, &LowerOptions::new(ROWS)).expect("lowers");
         let columns =

@@ -1,12 +1,11 @@
 //! fp8 e4m3: DeepSeek-V3's, with one multiplier a tile in `*_scale_inv`, and that of AutoFP8 and of
 //! transformers without tiles, with one multiplier a matrix or a row.
-//!
-//! Scales of inputs are not used, as [`super::Quantization`] says.
 
 use lathe_tensor::codec::element::e8m0_to_f32;
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype, RawTensor};
 use lathe_tensor::{
-    Block, Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, ZeroPoint,
+    ActivationFormat, Block, Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor,
+    ZeroPoint,
 };
 
 use super::naming::Naming;
@@ -22,7 +21,7 @@ const WHOLE_SCALES: [&str; 2] = ["weight_scale", "weight_scale_inv"];
 pub(super) static OF_TENSORS: Naming = Naming {
     whole: "weight",
     codes: &[],
-    beside: &[WHOLE_SCALES[0], WHOLE_SCALES[1], "input_scale", "activation_scale"],
+    beside: &[WHOLE_SCALES[0], WHOLE_SCALES[1], INPUT_SCALES[0], INPUT_SCALES[1]],
 };
 
 /// Refuses another format of eight bits.
@@ -51,6 +50,22 @@ pub(super) fn with_one_scale(
         _ => return Err(unlike(there, files.raw(there)?, "one scale, or one a row")),
     };
     of_scales(name, codes, block, scales)
+}
+
+/// Names of the step of a whole matrix's inputs.
+const INPUT_SCALES: [&str; 2] = ["input_scale", "activation_scale"];
+
+/// The step of the inputs of `module`, if it is stored (`activation_scheme: "static"`).
+pub(super) fn stored_input(
+    files: &SafetensorsFiles,
+    module: &str,
+) -> Result<Option<(ActivationFormat, f32)>, CheckpointError> {
+    let names = INPUT_SCALES.map(|ending| format!("{module}.{ending}"));
+    let Some(name) = names.iter().find(|name| files.contains(name)) else { return Ok(None) };
+    match files.tensor(name)?.to_f32()[..] {
+        [scale] => Ok(Some((ActivationFormat::Fp8Token, scale))),
+        _ => Err(unlike(name, files.raw(name)?, "one number")),
+    }
 }
 
 /// Rows and columns of a tile.

@@ -22,11 +22,29 @@ struct Rotation {
     block: usize,
 }
 
+/// How inputs are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rounding {
+    format: ActivationFormat,
+    /// Whether the files store the scale.
+    stored: bool,
+}
+
+/// What is done to the input of one module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModuleInput {
+    /// All but a scale that the files store.
+    pub transform: InputTransform,
+    /// How the name of that scale's tensor ends, behind the module's: `input_scale`, the step of a
+    /// code, or `input_global_scale`, what NVFP4's scales are divided by.
+    pub stored_scale: Option<&'static str>,
+}
+
 /// The part of a `quantization_config` that speaks of inputs.
 #[derive(Debug, Clone, Default)]
 pub struct InputScheme {
     /// What each group's inputs are rounded to, if that is one of [`ActivationFormat`].
-    formats: Targets<Option<ActivationFormat>>,
+    formats: Targets<Option<Rounding>>,
     /// Modules whose inputs are not rounded, whatever group they are in.
     ignored: Targets<()>,
     rotations: Vec<Rotation>,
@@ -51,11 +69,10 @@ impl InputScheme {
         if let Some(groups) = c.object("config_groups")? {
             for name in groups.given() {
                 let Some(group) = groups.object(name)? else { continue };
-                // Scales that calibration found, and formats that nothing here rounds to, are for
-                // engines whose products need them: inputs then stay as they are, which no weight
-                // depends on.
+                // Formats that nothing here rounds to are for engines whose products need them:
+                // inputs then stay as they are, which no weight depends on.
                 let inputs = group.object("input_activations")?;
-                let format = inputs.and_then(|inputs| activation_format(&inputs));
+                let format = inputs.and_then(|inputs| rounding(&inputs));
                 for target in group.texts("targets")?.unwrap_or_default() {
                     all.formats.add(target, format)?;
                 }
@@ -81,8 +98,8 @@ impl InputScheme {
     ///
     /// # Errors
     /// If two rotations are for it, or an expression cannot be evaluated.
-    pub fn of_module(&self, name: &str) -> Result<InputTransform, SpecError> {
-        let format = match self.ignored.find(name)? {
+    pub fn of_module(&self, name: &str) -> Result<ModuleInput, SpecError> {
+        let rounding = match self.ignored.find(name)? {
             Some(()) => None,
             None => self.formats.find(name)?.flatten(),
         };
@@ -95,14 +112,25 @@ impl InputScheme {
                 return refuse(format!("config with two groups for the input of {name}"));
             }
         }
-        Ok(InputTransform { hadamard, format })
+        let stored = rounding.filter(|rounding| rounding.stored);
+        let stored_scale = stored.map(|rounding| match rounding.format {
+            ActivationFormat::Nvfp4 => "input_global_scale",
+            _ => "input_scale",
+        });
+        let format = rounding.map(|rounding| rounding.format);
+        let transform = InputTransform { hadamard, format, scale: None };
+        Ok(ModuleInput { transform, stored_scale })
     }
 }
 
-/// The format that a scheme's arguments name, if it is one of [`ActivationFormat`].
-fn activation_format(c: &Config<'_>) -> Option<ActivationFormat> {
-    ActivationFormat::ALL.into_iter().find(|format| {
-        arguments(*format).as_object().into_iter().flatten().all(|(key, value)| {
+/// The rounding that a scheme's arguments name, if it is to one of [`ActivationFormat`].
+fn rounding(c: &Config<'_>) -> Option<Rounding> {
+    let stored = [false, true].into_iter();
+    let all = stored.flat_map(|stored| ActivationFormat::ALL.map(|it| (it, stored)));
+    let known = all.filter(|(format, stored)| !stored || format.takes_scale());
+    let found = known.into_iter().find(|(format, stored)| {
+        let expected = if *stored { stored_arguments(*format) } else { arguments(*format) };
+        expected.as_object().into_iter().flatten().all(|(key, value)| {
             // A group's scales are bytes in MX formats alone; files of older versions do not say.
             let optional = matches!(key.as_str(), "scale_dtype" | "symmetric");
             match c.get(key) {
@@ -112,7 +140,22 @@ fn activation_format(c: &Config<'_>) -> Option<ActivationFormat> {
                 None => value.is_null() || optional,
             }
         })
-    })
+    });
+    found.map(|(format, stored)| Rounding { format, stored })
+}
+
+/// The same as [`arguments`], where the scale is stored: one for a whole tensor (`dynamic: false`),
+/// or NVFP4's second one (`"local"`: those of blocks are the row's own).
+pub(crate) fn stored_arguments(format: ActivationFormat) -> Value {
+    let mut arguments = arguments(format);
+    match format {
+        ActivationFormat::Nvfp4 => arguments["dynamic"] = "local".into(),
+        _ => {
+            arguments["dynamic"] = false.into();
+            arguments["strategy"] = "tensor".into();
+        }
+    }
+    arguments
 }
 
 /// `uint8` and `torch.uint8`.
@@ -202,12 +245,28 @@ mod tests {
                         {"targets": ["re:.*down_proj$"], "location": "weight_input", "inverse": true}]}}},
             });
             let scheme = scheme(config).unwrap();
-            let of = |name: &str| scheme.of_module(name).unwrap();
-            let plain = InputTransform { hadamard: None, format: Some(format) };
+            let of = |name: &str| scheme.of_module(name).unwrap().transform;
+            let plain = InputTransform { format: Some(format), ..InputTransform::default() };
             assert_eq!(of("model.layers.0.mlp.up_proj"), plain);
             let rotated = InputTransform { hadamard: Some(32), ..plain };
             assert_eq!(of("model.layers.0.mlp.down_proj"), rotated);
             assert!(of("lm_head").is_nothing() && of("model.layers.1.mlp.up_proj").is_nothing());
+        }
+    }
+
+    #[test]
+    fn stored_scales_are_asked_for_by_their_names() {
+        for (format, ending) in [
+            (ActivationFormat::Nvfp4, "input_global_scale"),
+            (ActivationFormat::Fp8Token, "input_scale"),
+            (ActivationFormat::Int8Token, "input_scale"),
+        ] {
+            let config = json!({
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {
+                    "targets": ["Linear"], "input_activations": stored_arguments(format)}}});
+            let found = scheme(config).unwrap().of_module("model.layers.0.mlp.up_proj").unwrap();
+            assert_eq!((found.transform.format, found.stored_scale), (Some(format), Some(ending)));
         }
     }
 
@@ -217,11 +276,10 @@ mod tests {
             json!({"quant_method": "compressed-tensors",
                    "config_groups": {"g": {"targets": ["Linear"], "input_activations": inputs}}})
         };
-        for dynamic in [json!("local"), json!(false)] {
-            let mut stored = arguments(ActivationFormat::Nvfp4);
-            stored["dynamic"] = dynamic;
-            assert!(scheme(group(stored)).unwrap().is_empty());
-        }
+        // NVFP4 has scales of blocks, which no file stores.
+        let mut stored = arguments(ActivationFormat::Nvfp4);
+        stored["dynamic"] = json!(false);
+        assert!(scheme(group(stored)).unwrap().is_empty());
         let mut six = arguments(ActivationFormat::Int8Token);
         six["num_bits"] = json!(6);
         assert!(scheme(group(six)).unwrap().is_empty());

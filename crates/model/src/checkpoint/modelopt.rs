@@ -3,10 +3,12 @@
 //!
 //! `config.json` names the method and its algorithm, or `hf_quant_config.json` beside it does. Which of
 //! the two encodings a tensor has is told by its type: layers of a mixed checkpoint differ.
-//! Scales of inputs and of a cache are not used, as [`super::Quantization`] says.
+//! Scales of a cache are not used.
 
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
-use lathe_tensor::{Block, Bytes, Element, GlobalScale, ScaledFormat, Tensor, ZeroPoint};
+use lathe_tensor::{
+    ActivationFormat, Block, Bytes, Element, GlobalScale, ScaledFormat, Tensor, ZeroPoint,
+};
 
 use super::naming::Naming;
 use super::planes::{self, Beside, expect, float_scale, scalar, shape_of_bytes};
@@ -16,11 +18,12 @@ use crate::spec::SpecError;
 
 const SCALE: &str = "weight_scale";
 const SCALE_2: &str = "weight_scale_2";
+const INPUT_SCALE: &str = "input_scale";
 
 pub(super) static NAMING: Naming = Naming {
     whole: "weight",
     codes: &[],
-    beside: &[SCALE, SCALE_2, "input_scale", "k_scale", "v_scale"],
+    beside: &[SCALE, SCALE_2, INPUT_SCALE, "k_scale", "v_scale"],
 };
 
 /// Algorithms whose weights are read here. Others change inputs (AWQ's `pre_quant_scale`, SVDQuant's
@@ -48,6 +51,26 @@ pub(super) fn check(c: &Config<'_>) -> Result<(), SpecError> {
         layers.object(name)?.as_ref().map_or(Ok(()), one)?;
     }
     Ok(())
+}
+
+/// How the inputs of `module` are rounded, if their scale is stored. Of fp8 it is the step of a
+/// code, and of NVFP4 the largest number over 6 * 448, whose reciprocal is the divisor.
+pub(super) fn stored_input(
+    files: &SafetensorsFiles,
+    module: &str,
+) -> Result<Option<(ActivationFormat, f32)>, CheckpointError> {
+    let (weight, name) = (format!("{module}.weight"), format!("{module}.{INPUT_SCALE}"));
+    if !files.contains(&name) {
+        return Ok(None);
+    }
+    let scale = match files.tensor(&name)?.to_f32()[..] {
+        [scale] => scale,
+        _ => return Err(unlike(&name, files.raw(&name)?, "one number")),
+    };
+    Ok(Some(match files.raw(&weight)?.dtype {
+        Dtype::U8 => (ActivationFormat::Nvfp4, scale.recip()),
+        _ => (ActivationFormat::Fp8Token, scale),
+    }))
 }
 
 /// Whether `name` lies as codes and scales.

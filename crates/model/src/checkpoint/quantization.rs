@@ -14,9 +14,8 @@ use crate::spec::SpecError;
 
 /// How a Hugging Face checkpoint's `quantization_config` says that numbers are stored.
 ///
-/// What it says of activations is the business of [`super::InputScheme`] where a step finds their
-/// scales, and not followed otherwise: weights then meet activations as the backend has them, and
-/// stored scales of inputs are not used.
+/// What it says of activations is the business of [`super::InputScheme`], and of the scales that
+/// fp8's and ModelOpt's files store for inputs.
 #[derive(Debug, Clone)]
 pub enum Quantization {
     /// Plain floats.

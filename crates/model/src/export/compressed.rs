@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use lathe_program::{Program, Weight, WeightRole};
-use lathe_tensor::safetensors::Writer;
+use lathe_program::{Program, StaticScale, Weight, WeightRole};
+use lathe_tensor::safetensors::{Dtype, TensorDeclaration, Writer};
 use lathe_tensor::{Block, Format, ScaledFormat, Tensor};
 use serde_json::{Value, json};
 
@@ -13,9 +13,10 @@ use super::encode::{
     Integers, Part, TARGET, declare, encoding_of, interleave, join, module_of, write,
 };
 use super::hugging_face::{copy_texts, write_json};
+use super::inputs::InputRounding;
 use super::quantization_config::{Groups, compressed_tensors, mxfp4_experts};
 use super::readers::{Contents, Folder};
-use super::{ExportError, Replacement, ReplacementError, float_of, inputs, io};
+use super::{ExportError, Replacement, ReplacementError, bytes_in, float_of, inputs, io};
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::generation::read_json;
 use crate::lower::{LowerOptions, lower};
@@ -203,7 +204,7 @@ impl<'a> PackedLayout<'a> {
         if !plan.blocks.is_empty() {
             return Ok(Contents::ExpertBlocks);
         }
-        let inputs = inputs::format_of_all(&self.model.spec.inputs, program, &plan.quantized)?;
+        let inputs = plan.inputs;
         let part_of = |weight: Weight| {
             let quantized = plan.quantized.contains_key(&(weight.0 as usize));
             let format = replacement.format(weight).filter(|_| quantized)?;
@@ -331,6 +332,8 @@ struct Plan<'a> {
     quantized: BTreeMap<usize, Vec<String>>,
     /// Whether embedding and head become two tensors.
     untied: bool,
+    /// How inputs of quantized matrices are rounded.
+    inputs: Option<InputRounding>,
 }
 
 impl<'a> Plan<'a> {
@@ -387,10 +390,15 @@ impl<'a> Plan<'a> {
             }
         }
         plan.check(program)?;
+        let (inputs, stored) = (&layout.model.spec.inputs, replacement.stores_input_scales());
+        if plan.blocks.is_empty() {
+            plan.inputs = inputs::format_of_all(inputs, program, &plan.quantized, stored)?;
+        }
         Ok(plan)
     }
 
-    /// Plans the tensor that `parts` divide among them: all of them are replaced alike.
+    /// Plans the tensor that `parts` divide among them. All of them are quantized alike, or none
+    /// is: floats stay beside floats.
     fn join(
         &mut self,
         layout: &'a PackedLayout<'_>,
@@ -405,13 +413,13 @@ impl<'a> Plan<'a> {
             format!("weight {} in {format}", program.weight(weight).name)
         };
         let formats = parts.iter().map(|part| (part.weight, replacement.format(part.weight)));
-        let Some(format) = replacement.format(first) else {
-            let other = formats.into_iter().find(|(_, format)| format.is_some());
-            return other
-                .map_or(Ok(()), |(other, _)| refuse_pair(&spelled(first), &spelled(other)));
+        let given = formats.clone().find_map(|(weight, format)| Some((weight, format?)));
+        let Some((one, format)) = given else { return Ok(()) };
+        let alike = |found: Option<Format>| {
+            found == Some(format) || (found.is_none() && matches!(format, Format::Float(_)))
         };
-        if let Some((other, _)) = formats.into_iter().find(|(_, found)| *found != Some(format)) {
-            return refuse_pair(&spelled(first), &spelled(other));
+        if let Some((other, _)) = formats.into_iter().find(|(_, found)| !alike(*found)) {
+            return refuse_pair(&spelled(one), &spelled(other));
         }
         let sources = &layout.sources[first.0 as usize];
         let part = layout.part(&program.weight(first).name, format)?;
@@ -451,6 +459,30 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// The tensor that holds the scale of the inputs of tensor `name`, and the scale, if such
+    /// scales are stored and the tensor is quantized.
+    fn input_scale(
+        &self,
+        layout: &PackedLayout<'_>,
+        name: &str,
+        replacement: &dyn Replacement,
+    ) -> Result<Option<(String, StaticScale)>, ExportError> {
+        let Some(inputs) = self.inputs.filter(|inputs| inputs.stored) else { return Ok(None) };
+        let joined = layout.joined.get(name).filter(|_| self.joined.contains_key(name));
+        let weight = match (self.replaced.get(name), joined) {
+            (Some(Replaced { weight, part: Part::Coded(..), .. }), _) => *weight,
+            (_, Some(parts)) => parts[0].weight,
+            _ => return Ok(None),
+        };
+        match replacement.input_scale(weight) {
+            Some(scale) => Ok(Some((inputs.scale_name(&module_of(name)), scale))),
+            None => Err(ExportError::Feature {
+                feature: format!("tensor {name} without a scale of its inputs"),
+                target: TARGET,
+            }),
+        }
+    }
+
     /// What becomes of tensor `name` of `format` in the model's own files.
     fn part(&self, name: &str, format: Format) -> Part {
         match (self.replaced.get(name), self.joined.get(name)) {
@@ -459,6 +491,12 @@ impl<'a> Plan<'a> {
             (None, None) => Part::Float(Format::Float(float_of(format))),
         }
     }
+}
+
+/// Rows of a tensor of floats, in `format`.
+fn floats_of(stored: &Tensor, rows: &[usize], format: Format) -> Result<Tensor, ReplacementError> {
+    let part = stored.gather_rows(rows)?;
+    Ok(Tensor::new(part.shape.clone(), format, bytes_in(&part, format))?)
 }
 
 /// Two matrices that are one tensor of the file cannot be in formats of their own.
@@ -500,8 +538,7 @@ pub fn to_packed(
         let quantization = match plan.blocks.is_empty() {
             true => {
                 let (inputs, matrices) = (&model.spec.inputs, &plan.quantized);
-                let format = inputs::format_of_all(inputs, &program, matrices)?;
-                let mut config = compressed_tensors(&plan.groups, &ignored, format);
+                let mut config = compressed_tensors(&plan.groups, &ignored, plan.inputs);
                 if let Some(transforms) = inputs::transforms(inputs, &program, matrices) {
                     config["transform_config"] = transforms;
                 }
@@ -547,6 +584,9 @@ fn write_tensors(
             shape.swap(1, 2);
         }
         declare(&name, &shape, &part, &mut declarations);
+        if let Some((name, _)) = plan.input_scale(layout, &name, replacement)? {
+            declarations.push(TensorDeclaration { name, dtype: Dtype::F32, shape: vec![1] });
+        }
         parts.push((name, part));
     }
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -559,7 +599,11 @@ fn write_tensors(
             (None, None) => match joined {
                 Some(format) => {
                     let parts = &layout.joined[name.as_str()];
-                    let make = |part: &Rows| made(replacement, part.weight, format);
+                    let stored = checkpoint.tensor(name)?;
+                    let make = |part: &Rows| match replacement.format(part.weight) {
+                        Some(_) => made(replacement, part.weight, format),
+                        None => floats_of(&stored, &part.rows, format),
+                    };
                     let list = parts.iter().map(make).collect::<Result<Vec<_>, _>>();
                     let rows = parts.iter().flat_map(|part| &part.rows).copied();
                     join(name, &list.map_err(at)?, rows)?
@@ -575,6 +619,9 @@ fn write_tensors(
             (Some(replaced), None) => stacks.tensor(replaced, replacement).map_err(at)?,
         };
         write(&mut writer, name, part, &tensor)?;
+        if let Some((name, scale)) = plan.input_scale(layout, name, replacement)? {
+            writer.write(&name, &scale.value().to_le_bytes())?;
+        }
     }
     writer.finish()?;
     Ok(())

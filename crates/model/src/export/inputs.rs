@@ -9,9 +9,34 @@ use serde_json::{Value, json};
 
 use super::ExportError;
 use super::encode::{TARGET, module_of};
+use crate::checkpoint::inputs::{arguments, stored_arguments};
+
+/// How the inputs of all quantized matrices are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct InputRounding {
+    pub(super) format: ActivationFormat,
+    /// Whether scales that calibration found are stored beside the matrices.
+    pub(super) stored: bool,
+}
+
+impl InputRounding {
+    /// compressed-tensors' `QuantizationArgs`.
+    pub(super) fn arguments(self) -> Value {
+        if self.stored { stored_arguments(self.format) } else { arguments(self.format) }
+    }
+
+    /// The tensor of a module that holds the scale.
+    pub(super) fn scale_name(self, module: &str) -> String {
+        match self.format {
+            ActivationFormat::Nvfp4 => format!("{module}.input_global_scale"),
+            _ => format!("{module}.input_scale"),
+        }
+    }
+}
 
 /// What the inputs of the quantized matrices are rounded to. `inputs` is by canonical name of the
-/// matrix, and `sources` has the tensors of the file that each quantized matrix is made of.
+/// matrix, `sources` has the tensors of the file that each quantized matrix is made of, and
+/// `stored` says whether the scales are stored.
 ///
 /// # Errors
 /// If some of those matrices have inputs in another format than others.
@@ -19,7 +44,8 @@ pub(super) fn format_of_all(
     inputs: &BTreeMap<String, InputTransform>,
     program: &Program,
     sources: &BTreeMap<usize, Vec<String>>,
-) -> Result<Option<ActivationFormat>, ExportError> {
+    stored: bool,
+) -> Result<Option<InputRounding>, ExportError> {
     let of = |index: &usize| inputs.get(&program.weights[*index].name).copied().unwrap_or_default();
     let mut formats: Vec<_> = sources.keys().map(|index| of(index).format).collect();
     formats.dedup();
@@ -28,7 +54,8 @@ pub(super) fn format_of_all(
     if formats.len() > 1 || known != inputs.len() {
         return refuse("a model whose quantized matrices do not all read inputs alike".to_owned());
     }
-    Ok(formats.into_iter().flatten().next())
+    let format = formats.into_iter().flatten().next();
+    Ok(format.map(|format| InputRounding { format, stored }))
 }
 
 /// The `transform_config` of the inputs that are rotated while the model runs, if there are some.

@@ -14,7 +14,7 @@ mod quantization_config;
 mod readers;
 mod tokenizer;
 
-use lathe_program::Weight;
+use lathe_program::{StaticScale, Weight};
 use lathe_tensor::gguf::GgufError;
 use lathe_tensor::safetensors::SafetensorsError;
 use lathe_tensor::{Bytes, FloatType, Format, Tensor, TensorError, codec};
@@ -43,6 +43,17 @@ pub trait Replacement {
     /// # Errors
     /// If it cannot be made.
     fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError>;
+
+    /// Whether the inputs of all quantized matrices are rounded under scales that are stored beside
+    /// them.
+    fn stores_input_scales(&self) -> bool {
+        false
+    }
+
+    /// The scale of the inputs of `weight`, if there is one.
+    fn input_scale(&self, _: Weight) -> Option<StaticScale> {
+        None
+    }
 }
 
 /// Why a weight could not be made; the maker's own error.

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use lathe_tensor::{ActivationFormat, Block, Element, ScaleType, ScaledFormat, ZeroPoint};
+use lathe_tensor::{Block, Element, ScaleType, ScaledFormat, ZeroPoint};
 use serde_json::{Value, json};
 
-use crate::checkpoint::inputs::arguments;
+use super::inputs::InputRounding;
 use crate::checkpoint::{Encoding, MIXED};
 
 /// The modules of each format, and how it lies.
@@ -28,7 +28,7 @@ pub(super) struct Modules {
 pub(super) fn compressed_tensors(
     groups: &Groups,
     ignored: &[String],
-    inputs: Option<ActivationFormat>,
+    inputs: Option<InputRounding>,
 ) -> Value {
     let largest = groups.iter().max_by_key(|(_, modules)| modules.names.len()).map(|(key, _)| *key);
     let mut names: Vec<&str> = groups.keys().map(|(_, encoding)| encoding.name()).collect();
@@ -48,7 +48,7 @@ pub(super) fn compressed_tensors(
             "targets": targets,
             "format": encoding.name(),
             "weights": weights(format),
-            "input_activations": inputs.map(arguments),
+            "input_activations": inputs.map(InputRounding::arguments),
             "output_activations": null,
         });
         list.insert(format!("group_{index}"), group);

@@ -8,6 +8,7 @@ use lathe_program::{Op, Program, Weight, WeightRole};
 use lathe_tensor::{ActivationFormat, Block, Element, Format, ScaleType, ScaledFormat, ZeroPoint};
 
 use super::encode::{Integers, Part, encoding_of};
+use super::inputs::InputRounding;
 use crate::checkpoint::Encoding;
 
 /// A program that people run models with.
@@ -64,8 +65,8 @@ pub enum Contents {
 pub struct Folder {
     /// In the order of the folder's groups.
     pub(super) groups: Vec<Group>,
-    /// What the inputs of quantized matrices are rounded to.
-    pub(super) inputs: Option<ActivationFormat>,
+    /// How the inputs of quantized matrices are rounded.
+    pub(super) inputs: Option<InputRounding>,
     /// Elements of blocks of inputs that are rotated while the model runs, of linear layers.
     pub(super) rotations: Vec<usize>,
     /// Whether a linear layer with a rotated input has a bias.
@@ -103,8 +104,8 @@ impl Contents {
         }
     }
 
-    /// A folder whose linear layers, and experts if there are some, are in one format; `None` if a
-    /// folder cannot hold it.
+    /// A folder whose linear layers, and experts if there are some, are in one format, calibrated
+    /// if that finds scales of inputs; `None` if a folder cannot hold it.
     pub fn of_one_format(
         format: ScaledFormat,
         inputs: Option<ActivationFormat>,
@@ -112,6 +113,8 @@ impl Contents {
     ) -> Option<Self> {
         let encoding = encoding_of(&format, Integers::beside(inputs))?;
         let groups = vec![Group { format, encoding, linear: true, experts }];
+        let stored = inputs == Some(ActivationFormat::Nvfp4);
+        let inputs = inputs.map(|format| InputRounding { format, stored });
         Some(Contents::Folder(Folder { groups, inputs, ..Folder::default() }))
     }
 }
@@ -121,7 +124,7 @@ impl Folder {
     /// are not quantized.
     pub(super) fn of(
         program: &Program,
-        inputs: Option<ActivationFormat>,
+        inputs: Option<InputRounding>,
         part_of: impl Fn(Weight) -> Option<Part>,
     ) -> Self {
         let mut folder = Folder { inputs, ..Folder::default() };
@@ -185,8 +188,10 @@ impl Folder {
 
 /// Why nobody else runs inputs in NVFP4 whose second scale each row makes for itself.
 fn without_global_scale(folder: &Folder) -> Option<String> {
-    let row = folder.inputs == Some(ActivationFormat::Nvfp4);
-    row.then(|| "it rounds inputs to NVFP4 by a stored `input_global_scale` alone".to_owned())
+    let of_row = InputRounding { format: ActivationFormat::Nvfp4, stored: false };
+    (folder.inputs == Some(of_row)).then(|| {
+        "it rounds inputs to NVFP4 under stored scales alone, which calibration finds".to_owned()
+    })
 }
 
 fn in_transformers(folder: &Folder) -> Option<String> {
@@ -244,7 +249,7 @@ fn in_vllm(folder: &Folder) -> Option<String> {
     if folder.mixed_experts {
         return Some("it reads all matrices of an expert in one format".to_owned());
     }
-    let inputs = folder.inputs;
+    let inputs = folder.inputs.map(|inputs| inputs.format);
     let linear = folder.groups.iter().filter(|group| group.linear);
     let linear = linear.into_iter().find_map(|group| linear_in_vllm(group, inputs));
     linear.or_else(|| folder.with_experts().find_map(|group| experts_in_vllm(group, inputs)))

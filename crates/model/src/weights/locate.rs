@@ -111,6 +111,9 @@ pub(crate) fn has_own_head(checkpoint: &Checkpoint, rules: &[Rules]) -> Result<b
     Ok(embedding.shape != head.shape || !(same_bits || same_numbers()))
 }
 
+/// Ends of names of scales of inputs, which are read with what is done to those.
+const INPUT_SCALES: [&str; 2] = [".input_scale", ".input_global_scale"];
+
 fn missing(weight: &str, tried: Vec<String>) -> WeightsError {
     WeightsError::Missing { weight: weight.to_owned(), tried }
 }
@@ -360,6 +363,11 @@ impl<'a> Locator<'a> {
             || (matches!(self.checkpoint, Checkpoint::Gguf(_))
                 && layer.is_some_and(|(_, rest)| GGUF_TABLES.contains(&rest)));
         let of_a_cache = CACHE_SCALES.iter().any(|ending| name.ends_with(ending));
-        predicts || table || of_a_cache || (self.spec.tied_head && HEADS.contains(&name))
+        let of_inputs = INPUT_SCALES.iter().any(|ending| name.ends_with(ending));
+        predicts
+            || table
+            || of_a_cache
+            || of_inputs
+            || (self.spec.tied_head && HEADS.contains(&name))
     }
 }

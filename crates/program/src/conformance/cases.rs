@@ -8,7 +8,7 @@ use crate::builder::{LinearSpec, ProgramBuilder};
 use crate::kv::KvLayerShape;
 use crate::op::*;
 use crate::program::Program;
-use crate::transform::InputTransform;
+use crate::transform::{InputTransform, StaticScale};
 
 /// A program that exercises one op.
 #[derive(Debug, Clone)]
@@ -171,12 +171,15 @@ impl Maker {
     /// The inputs are embeddings, so that both sides round the same numbers: on sums that differ in
     /// their last bit a code may fall to the other side of a tie.
     fn transform(&mut self) {
-        for format in ActivationFormat::ALL.into_iter().map(Some).chain([None]) {
+        let own = ActivationFormat::ALL.into_iter().map(|format| (Some(format), None));
+        let stored = ActivationFormat::ALL.into_iter().filter(|format| format.takes_scale());
+        let stored = stored.map(|format| (Some(format), StaticScale::new(0.043)));
+        for (format, scale) in own.chain([(None, None)]).chain(stored) {
             let hadamard = self.random.pick(&[None, Some(8), Some(32), Some(12), Some(40)]);
             let unit = format.map_or(1, ActivationFormat::width_unit) * hadamard.unwrap_or(1);
             let width = unit * self.random.between(1, 5);
             let input = self.input(width);
-            let transform = InputTransform { hadamard, format };
+            let transform = InputTransform { hadamard, format, scale };
             let out = self.builder.transform(input, transform, format!("{transform}"));
             self.capture(out);
             // Otherwise it may be done in place.
@@ -341,7 +344,7 @@ impl Maker {
             weigh_input: self.random.below(4) == 0,
             hidden_transform: InputTransform {
                 hadamard: self.random.pick(&[None, Some(1), Some(2)]).filter(|n| hidden % n == 0),
-                format: None,
+                ..InputTransform::default()
             },
         };
         let out = self.builder.experts(input, routing, spec, "out");

@@ -20,7 +20,7 @@ use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome};
 use crate::recipe::TechniqueStep;
 use crate::section::Section;
-use crate::statistics::Statistics;
+use crate::statistics::{Asymmetry, Statistics};
 
 /// How many tokens of the calibration a router chose each expert for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -60,7 +60,21 @@ impl Coverage {
 }
 
 /// The inputs of experts that are quantized, all tokens.
-pub(super) struct ExpertInputs(BTreeMap<Value, Vec<f32>>);
+pub(super) struct ExpertInputs {
+    rows: BTreeMap<Value, Vec<f32>>,
+    /// The float model's, where a technique asks how the two differ.
+    floats: BTreeMap<Value, Vec<f32>>,
+}
+
+/// What was seen of the hidden values of one expert.
+pub(super) struct ExpertSeen {
+    statistics: Statistics,
+    /// How they differ from the float model's, where a technique asks for it.
+    asymmetry: Option<Asymmetry>,
+}
+
+/// What was seen of an expert, by its number.
+type SeenOf<'a> = dyn FnMut(usize) -> Result<Option<ExpertSeen>, QuantError> + 'a;
 
 impl ExpertInputs {
     /// None yet, of the experts among `ops`.
@@ -69,17 +83,18 @@ impl ExpertInputs {
             Op::Experts { input, .. } => Some((*input, Vec::new())),
             _ => None,
         };
-        ExpertInputs(ops.iter().filter_map(one).collect())
+        ExpertInputs { rows: ops.iter().filter_map(one).collect(), floats: BTreeMap::new() }
     }
 
-    pub(super) fn add(&mut self, value: Value, rows: &[f32]) {
-        if let Some(all) = self.0.get_mut(&value) {
-            all.extend_from_slice(rows);
+    /// Adds rows of `value`, and the float model's if they are known.
+    pub(super) fn add(&mut self, value: Value, rows: &[f32], floats: Option<&[f32]>) {
+        let Some(all) = self.rows.get_mut(&value) else { return };
+        all.extend_from_slice(rows);
+        if let Some(floats) = floats {
+            self.floats.entry(value).or_default().extend_from_slice(floats);
         }
     }
 }
-
-type StatisticsOf<'a> = dyn FnMut(usize) -> Result<Option<Statistics>, QuantError> + 'a;
 
 impl Job<'_> {
     /// Quantizes the experts of op `op`, if it has some that are to be.
@@ -91,7 +106,6 @@ impl Job<'_> {
     ) -> Result<(), QuantError> {
         let Op::Experts { input, spec, .. } = &self.program.ops[op] else { return Ok(()) };
         let seen = self.statistics(op);
-        let hidden = self.hidden_program(spec, *input);
         for weight in [spec.down, spec.gate, spec.up] {
             if !self.targets.contains_key(&weight) || self.finished.contains_key(&weight) {
                 continue;
@@ -108,26 +122,70 @@ impl Job<'_> {
                 self.round_together(step, weight, seen.as_deref())?;
                 continue;
             }
-            // Gate and up are what they were until down has seen what they make.
-            let weights = [Some(spec.gate), Some(spec.up), spec.gate_bias, spec.up_bias];
-            let loaded = weights.iter().flatten().map(|weight| Ok(self.load(*weight)?.1));
-            let loaded = loaded.collect::<Result<Vec<Vec<f32>>, QuantError>>()?;
-            let width = self.program.value_width(*input);
-            let stream = Stream { width, values: inputs.0[input].clone().into() };
-            let experts = spec.experts;
-            let mut statistics = |expert: usize| {
-                let mut part = |weight: Weight| {
-                    let shape = &hidden.program.weights[weight.0 as usize].shape;
-                    let len = loaded[weight.0 as usize].len() / experts;
-                    let values = &loaded[weight.0 as usize][expert * len..][..len];
-                    Ok(Tensor::from_f32(shape, values))
-                };
-                let mut seen = Statistics::new(hidden.program.capture_widths()[0]);
-                let mut add = |window: Seen<'_>| seen.add(window.taps[0]);
-                calibration.run(&hidden, Some(&stream), &mut part, &mut add)?;
-                Ok(Some(seen))
+            self.round_down(step, spec, *input, calibration, inputs)?;
+        }
+        Ok(())
+    }
+
+    /// Quantizes the last matrices of the experts of `spec`, each by what its own hidden values are.
+    /// Gate and up are what they were until down has seen what they make.
+    fn round_down(
+        &mut self,
+        step: &TechniqueStep,
+        spec: &ExpertsSpec,
+        input: Value,
+        calibration: &Calibration<'_>,
+        inputs: &ExpertInputs,
+    ) -> Result<(), QuantError> {
+        let hidden = self.hidden_program(spec, input);
+        let weights = [Some(spec.gate), Some(spec.up), spec.gate_bias, spec.up_bias];
+        let loaded = weights.iter().flatten().map(|weight| Ok(self.load(*weight)?.1));
+        let loaded = loaded.collect::<Result<Vec<Vec<f32>>, QuantError>>()?;
+        let (experts, products) = (spec.experts, step.needs_products());
+        let part_of = |expert: usize, weight: Weight| {
+            let shape = &hidden.program.weights[weight.0 as usize].shape;
+            let all = &loaded[weight.0 as usize];
+            let len = all.len() / experts;
+            Tensor::from_f32(shape, &all[expert * len..][..len])
+        };
+        let width = self.program.value_width(input);
+        let rows = |rows: &Vec<f32>| Stream { width, values: rows.clone().into() };
+        let (stream, float) = (rows(&inputs.rows[&input]), inputs.floats.get(&input).map(rows));
+        let seen_of = |expert: usize| -> Result<ExpertSeen, QuantError> {
+            let mut part = |weight: Weight| Ok(part_of(expert, weight));
+            let mut floats = Vec::new();
+            if let Some(float) = &float {
+                let mut keep = |window: Seen<'_>| floats.extend_from_slice(window.taps[0]);
+                calibration.run(&hidden, Some(float), &mut part, &mut keep)?;
+            }
+            let width = hidden.program.capture_widths()[0];
+            let new = if products { Statistics::new } else { Statistics::without_products };
+            let (mut statistics, mut at) = (new(width), 0);
+            let mut asymmetry = float.as_ref().map(|_| Asymmetry::new(width));
+            let mut add = |window: Seen<'_>| {
+                let rows = window.taps[0];
+                statistics.add(rows);
+                if let Some(asymmetry) = &mut asymmetry {
+                    asymmetry.add(&floats[at..at + rows.len()], rows);
+                    at += rows.len();
+                }
             };
-            self.round_stack(step, weight, &mut statistics)?;
+            calibration.run(&hidden, Some(&stream), &mut part, &mut add)?;
+            Ok(ExpertSeen { statistics, asymmetry })
+        };
+        let scales = self.finds_input_scales();
+        let mut largest = 0.0f32;
+        let mut seen = |expert: usize| {
+            if !step.needs_calibration() && !scales {
+                return Ok(None);
+            }
+            let seen = seen_of(expert)?;
+            largest = seen.statistics.largest().iter().fold(largest, |most, x| most.max(*x));
+            Ok(step.needs_calibration().then_some(seen))
+        };
+        self.round_stack(step, spec.down, &mut seen)?;
+        if scales {
+            self.keep_input_scale(&[spec.down], largest);
         }
         Ok(())
     }
@@ -179,32 +237,34 @@ impl Job<'_> {
         });
         let asymmetry = asymmetry.as_ref();
         let group = Group { matrices: matrices.collect(), statistics, asymmetry, tied: None };
-        self.finish_stack(step, weight, vec![group])
+        let mut tensors = Vec::with_capacity(names.len());
+        self.round_of_stack(step, weight, &group, &mut tensors)?;
+        self.keep_stack(weight, &tensors)
     }
 
-    /// Quantizes a stack matrix by matrix, each with what `statistics` says of its input.
+    /// Quantizes a stack matrix by matrix, each with what `seen_of` says of its input.
     pub(super) fn round_stack(
         &mut self,
         step: &TechniqueStep,
         weight: Weight,
-        statistics: &mut StatisticsOf<'_>,
+        seen_of: &mut SeenOf<'_>,
     ) -> Result<(), QuantError> {
         let (shape, values) = self.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
-        let seen = match step.needs_calibration() {
-            true => (0..shape[0]).map(statistics).collect::<Result<Vec<_>, _>>()?,
-            false => vec![None; shape[0]],
-        };
         let fused = self.fused_largest(weight)?;
-        let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).zip(&seen).enumerate();
-        let groups = matrices.map(|(expert, ((name, values), statistics))| {
+        let mut tensors = Vec::with_capacity(names.len());
+        let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).enumerate();
+        for (expert, (name, values)) in matrices {
+            let seen = seen_of(expert)?;
             let fused_largest = fused.get(expert).copied();
             let (rows, columns) = (shape[1], shape[2]);
-            let matrix = Matrix { name, rows, columns, values, fused_largest };
-            let statistics = statistics.as_ref();
-            Group { matrices: vec![matrix], statistics, asymmetry: None, tied: None }
-        });
-        self.finish_stack(step, weight, groups.collect())
+            let matrices = vec![Matrix { name, rows, columns, values, fused_largest }];
+            let statistics = seen.as_ref().map(|seen| &seen.statistics);
+            let asymmetry = seen.as_ref().and_then(|seen| seen.asymmetry.as_ref());
+            let group = Group { matrices, statistics, asymmetry, tied: None };
+            self.round_of_stack(step, weight, &group, &mut tensors)?;
+        }
+        self.keep_stack(weight, &tensors)
     }
 
     fn names_of_matrices(&self, weight: Weight, experts: usize) -> Vec<String> {
@@ -212,31 +272,33 @@ impl Job<'_> {
         (0..experts).map(|expert| format!("{name}[{expert}]")).collect()
     }
 
-    fn finish_stack(
+    /// Quantizes matrices of a stack, behind those in `tensors`.
+    fn round_of_stack(
         &mut self,
         step: &TechniqueStep,
         weight: Weight,
-        groups: Vec<Group<'_>>,
+        group: &Group<'_>,
+        tensors: &mut Vec<Tensor>,
     ) -> Result<(), QuantError> {
-        let mut tensors = Vec::new();
         let format = self.recipe.format_of(&self.name(weight));
-        for group in &groups {
-            let outcome = (step.technique.group())(group, format, &step.parameters)?;
-            let Outcome::Quantized(list) = outcome else {
-                let message = format!("{} rounds nothing", step.technique.name);
-                return Err(QuantError::Recipe(message));
-            };
-            for (matrix, quantized) in group.matrices.iter().zip(list) {
-                let (tensor, technique) = (matrix.name.to_owned(), step.technique.name);
-                let report = quantized.report;
-                let report = WeightReport { tensor, technique, report, correction: None };
-                self.reports.push(report);
-                tensors.push(quantized.tensor);
-                self.tell(matrix.values.len());
-            }
+        let outcome = (step.technique.group())(group, format, &step.parameters)?;
+        let Outcome::Quantized(list) = outcome else {
+            let message = format!("{} rounds nothing", step.technique.name);
+            return Err(QuantError::Recipe(message));
+        };
+        for (matrix, quantized) in group.matrices.iter().zip(list) {
+            let (tensor, technique) = (matrix.name.to_owned(), step.technique.name);
+            let report = quantized.report;
+            self.reports.push(WeightReport { tensor, technique, report, correction: None });
+            tensors.push(quantized.tensor);
+            self.tell(matrix.values.len());
         }
+        Ok(())
+    }
+
+    fn keep_stack(&mut self, weight: Weight, tensors: &[Tensor]) -> Result<(), QuantError> {
         let at = |source| QuantError::Format { tensor: self.name(weight), source };
-        let stack = stacked(&tensors).map_err(at)?;
+        let stack = stacked(tensors).map_err(at)?;
         self.finished.insert(weight, stack);
         Ok(())
     }

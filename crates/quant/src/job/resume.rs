@@ -12,7 +12,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use lathe_program::Weight;
+use lathe_program::{StaticScale, Weight};
 use lathe_tensor::safetensors::{Dtype, SafetensorsFile, TensorDeclaration, Writer};
 use lathe_tensor::{Bytes, Format, GlobalScale, Tensor};
 use serde::{Deserialize, Serialize};
@@ -275,6 +275,13 @@ impl Job<'_> {
                 planes.push(Plane { about: Some(String::new()), ..floats(name, scales) });
             }
         }
+        for (weight, scale) in &self.input_scales {
+            let name = format!("input {}", weight.0);
+            if !store.saved.contains(&name) {
+                let plane = floats(name, &[scale.value()]);
+                planes.push(Plane { about: Some(String::new()), ..plane });
+            }
+        }
         store.write(&store.layer(layer), &planes)?;
         drop(planes);
         self.map_layer(store, layer)?;
@@ -321,6 +328,13 @@ impl Job<'_> {
                 "lora_b" if known => {}
                 "norm" if known => drop(self.norms.insert(Weight(number), tensor()?)),
                 "rows" if known => drop(self.rows.insert(Weight(number), scales()?)),
+                "input" if known => {
+                    let scale = match scales()?[..] {
+                        [scale] => StaticScale::new(scale).ok_or_else(unknown)?,
+                        _ => return Err(unknown()),
+                    };
+                    self.input_scales.insert(Weight(number), scale);
+                }
                 "columns" => drop(self.columns.insert(number as usize, scales()?)),
                 _ => return Err(unknown()),
             }

@@ -1,47 +1,109 @@
 //! The turns of one weight, computed in `f64` and rounded once.
 
+use std::ops::Range;
+
+use lathe_program::Weight;
 use lathe_tensor::hadamard::Hadamard;
+use lathe_tensor::{Format, Tensor};
 use rayon::prelude::*;
 
 use super::turns::Turn;
 
-/// `values` of `shape` after `turns`; `norm` has the weights of norms that are absorbed.
+/// Numbers that are turned at once, if no turn needs more: a few megabytes in `f64`.
+const NUMBERS_AT_ONCE: usize = 1 << 19;
+
+/// The numbers of `tensor` after `turns`, part after part in their order; `norm` has the weights of
+/// norms that are absorbed. A part is a matrix, or some of its rows where no turn mixes rows, so
+/// that memory holds little beside what `take` keeps.
+///
+/// # Errors
+/// What `norm` fails with.
 pub(crate) fn turned<E>(
-    shape: &[usize],
-    values: &[f32],
+    tensor: &Tensor,
     turns: &[Turn],
-    norm: impl Fn(lathe_program::Weight) -> Result<Vec<f32>, E>,
-) -> Result<Vec<f32>, E> {
-    let mut wide: Vec<f64> = values.iter().map(|value| f64::from(*value)).collect();
-    let columns = shape.last().copied().unwrap_or(1).max(1);
-    for turn in turns {
-        match turn {
-            Turn::Absorb { norm: weight, offset } => {
-                let factors: Vec<f64> =
-                    norm(*weight)?.iter().map(|w| f64::from(*offset) + f64::from(*w)).collect();
-                wide.par_chunks_mut(columns).for_each(|row| {
-                    row.iter_mut().zip(&factors).for_each(|(value, factor)| *value *= factor);
-                });
+    norm: impl Fn(Weight) -> Result<Vec<f32>, E>,
+    take: &mut dyn FnMut(&[f32]),
+) -> Result<(), E> {
+    let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
+    let total: usize = tensor.shape.iter().product();
+    let mixes_rows = turns.iter().any(|turn| matches!(turn, Turn::Rows(_)));
+    let rows = match (mixes_rows, tensor.shape.as_slice()) {
+        (true, [.., rows, _]) => *rows,
+        _ => (NUMBERS_AT_ONCE / columns).max(1),
+    };
+    let factors = |turn: &Turn| match turn {
+        Turn::Absorb { norm: weight, offset } => {
+            let weights = norm(*weight)?;
+            Ok(weights.iter().map(|w| f64::from(*offset) + f64::from(*w)).collect())
+        }
+        _ => Ok(Vec::new()),
+    };
+    let factors = turns.iter().map(factors).collect::<Result<Vec<Vec<f64>>, E>>()?;
+    let numbers = Numbers::new(tensor, columns);
+    for first in (0..total / columns).step_by(rows) {
+        let range = first..(first + rows).min(total / columns);
+        let mut wide = numbers.rows(range);
+        for (turn, factors) in turns.iter().zip(&factors) {
+            apply(turn, factors, &mut wide, columns);
+        }
+        let narrow: Vec<f32> = wide.into_iter().map(|value| value as f32).collect();
+        take(&narrow);
+    }
+    Ok(())
+}
+
+/// Numbers of a tensor by rows.
+enum Numbers<'a> {
+    /// Rows that can be read by themselves.
+    Rows(&'a Tensor),
+    /// All numbers, of rows that share scales.
+    All(Vec<f32>, usize),
+}
+
+impl<'a> Numbers<'a> {
+    fn new(tensor: &'a Tensor, columns: usize) -> Self {
+        match tensor.format {
+            Format::Float(_) | Format::Ggml(_) if tensor.shape.len() > 1 => Numbers::Rows(tensor),
+            _ => Numbers::All(tensor.to_f32(), columns),
+        }
+    }
+
+    fn rows(&self, rows: Range<usize>) -> Vec<f64> {
+        let wide = |values: &[f32]| values.iter().map(|value| f64::from(*value)).collect();
+        match self {
+            Numbers::Rows(tensor) => {
+                wide(&tensor.slice_rows(rows).expect("rows of the tensor").to_f32())
             }
-            Turn::Neutral { offset } => wide.fill(1.0 - f64::from(*offset)),
-            Turn::Columns(matrix) => {
-                wide.par_chunks_mut(columns).for_each(|row| matrix.turn(row));
-            }
-            Turn::Hadamard(block) => {
-                let matrix = Hadamard::new(*block).expect("a valid program's block has a matrix");
-                wide.par_chunks_mut(columns).for_each(|row| {
-                    row.chunks_exact_mut(matrix.size()).for_each(|block| matrix.apply_row(block));
-                });
-            }
-            Turn::Rows(matrix) => {
-                let rows = shape[shape.len() - 2];
-                for matrix_values in wide.chunks_mut(rows * columns) {
-                    turn_rows(matrix_values, rows, columns, |column| matrix.turn(column));
-                }
+            Numbers::All(values, columns) => {
+                wide(&values[rows.start * columns..rows.end * columns])
             }
         }
     }
-    Ok(wide.into_iter().map(|value| value as f32).collect())
+}
+
+/// One turn of some rows, or of a whole matrix if it mixes them.
+fn apply(turn: &Turn, factors: &[f64], wide: &mut [f64], columns: usize) {
+    match turn {
+        Turn::Absorb { .. } => {
+            wide.par_chunks_mut(columns).for_each(|row| {
+                row.iter_mut().zip(factors).for_each(|(value, factor)| *value *= factor);
+            });
+        }
+        Turn::Neutral { offset } => wide.fill(1.0 - f64::from(*offset)),
+        Turn::Columns(matrix) => {
+            wide.par_chunks_mut(columns).for_each(|row| matrix.turn(row));
+        }
+        Turn::Hadamard(block) => {
+            let matrix = Hadamard::new(*block).expect("a valid program's block has a matrix");
+            wide.par_chunks_mut(columns).for_each(|row| {
+                row.chunks_exact_mut(matrix.size()).for_each(|block| matrix.apply_row(block));
+            });
+        }
+        Turn::Rows(matrix) => {
+            let rows = wide.len() / columns;
+            turn_rows(wide, rows, columns, |column| matrix.turn(column));
+        }
+    }
 }
 
 /// `Q^T W`: each column turned as a row is.

@@ -7,8 +7,9 @@ use anyhow::Error;
 use lathe_model::Model;
 use lathe_model::export::PackedLayout;
 use lathe_program::{Op, Program, Weight};
-use lathe_quant::recipe::Recipe;
+use lathe_quant::recipe::{Recipe, TechniqueStep};
 use lathe_quant::targets::{fused, targets};
+use lathe_quant::technique::Stage;
 use lathe_session::program_for;
 use lathe_tensor::{Format, ScaledFormat};
 
@@ -43,7 +44,40 @@ pub(super) fn with_kept(model: &Model, recipe: Recipe) -> Result<Recipe, Error> 
             }
         }
     }
-    Ok(keep(program, recipe, &reasons))
+    let mut recipe = keep(program, recipe, &reasons);
+    limit_corrections(program, &layout, &mut recipe, &wanted, &reasons);
+    Ok(recipe)
+}
+
+/// A correction is an adapter beside a module: a step that names no tensors is for those matrices
+/// that are modules.
+fn limit_corrections(
+    program: &Program,
+    layout: &PackedLayout<'_>,
+    recipe: &mut Recipe,
+    wanted: &BTreeSet<Weight>,
+    kept: &BTreeMap<Weight, String>,
+) {
+    let quantized = wanted.iter().filter(|weight| !kept.contains_key(weight));
+    let (modules, others): (Vec<Weight>, Vec<Weight>) =
+        quantized.partition(|weight| layout.module(program, **weight).is_ok());
+    if others.is_empty() || modules.is_empty() {
+        return;
+    }
+    let names = modules.iter().map(|weight| program.weight(*weight).name.clone());
+    let names: Vec<String> = names.collect();
+    let corrects = |step: &&mut TechniqueStep| step.technique.stage == Stage::Correct;
+    for step in recipe.steps.iter_mut().filter(corrects).filter(|step| step.tensors.is_none()) {
+        let patterns: BTreeSet<String> = others
+            .iter()
+            .map(|weight| program.weight(*weight))
+            .map(|decl| pattern_of(&decl.name, decl.layer))
+            .collect();
+        let patterns: Vec<String> = patterns.into_iter().collect();
+        let name = step.technique.name;
+        eprintln!("{name} corrects no {}: they are no modules", patterns.join(", "));
+        step.tensors = Some(names.clone());
+    }
 }
 
 /// Why each of `wanted` cannot be what `recipe` says.

@@ -1,0 +1,73 @@
+//! Scales of inputs that calibration finds and the folder stores. NVFP4 has one: the divisor of the
+//! scales of its blocks, so that the largest number that was seen has the largest code.
+//!
+//! While a layer is looked at, each row makes the divisor for itself, and the largest number of a
+//! row keeps its value. What runs behind the layer runs under the stored one, as the folder will.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lathe_program::{Op, StaticScale, Weight};
+use lathe_tensor::codec::scaled::global_divisor;
+use lathe_tensor::{ActivationFormat, ScaledFormat};
+
+use super::Job;
+use crate::section::Section;
+
+impl Job<'_> {
+    /// Whether calibration finds scales of inputs.
+    pub(super) fn finds_input_scales(&self) -> bool {
+        self.calibrated && self.recipe.activations == Some(ActivationFormat::Nvfp4)
+    }
+
+    /// Keeps the scales of what the linear layers and the first matrices of experts among `ops`
+    /// read.
+    pub(super) fn find_input_scales(&mut self, ops: &BTreeSet<usize>) {
+        if !self.finds_input_scales() {
+            return;
+        }
+        for op in ops {
+            let weights: Vec<Weight> = match &self.program.ops[*op] {
+                Op::Linear { parts, .. } => parts.iter().map(|part| part.weight).collect(),
+                Op::Experts { spec, .. } => vec![spec.gate, spec.up],
+                _ => continue,
+            };
+            if let Some(seen) = self.statistics(*op) {
+                let largest = seen.largest().iter().fold(0.0f32, |most, x| most.max(*x));
+                self.keep_input_scale(&weights, largest);
+            }
+        }
+    }
+
+    /// Keeps the scale of the one input of `weights`, whose largest magnitude is `largest`.
+    pub(super) fn keep_input_scale(&mut self, weights: &[Weight], largest: f32) {
+        let scale = StaticScale::new(global_divisor(&ScaledFormat::NVFP4, largest));
+        let scale = scale.expect("a divisor is a normal number");
+        let ours = weights.iter().filter(|weight| self.targets.contains_key(weight));
+        let ours: Vec<Weight> = ours.copied().collect();
+        self.input_scales.extend(ours.into_iter().map(|weight| (weight, scale)));
+    }
+}
+
+/// Puts the scales of inputs, by the matrix that reads them, in the ops of `section`.
+pub(super) fn set_input_scales(section: &mut Section, scales: &BTreeMap<Weight, StaticScale>) {
+    let scale_of = |weight: Weight| scales.get(&section.weights[weight.0 as usize]).copied();
+    let mut of_values = BTreeMap::new();
+    for op in &mut section.program.ops {
+        match op {
+            Op::Linear { input, parts } => {
+                let scale = parts.iter().find_map(|part| scale_of(part.weight));
+                of_values.extend(scale.map(|scale| (*input, scale)));
+            }
+            Op::Experts { input, spec, .. } => {
+                of_values.extend(scale_of(spec.gate).map(|scale| (*input, scale)));
+                spec.hidden_transform.scale = scale_of(spec.down);
+            }
+            _ => {}
+        }
+    }
+    for op in &mut section.program.ops {
+        if let Op::Transform { transform, out, .. } = op {
+            transform.scale = of_values.get(out).copied();
+        }
+    }
+}
