@@ -2,7 +2,7 @@
 //!
 //! Everything is behind the feature `device`, which needs nvcc to build and nothing to start: the
 //! driver is loaded when a device is opened, and what is absent is said by name. The way in is
-//! [`CudaBackend`]; `executor.rs` runs a step, `launch.rs` maps ops to kernels, `device.rs` is the
+//! `CudaBackend`; `executor.rs` runs a step, `launch.rs` maps ops to kernels, `device.rs` is the
 //! only file that calls the driver.
 #![deny(unsafe_code)]
 #![cfg(feature = "device")]

@@ -1,8 +1,8 @@
 //! Which instructions the kernels may use, chosen at run time.
 //!
-//! [`Isa`] is the public choice. Kernels are written against [`Simd`]: sixteen lanes of `f32` or
+//! [`Isa`] is the public choice. Kernels are written against `Simd`: sixteen lanes of `f32` or
 //! `i32`, and sixty-four bytes of codes, on every machine. A kernel is one generic function. Each
-//! implementation of `Simd` has a wrapper with the attribute `#[target_feature]` ([`features`]),
+//! implementation of `Simd` has a wrapper with the attribute `#[target_feature]` (`features.rs`),
 //! into which the kernel is inlined and so compiled for those features.
 //!
 //! Invariant: every implementation rounds alike. Products and sums are in `f32`, fused where the

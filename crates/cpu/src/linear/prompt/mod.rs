@@ -126,7 +126,7 @@ impl Job<'_> {
     /// Multiplies the blocks by `panels`, one slice of k after another.
     ///
     /// # Safety
-    /// As [`Prompt::multiply`], with products configured; the scratch has the sums of so many
+    /// As [`multiply`], with products configured; the scratch has the sums of so many
     /// panels.
     unsafe fn panels<P: Products>(&self, panels: Range<usize>) {
         let total = self.matrix.segments();
@@ -147,7 +147,7 @@ impl Job<'_> {
     /// scratch.
     ///
     /// # Safety
-    /// As [`Prompt::multiply`].
+    /// As [`multiply`].
     unsafe fn weights(&self, panels: Range<usize>, segments: Range<usize>) -> [*const u8; 2] {
         let Some(to_tiles) = self.to_tiles else {
             return [panels.start, panels.end - 1]
@@ -166,7 +166,7 @@ impl Job<'_> {
     /// Adds the products of `segments` of one or two panels to all blocks, two at a time.
     ///
     /// # Safety
-    /// As [`Prompt::multiply`]; `weights` has the tiles of the segments of each of `pair`; the
+    /// As [`multiply`]; `weights` has the tiles of the segments of each of `pair`; the
     /// panels at once begin with `first_panel`.
     unsafe fn blocks<P: Products>(
         &self,
@@ -219,7 +219,7 @@ impl Job<'_> {
     /// Writes the sums of two blocks and two panels to `out` with the bias, or adds them to it.
     ///
     /// # Safety
-    /// As [`Prompt::multiply`].
+    /// As [`multiply`].
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn store(&self, blocks: Range<usize>, panels: Range<usize>, sums: *const f32) {
         let width = self.matrix.rows();

@@ -80,7 +80,7 @@ pub(super) fn format(kind: GgufType) -> Option<Format> {
     Unpack::of(kind).map(Unpack::format)
 }
 
-/// The numbers of a tensor of `kind`, in [`format`]. `shape` and `bytes` agree: the header was
+/// The numbers of a tensor of `kind`, in [`format()`]. `shape` and `bytes` agree: the header was
 /// checked. NVFP4 is multiplied by `global`, one number a matrix.
 pub(super) fn unpack(
     kind: GgufType,
