@@ -15,7 +15,8 @@ use lathe_model::weights::ModelWeights;
 use lathe_program::{InputTransform, Weight, WeightDecl, WeightRole};
 use lathe_tensor::codec::scaled::{self, E8m0Rounding};
 use lathe_tensor::{ActivationFormat, Format, GgmlType, ScaledFormat, Tensor};
-use support::{prepare, run, shared};
+use lathe_test_support::shared;
+use support::{prepare, run};
 
 const TOKENS: [u32; 9] = [3, 60, 17, 5, 5, 42, 9, 33, 21];
 

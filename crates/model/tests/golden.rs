@@ -2,12 +2,13 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use lathe_model::Model;
 use lathe_program::Executor;
+use lathe_test_support::shared;
 use serde_json::Value;
-use support::{best, log_probability, prepare, prepare_rounded, run, shared};
+use support::{best, log_probability, prepare, prepare_rounded, run};
 
 fn numbers<T>(value: &Value, item: impl Fn(&Value) -> Option<T>) -> Vec<T> {
     let list = value.as_array().expect("a list");
@@ -68,29 +69,10 @@ fn swa_sink_moe() {
     check_shared("swa-sink-moe");
 }
 
-/// The GGUF file, from `LATHE_SMOLLM2` or the Hugging Face cache.
-fn smollm2_path() -> Option<PathBuf> {
-    if let Some(path) = std::env::var_os("LATHE_SMOLLM2") {
-        return Some(path.into());
-    }
-    let home = std::env::var_os("HF_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/huggingface")))?;
-    let models = std::fs::read_dir(home.join("hub")).ok()?;
-    let snapshots = models.flatten().map(|model| model.path().join("snapshots"));
-    let files = snapshots
-        .flat_map(|path| std::fs::read_dir(path).into_iter().flatten().flatten())
-        .flat_map(|revision| std::fs::read_dir(revision.path()).into_iter().flatten().flatten());
-    let name = "SmolLM2-135M-Instruct.Q4_1.gguf";
-    files.map(|file| file.path()).find(|path| path.ends_with(name))
-}
-
 #[test]
 fn smollm2_gguf() {
     let Some(golden) = shared("smollm2_gguf", "golden/smollm2-135m.json") else { return };
-    match smollm2_path() {
-        // The values were made from the dequantized weights rounded to bf16.
-        Some(model) => check(&model, &golden, prepare_rounded),
-        None => println!("skipped: smollm2_gguf: no LATHE_SMOLLM2 and no file in the cache"),
-    }
+    let Some(model) = lathe_test_support::smollm2("smollm2_gguf") else { return };
+    // The values were made from the dequantized weights rounded to bf16.
+    check(&model, &golden, prepare_rounded);
 }

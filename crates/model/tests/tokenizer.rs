@@ -3,56 +3,19 @@
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use lathe_model::tokenizer::{GgufVocabulary, Tokenizer, TokenizerError};
 use lathe_tensor::gguf::{GgufFile, Metadata};
+use lathe_test_support::shared;
 use proptest::prelude::*;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-/// The folder beside the project, or `None` (said aloud) where it is absent.
-fn shared(test: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared");
-    if path.is_dir() {
-        return Some(path);
-    }
-    let required = env::var("LATHE_REQUIRE_SHARED").is_ok_and(|value| value == "1");
-    assert!(!required, "{test}: ../shared is not here");
-    println!("skipped: {test}: ../shared is not here");
-    None
-}
-
 /// SmolLM2's tokenizer from its `tokenizer.json`.
 fn smollm2(test: &str) -> Option<Tokenizer> {
-    let path = shared(test)?.join("models/tokenizer.json");
+    let path = shared(test, "models/tokenizer.json")?;
     Some(Tokenizer::from_file(&path).expect("the shared tokenizer loads"))
-}
-
-/// SmolLM2's GGUF file: `LATHE_SMOLLM2`, or where `lathe pull` puts it.
-fn smollm2_gguf(test: &str) -> Option<PathBuf> {
-    if let Some(path) = env::var_os("LATHE_SMOLLM2") {
-        return Some(path.into());
-    }
-    let found = cached_gguf();
-    if found.is_none() {
-        println!("skipped: {test}: SmolLM2 is not in the cache, and LATHE_SMOLLM2 is not set");
-    }
-    found
-}
-
-fn cached_gguf() -> Option<PathBuf> {
-    let home = env::var_os("HF_HOME")
-        .map(PathBuf::from)
-        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cache/huggingface")))?;
-    let folders = |path: &Path| -> Vec<PathBuf> {
-        let entries = fs::read_dir(path).into_iter().flatten().flatten();
-        entries.map(|entry| entry.path()).collect()
-    };
-    let name = "SmolLM2-135M-Instruct.Q4_1.gguf";
-    let snapshots =
-        folders(&home.join("hub")).into_iter().flat_map(|model| folders(&model.join("snapshots")));
-    snapshots.map(|snapshot| snapshot.join(name)).find(|path| path.is_file())
 }
 
 fn fixture(name: &str) -> Value {
@@ -118,14 +81,16 @@ fn check_smollm2(tokenizer: &Tokenizer, shared: &Path) {
 #[test]
 fn tokenizer_json_equals_hugging_face() {
     let test = "tokenizer_json_equals_hugging_face";
-    let (Some(shared), Some(tokenizer)) = (shared(test), smollm2(test)) else { return };
+    let (Some(shared), Some(tokenizer)) = (shared(test, ""), smollm2(test)) else { return };
     check_smollm2(&tokenizer, &shared);
 }
 
 #[test]
 fn gguf_equals_hugging_face() {
     let test = "gguf_equals_hugging_face";
-    let (Some(shared), Some(path)) = (shared(test), smollm2_gguf(test)) else { return };
+    let (Some(shared), Some(path)) = (shared(test, ""), lathe_test_support::smollm2(test)) else {
+        return;
+    };
     let file = GgufFile::open(&path).unwrap();
     let tokenizer = Tokenizer::from_gguf(&file).unwrap();
     check_smollm2(&tokenizer, &shared);
@@ -145,7 +110,7 @@ fn through_json(vocabulary: &GgufVocabulary) -> (tempfile::TempDir, Tokenizer) {
 
 #[test]
 fn conversions_keep_byte_level_vocabularies() {
-    let Some(shared) = shared("conversions_keep_byte_level_vocabularies") else { return };
+    let Some(shared) = shared("conversions_keep_byte_level_vocabularies", "") else { return };
     let vocabulary = GgufVocabulary::from_hugging_face(&shared.join("models")).unwrap();
     assert_eq!((vocabulary.model.as_str(), vocabulary.pre.as_deref()), ("gpt2", Some("smollm")));
     assert_eq!(vocabulary.add_bos_token, Some(false));

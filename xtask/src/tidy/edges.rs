@@ -35,11 +35,16 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "lathe-tests",
         &["lathe", "lathe-engine", "lathe-model", "lathe-cpu", "lathe-program", "lathe-tensor"],
     ),
+    ("lathe-test-support", &[]),
     ("xtask", &[]),
 ];
 
 /// Edges that only tests may have, beyond the allowed ones.
-const ALLOWED_IN_TESTS: &[(&str, &str)] = &[("lathe", "lathe-cpu")];
+const ALLOWED_IN_TESTS: &[(&str, &str)] = &[
+    ("lathe-model", "lathe-test-support"),
+    ("lathe", "lathe-test-support"),
+    ("lathe", "lathe-cpu"),
+];
 
 pub(super) fn check(metadata: &serde_json::Value) -> Vec<String> {
     let packages: Vec<&serde_json::Value> =

@@ -6,8 +6,9 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
+use crate::shared;
 use crate::support::{lathe, run_json};
-use crate::{shared, smollm2};
+use lathe_test_support::smollm2;
 
 /// How close a device has to be, in nats a token.
 struct Bar {

@@ -1,7 +1,6 @@
 //! What several tests share: running a model on the reference backend, and where fixtures are.
 #![allow(dead_code)]
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lathe_model::Model;
@@ -101,18 +100,4 @@ pub(crate) fn log_probability(logits: &[f32], token: u32) -> f64 {
 pub(crate) fn best(logits: &[f32]) -> u32 {
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
     best.expect("a vocabulary").0 as u32
-}
-
-/// A file or folder beside the workspace; without it the test `name` is skipped, or fails if
-/// `LATHE_REQUIRE_SHARED` is 1.
-pub(crate) fn shared(name: &str, path: &str) -> Option<PathBuf> {
-    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared"));
-    let path = root.join(path);
-    if path.exists() {
-        return Some(path);
-    }
-    let required = std::env::var("LATHE_REQUIRE_SHARED").is_ok_and(|value| value == "1");
-    assert!(!required, "{name}: {} is not here", path.display());
-    println!("skipped: {name}: ../shared is not here");
-    None
 }
