@@ -1,5 +1,7 @@
 //! `StackedDrafter`: drafters by turns, for each text the first one that has something.
 
+use std::collections::BTreeMap;
+
 use lathe_program::BackendError;
 
 use super::{DraftText, DraftTree, Drafter};
@@ -8,15 +10,14 @@ use crate::request::RequestId;
 /// Asks a drafter for the texts that all drafters before it had nothing for.
 pub struct StackedDrafter {
     drafters: Vec<Box<dyn Drafter>>,
-    /// Requests whose last tree is of each drafter.
-    authors: Vec<Vec<RequestId>>,
+    /// The drafter that the last tree of a request is of, by its place.
+    authors: BTreeMap<RequestId, usize>,
 }
 
 impl StackedDrafter {
     /// The cheapest drafter first.
     pub fn new(drafters: Vec<Box<dyn Drafter>>) -> Self {
-        let authors = vec![Vec::new(); drafters.len()];
-        Self { drafters, authors }
+        Self { drafters, authors: BTreeMap::new() }
     }
 }
 
@@ -26,7 +27,7 @@ impl Drafter for StackedDrafter {
         texts: &[DraftText<'_>],
         trees: &mut [DraftTree],
     ) -> Result<(), BackendError> {
-        for (drafter, authored) in self.drafters.iter_mut().zip(&mut self.authors) {
+        for (author, drafter) in self.drafters.iter_mut().enumerate() {
             let left: Vec<usize> = (0..texts.len()).filter(|at| trees[*at].is_empty()).collect();
             if left.is_empty() {
                 return Ok(());
@@ -34,9 +35,8 @@ impl Drafter for StackedDrafter {
             let own: Vec<DraftText<'_>> = left.iter().map(|at| texts[*at]).collect();
             let mut made = vec![DraftTree::default(); own.len()];
             drafter.propose(&own, &mut made)?;
-            authored.retain(|request| !texts.iter().any(|text| text.request == *request));
             for (at, tree) in left.into_iter().zip(made).filter(|(_, tree)| !tree.is_empty()) {
-                authored.push(texts[at].request);
+                self.authors.insert(texts[at].request, author);
                 trees[at] = tree;
             }
         }
@@ -44,15 +44,71 @@ impl Drafter for StackedDrafter {
     }
 
     fn observe(&mut self, request: RequestId, tree: &DraftTree, accepted: usize) {
-        for (drafter, authored) in self.drafters.iter_mut().zip(&self.authors) {
-            if authored.contains(&request) {
-                drafter.observe(request, tree, accepted);
-            }
+        if let Some(author) = self.authors.get(&request) {
+            self.drafters[*author].observe(request, tree, accepted);
         }
     }
 
     fn forget(&mut self, request: RequestId) {
         self.drafters.iter_mut().for_each(|drafter| drafter.forget(request));
-        self.authors.iter_mut().for_each(|authored| authored.retain(|it| *it != request));
+        self.authors.remove(&request);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    /// Drafts one token of texts of an even length, or of any, and notes what it hears.
+    struct Parrot {
+        any: bool,
+        heard: Arc<Mutex<usize>>,
+    }
+
+    impl Drafter for Parrot {
+        fn propose(
+            &mut self,
+            texts: &[DraftText<'_>],
+            trees: &mut [DraftTree],
+        ) -> Result<(), BackendError> {
+            for (text, tree) in texts.iter().zip(trees) {
+                if self.any || text.tokens.len().is_multiple_of(2) {
+                    tree.push(None, 1);
+                }
+            }
+            Ok(())
+        }
+
+        fn observe(&mut self, _: RequestId, _: &DraftTree, _: usize) {
+            *self.heard.lock().unwrap() += 1;
+        }
+    }
+
+    #[test]
+    fn only_the_author_of_a_tree_hears_of_it() {
+        let heard: [Arc<Mutex<usize>>; 2] = Default::default();
+        let parrot = |at: usize| -> Box<dyn Drafter> {
+            Box::new(Parrot { any: at == 1, heard: Arc::clone(&heard[at]) })
+        };
+        let mut stacked = StackedDrafter::new(vec![parrot(0), parrot(1)]);
+        let request = RequestId(0);
+        for (length, expected) in [(3, [0, 1]), (4, [1, 1]), (6, [2, 1]), (7, [2, 2])] {
+            let text = DraftText {
+                request,
+                tokens: &[7; 8][..length],
+                sampling: Default::default(),
+                nodes_max: 4,
+                depth_max: 4,
+                probability_min: 0.0,
+                step_seconds: 0.0,
+            };
+            let mut trees = [DraftTree::default()];
+            stacked.propose(&[text], &mut trees).unwrap();
+            stacked.observe(request, &trees[0], 0);
+            let found = heard.each_ref().map(|heard| *heard.lock().unwrap());
+            assert_eq!(found, expected, "after a text of {length} tokens");
+        }
     }
 }
