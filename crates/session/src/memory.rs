@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use lathe_program::DeviceMemory;
+use lathe_program::Backend;
 
 /// The most memory that this process ever had resident, in bytes; `None` where the system does not
 /// say (other than Linux).
@@ -10,10 +10,10 @@ pub fn peak_bytes() -> Option<u64> {
     field(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
-/// Bytes that this process may still take: [`DeviceMemory::of_host`]. `None` where the system does
-/// not say.
-pub fn available_bytes() -> Option<u64> {
-    DeviceMemory::of_host().ok().map(|memory| memory.free_bytes)
+/// Bytes that weights and cache of `backend` may still take: [`Backend::memory`]. `None` where the
+/// system does not say.
+pub fn available_bytes(backend: &dyn Backend) -> Option<u64> {
+    backend.memory().ok().map(|memory| memory.free_bytes)
 }
 
 /// The value of `name` in a file of `Name:   123 kB` lines, in bytes.

@@ -10,7 +10,7 @@ use lathe_model::adapter::Adapter;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::tokenizer::Tokenizer;
 use lathe_model::{DecoderSpec, Model, OpenOptions};
-use lathe_program::{Executor, ExecutorOptions, KvLayout, Program, WeightSource};
+use lathe_program::{Backend, Executor, ExecutorOptions, KvLayout, Program, WeightSource};
 
 use crate::catalogue::{Catalogue, Origin};
 use crate::error::SessionError;
@@ -144,8 +144,9 @@ impl Opened {
         let prepared = Instant::now();
         let program = program_for(&model.spec, need.context)?;
         let weights = model.weights(&program)?;
-        check_memory(&program, bytes, options, need, ranks)?;
-        let executor = prepare_program(&program, &weights, options, need, ranks)?;
+        let backend = ranks.backend(options.device)?;
+        check_memory(&*backend, &program, bytes, options, need, ranks)?;
+        let executor = prepare_program(&*backend, &program, &weights, options, need, ranks)?;
         startup.pack_ms = milliseconds(prepared);
         let load_ms = milliseconds(started);
         Ok(Session { model, executor, load_ms, startup })
@@ -164,11 +165,13 @@ pub fn program_for(spec: &DecoderSpec, context: usize) -> Result<Arc<Program>, S
     Ok(Arc::new(lower(spec, &LowerOptions::new(context))?))
 }
 
-/// An executor of `program`, with a cache as large as `need` says.
+/// An executor of `program` on `backend`, which is that of `ranks`, with a cache as large as `need`
+/// says.
 ///
 /// # Errors
 /// If the device lacks something that the program needs, or the weights cannot be had.
 pub fn prepare_program(
+    backend: &dyn Backend,
     program: &Arc<Program>,
     weights: &dyn WeightSource,
     options: &Options,
@@ -183,18 +186,16 @@ pub fn prepare_program(
         threads: ranks.threads(options),
         exact: options.exact,
     };
-    ranks
-        .backend(options.device)?
-        .prepare(Arc::clone(program), weights, &prepared)
-        .map_err(|error| ranks.explain(error))
+    backend.prepare(Arc::clone(program), weights, &prepared).map_err(|error| ranks.explain(error))
 }
 
-/// Refuses what cannot be divided or cannot fit before anything is loaded, and says what it would
-/// take.
+/// Refuses what cannot be divided, or does not fit the memory of `backend`, before anything is
+/// loaded, and says what it would take.
 ///
 /// # Errors
 /// [`SessionError::Ranks`] or [`SessionError::Memory`].
 pub fn check_memory(
+    backend: &dyn Backend,
     program: &Program,
     weight_bytes: u64,
     options: &Options,
@@ -203,10 +204,10 @@ pub fn check_memory(
 ) -> Result<(), SessionError> {
     ranks.check(program)?;
     let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
-    let format = options.cache_format(program)?;
+    let format = options.cache_format(backend, program);
     let page_bytes = ranks.kv_total(program, |kv| kv.page_bytes(format));
     let kv_bytes = blocks.saturating_mul(page_bytes as u64);
-    let Some(available_bytes) = memory::available_bytes() else { return Ok(()) };
+    let Some(available_bytes) = memory::available_bytes(backend) else { return Ok(()) };
     if weight_bytes.saturating_add(kv_bytes) <= available_bytes {
         return Ok(());
     }
@@ -247,9 +248,10 @@ pub fn context_that_fits(
 ) -> Result<usize, SessionError> {
     let limit = model.spec.context_max;
     let program = lower(&model.spec, &LowerOptions::new(limit))?;
-    let Some(available) = memory::available_bytes() else { return Ok(limit) };
+    let backend = ranks.backend(options.device)?;
+    let Some(available) = memory::available_bytes(&*backend) else { return Ok(limit) };
     let bytes = (available as f64 * KV_MEMORY_SHARE) as u64;
-    let format = options.cache_format(&program)?;
+    let format = options.cache_format(&*backend, &program);
     let fits =
         |tokens: usize| ranks.kv_total(&program, |kv| kv.bytes_for(tokens, format)) as u64 <= bytes;
     Ok(largest(limit, fits).unwrap_or(1))

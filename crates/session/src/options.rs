@@ -39,16 +39,10 @@ pub struct Options {
 }
 
 impl Options {
-    /// The format of the cache of `program`: the one that was asked for, or the backend's own
-    /// choice.
-    ///
-    /// # Errors
-    /// As [`backend`].
-    pub fn cache_format(&self, program: &Program) -> Result<KvFormat, SessionError> {
-        match self.kv_format {
-            Some(format) => Ok(format),
-            None => Ok(backend(self.device)?.default_kv_format(program, self.exact)),
-        }
+    /// The format of the cache of `program` on `backend`: the one that was asked for, or the
+    /// backend's own choice.
+    pub fn cache_format(&self, backend: &dyn Backend, program: &Program) -> KvFormat {
+        self.kv_format.unwrap_or_else(|| backend.default_kv_format(program, self.exact))
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Error;
 use lathe_engine::{Engine, EngineConfig};
 use lathe_program::cost::{RoutingLoad, StepShape, count};
-use lathe_program::{KvFormat, Program};
+use lathe_program::{Backend, KvFormat, Program};
 use lathe_session::measure::experts::{self, ExpertTap, LayerLoad};
 use lathe_session::measure::roofs::Roofs;
 use lathe_session::measure::shape::{Shape, Sizes};
@@ -42,8 +42,9 @@ struct Report {
     /// whatever the other sequences' tokens do.
     bytes_per_step_expected: u64,
     achieved_gb_s: f64,
-    measured_read_gb_s: f64,
-    fraction_of_bandwidth: f64,
+    /// What the memory reads at most, as measured just now; null where that is not measured.
+    measured_read_gb_s: Option<f64>,
+    fraction_of_bandwidth: Option<f64>,
     load_ms: f64,
     peak_memory_bytes: Option<u64>,
     weight_bytes: usize,
@@ -126,9 +127,10 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
     let sequences = arguments.batch.iter().copied().max().unwrap_or(1);
     let need = Need { context, sequences, rows_max: ROWS_MAX };
     let sizes = shape.sizes(&program)?;
-    let place = (global.options(), arguments.parallel.ranks());
-    check_memory(&program, sizes.total(&program), &place.0, need, place.1)?;
-    let prepare = |kv_cache| prepare(&shape, &program, place, need, kv_cache);
+    let (options, ranks) = (global.options(), arguments.parallel.ranks());
+    let on = ranks.backend(options.device)?;
+    check_memory(&*on, &program, sizes.total(&program), &options, need, ranks)?;
+    let prepare = |kv_cache| prepare(&*on, &shape, &program, (options, ranks), need, kv_cache);
     let mut prepared = prepare(true)?;
     let mut runs = Vec::new();
     for &batch in &arguments.batch {
@@ -160,7 +162,7 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
     };
     drop(executor);
     let roofs = Roofs::measure(&global.options(), &sizes)?;
-    let report = |run| measured.report(&shape, &program, &sizes, &roofs, run);
+    let report = |run| measured.report(&shape, &program, &sizes, roofs.as_ref(), run);
     let reports: Vec<Report> = runs.into_iter().map(report).collect();
     let first = &reports[0];
     if let (Some(path), Some(growth)) = (&arguments.plot, &first.growth) {
@@ -193,7 +195,7 @@ impl Measured {
         shape: &Shape,
         program: &Program,
         sizes: &Sizes,
-        roofs: &Roofs,
+        roofs: Option<&Roofs>,
         run: Run,
     ) -> Report {
         let Run { workload, timings, experts, growth } = run;
@@ -228,8 +230,8 @@ impl Measured {
             bytes_per_step,
             bytes_per_step_expected: expected,
             achieved_gb_s,
-            measured_read_gb_s: roofs.read_gb_s,
-            fraction_of_bandwidth: achieved_gb_s / roofs.read_gb_s,
+            measured_read_gb_s: roofs.map(|roofs| roofs.read_gb_s),
+            fraction_of_bandwidth: roofs.map(|roofs| achieved_gb_s / roofs.read_gb_s),
             load_ms: self.load_ms,
             peak_memory_bytes: self.peak_memory_bytes,
             weight_bytes: self.weight_bytes,
@@ -265,6 +267,7 @@ impl Run {
 
 /// An engine for one batch, and how long its model took to load.
 fn prepare(
+    backend: &dyn Backend,
     shape: &Shape,
     program: &Arc<Program>,
     (options, ranks): (Options, Ranks),
@@ -273,7 +276,7 @@ fn prepare(
 ) -> Result<Prepared, Error> {
     let start = Instant::now();
     let weights = shape.weights(program)?;
-    let executor = prepare_program(program, &*weights, &options, need, ranks)?;
+    let executor = prepare_program(backend, program, &*weights, &options, need, ranks)?;
     let config = EngineConfig {
         sequences_max: need.sequences,
         prefix_cache: false,
@@ -307,10 +310,11 @@ fn check(arguments: &BenchArguments) -> Result<(), Error> {
 }
 
 impl Place {
-    fn of(device: &str, roofs: &Roofs, parallel: ParallelArguments) -> Self {
+    fn of(device: &str, roofs: Option<&Roofs>, parallel: ParallelArguments) -> Self {
         Self {
             device: device.to_owned(),
-            threads: roofs.threads,
+            // A GPU is driven by this thread alone.
+            threads: roofs.map_or(1, |roofs| roofs.threads),
             tensor_parallel: parallel.tensor_parallel.get(),
             expert_parallel: parallel.expert_parallel,
             ranks: parallel.tensor_parallel.get(),
@@ -409,11 +413,15 @@ fn describe_step(step: &StepTime) -> String {
 }
 
 fn describe(report: &Report) -> String {
+    let measured = report.measured_read_gb_s.zip(report.fraction_of_bandwidth);
+    let of_measured = measured.map_or_else(String::new, |(read_gb_s, fraction)| {
+        format!(" of {read_gb_s:.1} GB/s measured: {:.0} %", fraction * 100.0)
+    });
     let mut text = format!(
         "{} {} on {}, batch {}\n\
          prefill  {} tokens a prompt: {:.1} ms, {:.0} tokens/s\n\
          decode   {:.3} ms a step, {:.1} tokens/s\n\
-         memory   {} a step, {:.1} GB/s of {:.1} GB/s measured: {:.0} %\n\
+         memory   {} a step, {:.1} GB/s{}\n\
          loaded in {:.0} ms, weights {}, KV cache {}\n",
         report.model,
         report.format,
@@ -426,8 +434,7 @@ fn describe(report: &Report) -> String {
         report.decode_tokens_per_s,
         human_bytes(report.bytes_per_step),
         report.achieved_gb_s,
-        report.measured_read_gb_s,
-        report.fraction_of_bandwidth * 100.0,
+        of_measured,
         report.load_ms,
         human_bytes(report.weight_bytes as u64),
         human_bytes(report.kv_bytes as u64),

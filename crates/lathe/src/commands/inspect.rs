@@ -8,13 +8,13 @@ use lathe_model::adapter::Adapter;
 use lathe_model::spec::ParameterCount;
 use lathe_model::{DecoderSpec, Model};
 use lathe_program::cost::{Bound, Cost, SequenceShape, StepShape, count};
-use lathe_program::{KvFormat, Program};
+use lathe_program::{Backend, KvFormat, Program};
 use lathe_session::measure::experts::{self, ExpertTap, LayerLoad};
 use lathe_session::measure::roofs::Roofs;
 use lathe_session::measure::shape::Shape;
 use lathe_session::{
-    Need, ROWS_MAX, Ranks, SessionError, describe_adapter, encode_text, human_bytes, largest,
-    memory, prepare_program, program_for, tokenizer_of,
+    Need, ROWS_MAX, Ranks, SessionError, backend, describe_adapter, encode_text, human_bytes,
+    largest, memory, prepare_program, program_for, tokenizer_of,
 };
 use serde::Serialize;
 
@@ -107,23 +107,24 @@ pub(super) fn run(global: &Global, arguments: &InspectArguments) -> Result<(), E
     if context == 0 || batch == 0 {
         return Err(bad_input("--context and --batch are at least 1"));
     }
+    let backend = backend(global.options().device)?;
     let memory = match &arguments.memory {
         Some(text) => Some(memory::parse_bytes(text).ok_or_else(|| {
             bad_input(format!("--memory {text}: expected a number of bytes such as 16G"))
         })?),
-        None => memory::available_bytes(),
+        None => memory::available_bytes(&*backend),
     };
     let program = program_for(spec, context)?;
-    let kv_format = global.options().cache_format(&program)?;
+    let kv_format = global.options().cache_format(&*backend, &program);
     let sizes = shape.sizes(&program)?;
     let parameters = ParameterCount::of(spec, &program);
     let measure = || Roofs::measure(&global.options(), &sizes);
-    let roofs = (!arguments.no_measure).then(measure).transpose()?;
+    let roofs = (!arguments.no_measure).then(measure).transpose()?.flatten();
     let weight_bytes = sizes.total(&program);
     let subject = Subject { program: &program, sizes: &sizes, kv_format, context };
     let parallel = arguments.ranks.report(&subject, roofs.as_ref())?;
     let experts = match &arguments.experts {
-        Some(text) => expert_loads(global, &shape, text)?,
+        Some(text) => expert_loads(&*backend, global, &shape, text)?,
         None => Vec::new(),
     };
     let cost = |shape| count(&program, &shape, &|weight| sizes.of(weight), kv_format).total;
@@ -158,7 +159,12 @@ pub(super) fn run(global: &Global, arguments: &InspectArguments) -> Result<(), E
 }
 
 /// Runs `text`, or the file that it names, and counts which experts its tokens visit.
-fn expert_loads(global: &Global, shape: &Shape, text: &str) -> Result<Vec<LayerLoad>, Error> {
+fn expert_loads(
+    backend: &dyn Backend,
+    global: &Global,
+    shape: &Shape,
+    text: &str,
+) -> Result<Vec<LayerLoad>, Error> {
     let model = shape.model().ok_or_else(|| {
         bad_input("--experts runs the model: there are no weights, or --format asks for others")
     })?;
@@ -169,7 +175,7 @@ fn expert_loads(global: &Global, shape: &Shape, text: &str) -> Result<Vec<LayerL
         .ok_or_else(|| bad_input(format!("--experts: {} has no experts", model.name)))?;
     let weights = model.weights(&program).bad_input()?;
     let mut executor =
-        prepare_program(&program, &weights, &global.options(), need, Ranks::default())?;
+        prepare_program(backend, &program, &weights, &global.options(), need, Ranks::default())?;
     let feed = Feed::new(&*executor, &tokens, tokens.len());
     let mut feed = feed.map_err(SessionError::from)?;
     loop {

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::error::SessionError;
 use crate::measure::shape::Sizes;
-use crate::options::Options;
+use crate::options::{Device, Options};
 
 /// Rates of this machine with some threads.
 #[derive(Debug, Clone, Serialize)]
@@ -27,11 +27,14 @@ pub struct Roofs {
 
 impl Roofs {
     /// Measures, in about a second. Which arithmetic counts depends on the weights' format and on
-    /// [`Options::exact`].
+    /// [`Options::exact`]. `None` on a GPU, whose memory is not measured.
     ///
     /// # Errors
     /// If the machine does not say how many processors it has, or lacks the memory to measure.
-    pub fn measure(options: &Options, sizes: &Sizes) -> Result<Self, SessionError> {
+    pub fn measure(options: &Options, sizes: &Sizes) -> Result<Option<Self>, SessionError> {
+        if options.device == Device::Cuda {
+            return Ok(None);
+        }
         let threads = match options.threads {
             Some(threads) => threads.get(),
             None => std::thread::available_parallelism().map_err(SessionError::Processors)?.get(),
@@ -45,13 +48,13 @@ impl Roofs {
             _ => (matmul.int8_gop_s, "int8"),
         };
         let (read_gb_s, copy_gb_s) = (bandwidth.read_gb_s, bandwidth.copy_gb_s);
-        Ok(Self {
+        Ok(Some(Self {
             threads: bandwidth.threads,
             read_gb_s,
             copy_gb_s,
             matmul_gflop_s,
             matmul_numbers,
-        })
+        }))
     }
 
     /// Which roof `cost` meets first, and how long it takes at least.
