@@ -12,24 +12,15 @@ use lathe_program::{
     ExpertsSpec, LinearSpec, Op, Program, ProgramBuilder, Value, Weight, WeightRole,
 };
 use lathe_tensor::{Bytes, GlobalScale, Tensor, TensorError};
-use serde::{Deserialize, Serialize};
 
-use super::{Job, WeightReport};
+use super::layer::LayerPass;
+use super::reports::{CoverageReport, WeightReport};
 use crate::calibrate::{Calibration, Seen, Stream};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome};
 use crate::recipe::TechniqueStep;
 use crate::section::Section;
 use crate::statistics::{Asymmetry, Statistics};
-
-/// How many tokens of the calibration a router chose each expert for.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct CoverageReport {
-    /// Canonical name of the router.
-    pub router: String,
-    /// By expert.
-    pub tokens: Vec<u64>,
-}
 
 /// Counts choices.
 pub(super) struct Coverage(Vec<CoverageReport>);
@@ -60,6 +51,7 @@ impl Coverage {
 }
 
 /// The inputs of experts that are quantized, all tokens.
+#[derive(Default)]
 pub(super) struct ExpertInputs {
     rows: BTreeMap<Value, Vec<f32>>,
     /// The float model's, where a technique asks how the two differ.
@@ -96,25 +88,27 @@ impl ExpertInputs {
     }
 }
 
-impl Job<'_> {
+impl LayerPass<'_, '_> {
     /// Quantizes the experts of op `op`, if it has some that are to be.
     pub(super) fn round_experts(
         &mut self,
         op: usize,
         calibration: &Calibration<'_>,
-        inputs: &ExpertInputs,
     ) -> Result<(), QuantError> {
-        let Op::Experts { input, spec, .. } = &self.program.ops[op] else { return Ok(()) };
+        let program = self.job.plan.program;
+        let Op::Experts { input, spec, .. } = &program.ops[op] else { return Ok(()) };
         let seen = self.statistics(op);
         for weight in [spec.down, spec.gate, spec.up] {
-            if !self.targets.contains_key(&weight) || self.finished.contains_key(&weight) {
+            if !self.job.plan.targets.contains_key(&weight)
+                || self.job.ledger.finished.contains_key(&weight)
+            {
                 continue;
             }
-            let step = self.recipe.rounding_of(&self.name(weight))?;
+            let step = self.job.plan.recipe.rounding_of(&self.job.plan.name(weight))?;
             if spec.weigh_input && step.needs_calibration() {
                 return Err(QuantError::Technique {
                     technique: step.technique.name,
-                    tensor: self.name(weight),
+                    tensor: self.job.plan.name(weight),
                     reason: "its input depends on the router's weights".to_owned(),
                 });
             }
@@ -122,7 +116,7 @@ impl Job<'_> {
                 self.round_together(step, weight, seen.as_deref())?;
                 continue;
             }
-            self.round_down(step, spec, *input, calibration, inputs)?;
+            self.round_down(step, spec, *input, calibration)?;
         }
         Ok(())
     }
@@ -135,11 +129,10 @@ impl Job<'_> {
         spec: &ExpertsSpec,
         input: Value,
         calibration: &Calibration<'_>,
-        inputs: &ExpertInputs,
     ) -> Result<(), QuantError> {
         let hidden = self.hidden_program(spec, input);
         let weights = [Some(spec.gate), Some(spec.up), spec.gate_bias, spec.up_bias];
-        let loaded = weights.iter().flatten().map(|weight| Ok(self.load(*weight)?.1));
+        let loaded = weights.iter().flatten().map(|weight| Ok(self.job.load(*weight)?.1));
         let loaded = loaded.collect::<Result<Vec<Vec<f32>>, QuantError>>()?;
         let (experts, products) = (spec.experts, step.needs_products());
         let part_of = |expert: usize, weight: Weight| {
@@ -148,9 +141,10 @@ impl Job<'_> {
             let len = all.len() / experts;
             Tensor::from_f32(shape, &all[expert * len..][..len])
         };
-        let width = self.program.value_width(input);
+        let width = self.job.plan.program.value_width(input);
         let rows = |rows: &Vec<f32>| Stream { width, values: rows.clone().into() };
-        let (stream, float) = (rows(&inputs.rows[&input]), inputs.floats.get(&input).map(rows));
+        let (stream, float) =
+            (rows(&self.experts.rows[&input]), self.experts.floats.get(&input).map(rows));
         let seen_of = |expert: usize| -> Result<ExpertSeen, QuantError> {
             let mut part = |weight: Weight| Ok(part_of(expert, weight));
             let mut floats = Vec::new();
@@ -173,7 +167,7 @@ impl Job<'_> {
             calibration.run(&hidden, Some(&stream), &mut part, &mut add)?;
             Ok(ExpertSeen { statistics, asymmetry })
         };
-        let scales = self.finds_input_scales();
+        let scales = self.job.plan.finds_input_scales();
         let mut largest = 0.0f32;
         let mut seen = |expert: usize| {
             if !step.needs_calibration() && !scales {
@@ -192,8 +186,8 @@ impl Job<'_> {
 
     /// What one expert makes of its inputs: weights 0 to 3 are gate, up and their biases.
     fn hidden_program(&self, spec: &ExpertsSpec, input: Value) -> Section {
-        let (width, hidden) = (self.program.value_width(input), spec.hidden);
-        let Program { vocabulary, context_max, kv, .. } = self.program;
+        let (width, hidden) = (self.job.plan.program.value_width(input), spec.hidden);
+        let Program { vocabulary, context_max, kv, .. } = self.job.plan.program;
         let mut b = ProgramBuilder::new(*vocabulary, *context_max, kv.block_tokens);
         let mut matrix = |name: &str| b.weight(name, &[hidden, width], WeightRole::Linear, None);
         let (gate, up) = (matrix("gate"), matrix("up"));
@@ -223,10 +217,10 @@ impl Job<'_> {
         weight: Weight,
         statistics: Option<&Statistics>,
     ) -> Result<(), QuantError> {
-        let (shape, values) = self.load(weight)?;
+        let (shape, values) = self.job.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
-        let asymmetry = self.targets.get(&weight).and_then(|op| self.asymmetry(*op));
-        let fused = self.fused_largest(weight)?;
+        let asymmetry = self.job.plan.targets.get(&weight).and_then(|op| self.asymmetry(*op));
+        let fused = self.job.fused_largest(weight)?;
         let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).enumerate();
         let matrices = matrices.map(|(expert, (name, values))| Matrix {
             name,
@@ -249,9 +243,9 @@ impl Job<'_> {
         weight: Weight,
         seen_of: &mut SeenOf<'_>,
     ) -> Result<(), QuantError> {
-        let (shape, values) = self.load(weight)?;
+        let (shape, values) = self.job.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
-        let fused = self.fused_largest(weight)?;
+        let fused = self.job.fused_largest(weight)?;
         let mut tensors = Vec::with_capacity(names.len());
         let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).enumerate();
         for (expert, (name, values)) in matrices {
@@ -268,7 +262,7 @@ impl Job<'_> {
     }
 
     fn names_of_matrices(&self, weight: Weight, experts: usize) -> Vec<String> {
-        let name = self.name(weight);
+        let name = self.job.plan.name(weight);
         (0..experts).map(|expert| format!("{name}[{expert}]")).collect()
     }
 
@@ -280,7 +274,7 @@ impl Job<'_> {
         group: &Group<'_>,
         tensors: &mut Vec<Tensor>,
     ) -> Result<(), QuantError> {
-        let format = self.recipe.format_of(&self.name(weight));
+        let format = self.job.plan.recipe.format_of(&self.job.plan.name(weight));
         let outcome = (step.technique.group())(group, format, &step.parameters)?;
         let Outcome::Quantized(list) = outcome else {
             let message = format!("{} rounds nothing", step.technique.name);
@@ -289,17 +283,22 @@ impl Job<'_> {
         for (matrix, quantized) in group.matrices.iter().zip(list) {
             let (tensor, technique) = (matrix.name.to_owned(), step.technique.name);
             let report = quantized.report;
-            self.reports.push(WeightReport { tensor, technique, report, correction: None });
+            self.job.ledger.reports.tensors.push(WeightReport {
+                tensor,
+                technique,
+                report,
+                correction: None,
+            });
             tensors.push(quantized.tensor);
-            self.tell(matrix.values.len());
+            self.job.tell(matrix.values.len());
         }
         Ok(())
     }
 
     fn keep_stack(&mut self, weight: Weight, tensors: &[Tensor]) -> Result<(), QuantError> {
-        let at = |source| QuantError::Format { tensor: self.name(weight), source };
+        let at = |source| QuantError::Format { tensor: self.job.plan.name(weight), source };
         let stack = stacked(tensors).map_err(at)?;
-        self.finished.insert(weight, stack);
+        self.job.ledger.finished.insert(weight, stack);
         Ok(())
     }
 }

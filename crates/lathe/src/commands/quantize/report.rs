@@ -81,12 +81,13 @@ impl<'a> Provenance<'a> {
     ///
     /// # Errors
     /// If a weight is corrected twice.
-    pub(super) fn add(&mut self, mut job: Job<'_>, share: f64) -> Result<(), QuantError> {
+    pub(super) fn add(&mut self, job: Job<'_>, share: f64) -> Result<(), QuantError> {
         self.quantized_share = share;
         self.bits_per_weight = job.bits_per_weight()?;
-        self.prepared = std::mem::take(&mut job.prepared);
-        self.expert_tokens = std::mem::take(&mut job.coverage);
-        self.tensors = std::mem::take(&mut job.reports);
+        let reports = job.into_reports();
+        self.prepared = reports.prepared;
+        self.expert_tokens = reports.coverage;
+        self.tensors = reports.tensors;
         Ok(())
     }
 }
