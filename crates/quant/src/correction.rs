@@ -4,7 +4,7 @@ use lathe_tensor::hadamard::Hadamard;
 use lathe_tensor::{Bytes, FloatType, Format, Tensor, TensorError, codec};
 use ndarray::ArrayView2;
 
-use crate::linalg::add_product;
+use lathe_linalg::add_product;
 
 /// `B A`, which is added to what a quantized matrix stands for. `A` reads the input of the whole module: where
 /// that is rotated while the model runs, the quantized matrix reads it rotated, and `A` as it was before.

@@ -15,6 +15,7 @@ mod plan;
 mod reports;
 mod resume;
 mod rounding;
+mod routed;
 mod weights;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,11 +37,11 @@ use inputs::set_input_scales;
 use layer::LayerPass;
 use ledger::Ledger;
 use plan::Plan;
+pub(crate) use plan::bits_of_correction;
 pub use reports::{
     CorrectionReport, CoverageReport, PreparedReport, Reports, TechniqueName, WeightReport,
 };
 use resume::Store;
-pub(crate) use rounding::bits_of_correction;
 
 /// How far a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,8 +8,8 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, Slice};
 use rayon::prelude::*;
 
-use crate::linalg::part;
-use crate::quadratic::Quadratic;
+use lathe_linalg::Quadratic;
+use lathe_linalg::part;
 
 /// Rows that are multiplied in `f32` before they are added to the sums in `f64`.
 const CHUNK_ROWS: usize = 512;

@@ -17,6 +17,7 @@ pub mod hadamard;
 mod mapping;
 pub mod packed;
 mod partial;
+pub mod random;
 pub mod safetensors;
 pub mod tensor;
 

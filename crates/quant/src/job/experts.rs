@@ -5,58 +5,19 @@
 //! have chosen is counted beside. An expert's hidden values are made by a program of its two
 //! matrices and their activation, on the calibration's own backend.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
-
 use lathe_program::{
     ExpertsSpec, LinearSpec, Op, Program, ProgramBuilder, Value, Weight, WeightRole,
 };
 use lathe_tensor::{Bytes, GlobalScale, Tensor, TensorError};
 
 use super::layer::LayerPass;
-use super::reports::{CoverageReport, WeightReport};
+use super::reports::WeightReport;
 use crate::calibrate::{Calibration, Seen, Stream};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome};
 use crate::recipe::TechniqueStep;
 use crate::section::Section;
 use crate::statistics::{Asymmetry, Statistics};
-
-/// Counts choices.
-pub(super) struct Coverage(Vec<CoverageReport>);
-
-impl Coverage {
-    /// Of the routers among ops `range`.
-    pub(super) fn new(program: &Program, range: Range<usize>) -> Self {
-        let one = |op: &Op| match op {
-            Op::Route { spec, .. } => Some(CoverageReport {
-                router: program.weight(spec.weight).name.clone(),
-                tokens: vec![0; spec.experts],
-            }),
-            _ => None,
-        };
-        Coverage(program.ops[range].iter().filter_map(one).collect())
-    }
-
-    /// What each router chose for some rows.
-    pub(super) fn add(&mut self, routings: &[Vec<u32>]) {
-        for (report, chosen) in self.0.iter_mut().zip(routings) {
-            chosen.iter().for_each(|expert| report.tokens[*expert as usize] += 1);
-        }
-    }
-
-    pub(super) fn finish(self) -> Vec<CoverageReport> {
-        self.0
-    }
-}
-
-/// The inputs of experts that are quantized, all tokens.
-#[derive(Default)]
-pub(super) struct ExpertInputs {
-    rows: BTreeMap<Value, Vec<f32>>,
-    /// The float model's, where a technique asks how the two differ.
-    floats: BTreeMap<Value, Vec<f32>>,
-}
 
 /// What was seen of the hidden values of one expert.
 pub(super) struct ExpertSeen {
@@ -67,26 +28,6 @@ pub(super) struct ExpertSeen {
 
 /// What was seen of an expert, by its number.
 type SeenOf<'a> = dyn FnMut(usize) -> Result<Option<ExpertSeen>, QuantError> + 'a;
-
-impl ExpertInputs {
-    /// None yet, of the experts among `ops`.
-    pub(super) fn new(program: &Program, ops: &BTreeSet<usize>) -> Self {
-        let one = |op: &usize| match &program.ops[*op] {
-            Op::Experts { input, .. } => Some((*input, Vec::new())),
-            _ => None,
-        };
-        ExpertInputs { rows: ops.iter().filter_map(one).collect(), floats: BTreeMap::new() }
-    }
-
-    /// Adds rows of `value`, and the float model's if they are known.
-    pub(super) fn add(&mut self, value: Value, rows: &[f32], floats: Option<&[f32]>) {
-        let Some(all) = self.rows.get_mut(&value) else { return };
-        all.extend_from_slice(rows);
-        if let Some(floats) = floats {
-            self.floats.entry(value).or_default().extend_from_slice(floats);
-        }
-    }
-}
 
 impl LayerPass<'_, '_> {
     /// Quantizes the experts of op `op`, if it has some that are to be.

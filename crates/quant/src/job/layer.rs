@@ -9,9 +9,9 @@ use lathe_program::{Op, Program, Value, Weight};
 use lathe_tensor::{Bytes, Format, Tensor, codec};
 
 use super::Job;
-use super::experts::{Coverage, ExpertInputs};
 use super::plan::float_of;
 use super::reports::PreparedReport;
+use super::routed::{Coverage, ExpertInputs};
 use crate::calibrate::{Calibration, Observed, Prefixes, Stream};
 use crate::error::QuantError;
 use crate::fold::{Fold, fold_of};

@@ -7,7 +7,6 @@ use lathe_model::weights::ModelWeights;
 use lathe_program::{Op, Program, Weight, WeightRole};
 use lathe_tensor::{ActivationFormat, FloatType, Format, Tensor};
 
-use super::rounding::bits_of_correction;
 use crate::error::QuantError;
 use crate::matrix::{Matrix, check_shape};
 use crate::recipe::{Recipe, TechniqueStep};
@@ -15,7 +14,7 @@ use crate::rotate::turned;
 use crate::rotate::turns::Turns;
 use crate::rotated::rotated;
 use crate::targets::targets;
-use crate::technique::{Apply, Stage};
+use crate::technique::{Apply, Stage, correction_bits};
 
 /// What a recipe makes of a model's weights.
 pub(super) struct Plan<'a> {
@@ -169,6 +168,21 @@ impl<'a> Plan<'a> {
         let norm = |norm| Ok(self.weights.load(norm)?.to_f32());
         turned::<QuantError>(tensor, self.turns.of(weight), norm, take)
     }
+}
+
+/// Bits of what corrects tensor `name` of `shape`; none, if nothing does.
+///
+/// # Errors
+/// If it is corrected twice.
+pub(crate) fn bits_of_correction(
+    recipe: &Recipe,
+    name: &str,
+    shape: &[usize],
+) -> Result<f64, QuantError> {
+    Ok(match (recipe.correction_of(name)?, shape) {
+        (Some(step), [rows, columns]) => correction_bits(*rows, *columns, &step.parameters),
+        _ => 0.0,
+    })
 }
 
 /// What the recipe's rotations, and those that the program does while it runs, make of its weights.

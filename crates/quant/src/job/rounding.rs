@@ -11,7 +11,7 @@ use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Report};
 use crate::recipe::{Recipe, TechniqueStep};
 use crate::statistics::Statistics;
-use crate::technique::{correction_bits, correction_rounds};
+use crate::technique::correction_rounds;
 
 /// What rounds a matrix and what corrects that.
 #[derive(Clone, Copy)]
@@ -128,21 +128,6 @@ impl LayerPass<'_, '_> {
         }
         Ok(())
     }
-}
-
-/// Bits of what corrects tensor `name` of `shape`; none, if nothing does.
-///
-/// # Errors
-/// If it is corrected twice.
-pub(crate) fn bits_of_correction(
-    recipe: &Recipe,
-    name: &str,
-    shape: &[usize],
-) -> Result<f64, QuantError> {
-    Ok(match (recipe.correction_of(name)?, shape) {
-        (Some(step), [rows, columns]) => correction_bits(*rows, *columns, &step.parameters),
-        _ => 0.0,
-    })
 }
 
 impl<'a> Steps<'a> {

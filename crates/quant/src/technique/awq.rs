@@ -12,7 +12,7 @@ use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, check_shape};
 use crate::parameters::{Kind, Parameter, Parameters};
-use crate::quadratic::Quadratic;
+use lathe_linalg::Quadratic;
 
 const NAME: &str = "awq";
 /// Scales further apart than this (as a ratio to their middle) are cut off.

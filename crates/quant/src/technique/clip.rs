@@ -14,8 +14,8 @@ use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
-use crate::quadratic::Quadratic;
 use crate::statistics::Statistics;
+use lathe_linalg::Quadratic;
 
 const NAME: &str = "clip";
 /// Rows whose candidates are measured together, and that are one thread's work.

@@ -1,8 +1,8 @@
 //! Factors of `H = E[x x^T]` where the text of the calibration did not show enough for one: part of the mean of
 //! its diagonal is added to it, and more if that is too little.
 
-use crate::linalg::NotPositive;
 use crate::parameters::{Kind, Parameter};
+use lathe_linalg::NotPositive;
 
 /// Times that the damping is raised before the matrix is given up.
 const DAMPINGS: usize = 8;

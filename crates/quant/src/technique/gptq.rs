@@ -19,10 +19,10 @@ use rayon::prelude::*;
 use super::clip::{self, Measure};
 use super::{Apply, POWER_OF_TWO, Stage, Technique, damping, power_of_two};
 use crate::error::QuantError;
-use crate::linalg::{part, square, upper_factor_of_inverse};
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
 use crate::statistics::Statistics;
+use lathe_linalg::{part, square, upper_factor_of_inverse};
 
 const NAME: &str = "gptq";
 /// Rows of a weight that are rounded together, in lanes, and are one thread's work.

@@ -16,10 +16,10 @@ use rayon::prelude::*;
 use super::{Apply, Stage, Technique, damping};
 use crate::correction::Correction;
 use crate::error::QuantError;
-use crate::linalg::{cholesky, part, square};
 use crate::matrix::{Group, Matrix};
 use crate::parameters::{Kind, Parameter, Parameters};
-use crate::svd::{leading_left, product};
+use lathe_linalg::{cholesky, part, square};
+use lathe_linalg::{leading_left, product};
 
 const NAME: &str = "low-rank";
 /// Columns of `L` that are multiplied together: what is above its diagonal is not.
@@ -188,8 +188,8 @@ mod tests {
     use super::*;
     use crate::matrix::Outcome;
     use crate::statistics::Statistics;
-    use crate::svd::tests::singular_values;
     use crate::technique::find;
+    use lathe_linalg::singular_values;
 
     fn rounded(case: &Case) -> Tensor {
         let technique = find("rtn").unwrap();

@@ -30,7 +30,11 @@ fn with_job<T>(name: &str, text: &str, then: impl FnOnce(&Job<'_>) -> T) -> Resu
 }
 
 fn codes(job: &Job<'_>) -> BTreeMap<String, Vec<u8>> {
-    job.ledger.finished.iter().map(|(weight, it)| (job.plan.name(*weight), it.codes.to_vec())).collect()
+    job.ledger
+        .finished
+        .iter()
+        .map(|(weight, it)| (job.plan.name(*weight), it.codes.to_vec()))
+        .collect()
 }
 
 /// A correction of full rank leaves no error, so that the layers behind it read, and are quantized by, what the

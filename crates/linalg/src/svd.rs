@@ -9,8 +9,9 @@
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
-use crate::linalg::{add_product, dot, square};
-use crate::rotate::orthogonal::SplitMix;
+use lathe_tensor::random::SplitMix64;
+
+use crate::dense::{dot, product, square};
 
 /// Vectors that are iterated beside those that are asked for.
 const OVERSAMPLING: usize = 10;
@@ -27,14 +28,6 @@ const TOLERANCE: f64 = 1e-7;
 const SWEEPS: usize = 40;
 const SEED: u64 = 0x6c6f_7772_616e_6b00;
 
-/// `a b`, row-major.
-pub(crate) fn product(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> Vec<f64> {
-    let (rows, columns) = (a.nrows(), b.ncols());
-    let mut out = vec![0.0; rows * columns];
-    add_product(a, b, &mut out);
-    out
-}
-
 fn view(values: &[f64], columns: usize) -> ArrayView2<'_, f64> {
     let rows = values.len() / columns.max(1);
     ArrayView2::from_shape((rows, columns), values).expect("whole rows")
@@ -46,7 +39,7 @@ fn view(values: &[f64], columns: usize) -> ArrayView2<'_, f64> {
 ///
 /// # Panics
 /// If the matrix is not of that shape or has fewer rows or columns than `rank`.
-pub(crate) fn leading_left(matrix: &[f64], rows: usize, columns: usize, rank: usize) -> Vec<f64> {
+pub fn leading_left(matrix: &[f64], rows: usize, columns: usize, rank: usize) -> Vec<f64> {
     assert_eq!(matrix.len(), rows * columns, "a matrix of that shape");
     assert!(rank <= rows.min(columns), "no more vectors than there are");
     let matrix = view(matrix, columns);
@@ -67,7 +60,7 @@ fn leading_eigenvectors(matrix: &[f64], n: usize, rank: usize) -> Vec<f64> {
     if size == n {
         (0..n).for_each(|i| vectors[i * n + i] = 1.0);
     } else {
-        let mut random = SplitMix::new(SEED);
+        let mut random = SplitMix64::new(SEED);
         vectors.fill_with(|| random.normal());
         orthonormalize(&mut vectors, n);
     }
@@ -192,50 +185,51 @@ fn turn_rows(matrix: &mut [f64], k: usize, (p, q): (usize, usize), (c, s): (f64,
     }
 }
 
+/// All singular values of the row-major `[rows, columns]` `matrix`, largest first, by the one-sided
+/// Jacobi method (Hestenes 1958) on the rows. Exact and slow: for small matrices.
+pub fn singular_values(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    let mut all: Vec<Vec<f64>> = matrix.chunks(columns).map(<[f64]>::to_vec).collect();
+    let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    for _ in 0..60 {
+        let mut worst = 0f64;
+        for p in 0..rows {
+            for q in p + 1..rows {
+                let (a, b) = (inner(&all[p], &all[p]), inner(&all[q], &all[q]));
+                let both = inner(&all[p], &all[q]);
+                if both.abs() <= 1e-300 {
+                    continue;
+                }
+                worst = worst.max(both.abs() / (a * b).sqrt().max(1e-300));
+                let zeta = (b - a) / (2.0 * both);
+                let t = zeta.signum() / (zeta.abs() + zeta.hypot(1.0));
+                let (c, s) = (1.0 / t.hypot(1.0), t / t.hypot(1.0));
+                for column in 0..columns {
+                    let (x, y) = (all[p][column], all[q][column]);
+                    (all[p][column], all[q][column]) = (c * x - s * y, s * x + c * y);
+                }
+            }
+        }
+        if worst < 1e-14 {
+            break;
+        }
+    }
+    let mut values: Vec<f64> = all.iter().map(|row| inner(row, row).sqrt()).collect();
+    values.sort_by(|a, b| b.total_cmp(a));
+    values.truncate(rows.min(columns));
+    values
+}
+
 #[cfg(test)]
-pub(crate) mod tests {
-    use rand::SeedableRng;
+mod tests {
+    use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::technique::tests::normal;
-
-    /// All singular values, largest first, by another route: one-sided Jacobi (Hestenes) on the rows.
-    pub(crate) fn singular_values(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
-        let mut all: Vec<Vec<f64>> = matrix.chunks(columns).map(<[f64]>::to_vec).collect();
-        let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-        for _ in 0..60 {
-            let mut worst = 0f64;
-            for p in 0..rows {
-                for q in p + 1..rows {
-                    let (a, b) = (inner(&all[p], &all[p]), inner(&all[q], &all[q]));
-                    let both = inner(&all[p], &all[q]);
-                    if both.abs() <= 1e-300 {
-                        continue;
-                    }
-                    worst = worst.max(both.abs() / (a * b).sqrt().max(1e-300));
-                    let zeta = (b - a) / (2.0 * both);
-                    let t = zeta.signum() / (zeta.abs() + zeta.hypot(1.0));
-                    let (c, s) = (1.0 / t.hypot(1.0), t / t.hypot(1.0));
-                    for column in 0..columns {
-                        let (x, y) = (all[p][column], all[q][column]);
-                        (all[p][column], all[q][column]) = (c * x - s * y, s * x + c * y);
-                    }
-                }
-            }
-            if worst < 1e-14 {
-                break;
-            }
-        }
-        let mut values: Vec<f64> = all.iter().map(|row| inner(row, row).sqrt()).collect();
-        values.sort_by(|a, b| b.total_cmp(a));
-        values.truncate(rows.min(columns));
-        values
-    }
 
     fn random(rows: usize, columns: usize, seed: u64) -> Vec<f64> {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        (0..rows * columns).map(|_| f64::from(normal(&mut random))).collect()
+        let mut normal = || (0..12).map(|_| random.random::<f32>()).sum::<f32>() - 6.0;
+        (0..rows * columns).map(|_| f64::from(normal())).collect()
     }
 
     /// What of the squares of `matrix` lies outside of the space of `left`.
