@@ -1,9 +1,10 @@
 //! `CudaExecutor`: a prepared program on the device.
 //!
-//! A step's kernels are submitted without waiting, and the next step's while they run. A step of few rows is recorded as a graph when
-//! its like has run once. Where all choices are plain greedy ones, the device chooses, and only
-//! tokens come back. All others are chosen on the host when the step is collected, by the sampler
-//! that the reference uses; the logits of the choices come back for that.
+//! A step's kernels are submitted without waiting, and the next step's while they run. A step of
+//! few rows is recorded as a graph when its like has run once. Where all choices are plain greedy
+//! ones, the device chooses, and only tokens come back. All others are chosen on the host when the
+//! step is collected, by the sampler that the reference uses; the logits of the choices come back
+//! for that.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;

@@ -83,8 +83,8 @@ pub fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -> T {
     lanes.into_iter().sum::<T>() + rest
 }
 
-/// Replaces the lower triangle of the symmetric `[n, n]` matrix by its Cholesky factor `L`,
-/// `A = L L^T`; what is above the diagonal is not read, and only blocks on the diagonal write there.
+/// Replaces the lower triangle of the symmetric `[n, n]` matrix by its Cholesky factor `L`, `A = L
+/// L^T`; what is above the diagonal is not read, and only blocks on the diagonal write there.
 ///
 /// # Errors
 /// If the matrix is not positive definite; it is overwritten in part then.

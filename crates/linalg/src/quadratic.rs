@@ -2,7 +2,8 @@
 //! square of what an error `d` of a weight row does to the output.
 //!
 //! Only one triangle of `H` is multiplied, panel by panel of its columns, and each product of a
-//! panel with all rows is one matrix product in `f32`; the products with `d` again are summed in `f64`.
+//! panel with all rows is one matrix product in `f32`; the products with `d` again are summed in
+//! `f64`.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2};

@@ -1,10 +1,11 @@
-//! The leading singular vectors of a matrix by randomized subspace iteration (Halko, Martinsson and Tropp,
-//! arXiv 0909.4061), on the product of the matrix with its transpose on its shorter side.
+//! The leading singular vectors of a matrix by randomized subspace iteration (Halko, Martinsson and
+//! Tropp, arXiv 0909.4061), on the product of the matrix with its transpose on its shorter side.
 //!
-//! Errors of quantization have spectra without gaps, on which plain powers hardly separate what is kept from
-//! what is not: between two Rayleigh-Ritz steps a Chebyshev polynomial that is small on all that lies below the
-//! block is applied in place of powers (Zhou and Saad, "A Chebyshev-Davidson Algorithm", 2007). All of it is in
-//! `f64`, from a fixed seed, and no result depends on how many threads there are.
+//! Errors of quantization have spectra without gaps, on which plain powers hardly separate what is
+//! kept from what is not: between two Rayleigh-Ritz steps a Chebyshev polynomial that is small on
+//! all that lies below the block is applied in place of powers (Zhou and Saad, "A
+//! Chebyshev-Davidson Algorithm", 2007). All of it is in `f64`, from a fixed seed, and no result
+//! depends on how many threads there are.
 
 use ndarray::ArrayView2;
 use rayon::prelude::*;
@@ -17,12 +18,13 @@ use crate::dense::{dot, product, square};
 const OVERSAMPLING: usize = 10;
 /// Degree of the polynomial between two Rayleigh-Ritz steps, at most.
 const DEGREE: usize = 8;
-/// How much more the polynomial may make of the largest eigenvalue than of one below the block: what is that
-/// much smaller is nearly lost in `f64`.
+/// How much more the polynomial may make of the largest eigenvalue than of one below the block:
+/// what is that much smaller is nearly lost in `f64`.
 const GROWTH: f64 = 1e12;
 /// Rayleigh-Ritz steps at most.
 const STEPS: usize = 12;
-/// The iteration ends when a step adds less than this share to what the leading vectors hold of the squares.
+/// The iteration ends when a step adds less than this share to what the leading vectors hold of the
+/// squares.
 const TOLERANCE: f64 = 1e-7;
 /// Sweeps of Jacobi's method at most; it converges quadratically, in six or so.
 const SWEEPS: usize = 40;
@@ -33,9 +35,9 @@ fn view(values: &[f64], columns: usize) -> ArrayView2<'_, f64> {
     ArrayView2::from_shape((rows, columns), values).expect("whole rows")
 }
 
-/// The `rank` leading left singular vectors of the row-major `[rows, columns]` `matrix`, one after the other:
-/// `[rank, rows]`, orthonormal. Where the matrix has a lower rank, the last ones hold nothing of it, and may be
-/// zeros.
+/// The `rank` leading left singular vectors of the row-major `[rows, columns]` `matrix`, one after
+/// the other: `[rank, rows]`, orthonormal. Where the matrix has a lower rank, the last ones hold
+/// nothing of it, and may be zeros.
 ///
 /// # Panics
 /// If the matrix is not of that shape or has fewer rows or columns than `rank`.
@@ -52,7 +54,8 @@ pub fn leading_left(matrix: &[f64], rows: usize, columns: usize, rank: usize) ->
     left
 }
 
-/// The `rank` leading eigenvectors of the symmetric, positive semidefinite `[n, n]` `matrix`, `[rank, n]`.
+/// The `rank` leading eigenvectors of the symmetric, positive semidefinite `[n, n]` `matrix`,
+/// `[rank, n]`.
 fn leading_eigenvectors(matrix: &[f64], n: usize, rank: usize) -> Vec<f64> {
     let size = n.min(rank + OVERSAMPLING);
     let matrix = square(matrix, n);
@@ -80,8 +83,8 @@ fn leading_eigenvectors(matrix: &[f64], n: usize, rank: usize) -> Vec<f64> {
     vectors
 }
 
-/// Turns orthonormal `vectors`, `[k, n]`, within the space that they span into those that come nearest to
-/// eigenvectors of `matrix`; their values, largest first.
+/// Turns orthonormal `vectors`, `[k, n]`, within the space that they span into those that come
+/// nearest to eigenvectors of `matrix`; their values, largest first.
 fn rayleigh_ritz(vectors: &mut [f64], matrix: ArrayView2<'_, f64>) -> Vec<f64> {
     let n = matrix.nrows();
     let (values, turn) = {
@@ -94,8 +97,9 @@ fn rayleigh_ritz(vectors: &mut [f64], matrix: ArrayView2<'_, f64>) -> Vec<f64> {
     values
 }
 
-/// `T((2 / cut) G - 1)` of each of `vectors` with Chebyshev's polynomial `T`: at most one where eigenvalues are
-/// below `cut`, and growing fast above it, up to the `largest`. `G` once where `cut` is as good as zero.
+/// `T((2 / cut) G - 1)` of each of `vectors` with Chebyshev's polynomial `T`: at most one where
+/// eigenvalues are below `cut`, and growing fast above it, up to the `largest`. `G` once where
+/// `cut` is as good as zero.
 fn filtered(
     vectors: Vec<f64>,
     matrix: ArrayView2<'_, f64>,
@@ -121,8 +125,8 @@ fn filtered(
     now
 }
 
-/// QR of `vectors`, `[k, n]`, by the modified Gram-Schmidt process done twice (twice is enough); vectors that
-/// depend on those before them become zeros.
+/// QR of `vectors`, `[k, n]`, by the modified Gram-Schmidt process done twice (twice is enough);
+/// vectors that depend on those before them become zeros.
 fn orthonormalize(vectors: &mut [f64], n: usize) {
     for at in 0..vectors.len() / n.max(1) {
         let (before, rest) = vectors.split_at_mut(at * n);
@@ -140,8 +144,8 @@ fn orthonormalize(vectors: &mut [f64], n: usize) {
     }
 }
 
-/// Eigenvalues of a symmetric `[k, k]` matrix, largest first, and its eigenvectors as rows: Jacobi's method by
-/// rows (Golub and Van Loan, section 8.5).
+/// Eigenvalues of a symmetric `[k, k]` matrix, largest first, and its eigenvectors as rows:
+/// Jacobi's method by rows (Golub and Van Loan, section 8.5).
 fn symmetric_eigen(mut matrix: Vec<f64>, k: usize) -> (Vec<f64>, Vec<f64>) {
     let mut vectors = vec![0.0; k * k];
     (0..k).for_each(|i| vectors[i * k + i] = 1.0);
@@ -241,7 +245,8 @@ mod tests {
         pairs.map(|(a, b)| (a - b).powi(2)).sum()
     }
 
-    /// Eckart and Young: what is left is the sum of the other singular values' squares. Noise has no gaps.
+    /// Eckart and Young: what is left is the sum of the other singular values' squares. Noise has
+    /// no gaps.
     #[test]
     fn what_is_left_is_the_tail_of_the_spectrum() {
         for (rows, columns) in [(60, 60), (40, 90), (90, 40), (1, 7), (7, 1), (30, 200)] {
@@ -288,7 +293,8 @@ mod tests {
         }
     }
 
-    /// Values over ten orders of magnitude: a polynomial that grows as fast must not drown the smaller ones.
+    /// Values over ten orders of magnitude: a polynomial that grows as fast must not drown the
+    /// smaller ones.
     #[test]
     fn steep_spectra_are_found_too() {
         let n = 64;

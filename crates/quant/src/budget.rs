@@ -1,9 +1,10 @@
-//! Mixed precision: which layer is stored in which of some formats, so that the mean bits of a weight
-//! stay within a budget and the model loses least.
+//! Mixed precision: which layer is stored in which of some formats, so that the mean bits of a
+//! weight stay within a budget and the model loses least.
 //!
 //! What a layer loses in a format is measured with that layer alone rounded to nearest
-//! ([`crate::explain`]): the KL to the base, or the squared errors of its outputs. Losses of layers are
-//! taken to add up, as to first order they do, and the best choice is an exact multiple-choice knapsack.
+//! ([`crate::explain`]): the KL to the base, or the squared errors of its outputs. Losses of layers
+//! are taken to add up, as to first order they do, and the best choice is an exact multiple-choice
+//! knapsack.
 
 use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
@@ -30,8 +31,9 @@ pub struct Choice {
 /// For each layer the choice with which all together lose least within `bits`; `None` if no choices
 /// do.
 ///
-/// Exact: after each layer all sums are kept that no other one is better than in both bits and loss. Layers of
-/// equal sizes have few different sums; those of unequal ones may have as many as there are choices of all layers.
+/// Exact: after each layer all sums are kept that no other one is better than in both bits and
+/// loss. Layers of equal sizes have few different sums; those of unequal ones may have as many as
+/// there are choices of all layers.
 pub fn knapsack(layers: &[Vec<Choice>], bits: f64) -> Option<Vec<usize>> {
     /// A sum of choices: its last choice, and which sum of the layers before it belongs to.
     #[derive(Clone, Copy)]
@@ -81,8 +83,8 @@ pub fn knapsack(layers: &[Vec<Choice>], bits: f64) -> Option<Vec<usize>> {
     Some(chosen)
 }
 
-/// `recipe` with a format for each layer in place of its budget; one without a budget as it is. `text` is
-/// what sensitivity is measured on, once a format.
+/// `recipe` with a format for each layer in place of its budget; one without a budget as it is.
+/// `text` is what sensitivity is measured on, once a format.
 ///
 /// # Errors
 /// If the formats take more than the budget, do not fit a tensor, or the text cannot be run.

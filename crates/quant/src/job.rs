@@ -1,9 +1,9 @@
 //! A job: a recipe applied to a model.
 //!
-//! A [`Plan`] says what becomes of every weight. A [`LayerPass`] sees what one layer's matrices read
-//! and quantizes them. A [`Ledger`] has what weights have become so far. A job ends in one of two
-//! ways: calibrated, layer after layer, each behind what is quantized already; or on demand, a weight
-//! at a time when the writer asks, if nothing has to be calibrated.
+//! A [`Plan`] says what becomes of every weight. A [`LayerPass`] sees what one layer's matrices
+//! read and quantizes them. A [`Ledger`] has what weights have become so far. A job ends in one of
+//! two ways: calibrated, layer after layer, each behind what is quantized already; or on demand, a
+//! weight at a time when the writer asks, if nothing has to be calibrated.
 
 mod experts;
 mod explain;

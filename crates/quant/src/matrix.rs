@@ -21,8 +21,8 @@ pub struct Matrix<'a> {
     pub columns: usize,
     /// Row-major.
     pub values: &'a [f32],
-    /// The largest magnitude of all matrices that engines run as one (query, key and value, gate and
-    /// up): they share NVFP4's global scale. `None` if this one is alone.
+    /// The largest magnitude of all matrices that engines run as one (query, key and value, gate
+    /// and up): they share NVFP4's global scale. `None` if this one is alone.
     pub fused_largest: Option<f32>,
 }
 
@@ -118,8 +118,8 @@ impl Quantized {
 pub struct Report {
     /// Signal over quantization noise of the weights, in decibels; 200 if there is no noise.
     pub sqnr_db: f64,
-    /// Mean squared error of the outputs over their mean square, on the calibration inputs, if products
-    /// of their channels were kept.
+    /// Mean squared error of the outputs over their mean square, on the calibration inputs, if
+    /// products of their channels were kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_error: Option<f64>,
     /// What the technique has to say beside.

@@ -41,7 +41,8 @@ impl Statistics {
         Statistics { width, rows: 0, products, magnitudes, largest: vec![0.0; width] }
     }
 
-    /// The same without products of different channels: what weighs columns one by one needs no more.
+    /// The same without products of different channels: what weighs columns one by one needs no
+    /// more.
     pub fn without_products(width: usize) -> Self {
         let zeros = vec![0.0; width];
         let (products, magnitudes) = (zeros.clone(), zeros);
@@ -219,8 +220,9 @@ impl Tile<'_> {
     }
 }
 
-/// The mean of `(x_float - x) x^T` over rows that two models made of the same tokens: `x_float` is an input
-/// in the model as it was, `x` the same one behind quantized layers. Row `i` is channel `i` of the difference.
+/// The mean of `(x_float - x) x^T` over rows that two models made of the same tokens: `x_float` is
+/// an input in the model as it was, `x` the same one behind quantized layers. Row `i` is channel
+/// `i` of the difference.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asymmetry {
     width: usize,

@@ -19,6 +19,7 @@ pub mod packed;
 mod partial;
 pub mod random;
 pub mod safetensors;
+pub mod suggest;
 pub mod tensor;
 
 pub use activation::ActivationFormat;

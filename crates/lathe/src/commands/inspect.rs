@@ -1,4 +1,5 @@
-//! `lathe inspect`: what a model is, what it needs, and what a step of it must cost on this machine.
+//! `lathe inspect`: what a model is, what it needs, and what a step of it must cost on this
+//! machine.
 
 use std::path::Path;
 

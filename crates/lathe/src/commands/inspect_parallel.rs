@@ -1,5 +1,5 @@
-//! `lathe inspect --tensor-parallel N`: what a step takes on each of N ranks, with experts divided by
-//! column and by expert, which of the two is faster at which batch, and where that changes.
+//! `lathe inspect --tensor-parallel N`: what a step takes on each of N ranks, with experts divided
+//! by column and by expert, which of the two is faster at which batch, and where that changes.
 
 use anyhow::Error;
 use lathe_program::cost::StepShape;

@@ -1,8 +1,8 @@
 //! Experts: stacks of matrices, each quantized by itself.
 //!
 //! Calibration shows every token to every expert, whatever the router chose (as llm-compressor's
-//! `calibrate_all_experts` does), so that a rare expert has seen as much as any. What the router would
-//! have chosen is counted beside. An expert's hidden values are made by a program of its two
+//! `calibrate_all_experts` does), so that a rare expert has seen as much as any. What the router
+//! would have chosen is counted beside. An expert's hidden values are made by a program of its two
 //! matrices and their activation, on the calibration's own backend.
 
 use lathe_program::{
@@ -62,8 +62,8 @@ impl LayerPass<'_, '_> {
         Ok(())
     }
 
-    /// Quantizes the last matrices of the experts of `spec`, each by what its own hidden values are.
-    /// Gate and up are what they were until down has seen what they make.
+    /// Quantizes the last matrices of the experts of `spec`, each by what its own hidden values
+    /// are. Gate and up are what they were until down has seen what they make.
     fn round_down(
         &mut self,
         step: &TechniqueStep,

@@ -4,9 +4,9 @@
 //! Behind each layer there are the stream of the float model, the stream of the quantized one, and
 //! one for each layer so far with that layer alone quantized. A layer is prepared twice, with and
 //! without its codes, and all streams run through it together, so that a model of `L` layers takes
-//! about `L^2 / 2` runs of a layer, and memory for two layers and `L + 2` streams of
-//! `[tokens, width]`. The float model is the one that rotations and scales made, which is the file's but
-//! for rounding; the file's own weights run beside it where its distributions are asked for.
+//! about `L^2 / 2` runs of a layer, and memory for two layers and `L + 2` streams of `[tokens,
+//! width]`. The float model is the one that rotations and scales made, which is the file's but for
+//! rounding; the file's own weights run beside it where its distributions are asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;

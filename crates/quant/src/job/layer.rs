@@ -1,5 +1,5 @@
-//! The pass over one layer: it sees what the layer's matrices read, scales their channels and rounds
-//! them. A pass lives as long as its layer; what it makes goes to the job's ledger.
+//! The pass over one layer: it sees what the layer's matrices read, scales their channels and
+//! rounds them. A pass lives as long as its layer; what it makes goes to the job's ledger.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -42,8 +42,9 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         }
     }
 
-    /// Runs a layer as it was and keeps what is seen of the inputs of `ops`. With it come the streams
-    /// behind the layer if the recipe asks for them; otherwise the run ends where all is seen.
+    /// Runs a layer as it was and keeps what is seen of the inputs of `ops`. With it come the
+    /// streams behind the layer if the recipe asks for them; otherwise the run ends where all is
+    /// seen.
     pub(super) fn observe(
         job: &'j mut Job<'a>,
         calibration: &Calibration<'_>,
@@ -110,8 +111,8 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         Ok((LayerPass { job, seen, asymmetries, experts }, whole.then_some(after)))
     }
 
-    /// Applies the recipe to the `ops` of the layer. Consumers come before what makes their inputs, so
-    /// that a matrix's rows are final when its own columns are scaled.
+    /// Applies the recipe to the `ops` of the layer. Consumers come before what makes their inputs,
+    /// so that a matrix's rows are final when its own columns are scaled.
     pub(super) fn apply(
         &mut self,
         ops: &BTreeSet<usize>,

@@ -2,12 +2,13 @@
 //! behind it, and a later run with the same recipe, model and text goes on from there.
 //!
 //! `layer-N.safetensors` has what the layer's weights came to be, `stream-N.safetensors` the stream
-//! behind it, `state.json` how many layers are finished, the reports so far and what the run is of. Each
-//! is written under a temporary name and renamed, the state last, so that whatever ends the process
-//! leaves a folder to go on from. When they go to the disk is left to the operating system: a stream is gone
-//! before that, and to wait for it cost a quarter of a second a layer. After a loss of power a file may be cut short, which is
-//! refused. Weights in the folder are mapped, not kept in memory: of finished layers a job
-//! holds nothing but their scales. The bits are those of a run without interruption.
+//! behind it, `state.json` how many layers are finished, the reports so far and what the run is of.
+//! Each is written under a temporary name and renamed, the state last, so that whatever ends the
+//! process leaves a folder to go on from. When they go to the disk is left to the operating system:
+//! a stream is gone before that, and to wait for it cost a quarter of a second a layer. After a
+//! loss of power a file may be cut short, which is refused. Weights in the folder are mapped, not
+//! kept in memory: of finished layers a job holds nothing but their scales. The bits are those of a
+//! run without interruption.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

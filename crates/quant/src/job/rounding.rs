@@ -54,7 +54,8 @@ fn quantized(
 }
 
 impl LayerPass<'_, '_> {
-    /// Quantizes the matrices of one linear op: those that the same steps round to one format, together.
+    /// Quantizes the matrices of one linear op: those that the same steps round to one format,
+    /// together.
     pub(super) fn round_group(&mut self, op: usize) -> Result<(), QuantError> {
         let Job { plan, ledger, .. } = &*self.job;
         let Op::Linear { parts, .. } = &plan.program.ops[op] else { return Ok(()) };
@@ -137,10 +138,10 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Rounds the matrices of `group` by the first of `steps` and corrects what that loses by the second, as often as
-/// that one says: from the second round on, what is rounded is what the last correction leaves of a matrix. Of
-/// each matrix the round that loses least is kept. NVFP4's second scale stays that of the matrices as they were,
-/// which those that are run as one share.
+/// Rounds the matrices of `group` by the first of `steps` and corrects what that loses by the
+/// second, as often as that one says: from the second round on, what is rounded is what the last
+/// correction leaves of a matrix. Of each matrix the round that loses least is kept. NVFP4's second
+/// scale stays that of the matrices as they were, which those that are run as one share.
 fn corrected(
     (rounding, correction): (&TechniqueStep, &TechniqueStep),
     group: &Group<'_>,

@@ -3,8 +3,8 @@
 //! The stream is turned (QuaRot's R1): every matrix that writes to it gets `Q^T` on its rows, every
 //! one that reads it gets `Q` on its columns, and an RMS norm between, which an orthogonal matrix
 //! does not change, hands its weight to its readers first. Values between the value projection and
-//! the output projection are turned a head at a time (R2): attention only mixes them over positions.
-//! Nothing is left to be done while the model runs.
+//! the output projection are turned a head at a time (R2): attention only mixes them over
+//! positions. Nothing is left to be done while the model runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

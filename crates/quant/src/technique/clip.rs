@@ -2,8 +2,9 @@
 //!
 //! What "least" means is a choice: the squared error of the weights, the same with each column
 //! weighed by the mean square of its input, the squared error of the block's contribution to the
-//! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv 2306.00978), or how far
-//! the distribution of the rounded numbers is from theirs ([`super::divergence`]).
+//! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv
+//! 2306.00978), or how far the distribution of the rounded numbers is from theirs
+//! ([`super::divergence`]).
 
 use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, Span, assemble};

@@ -35,7 +35,8 @@ pub(super) struct Provenance<'a> {
     pub(super) bits_per_weight: f64,
     /// Of the model's bytes, those of matrices that are quantized.
     pub(super) quantized_share: f64,
-    /// By reader: why it cannot run the result, or null if it can. Nothing, if there are no weights.
+    /// By reader: why it cannot run the result, or null if it can. Nothing, if there are no
+    /// weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) readers: Option<Readers>,
     #[serde(skip_serializing_if = "Option::is_none")]

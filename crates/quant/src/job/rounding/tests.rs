@@ -1,4 +1,5 @@
-//! Corrections on the tiny checkpoints: what layers behind them see, what is counted, and what is refused.
+//! Corrections on the tiny checkpoints: what layers behind them see, what is counted, and what is
+//! refused.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -37,8 +38,8 @@ fn codes(job: &Job<'_>) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-/// A correction of full rank leaves no error, so that the layers behind it read, and are quantized by, what the
-/// float model makes; without it they are not.
+/// A correction of full rank leaves no error, so that the layers behind it read, and are quantized
+/// by, what the float model makes; without it they are not.
 #[test]
 fn layers_behind_a_correction_see_it() {
     let made = |prefix: &str, correction: &[&str]| {
@@ -99,7 +100,8 @@ fn reports_are_of_corrected_matrices() {
     }
 }
 
-/// Of several rounds each matrix keeps the one that loses least; the first is that of one round alone.
+/// Of several rounds each matrix keeps the one that loses least; the first is that of one round
+/// alone.
 #[test]
 fn more_rounds_lose_no_more() {
     for weighting in ["inputs", "none"] {
@@ -124,7 +126,8 @@ fn more_rounds_lose_no_more() {
     }
 }
 
-/// The codes are of what rotations left, `A` reads what was before them: together they are the whole matrix.
+/// The codes are of what rotations left, `A` reads what was before them: together they are the
+/// whole matrix.
 #[test]
 fn rotated_inputs_are_corrected_in_the_basis_of_the_codes() {
     let rotation = "\"hadamard\"\nblock = 0\ninputs = \"down\"";
