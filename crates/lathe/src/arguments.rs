@@ -488,7 +488,7 @@ pub(crate) struct ConvertArguments {
     pub out: PathBuf,
     /// The layout to write
     #[arg(long, value_enum)]
-    pub to: Layout,
+    pub to: OutputLayout,
     /// The number format of the matrices; as they are if not given (safetensors: bf16 in place of
     /// GGUF's block formats, which that layout cannot hold)
     #[arg(long, value_name = "F")]
@@ -496,7 +496,7 @@ pub(crate) struct ConvertArguments {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Layout {
+pub(crate) enum OutputLayout {
     /// A Hugging Face folder
     Safetensors,
     /// One GGUF file

@@ -28,6 +28,6 @@ pub mod technique;
 
 pub use correction::Correction;
 pub use error::QuantError;
-pub use matrix::{Group, Matrix, Outcome, Quantized, Report, Scales};
+pub use matrix::{Group, Matrix, MatrixReport, Outcome, Quantized, Scales};
 pub use parameters::{Kind, Parameter, Parameters};
 pub use statistics::{Asymmetry, Statistics};

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::matrix::Report;
+use crate::matrix::MatrixReport;
 
 /// The registry's own spelling of a technique's name. Not spelt as the reference that it is where
 /// it is deserialized: it does not borrow from what is read.
@@ -18,7 +18,7 @@ pub struct WeightReport {
     pub technique: TechniqueName,
     /// What it cost, with its correction if it has one.
     #[serde(flatten)]
-    pub report: Report,
+    pub report: MatrixReport,
     /// What runs beside it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub correction: Option<CorrectionReport>,
@@ -37,7 +37,7 @@ pub struct CorrectionReport {
     /// Which of the technique's rounds lost least, from 1 on.
     pub round: usize,
     /// What the codes alone cost.
-    pub uncorrected: Report,
+    pub uncorrected: MatrixReport,
 }
 
 /// What became of the scales of one group's channels.

@@ -8,7 +8,7 @@ use super::layer::LayerPass;
 use super::reports::{CorrectionReport, WeightReport};
 use crate::correction::Correction;
 use crate::error::QuantError;
-use crate::matrix::{Group, Matrix, Outcome, Quantized, Report};
+use crate::matrix::{Group, Matrix, MatrixReport, Outcome, Quantized};
 use crate::recipe::{Recipe, TechniqueStep};
 use crate::statistics::Statistics;
 use crate::technique::correction_rounds;
@@ -24,7 +24,7 @@ struct Steps<'a> {
 struct Made {
     tensor: Tensor,
     /// What it cost, corrected.
-    report: Report,
+    report: MatrixReport,
     correction: Option<(Correction, CorrectionReport)>,
 }
 
@@ -35,7 +35,7 @@ impl From<Quantized> for Made {
 }
 
 /// What is to be least, where two ways to quantize one matrix are compared.
-fn loss(report: &Report) -> f64 {
+fn loss(report: &MatrixReport) -> f64 {
     report.output_error.unwrap_or(-report.sqnr_db)
 }
 
@@ -165,20 +165,20 @@ fn corrected(
             let Quantized { tensor, report: rounded } = quantized;
             let uncorrected = match round {
                 1 => rounded.clone(),
-                _ => Report::new(matrix, &tensor, group.statistics),
+                _ => MatrixReport::new(matrix, &tensor, group.statistics),
             };
             let mut values = vec![0f32; matrix.values.len()];
             correction_found.add_to(&mut values);
             left.push(matrix.values.iter().zip(&values).map(|(w, it)| w - it).collect());
             values.iter_mut().zip(tensor.to_f32()).for_each(|(sum, code)| *sum += code);
-            let mut report = Report::of(matrix, values, group.statistics);
+            let mut report = MatrixReport::of(matrix, values, group.statistics);
             report.notes.extend(rounded.notes.into_iter().chain(note));
             let correction_report = CorrectionReport {
                 technique: correction.technique.name,
                 rank: correction_found.rank(),
                 bytes: correction_found.bytes(),
                 round,
-                uncorrected: Report { notes: Vec::new(), ..uncorrected },
+                uncorrected: MatrixReport { notes: Vec::new(), ..uncorrected },
             };
             let correction = Some((correction_found, correction_report));
             made.push(Made { tensor, report, correction });

@@ -73,7 +73,7 @@ impl Turns {
 
 /// Which rotations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Choice {
+pub struct RotationSettings {
     /// What kind of matrix.
     pub kind: Kind,
     /// Elements of the stream that are turned together; 0 for all of them.
@@ -90,7 +90,7 @@ pub struct Choice {
 ///
 /// # Errors
 /// If something between two matrices does not let a rotation of the stream through, by its name.
-pub fn turns(program: &Program, choice: &Choice) -> Result<Turns, QuantError> {
+pub fn turns(program: &Program, choice: &RotationSettings) -> Result<Turns, QuantError> {
     let mut turns = Turns::default();
     if choice.stream {
         let width = stream_width(program)?;
@@ -284,7 +284,7 @@ fn once(program: &Program, weight: Weight) -> Result<(), QuantError> {
 }
 
 /// Turns the values of the attention at `index`, if it is one and nothing stands in the way.
-fn turn_values(program: &Program, index: usize, choice: &Choice, turns: &mut Turns) {
+fn turn_values(program: &Program, index: usize, choice: &RotationSettings, turns: &mut Turns) {
     let op = &program.ops[index];
     let found = match op {
         Op::Attend { layer, spec, out, .. } => {

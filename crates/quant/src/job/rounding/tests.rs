@@ -81,7 +81,7 @@ fn reports_are_of_corrected_matrices() {
                 let db = 10.0 * (signal / noise).log10();
                 assert!((report.report.sqnr_db - db).abs() < 1e-3, "{}: {db}", report.tensor);
                 let correction = report.correction.as_ref().expect("it is corrected");
-                let error = |it: &Report| it.output_error.expect("calibrated");
+                let error = |it: &MatrixReport| it.output_error.expect("calibrated");
                 let (before, after) = (error(&correction.uncorrected), error(&report.report));
                 assert!(after < 0.9 * before, "{}: {after} {before}", report.tensor);
                 let [rows, columns] = job.plan.program.weight(weight).shape[..] else { panic!() };
