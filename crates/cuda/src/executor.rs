@@ -1,7 +1,7 @@
 //! `CudaExecutor`: a prepared program on the device.
 //!
-//! A step's kernels are submitted without waiting, and the next step's while they run. A step of few rows is recorded as a graph when
-//! its like has run once. Where all choices are plain greedy ones, the device chooses, and only
+//! A step's kernels are submitted without waiting, and the next step's while they run. A step of
+//! few rows is recorded as a graph when its like has run once. Where all choices are plain greedy ones, the device chooses, and only
 //! tokens come back. All others are chosen on the host when the step is collected, by the sampler
 //! that the reference uses; the logits of the choices come back for that.
 
@@ -17,6 +17,7 @@ use lathe_tensor::hadamard::Hadamard;
 
 use crate::cache::{self, Cache};
 use crate::device::{Device, Graph, Memory, TokenBox};
+use crate::gemm;
 use crate::step_data::StepData;
 use crate::units::{self, Unit};
 use crate::weights::{Weights, unsupported};
@@ -74,8 +75,10 @@ pub(crate) struct CudaExecutor {
     pub(crate) scratch: [Memory; 2],
     pub(crate) logits: Memory,
     pub(crate) captures: Vec<Memory>,
+    /// A product's activations in the order of the tensor cores.
+    pub(crate) prepared: Memory,
     /// What kernels of two parts keep between them.
-    pub(crate) product_parts: Memory,
+    pub(crate) product_sums: Memory,
     pub(crate) attention_parts: Memory,
     pub(crate) best_parts: Memory,
     /// The tokens of greedy choices; all bits set where there is none.
@@ -130,14 +133,16 @@ impl CudaExecutor {
         let scratch = scratch_elements(&program);
         let weights = Weights::load(&device, &program, source, options.exact)?;
         let parts = "the parts of sums";
-        let product_parts = units::product_parts(&program, &weights, rows_max);
+        let product_sums = gemm::sums(&program, &weights, rows_max);
+        let prepared = gemm::prepared_bytes(&program, &weights, rows_max);
         let attention_parts = units::attention_parts(&program, rows_max);
         let units = match options.exact {
             true => (0..program.ops.len()).map(Unit::Op).collect(),
             false => units::units(&program, &weights, &plan, format),
         };
         let executor = Self {
-            product_parts: device.allocate(product_parts * 4, parts)?,
+            prepared: device.allocate(prepared, activations)?,
+            product_sums: device.allocate(product_sums * 4, parts)?,
             attention_parts: device.allocate(attention_parts * 4, parts)?,
             best_parts: device.allocate(units::best_parts(rows_max) * 8, parts)?,
             best_tokens: device.allocate(rows_max * 4, "the tokens")?,
