@@ -1,8 +1,8 @@
 //! `Barrier`: how the workers of a gang start and join.
 //!
 //! The caller changes the epoch, which begins a run. Each worker runs once for each change and then
-//! says that it is done. The caller waits until all are. A worker spins on the epoch at first. After
-//! a while it sleeps on a condition variable, so that an idle process costs nothing.
+//! says that it is done. The caller waits until all are. A worker spins on the epoch at first.
+//! After a while it sleeps on a condition variable, so that an idle process costs nothing.
 //!
 //! `tests/barrier.rs` compiles this file against the types of `loom`, which tries every order of
 //! the threads' steps.

@@ -275,11 +275,8 @@ impl<'a> Locator<'a> {
             TensorSource::AlternateTransposed(_, parts) => {
                 self.check(tensor, &[shape[0], shape[2], shape[1] * parts.len()])?;
                 let first = parts.iter().position(|part| *part == name).unwrap_or(0);
-                Ok(Arrangement::Transposed {
-                    columns: shape[1] * parts.len(),
-                    first,
-                    step: parts.len(),
-                })
+                let (columns, step) = (shape[1] * parts.len(), parts.len());
+                Ok(Arrangement::Transposed { columns, first, step })
             }
             TensorSource::PartTransposed(_, parts) => {
                 let (first, total) = self.rows_of(parts, name, decl.layer);
