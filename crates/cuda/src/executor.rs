@@ -1,9 +1,10 @@
 //! `CudaExecutor`: a prepared program on the device.
 //!
-//! A step's kernels are submitted without waiting, and the next step's while they run. A step of few rows is recorded as a graph when
-//! its like has run once. Where all choices are plain greedy ones, the device chooses, and only
-//! tokens come back. All others are chosen on the host when the step is collected, by the sampler
-//! that the reference uses; the logits of the choices come back for that.
+//! A step's kernels are submitted without waiting, and the next step's while they run. A step of
+//! few rows is recorded as a graph when its like has run once. Where all choices are plain greedy
+//! ones, the device chooses, and only tokens come back. All others are chosen on the host when the
+//! step is collected, by the sampler that the reference uses; the logits of the choices come back
+//! for that.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use lathe_tensor::hadamard::Hadamard;
 
 use crate::cache::{self, Cache};
 use crate::device::{Device, Graph, Memory, TokenBox};
+use crate::gemm;
 use crate::step_data::StepData;
 use crate::units::{self, Unit};
 use crate::weights::{Weights, unsupported};
@@ -74,8 +76,10 @@ pub(crate) struct CudaExecutor {
     pub(crate) scratch: [Memory; 2],
     pub(crate) logits: Memory,
     pub(crate) captures: Vec<Memory>,
+    /// A product's activations in the order of the tensor cores.
+    pub(crate) prepared: Memory,
     /// What kernels of two parts keep between them.
-    pub(crate) product_parts: Memory,
+    pub(crate) product_sums: Memory,
     pub(crate) attention_parts: Memory,
     pub(crate) best_parts: Memory,
     /// The tokens of greedy choices; all bits set where there is none.
@@ -111,13 +115,9 @@ impl CudaExecutor {
         format: KvFormat,
     ) -> Result<Self, BackendError> {
         device.bind()?;
-        let rows_max = options.rows_max.max(1);
-        let limits = ExecutorLimits {
-            rows_max,
-            sequences_max: rows_max,
-            kv_blocks: options.kv_blocks,
-            steps_in_flight: STEPS_IN_FLIGHT,
-        };
+        let (rows_max, kv_blocks) = (options.rows_max.max(1), options.kv_blocks);
+        let (sequences_max, steps_in_flight) = (rows_max, STEPS_IN_FLIGHT);
+        let limits = ExecutorLimits { rows_max, sequences_max, kv_blocks, steps_in_flight };
         let kv_suffix = cache::suffix(format)
             .ok_or_else(|| unsupported(format!("a KV cache in {}", format.name())))?;
         let allocate = |elements: usize, what| device.allocate(rows_max * elements * 4, what);
@@ -125,19 +125,20 @@ impl CudaExecutor {
             widths.iter().map(|width| allocate(*width, what)).collect()
         };
         let plan = program.buffer_plan();
-        let activations = "the activations";
+        let (activations, parts) = ("the activations", "the parts of sums");
         let capture_widths = program.capture_widths();
         let scratch = scratch_elements(&program);
         let weights = Weights::load(&device, &program, source, options.exact)?;
-        let parts = "the parts of sums";
-        let product_parts = units::product_parts(&program, &weights, rows_max);
+        let product_sums = gemm::sums(&program, &weights, rows_max);
+        let prepared = gemm::prepared_bytes(&program, &weights, rows_max);
         let attention_parts = units::attention_parts(&program, rows_max);
         let units = match options.exact {
             true => (0..program.ops.len()).map(Unit::Op).collect(),
             false => units::units(&program, &weights, &plan, format),
         };
         let executor = Self {
-            product_parts: device.allocate(product_parts * 4, parts)?,
+            prepared: device.allocate(prepared, activations)?,
+            product_sums: device.allocate(product_sums * 4, parts)?,
             attention_parts: device.allocate(attention_parts * 4, parts)?,
             best_parts: device.allocate(units::best_parts(rows_max) * 8, parts)?,
             best_tokens: device.allocate(rows_max * 4, "the tokens")?,

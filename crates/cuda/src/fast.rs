@@ -6,7 +6,8 @@ use lathe_program::{
 
 use crate::device::LaunchShape;
 use crate::executor::CudaExecutor;
-use crate::launch::{Product, activation};
+use crate::gemm::{FINISH_ROWS, GEMM_OUTPUTS, GEMM_THREADS, GemmKernel, PREPARE_THREADS};
+use crate::launch::{Product, SWIGLU, activation};
 use crate::parameters::*;
 use crate::units::*;
 use crate::weights::TILE;
@@ -14,8 +15,13 @@ use crate::weights::TILE;
 impl CudaExecutor {
     /// Lets the kernels have the shared memory that they may need.
     pub(crate) fn prepare_kernels(&self) -> Result<(), BackendError> {
-        (1..=STREAM_ROWS)
-            .try_for_each(|rows| self.device.allow_shared(&format!("stream_{rows}"), SHARED_BYTES))
+        let allow = |kernel: &str, bytes| self.device.allow_shared(kernel, bytes);
+        (1..=STREAM_ROWS).try_for_each(|rows| allow(&format!("stream_{rows}"), SHARED_BYTES))?;
+        GemmKernel::all().try_for_each(|kernel| {
+            let bytes = kernel.shared_bytes();
+            allow(&kernel.name(false), bytes)?;
+            allow(&kernel.name(true), bytes)
+        })
     }
 
     /// Submits the kernels of ops that run together.
@@ -30,7 +36,7 @@ impl CudaExecutor {
 
     fn streamed(&self, it: &Streamed) -> Result<(), BackendError> {
         let ops = &self.program.ops;
-        let Some((rows, mut parameters)) = self.product_of(it) else {
+        let Some((rows, parameters)) = self.product_of(it) else {
             return ops[it.first..it.end].iter().try_for_each(|op| self.launch(op));
         };
         let written = &parameters.segments[..if parameters.paired == 1 { 1 } else { 3 }];
@@ -39,13 +45,7 @@ impl CudaExecutor {
         if streams(rows, parameters.width as usize) && !overwrites {
             return self.stream(rows, parameters);
         }
-        if let Some(norm) = it.norm {
-            self.launch(&ops[norm])?;
-            parameters.normed = 0;
-            let input = ops[it.product].inputs().next();
-            parameters.input = input.map_or(0, |input| self.value(input));
-        }
-        self.many_rows(rows, parameters)
+        self.gemm(rows, parameters)
     }
 
     fn segment(&self, part: &LinearPart) -> Segment {
@@ -145,32 +145,72 @@ impl CudaExecutor {
         };
         match streams(rows, width) && product.input != product.out {
             true => self.stream(rows, parameters),
-            false => self.many_rows(rows, parameters),
+            false => self.gemm(rows, parameters),
         }
     }
 
-    fn many_rows(&self, rows: usize, product: Stream) -> Result<(), BackendError> {
+    fn gemm(&self, rows: usize, product: Stream) -> Result<(), BackendError> {
         if rows == 0 {
             return Ok(());
         }
+        let kernel = GemmKernel::of(rows);
+        let width = product.width as usize;
+        let paired = product.paired == 1;
         let held = &product.segments[..product.count as usize];
         let tiles = held.iter().map(|segment| segment.tiles as usize).sum::<usize>();
-        let (shares, slices) = shares_of(rows, tiles, product.width as usize);
-        let parts = self.product_parts.address();
-        let many = ManyRows {
-            product,
-            parts,
-            rows: rows as u32,
-            tiles: tiles as u32,
-            slices: slices as u32,
-            shares: shares as u32,
+        let cut = kernel.cut(rows, tiles, width, paired);
+        let padded = kernel.padded(rows) as u32;
+        let prepare = Prepare {
+            input: product.input,
+            norm: product.norm,
+            pick: product.pick,
+            out: self.prepared.address(),
+            width: product.width,
+            padded,
+            parts: kernel.parts as u32,
+            normed: product.normed,
+            offset: product.offset,
+            epsilon: product.epsilon,
         };
-        let grid = [tiles.div_ceil(ROWS_WARPS), rows.div_ceil(ROWS_TILE), shares];
-        let threads = ROWS_WARPS * 32;
-        let shape = LaunchShape { grid, threads, shared_bytes: 0, dependent: false };
-        self.device.launch_shaped("many_rows", shape, &many)?;
-        let written = if product.paired == 1 { product.segments[0].tiles as usize } else { tiles };
-        self.per_element("rows_finish", rows * written * TILE, &many)
+        let shape = LaunchShape {
+            grid: [rows, 1, 1],
+            threads: PREPARE_THREADS,
+            shared_bytes: 0,
+            dependent: true,
+        };
+        self.device.launch_shaped("prepare_rows", shape, &prepare)?;
+        let gemm = Gemm {
+            product,
+            x: prepare.out,
+            sums: self.product_sums.address(),
+            rows: rows as u32,
+            parts: prepare.parts,
+            padded,
+            tiles: tiles as u32,
+            columns: kernel.columns as u32,
+            across: cut.across as u32,
+            down: cut.down as u32,
+            slabs: cut.slabs as u32,
+            share: cut.share as u32,
+            plain: u32::from(product.cap == 0.0 && (!paired || product.kind == SWIGLU)),
+        };
+        let shape = LaunchShape {
+            grid: [PROCESSORS, 1, 1],
+            threads: GEMM_THREADS,
+            shared_bytes: kernel.shared_bytes(),
+            dependent: true,
+        };
+        self.device.launch_shaped(&kernel.name(paired), shape, &gemm)?;
+        if cut.share == 0 {
+            return Ok(());
+        }
+        let shape = LaunchShape {
+            grid: [cut.down, rows.div_ceil(FINISH_ROWS), 1],
+            threads: FINISH_ROWS * GEMM_OUTPUTS,
+            shared_bytes: 0,
+            dependent: true,
+        };
+        self.device.launch_shaped("gemm_finish", shape, &gemm)
     }
 
     fn turn_and_store(&self, at: usize) -> Result<(), BackendError> {

@@ -18,9 +18,12 @@ const OUTPUTS: usize = THREADS / 32;
 const LINEAR_ROWS: usize = 8;
 const ATTEND_WARPS: usize = 4;
 
+/// The number of [`Activation::SwiGlu`] in the kernels.
+pub(crate) const SWIGLU: u32 = 0;
+
 pub(crate) fn activation(kind: Activation) -> (u32, f32, f32) {
     match kind {
-        Activation::SwiGlu => (0, 0.0, 0.0),
+        Activation::SwiGlu => (SWIGLU, 0.0, 0.0),
         Activation::GeGluTanh => (1, 0.0, 0.0),
         Activation::GeGluErf => (2, 0.0, 0.0),
         Activation::SwiGluClamped { alpha, limit } => (3, alpha, limit),

@@ -13,6 +13,7 @@ mod cache;
 mod device;
 mod executor;
 mod fast;
+mod gemm;
 mod launch;
 #[allow(unsafe_code)] // Vouches for the layout of the kernels' arguments.
 mod parameters;

@@ -76,8 +76,13 @@ parameters! {
         alpha: f32, limit: f32, scale: f32, cap: f32, add_scale: f32, offset: f32, epsilon: f32,
         unused: u32,
     }
-    ManyRows {
-        product: Stream, parts: u64, rows: u32, tiles: u32, slices: u32, shares: u32,
+    Prepare {
+        input: u64, norm: u64, pick: u64, out: u64,
+        width: u32, padded: u32, parts: u32, normed: u32, offset: f32, epsilon: f32,
+    }
+    Gemm {
+        product: Stream, x: u64, sums: u64, rows: u32, parts: u32, padded: u32, tiles: u32,
+        columns: u32, across: u32, down: u32, slabs: u32, share: u32, plain: u32,
     }
     AttendSplit {
         cache: CacheView, rows: u64, query: u64, parts: u64,

@@ -12,9 +12,6 @@ pub(crate) const STREAM_THREADS: usize = 9 * 32;
 pub(crate) const STREAM_WARPS: usize = 8;
 pub(crate) const CHUNK_BYTES: usize = 8192;
 pub(crate) const PART_TILES: usize = 16;
-pub(crate) const ROWS_TILE: usize = 32;
-pub(crate) const ROWS_WARPS: usize = 4;
-pub(crate) const SLICE: usize = 128;
 /// Shared memory of a block, and the fewest chunks in flight that keep the memory busy.
 pub(crate) const SHARED_BYTES: usize = 227 * 1024;
 pub(crate) const STAGES_MIN: usize = 8;
@@ -22,8 +19,6 @@ pub(crate) const STAGES_MAX: usize = 20;
 /// Multiprocessors, and blocks that fill the device twice.
 pub(crate) const PROCESSORS: usize = 132;
 pub(crate) const BLOCKS_WANTED: usize = 2 * PROCESSORS;
-/// Shares of a product's columns.
-pub(crate) const SHARES_MAX: usize = 8;
 /// As in `attend.cu`.
 pub(crate) const ATTEND_THREADS: usize = 128;
 pub(crate) const ATTEND_SHARES_MAX: usize = 32;
@@ -194,33 +189,6 @@ pub(crate) fn stream_stages(rows: usize, width: usize) -> Option<usize> {
 
 pub(crate) fn streams(rows: usize, width: usize) -> bool {
     (1..=STREAM_ROWS).contains(&rows) && stream_stages(rows, width).is_some()
-}
-
-/// Shares of a product of many rows: of its columns, in slices.
-pub(crate) fn shares_of(rows: usize, tiles: usize, width: usize) -> (usize, usize) {
-    let blocks = tiles.div_ceil(ROWS_WARPS) * rows.div_ceil(ROWS_TILE);
-    let slices = width.div_ceil(SLICE);
-    let wanted = (BLOCKS_WANTED / blocks).clamp(1, SHARES_MAX.min(slices));
-    let per_share = slices.div_ceil(wanted);
-    (slices.div_ceil(per_share), per_share)
-}
-
-/// Elements of the parts that products of many rows leave.
-pub(crate) fn product_parts(program: &Program, weights: &Weights, rows_max: usize) -> usize {
-    let outputs = |weight: &Weight| match weights.stored(*weight) {
-        Stored::Packed => program.weight(*weight).shape[0].next_multiple_of(TILE),
-        _ => 0,
-    };
-    let of = |op: &Op| match op {
-        Op::Linear { parts, .. } => parts.iter().map(|part| outputs(&part.weight)).sum(),
-        Op::Logits { head, .. } => outputs(head),
-        _ => 0,
-    };
-    let filled = BLOCKS_WANTED * ROWS_TILE * ROWS_WARPS * TILE;
-    match program.ops.iter().map(of).max() {
-        None | Some(0) => 0,
-        Some(widest) => filled.max(rows_max * widest),
-    }
 }
 
 /// Elements of the parts that split attention leaves.

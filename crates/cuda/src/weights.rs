@@ -11,7 +11,7 @@ use crate::parameters::Pack;
 
 /// Outputs of a tile and columns of a block of [`Stored::Packed`].
 pub(crate) const TILE: usize = 16;
-const BLOCK_COLUMNS: usize = 32;
+pub(crate) const BLOCK_COLUMNS: usize = 32;
 
 /// How a weight's numbers lie on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,11 +3,12 @@
 #![cfg(feature = "device")]
 
 use lathe_cuda::CudaBackend;
-use lathe_program::KvFormat;
 use lathe_program::conformance::models::{GroupedStyle, SmallAttention, SmallDecoder};
 use lathe_program::conformance::{
-    Case, Settings, Summary, Tolerance, batch_invariance, check, check_case, choices, trees,
+    Case, Settings, Size, Summary, Tolerance, batch_invariance, check, check_case, check_case_of,
+    choices, trees,
 };
+use lathe_program::{KvFormat, Program};
 use lathe_tensor::Format;
 
 fn backend(test: &str) -> Option<CudaBackend> {
@@ -115,24 +116,29 @@ fn fast_kernels_choose() {
     choices(&backend, &settings).unwrap_or_else(|failure| panic!("{failure}"));
 }
 
-/// Rows of several chunks of weights, tiles that are not full, heads of both sizes.
+/// A decoder whose products have rows of several chunks of weights, and tiles that are not full.
+fn wide(heads: usize, kv_heads: usize, head_dim: usize) -> Program {
+    let style = GroupedStyle::HeadNorms;
+    let attention = SmallAttention::Grouped { style, heads, kv_heads, head_dim };
+    let decoder = SmallDecoder {
+        vocabulary: 1031,
+        width: 1056,
+        hidden: 2080,
+        window: Some(40),
+        block_tokens: 16,
+        attention,
+        ..SmallDecoder::grouped()
+    };
+    decoder.program()
+}
+
+/// Heads of both sizes.
 #[test]
 fn fast_kernels_agree_on_wide_decoders() {
     let Some(backend) = backend("fast_kernels_agree_on_wide_decoders") else { return };
     for (heads, kv_heads, head_dim) in [(8, 2, 64), (6, 2, 64), (8, 1, 128), (2, 2, 128)] {
-        let style = GroupedStyle::HeadNorms;
-        let attention = SmallAttention::Grouped { style, heads, kv_heads, head_dim };
-        let decoder = SmallDecoder {
-            vocabulary: 1031,
-            width: 1056,
-            hidden: 2080,
-            window: Some(40),
-            block_tokens: 16,
-            attention,
-            ..SmallDecoder::grouped()
-        };
-        let name = format!("{heads} heads of {head_dim}");
-        let case = Case { name, program: decoder.program(), attends: true };
+        let program = wide(heads, kv_heads, head_dim);
+        let case = Case { name: format!("{heads} heads of {head_dim}"), program, attends: true };
         for (kv_format, coarse) in [(KvFormat::F32, 1e-3), (KvFormat::BF16, 4e-2)] {
             let mut report = Summary::default();
             check_case(&backend, &fast(kv_format, coarse), &case, &mut report)
@@ -140,6 +146,32 @@ fn fast_kernels_agree_on_wide_decoders() {
             println!("{}, {kv_format:?}: worst {}", case.name, report.worst);
             assert!(report.numbers > 0 && report.unsupported.is_empty(), "{report:?}");
         }
+    }
+}
+
+/// Up to 64 rows keep nearly all bits of the activations. More round them to `bf16`: 2^-9 of each,
+/// and the bound is for the largest of some 400,000 sums of such numbers.
+#[test]
+fn large_steps_agree_on_wide_decoders() {
+    let Some(backend) = backend("large_steps_agree_on_wide_decoders") else { return };
+    for (rows_max, kv_format, coarse) in [
+        (33, KvFormat::F32, 1e-3),
+        (64, KvFormat::F32, 1e-3),
+        (64, KvFormat::BF16, 4e-2),
+        (120, KvFormat::F32, 8e-2),
+        (400, KvFormat::BF16, 8e-2),
+    ] {
+        let mut report = Summary::default();
+        for (heads, kv_heads, head_dim) in [(6, 2, 64), (8, 2, 128)] {
+            let program = wide(heads, kv_heads, head_dim);
+            let name = format!("{heads} heads of {head_dim}");
+            let case = Case { name, program, attends: true };
+            let size = Size { rows_max, tokens: 3 * rows_max };
+            check_case_of(&backend, &fast(kv_format, coarse), &case, size, &mut report)
+                .unwrap_or_else(|failure| panic!("{rows_max} rows, {kv_format:?}: {failure}"));
+        }
+        println!("{rows_max} rows, {kv_format:?}: worst {} of {}", report.worst, report.numbers);
+        assert!(report.numbers > rows_max * 1031 && report.unsupported.is_empty(), "{report:?}");
     }
 }
 

@@ -2,10 +2,9 @@
 // then blocks of 32 columns, 1024 bytes each. An activation is split in two bf16 parts, high and
 // low, which take two columns of a tensor-core product: sums are nearly as good as f32's.
 
-#include "common.cuh"
+#include "product.cuh"
 
-constexpr u32 BLOCK_BYTES = 1024, CHUNK_BLOCKS = 8, CHUNK_BYTES = BLOCK_BYTES * CHUNK_BLOCKS;
-constexpr u32 BLOCK_COLUMNS = 32, TILE = 16;
+constexpr u32 CHUNK_BLOCKS = 8, CHUNK_BYTES = BLOCK_BYTES * CHUNK_BLOCKS;
 constexpr u32 WARPS = 8, CONSUMERS = WARPS * 32;
 // Warps of a group share a chunk; groups take chunks by turns.
 constexpr u32 GROUPS = 2, GROUP_WARPS = WARPS / GROUPS;
@@ -73,78 +72,10 @@ __device__ inline void multiply(float* c, uint4 a, u32 b0, u32 b1) {
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// Two neighbours' high and low parts.
-__device__ inline void split(float x, float y, u32& high, u32& low) {
-    __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
-    __nv_bfloat162 l = __floats2bfloat162_rn(x - __low2float(h), y - __high2float(h));
-    high = *(u32*)&h;
-    low = *(u32*)&l;
-}
-
 // ---- stream: up to four rows. One block a multiprocessor; a warp copies weights in bulk into a
 // ring of chunks, eight warps multiply.
 
-struct Segment {
-    const uint8_t* matrix;
-    const float* bias;
-    float* out;  // [rows, outputs]
-    u32 outputs, tiles;
-};
-
-struct Stream {
-    Segment segments[3];
-    const float* input;
-    const float* norm;  // weight of an RMS norm of the input, or null
-    const float* residual;  // added to the product, or null
-    const u32* pick;  // the input row of each row, or null
-    u32 width, count, stages, normed;
-    u32 paired;  // 1: segments 0 and 1 are gate and up, and the activation goes to 0's output
-    u32 kind;
-    float alpha, limit;
-    float scale, cap, add_scale, offset, epsilon;
-};
-
-__device__ inline void barrier_init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-__device__ inline void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}"
-        ::"r"(barrier), "r"(parity) : "memory");
-}
-__device__ inline void barrier_arrive(u32 barrier) {
-    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.shared::cta.b64 t, [%0];\n}" ::"r"(barrier) : "memory");
-}
-__device__ inline void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("{\n.reg .b64 t;\nmbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1;\n}" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
 __device__ inline void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
-
-// The segment of a tile, counted over all segments, and the tile in it.
-__device__ inline u32 locate(const Stream& p, u32 index, u32& tile) {
-    u32 segment = 0;
-    tile = index;
-    while (segment + 1 < p.count && tile >= p.segments[segment].tiles) tile -= p.segments[segment++].tiles;
-    return segment;
-}
-
-// Does what follows a product and writes the output; `sum` are those of gate and up where paired.
-__device__ inline void finish(const Stream& p, const Segment& to, u64 row, u32 output, const float* sum) {
-    float value = sum[0] + (to.bias ? to.bias[output] : 0.f);
-    u64 place = row * to.outputs + output;
-    if (p.paired) {
-        const float* bias = p.segments[1].bias;
-        value = activation(p.kind, value, sum[1] + (bias ? bias[output] : 0.f), p.alpha, p.limit);
-    } else {
-        value = soft_cap(value * p.scale, p.cap);
-        if (p.residual) value = __fadd_rn(__ldcg(p.residual + place), __fmul_rn(value, p.add_scale));
-    }
-    to.out[place] = value;
-}
 
 // Quads of a row that a thread holds, all on their way at once.
 constexpr u32 QUADS = 8, SPAN = CONSUMERS * 4 * QUADS;
@@ -337,117 +268,3 @@ STREAM(1)
 STREAM(2)
 STREAM(3)
 STREAM(4)
-
-// ---- many rows: a block of four warps takes 64 outputs of 32 rows, and a share of the columns.
-// Shares are added by `rows_finish`, in order.
-
-constexpr u32 ROWS_TILE = 32, ROWS_WARPS = 4, ROWS_THREADS = ROWS_WARPS * 32;
-constexpr u32 SLICE_BLOCKS = 4, SLICE = SLICE_BLOCKS * BLOCK_COLUMNS;
-
-struct ManyRows {
-    Stream product;  // not normed
-    float* parts;  // [shares, rows, tiles * 16]
-    u32 rows, tiles, slices, shares;  // tiles of all segments; slices of a share
-};
-
-constexpr u32 ROWS_COLUMNS = 2 * ROWS_TILE, ROWS_COLUMN_BYTES = SLICE * 2 + 64;
-// A thread brings four neighbouring columns of so many rows, that many apart.
-constexpr u32 ROWS_LOADS = ROWS_TILE * SLICE / 4 / ROWS_THREADS, ROWS_STEP = ROWS_THREADS / (SLICE / 4);
-
-// One slice of a warp's weights and of a thread's activations, on their way.
-struct SliceLoads {
-    uint4 w[SLICE_BLOCKS][2];
-    float4 x[ROWS_LOADS];
-};
-
-__device__ inline void load_slice(SliceLoads& to, const ManyRows& p, const uint8_t* weights, u32 block, u32 end) {
-#pragma unroll
-    for (u32 b = 0; b < SLICE_BLOCKS; b++) {
-        const uint8_t* at = weights + (size_t)min(block + b, end - 1) * BLOCK_BYTES;
-        to.w[b][0] = __ldg((const uint4*)at);
-        to.w[b][1] = __ldg((const uint4*)(at + 512));
-    }
-    u32 column = block * BLOCK_COLUMNS + threadIdx.x % (SLICE / 4) * 4;
-#pragma unroll
-    for (u32 i = 0; i < ROWS_LOADS; i++) {
-        u32 row = blockIdx.y * ROWS_TILE + threadIdx.x / (SLICE / 4) + i * ROWS_STEP;
-        to.x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (row < p.rows && column < end * BLOCK_COLUMNS) {
-            size_t from = p.product.pick ? p.product.pick[row] : row;
-            to.x[i] = *(const float4*)(p.product.input + from * p.product.width + column);
-        }
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(ROWS_THREADS, 2) many_rows(const __grid_constant__ ManyRows p) {
-    __shared__ __align__(128) uint8_t staged[2][ROWS_COLUMNS * ROWS_COLUMN_BYTES];
-    u32 thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    u32 tile = blockIdx.x * ROWS_WARPS + warp, first_row = blockIdx.y * ROWS_TILE;
-    u32 blocks = p.product.width / BLOCK_COLUMNS;
-    u32 begin = blockIdx.z * p.slices * SLICE_BLOCKS, end = min(blocks, begin + p.slices * SLICE_BLOCKS);
-    u32 local, segment = locate(p.product, min(tile, p.tiles - 1), local);
-    const uint8_t* weights = p.product.segments[segment].matrix + (size_t)local * blocks * BLOCK_BYTES + lane * 16;
-    u32 column = thread % (SLICE / 4) * 4, row0 = thread / (SLICE / 4), turn = 0;
-    float c[ROWS_COLUMNS / 8][4] = {};
-    SliceLoads next;
-    load_slice(next, p, weights, begin, end);
-    for (u32 block = begin; block < end; block += SLICE_BLOCKS, turn ^= 1) {
-        uint8_t* x = staged[turn];
-#pragma unroll
-        for (u32 i = 0; i < ROWS_LOADS; i++) {
-            u32 row = row0 + i * ROWS_STEP;
-            uint2 h, l;
-            split(next.x[i].x, next.x[i].y, h.x, l.x);
-            split(next.x[i].z, next.x[i].w, h.y, l.y);
-            *(uint2*)(x + 2 * row * ROWS_COLUMN_BYTES + column * 2) = h;
-            *(uint2*)(x + (2 * row + 1) * ROWS_COLUMN_BYTES + column * 2) = l;
-        }
-        uint4 w[SLICE_BLOCKS][2];
-#pragma unroll
-        for (u32 b = 0; b < SLICE_BLOCKS; b++) { w[b][0] = next.w[b][0]; w[b][1] = next.w[b][1]; }
-        // The other buffer's readers have passed here before it is written again.
-        __syncthreads();
-        if (block + SLICE_BLOCKS < end) load_slice(next, p, weights, block + SLICE_BLOCKS, end);
-        // Activations beyond the end are zero, so that whole slices may be multiplied.
-        const uint8_t* mine = x + lane / 4 * ROWS_COLUMN_BYTES + lane % 4 * 16;
-#pragma unroll
-        for (u32 b = 0; b < SLICE_BLOCKS; b++) {
-#pragma unroll
-            for (u32 n = 0; n < ROWS_COLUMNS / 8; n++) {
-                uint4 v = *(const uint4*)(mine + n * 8 * ROWS_COLUMN_BYTES + b * 64);
-                multiply(c[n], w[b][0], v.x, v.y);
-                multiply(c[n], w[b][1], v.z, v.w);
-            }
-        }
-    }
-    if (tile >= p.tiles) return;
-    u32 width = p.tiles * TILE, output = tile * TILE + lane / 4;
-    for (u32 n = 0; n < ROWS_COLUMNS / 8; n++) {
-        u32 row = first_row + n * 4 + lane % 4;
-        if (row >= p.rows) continue;
-        float* out = p.parts + ((size_t)blockIdx.z * p.rows + row) * width + output;
-        out[0] = c[n][0] + c[n][1];
-        out[8] = c[n][2] + c[n][3];
-    }
-}
-
-// A thread an output: adds the shares, then does what follows the product.
-extern "C" __global__ void rows_finish(const __grid_constant__ ManyRows p) {
-    const Stream& product = p.product;
-    u32 width = p.tiles * TILE, written = product.paired ? product.segments[0].tiles * TILE : width;
-    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    u64 row = i / written;
-    u32 column = i % written;
-    if (row >= p.rows) return;
-    u32 tile, segment = locate(product, column / TILE, tile);
-    const Segment& to = product.segments[segment];
-    u32 output = tile * TILE + column % TILE;
-    if (output >= to.outputs) return;
-    float sum[2] = {};
-    for (u32 share = 0; share < p.shares; share++) {
-        const float* part = p.parts + (share * (u64)p.rows + row) * width + column;
-        sum[0] += part[0];
-        if (product.paired) sum[1] += part[written];
-    }
-    finish(product, to, row, output, sum);
-}

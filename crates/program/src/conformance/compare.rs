@@ -11,7 +11,7 @@ use super::weights::SeededWeights;
 use crate::backend::{Backend, BackendError, Executor, ExecutorOptions};
 use crate::kv::KvFormat;
 use crate::reference::ReferenceBackend;
-use crate::step::Step;
+use crate::step::{Step, TREE_ROWS_MAX};
 
 /// How far a number may be from the reference's: `absolute + relative * |reference|`. What the
 /// cases make is near 1, so the absolute part is the rounding of a sum whose terms cancel.
@@ -99,10 +99,34 @@ pub fn check_case(
     case: &Case,
     report: &mut Summary,
 ) -> Result<(), Failure> {
+    let tokens = if case.attends { 90 } else { 9 };
+    check_case_of(backend, settings, case, Size { rows_max: 17, tokens }, report)
+}
+
+/// How large the steps of a case are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Rows of the largest step.
+    pub rows_max: usize,
+    /// Tokens of the longest sequence.
+    pub tokens: usize,
+}
+
+/// As [`check_case`], in steps of this size.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_case_of(
+    backend: &dyn Backend,
+    settings: &Settings,
+    case: &Case,
+    size: Size,
+    report: &mut Summary,
+) -> Result<(), Failure> {
     let failure = |reason: String| Failure { case: case.name.clone(), reason };
     let program = Arc::new(case.program.clone());
     let weights = SeededWeights { program: &program, format: settings.format, seed: 7 };
-    let options = options(settings, KV_BLOCKS, ROWS_MAX);
+    let options = options(settings, KV_BLOCKS, size.rows_max);
     let reference = ReferenceBackend::new().prepare(Arc::clone(&program), &weights, &options);
     let mut reference = reference.map_err(|error| failure(format!("reference: {error}")))?;
     let mut tested = match backend.prepare(Arc::clone(&program), &weights, &options) {
@@ -113,7 +137,7 @@ pub fn check_case(
         }
         Err(error) => return Err(failure(error.to_string())),
     };
-    for (index, step) in steps(case).iter().enumerate() {
+    for (index, step) in steps(case, size).iter().enumerate() {
         let compared = compare_step(&mut *reference, &mut *tested, step, settings, report);
         compared.map_err(|reason| failure(format!("step {index}: {reason}")))?;
     }
@@ -123,8 +147,6 @@ pub fn check_case(
 
 /// Pages of a case's cache.
 const KV_BLOCKS: usize = 400;
-/// Rows of a case's largest step.
-const ROWS_MAX: usize = 17;
 
 pub(super) fn options(settings: &Settings, kv_blocks: usize, rows_max: usize) -> ExecutorOptions {
     ExecutorOptions {
@@ -137,23 +159,22 @@ pub(super) fn options(settings: &Settings, kv_blocks: usize, rows_max: usize) ->
 }
 
 /// Several sequences in random chunks; where rows see each other, longer ones, and a tree.
-fn steps(case: &Case) -> Vec<Step> {
+fn steps(case: &Case, size: Size) -> Vec<Step> {
     let mut random = Random::named(1, &case.name);
-    let length = if case.attends { 90 } else { 9 };
     let vocabulary = case.program.vocabulary;
     let sequences = (0..random.between(1, 3))
         .map(|_| {
-            let tokens = random.between(1, length);
+            let tokens = random.between(1, size.tokens);
             (0..tokens).map(|_| random.below(vocabulary) as u32).collect()
         })
         .collect();
     let mut schedule = Schedule::new(&case.program, sequences, KV_BLOCKS, &mut random);
     let mut steps = Vec::new();
-    while let Some(step) = schedule.random_step(ROWS_MAX, &mut random) {
+    while let Some(step) = schedule.random_step(size.rows_max, &mut random) {
         steps.push(step);
     }
     if case.attends {
-        let rows = random.between(2, ROWS_MAX);
+        let rows = random.between(2, size.rows_max.min(TREE_ROWS_MAX));
         steps.push(schedule.random_tree(0, rows, &mut random));
     }
     if let Some(step) = steps.last_mut() {

@@ -13,7 +13,7 @@ mod weights;
 
 pub use cases::{Case, cases};
 pub use choices::choices;
-pub use compare::{Failure, Settings, Summary, Tolerance, check, check_case};
+pub use compare::{Failure, Settings, Size, Summary, Tolerance, check, check_case, check_case_of};
 pub use invariance::batch_invariance;
 pub use random::Random;
 pub use schedule::{Chunk, Schedule};
