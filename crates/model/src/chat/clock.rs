@@ -137,8 +137,8 @@ impl Moment {
     }
 
     /// The text of `format`. Unknown directives stay as they are. Between `%` and the letter may
-    /// be glibc's flags: `-` drops padding, `_` pads with spaces, `0` with zeros, `^` is upper case,
-    /// `#` the other case.
+    /// be glibc's flags: `-` drops padding, `_` pads with spaces, `0` with zeros, `^` makes upper
+    /// case, `#` the other case.
     fn format(&self, format: &str) -> String {
         let mut text = String::new();
         let mut rest = format;

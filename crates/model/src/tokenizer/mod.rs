@@ -45,8 +45,8 @@ type Pipeline = TokenizerImpl<
 >;
 
 /// Stands inside the name of a token where that name is only text (see
-/// [`Tokenizer::encode_prompt`]). These two code points are noncharacters, which Unicode reserves for the
-/// inside of a program.
+/// [`Tokenizer::encode_prompt`]). These two code points are noncharacters, which Unicode reserves
+/// for the inside of a program.
 const SHIELD: &str = "\u{fdd0}\u{fdd1}";
 
 /// The largest token id that is accepted: sixteen times the largest vocabulary in use.

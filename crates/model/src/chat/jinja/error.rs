@@ -2,14 +2,14 @@
 
 /// What went wrong, and in which line of the source (counted from 1).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::chat) struct Failure {
-    pub(in crate::chat) kind: Kind,
-    pub(in crate::chat) line: Option<usize>,
+pub(crate) struct Failure {
+    pub(crate) kind: Kind,
+    pub(crate) line: Option<usize>,
 }
 
 /// The kinds of failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::chat) enum Kind {
+pub(crate) enum Kind {
     /// The source is not Jinja.
     Syntax(String),
     /// The template's own `raise_exception`.

@@ -3,89 +3,33 @@
 use std::cmp::Ordering;
 use std::rc::Rc;
 
+use super::access::{member, subscript};
+use super::arguments::Given;
 use super::error::{Failure, Outcome};
 use super::limits::Meter;
 use super::methods::{self, lines, strip};
+use super::names;
 use super::operators::{arithmetic, escape};
-use super::run::{Given, Run, member, subscript};
 use super::text::{Builder, Text};
 use super::value::{Value, dict, list, tuple};
 use super::write::{JsonStyle, json, repr, to_text};
 use super::{ast, html, predicates};
 
-const NAMES: [&str; 52] = [
-    "abs",
-    "attr",
-    "batch",
-    "capitalize",
-    "center",
-    "count",
-    "d",
-    "default",
-    "dictsort",
-    "e",
-    "escape",
-    "filesizeformat",
-    "first",
-    "float",
-    "forceescape",
-    "format",
-    "groupby",
-    "indent",
-    "int",
-    "items",
-    "join",
-    "last",
-    "length",
-    "list",
-    "lower",
-    "map",
-    "max",
-    "min",
-    "pprint",
-    "reject",
-    "rejectattr",
-    "replace",
-    "reverse",
-    "round",
-    "safe",
-    "select",
-    "selectattr",
-    "slice",
-    "sort",
-    "string",
-    "striptags",
-    "sum",
-    "title",
-    "tojson",
-    "trim",
-    "truncate",
-    "unique",
-    "upper",
-    "urlencode",
-    "wordcount",
-    "wordwrap",
-    "xmlattr",
-];
-
-/// Whether a filter of this name exists.
-pub(super) fn is_known(name: &str) -> bool {
-    NAMES.contains(&name)
-}
-
-pub(super) fn apply(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
+pub(super) fn apply(meter: &Rc<Meter>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
     if let Value::Str(text) = value {
-        run.meter.scan(text.as_str().len())?;
+        meter.scan(text.as_str().len())?;
     }
     match name {
         "map" | "select" | "reject" | "selectattr" | "rejectattr" => {
-            chosen(run, name, value, given)
+            chosen(meter, name, value, given)
         }
         "batch" | "slice" | "first" | "last" | "list" | "join" | "sum" | "max" | "min" | "sort"
         | "unique" | "groupby" | "dictsort" | "items" | "reverse" | "length" | "count" => {
-            of_items(run, name, value, given)
+            of_items(meter, name, value, given)
         }
-        "abs" | "float" | "int" | "round" | "filesizeformat" => of_numbers(run, name, value, given),
+        "abs" | "float" | "int" | "round" | "filesizeformat" => {
+            of_numbers(meter, name, value, given)
+        }
         "d" | "default" => {
             let [other, falsy] = given.bind(name, ["default_value", "boolean"])?;
             let falsy = falsy.is_some_and(|falsy| falsy.is_true());
@@ -93,23 +37,23 @@ pub(super) fn apply(run: &mut Run<'_>, name: &str, value: &Value, given: &Given)
             match (missing, other) {
                 (false, _) => Ok(value.clone()),
                 (true, Some(other)) => Ok(other),
-                (true, None) => Ok(Value::Str(Text::literal(&run.meter, "")?)),
+                (true, None) => Ok(Value::Str(Text::literal(meter, "")?)),
             }
         }
         "attr" => {
             let [field] = given.bind(name, ["name"])?;
             let field = field.ok_or_else(|| lacks(name))?;
-            let field = to_text(&field, &run.meter)?;
+            let field = to_text(&field, meter)?;
             // Unlike a subscript, this sees no entries of dictionaries.
             match value {
-                Value::Dict(_) if !methods::is_known(value, field.as_str()) => {
+                Value::Dict(_) if !names::is_method(value, field.as_str()) => {
                     Ok(Value::undefined(format!("no attribute {:?}", field.as_str())))
                 }
                 value => member(value, field.as_str()),
             }
         }
-        "tojson" => to_json(&run.meter, value, given),
-        _ => of_text(run, name, value, given),
+        "tojson" => to_json(meter, value, given),
+        _ => of_text(meter, name, value, given),
     }
 }
 
@@ -169,9 +113,9 @@ fn path(value: &Value, attribute: &Value) -> Outcome<Value> {
 }
 
 /// Filters that run another filter or test on each item.
-fn chosen(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
+fn chosen(meter: &Rc<Meter>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
     // As in Jinja, what is false has no items, whatever it is.
-    let items = if value.is_true() { value.iterate(&run.meter)? } else { Vec::new() };
+    let items = if value.is_true() { value.iterate(meter)? } else { Vec::new() };
     let mut rest = given.positional.iter().cloned();
     let mut results = Vec::new();
     if name == "map" {
@@ -186,14 +130,14 @@ fn chosen(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outcom
                 });
             }
         } else {
-            let filter = to_text(&rest.next().ok_or_else(|| lacks(name))?, &run.meter)?;
+            let filter = to_text(&rest.next().ok_or_else(|| lacks(name))?, meter)?;
             let inner = Given { positional: rest.collect(), named: given.named.clone() };
             for item in &items {
-                run.meter.step(1)?;
-                results.push(apply(run, filter.as_str(), item, &inner)?);
+                meter.step(1)?;
+                results.push(apply(meter, filter.as_str(), item, &inner)?);
             }
         }
-        return list(&run.meter, results);
+        return list(meter, results);
     }
     let attribute = match name.ends_with("attr") {
         true => Some(rest.next().ok_or_else(|| lacks(name))?),
@@ -202,15 +146,15 @@ fn chosen(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outcom
     let test = rest.next();
     let inner = Given { positional: rest.collect(), named: given.named.clone() };
     for item in items {
-        run.meter.step(1)?;
+        meter.step(1)?;
         let subject = match &attribute {
             Some(attribute) => path(&item, attribute)?,
             None => item.clone(),
         };
         let holds = match &test {
             Some(test) => {
-                let test = to_text(test, &run.meter)?;
-                predicates::holds(run, test.as_str(), &subject, &inner)?
+                let test = to_text(test, meter)?;
+                predicates::holds(meter, test.as_str(), &subject, &inner)?
             }
             None => subject.is_true(),
         };
@@ -218,7 +162,7 @@ fn chosen(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outcom
             results.push(item);
         }
     }
-    list(&run.meter, results)
+    list(meter, results)
 }
 
 /// What a value is sorted and compared by: text without regard to case, unless asked.
@@ -287,73 +231,72 @@ fn truth(value: Option<Value>) -> bool {
 }
 
 /// Filters on a list and the like.
-fn of_items(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
-    let meter = Rc::clone(&run.meter);
+fn of_items(meter: &Rc<Meter>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
     let empty = || Value::undefined("the sequence is empty");
     match name {
         "length" | "count" => Ok(Value::Int(value.length()? as i128)),
-        "first" => Ok(value.iterate(&meter)?.first().cloned().unwrap_or_else(empty)),
-        "last" => Ok(value.iterate(&meter)?.last().cloned().unwrap_or_else(empty)),
-        "list" => list(&meter, value.iterate(&meter)?),
+        "first" => Ok(value.iterate(meter)?.first().cloned().unwrap_or_else(empty)),
+        "last" => Ok(value.iterate(meter)?.last().cloned().unwrap_or_else(empty)),
+        "list" => list(meter, value.iterate(meter)?),
         "items" => match value {
-            Value::Undefined(_) => list(&meter, Vec::new()),
-            Value::Dict(_) => methods::call(run, value, "items", &Given::default()),
+            Value::Undefined(_) => list(meter, Vec::new()),
+            Value::Dict(_) => methods::call(meter, value, "items", &Given::default()),
             _ => Err(Failure::failed("Can only get item pairs from a mapping.")),
         },
         "reverse" => match value {
             Value::Str(text) => {
-                let mut out = Builder::new(&meter);
+                let mut out = Builder::new(meter);
                 for (at, character) in text.as_str().char_indices().rev() {
                     out.push(character.encode_utf8(&mut [0; 4]), text.is_typed(at))?;
                 }
                 Ok(Value::Str(out.finish()))
             }
             value => {
-                let mut items = value.iterate(&meter)?;
+                let mut items = value.iterate(meter)?;
                 items.reverse();
-                list(&meter, items)
+                list(meter, items)
             }
         },
-        "join" => join(&meter, value, given),
+        "join" => join(meter, value, given),
         "sum" => {
             let [attribute, start] = given.bind(name, ["attribute", "start"])?;
             let mut total = start.unwrap_or(Value::Int(0));
-            for item in value.iterate(&meter)? {
+            for item in value.iterate(meter)? {
                 let item = match attribute.as_ref().filter(|it| !matches!(it, Value::None)) {
                     Some(attribute) => path(&item, attribute)?,
                     None => item,
                 };
-                total = arithmetic(&meter, ast::Operator::Add, &total, &item)?;
+                total = arithmetic(meter, ast::Operator::Add, &total, &item)?;
             }
             Ok(total)
         }
         "max" | "min" => {
             let [case, attribute] = given.bind(name, ["case_sensitive", "attribute"])?;
-            let keyed = keyed(value.iterate(&meter)?, attribute.as_ref(), truth(case))?;
-            let found = sorted(&meter, keyed, name == "max")?;
+            let keyed = keyed(value.iterate(meter)?, attribute.as_ref(), truth(case))?;
+            let found = sorted(meter, keyed, name == "max")?;
             Ok(found.into_iter().next().map_or_else(empty, |it| it.1))
         }
         "sort" => {
             let names = ["reverse", "case_sensitive", "attribute"];
             let [reverse, case, attribute] = given.bind(name, names)?;
-            let keyed = keyed(value.iterate(&meter)?, attribute.as_ref(), truth(case))?;
-            let found = sorted(&meter, keyed, truth(reverse))?;
-            list(&meter, found.into_iter().map(|it| it.1).collect())
+            let keyed = keyed(value.iterate(meter)?, attribute.as_ref(), truth(case))?;
+            let found = sorted(meter, keyed, truth(reverse))?;
+            list(meter, found.into_iter().map(|it| it.1).collect())
         }
         "unique" => {
             let [case, attribute] = given.bind(name, ["case_sensitive", "attribute"])?;
             let mut seen = std::collections::HashSet::new();
             let mut items = Vec::new();
-            for (key, item) in keyed(value.iterate(&meter)?, attribute.as_ref(), truth(case))? {
+            for (key, item) in keyed(value.iterate(meter)?, attribute.as_ref(), truth(case))? {
                 if seen.insert(key.key()?) {
                     items.push(item);
                 }
             }
-            list(&meter, items)
+            list(meter, items)
         }
-        "groupby" => group_by(&meter, value, given),
-        "dictsort" => dict_sort(&meter, value, given),
-        _ => cut(&meter, name, value, given),
+        "groupby" => group_by(meter, value, given),
+        "dictsort" => dict_sort(meter, value, given),
+        _ => cut(meter, name, value, given),
     }
 }
 
@@ -495,7 +438,7 @@ fn parse_int(text: &str, base: u32) -> Option<i128> {
 }
 
 /// Filters on a number.
-fn of_numbers(run: &Run<'_>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
+fn of_numbers(meter: &Rc<Meter>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
     if let Value::Undefined(reason) = value {
         return Err(Failure::failed(&**reason));
     }
@@ -537,7 +480,7 @@ fn of_numbers(run: &Run<'_>, name: &str, value: &Value, given: &Given) -> Outcom
                 value => value.as_float(),
             };
             let bytes = bytes.ok_or_else(|| Failure::failed("filesizeformat needs a number"))?;
-            Ok(Value::Str(Text::literal(&run.meter, &file_size(bytes, truth(binary)))?))
+            Ok(Value::Str(Text::literal(meter, &file_size(bytes, truth(binary)))?))
         }
     }
 }
@@ -595,17 +538,16 @@ fn round_integer(value: i128, precision: i32) -> i128 {
 }
 
 /// Filters on text.
-fn of_text(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
-    let meter = Rc::clone(&run.meter);
-    let text = to_text(value, &meter)?;
+fn of_text(meter: &Rc<Meter>, name: &str, value: &Value, given: &Given) -> Outcome<Value> {
+    let text = to_text(value, meter)?;
     match name {
         "string" => Ok(Value::Str(text)),
-        "lower" | "upper" | "capitalize" => methods::call(run, &Value::Str(text), name, given),
+        "lower" | "upper" | "capitalize" => methods::call(meter, &Value::Str(text), name, given),
         "center" => {
             let width = Value::Int(80);
             let [given_width] = given.bind(name, ["width"])?;
             let given = Given { positional: vec![given_width.unwrap_or(width)], named: vec![] };
-            methods::call(run, &Value::Str(text), name, &given)
+            methods::call(meter, &Value::Str(text), name, &given)
         }
         "trim" => {
             let [characters] = given.bind(name, ["chars"])?;
@@ -615,19 +557,19 @@ fn of_text(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outco
         "replace" => {
             let [old, new, count] = given.bind(name, ["old", "new", "count"])?;
             let (Some(old), Some(new)) = (old, new) else { return Err(lacks(name)) };
-            let (old, new) = (to_text(&old, &meter)?, to_text(&new, &meter)?);
+            let (old, new) = (to_text(&old, meter)?, to_text(&new, meter)?);
             let most = count.and_then(|count| count.as_int()).unwrap_or(-1);
             let most = usize::try_from(most).unwrap_or(usize::MAX);
             text.replace(old.as_str(), &new, most).map(Value::Str)
         }
         "format" => {
             let arguments = match given.named.is_empty() {
-                true => tuple(&meter, given.positional.clone())?,
+                true => tuple(meter, given.positional.clone())?,
                 false => {
                     let pairs = given.named.iter().map(|(name, value)| {
-                        Ok((Value::Str(Text::literal(&meter, name)?), value.clone()))
+                        Ok((Value::Str(Text::literal(meter, name)?), value.clone()))
                     });
-                    dict(&meter, pairs.collect::<Outcome<Vec<_>>>()?)?
+                    dict(meter, pairs.collect::<Outcome<Vec<_>>>()?)?
                 }
             };
             super::format::percent(&text, &arguments).map(Value::Str)
@@ -644,7 +586,7 @@ fn of_text(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outco
             Ok(Value::Int(words.count() as i128))
         }
         "pprint" => {
-            let mut out = Builder::new(&meter);
+            let mut out = Builder::new(meter);
             repr(value, &mut out)?;
             if out.as_str().chars().count() > 80 {
                 return Err(Failure::failed(
@@ -655,8 +597,8 @@ fn of_text(run: &mut Run<'_>, name: &str, value: &Value, given: &Given) -> Outco
         }
         "wordwrap" => html::word_wrap(&text, given).map(Value::Str),
         "striptags" => html::strip_tags(&text).map(Value::Str),
-        "urlencode" => html::url_encode(value, &meter).map(Value::Str),
-        "xmlattr" => html::attributes(value, given, &meter).map(Value::Str),
+        "urlencode" => html::url_encode(value, meter).map(Value::Str),
+        "xmlattr" => html::attributes(value, given, meter).map(Value::Str),
         _ => Err(Failure::failed(format!("no filter named {name:?}"))),
     }
 }

@@ -2,9 +2,9 @@
 
 use std::rc::Rc;
 
+use super::access::{attribute, item};
 use super::error::{Failure, Outcome};
 use super::limits::Meter;
-use super::operators::{attribute, item};
 use super::text::{Builder, Text};
 use super::value::Value;
 use super::write::{float_repr, is_printable, repr, to_text};

@@ -2,11 +2,11 @@
 
 use std::rc::Rc;
 
+use super::arguments::Given;
 use super::error::{Failure, Outcome};
 use super::limits::Meter;
 use super::methods::lines;
 use super::operators::escape;
-use super::run::Given;
 use super::text::{Builder, Text};
 use super::value::Value;
 use super::write::to_text;

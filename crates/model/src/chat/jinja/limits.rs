@@ -69,6 +69,11 @@ impl Meter {
         Ok(())
     }
 
+    /// Counts `bytes` that are there already; the next [`Meter::take`] refuses what is too much.
+    pub(super) fn hold(&self, bytes: usize) {
+        self.live.set(self.live.get().saturating_add(bytes));
+    }
+
     /// Counts a look at every one of `bytes` bytes.
     pub(super) fn scan(&self, bytes: usize) -> Outcome<()> {
         self.step(bytes as u64 / 64)

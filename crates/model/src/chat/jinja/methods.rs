@@ -1,79 +1,22 @@
 //! Methods of Python's strings, dictionaries and lists.
 
+use std::rc::Rc;
+
+use super::access::slice;
+use super::arguments::Given;
 use super::error::{Failure, Outcome};
 use super::format::{all_printable, braces};
-use super::run::{Given, Run};
+use super::limits::Meter;
 use super::text::{Builder, Text};
 use super::value::{Value, list, tuple};
 
-const OF_STRINGS: [&str; 44] = [
-    "capitalize",
-    "casefold",
-    "center",
-    "count",
-    "endswith",
-    "expandtabs",
-    "find",
-    "format",
-    "format_map",
-    "index",
-    "isalnum",
-    "isalpha",
-    "isascii",
-    "isdecimal",
-    "isdigit",
-    "isidentifier",
-    "islower",
-    "isnumeric",
-    "isprintable",
-    "isspace",
-    "istitle",
-    "isupper",
-    "join",
-    "ljust",
-    "lower",
-    "lstrip",
-    "partition",
-    "removeprefix",
-    "removesuffix",
-    "replace",
-    "rfind",
-    "rindex",
-    "rjust",
-    "rpartition",
-    "rsplit",
-    "rstrip",
-    "split",
-    "splitlines",
-    "startswith",
-    "strip",
-    "swapcase",
-    "title",
-    "upper",
-    "zfill",
-];
-
-/// Whether the value has a method of this name.
-pub(super) fn is_known(value: &Value, name: &str) -> bool {
-    match value {
-        Value::Str(_) => OF_STRINGS.contains(&name),
-        Value::Dict(_) => matches!(name, "get" | "items" | "keys" | "values" | "copy"),
-        Value::List(_) => matches!(name, "count" | "index" | "copy"),
-        Value::Tuple(_) => matches!(name, "count" | "index"),
-        Value::Float(_) => name == "is_integer",
-        Value::Loop(_) => matches!(name, "cycle" | "changed"),
-        Value::Cycler(_) => matches!(name, "next" | "reset"),
-        _ => false,
-    }
-}
-
-pub(super) fn call(run: &mut Run<'_>, value: &Value, name: &str, given: &Given) -> Outcome<Value> {
+pub(super) fn call(meter: &Rc<Meter>, value: &Value, name: &str, given: &Given) -> Outcome<Value> {
     match value {
         Value::Str(text) => {
             text.meter().scan(text.as_str().len())?;
-            of_string(run, text, name, given)
+            of_string(meter, text, name, given)
         }
-        Value::Dict(_) => of_dict(run, value, name, given),
+        Value::Dict(_) => of_dict(meter, value, name, given),
         Value::List(items) | Value::Tuple(items) => {
             if name == "copy" {
                 return Ok(value.clone());
@@ -82,7 +25,7 @@ pub(super) fn call(run: &mut Run<'_>, value: &Value, name: &str, given: &Given) 
             let item = item.ok_or_else(|| needs(name))?;
             let mut found = Vec::new();
             for (index, each) in items.items.iter().enumerate() {
-                if each.equals(&item, &run.meter)? {
+                if each.equals(&item, meter)? {
                     found.push(index);
                 }
             }
@@ -102,7 +45,7 @@ pub(super) fn call(run: &mut Run<'_>, value: &Value, name: &str, given: &Given) 
             let mut last = state.last.borrow_mut();
             let mut same = last.as_ref().is_some_and(|last| last.len() == given.positional.len());
             for (old, new) in last.iter().flatten().zip(&given.positional) {
-                same = same && old.equals(new, &run.meter)?;
+                same = same && old.equals(new, meter)?;
             }
             if given.positional.iter().any(Value::holds_namespace) {
                 return Err(Failure::failed("changed() compares values that do not change"));
@@ -127,7 +70,7 @@ fn needs(name: &str) -> Failure {
     Failure::failed(format!("{name}() lacks an argument"))
 }
 
-fn of_dict(run: &Run<'_>, value: &Value, name: &str, given: &Given) -> Outcome<Value> {
+fn of_dict(meter: &Rc<Meter>, value: &Value, name: &str, given: &Given) -> Outcome<Value> {
     let Value::Dict(dict) = value else { return Ok(Value::None) };
     if name == "get" {
         let [key, default] = given.bind(name, ["key", "default"])?;
@@ -137,14 +80,13 @@ fn of_dict(run: &Run<'_>, value: &Value, name: &str, given: &Given) -> Outcome<V
     }
     let [] = given.bind(name, [])?;
     let entries = dict.entries.values();
-    run.meter.step(dict.entries.len() as u64 / 8)?;
+    meter.step(dict.entries.len() as u64 / 8)?;
     match name {
-        "keys" => list(&run.meter, entries.map(|entry| entry.0.clone()).collect()),
-        "values" => list(&run.meter, entries.map(|entry| entry.1.clone()).collect()),
+        "keys" => list(meter, entries.map(|entry| entry.0.clone()).collect()),
+        "values" => list(meter, entries.map(|entry| entry.1.clone()).collect()),
         "items" => {
-            let pairs =
-                entries.map(|(key, value)| tuple(&run.meter, vec![key.clone(), value.clone()]));
-            list(&run.meter, pairs.collect::<Outcome<_>>()?)
+            let pairs = entries.map(|(key, value)| tuple(meter, vec![key.clone(), value.clone()]));
+            list(meter, pairs.collect::<Outcome<_>>()?)
         }
         _ => Ok(value.clone()),
     }
@@ -163,7 +105,7 @@ pub(super) fn is_space(character: char) -> bool {
     character.is_whitespace() || matches!(character, '\u{1c}'..='\u{1f}')
 }
 
-fn of_string(run: &mut Run<'_>, text: &Text, name: &str, given: &Given) -> Outcome<Value> {
+fn of_string(meter: &Rc<Meter>, text: &Text, name: &str, given: &Given) -> Outcome<Value> {
     let string = text.as_str();
     if let Some(holds) = of_characters(string, name) {
         let [] = given.bind(name, [])?;
@@ -187,8 +129,8 @@ fn of_string(run: &mut Run<'_>, text: &Text, name: &str, given: &Given) -> Outco
             };
             text.part(part.unwrap_or(string)).map(Value::Str)
         }
-        "startswith" | "endswith" => affixed(run, text, name, given),
-        "find" | "rfind" | "index" | "rindex" | "count" => find(run, text, name, given),
+        "startswith" | "endswith" => affixed(meter, text, name, given),
+        "find" | "rfind" | "index" | "rindex" | "count" => find(meter, text, name, given),
         "replace" => {
             let [old, new, count] = given.bind(name, ["old", "new", "count"])?;
             let (Some(Value::Str(old)), Some(Value::Str(new))) = (old, new) else {
@@ -198,41 +140,10 @@ fn of_string(run: &mut Run<'_>, text: &Text, name: &str, given: &Given) -> Outco
             let most = usize::try_from(most).unwrap_or(usize::MAX);
             text.replace(old.as_str(), &new, most).map(Value::Str)
         }
-        "split" | "rsplit" => split(run, text, name == "rsplit", given),
-        "splitlines" => splitlines(run, text, given),
-        "partition" | "rpartition" => {
-            let separator = one_string(name, given)?;
-            let separator = separator.as_str();
-            let found = match name {
-                "partition" => string.find(separator),
-                _ => string.rfind(separator),
-            };
-            let cuts = match (found, name) {
-                (Some(at), _) => [at, at + separator.len()],
-                (None, "partition") => [string.len(), string.len()],
-                (None, _) => [0, 0],
-            };
-            let parts = [0..cuts[0], cuts[0]..cuts[1], cuts[1]..string.len()];
-            let parts = parts.map(|part| text.slice(part).map(Value::Str));
-            tuple(&run.meter, parts.into_iter().collect::<Outcome<_>>()?)
-        }
-        "join" => {
-            let [items] = given.bind(name, ["iterable"])?;
-            let items = items.ok_or_else(|| needs(name))?.iterate(&run.meter)?;
-            let mut out = Builder::new(&run.meter);
-            for (index, item) in items.iter().enumerate() {
-                if index > 0 {
-                    out.push_text(text)?;
-                }
-                let Value::Str(item) = item else {
-                    let found = item.type_name();
-                    let reason = format!("sequence item {index}: expected str, {found} found");
-                    return Err(Failure::failed(reason));
-                };
-                out.push_text(item)?;
-            }
-            Ok(Value::Str(out.finish()))
-        }
+        "split" | "rsplit" => split(meter, text, name == "rsplit", given),
+        "splitlines" => splitlines(meter, text, given),
+        "partition" | "rpartition" => partition(text, name, given),
+        "join" => join(text, given),
         "center" | "ljust" | "rjust" | "zfill" => justify(text, name, given),
         "expandtabs" => expand_tabs(text, given),
         "format" => braces(text, &given.positional, &given.named).map(Value::Str),
@@ -248,6 +159,41 @@ fn of_string(run: &mut Run<'_>, text: &Text, name: &str, given: &Given) -> Outco
         }
         _ => Err(Failure::failed(format!("'str' object has no method {name:?}"))),
     }
+}
+
+fn partition(text: &Text, name: &str, given: &Given) -> Outcome<Value> {
+    let separator = one_string(name, given)?;
+    let (string, separator) = (text.as_str(), separator.as_str());
+    let found = match name {
+        "partition" => string.find(separator),
+        _ => string.rfind(separator),
+    };
+    let cuts = match (found, name) {
+        (Some(at), _) => [at, at + separator.len()],
+        (None, "partition") => [string.len(), string.len()],
+        (None, _) => [0, 0],
+    };
+    let parts = [0..cuts[0], cuts[0]..cuts[1], cuts[1]..string.len()];
+    let parts = parts.map(|part| text.slice(part).map(Value::Str));
+    tuple(text.meter(), parts.into_iter().collect::<Outcome<_>>()?)
+}
+
+fn join(text: &Text, given: &Given) -> Outcome<Value> {
+    let [items] = given.bind("join", ["iterable"])?;
+    let items = items.ok_or_else(|| needs("join"))?.iterate(text.meter())?;
+    let mut out = Builder::new(text.meter());
+    for (index, item) in items.iter().enumerate() {
+        if index > 0 {
+            out.push_text(text)?;
+        }
+        let Value::Str(item) = item else {
+            let found = item.type_name();
+            let reason = format!("sequence item {index}: expected str, {found} found");
+            return Err(Failure::failed(reason));
+        };
+        out.push_text(item)?;
+    }
+    Ok(Value::Str(out.finish()))
 }
 
 /// Methods that ask something of all characters.
@@ -383,13 +329,13 @@ fn window(text: &Text, start: Option<Value>, end: Option<Value>) -> Outcome<Opti
     }
     let value = |index: i128| Value::Int(index);
     let bounds = [value(start), value(end), Value::None];
-    match super::operators::slice(text.meter(), &Value::Str(text.clone()), bounds)? {
+    match slice(text.meter(), &Value::Str(text.clone()), bounds)? {
         Value::Str(part) => Ok(Some((part, start as usize))),
         _ => Ok(None),
     }
 }
 
-fn affixed(run: &Run<'_>, text: &Text, name: &str, given: &Given) -> Outcome<Value> {
+fn affixed(meter: &Rc<Meter>, text: &Text, name: &str, given: &Given) -> Outcome<Value> {
     let [affixes, start, end] = given.bind(name, ["affix", "start", "end"])?;
     let affixes = match affixes {
         Some(Value::Str(affix)) => vec![Value::Str(affix)],
@@ -397,7 +343,7 @@ fn affixed(run: &Run<'_>, text: &Text, name: &str, given: &Given) -> Outcome<Val
         _ => return Err(Failure::failed(format!("{name}() needs a string or a tuple of strings"))),
     };
     let Some((part, _)) = window(text, start, end)? else { return Ok(Value::Bool(false)) };
-    run.meter.step(affixes.len() as u64)?;
+    meter.step(affixes.len() as u64)?;
     let part = part.as_str();
     let holds = affixes.iter().any(|affix| {
         let affix = affix.as_str();
@@ -409,7 +355,7 @@ fn affixed(run: &Run<'_>, text: &Text, name: &str, given: &Given) -> Outcome<Val
     Ok(Value::Bool(holds))
 }
 
-fn find(run: &Run<'_>, text: &Text, name: &str, given: &Given) -> Outcome<Value> {
+fn find(meter: &Rc<Meter>, text: &Text, name: &str, given: &Given) -> Outcome<Value> {
     let [what, start, end] = given.bind(name, ["sub", "start", "end"])?;
     let what = what.ok_or_else(|| needs(name))?;
     let what = what.as_str().ok_or_else(|| Failure::failed(format!("{name}() needs a string")))?;
@@ -426,7 +372,7 @@ fn find(run: &Run<'_>, text: &Text, name: &str, given: &Given) -> Outcome<Value>
         let at = if name.starts_with('r') { part.rfind(what) } else { part.find(what) }?;
         Some((part[..at].chars().count() + start) as i128)
     });
-    run.meter.step(1)?;
+    meter.step(1)?;
     match found {
         Some(at) => Ok(Value::Int(at)),
         None if name.ends_with("index") => Err(Failure::failed("substring not found")),
@@ -435,7 +381,7 @@ fn find(run: &Run<'_>, text: &Text, name: &str, given: &Given) -> Outcome<Value>
 }
 
 /// `str.split` and `str.rsplit`.
-fn split(run: &Run<'_>, text: &Text, from_right: bool, given: &Given) -> Outcome<Value> {
+fn split(meter: &Rc<Meter>, text: &Text, from_right: bool, given: &Given) -> Outcome<Value> {
     let [separator, limit] = given.bind("split", ["sep", "maxsplit"])?;
     let limit = limit.and_then(|limit| limit.as_int()).unwrap_or(-1);
     let pieces = usize::try_from(limit).map_or(usize::MAX, |limit| limit.saturating_add(1));
@@ -457,7 +403,7 @@ fn split(run: &Run<'_>, text: &Text, from_right: bool, given: &Given) -> Outcome
         }
     };
     let parts = parts.into_iter().map(|part| text.part(part).map(Value::Str));
-    list(&run.meter, parts.collect::<Outcome<_>>()?)
+    list(meter, parts.collect::<Outcome<_>>()?)
 }
 
 /// Runs of whitespace separate; the last piece (first, from the right) keeps what is left.
@@ -489,10 +435,10 @@ fn split_whitespace(string: &str, pieces: usize, from_right: bool) -> Vec<&str> 
     parts
 }
 
-fn splitlines(run: &Run<'_>, text: &Text, given: &Given) -> Outcome<Value> {
+fn splitlines(meter: &Rc<Meter>, text: &Text, given: &Given) -> Outcome<Value> {
     let [keep] = given.bind("splitlines", ["keepends"])?;
     let keep = keep.is_some_and(|keep| keep.is_true());
-    list(&run.meter, lines(text, keep)?)
+    list(meter, lines(text, keep)?)
 }
 
 /// The lines of a text as Python counts them.

@@ -5,6 +5,8 @@
 //! and time, also while it is parsed (see `limits`). Semantics are those of Jinja under Python with
 //! the settings of transformers; `tests/peers/templates.py` compares both.
 
+mod access;
+mod arguments;
 mod ast;
 mod error;
 mod filters;
@@ -13,6 +15,7 @@ mod html;
 mod lexer;
 mod limits;
 mod methods;
+mod names;
 mod operators;
 mod parser;
 mod predicates;

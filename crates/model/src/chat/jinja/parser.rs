@@ -180,8 +180,8 @@ impl Parser {
                     false => Vec::new(),
                 };
                 let call = self.expression()?;
-                let is_call = matches!(&call, Expr::Postfix(_, s) if matches!(s.last(), Some(Suffix::Call(_))));
-                if !is_call {
+                let last = if let Expr::Postfix(_, all) = &call { all.last() } else { None };
+                if !matches!(last, Some(Suffix::Call(_))) {
                     return Err(self.error("{% call %} needs a call"));
                 }
                 let body = self.macro_body("endcall")?;

@@ -2,60 +2,17 @@
 
 use std::rc::Rc;
 
+use super::arguments::Given;
 use super::ast::Comparison;
 use super::error::{Failure, Outcome};
+use super::limits::Meter;
+use super::names;
 use super::operators::compare;
-use super::run::{Given, Run};
 use super::value::Value;
 
-/// Whether a test of this name exists.
-pub(super) fn is_known(name: &str) -> bool {
-    const NAMES: [&str; 39] = [
-        "!=",
-        "<",
-        "<=",
-        "==",
-        ">",
-        ">=",
-        "boolean",
-        "callable",
-        "defined",
-        "divisibleby",
-        "eq",
-        "equalto",
-        "escaped",
-        "even",
-        "false",
-        "filter",
-        "float",
-        "ge",
-        "greaterthan",
-        "gt",
-        "in",
-        "integer",
-        "iterable",
-        "le",
-        "lessthan",
-        "lower",
-        "lt",
-        "mapping",
-        "ne",
-        "none",
-        "number",
-        "odd",
-        "sameas",
-        "sequence",
-        "string",
-        "test",
-        "true",
-        "undefined",
-        "upper",
-    ];
-    NAMES.contains(&name)
-}
-
-pub(super) fn holds(run: &Run<'_>, name: &str, value: &Value, given: &Given) -> Outcome<bool> {
-    let comparison = match name {
+/// The comparison that a test is.
+fn comparison(name: &str) -> Option<Comparison> {
+    match name {
         "eq" | "equalto" | "==" => Some(Comparison::Equal),
         "ne" | "!=" => Some(Comparison::NotEqual),
         "lt" | "lessthan" | "<" => Some(Comparison::Less),
@@ -64,13 +21,17 @@ pub(super) fn holds(run: &Run<'_>, name: &str, value: &Value, given: &Given) -> 
         "ge" | ">=" => Some(Comparison::GreaterEqual),
         "in" => Some(Comparison::In),
         _ => None,
-    };
+    }
+}
+
+/// Whether the test `name` holds.
+pub(super) fn holds(meter: &Rc<Meter>, name: &str, value: &Value, given: &Given) -> Outcome<bool> {
     let other = || {
         let [other] = given.bind(name, ["other"])?;
         other.ok_or_else(|| Failure::failed(format!("the test {name:?} needs an argument")))
     };
-    if let Some(comparison) = comparison {
-        return compare(&run.meter, comparison, value, &other()?);
+    if let Some(comparison) = comparison(name) {
+        return compare(meter, comparison, value, &other()?);
     }
     let remainder = |by: i128| {
         let reason = || Failure::failed(format!("the test {name:?} needs an integer"));
@@ -79,7 +40,7 @@ pub(super) fn holds(run: &Run<'_>, name: &str, value: &Value, given: &Given) -> 
             value => value.as_int().map(|value| value.rem_euclid(by)).ok_or_else(reason),
         }
     };
-    let text = || super::write::to_text(value, &run.meter);
+    let text = || super::write::to_text(value, meter);
     Ok(match name {
         "defined" => !matches!(value, Value::Undefined(_)),
         "undefined" => matches!(value, Value::Undefined(_)),
@@ -124,10 +85,10 @@ pub(super) fn holds(run: &Run<'_>, name: &str, value: &Value, given: &Given) -> 
             (Value::List(value), Value::List(other))
             | (Value::Tuple(value), Value::Tuple(other)) => Rc::ptr_eq(value, other),
             (value, other) if value.type_name() != other.type_name() => false,
-            (value, other) => value.equals(other, &run.meter)?,
+            (value, other) => value.equals(other, meter)?,
         },
-        "filter" => super::filters::is_known(text()?.as_str()),
-        "test" => is_known(text()?.as_str()),
+        "filter" => names::is_filter(text()?.as_str()),
+        "test" => names::is_test(text()?.as_str()),
         _ => return Err(Failure::failed(format!("no test named {name:?}"))),
     })
 }

@@ -6,10 +6,12 @@ use std::rc::Rc;
 
 use indexmap::IndexMap;
 
+use super::access::{member, slice, subscript};
+use super::arguments::Given;
 use super::ast::{Arguments, Expr, For, Macro, Stmt, StmtKind, Suffix, Target};
 use super::error::{Failure, Kind, Outcome};
 use super::limits::{Meter, RANGE_ITEMS, RUN_DEPTH};
-use super::operators::{arithmetic, attribute, compare, item, negative, slice};
+use super::operators::{arithmetic, compare, negative};
 use super::text::{Builder, Text};
 use super::value::{Cycler, Joiner, Loop, Namespace, Value, dict, list, tuple};
 use super::write::{print, to_text};
@@ -51,42 +53,6 @@ enum Flow {
     Next,
     Break,
     Continue,
-}
-
-/// The arguments of one call.
-#[derive(Default)]
-pub(super) struct Given {
-    pub(super) positional: Vec<Value>,
-    pub(super) named: Vec<(String, Value)>,
-}
-
-impl Given {
-    /// The arguments by the names of the function's parameters.
-    pub(super) fn bind<const N: usize>(
-        &self,
-        function: &str,
-        names: [&str; N],
-    ) -> Outcome<[Option<Value>; N]> {
-        let mut bound = [const { None }; N];
-        if self.positional.len() > N {
-            let found = self.positional.len();
-            return Err(Failure::failed(format!("{function}() takes {N} arguments, not {found}")));
-        }
-        for (place, value) in bound.iter_mut().zip(&self.positional) {
-            *place = Some(value.clone());
-        }
-        for (name, value) in &self.named {
-            let place = names.iter().position(|known| known == name);
-            match place.map(|place| &mut bound[place]) {
-                Some(place @ None) => *place = Some(value.clone()),
-                _ => {
-                    let reason = format!("{function}() got an unexpected argument {name:?}");
-                    return Err(Failure::failed(reason));
-                }
-            }
-        }
-        Ok(bound)
-    }
 }
 
 impl<'t> Run<'t> {
@@ -377,6 +343,36 @@ impl<'t> Run<'t> {
                 }
                 dict(&self.meter, pairs)?
             }
+            Expr::Not(_)
+            | Expr::Negative(_)
+            | Expr::Positive(_)
+            | Expr::All(_)
+            | Expr::Any(_)
+            | Expr::Compare(..)
+            | Expr::Arithmetic(..)
+            | Expr::Concat(_) => self.operation(expr)?,
+            Expr::Choice(branches, otherwise) => {
+                for (value, condition) in branches {
+                    if self.eval(condition)?.is_true() {
+                        return self.eval(value);
+                    }
+                }
+                match otherwise {
+                    Some(value) => self.eval(value)?,
+                    None => Value::undefined("the condition is false and there is no else"),
+                }
+            }
+            Expr::Postfix(first, suffixes) => {
+                let value = self.eval(first)?;
+                let name = if let Expr::Name(name) = &**first { name } else { "" };
+                self.suffixes(value, suffixes, name)?
+            }
+        })
+    }
+
+    /// An expression with operators.
+    fn operation(&mut self, expr: &'t Expr) -> Outcome<Value> {
+        Ok(match expr {
             Expr::Not(value) => Value::Bool(!self.eval(value)?.is_true()),
             Expr::Negative(value) => negative(&self.eval(value)?)?,
             Expr::Positive(value) => match self.eval(value)? {
@@ -425,22 +421,7 @@ impl<'t> Run<'t> {
                 }
                 Value::Str(out.finish())
             }
-            Expr::Choice(branches, otherwise) => {
-                for (value, condition) in branches {
-                    if self.eval(condition)?.is_true() {
-                        return self.eval(value);
-                    }
-                }
-                match otherwise {
-                    Some(value) => self.eval(value)?,
-                    None => Value::undefined("the condition is false and there is no else"),
-                }
-            }
-            Expr::Postfix(first, suffixes) => {
-                let value = self.eval(first)?;
-                let name = if let Expr::Name(name) = &**first { name } else { "" };
-                self.suffixes(value, suffixes, name)?
-            }
+            other => self.expression(other)?,
         })
     }
 
@@ -469,11 +450,11 @@ impl<'t> Run<'t> {
                 }
                 Suffix::Filter(filter, arguments) => {
                     let given = self.given(arguments)?;
-                    filters::apply(self, filter, &value, &given)?
+                    filters::apply(&self.meter, filter, &value, &given)?
                 }
                 Suffix::Test(test, arguments, negated) => {
                     let given = self.given(arguments)?;
-                    Value::Bool(predicates::holds(self, test, &value, &given)? != *negated)
+                    Value::Bool(predicates::holds(&self.meter, test, &value, &given)? != *negated)
                 }
             };
         }
@@ -520,7 +501,7 @@ impl<'t> Run<'t> {
         match value {
             Value::Function(function) => self.function(function, &given),
             Value::Macro(index) => self.deeper(|run| run.call_macro(*index, given)),
-            Value::Method(method) => methods::call(self, &method.0, &method.1, &given),
+            Value::Method(method) => methods::call(&self.meter, &method.0, &method.1, &given),
             Value::Loop(state) => self.recurse(state, &given),
             Value::Joiner(joiner) => {
                 let mut used = joiner.used.borrow_mut();
@@ -679,26 +660,5 @@ fn check_field(value: &Value) -> Outcome<()> {
     match value.holds_namespace() {
         true => Err(Failure::failed("a namespace cannot hold a namespace or the state of a loop")),
         false => Ok(()),
-    }
-}
-
-/// `value.name`
-pub(super) fn member(value: &Value, name: &str) -> Outcome<Value> {
-    Ok(attribute(value, name)?.unwrap_or_else(|| {
-        Value::undefined(match name.starts_with("__") {
-            true => format!("access to attribute {name:?} is unsafe"),
-            false => format!("'{} object' has no attribute {name:?}", value.type_name()),
-        })
-    }))
-}
-
-/// `value[key]`
-pub(super) fn subscript(value: &Value, key: &Value) -> Outcome<Value> {
-    if let Some(found) = item(value, key)? {
-        return Ok(found);
-    }
-    match key.as_str() {
-        Some(name) => member(value, name),
-        None => Ok(Value::undefined(format!("'{} object' has no such item", value.type_name()))),
     }
 }

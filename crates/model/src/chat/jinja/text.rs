@@ -210,6 +210,8 @@ impl Builder {
     }
 
     pub(super) fn finish(mut self) -> Text {
+        self.meter.hold(size_of::<Inner>());
+        self.bytes += size_of::<Inner>();
         Text(Rc::new(Inner {
             string: std::mem::take(&mut self.string),
             typed: std::mem::take(&mut self.typed),
