@@ -14,8 +14,8 @@ pub(super) const DEPTH: usize = 160;
 pub(super) const RUN_DEPTH: usize = 2000;
 /// Lists, tuples and dictionaries within each other.
 pub(super) const VALUE_DEPTH: usize = 200;
-/// Bytes of all values and of the output at one time.
-const LIVE_BYTES: usize = 40 << 20;
+/// Bytes of all values and of the output at one time: several prompts of a million tokens.
+const LIVE_BYTES: usize = 28 << 20;
 /// Evaluated expressions, loop passes, and pieces of 64 bytes that were made.
 const STEPS: u64 = 4_000_000;
 /// Running time. Long conversations take a few milliseconds.
