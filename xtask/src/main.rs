@@ -3,6 +3,7 @@
 
 mod cuda_toolkit;
 mod dependencies;
+mod instruction_sets;
 mod neon;
 mod source;
 mod tidy;
@@ -31,6 +32,8 @@ enum Command {
     Dependencies,
     /// Brings the pinned CUDA compiler from Python wheels and prints its CUDA_HOME
     CudaToolkit,
+    /// Runs the integration tests with weaker instruction sets than this machine's
+    InstructionSets,
     /// Builds the CPU backend's tests for 64-bit Arm and runs the kernels' under qemu-user
     Neon {
         /// Says what is missing on this machine and succeeds, where something is
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Tidy { update } => tidy::run(&root, update),
         Command::Dependencies => dependencies::run(&root),
         Command::CudaToolkit => cuda_toolkit::run(&root),
+        Command::InstructionSets => instruction_sets::run(&root),
         Command::Neon { if_possible } => neon::run(&root, if_possible),
     };
     match outcome {

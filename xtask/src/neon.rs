@@ -1,8 +1,9 @@
 //! `cargo xtask neon`: the CPU backend's kernels on 64-bit Arm, under qemu-user.
 //!
-//! On Debian: `rustup target add aarch64-unknown-linux-gnu` and the packages `gcc-aarch64-linux-gnu`
-//! and `qemu-user`. The emulated processor is one with the dot product, so that the kernels with it
-//! and those without are tested; then one without, which must not meet an instruction that it lacks.
+//! On Debian: `rustup target add aarch64-unknown-linux-gnu` and the packages
+//! `gcc-aarch64-linux-gnu` and `qemu-user`. The emulated processor is one with the dot product, so
+//! that the kernels with it and those without are tested; then one without, which must not meet an
+//! instruction that it lacks.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

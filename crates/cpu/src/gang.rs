@@ -1,23 +1,17 @@
 //! `Gang`: worker threads that start and join in a fraction of a microsecond.
 //!
 //! A decode step runs some hundred small parallel regions. So a region must not cost a lock, an
-//! allocation or a system call. Workers spin on an epoch counter, and the caller is worker 0. Work
-//! is divided by index. A worker that is idle for `SPIN` sleeps on a condition variable, so an idle
-//! process costs nothing.
-//!
+//! allocation or a system call. The caller is worker 0; the others wait at a [`Barrier`]. Work is
+//! divided by index.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::barrier::Barrier;
 use crate::cores::bind_to;
 pub use crate::cores::{Cores, available_cores};
-
-/// How long a worker spins before it sleeps. It is longer than the serial gaps of a step, which
-/// take some microseconds.
-const SPIN: Duration = Duration::from_micros(150);
 
 /// A closure and the function that calls it, without an allocation.
 #[derive(Clone, Copy)]
@@ -26,33 +20,18 @@ struct Job {
     call: unsafe fn(*const (), usize, usize),
 }
 
-/// A value on a cache line of its own.
-#[repr(align(128))]
-struct Line<T>(T);
-
 struct Shared {
-    /// Counts runs. A worker runs once for each change.
-    epoch: Line<AtomicU32>,
-    /// Workers that have not finished the current run.
-    remaining: Line<AtomicU32>,
-    /// Workers that wait on the condition variable or are about to.
-    sleeping: AtomicU32,
-    stop: AtomicBool,
-    /// The caller writes it before the epoch changes. Workers read it after.
+    barrier: Barrier,
+    /// The caller writes it before a run begins. Workers read it in the run.
     job: std::cell::UnsafeCell<Option<Job>>,
-    sleep: Mutex<()>,
-    wake: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// Whether `panic` holds a panic. Runs need not take its lock to know.
     panicked: AtomicBool,
     workers: usize,
-    /// Whether there are more workers than cores. Waiting workers then yield their core instead of
-    /// spinning.
-    crowded: bool,
 }
 
-// SAFETY: `job` is written only while no worker runs (the caller holds `busy` and `remaining` is
-// 0) and is published by the release of `epoch`; everything else is Sync by itself.
+// SAFETY: `job` is written only while no worker runs (the caller holds `busy` and all are done) and
+// is published by the barrier. Everything else is Sync by itself.
 unsafe impl Sync for Shared {}
 // SAFETY: the raw pointers in `job` are used only during `run`, which outlives their use.
 unsafe impl Send for Shared {}
@@ -79,17 +58,11 @@ impl Gang {
         let workers = threads.max(1);
         let cores = available_cores();
         let shared = Arc::new(Shared {
-            epoch: Line(AtomicU32::new(0)),
-            remaining: Line(AtomicU32::new(0)),
-            sleeping: AtomicU32::new(0),
-            stop: AtomicBool::new(false),
+            barrier: Barrier::new(workers as u32 - 1, workers * gangs.max(1) > cores.count),
             job: std::cell::UnsafeCell::new(None),
-            sleep: Mutex::new(()),
-            wake: Condvar::new(),
             panic: Mutex::new(None),
             panicked: AtomicBool::new(false),
             workers,
-            crowded: workers * gangs.max(1) > cores.count,
         });
         let fills_machine = gangs == 1 && workers == cores.count && cores.ids.len() >= workers;
         let threads = (1..workers)
@@ -144,18 +117,11 @@ impl Gang {
             unsafe { (*closure.cast::<W>())(worker, workers) }
         }
         let shared = &*self.shared;
-        // SAFETY: `busy` is held and no worker is between an epoch and its `remaining`.
+        // SAFETY: `busy` is held and all workers are done with the run before.
         unsafe {
             *shared.job.get() = Some(Job { closure: (&raw const *work).cast(), call: call::<W> })
         };
-        shared.remaining.0.store(shared.workers as u32 - 1, Ordering::Relaxed);
-        shared.epoch.0.fetch_add(1, Ordering::SeqCst);
-        // Either this load sees the sleeper, or the sleeper's check of `epoch` sees the change.
-        // Both are sequentially consistent and in opposite orders.
-        if shared.sleeping.load(Ordering::SeqCst) > 0 {
-            drop(lock(&shared.sleep));
-            shared.wake.notify_all();
-        }
+        shared.barrier.begin();
     }
 }
 
@@ -167,15 +133,7 @@ struct Finish<'a> {
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
         let shared = &*self.gang.shared;
-        let mut spins = 0u32;
-        while shared.remaining.0.load(Ordering::Acquire) > 0 {
-            spins += 1;
-            if shared.crowded || spins > 20_000 {
-                std::thread::yield_now();
-            } else {
-                std::hint::spin_loop();
-            }
-        }
+        shared.barrier.wait_for_all();
         if std::thread::panicking() {
             // The caller is panicking itself. A worker's panic must not reach the next run.
             shared.panicked.store(false, Ordering::Relaxed);
@@ -186,10 +144,7 @@ impl Drop for Finish<'_> {
 
 impl Drop for Gang {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.0.fetch_add(1, Ordering::SeqCst);
-        drop(lock(&self.shared.sleep));
-        self.shared.wake.notify_all();
+        self.shared.barrier.stop();
         for thread in self.threads.drain(..) {
             // A worker catches the panics of its work, so joining cannot fail.
             let _ = thread.join();
@@ -206,56 +161,20 @@ impl std::fmt::Debug for Gang {
 /// The loop of a worker thread.
 fn serve(shared: &Shared, worker: usize) {
     let mut seen = 0;
-    loop {
-        seen = next_epoch(shared, seen);
-        if shared.stop.load(Ordering::SeqCst) {
-            return;
-        }
-        // SAFETY: the caller wrote the job before it changed the epoch, and leaves it until
-        // `remaining` is 0.
+    while let Some(epoch) = shared.barrier.next(seen) {
+        seen = epoch;
+        // SAFETY: the caller wrote the job before the run began, and leaves it until all are done.
         let job = unsafe { *shared.job.get() };
         if let Some(job) = job {
-            // SAFETY: the closure lives until `remaining` is 0.
+            // SAFETY: the closure lives until all workers are done.
             let run = || unsafe { (job.call)(job.closure, worker, shared.workers) };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
                 *lock(&shared.panic) = Some(panic);
                 shared.panicked.store(true, Ordering::Relaxed);
             }
         }
-        shared.remaining.0.fetch_sub(1, Ordering::Release);
+        shared.barrier.done();
     }
-}
-
-/// Spins and then sleeps until the epoch differs from `seen`. Returns the new epoch.
-fn next_epoch(shared: &Shared, seen: u32) -> u32 {
-    let mut spins = 0u32;
-    let mut start = None;
-    loop {
-        let epoch = shared.epoch.0.load(Ordering::Acquire);
-        if epoch != seen {
-            return epoch;
-        }
-        spins += 1;
-        if shared.crowded {
-            std::thread::yield_now();
-        } else {
-            std::hint::spin_loop();
-        }
-        if spins.is_multiple_of(64) && start.get_or_insert_with(Instant::now).elapsed() > SPIN {
-            break;
-        }
-    }
-    let mut guard = lock(&shared.sleep);
-    shared.sleeping.fetch_add(1, Ordering::SeqCst);
-    let epoch = loop {
-        let epoch = shared.epoch.0.load(Ordering::SeqCst);
-        if epoch != seen {
-            break epoch;
-        }
-        guard = shared.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
-    };
-    shared.sleeping.fetch_sub(1, Ordering::SeqCst);
-    epoch
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -270,6 +189,7 @@ pub fn share(total: usize, index: usize, parts: usize) -> std::ops::Range<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::SPIN;
     use std::sync::atomic::AtomicUsize;
 
     #[test]
@@ -307,11 +227,9 @@ mod tests {
             for _ in 0..3 {
                 gang.run(|_, _| ());
                 // There is no time limit. If a worker never sleeps, the test hangs.
-                while gang.shared.sleeping.load(Ordering::SeqCst) < workers as u32 - 1 {
+                while gang.shared.barrier.sleeping() < workers as u32 - 1 {
                     std::thread::yield_now();
                 }
-                // The lock is free only when the last worker waits for the condition.
-                drop(lock(&gang.shared.sleep));
                 assert!(gang.threads.iter().all(|thread| !thread.is_finished()));
             }
         }

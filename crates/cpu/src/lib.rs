@@ -9,6 +9,7 @@
 
 mod attend;
 mod backend;
+mod barrier;
 mod cache;
 mod cores;
 mod elementwise;
@@ -27,6 +28,7 @@ mod profile;
 mod ranks;
 mod rows;
 mod stage;
+mod sync;
 mod transform;
 mod weights;
 

@@ -1,9 +1,10 @@
 //! `CudaExecutor`: a prepared program on the device.
 //!
 //! A step's kernels are submitted without waiting, and the next step's while they run. A step of
-//! few rows is recorded as a graph when its like has run once. Where all choices are plain greedy ones, the device chooses, and only
-//! tokens come back. All others are chosen on the host when the step is collected, by the sampler
-//! that the reference uses; the logits of the choices come back for that.
+//! few rows is recorded as a graph when its like has run once. Where all choices are plain greedy
+//! ones, the device chooses, and only tokens come back. All others are chosen on the host when the
+//! step is collected, by the sampler that the reference uses; the logits of the choices come back
+//! for that.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -115,13 +116,9 @@ impl CudaExecutor {
         format: KvFormat,
     ) -> Result<Self, BackendError> {
         device.bind()?;
-        let rows_max = options.rows_max.max(1);
-        let limits = ExecutorLimits {
-            rows_max,
-            sequences_max: rows_max,
-            kv_blocks: options.kv_blocks,
-            steps_in_flight: STEPS_IN_FLIGHT,
-        };
+        let (rows_max, kv_blocks) = (options.rows_max.max(1), options.kv_blocks);
+        let (sequences_max, steps_in_flight) = (rows_max, STEPS_IN_FLIGHT);
+        let limits = ExecutorLimits { rows_max, sequences_max, kv_blocks, steps_in_flight };
         let kv_suffix = cache::suffix(format)
             .ok_or_else(|| unsupported(format!("a KV cache in {}", format.name())))?;
         let allocate = |elements: usize, what| device.allocate(rows_max * elements * 4, what);
@@ -129,11 +126,10 @@ impl CudaExecutor {
             widths.iter().map(|width| allocate(*width, what)).collect()
         };
         let plan = program.buffer_plan();
-        let activations = "the activations";
+        let (activations, parts) = ("the activations", "the parts of sums");
         let capture_widths = program.capture_widths();
         let scratch = scratch_elements(&program);
         let weights = Weights::load(&device, &program, source, options.exact)?;
-        let parts = "the parts of sums";
         let product_sums = gemm::sums(&program, &weights, rows_max);
         let prepared = gemm::prepared_bytes(&program, &weights, rows_max);
         let attention_parts = units::attention_parts(&program, rows_max);

@@ -34,8 +34,8 @@
 //! of its draft tree, at the slots that follow. Such a sequence is planned only when its last token
 //! is known, and not again before its tree has been verified. [`Scheduler::commit`] keeps the
 //! accepted nodes and gives the blocks of the others back. Trees take no row and no block that
-//! another sequence needs in the same step, and preempt nobody. Windows slide by committed positions
-//! alone, so that dropping nodes never needs a block that has been given back.
+//! another sequence needs in the same step, and preempt nobody. Windows slide by committed
+//! positions alone, so that dropping nodes never needs a block that has been given back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;

@@ -12,6 +12,7 @@ use lathe_model::export::Reader;
 use lathe_program::KvFormat;
 use lathe_quant::technique;
 use lathe_session::{Bos, Options, Ranks, SamplingChoice};
+use lathe_tensor::suggest::one_of;
 
 use crate::output::bad_input;
 
@@ -124,8 +125,8 @@ fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
 /// The format of that name, or which there are.
 fn parse_kv_format(name: &str) -> Result<KvFormat, String> {
     KvFormat::parse(name).ok_or_else(|| {
-        let known = KvFormat::ALL.map(KvFormat::name).join(", ");
-        format!("found {name}, expected one of {known}")
+        let known = one_of(name, &KvFormat::ALL.map(KvFormat::name));
+        format!("found {name}, expected {known}")
     })
 }
 
@@ -370,8 +371,8 @@ pub(crate) struct ScoreArguments {
     /// A text file; no special token is added but that of --bos
     #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
     pub text: Option<PathBuf>,
-    /// Whether the text begins with the token that begins a sequence; auto: if the tokenizer adds it
-    /// by itself
+    /// Whether the text begins with the token that begins a sequence; auto: if the tokenizer adds
+    /// it by itself
     #[arg(long, value_enum, value_name = "auto|yes|no", default_value_t = BosChoice::Auto)]
     pub bos: BosChoice,
     /// Tokens that a text may have, in place of what the model's files say
@@ -487,7 +488,7 @@ pub(crate) struct ConvertArguments {
     pub out: PathBuf,
     /// The layout to write
     #[arg(long, value_enum)]
-    pub to: Layout,
+    pub to: OutputLayout,
     /// The number format of the matrices; as they are if not given (safetensors: bf16 in place of
     /// GGUF's block formats, which that layout cannot hold)
     #[arg(long, value_name = "F")]
@@ -495,7 +496,7 @@ pub(crate) struct ConvertArguments {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Layout {
+pub(crate) enum OutputLayout {
     /// A Hugging Face folder
     Safetensors,
     /// One GGUF file
@@ -526,8 +527,8 @@ pub(crate) struct QuantizeArguments {
     /// Techniques joined by +: rtn, clip, gptq, awq, awq+gptq, imatrix, gptq+low-rank
     #[arg(long, value_name = "M", default_value = "rtn")]
     pub method: String,
-    /// A text, a JSON array of token ids, or a .jsonl file whose lines have `text` or `messages`, on
-    /// which inputs of layers are measured
+    /// A text, a JSON array of token ids, or a .jsonl file whose lines have `text` or `messages`,
+    /// on which inputs of layers are measured
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
     /// Whether each window of a text begins with the token that begins a sequence; auto: if the

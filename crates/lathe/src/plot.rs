@@ -62,7 +62,8 @@ const COLOURS: [RGBColor; 4] =
 /// Stands for the colour of a page's text.
 const INK: RGBColor = RGBColor(1, 2, 3);
 
-/// Draws the curves of seconds over tokens to `path`, which is written under a temporary name and renamed.
+/// Draws the curves of seconds over tokens to `path`, which is written under a temporary name and
+/// renamed.
 pub(crate) fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), Error> {
     let (x, y) = ("generated tokens", "seconds, in all");
     let svg = svg(&Chart { title, x, y, scale: Scale::Linear, curves }, Place::File)?;

@@ -204,7 +204,8 @@ fn corrections_are_an_adapter_in_the_folder() {
     }
 }
 
-/// Scores a folder and the floats that its codes stand for, on tokens that it leaves in `tokens.json`.
+/// Scores a folder and the floats that its codes stand for, on tokens that it leaves in
+/// `tokens.json`.
 fn runs_as_its_floats(home: &Path, folder: &str) {
     let path = |name: &str| home.join(name).display().to_string();
     let (tokens, plain) = (path("tokens.json"), format!("{folder}-plain"));
@@ -247,7 +248,8 @@ fn formats_of_folders_run() {
     }
 }
 
-/// Layers in formats of their own are one folder, and one that runs as the floats that it stands for.
+/// Layers in formats of their own are one folder, and one that runs as the floats that it stands
+/// for.
 #[test]
 fn formats_of_tensors_are_mixed() {
     let home = tempfile::tempdir().expect("a folder");
@@ -325,7 +327,8 @@ fn inputs_are_rotated_and_rounded_as_the_folder_says() {
     assert!(reason.contains("transformed already"), "{reason}");
 }
 
-/// Calibration finds the scale of NVFP4's inputs, and the folder stores it as other readers want it.
+/// Calibration finds the scale of NVFP4's inputs, and the folder stores it as other readers want
+/// it.
 #[test]
 fn scales_of_inputs_are_found_and_stored() {
     let home = tempfile::tempdir().expect("a folder");
@@ -407,7 +410,8 @@ fn groups_that_only_the_reference_runs_are_written_for_it() {
     assert!(reason.contains("groups of this size"), "{reason}");
 }
 
-/// A page that needs no other file, the same numbers for programs, and no weights if nobody wants them.
+/// A page that needs no other file, the same numbers for programs, and no weights if nobody wants
+/// them.
 #[test]
 fn errors_are_explained() {
     let home = tempfile::tempdir().expect("a folder");

@@ -22,5 +22,5 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use generation::GenerationDefaults;
-pub use model::{Layout, Model, ModelError, OpenOptions, read_spec};
+pub use model::{FileLayout, Model, ModelError, OpenOptions, read_spec};
 pub use spec::{DecoderSpec, SpecError};

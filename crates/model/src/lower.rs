@@ -89,8 +89,8 @@ fn check_inputs(spec: &DecoderSpec, options: &LowerOptions) -> Result<(), SpecEr
     Ok(())
 }
 
-/// Whether what adapters add can be added: their matrices are of linear groups, and those that share
-/// an `A` read one input.
+/// Whether what adapters add can be added: their matrices are of linear groups, and those that
+/// share an `A` read one input.
 fn check_adapters(spec: &DecoderSpec, options: &LowerOptions) -> Result<(), SpecError> {
     let program = lower_valid(&plain(spec), options);
     let input_of = |name: &str| {

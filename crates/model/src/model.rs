@@ -62,7 +62,7 @@ pub enum ModelError {
 
 /// The files that a model came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
+pub enum FileLayout {
     /// A directory with `config.json` and safetensors.
     HuggingFace,
     /// One GGUF file.
@@ -107,7 +107,7 @@ pub struct Model {
     /// The name of the directory or file.
     pub name: String,
     /// What files it came in.
-    pub layout: Layout,
+    pub layout: FileLayout,
     /// What is added to the products of its matrices; [`DecoderSpec::adapters`] says to which.
     pub adapter: Option<Adapter>,
     /// What a user should be told about the files, a line each.
@@ -146,8 +146,8 @@ impl Model {
         if let Some(folder) = folder {
             // Adapters have the names of Hugging Face's classes; GGUF has its own.
             let rules = match model.layout {
-                Layout::HuggingFace => model.rules,
-                Layout::Gguf => hugging_face::ALL,
+                FileLayout::HuggingFace => model.rules,
+                FileLayout::Gguf => hugging_face::ALL,
             };
             let adapter = Adapter::open(&folder, &model.spec, rules)?;
             model.spec.adapters = adapter.matrices().clone();
@@ -217,7 +217,7 @@ impl Model {
             text_problem: problem,
             generation,
             name: name_of(path),
-            layout: Layout::HuggingFace,
+            layout: FileLayout::HuggingFace,
             adapter: None,
             notes,
             rules: family.rules(),
@@ -250,7 +250,7 @@ impl Model {
             chat_template,
             text_problem: problem,
             name: name_of(path),
-            layout: Layout::Gguf,
+            layout: FileLayout::Gguf,
             adapter: None,
             notes: unpacked_note(&file).into_iter().collect(),
             rules: family.rules(),

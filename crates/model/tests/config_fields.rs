@@ -110,7 +110,12 @@ fn contexts_are_what_scaling_makes_of_them() {
     };
     let linear = json!({"rope_type": "linear", "factor": 4.0});
     assert_eq!(context(linear), Ok(256));
-    let yarn = |factor: f64| json!({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32});
+    let yarn = |factor: f64| {
+        let original = 32;
+        json!({
+            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original
+        })
+    };
     assert_eq!(context(yarn(4.0)), Ok(128));
     assert_eq!(context(yarn(2.0)), Ok(64));
     assert_eq!(context(json!({"rope_type": "yarn", "factor": 4.0})), Ok(256));

@@ -292,7 +292,8 @@ fn a_cache_scheme_beside_dense_weights_is_told() {
     let mut config = read(&tiny.join("config.json"));
     config["quantization_config"] = json!({
         "quant_method": "compressed-tensors", "format": "dense", "config_groups": {},
-        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": false}});
+        "kv_cache_scheme":
+            {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": false}});
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
     let model = Model::open(folder.path()).unwrap();
     assert!(model.notes.iter().any(|note| note.contains("kv_cache_scheme")), "{:?}", model.notes);

@@ -32,7 +32,8 @@ pub enum KvFormat {
     F8E4M3,
     /// int8, one `f32` scale a token and head.
     Int8,
-    /// int4, keys rotated by a Hadamard matrix, one `f16` scale and zero a token, head and 32 elements.
+    /// int4, keys rotated by a Hadamard matrix, one `f16` scale and zero a token, head and 32
+    /// elements.
     Int4,
 }
 

@@ -150,8 +150,8 @@ mod tests {
         assert_eq!(row, [seven, seven, seven, 0.0]);
     }
 
-    /// By hand, under a step of a half: 3.3 is code 6.6, which e4m3 has as 6.5, and 300 saturates at
-    /// 448 halves; int8 has 7, and saturates at 127 halves.
+    /// By hand, under a step of a half: 3.3 is code 6.6, which e4m3 has as 6.5, and 300 saturates
+    /// at 448 halves; int8 has 7, and saturates at 127 halves.
     #[test]
     fn a_stored_scale_is_the_step_of_a_code() {
         let rounded = |format| {

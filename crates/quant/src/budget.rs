@@ -1,9 +1,10 @@
-//! Mixed precision: which layer is stored in which of some formats, so that the mean bits of a weight
-//! stay within a budget and the model loses least.
+//! Mixed precision: which layer is stored in which of some formats, so that the mean bits of a
+//! weight stay within a budget and the model loses least.
 //!
 //! What a layer loses in a format is measured with that layer alone rounded to nearest
-//! ([`crate::explain`]): the KL to the base, or the squared errors of its outputs. Losses of layers are
-//! taken to add up, as to first order they do, and the best choice is an exact multiple-choice knapsack.
+//! ([`crate::explain`]): the KL to the base, or the squared errors of its outputs. Losses of layers
+//! are taken to add up, as to first order they do, and the best choice is an exact multiple-choice
+//! knapsack.
 
 use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
@@ -20,7 +21,7 @@ use crate::technique::{self, Stage};
 
 /// One way to store a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Choice {
+pub struct StorageOption {
     /// All its bits.
     pub bits: f64,
     /// What it loses.
@@ -30,9 +31,10 @@ pub struct Choice {
 /// For each layer the choice with which all together lose least within `bits`; `None` if no choices
 /// do.
 ///
-/// Exact: after each layer all sums are kept that no other one is better than in both bits and loss. Layers of
-/// equal sizes have few different sums; those of unequal ones may have as many as there are choices of all layers.
-pub fn knapsack(layers: &[Vec<Choice>], bits: f64) -> Option<Vec<usize>> {
+/// Exact: after each layer all sums are kept that no other one is better than in both bits and
+/// loss. Layers of equal sizes have few different sums; those of unequal ones may have as many as
+/// there are choices of all layers.
+pub fn knapsack(layers: &[Vec<StorageOption>], bits: f64) -> Option<Vec<usize>> {
     /// A sum of choices: its last choice, and which sum of the layers before it belongs to.
     #[derive(Clone, Copy)]
     struct Sum {
@@ -42,8 +44,9 @@ pub fn knapsack(layers: &[Vec<Choice>], bits: f64) -> Option<Vec<usize>> {
         before: usize,
     }
     // What the layers to come take at least, so that no sum is kept that cannot end well.
-    let least =
-        |choices: &Vec<Choice>| choices.iter().map(|it| it.bits).fold(f64::INFINITY, f64::min);
+    let least = |choices: &Vec<StorageOption>| {
+        choices.iter().map(|it| it.bits).fold(f64::INFINITY, f64::min)
+    };
     let mut rest: f64 = layers.iter().map(least).sum();
     let slack = 1e-9 * bits.abs();
     let mut fronts = vec![vec![Sum { bits: 0.0, loss: 0.0, choice: 0, before: 0 }]];
@@ -81,8 +84,8 @@ pub fn knapsack(layers: &[Vec<Choice>], bits: f64) -> Option<Vec<usize>> {
     Some(chosen)
 }
 
-/// `recipe` with a format for each layer in place of its budget; one without a budget as it is. `text` is
-/// what sensitivity is measured on, once a format.
+/// `recipe` with a format for each layer in place of its budget; one without a budget as it is.
+/// `text` is what sensitivity is measured on, once a format.
 ///
 /// # Errors
 /// If the formats take more than the budget, do not fit a tensor, or the text cannot be run.
@@ -105,11 +108,11 @@ pub fn planned(
         found.push(job.explain(spec, text, &mut of_all)?);
     }
     let layers = found.first().map_or(0, |first| first.layers.len());
-    let choice = |layer: &LayerExplanation| Choice {
+    let choice = |layer: &LayerExplanation| StorageOption {
         bits: layer.bits * layer.elements as f64,
         loss: loss_of(layer, budget.sensitivity),
     };
-    let choices: Vec<Vec<Choice>> = (0..layers)
+    let choices: Vec<Vec<StorageOption>> = (0..layers)
         .map(|layer| found.iter().map(|it| choice(&it.layers[layer])).collect())
         .collect();
     let elements: usize = found[0].layers.iter().map(|layer| layer.elements).sum();
@@ -164,10 +167,13 @@ mod tests {
 
     use super::*;
 
-    fn total(layers: &[Vec<Choice>], chosen: &[usize]) -> Choice {
+    fn total(layers: &[Vec<StorageOption>], chosen: &[usize]) -> StorageOption {
         let all = layers.iter().zip(chosen).map(|(choices, at)| choices[*at]);
-        let add = |a: Choice, b: Choice| Choice { bits: a.bits + b.bits, loss: a.loss + b.loss };
-        all.fold(Choice { bits: 0.0, loss: 0.0 }, add)
+        let add = |a: StorageOption, b: StorageOption| StorageOption {
+            bits: a.bits + b.bits,
+            loss: a.loss + b.loss,
+        };
+        all.fold(StorageOption { bits: 0.0, loss: 0.0 }, add)
     }
 
     #[test]
@@ -176,10 +182,10 @@ mod tests {
         let mut refused = 0;
         for _ in 0..200 {
             let (count, formats) = (random.random_range(1..7), random.random_range(1..4));
-            let layers: Vec<Vec<Choice>> = (0..count)
+            let layers: Vec<Vec<StorageOption>> = (0..count)
                 .map(|_| {
                     let size = f64::from(random.random_range(1..4));
-                    let one = |format: usize| Choice {
+                    let one = |format: usize| StorageOption {
                         bits: size * (2.0 + format as f64 * 1.5),
                         loss: random.random::<f64>(),
                     };

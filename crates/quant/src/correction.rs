@@ -4,23 +4,25 @@ use lathe_tensor::hadamard::Hadamard;
 use lathe_tensor::{Bytes, FloatType, Format, Tensor, TensorError, codec};
 use ndarray::ArrayView2;
 
-use crate::linalg::add_product;
+use lathe_linalg::add_product;
 
-/// `B A`, which is added to what a quantized matrix stands for. `A` reads the input of the whole module: where
-/// that is rotated while the model runs, the quantized matrix reads it rotated, and `A` as it was before.
+/// `B A`, which is added to what a quantized matrix stands for. `A` reads the input of the whole
+/// module: where that is rotated while the model runs, the quantized matrix reads it rotated, and
+/// `A` as it was before.
 #[derive(Debug, Clone)]
 pub struct Correction {
     /// `A`, `[rank, columns]` in floats.
     pub a: Tensor,
     /// `B`, `[rows, rank]` in floats.
     pub b: Tensor,
-    /// Elements of a block of the input that is rotated (by Hadamard's matrix) while the model runs.
+    /// Elements of a block of the input that is rotated (by Hadamard's matrix) while the model
+    /// runs.
     pub rotation: Option<usize>,
 }
 
 impl Correction {
-    /// `B` `[rows, rank]` and `A` `[rank, columns]`, row-major, which reads what the quantized matrix reads,
-    /// rounded to `float`.
+    /// `B` `[rows, rank]` and `A` `[rank, columns]`, row-major, which reads what the quantized
+    /// matrix reads, rounded to `float`.
     ///
     /// # Errors
     /// If the numbers are no whole number of rows.
@@ -59,7 +61,8 @@ impl Correction {
         self.a.codes.len() + self.b.codes.len()
     }
 
-    /// Adds `B A` to `values`, `[rows, columns]`, as it is for the input that the quantized matrix reads.
+    /// Adds `B A` to `values`, `[rows, columns]`, as it is for the input that the quantized matrix
+    /// reads.
     ///
     /// # Panics
     /// If `values` are of another shape.

@@ -1,5 +1,6 @@
 //! Where the scales of a linear group's input can go: into the norm that makes it, or into the rows
-//! of the matrix behind a gated activation or an attention. What is between must let a scale of a channel through.
+//! of the matrix behind a gated activation or an attention. What is between must let a scale of a
+//! channel through.
 
 use lathe_program::{Activation, AttendSpec, KvLayer, NormKind, Op, Program, Value, Weight};
 

@@ -21,8 +21,8 @@ pub struct Matrix<'a> {
     pub columns: usize,
     /// Row-major.
     pub values: &'a [f32],
-    /// The largest magnitude of all matrices that engines run as one (query, key and value, gate and
-    /// up): they share NVFP4's global scale. `None` if this one is alone.
+    /// The largest magnitude of all matrices that engines run as one (query, key and value, gate
+    /// and up): they share NVFP4's global scale. `None` if this one is alone.
     pub fused_largest: Option<f32>,
 }
 
@@ -93,7 +93,7 @@ pub struct Quantized {
     /// `[rows, columns]` in the format that was asked for.
     pub tensor: Tensor,
     /// What it cost.
-    pub report: Report,
+    pub report: MatrixReport,
 }
 
 impl Quantized {
@@ -108,18 +108,18 @@ impl Quantized {
     ) -> Result<Self, QuantError> {
         let at = |source| QuantError::Format { tensor: matrix.name.to_owned(), source };
         let tensor = tensor.map_err(at)?;
-        let report = Report::new(matrix, &tensor, statistics);
+        let report = MatrixReport::new(matrix, &tensor, statistics);
         Ok(Quantized { tensor, report })
     }
 }
 
 /// How far a quantized matrix is from what it was.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Report {
+pub struct MatrixReport {
     /// Signal over quantization noise of the weights, in decibels; 200 if there is no noise.
     pub sqnr_db: f64,
-    /// Mean squared error of the outputs over their mean square, on the calibration inputs, if products
-    /// of their channels were kept.
+    /// Mean squared error of the outputs over their mean square, on the calibration inputs, if
+    /// products of their channels were kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_error: Option<f64>,
     /// What the technique has to say beside.
@@ -142,10 +142,10 @@ const NO_NOISE_DB: f64 = 200.0;
 /// Numbers whose squares one thread sums.
 const SUMMED_TOGETHER: usize = 1 << 14;
 
-impl Report {
+impl MatrixReport {
     /// Compares `tensor` with what it was made of.
     pub fn new(matrix: &Matrix<'_>, tensor: &Tensor, statistics: Option<&Statistics>) -> Self {
-        Report::of(matrix, tensor.to_f32(), statistics)
+        MatrixReport::of(matrix, tensor.to_f32(), statistics)
     }
 
     /// Compares `found`, which takes the place of `matrix`, with it.
@@ -163,7 +163,7 @@ impl Report {
             let (error, whole) = (form.sum(&difference), form.sum(matrix.values));
             if whole > 0.0 { error / whole } else { 0.0 }
         });
-        Report { sqnr_db, output_error, notes: Vec::new() }
+        MatrixReport { sqnr_db, output_error, notes: Vec::new() }
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::error::QuantError;
+use lathe_tensor::suggest::one_of;
 
 /// What a parameter may be, and what it is if a recipe does not say.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -83,9 +84,8 @@ impl Parameters {
     ) -> Result<(), QuantError> {
         let Some(parameter) = declared.iter().find(|it| it.name == key) else {
             let known: Vec<&str> = declared.iter().map(|it| it.name).collect();
-            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            let message =
-                format!("unknown key `{key}`, expected one of: use, tensors; parameters: {known}");
+            let known = [&["use", "tensors"], known.as_slice()].concat();
+            let message = format!("unknown key `{key}`, expected {}", one_of(key, &known));
             return Err(QuantError::Recipe(message));
         };
         let setting = read(&parameter.kind, value).ok_or_else(|| {

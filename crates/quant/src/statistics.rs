@@ -8,8 +8,8 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, Slice};
 use rayon::prelude::*;
 
-use crate::linalg::part;
-use crate::quadratic::Quadratic;
+use lathe_linalg::Quadratic;
+use lathe_linalg::part;
 
 /// Rows that are multiplied in `f32` before they are added to the sums in `f64`.
 const CHUNK_ROWS: usize = 512;
@@ -41,7 +41,8 @@ impl Statistics {
         Statistics { width, rows: 0, products, magnitudes, largest: vec![0.0; width] }
     }
 
-    /// The same without products of different channels: what weighs columns one by one needs no more.
+    /// The same without products of different channels: what weighs columns one by one needs no
+    /// more.
     pub fn without_products(width: usize) -> Self {
         let zeros = vec![0.0; width];
         let (products, magnitudes) = (zeros.clone(), zeros);
@@ -219,8 +220,9 @@ impl Tile<'_> {
     }
 }
 
-/// The mean of `(x_float - x) x^T` over rows that two models made of the same tokens: `x_float` is an input
-/// in the model as it was, `x` the same one behind quantized layers. Row `i` is channel `i` of the difference.
+/// The mean of `(x_float - x) x^T` over rows that two models made of the same tokens: `x_float` is
+/// an input in the model as it was, `x` the same one behind quantized layers. Row `i` is channel
+/// `i` of the difference.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asymmetry {
     width: usize,

@@ -17,7 +17,9 @@ pub mod hadamard;
 mod mapping;
 pub mod packed;
 mod partial;
+pub mod random;
 pub mod safetensors;
+pub mod suggest;
 pub mod tensor;
 
 pub use activation::ActivationFormat;

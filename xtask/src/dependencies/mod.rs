@@ -1,8 +1,8 @@
-//! `cargo xtask dependencies`: bans, sources and licences as deny.toml states them, and dependencies
-//! that no code uses.
+//! `cargo xtask dependencies`: bans, sources and licences as deny.toml states them, and
+//! dependencies that no code uses.
 //!
-//! `cargo deny` checks bans, sources and licences too. This needs no installed tool, so that it runs
-//! everywhere. It does not know advisories.
+//! `cargo deny` checks bans, sources and licences too. This needs no installed tool, so that it
+//! runs everywhere. It does not know advisories.
 
 mod licences;
 mod unused;

@@ -8,7 +8,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("lathe-cuda", &["lathe-program", "lathe-tensor"]),
     ("lathe-model", &["lathe-program", "lathe-tensor"]),
     ("lathe-engine", &["lathe-model", "lathe-program", "lathe-tensor"]),
-    ("lathe-quant", &["lathe-model", "lathe-program", "lathe-tensor"]),
+    ("lathe-linalg", &["lathe-tensor"]),
+    ("lathe-quant", &["lathe-linalg", "lathe-model", "lathe-program", "lathe-tensor"]),
     (
         "lathe-session",
         &[

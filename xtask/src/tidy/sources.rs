@@ -1,6 +1,6 @@
 //! Checks of one Rust file: `unsafe`, leftovers, the attributes of a crate's root, and lengths.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context;
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
@@ -14,6 +14,9 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "crates/cuda/src/parameters.rs",
     "crates/tensor/src/mapping.rs",
 ];
+
+/// Characters of a line.
+const COLUMNS: usize = 100;
 
 /// Macros that a finished program does not contain.
 const FORBIDDEN_MACROS: &[&str] = &["todo", "unimplemented", "dbg"];
@@ -32,7 +35,8 @@ pub(super) fn check(name: &str, text: &str, found: &mut Findings) -> anyhow::Res
     let tokens: TokenStream =
         text.parse().map_err(|error| anyhow::anyhow!("{name}: not Rust: {error}"))?;
     let allowed = UNSAFE_ALLOWED.iter().any(|path| name.starts_with(path));
-    check_tokens(name, tokens, allowed, &mut found.problems);
+    check_tokens(name, tokens.clone(), allowed, &mut found.problems);
+    check_columns(name, text, tokens, &mut found.problems);
     if is_root(name) {
         check_root(name, text, &mut found.problems);
     }
@@ -41,6 +45,42 @@ pub(super) fn check(name: &str, text: &str, found: &mut Findings) -> anyhow::Res
     let mut functions = Functions { prefix: name.to_owned(), lengths: &mut found.lengths };
     functions.visit_file(&file);
     Ok(file)
+}
+
+/// Refuses lines of more than [`COLUMNS`] characters. A literal may cross the border: text and
+/// regular expressions are not cut.
+fn check_columns(name: &str, text: &str, tokens: TokenStream, problems: &mut Vec<String>) {
+    let long: Vec<(usize, bool)> = (1..)
+        .zip(text.lines())
+        .filter(|(_, line)| line.chars().count() > COLUMNS)
+        .map(|(number, line)| (number, line.trim_start().starts_with("//")))
+        .collect();
+    if long.is_empty() {
+        return;
+    }
+    let mut crossing = BTreeSet::new();
+    mark_crossing(tokens, &mut crossing);
+    // A doc comment is a literal to the parser.
+    let refused = |(number, comment): &(usize, bool)| *comment || !crossing.contains(number);
+    for (number, _) in long.into_iter().filter(refused) {
+        problems.push(format!("{name}:{number}: more than {COLUMNS} characters"));
+    }
+}
+
+/// Adds the lines that a literal crosses: it begins before the last column and ends behind it.
+fn mark_crossing(tokens: TokenStream, lines: &mut BTreeSet<usize>) {
+    for token in tokens {
+        match token {
+            TokenTree::Group(group) => mark_crossing(group.stream(), lines),
+            TokenTree::Literal(literal) => {
+                let (start, end) = (literal.span().start(), literal.span().end());
+                let first = if start.column < COLUMNS { start.line } else { start.line + 1 };
+                let last = if end.column >= COLUMNS { end.line + 1 } else { end.line };
+                lines.extend(first..last);
+            }
+            TokenTree::Ident(_) | TokenTree::Punct(_) => {}
+        }
+    }
 }
 
 /// Whether the file is the root of a library or of a program.
@@ -178,6 +218,25 @@ mod tests {
         assert_eq!(problems("crates/cpu/src/a.rs", text).len(), 0);
         assert_eq!(problems("crates/tensor/src/mapping.rs", text).len(), 0);
         assert_eq!(problems("crates/tensor/src/gguf/mod.rs", text).len(), 1);
+    }
+
+    #[test]
+    fn long_lines_are_found_but_for_literals() {
+        let name = "crates/model/src/a.rs";
+        let long = "x".repeat(120);
+        for text in [
+            format!("/// {long}\nfn f() {{}}"),
+            format!("fn f() {{ // {long}\n}}"),
+            format!("fn {long}() {{}}"),
+            format!("const A: (&str, u8) = (\"x\", {}1);", " ".repeat(100)),
+        ] {
+            assert_eq!(problems(name, &text), [format!("{name}:1: more than 100 characters")]);
+        }
+        for text in
+            [format!("const A: &str = \"{long}\";"), format!("const A: &str = r\"a\n{long}\nb\";")]
+        {
+            assert_eq!(problems(name, &text), [""; 0]);
+        }
     }
 
     #[test]

@@ -139,15 +139,35 @@ unsafe fn load_sums(blocks: &Blocks) {
             options(nomem, nostack)
         );
         if !blocks.fresh {
-            asm!("tileloadd tmm0, [{c} + {line} * 1]", c = in(reg) blocks.sums, line = in(reg) line, options(nostack, readonly));
+            asm!(
+                "tileloadd tmm0, [{c} + {line} * 1]",
+                c = in(reg) blocks.sums,
+                line = in(reg) line,
+                options(nostack, readonly)
+            );
             if columns == 2 {
-                asm!("tileloadd tmm1, [{c} + {line} * 1 + 64]", c = in(reg) blocks.sums, line = in(reg) line, options(nostack, readonly));
+                asm!(
+                    "tileloadd tmm1, [{c} + {line} * 1 + 64]",
+                    c = in(reg) blocks.sums,
+                    line = in(reg) line,
+                    options(nostack, readonly)
+                );
             }
             if rows == 2 {
-                asm!("tileloadd tmm2, [{c} + {line} * 1]", c = in(reg) second, line = in(reg) line, options(nostack, readonly));
+                asm!(
+                    "tileloadd tmm2, [{c} + {line} * 1]",
+                    c = in(reg) second,
+                    line = in(reg) line,
+                    options(nostack, readonly)
+                );
             }
             if rows == 2 && columns == 2 {
-                asm!("tileloadd tmm3, [{c} + {line} * 1 + 64]", c = in(reg) second, line = in(reg) line, options(nostack, readonly));
+                asm!(
+                    "tileloadd tmm3, [{c} + {line} * 1 + 64]",
+                    c = in(reg) second,
+                    line = in(reg) line,
+                    options(nostack, readonly)
+                );
             }
         }
     }
@@ -163,15 +183,35 @@ unsafe fn store_sums(blocks: &Blocks) {
     let (rows, columns) = blocks.counts;
     // SAFETY: as the caller promises.
     unsafe {
-        asm!("tilestored [{c} + {line} * 1], tmm0", c = in(reg) blocks.sums, line = in(reg) line, options(nostack));
+        asm!(
+            "tilestored [{c} + {line} * 1], tmm0",
+            c = in(reg) blocks.sums,
+            line = in(reg) line,
+            options(nostack)
+        );
         if columns == 2 {
-            asm!("tilestored [{c} + {line} * 1 + 64], tmm1", c = in(reg) blocks.sums, line = in(reg) line, options(nostack));
+            asm!(
+                "tilestored [{c} + {line} * 1 + 64], tmm1",
+                c = in(reg) blocks.sums,
+                line = in(reg) line,
+                options(nostack)
+            );
         }
         if rows == 2 {
-            asm!("tilestored [{c} + {line} * 1], tmm2", c = in(reg) second, line = in(reg) line, options(nostack));
+            asm!(
+                "tilestored [{c} + {line} * 1], tmm2",
+                c = in(reg) second,
+                line = in(reg) line,
+                options(nostack)
+            );
         }
         if rows == 2 && columns == 2 {
-            asm!("tilestored [{c} + {line} * 1 + 64], tmm3", c = in(reg) second, line = in(reg) line, options(nostack));
+            asm!(
+                "tilestored [{c} + {line} * 1 + 64], tmm3",
+                c = in(reg) second,
+                line = in(reg) line,
+                options(nostack)
+            );
         }
     }
 }

@@ -27,7 +27,7 @@ use crate::lanes::{LANES, Width, dispatch};
 use crate::memory::Memory;
 use crate::rows::Rows;
 
-use plan::Plan;
+use plan::AttendPlan;
 use softmax::MergeSplits;
 use split::SplitProducts;
 use tile::{Piece, Scratch, ScratchSizes};
@@ -169,7 +169,7 @@ pub(crate) struct Attention {
     width: Width,
     /// The products of rows in the prefill form, if they have their own.
     split: Option<SplitProducts>,
-    plan: Plan,
+    plan: AttendPlan,
     scratch: Memory,
     sizes: ScratchSizes,
     partials: Memory,
@@ -200,7 +200,7 @@ impl Attention {
         };
         let partials = shapes.iter().map(wanted).max().unwrap_or(0).min(PARTIAL_FLOATS_MAX);
         let partials = Memory::zeroed(partials * size_of::<f32>(), "attention's partial sums")?;
-        let plan = Plan::with_capacity(rows_max, workers);
+        let plan = AttendPlan::with_capacity(rows_max, workers);
         Ok(Self { width, split, plan, scratch, sizes, partials })
     }
 

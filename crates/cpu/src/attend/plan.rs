@@ -57,7 +57,7 @@ pub(super) struct Split {
 
 /// The pieces of one attention.
 #[derive(Debug, Default)]
-pub(super) struct Plan {
+pub(super) struct AttendPlan {
     /// The tasks. Each is done once for each key head.
     pub tasks: Vec<Task>,
     /// Rows that need a merge.
@@ -138,7 +138,7 @@ pub(super) fn seen_by_all(
     all
 }
 
-impl Plan {
+impl AttendPlan {
     /// A plan that holds the pieces of `rows_max` rows without allocating.
     pub(super) fn with_capacity(rows_max: usize, workers: usize) -> Self {
         let extra = 2 * ITEMS_PER_WORKER * ITEMS_PER_WORKER * workers * workers;

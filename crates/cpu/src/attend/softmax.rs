@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::plan::{Plan, Task, Visible, visible};
+use super::plan::{AttendPlan, Task, Visible, visible};
 use super::tile::Scratch;
 use super::{AttendJob, AttendShape};
 use crate::cache::TILE;
@@ -358,7 +358,7 @@ impl Kernel for Finish<'_> {
 /// Merges the stored spans of rows that were split.
 pub(super) struct MergeSplits<'a> {
     pub job: &'a AttendJob<'a>,
-    pub plan: &'a Plan,
+    pub plan: &'a AttendPlan,
     /// The vectors to merge, counted over splits, heads and vectors.
     pub mine: Range<usize>,
     pub scratch: Scratch,

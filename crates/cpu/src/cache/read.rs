@@ -87,7 +87,9 @@ impl Kernel for LoadTile<'_> {
             // SAFETY: buffers have room for a tile, and the pages hold the run.
             unsafe {
                 with_store!(cache.format, S => match self.layer.shape {
-                    KvLayerShape::Heads { .. } => cache.load_head::<L, S>(self.layer, self.head, run, to),
+                    KvLayerShape::Heads { .. } => {
+                        cache.load_head::<L, S>(self.layer, self.head, run, to)
+                    }
                     KvLayerShape::Latent { .. } => cache.load_latent::<L, S>(self.layer, run, to),
                 });
             }

@@ -21,6 +21,7 @@ pub(crate) mod neon;
 pub(crate) mod portable;
 
 use lathe_program::BackendError;
+use lathe_tensor::suggest::one_of;
 
 /// Positions along k whose activations share a scale. Kernels advance by one segment.
 pub(crate) const SEGMENT: usize = 32;
@@ -137,8 +138,8 @@ impl Isa {
             Some(isa) => isa,
             None => match std::env::var("LATHE_ISA") {
                 Ok(name) if !name.is_empty() => Isa::parse(&name).ok_or_else(|| {
-                    let known = Isa::ALL.map(Isa::name).join(", ");
-                    unsupported(format!("LATHE_ISA={name}: expected one of {known}"))
+                    let known = one_of(&name, &Isa::ALL.map(Isa::name));
+                    unsupported(format!("LATHE_ISA={name}: expected {known}"))
                 })?,
                 _ => return Ok(Isa::detect()),
             },
@@ -173,7 +174,11 @@ pub(crate) fn prefetch(at: *const u8) {
     #[cfg(target_arch = "aarch64")]
     // SAFETY: as above; `asm!` because the intrinsic is not stable.
     unsafe {
-        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
+        std::arch::asm!(
+            "prfm pldl1keep, [{}]",
+            in(reg) at,
+            options(nostack, preserves_flags, readonly)
+        );
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = at;

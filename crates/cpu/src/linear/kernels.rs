@@ -304,8 +304,8 @@ impl<C: Coded, const P: usize> PanelKernel for Direct<C, P> {
                 unroll!(p in P => {
                     let tail = panel.add(p * args.panel_bytes + in_chunk * C::SEGMENT_BYTES);
                     prefetch(tail.wrapping_add(ahead), C::tail_bytes(constants));
-                    let out = Decoded { scales: scales[p].as_mut_ptr(), mins: mins[p].as_mut_ptr() };
-                    C::scales::<S>(tail, constants, out);
+                    let (scales, mins) = (scales[p].as_mut_ptr(), mins[p].as_mut_ptr());
+                    C::scales::<S>(tail, constants, Decoded { scales, mins });
                 });
                 for segment in 0..in_chunk {
                     unroll!(p in P => {

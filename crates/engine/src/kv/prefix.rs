@@ -184,7 +184,8 @@ impl PrefixIndex {
     }
 
     /// Remembers a text that ends within the block after `parent`, with a page for each group.
-    /// `None` if a known tail makes it worthless. Otherwise pages to forget, of tails that it replaces.
+    /// `None` if a known tail makes it worthless. Otherwise pages to forget, of tails that it
+    /// replaces.
     pub fn add_tail(&mut self, parent: u32, tokens: &[u32], pages: &[u32]) -> Option<Vec<u32>> {
         debug_assert!(
             !tokens.is_empty() && tokens.len() < self.block_tokens && pages.len() == self.groups

@@ -24,7 +24,7 @@ use crate::output::{bad_input, print, print_json};
 use crate::plot::{Curve, Mark, draw};
 
 #[derive(Serialize)]
-struct Report {
+struct BenchReport {
     model: String,
     #[serde(flatten)]
     place: Place,
@@ -74,15 +74,15 @@ struct Place {
 #[derive(Serialize)]
 struct Whole<'a> {
     #[serde(flatten)]
-    first: &'a Report,
+    first: &'a BenchReport,
     #[serde(skip_serializing_if = "Option::is_none")]
-    batches: Option<&'a [Report]>,
+    batches: Option<&'a [BenchReport]>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     steps: Vec<StepTime>,
 }
 
 /// The runs of one batch.
-struct Run {
+struct BatchRuns {
     workload: Workload,
     timings: Vec<Timing>,
     experts: Vec<LayerLoad>,
@@ -138,13 +138,14 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
     let mut prepared = prepare(true)?;
     let mut runs = Vec::new();
     for &batch in &arguments.batch {
-        runs.push(Run::measure(&mut prepared.engine, arguments, batch, arguments.repeat)?);
+        runs.push(BatchRuns::measure(&mut prepared.engine, arguments, batch, arguments.repeat)?);
     }
     if arguments.no_kv_cache {
         let cached = runs.remove(0);
         drop(prepared);
         prepared = prepare(false)?;
-        let mut run = Run::measure(&mut prepared.engine, arguments, cached.workload.batch, 1)?;
+        let mut run =
+            BatchRuns::measure(&mut prepared.engine, arguments, cached.workload.batch, 1)?;
         run.growth = Some(Growth::of(&cached.timings[0], &run.timings[0]));
         runs.push(run);
     }
@@ -167,7 +168,7 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
     drop(executor);
     let roofs = Roofs::measure(&global.options(), &sizes)?;
     let report = |run| measured.report(&shape, &program, &sizes, roofs.as_ref(), run);
-    let reports: Vec<Report> = runs.into_iter().map(report).collect();
+    let reports: Vec<BenchReport> = runs.into_iter().map(report).collect();
     let first = &reports[0];
     if let (Some(path), Some(growth)) = (&arguments.plot, &first.growth) {
         draw(path, &title(first), &growth.curves())?;
@@ -200,9 +201,9 @@ impl Measured {
         program: &Program,
         sizes: &Sizes,
         roofs: Option<&Roofs>,
-        run: Run,
-    ) -> Report {
-        let Run { workload, timings, experts, growth } = run;
+        run: BatchRuns,
+    ) -> BenchReport {
+        let BatchRuns { workload, timings, experts, growth } = run;
         let Workload { prompt, generate, batch, .. } = workload;
         let steps: Vec<f64> = timings.iter().flat_map(|t| t.steps_ms.iter().copied()).collect();
         let prefills: Vec<f64> = timings.iter().map(|timing| timing.prefill_ms).collect();
@@ -220,7 +221,7 @@ impl Measured {
             steps => real.iter().sum::<u64>() / steps,
         };
         let achieved_gb_s = bytes_per_step as f64 / step_ms / 1e6;
-        Report {
+        BenchReport {
             model: shape.name().to_owned(),
             place: Place::of(self.device, roofs, self.parallel),
             format: sizes.formats(),
@@ -247,7 +248,7 @@ impl Measured {
     }
 }
 
-impl Run {
+impl BatchRuns {
     /// `repeat` runs of `batch` sequences, after a short one that is not counted.
     fn measure(
         engine: &mut Engine,
@@ -404,7 +405,7 @@ impl Growth {
     }
 }
 
-fn title(report: &Report) -> String {
+fn title(report: &BenchReport) -> String {
     format!("{}: time to generate, with and without a KV cache", report.model)
 }
 
@@ -413,7 +414,7 @@ fn describe_step(step: &StepTime) -> String {
     format!("step of {tokens:>3} tokens: {step_ms:.3} ms, {relative_to_one:.2} of a step of one\n")
 }
 
-fn describe(report: &Report) -> String {
+fn describe(report: &BenchReport) -> String {
     let measured = report.measured_read_gb_s.zip(report.fraction_of_bandwidth);
     let of_measured = measured.map_or_else(String::new, |(read_gb_s, fraction)| {
         format!(" of {read_gb_s:.1} GB/s measured: {:.0} %", fraction * 100.0)

@@ -44,7 +44,7 @@ struct Turn {
 }
 
 #[derive(Serialize)]
-struct Report {
+struct ChatReport {
     messages: Vec<Message>,
     turns: Vec<Turn>,
     load_ms: f64,
@@ -99,7 +99,7 @@ pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Erro
         return Ok(());
     }
     let messages = chat.conversation.messages();
-    print_json(&Report { messages, turns: chat.turns, load_ms, context, kv_bytes })
+    print_json(&ChatReport { messages, turns: chat.turns, load_ms, context, kv_bytes })
 }
 
 /// Where lines come from: an editor on a terminal, plain lines otherwise.

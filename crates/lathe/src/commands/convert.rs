@@ -12,12 +12,12 @@ use lathe_session::{bytes_under, human_bytes, milliseconds, program_for};
 use lathe_tensor::Format;
 use serde::Serialize;
 
-use crate::arguments::{ConvertArguments, Global, Layout};
+use crate::arguments::{ConvertArguments, Global, OutputLayout};
 use crate::find::open;
 use crate::output::{InputContext, bad_input, print, print_json};
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct ConvertReport<'a> {
     model: &'a str,
     path: &'a Path,
     layout: &'static str,
@@ -37,13 +37,13 @@ pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), E
     opened.refuse_adapter("convert")?;
     let model = &opened.model;
     let layout = match arguments.to {
-        Layout::Gguf => {
+        OutputLayout::Gguf => {
             let options = gguf_options(model, format)?;
             eprintln!("writing {}, matrices in {}", out.display(), options.format);
             exported(to_gguf(model, out, &options))?;
             "gguf"
         }
-        Layout::Safetensors => {
+        OutputLayout::Safetensors => {
             let options = folder_options(format)?;
             eprintln!("writing {}", out.display());
             write_folder(model, out, &options)?;
@@ -52,7 +52,13 @@ pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), E
     };
     let (bytes, convert_ms) = (bytes_under(out), milliseconds(opened.started));
     if global.json {
-        return print_json(&Report { model: &model.name, path: out, layout, bytes, convert_ms });
+        return print_json(&ConvertReport {
+            model: &model.name,
+            path: out,
+            layout,
+            bytes,
+            convert_ms,
+        });
     }
     print(&format!("{}: {} in {:.1} s\n", out.display(), human_bytes(bytes), convert_ms / 1000.0))
 }

@@ -17,7 +17,7 @@ use crate::output::{bad_input, print, print_json};
 const CONTEXT: usize = 2048;
 
 #[derive(Serialize)]
-struct Report {
+struct EvalReport {
     perplexity: f64,
     bits_per_byte: f64,
     /// Tokens that were scored.
@@ -139,8 +139,8 @@ fn report(
     windows: Windows,
     comparison: Option<Comparison>,
     (kv_format, base_kv_format): (&'static str, Option<&'static str>),
-) -> Report {
-    Report {
+) -> EvalReport {
+    EvalReport {
         perplexity: perplexity.perplexity(),
         bits_per_byte: perplexity.bits_per_byte(tokens.len(), text.len()),
         tokens: perplexity.tokens,
@@ -156,7 +156,7 @@ fn report(
     }
 }
 
-fn describe(report: &Report) -> String {
+fn describe(report: &EvalReport) -> String {
     let mut text = format!(
         "perplexity {:.4}, {:.4} bits a byte, {} of {} tokens scored in windows of {}",
         report.perplexity, report.bits_per_byte, report.tokens, report.text_tokens, report.context

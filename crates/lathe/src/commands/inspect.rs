@@ -1,4 +1,5 @@
-//! `lathe inspect`: what a model is, what it needs, and what a step of it must cost on this machine.
+//! `lathe inspect`: what a model is, what it needs, and what a step of it must cost on this
+//! machine.
 
 use std::path::Path;
 
@@ -25,7 +26,7 @@ use crate::find::describe_shape;
 use crate::output::{InputContext, bad_input, human_count, print, print_json};
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct InspectReport<'a> {
     model: &'a str,
     spec: &'a DecoderSpec,
     parameters: u64,
@@ -44,7 +45,7 @@ struct Report<'a> {
     machine: Option<Roofs>,
     memory: Option<Fit>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    parallel: Option<inspect_parallel::Report>,
+    parallel: Option<inspect_parallel::ParallelReport>,
     /// Where the tokens of `--experts` went.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     experts: Vec<LayerLoad>,
@@ -131,7 +132,7 @@ pub(super) fn run(global: &Global, arguments: &InspectArguments) -> Result<(), E
     let prefill = cost(prefill_shape(batch, context));
     let decode = cost(StepShape::decode(batch, context - 1));
     let held = Held { program: &program, weight_bytes, memory, context_max: spec.context_max };
-    let report = Report {
+    let report = InspectReport {
         model: shape.name(),
         spec,
         parameters: parameters.total,
@@ -266,7 +267,7 @@ impl Held<'_> {
     }
 }
 
-fn describe(report: &Report) -> String {
+fn describe(report: &InspectReport) -> String {
     let spec = report.spec;
     let (kinds, which) = spec.layer_kinds();
     let mut text = format!(
@@ -337,7 +338,7 @@ fn describe(report: &Report) -> String {
 }
 
 /// A line for each format of the cache.
-fn describe_formats(text: &mut String, report: &Report) {
+fn describe_formats(text: &mut String, report: &InspectReport) {
     text.push_str(&format!(
         "cache       bytes a token   a sequence of {:<8} longest context   largest batch\n",
         report.context

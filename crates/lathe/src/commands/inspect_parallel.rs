@@ -1,5 +1,5 @@
-//! `lathe inspect --tensor-parallel N`: what a step takes on each of N ranks, with experts divided by
-//! column and by expert, which of the two is faster at which batch, and where that changes.
+//! `lathe inspect --tensor-parallel N`: what a step takes on each of N ranks, with experts divided
+//! by column and by expert, which of the two is faster at which batch, and where that changes.
 
 use anyhow::Error;
 use lathe_program::cost::StepShape;
@@ -29,7 +29,7 @@ enum Strategy {
 
 /// The predictions.
 #[derive(Serialize)]
-pub(crate) struct Report {
+pub(crate) struct ParallelReport {
     tensor_parallel: usize,
     expert_parallel: bool,
     /// None without measuring and without all roofs given.
@@ -86,7 +86,7 @@ impl RankArguments {
         &self,
         subject: &Subject<'_>,
         machine: Option<&Roofs>,
-    ) -> Result<Option<Report>, Error> {
+    ) -> Result<Option<ParallelReport>, Error> {
         self.check()?;
         self.parallel.ranks().check(subject.program)?;
         if self.parallel.tensor_parallel.get() == 1 {
@@ -111,7 +111,7 @@ impl RankArguments {
         };
         let decode = |batch| StepShape::decode(batch, subject.context - 1);
         let lines = BATCHES.map(|batch| divisions.line(batch, &decode(batch)));
-        Ok(Some(Report {
+        Ok(Some(ParallelReport {
             tensor_parallel: self.parallel.tensor_parallel.get(),
             expert_parallel: self.parallel.expert_parallel,
             roofs: divisions.roofs,
@@ -182,7 +182,7 @@ fn faster(tensor_ms: Option<f64>, expert_ms: Option<f64>) -> Option<Strategy> {
 }
 
 /// A table for people.
-pub(super) fn describe(report: &Report) -> String {
+pub(super) fn describe(report: &ParallelReport) -> String {
     let ranks = report.tensor_parallel;
     let mut text = match &report.roofs {
         Some(roofs) => format!(

@@ -18,7 +18,7 @@ use crate::interrupt::{Insist, Interrupts};
 use crate::output::{InputContext, Interrupted, bad_input, print, print_json};
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct RunReport<'a> {
     text: &'a str,
     token_ids: &'a [u32],
     prompt_tokens: usize,
@@ -69,7 +69,7 @@ pub(super) fn run(
     let kv_bytes = engine.executor().kv_bytes();
     let stats = engine.stats();
     if global.json {
-        print_json(&Report {
+        print_json(&RunReport {
             text: &generation.text,
             token_ids: &generation.tokens,
             prompt_tokens: generation.prompt_tokens,

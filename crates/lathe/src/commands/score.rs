@@ -13,7 +13,7 @@ use crate::find::open;
 use crate::output::{InputContext, bad_input, print, print_json};
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct ScoreReport<'a> {
     tokens: &'a [u32],
     /// The token that was put before the text (`--bos`).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -44,7 +44,7 @@ pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Err
     let scored = scored.map_err(SessionError::from)?;
     let (ids, logits) = scored.top.iter().copied().unzip();
     if global.json {
-        return print_json(&Report {
+        return print_json(&ScoreReport {
             tokens: &tokens,
             bos,
             logprobs: &scored.logprobs,

@@ -110,7 +110,10 @@ fn broken_safetensors() {
         fs::write(&file, &whole[..length]).expect("written");
         refused(&path);
     }
-    let tensor = |dtype: &str, shape: Value, offsets: [u64; 2]| json!({ "model.norm.weight": {"dtype": dtype, "shape": shape, "data_offsets": offsets} });
+    let tensor = |dtype: &str, shape: Value, offsets: [u64; 2]| {
+        let norm = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
+        json!({ "model.norm.weight": norm })
+    };
     let name = |header: &Value| header.to_string().into_bytes();
     let mut overlap = tensor("F32", json!([4]), [0, 16]);
     overlap["model.embed_tokens.weight"] =

@@ -1,7 +1,7 @@
 //! `adapter_config.json` of PEFT: what scales a pair of matrices, and what is refused.
 //!
-//! Fields that choose where a *new* adapter goes (`target_modules`, `layers_to_transform`) or how it
-//! is trained say nothing that the tensors of a finished one do not; fields that change what is
+//! Fields that choose where a *new* adapter goes (`target_modules`, `layers_to_transform`) or how
+//! it is trained say nothing that the tensors of a finished one do not; fields that change what is
 //! computed, and fields that nobody here knows, must stand at their defaults.
 
 use fancy_regex::Regex;

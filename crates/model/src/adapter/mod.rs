@@ -1,8 +1,8 @@
 //! Low-rank adapters: the folder that PEFT writes, read for a model that is open.
 //!
-//! An adapter adds `scale * B (A x)` to the product `W x` of some matrices, with `A` `[rank, in]` and
-//! `B` `[out, rank]` (LoRA, Hu et al. 2021, section 4.1); the corrections of quantized weights are the
-//! same thing (LQER, Zhang et al. 2024, equation 9). What is read here ends as rows of
+//! An adapter adds `scale * B (A x)` to the product `W x` of some matrices, with `A` `[rank, in]`
+//! and `B` `[out, rank]` (LoRA, Hu et al. 2021, section 4.1); the corrections of quantized weights
+//! are the same thing (LQER, Zhang et al. 2024, equation 9). What is read here ends as rows of
 //! [`DecoderSpec::adapters`]; the numbers stay in the file. What an adapter asks for beyond that is
 //! refused by name.
 
@@ -110,8 +110,8 @@ impl Adapter {
     /// `rules` (Hugging Face's). The file is mapped, not read.
     ///
     /// # Errors
-    /// [`AdapterError`]: whatever would not be computed as PEFT computes it, and any tensor that has
-    /// no place.
+    /// [`AdapterError`]: whatever would not be computed as PEFT computes it, and any tensor that
+    /// has no place.
     pub fn open(path: &Path, spec: &DecoderSpec, rules: &[Rules]) -> Result<Self, AdapterError> {
         let config_path = path.join(CONFIG_NAME);
         let config = read_json(&config_path)

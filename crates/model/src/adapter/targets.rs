@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use lathe_program::{Op, Program, Weight, WeightRole};
 
-use crate::names::{Rule, Rules, Source};
+use crate::names::{Rule, Rules, TensorSource};
 
 /// What a module is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,8 +42,8 @@ impl Targets {
             for (source, tensor) in sources.filter_map(|source| Some((source, source.name()?))) {
                 let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
                 let target = match source {
-                    Source::Whole(_) => Some(vec![Weight(index as u32)]),
-                    Source::Part(_, parts) => parts
+                    TensorSource::Whole(_) => Some(vec![Weight(index as u32)]),
+                    TensorSource::Part(_, parts) => parts
                         .iter()
                         .map(|part| program.weight_named(&format!("{prefix}{part}")))
                         .collect(),

@@ -15,8 +15,8 @@ use crate::spec::SpecError;
 pub(super) static NAMING: Naming =
     Naming { whole: "weight", codes: &[CODES], beside: &[ZEROS, SCALES] };
 
-/// Where in a word output `i` of eight lies, in codes: the packer writes outputs 0, 2, 4, 6, 1, 3, 5
-/// and 7 from the low bits up.
+/// Where in a word output `i` of eight lies, in codes: the packer writes outputs 0, 2, 4, 6, 1, 3,
+/// 5 and 7 from the low bits up.
 const PLACES: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 const BITS: usize = 4;
 /// Codes in a word.

@@ -1,4 +1,5 @@
-//! GPTQ checkpoints (AutoGPTQ, GPTQModel): codes packed along inputs, `[inputs * bits / 32, outputs]`.
+//! GPTQ checkpoints (AutoGPTQ, GPTQModel): codes packed along inputs, `[inputs * bits / 32,
+//! outputs]`.
 //!
 //! Format `gptq` stores words of zero points with one less in every code; `gptq_v2` stores them as
 //! they are. 3-bit codes are a stream that runs across words; of those, writers of the first format

@@ -242,7 +242,8 @@ mod tests {
                 "transform_config": {"config_groups": {"R4": {
                     "type": "hadamard", "head_dim": 32, "apply": [
                         {"targets": ["re:.*down_proj$"], "location": "input"},
-                        {"targets": ["re:.*down_proj$"], "location": "weight_input", "inverse": true}]}}},
+                        {"targets": ["re:.*down_proj$"], "location": "weight_input",
+                         "inverse": true}]}}},
             });
             let scheme = scheme(config).unwrap();
             let of = |name: &str| scheme.of_module(name).unwrap().transform;

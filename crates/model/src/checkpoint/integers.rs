@@ -1,5 +1,5 @@
-//! Integers whose files have inputs down and outputs along (GPTQ, AWQ), and columns whose groups are
-//! in the order of their activations (`g_idx`).
+//! Integers whose files have inputs down and outputs along (GPTQ, AWQ), and columns whose groups
+//! are in the order of their activations (`g_idx`).
 
 use lathe_tensor::codec::scaled;
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype, RawTensor};

@@ -1,9 +1,9 @@
-//! NVIDIA ModelOpt's unified checkpoints: NVFP4 and fp8 under the name `weight`, with `weight_scale`
-//! and, for NVFP4, the multiplier `weight_scale_2`.
+//! NVIDIA ModelOpt's unified checkpoints: NVFP4 and fp8 under the name `weight`, with
+//! `weight_scale` and, for NVFP4, the multiplier `weight_scale_2`.
 //!
-//! `config.json` names the method and its algorithm, or `hf_quant_config.json` beside it does. Which of
-//! the two encodings a tensor has is told by its type: layers of a mixed checkpoint differ.
-//! Scales of a cache are not used.
+//! `config.json` names the method and its algorithm, or `hf_quant_config.json` beside it does.
+//! Which of the two encodings a tensor has is told by its type: layers of a mixed checkpoint
+//! differ. Scales of a cache are not used.
 
 use lathe_tensor::safetensors::{Checkpoint as SafetensorsFiles, Dtype};
 use lathe_tensor::{
@@ -26,8 +26,8 @@ pub(super) static NAMING: Naming = Naming {
     beside: &[SCALE, SCALE_2, INPUT_SCALE, "k_scale", "v_scale"],
 };
 
-/// Algorithms whose weights are read here. Others change inputs (AWQ's `pre_quant_scale`, SVDQuant's
-/// second product) or have integers.
+/// Algorithms whose weights are read here. Others change inputs (AWQ's `pre_quant_scale`,
+/// SVDQuant's second product) or have integers.
 const ALGORITHMS: [&str; 6] =
     ["NVFP4", "W4A16_NVFP4", "FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION"];
 

@@ -8,7 +8,8 @@ use super::{CheckpointError, at, found, unlike};
 
 pub(super) static NAMING: Naming = Naming { whole: "_blocks", codes: &[], beside: &["_scales"] };
 
-/// `[.., groups, 16]` bytes of two codes each, with one power of two a group; other tensors are plain.
+/// `[.., groups, 16]` bytes of two codes each, with one power of two a group; other tensors are
+/// plain.
 pub(super) fn tensor(files: &SafetensorsFiles, name: &str) -> Result<Tensor, CheckpointError> {
     if !name.ends_with(NAMING.whole) {
         return Ok(files.tensor(name)?);

@@ -2,8 +2,8 @@
 
 use lathe_tensor::safetensors::Checkpoint as SafetensorsFiles;
 
-/// The endings of one method. A weight `layers.0.q_proj.weight` whose name ends with `whole` lies as
-/// `layers.0.q_proj.` with each of the other endings.
+/// The endings of one method. A weight `layers.0.q_proj.weight` whose name ends with `whole` lies
+/// as `layers.0.q_proj.` with each of the other endings.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Naming {
     /// Of the weight's own name.
@@ -50,8 +50,8 @@ impl Naming {
         std::iter::once(name.to_owned()).chain(parts).collect()
     }
 
-    /// The weight that the stored tensor `stored` is, or holds the codes of; `None` for what belongs
-    /// to codes.
+    /// The weight that the stored tensor `stored` is, or holds the codes of; `None` for what
+    /// belongs to codes.
     pub(super) fn whole_name(&self, files: &SafetensorsFiles, stored: &str) -> Option<String> {
         for ending in self.codes {
             if let Some(stem) = stored.strip_suffix(ending) {

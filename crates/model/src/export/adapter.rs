@@ -1,7 +1,8 @@
 //! A PEFT adapter folder: two thin matrices beside each of some modules.
 //!
-//! `y = W x + (lora_alpha / r) B A x`, with `lora_alpha` the rank, so that `B A` is added as it is (LoRA, arXiv
-//! 2106.09685; the layout is that of `peft` 0.21, `adapter_config.json` beside `adapter_model.safetensors`).
+//! `y = W x + (lora_alpha / r) B A x`, with `lora_alpha` the rank, so that `B A` is added as it is
+//! (LoRA, arXiv 2106.09685; the layout is that of `peft` 0.21, `adapter_config.json` beside
+//! `adapter_model.safetensors`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -47,8 +48,8 @@ impl PackedLayout<'_> {
     }
 }
 
-/// Writes `parts`, which run beside modules of the model that is written with `layout`, to the folder `directory`;
-/// `base` is where that model will be.
+/// Writes `parts`, which run beside modules of the model that is written with `layout`, to the
+/// folder `directory`; `base` is where that model will be.
 ///
 /// # Errors
 /// If a matrix is no module of its own, a part is no pair of floats of one rank, or a file fails.
@@ -131,8 +132,9 @@ fn config(ranks: &BTreeMap<String, usize>, all: &BTreeSet<String>, base: &str) -
     })
 }
 
-/// The shortest list that names modules of `ranks` and none else of `all`: a module is meant by a name that is the
-/// end of its path. The last words of paths, where every module that ends so is one of them; whole paths elsewhere.
+/// The shortest list that names modules of `ranks` and none else of `all`: a module is meant by a
+/// name that is the end of its path. The last words of paths, where every module that ends so is
+/// one of them; whole paths elsewhere.
 fn targets(ranks: &BTreeMap<String, usize>, all: &BTreeSet<String>) -> Vec<String> {
     let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
     let others: BTreeSet<String> =

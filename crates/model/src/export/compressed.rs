@@ -1,5 +1,5 @@
-//! A Hugging Face directory whose matrices are quantized: compressed-tensors, with a format for each
-//! weight, or gpt-oss's blocks where all experts of a layer are one tensor.
+//! A Hugging Face directory whose matrices are quantized: compressed-tensors, with a format for
+//! each weight, or gpt-oss's blocks where all experts of a layer are one tensor.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -145,8 +145,8 @@ impl<'a> PackedLayout<'a> {
     /// Whether `weight` can be replaced by a tensor in `format`.
     ///
     /// # Errors
-    /// [`ExportError::Feature`], which says why not: it is a part of a larger tensor of the file, or
-    /// its layout has no such format.
+    /// [`ExportError::Feature`], which says why not: it is a part of a larger tensor of the file,
+    /// or its layout has no such format.
     pub fn check(
         &self,
         program: &Program,

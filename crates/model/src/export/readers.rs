@@ -2,7 +2,8 @@
 //!
 //! The rules are those of the readers' own sources: transformers 5.17 with compressed-tensors 0.20
 //! (`integrations/compressed_tensors.py`), and vLLM 0.33 (`quantization/compressed_tensors`). The
-//! scripts `tests/peers/folders.py` and `tests/peers/vllm_schemes.py` compare them with the readers.
+//! scripts `tests/peers/folders.py` and `tests/peers/vllm_schemes.py` compare them with the
+//! readers.
 
 use lathe_program::{Op, Program, Weight, WeightRole};
 use lathe_tensor::{ActivationFormat, Block, Element, Format, ScaleType, ScaledFormat, ZeroPoint};

@@ -122,9 +122,9 @@ impl Builder {
         self.program.transform(input, transform, name)
     }
 
-    /// The products of `input` with several matrices, and what adapters add to them. Neighbours that
-    /// read it in the same form share an op. The `A`s of adapters follow the matrices: they read the
-    /// input as it is, and so share the op of matrices that do.
+    /// The products of `input` with several matrices, and what adapters add to them. Neighbours
+    /// that read it in the same form share an op. The `A`s of adapters follow the matrices: they
+    /// read the input as it is, and so share the op of matrices that do.
     pub(super) fn linear<const N: usize>(
         &mut self,
         input: Value,

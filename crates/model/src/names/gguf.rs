@@ -1,6 +1,6 @@
 //! Tensor names of GGUF files (llama.cpp's).
 
-use super::Source::{EachExpert, Part, PartOfEachHead, TransposedHeads, Unpermuted, Whole};
+use super::TensorSource::{EachExpert, Part, PartOfEachHead, TransposedHeads, Unpermuted, Whole};
 use super::{Rules, rule};
 
 const QKV: &[&str] = &["attention.query", "attention.key", "attention.value"];

@@ -1,6 +1,6 @@
 //! Tensor names of Hugging Face checkpoints.
 
-use super::Source::{
+use super::TensorSource::{
     Alternate, AlternateTransposed, EachExpert, Part, PartOfEachHead, PartTransposed, Transposed,
     Whole,
 };

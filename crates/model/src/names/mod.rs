@@ -8,7 +8,7 @@ pub mod hugging_face;
 /// Where a weight may come from. Names are relative to the layer (or to the model, for weights of
 /// none); `parts` are canonical names of the weights that one tensor holds together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub enum TensorSource {
     /// The whole tensor.
     Whole(&'static str),
     /// Its place among `parts`, which lie below one another in `[sum of rows, in]` or, for
@@ -36,20 +36,20 @@ pub enum Source {
     TransposedHeads(&'static str),
 }
 
-impl Source {
+impl TensorSource {
     /// The tensor's name, if it is one.
     pub fn name(&self) -> Option<&'static str> {
         match self {
-            Source::EachExpert(_) => None,
-            Source::Whole(name)
-            | Source::Part(name, _)
-            | Source::PartOfEachHead(name, _)
-            | Source::Alternate(name, _)
-            | Source::Transposed(name)
-            | Source::AlternateTransposed(name, _)
-            | Source::PartTransposed(name, _)
-            | Source::Unpermuted(name)
-            | Source::TransposedHeads(name) => Some(name),
+            TensorSource::EachExpert(_) => None,
+            TensorSource::Whole(name)
+            | TensorSource::Part(name, _)
+            | TensorSource::PartOfEachHead(name, _)
+            | TensorSource::Alternate(name, _)
+            | TensorSource::Transposed(name)
+            | TensorSource::AlternateTransposed(name, _)
+            | TensorSource::PartTransposed(name, _)
+            | TensorSource::Unpermuted(name)
+            | TensorSource::TransposedHeads(name) => Some(name),
         }
     }
 }
@@ -61,12 +61,12 @@ pub struct Rule {
     /// The canonical name, without `layers.N.`.
     pub weight: &'static str,
     /// Candidates.
-    pub sources: &'static [Source],
+    pub sources: &'static [TensorSource],
 }
 
 impl Rule {
     /// Its candidates.
-    pub fn sources(&self) -> &'static [Source] {
+    pub fn sources(&self) -> &'static [TensorSource] {
         self.sources
     }
 }
@@ -75,12 +75,12 @@ impl Rule {
 pub type Rules = &'static [Rule];
 
 /// Shorthand for tables.
-pub(crate) const fn rule(weight: &'static str, sources: &'static [Source]) -> Rule {
+pub(crate) const fn rule(weight: &'static str, sources: &'static [TensorSource]) -> Rule {
     Rule { weight, sources }
 }
 
 /// The sources of `weight` in `rules`, most special rules first.
-pub fn sources_of(rules: &[Rules], weight: &str) -> &'static [Source] {
+pub fn sources_of(rules: &[Rules], weight: &str) -> &'static [TensorSource] {
     let mut all = rules.iter().flat_map(|rules| rules.iter());
     all.find(|rule| rule.weight == weight).map_or(&[], |rule| rule.sources)
 }

@@ -192,7 +192,8 @@ impl GgufVocabulary {
         let rule = splitting(name)
             .ok_or_else(|| TokenizerError::UnknownSplitting { found: name.into() })?;
         let byte_level = json!({
-            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
+            "type": "ByteLevel",
+            "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
         });
         let splits = rule.patterns.iter().map(|pattern| {
             let pattern = json!({ "Regex": pattern });

@@ -222,7 +222,8 @@ impl GgufVocabulary {
     }
 
     /// Every token that ends an answer: those that the file names, and control tokens that are
-    /// known to. In OpenAI's harmony format `<|end|>` ends a message, after which the answer goes on.
+    /// known to. In OpenAI's harmony format `<|end|>` ends a message, after which the answer goes
+    /// on.
     fn end_tokens(&self) -> Vec<u32> {
         let mut ends: Vec<u32> = [self.eos_token_id, self.eot_token_id, self.eom_token_id]
             .into_iter()

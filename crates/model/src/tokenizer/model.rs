@@ -1,7 +1,7 @@
 //! The sub-word model behind a tokenizer, shared by its pipelines.
 //!
-//! A [`super::Tokenizer`] runs up to three pipelines that differ only in how they treat the names of
-//! special tokens; the vocabulary, which is the large part, exists once.
+//! A [`super::Tokenizer`] runs up to three pipelines that differ only in how they treat the names
+//! of special tokens; the vocabulary, which is the large part, exists once.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -12,7 +12,8 @@ use super::TokenizerError;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Spelling {
     pub(super) alphabet: Alphabet,
-    /// How many spaces are dropped at the very start of a decoded text, because encoding added them.
+    /// How many spaces are dropped at the very start of a decoded text, because encoding added
+    /// them.
     pub(super) leading_spaces: usize,
 }
 
@@ -21,7 +22,8 @@ pub(super) struct Spelling {
 pub(super) enum Alphabet {
     /// GPT-2's printable stand-ins, one character a byte.
     ByteLevel,
-    /// UTF-8 in which `space` (if any) stands for a space, and, where `byte_pieces`, `<0xNN>` for a byte.
+    /// UTF-8 in which `space` (if any) stands for a space, and, where `byte_pieces`, `<0xNN>` for a
+    /// byte.
     Plain { space: Option<String>, byte_pieces: bool },
 }
 

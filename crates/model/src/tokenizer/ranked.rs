@@ -2,8 +2,8 @@
 //! first; at equal ranks the leftmost (Sennrich et al. 2016, section 3.2).
 //!
 //! The `tokenizers` crate has the same model, and a test compares the two. Building that one takes
-//! half a million strings and hashes of them, longer than reading the weights of a small model; this
-//! one keeps each token once and hashes into a table of ids.
+//! half a million strings and hashes of them, longer than reading the weights of a small model;
+//! this one keeps each token once and hashes into a table of ids.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -243,7 +243,8 @@ mod tests {
             });
             let builder = BPE::builder().vocab_and_merges(ids, pairs.collect());
             let library = builder.ignore_merges(whole_words).build().expect("a vocabulary");
-            let model = RankedMerges::new(Arc::new(tokens), &merges, whole_words).expect("a vocabulary");
+            let tokens = Arc::new(tokens);
+            let model = RankedMerges::new(tokens, &merges, whole_words).expect("a vocabulary");
             let expected = library.tokenize(&text).expect("tokens");
             prop_assert_eq!(model.tokenize(&text), expected, "{:?}", merges);
         }

@@ -4,6 +4,7 @@
 //! little more than their memory. The numbers are of no use but to keep activations finite.
 
 use lathe_program::{BackendError, Program, Weight, WeightDecl, WeightRole, WeightSource};
+use lathe_tensor::random::SplitMix64;
 use lathe_tensor::{
     Bytes, Element, Format, GlobalScale, ScaleType, ScaledFormat, Tensor, TensorError, ZeroPoint,
     codec,
@@ -29,7 +30,8 @@ impl<'a> DummyWeights<'a> {
 
     fn make(&self, weight: Weight) -> Result<Tensor, TensorError> {
         let decl = self.program.weight(weight);
-        let mut random = Random(self.seed ^ (u64::from(weight.0) << 32) ^ 0x9e37_79b9_7f4a_7c15);
+        let mut random =
+            SplitMix64::new(self.seed ^ (u64::from(weight.0) << 32) ^ 0x9e37_79b9_7f4a_7c15);
         if decl.role == WeightRole::Vector {
             return Ok(vector(decl, &mut random));
         }
@@ -47,7 +49,7 @@ impl<'a> DummyWeights<'a> {
             format => {
                 let rows: usize = decl.shape[..decl.shape.len() - 1].iter().product();
                 let drawn = rows.min(ROWS_DRAWN);
-                let values = (0..drawn * columns).map(|_| random.normal() * deviation);
+                let values = (0..drawn * columns).map(|_| nearly_normal(&mut random) * deviation);
                 let tile = codec::quantize(format, &values.collect::<Vec<_>>());
                 let bytes = repeat(&tile, format.bytes_for(&decl.shape)?);
                 Tensor::new(decl.shape.clone(), format, bytes)
@@ -66,10 +68,10 @@ impl WeightSource for DummyWeights<'_> {
 }
 
 /// Norm weights near 1, anything else near 0.
-fn vector(decl: &WeightDecl, random: &mut Random) -> Tensor {
+fn vector(decl: &WeightDecl, random: &mut SplitMix64) -> Tensor {
     let centre = if decl.name.ends_with("norm") { 1.0 } else { 0.0 };
     let count = decl.shape.iter().product();
-    let values = (0..count).map(|_| centre + 0.02 * random.normal()).collect();
+    let values = (0..count).map(|_| centre + 0.02 * nearly_normal(random)).collect();
     Tensor::from_f32_vec(decl.shape.clone(), values)
 }
 
@@ -78,7 +80,7 @@ fn scaled_matrix(
     shape: &[usize],
     scaled: ScaledFormat,
     deviation: f32,
-    random: &mut Random,
+    random: &mut SplitMix64,
 ) -> Result<Tensor, TensorError> {
     let format = Format::Scaled(scaled);
     let grid = scaled.grid(shape).ok_or(TensorError::Overflow { shape: shape.to_vec() })?;
@@ -93,8 +95,8 @@ fn scaled_matrix(
 }
 
 /// A byte of codes that are all numbers of ordinary size.
-fn code_byte(element: Element, random: &mut Random) -> u8 {
-    let byte = (random.next() >> 56) as u8;
+fn code_byte(element: Element, random: &mut SplitMix64) -> u8 {
+    let byte = (random.next_u64() >> 56) as u8;
     match element {
         // Exponents of 2^-1 to 2^2 (e4m3) and 2^-1 to 2^2 (e5m2); the others would swamp them.
         Element::F8E4M3 => (byte & 0x9f) | 0x30,
@@ -136,22 +138,9 @@ fn repeat(tile: &[u8], bytes: usize) -> Bytes {
     Bytes::new(out)
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Nearly normal: a sum of four uniform numbers, scaled to variance 1.
-    fn normal(&mut self) -> f32 {
-        let bits = self.next();
-        let sum: u64 = (0..4).map(|i| (bits >> (16 * i)) & 0xffff).sum();
-        (sum as f32 / 65536.0 - 2.0) * 3f32.sqrt()
-    }
+/// Nearly normal: a sum of four uniform numbers, scaled to variance 1.
+fn nearly_normal(random: &mut SplitMix64) -> f32 {
+    let bits = random.next_u64();
+    let sum: u64 = (0..4).map(|i| (bits >> (16 * i)) & 0xffff).sum();
+    (sum as f32 / 65536.0 - 2.0) * 3f32.sqrt()
 }

@@ -7,7 +7,7 @@ use lathe_tensor::{Bytes, Format, GlobalScale, Tensor, TensorError};
 
 /// What to do with the tensors of a weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Layout {
+pub(super) enum Arrangement {
     /// Nothing.
     Whole,
     /// Put one tensor an expert on top of one another.
@@ -51,17 +51,17 @@ pub(super) fn same_rows(found: &[usize], wanted: &[usize]) -> bool {
 
 /// The weight of `shape` that `parts` hold.
 pub(super) fn arrange(
-    layout: &Layout,
+    layout: &Arrangement,
     parts: Vec<Tensor>,
     shape: &[usize],
 ) -> Result<Tensor, TensorError> {
     let tensor = match layout {
-        Layout::Stack => return stack(&parts, shape),
+        Arrangement::Stack => return stack(&parts, shape),
         _ => parts.into_iter().next().expect("one tensor"),
     };
     match layout {
-        Layout::Stack | Layout::Whole => fit(tensor, shape),
-        Layout::Rows { vector, period, start, run, step } => {
+        Arrangement::Stack | Arrangement::Whole => fit(tensor, shape),
+        Arrangement::Rows { vector, period, start, run, step } => {
             let tensor = if *vector { as_column(tensor)? } else { tensor };
             let periods = tensor.rows() / period;
             if *step == 1 {
@@ -72,7 +72,7 @@ pub(super) fn arrange(
                 .flat_map(|i| (0..*run).map(move |row| i * period + start + row * step));
             fit(gather(&tensor, &rows.collect::<Vec<_>>())?, shape)
         }
-        Layout::Unpermuted { vector, head } => {
+        Arrangement::Unpermuted { vector, head } => {
             let tensor = if *vector { as_column(tensor)? } else { tensor };
             let half = head / 2;
             // Row `half * i + j` of a head (half i, pair j) lies at `2 * j + i`.
@@ -83,12 +83,12 @@ pub(super) fn arrange(
             let rows: Vec<usize> = (0..tensor.rows()).map(place).collect();
             fit(gather(&tensor, &rows)?, shape)
         }
-        Layout::Transposed { columns, first, step } => {
+        Arrangement::Transposed { columns, first, step } => {
             let [matrices, inner] = [shape[0], shape[2]];
             let whole = transpose(&tensor, [matrices, inner, *columns], (shape[1], *first, *step))?;
             fit(whole, shape)
         }
-        Layout::TransposedHeads { heads } => {
+        Arrangement::TransposedHeads { heads } => {
             let out = shape[0] / heads;
             fit(transpose(&tensor, [*heads, shape[1], out], (out, 0, 1))?, shape)
         }

@@ -4,9 +4,9 @@ use lathe_program::{Program, Weight, WeightRole};
 use lathe_tensor::Tensor;
 
 use super::WeightsError;
-use super::layout::{self, Layout};
+use super::layout::{self, Arrangement};
 use crate::checkpoint::Checkpoint;
-use crate::names::{Rules, Source, sources_of};
+use crate::names::{Rules, TensorSource, sources_of};
 use crate::spec::{AttentionSpec, DecoderSpec};
 
 /// Where one weight is: the tensors to read and what to do with them.
@@ -14,7 +14,7 @@ use crate::spec::{AttentionSpec, DecoderSpec};
 pub(super) struct Located {
     /// One, or one an expert.
     pub tensors: Vec<String>,
-    layout: Layout,
+    layout: Arrangement,
     /// Whether the same weight could lie in `*_blocks` and `*_scales` beside (gpt-oss).
     blocks: bool,
 }
@@ -33,7 +33,7 @@ impl Located {
     /// The place of the weight's rows in `*_blocks`, if it could lie there.
     pub(super) fn in_blocks(&self) -> Option<Interleaved> {
         match self.layout {
-            Layout::Transposed { first, step, .. } if self.blocks => {
+            Arrangement::Transposed { first, step, .. } if self.blocks => {
                 Some(Interleaved { first, step })
             }
             _ => None,
@@ -42,7 +42,7 @@ impl Located {
 
     /// Which rows of its tensor the `rows` rows of the matrix are, if it is a choice of them.
     pub(super) fn rows(&self, rows: usize) -> Option<Vec<usize>> {
-        let Layout::Rows { vector: false, period, start, run, step } = self.layout else {
+        let Arrangement::Rows { vector: false, period, start, run, step } = self.layout else {
             return None;
         };
         let row = |index: usize| index / run * period + start + index % run * step;
@@ -97,7 +97,7 @@ const CACHE_SCALES: [&str; 7] = [
 /// If one of the two cannot be read.
 pub(crate) fn has_own_head(checkpoint: &Checkpoint, rules: &[Rules]) -> Result<bool, WeightsError> {
     let embedding = ROOTS.iter().find_map(|root| {
-        let names = sources_of(rules, "embedding").iter().filter_map(Source::name);
+        let names = sources_of(rules, "embedding").iter().filter_map(TensorSource::name);
         names.map(|name| format!("{root}{name}")).find(|name| checkpoint.contains(name))
     });
     let head = HEADS.into_iter().find(|name| checkpoint.contains(name));
@@ -180,7 +180,7 @@ impl<'a> Locator<'a> {
                 let blocks = source.name().is_some_and(|plain| {
                     let blocks = format!("{plain}_blocks");
                     let all = sources_of(self.rules, name).iter();
-                    all.filter_map(Source::name).any(|other| other == blocks)
+                    all.filter_map(TensorSource::name).any(|other| other == blocks)
                 });
                 return Ok(Located { tensors, layout, blocks });
             }
@@ -200,20 +200,24 @@ impl<'a> Locator<'a> {
         match HEADS.into_iter().find(|name| self.checkpoint.contains(name)) {
             Some(name) => {
                 self.check(name, shape)?;
-                Ok(Located { tensors: vec![name.to_owned()], layout: Layout::Whole, blocks: false })
+                Ok(Located {
+                    tensors: vec![name.to_owned()],
+                    layout: Arrangement::Whole,
+                    blocks: false,
+                })
             }
             None => Err(missing("head", HEADS.map(str::to_owned).into())),
         }
     }
 
     /// Full names of the tensors of `source`.
-    fn tensors(&self, source: &Source, layer: Option<u32>, experts: usize) -> Vec<String> {
+    fn tensors(&self, source: &TensorSource, layer: Option<u32>, experts: usize) -> Vec<String> {
         let prefix = match layer {
             Some(layer) => format!("{}{}{layer}.", self.root, self.layer),
             None => self.root.to_owned(),
         };
         match source {
-            Source::EachExpert(name) => (0..experts)
+            TensorSource::EachExpert(name) => (0..experts)
                 .map(|expert| format!("{prefix}{}", name.replace("{}", &expert.to_string())))
                 .collect(),
             other => vec![format!("{prefix}{}", other.name().unwrap_or_default())],
@@ -223,11 +227,11 @@ impl<'a> Locator<'a> {
     /// What to do with the tensors of `source` for `weight`, after a check of their shapes.
     fn layout(
         &self,
-        source: &Source,
+        source: &TensorSource,
         name: &str,
         weight: Weight,
         tensors: &[String],
-    ) -> Result<Layout, WeightsError> {
+    ) -> Result<Arrangement, WeightsError> {
         let tensor = tensors[0].as_str();
         let decl = self.program.weight(weight);
         let shape = decl.shape.as_slice();
@@ -241,51 +245,52 @@ impl<'a> Locator<'a> {
         };
         let rows = shape[rows_at];
         match source {
-            Source::Whole(_) => self.check(tensor, shape).map(|()| Layout::Whole),
-            Source::EachExpert(_) => {
+            TensorSource::Whole(_) => self.check(tensor, shape).map(|()| Arrangement::Whole),
+            TensorSource::EachExpert(_) => {
                 tensors.iter().try_for_each(|tensor| self.check(tensor, &shape[1..]))?;
-                Ok(Layout::Stack)
+                Ok(Arrangement::Stack)
             }
-            Source::Part(_, parts) => {
+            TensorSource::Part(_, parts) => {
                 let (before, total) = self.rows_of(parts, name, decl.layer);
                 self.check(tensor, &with_rows(total))?;
-                Ok(Layout::Rows { vector, period: total, start: before, run: rows, step: 1 })
+                Ok(Arrangement::Rows { vector, period: total, start: before, run: rows, step: 1 })
             }
-            Source::PartOfEachHead(_, parts) => {
+            TensorSource::PartOfEachHead(_, parts) => {
                 let (before, total) = self.rows_of(parts, name, decl.layer);
                 self.check(tensor, &with_rows(total))?;
                 let heads = self.heads(decl.layer);
                 let (period, start, run) = (total / heads, before / heads, rows / heads);
-                Ok(Layout::Rows { vector, period, start, run, step: 1 })
+                Ok(Arrangement::Rows { vector, period, start, run, step: 1 })
             }
-            Source::Alternate(_, parts) => {
+            TensorSource::Alternate(_, parts) => {
                 self.check(tensor, &with_rows(rows * parts.len()))?;
                 let start = parts.iter().position(|part| *part == name).unwrap_or(0);
                 let (period, step) = (rows * parts.len(), parts.len());
-                Ok(Layout::Rows { vector, period, start, run: rows, step })
+                Ok(Arrangement::Rows { vector, period, start, run: rows, step })
             }
-            Source::Transposed(_) => {
+            TensorSource::Transposed(_) => {
                 self.check(tensor, &[shape[0], shape[2], shape[1]])?;
-                Ok(Layout::Transposed { columns: shape[1], first: 0, step: 1 })
+                Ok(Arrangement::Transposed { columns: shape[1], first: 0, step: 1 })
             }
-            Source::AlternateTransposed(_, parts) => {
+            TensorSource::AlternateTransposed(_, parts) => {
                 self.check(tensor, &[shape[0], shape[2], shape[1] * parts.len()])?;
                 let first = parts.iter().position(|part| *part == name).unwrap_or(0);
-                Ok(Layout::Transposed { columns: shape[1] * parts.len(), first, step: parts.len() })
+                let (columns, step) = (shape[1] * parts.len(), parts.len());
+                Ok(Arrangement::Transposed { columns, first, step })
             }
-            Source::PartTransposed(_, parts) => {
+            TensorSource::PartTransposed(_, parts) => {
                 let (first, total) = self.rows_of(parts, name, decl.layer);
                 self.check(tensor, &[shape[0], shape[2], total])?;
-                Ok(Layout::Transposed { columns: total, first, step: 1 })
+                Ok(Arrangement::Transposed { columns: total, first, step: 1 })
             }
-            Source::Unpermuted(_) => {
+            TensorSource::Unpermuted(_) => {
                 self.check(tensor, shape)?;
-                Ok(Layout::Unpermuted { vector, head: self.head_dim(decl.layer) })
+                Ok(Arrangement::Unpermuted { vector, head: self.head_dim(decl.layer) })
             }
-            Source::TransposedHeads(_) => {
+            TensorSource::TransposedHeads(_) => {
                 let heads = self.heads(decl.layer);
                 self.check(tensor, &[heads, shape[1], shape[0] / heads])?;
-                Ok(Layout::TransposedHeads { heads })
+                Ok(Arrangement::TransposedHeads { heads })
             }
         }
     }

@@ -1,14 +1,15 @@
-//! A small seeded generator (SplitMix64: Steele, Lea, Flood, 2014), so that cases are the same
-//! everywhere and for ever.
+//! Random choices from a seed, so that cases are the same everywhere and for ever.
+
+use lathe_tensor::random::SplitMix64;
 
 /// A stream of numbers.
 #[derive(Debug, Clone)]
-pub struct Random(u64);
+pub struct Random(SplitMix64);
 
 impl Random {
     /// The stream of `seed`.
     pub fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(SplitMix64::new(seed))
     }
 
     /// The stream of `seed` and a name.
@@ -17,7 +18,7 @@ impl Random {
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
-        let mut random = Self(seed ^ hash);
+        let mut random = Self(SplitMix64::new(seed ^ hash));
         random.next();
         random
     }
@@ -25,11 +26,7 @@ impl Random {
     /// 64 random bits.
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.next_u64()
     }
 
     /// A number below `n`.

@@ -10,7 +10,8 @@
 //! - A row is copied for each expert that it visits on a rank, and the experts' hidden elements and
 //!   outputs are written and read once more. With experts by column every rank does so for all
 //!   visits, with whole experts only for its own: where weights are read anyway, this decides.
-//! - Experts by column are balanced whatever the router does, up to borders at blocks of the format.
+//! - Experts by column are balanced whatever the router does, up to borders at blocks of the
+//!   format.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -174,9 +175,10 @@ impl<'a> Division<'a> {
         RankStep { weight_bytes_mean: weights as u64, flops_mean: flops as u64, ..busiest }
     }
 
-    /// What the step would send if rows were divided over the ranks too: attention's sums scattered,
-    /// rows sent to their experts' ranks and back, and gathered again for the next attention. Rows
-    /// beyond equal shares count as a whole one. `None` where no whole experts are on ranks.
+    /// What the step would send if rows were divided over the ranks too: attention's sums
+    /// scattered, rows sent to their experts' ranks and back, and gathered again for the next
+    /// attention. Rows beyond equal shares count as a whole one. `None` where no whole experts are
+    /// on ranks.
     pub fn exchange(&self, shape: &StepShape) -> Option<Communication> {
         if self.split != ExpertSplit::ByExpert || self.loads.is_empty() {
             return None;
@@ -198,7 +200,8 @@ impl<'a> Division<'a> {
         Some(found)
     }
 
-    /// One rank's step, with the loads of the layers' busiest ranks and with those of an average one.
+    /// One rank's step, with the loads of the layers' busiest ranks and with those of an average
+    /// one.
     fn rank_step(&self, rank: &RankProgram, shape: &StepShape) -> (RankStep, Cost) {
         let bytes_of = |weight: Weight| {
             let part = &rank.parts[weight.0 as usize];

@@ -29,7 +29,7 @@ pub struct ReferenceExecutor {
     backend: ReferenceBackend,
     lifetimes: Vec<Lifetime>,
     chooser: Chooser,
-    run: Run,
+    run: StepValues,
     /// Steps that ran and are not collected yet, the oldest first.
     submitted: VecDeque<Result<Made, BackendError>>,
     collected: Made,
@@ -37,7 +37,7 @@ pub struct ReferenceExecutor {
 
 /// What the ops of a step have made so far.
 #[derive(Default)]
-struct Run {
+struct StepValues {
     values: Vec<Vec<f32>>,
     routings: Vec<Routed>,
     logits: Vec<f32>,
@@ -91,7 +91,7 @@ impl ReferenceExecutor {
 
     /// Runs an accepted step to its end.
     fn run_step(&mut self, step: &Step) -> Result<Made, BackendError> {
-        self.run = Run {
+        self.run = StepValues {
             values: vec![Vec::new(); self.program.values.len()],
             routings: vec![Routed::default(); self.program.routings],
             logits: Vec::new(),
@@ -106,7 +106,7 @@ impl ReferenceExecutor {
             }
             None => self.run_ops(step)?,
         }
-        let Run { routings, mut logits, captures, .. } = std::mem::take(&mut self.run);
+        let StepValues { routings, mut logits, captures, .. } = std::mem::take(&mut self.run);
         let vocabulary = self.program.vocabulary;
         self.chooser.choose(step, vocabulary, &mut logits);
         logits.truncate(self.chooser.logits_rows() * vocabulary);

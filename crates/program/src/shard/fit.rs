@@ -1,5 +1,5 @@
-//! Division that respects the weights' formats: borders where no block is cut, or a refusal that names
-//! the weight. A weight never changes its numbers or becomes `f32` on the way.
+//! Division that respects the weights' formats: borders where no block is cut, or a refusal that
+//! names the weight. A weight never changes its numbers or becomes `f32` on the way.
 
 use std::collections::HashMap;
 
@@ -12,12 +12,12 @@ use crate::op::Weight;
 use crate::program::Program;
 
 /// As [`shard`], with the alignment that the weights ask for: at multiples of all groups that share
-/// a scale where that leaves no rank without, else at multiples of what cannot be cut (the blocks of
-/// GGUF, and codes that share a byte), with smaller groups for the rest.
+/// a scale where that leaves no rank without, else at multiples of what cannot be cut (the blocks
+/// of GGUF, and codes that share a byte), with smaller groups for the rest.
 ///
 /// # Errors
-/// [`BackendError::Shard`] as from [`shard`], or for a weight whose blocks heads or ranks would cut;
-/// what `format_of` returns.
+/// [`BackendError::Shard`] as from [`shard`], or for a weight whose blocks heads or ranks would
+/// cut; what `format_of` returns.
 pub fn shard_fitting(
     program: &Program,
     options: &ShardOptions,

@@ -8,7 +8,8 @@
 //! its name:
 //!
 //! - KV heads go to ranks as evenly as they can, each with the query heads that read it; where
-//!   there are fewer KV heads than ranks, ranks share them and each keeps its own copy of the cache;
+//!   there are fewer KV heads than ranks, ranks share them and each keeps its own copy of the
+//!   cache;
 //! - latents of MLA are kept by every rank, the heads' matrices are split;
 //! - experts are split by expert or by hidden column; as all ranks hold all rows, each rank takes
 //!   the rows of its experts (dispatch) and the sum combines them;
@@ -16,8 +17,8 @@
 //!
 //! Experts that are split by expert are run without an all-to-all: after attention's sum every rank
 //! has every row, so dispatching is free, and the sum that combines them serves the shared experts
-//! too. Rows that are themselves divided over ranks would need two exchanges more a layer to save at
-//! most the bytes that more ranks than experts a token would sum in vain.
+//! too. Rows that are themselves divided over ranks would need two exchanges more a layer to save
+//! at most the bytes that more ranks than experts a token would sum in vain.
 //!
 //! A norm over a whole row of heads (OLMo 2) needs the others' heads: they are gathered for it.
 
@@ -102,8 +103,8 @@ pub struct RankProgram {
 /// Divides `program`; the result is by rank.
 ///
 /// # Errors
-/// [`ShardError`] where ranks cannot share KV heads evenly, there is less of something than ranks, or the
-/// program is divided already.
+/// [`ShardError`] where ranks cannot share KV heads evenly, there is less of something than ranks,
+/// or the program is divided already.
 pub fn shard(program: &Program, options: &ShardOptions) -> Result<Vec<RankProgram>, ShardError> {
     let fail = |reason| ShardError { ranks: options.ranks, reason };
     if options.ranks == 0 || options.alignment == 0 {

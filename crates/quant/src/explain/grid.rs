@@ -1,5 +1,5 @@
-//! What a format could store if its scales were exact: the codes and which code the largest number of
-//! a block meets, apart from how scales are stored.
+//! What a format could store if its scales were exact: the codes and which code the largest number
+//! of a block meets, apart from how scales are stored.
 
 use lathe_tensor::codec::{self, element};
 use lathe_tensor::{

@@ -1,9 +1,9 @@
 //! Error analysis: what quantization did to a model, where the error comes from, what it costs, and
 //! which technique to try next.
 //!
-//! [`crate::job::Job::explain`] fills an [`Explanation`] with numbers measured on text that calibration
-//! did not see; `sources` says how an error is taken apart, `advice` what follows from it.
-//! Nothing here knows how a report looks.
+//! [`crate::job::Job::explain`] fills an [`Explanation`] with numbers measured on text that
+//! calibration did not see; `sources` says how an error is taken apart, `advice` what follows from
+//! it. Nothing here knows how a report looks.
 
 mod advice;
 mod divergence;
@@ -34,8 +34,8 @@ pub struct TensorExplanation {
     /// What is left of it where something runs beside the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub corrected: Option<Corrected>,
-    /// The squared error that the outputs would have if nothing but the inputs were rounded, to int8
-    /// with a scale a token, over the outputs' square. No number of the recipe's own.
+    /// The squared error that the outputs would have if nothing but the inputs were rounded, to
+    /// int8 with a scale a token, over the outputs' square. No number of the recipe's own.
     pub activation_int8: Option<f64>,
     /// The mean squared length of the outputs.
     pub output_energy: Option<f64>,
@@ -65,8 +65,8 @@ pub struct LayerExplanation {
     pub elements: usize,
     /// Mean bits of those numbers, scales and corrections included.
     pub bits: f64,
-    /// How far the stream behind the layer is from the float model's, with every layer up to this one
-    /// quantized: the root of the mean over tokens of `|error|^2 / |stream|^2`.
+    /// How far the stream behind the layer is from the float model's, with every layer up to this
+    /// one quantized: the root of the mean over tokens of `|error|^2 / |stream|^2`.
     pub stream_error: f64,
     /// The same with this layer alone quantized.
     pub alone_error: f64,
@@ -77,7 +77,8 @@ pub struct LayerExplanation {
 /// What a mean of bits would cost.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Budget {
-    /// Layers that stay in the floats of the file: those whose KL is largest for the bits that this takes.
+    /// Layers that stay in the floats of the file: those whose KL is largest for the bits that this
+    /// takes.
     pub kept_layers: usize,
     /// Mean bits of all numbers of [`LayerExplanation::elements`].
     pub bits: f64,
@@ -122,8 +123,8 @@ pub struct Explanation {
 }
 
 impl Explanation {
-    /// The error of all outputs (of all weights, where no input was seen), each over its own signal,
-    /// with the mean of each part.
+    /// The error of all outputs (of all weights, where no input was seen), each over its own
+    /// signal, with the mean of each part.
     pub fn sources(&self) -> Sources {
         let all: Vec<Sources> = self
             .layers
@@ -136,7 +137,8 @@ impl Explanation {
     }
 }
 
-/// What it would cost to keep the `k` most sensitive layers in floats of `float_bits`, for each `k`.
+/// What it would cost to keep the `k` most sensitive layers in floats of `float_bits`, for each
+/// `k`.
 pub(crate) fn budgets(layers: &[LayerExplanation], float_bits: f64) -> Vec<Budget> {
     let spared = |it: &LayerExplanation| it.kl.mean / (it.elements as f64 * (float_bits - it.bits));
     let mut order: Vec<&LayerExplanation> = layers.iter().filter(|it| it.elements > 0).collect();

@@ -6,7 +6,7 @@
 //!
 //! | round | codes | scales | outlier channels |
 //! |---|---|---|---|
-//! | 0 | nearest, without end | `f32`, of the block's range | left out: exact, and not part of a range |
+//! | 0 | nearest, without end | `f32`, of the block's range | left out of sum and range |
 //! | 1 | nearest, without end | `f32`, of the block's range | in |
 //! | 2 | nearest, without end | of the range, as the format stores them | in |
 //! | 3 | nearest, without end | those of the tensor | in |
@@ -14,15 +14,15 @@
 //! | 5 | those of the tensor | those of the tensor | in |
 //!
 //! `rounding = E0`, `outliers = E1 - E0`, `scale_format = E2 - E1`, `scale_choice = E3 - E2`,
-//! `clipping = E4 - E3`, `codes = E5 - E4`. `E` is `|D|^2` for weights and `tr(D H D^T)`,
-//! `H = E[x x^T]`, for outputs (`D` is rounded less exact); both are given over the signal's own. A part
-//! may be negative: a searched scale is a smaller step with more clipping, and GPTQ's codes err more
-//! in weights and less in outputs. GGUF's blocks hold codes and scales that were searched together:
+//! `clipping = E4 - E3`, `codes = E5 - E4`. `E` is `|D|^2` for weights and `tr(D H D^T)`, `H = E[x
+//! x^T]`, for outputs (`D` is rounded less exact); both are given over the signal's own. A part may
+//! be negative: a searched scale is a smaller step with more clipping, and GPTQ's codes err more in
+//! weights and less in outputs. GGUF's blocks hold codes and scales that were searched together:
 //! there rounds 2 to 4 are left out, and `scale_choice` is all that follows round 1.
 //!
 //! Theory: within a number's two neighbours, `gap` apart, the error of rounding is uniform, and its
-//! variance `gap^2 / 12` (`gap` is the step for integers, and changes with the number for floats). For
-//! one scale that is the `6.02 b + 4.77 - 20 log10(peak / rms)` dB of the books.
+//! variance `gap^2 / 12` (`gap` is the step for integers, and changes with the number for floats).
+//! For one scale that is the `6.02 b + 4.77 - 20 log10(peak / rms)` dB of the books.
 
 use lathe_tensor::codec::element;
 use lathe_tensor::codec::scaled::{E8m0Rounding, encode, fit};

@@ -1,70 +1,23 @@
 //! Experts: stacks of matrices, each quantized by itself.
 //!
 //! Calibration shows every token to every expert, whatever the router chose (as llm-compressor's
-//! `calibrate_all_experts` does), so that a rare expert has seen as much as any. What the router would
-//! have chosen is counted beside. An expert's hidden values are made by a program of its two
+//! `calibrate_all_experts` does), so that a rare expert has seen as much as any. What the router
+//! would have chosen is counted beside. An expert's hidden values are made by a program of its two
 //! matrices and their activation, on the calibration's own backend.
-
-use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 
 use lathe_program::{
     ExpertsSpec, LinearSpec, Op, Program, ProgramBuilder, Value, Weight, WeightRole,
 };
 use lathe_tensor::{Bytes, GlobalScale, Tensor, TensorError};
-use serde::{Deserialize, Serialize};
 
-use super::{Job, WeightReport};
+use super::layer::LayerPass;
+use super::reports::WeightReport;
 use crate::calibrate::{Calibration, Seen, Stream};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome};
 use crate::recipe::TechniqueStep;
 use crate::section::Section;
 use crate::statistics::{Asymmetry, Statistics};
-
-/// How many tokens of the calibration a router chose each expert for.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct CoverageReport {
-    /// Canonical name of the router.
-    pub router: String,
-    /// By expert.
-    pub tokens: Vec<u64>,
-}
-
-/// Counts choices.
-pub(super) struct Coverage(Vec<CoverageReport>);
-
-impl Coverage {
-    /// Of the routers among ops `range`.
-    pub(super) fn new(program: &Program, range: Range<usize>) -> Self {
-        let one = |op: &Op| match op {
-            Op::Route { spec, .. } => Some(CoverageReport {
-                router: program.weight(spec.weight).name.clone(),
-                tokens: vec![0; spec.experts],
-            }),
-            _ => None,
-        };
-        Coverage(program.ops[range].iter().filter_map(one).collect())
-    }
-
-    /// What each router chose for some rows.
-    pub(super) fn add(&mut self, routings: &[Vec<u32>]) {
-        for (report, chosen) in self.0.iter_mut().zip(routings) {
-            chosen.iter().for_each(|expert| report.tokens[*expert as usize] += 1);
-        }
-    }
-
-    pub(super) fn finish(self) -> Vec<CoverageReport> {
-        self.0
-    }
-}
-
-/// The inputs of experts that are quantized, all tokens.
-pub(super) struct ExpertInputs {
-    rows: BTreeMap<Value, Vec<f32>>,
-    /// The float model's, where a technique asks how the two differ.
-    floats: BTreeMap<Value, Vec<f32>>,
-}
 
 /// What was seen of the hidden values of one expert.
 pub(super) struct ExpertSeen {
@@ -76,45 +29,27 @@ pub(super) struct ExpertSeen {
 /// What was seen of an expert, by its number.
 type SeenOf<'a> = dyn FnMut(usize) -> Result<Option<ExpertSeen>, QuantError> + 'a;
 
-impl ExpertInputs {
-    /// None yet, of the experts among `ops`.
-    pub(super) fn new(program: &Program, ops: &BTreeSet<usize>) -> Self {
-        let one = |op: &usize| match &program.ops[*op] {
-            Op::Experts { input, .. } => Some((*input, Vec::new())),
-            _ => None,
-        };
-        ExpertInputs { rows: ops.iter().filter_map(one).collect(), floats: BTreeMap::new() }
-    }
-
-    /// Adds rows of `value`, and the float model's if they are known.
-    pub(super) fn add(&mut self, value: Value, rows: &[f32], floats: Option<&[f32]>) {
-        let Some(all) = self.rows.get_mut(&value) else { return };
-        all.extend_from_slice(rows);
-        if let Some(floats) = floats {
-            self.floats.entry(value).or_default().extend_from_slice(floats);
-        }
-    }
-}
-
-impl Job<'_> {
+impl LayerPass<'_, '_> {
     /// Quantizes the experts of op `op`, if it has some that are to be.
     pub(super) fn round_experts(
         &mut self,
         op: usize,
         calibration: &Calibration<'_>,
-        inputs: &ExpertInputs,
     ) -> Result<(), QuantError> {
-        let Op::Experts { input, spec, .. } = &self.program.ops[op] else { return Ok(()) };
+        let program = self.job.plan.program;
+        let Op::Experts { input, spec, .. } = &program.ops[op] else { return Ok(()) };
         let seen = self.statistics(op);
         for weight in [spec.down, spec.gate, spec.up] {
-            if !self.targets.contains_key(&weight) || self.finished.contains_key(&weight) {
+            if !self.job.plan.targets.contains_key(&weight)
+                || self.job.ledger.finished.contains_key(&weight)
+            {
                 continue;
             }
-            let step = self.recipe.rounding_of(&self.name(weight))?;
+            let step = self.job.plan.recipe.rounding_of(&self.job.plan.name(weight))?;
             if spec.weigh_input && step.needs_calibration() {
                 return Err(QuantError::Technique {
                     technique: step.technique.name,
-                    tensor: self.name(weight),
+                    tensor: self.job.plan.name(weight),
                     reason: "its input depends on the router's weights".to_owned(),
                 });
             }
@@ -122,24 +57,23 @@ impl Job<'_> {
                 self.round_together(step, weight, seen.as_deref())?;
                 continue;
             }
-            self.round_down(step, spec, *input, calibration, inputs)?;
+            self.round_down(step, spec, *input, calibration)?;
         }
         Ok(())
     }
 
-    /// Quantizes the last matrices of the experts of `spec`, each by what its own hidden values are.
-    /// Gate and up are what they were until down has seen what they make.
+    /// Quantizes the last matrices of the experts of `spec`, each by what its own hidden values
+    /// are. Gate and up are what they were until down has seen what they make.
     fn round_down(
         &mut self,
         step: &TechniqueStep,
         spec: &ExpertsSpec,
         input: Value,
         calibration: &Calibration<'_>,
-        inputs: &ExpertInputs,
     ) -> Result<(), QuantError> {
         let hidden = self.hidden_program(spec, input);
         let weights = [Some(spec.gate), Some(spec.up), spec.gate_bias, spec.up_bias];
-        let loaded = weights.iter().flatten().map(|weight| Ok(self.load(*weight)?.1));
+        let loaded = weights.iter().flatten().map(|weight| Ok(self.job.load(*weight)?.1));
         let loaded = loaded.collect::<Result<Vec<Vec<f32>>, QuantError>>()?;
         let (experts, products) = (spec.experts, step.needs_products());
         let part_of = |expert: usize, weight: Weight| {
@@ -148,9 +82,10 @@ impl Job<'_> {
             let len = all.len() / experts;
             Tensor::from_f32(shape, &all[expert * len..][..len])
         };
-        let width = self.program.value_width(input);
+        let width = self.job.plan.program.value_width(input);
         let rows = |rows: &Vec<f32>| Stream { width, values: rows.clone().into() };
-        let (stream, float) = (rows(&inputs.rows[&input]), inputs.floats.get(&input).map(rows));
+        let (stream, float) =
+            (rows(&self.experts.rows[&input]), self.experts.floats.get(&input).map(rows));
         let seen_of = |expert: usize| -> Result<ExpertSeen, QuantError> {
             let mut part = |weight: Weight| Ok(part_of(expert, weight));
             let mut floats = Vec::new();
@@ -173,7 +108,7 @@ impl Job<'_> {
             calibration.run(&hidden, Some(&stream), &mut part, &mut add)?;
             Ok(ExpertSeen { statistics, asymmetry })
         };
-        let scales = self.finds_input_scales();
+        let scales = self.job.plan.finds_input_scales();
         let mut largest = 0.0f32;
         let mut seen = |expert: usize| {
             if !step.needs_calibration() && !scales {
@@ -192,8 +127,8 @@ impl Job<'_> {
 
     /// What one expert makes of its inputs: weights 0 to 3 are gate, up and their biases.
     fn hidden_program(&self, spec: &ExpertsSpec, input: Value) -> Section {
-        let (width, hidden) = (self.program.value_width(input), spec.hidden);
-        let Program { vocabulary, context_max, kv, .. } = self.program;
+        let (width, hidden) = (self.job.plan.program.value_width(input), spec.hidden);
+        let Program { vocabulary, context_max, kv, .. } = self.job.plan.program;
         let mut b = ProgramBuilder::new(*vocabulary, *context_max, kv.block_tokens);
         let mut matrix = |name: &str| b.weight(name, &[hidden, width], WeightRole::Linear, None);
         let (gate, up) = (matrix("gate"), matrix("up"));
@@ -223,10 +158,10 @@ impl Job<'_> {
         weight: Weight,
         statistics: Option<&Statistics>,
     ) -> Result<(), QuantError> {
-        let (shape, values) = self.load(weight)?;
+        let (shape, values) = self.job.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
-        let asymmetry = self.targets.get(&weight).and_then(|op| self.asymmetry(*op));
-        let fused = self.fused_largest(weight)?;
+        let asymmetry = self.job.plan.targets.get(&weight).and_then(|op| self.asymmetry(*op));
+        let fused = self.job.fused_largest(weight)?;
         let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).enumerate();
         let matrices = matrices.map(|(expert, (name, values))| Matrix {
             name,
@@ -249,9 +184,9 @@ impl Job<'_> {
         weight: Weight,
         seen_of: &mut SeenOf<'_>,
     ) -> Result<(), QuantError> {
-        let (shape, values) = self.load(weight)?;
+        let (shape, values) = self.job.load(weight)?;
         let names = self.names_of_matrices(weight, shape[0]);
-        let fused = self.fused_largest(weight)?;
+        let fused = self.job.fused_largest(weight)?;
         let mut tensors = Vec::with_capacity(names.len());
         let matrices = names.iter().zip(values.chunks(shape[1] * shape[2])).enumerate();
         for (expert, (name, values)) in matrices {
@@ -268,7 +203,7 @@ impl Job<'_> {
     }
 
     fn names_of_matrices(&self, weight: Weight, experts: usize) -> Vec<String> {
-        let name = self.name(weight);
+        let name = self.job.plan.name(weight);
         (0..experts).map(|expert| format!("{name}[{expert}]")).collect()
     }
 
@@ -280,7 +215,7 @@ impl Job<'_> {
         group: &Group<'_>,
         tensors: &mut Vec<Tensor>,
     ) -> Result<(), QuantError> {
-        let format = self.recipe.format_of(&self.name(weight));
+        let format = self.job.plan.recipe.format_of(&self.job.plan.name(weight));
         let outcome = (step.technique.group())(group, format, &step.parameters)?;
         let Outcome::Quantized(list) = outcome else {
             let message = format!("{} rounds nothing", step.technique.name);
@@ -289,17 +224,22 @@ impl Job<'_> {
         for (matrix, quantized) in group.matrices.iter().zip(list) {
             let (tensor, technique) = (matrix.name.to_owned(), step.technique.name);
             let report = quantized.report;
-            self.reports.push(WeightReport { tensor, technique, report, correction: None });
+            self.job.ledger.reports.tensors.push(WeightReport {
+                tensor,
+                technique,
+                report,
+                correction: None,
+            });
             tensors.push(quantized.tensor);
-            self.tell(matrix.values.len());
+            self.job.tell(matrix.values.len());
         }
         Ok(())
     }
 
     fn keep_stack(&mut self, weight: Weight, tensors: &[Tensor]) -> Result<(), QuantError> {
-        let at = |source| QuantError::Format { tensor: self.name(weight), source };
+        let at = |source| QuantError::Format { tensor: self.job.plan.name(weight), source };
         let stack = stacked(tensors).map_err(at)?;
-        self.finished.insert(weight, stack);
+        self.job.ledger.finished.insert(weight, stack);
         Ok(())
     }
 }

@@ -4,15 +4,15 @@
 //! Behind each layer there are the stream of the float model, the stream of the quantized one, and
 //! one for each layer so far with that layer alone quantized. A layer is prepared twice, with and
 //! without its codes, and all streams run through it together, so that a model of `L` layers takes
-//! about `L^2 / 2` runs of a layer, and memory for two layers and `L + 2` streams of
-//! `[tokens, width]`. The float model is the one that rotations and scales made, which is the file's but
-//! for rounding; the file's own weights run beside it where its distributions are asked for.
+//! about `L^2 / 2` runs of a layer, and memory for two layers and `L + 2` streams of `[tokens,
+//! width]`. The float model is the one that rotations and scales made, which is the file's but for
+//! rounding; the file's own weights run beside it where its distributions are asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use lathe_model::spec::DecoderSpec;
-use lathe_program::{Op, Value, Weight, WeightRole};
+use lathe_program::{Op, Value, Weight};
 use lathe_tensor::codec::scaled::{E8m0Rounding, quantize};
 use lathe_tensor::{Block, Element, ScaleType, ScaledFormat, Tensor, ZeroPoint};
 use rayon::prelude::*;
@@ -69,8 +69,8 @@ struct Streams {
     alone: Vec<Stream>,
 }
 
-/// The pass as far as it is.
-struct Pass<'a, 'b> {
+/// The run through the text, as far as it is.
+struct TextPass<'a, 'b> {
     text: Calibration<'a>,
     streams: Streams,
     weights: Distribution,
@@ -93,13 +93,14 @@ impl Job<'_> {
         text: &Calibration<'_>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Explanation, QuantError> {
-        text.check(self.program)?;
-        let window = text.window.clamp(1, self.program.context_max).min(text.tokens.len());
+        text.check(self.plan.program)?;
+        let window = text.window.clamp(1, self.plan.program.context_max).min(text.tokens.len());
         let tokens = text.tokens.len() / window * window;
         let text = Calibration { window, tokens: &text.tokens[..tokens], ..*text };
-        let layers = Layers::of(self.program, spec)?;
-        let section = Section::new(self.program, layers.before, &[layers.stream])?;
+        let layers = Layers::of(self.plan.program, spec)?;
+        let section = Section::new(self.plan.program, layers.before, &[layers.stream])?;
         let prepares = self
+            .plan
             .recipe
             .steps
             .iter()
@@ -115,7 +116,7 @@ impl Job<'_> {
         };
         let work = Progress { done: 0, total: self.work(&layers.layers, tokens) };
         let (weights, activations) = Default::default();
-        let mut pass = Pass { text, streams, weights, activations, work, progress };
+        let mut pass = TextPass { text, streams, weights, activations, work, progress };
         if prepares {
             pass.weights.after = Some(Histogram::default());
             pass.activations.after = Some(Histogram::default());
@@ -132,9 +133,9 @@ impl Job<'_> {
         }
         let name = |step: &crate::recipe::TechniqueStep| step.technique.name.to_owned();
         let mut explanation = Explanation {
-            format: self.recipe.format.to_string(),
-            techniques: self.recipe.steps.iter().map(name).collect(),
-            quantized_prefix: self.recipe.prefix == Prefix::Quantized,
+            format: self.plan.recipe.format.to_string(),
+            techniques: self.plan.recipe.steps.iter().map(name).collect(),
+            quantized_prefix: self.plan.recipe.prefix == Prefix::Quantized,
             tokens,
             window,
             kl: kl[0],
@@ -150,8 +151,8 @@ impl Job<'_> {
 
     /// Bits of a number of the tensors that are quantized, in the file.
     fn float_bits(&self) -> Result<f64, QuantError> {
-        match self.targets.keys().next() {
-            Some(weight) => Ok(self.weights.load(*weight)?.format.bits_per_weight()),
+        match self.plan.targets.keys().next() {
+            Some(weight) => Ok(self.plan.weights.load(*weight)?.format.bits_per_weight()),
             None => Ok(16.0),
         }
     }
@@ -162,7 +163,7 @@ impl Job<'_> {
             self.work_of_layer(index, range, tokens)
         };
         let end = layers.last().map_or(0, |(range, _)| range.end);
-        let head = self.elements(end..self.program.ops.len()) * (layers.len() + 2) * tokens;
+        let head = self.elements(end..self.plan.program.ops.len()) * (layers.len() + 2) * tokens;
         layers.iter().enumerate().map(layer).sum::<usize>() + head
     }
 
@@ -171,28 +172,29 @@ impl Job<'_> {
     /// `H` with each number of a matrix, in each of [`OUTPUT_ERRORS`].
     fn work_of_layer(&self, index: usize, range: &Range<usize>, tokens: usize) -> usize {
         let errors = |(weight, _): (&Weight, &usize)| {
-            let shape = &self.program.weight(*weight).shape;
+            let shape = &self.plan.program.weight(*weight).shape;
             shape.iter().product::<usize>() * shape.last().copied().unwrap_or(1) * OUTPUT_ERRORS / 2
         };
-        let targets = self.targets.iter().filter(|(_, op)| range.contains(op));
+        let targets = self.plan.targets.iter().filter(|(_, op)| range.contains(op));
         self.elements(range.clone()) * (index + 3) * tokens + targets.map(errors).sum::<usize>()
     }
 
     /// Numbers of the matrices that the ops of `range` read.
     fn elements(&self, range: Range<usize>) -> usize {
-        let size = |weight: &Weight| self.program.weight(*weight).shape.iter().product::<usize>();
+        let size =
+            |weight: &Weight| self.plan.program.weight(*weight).shape.iter().product::<usize>();
         let of_op = |op: &Op| match op {
             Op::Linear { parts, .. } => parts.iter().map(|part| size(&part.weight)).sum(),
             Op::Experts { spec, .. } => [spec.gate, spec.up, spec.down].iter().map(size).sum(),
             Op::Logits { head, .. } => size(head),
             _ => 0,
         };
-        self.program.ops[range].iter().map(of_op).sum::<usize>()
+        self.plan.program.ops[range].iter().map(of_op).sum::<usize>()
     }
 
     fn version(&self, version: Version, weight: Weight) -> Result<Tensor, QuantError> {
         match version {
-            Version::File => Ok(self.weights.load(weight)?),
+            Version::File => Ok(self.plan.weights.load(weight)?),
             Version::Prepared => self.unrounded(weight),
             Version::Quantized => self.current(weight),
         }
@@ -220,7 +222,7 @@ impl Job<'_> {
         let (table, rows) = joined(streams);
         // Tokens only say how many rows there are: the table has the numbers.
         let text = Calibration { tokens: &vec![0; rows], ..*text };
-        let section = Section::new(self.program, range, &[out])?;
+        let section = Section::new(self.plan.program, range, &[out])?;
         let made = self.through(version, &text, &section, Some(&table))?;
         let part = rows / streams.len().max(1) * made.width;
         let parts = made.values.chunks(part.max(1));
@@ -231,12 +233,13 @@ impl Job<'_> {
 
     fn explain_layer(
         &mut self,
-        pass: &mut Pass<'_, '_>,
+        pass: &mut TextPass<'_, '_>,
         index: usize,
         range: Range<usize>,
         out: Value,
     ) -> Result<LayerExplanation, QuantError> {
-        let weights: Vec<(Weight, usize)> = self.targets.iter().map(|(a, b)| (*a, *b)).collect();
+        let weights: Vec<(Weight, usize)> =
+            self.plan.targets.iter().map(|(a, b)| (*a, *b)).collect();
         let weights: Vec<(Weight, usize)> =
             weights.into_iter().filter(|(_, op)| range.contains(op)).collect();
         for (weight, _) in &weights {
@@ -271,7 +274,7 @@ impl Job<'_> {
         pass.tell(self.work_of_layer(index, &range, tokens));
 
         let elements: usize = tensors.iter().map(|it| it.elements).sum();
-        let bits = weights.iter().map(|(weight, _)| self.bits_of(*weight));
+        let bits = weights.iter().map(|(weight, _)| self.plan.bits_of(*weight));
         let bits = bits.sum::<Result<f64, QuantError>>()?;
         Ok(LayerExplanation {
             layer: index,
@@ -287,17 +290,17 @@ impl Job<'_> {
     /// Runs the float streams up to the inputs of `ops` and keeps what it sees of them.
     fn see_inputs(
         &self,
-        pass: &mut Pass<'_, '_>,
+        pass: &mut TextPass<'_, '_>,
         ops: &BTreeSet<usize>,
         range: Range<usize>,
     ) -> Result<BTreeMap<Value, Input>, QuantError> {
         let taps: BTreeSet<Value> =
-            ops.iter().flat_map(|op| self.program.ops[*op].inputs()).collect();
+            ops.iter().flat_map(|op| self.plan.program.ops[*op].inputs()).collect();
         let taps: Vec<Value> = taps.into_iter().collect();
         let Some(last) = ops.last() else { return Ok(BTreeMap::new()) };
         // What comes after the last input is not run.
-        let section = Section::new(self.program, range.start..*last, &taps)?;
-        let width = |value: Value| self.program.value_width(value);
+        let section = Section::new(self.plan.program, range.start..*last, &taps)?;
+        let width = |value: Value| self.plan.program.value_width(value);
         let mut inputs: BTreeMap<Value, Input> = taps
             .iter()
             .map(|value| {
@@ -305,7 +308,7 @@ impl Job<'_> {
                 (*value, Input { seen: new(), rounded: new() })
             })
             .collect();
-        let Pass { text, streams, activations, .. } = pass;
+        let TextPass { text, streams, activations, .. } = pass;
         let Distribution { before, after } = activations;
         let own = after.as_mut().unwrap_or(before);
         let mut failed = None;
@@ -337,31 +340,31 @@ impl Job<'_> {
 
     fn explain_weight(
         &self,
-        pass: &mut Pass<'_, '_>,
+        pass: &mut TextPass<'_, '_>,
         weight: Weight,
         op: usize,
         inputs: &BTreeMap<Value, Input>,
     ) -> Result<TensorExplanation, QuantError> {
         let (shape, values) = self.load(weight)?;
         // Codes are taken apart; what a correction makes of their error stands beside.
-        let quantized = &self.finished[&weight];
+        let quantized = &self.ledger.finished[&weight];
         let Distribution { before, after } = &mut pass.weights;
         if let Some(after) = after {
-            before.add(&self.weights.load(weight)?.to_f32());
+            before.add(&self.plan.weights.load(weight)?.to_f32());
             after.add(&values);
         } else {
             before.add(&values);
         }
-        let input = self.program.ops[op].inputs().next().and_then(|value| inputs.get(&value));
+        let input = self.plan.program.ops[op].inputs().next().and_then(|value| inputs.get(&value));
         // An expert's last matrix reads what its first two make, not the op's input.
         let columns = shape.last().copied().unwrap_or(1);
         let hidden =
-            matches!(&self.program.ops[op], Op::Experts { spec, .. } if spec.down == weight);
+            matches!(&self.plan.program.ops[op], Op::Experts { spec, .. } if spec.down == weight);
         let input = input.filter(|it| !hidden && it.seen.width() == columns);
         let energy = |statistics: &Statistics| statistics.quadratic().sum(&values);
         let whole = input.map(|it| energy(&it.seen));
         let rounded = input.map(|it| energy(&it.rounded));
-        let corrected = self.corrections.get(&weight).map(|correction| {
+        let corrected = self.ledger.corrections.get(&weight).map(|correction| {
             let mut difference = quantized.to_f32();
             correction.add_to(&mut difference);
             difference.iter_mut().zip(&values).for_each(|(a, b)| *a -= b);
@@ -376,7 +379,7 @@ impl Job<'_> {
         });
         Ok(TensorExplanation {
             corrected,
-            tensor: self.name(weight),
+            tensor: self.plan.name(weight),
             format: quantized.format.to_string(),
             elements: values.len(),
             error: explain_tensor(&values, quantized, input.map(|it| &it.seen)),
@@ -390,11 +393,11 @@ impl Job<'_> {
     /// KL to the float stream of the quantized one, and of each with one layer quantized.
     fn divergences(
         &self,
-        pass: &mut Pass<'_, '_>,
+        pass: &mut TextPass<'_, '_>,
         first_op: usize,
     ) -> Result<Vec<Divergence>, QuantError> {
-        let end = self.program.ops.len();
-        let head = self.program.ops[first_op..].iter().find_map(|op| match op {
+        let end = self.plan.program.ops.len();
+        let head = self.plan.program.ops[first_op..].iter().find_map(|op| match op {
             Op::Logits { scale, softcap, .. } => Some((*scale, *softcap)),
             _ => None,
         });
@@ -414,9 +417,9 @@ impl Job<'_> {
         });
         let table = Stream { width, values: parts.flatten().copied().collect::<Vec<f32>>().into() };
         let all = tokens * streams.len();
-        let section = Section::new(self.program, first_op..end, &[])?;
+        let section = Section::new(self.plan.program, first_op..end, &[])?;
         let text = Calibration { tokens: &vec![0; all], window: rows, ..pass.text };
-        let vocabulary = self.program.vocabulary;
+        let vocabulary = self.plan.program.vocabulary;
         let final_logit = |x: f32| match softcap {
             Some(cap) => cap * (x * scale / cap).tanh(),
             None => x * scale,
@@ -447,21 +450,9 @@ impl Job<'_> {
         })?;
         Ok(sums.into_iter().map(DivergenceSum::finish).collect())
     }
-
-    /// Quantizes a weight that no calibration had to.
-    pub(super) fn finish(&mut self, weight: Weight) -> Result<(), QuantError> {
-        if self.finished.contains_key(&weight) {
-            return Ok(());
-        }
-        let step = self.recipe.rounding_of(&self.name(weight))?;
-        match self.program.weight(weight).role {
-            WeightRole::Experts => self.round_stack(step, weight, &mut |_| Ok(None)),
-            _ => self.round(&[weight], None),
-        }
-    }
 }
 
-impl Pass<'_, '_> {
+impl TextPass<'_, '_> {
     fn tell(&mut self, work: usize) {
         self.work.done += work;
         (self.progress)(self.work);

@@ -11,19 +11,22 @@ impl Job<'_> {
     /// For each matrix of `weight` (one, or one an expert) the largest magnitude of all that it is
     /// run with; nothing if the format has no global scale.
     pub(super) fn fused_largest(&mut self, weight: Weight) -> Result<Vec<f32>, QuantError> {
-        let format_of = |weight| self.recipe.format_of(&self.program.weight(weight).name);
+        let format_of = |weight| self.plan.recipe.format_of(&self.plan.program.weight(weight).name);
         let format = format_of(weight);
         let global = matches!(format, Format::Scaled(it) if it.scale == ScaleType::E4M3Global);
-        let Some(op) = self.targets.get(&weight).filter(|_| global) else { return Ok(Vec::new()) };
-        let mut together: Vec<Weight> = match &self.program.ops[*op] {
+        let Some(op) = self.plan.targets.get(&weight).filter(|_| global) else {
+            return Ok(Vec::new());
+        };
+        let mut together: Vec<Weight> = match &self.plan.program.ops[*op] {
             Op::Linear { parts, .. } => parts.iter().map(|part| part.weight).collect(),
             Op::Experts { spec, .. } if weight != spec.down => vec![spec.gate, spec.up],
             _ => vec![weight],
         };
-        let same =
-            |other: &Weight| self.targets.get(other) == Some(op) && format_of(*other) == format;
+        let same = |other: &Weight| {
+            self.plan.targets.get(other) == Some(op) && format_of(*other) == format
+        };
         together.retain(same);
-        if let Some(found) = self.fused.get(&together[0]) {
+        if let Some(found) = self.ledger.fused_largest.get(&together[0]) {
             return Ok(found.clone());
         }
         let mut largest: Vec<f32> = Vec::new();
@@ -36,7 +39,7 @@ impl Job<'_> {
                 *largest = part.iter().fold(*largest, |most, value| most.max(value.abs()));
             }
         }
-        self.fused.insert(together[0], largest.clone());
+        self.ledger.fused_largest.insert(together[0], largest.clone());
         Ok(largest)
     }
 }

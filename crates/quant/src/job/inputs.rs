@@ -7,26 +7,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use lathe_program::{Op, StaticScale, Weight};
+use lathe_tensor::ScaledFormat;
 use lathe_tensor::codec::scaled::global_divisor;
-use lathe_tensor::{ActivationFormat, ScaledFormat};
 
-use super::Job;
+use super::layer::LayerPass;
 use crate::section::Section;
 
-impl Job<'_> {
-    /// Whether calibration finds scales of inputs.
-    pub(super) fn finds_input_scales(&self) -> bool {
-        self.calibrated && self.recipe.activations == Some(ActivationFormat::Nvfp4)
-    }
-
+impl LayerPass<'_, '_> {
     /// Keeps the scales of what the linear layers and the first matrices of experts among `ops`
     /// read.
     pub(super) fn find_input_scales(&mut self, ops: &BTreeSet<usize>) {
-        if !self.finds_input_scales() {
+        if !self.job.plan.finds_input_scales() {
             return;
         }
         for op in ops {
-            let weights: Vec<Weight> = match &self.program.ops[*op] {
+            let weights: Vec<Weight> = match &self.job.plan.program.ops[*op] {
                 Op::Linear { parts, .. } => parts.iter().map(|part| part.weight).collect(),
                 Op::Experts { spec, .. } => vec![spec.gate, spec.up],
                 _ => continue,
@@ -42,9 +37,9 @@ impl Job<'_> {
     pub(super) fn keep_input_scale(&mut self, weights: &[Weight], largest: f32) {
         let scale = StaticScale::new(global_divisor(&ScaledFormat::NVFP4, largest));
         let scale = scale.expect("a divisor is a normal number");
-        let ours = weights.iter().filter(|weight| self.targets.contains_key(weight));
+        let ours = weights.iter().filter(|weight| self.job.plan.targets.contains_key(weight));
         let ours: Vec<Weight> = ours.copied().collect();
-        self.input_scales.extend(ours.into_iter().map(|weight| (weight, scale)));
+        self.job.ledger.input_scales.extend(ours.into_iter().map(|weight| (weight, scale)));
     }
 }
 

@@ -2,12 +2,13 @@
 //! behind it, and a later run with the same recipe, model and text goes on from there.
 //!
 //! `layer-N.safetensors` has what the layer's weights came to be, `stream-N.safetensors` the stream
-//! behind it, `state.json` how many layers are finished, the reports so far and what the run is of. Each
-//! is written under a temporary name and renamed, the state last, so that whatever ends the process
-//! leaves a folder to go on from. When they go to the disk is left to the operating system: a stream is gone
-//! before that, and to wait for it cost a quarter of a second a layer. After a loss of power a file may be cut short, which is
-//! refused. Weights in the folder are mapped, not kept in memory: of finished layers a job
-//! holds nothing but their scales. The bits are those of a run without interruption.
+//! behind it, `state.json` how many layers are finished, the reports so far and what the run is of.
+//! Each is written under a temporary name and renamed, the state last, so that whatever ends the
+//! process leaves a folder to go on from. When they go to the disk is left to the operating system:
+//! a stream is gone before that, and to wait for it cost a quarter of a second a layer. After a
+//! loss of power a file may be cut short, which is refused. Weights in the folder are mapped, not
+//! kept in memory: of finished layers a job holds nothing but their scales. The bits are those of a
+//! run without interruption.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,8 @@ use lathe_tensor::{Bytes, Format, GlobalScale, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{CoverageReport, Job, PreparedReport, WeightReport};
+use super::Job;
+use super::reports::Reports;
 use crate::calibrate::{Calibration, Prefixes, Stream};
 use crate::correction::Correction;
 use crate::error::QuantError;
@@ -42,9 +44,8 @@ struct State {
     layers: usize,
     /// Elements of matrices that are done.
     done: usize,
-    reports: Vec<WeightReport>,
-    prepared: Vec<PreparedReport>,
-    coverage: Vec<CoverageReport>,
+    #[serde(flatten)]
+    reports: Reports,
 }
 
 /// Where finished layers go.
@@ -201,8 +202,8 @@ impl Job<'_> {
         calibration: &Calibration<'_>,
     ) -> Result<Store, QuantError> {
         let mut model = Sha256::new();
-        for (index, decl) in self.program.weights.iter().enumerate() {
-            let tensor = self.weights.load(Weight(index as u32))?;
+        for (index, decl) in self.plan.program.weights.iter().enumerate() {
+            let tensor = self.plan.weights.load(Weight(index as u32))?;
             model.update(format!("{} {:?} {}\n", decl.name, tensor.shape, tensor.format));
             model.update(&tensor.codes[..tensor.codes.len().min(SAMPLE_BYTES)]);
         }
@@ -210,7 +211,7 @@ impl Job<'_> {
         let Calibration { backend, tokens, window, exact, kv_format, threads: _ } = calibration;
         text.update(format!("{} {window} {exact} {kv_format:?}\n", backend.name()));
         tokens.iter().for_each(|token| text.update(token.to_le_bytes()));
-        let recipe = self.recipe.to_toml();
+        let recipe = self.plan.recipe.to_toml();
         let origin = Origin { recipe, model: hex(model), calibration: hex(text) };
         let store = Store { folder: folder.to_owned(), origin, saved: BTreeSet::new() };
         std::fs::create_dir_all(folder).map_err(|error| store.refused(error))?;
@@ -233,13 +234,11 @@ impl Job<'_> {
         };
         let (found, float) = (stream("stream"), stream("float"));
         let found = found.ok_or_else(|| store.refused("its stream is missing"))?;
-        if float.is_none() && self.recipe.is_asymmetric() {
+        if float.is_none() && self.plan.recipe.is_asymmetric() {
             return Err(store.refused("the float model's stream is missing"));
         }
-        self.done = state.done;
-        self.reports = state.reports;
-        self.prepared = state.prepared;
-        self.coverage = state.coverage;
+        self.ledger.done = state.done;
+        self.ledger.reports = state.reports;
         Ok(Some((state.layers, Prefixes { stream: found, float })))
     }
 
@@ -251,7 +250,7 @@ impl Job<'_> {
         prefixes: &Prefixes,
     ) -> Result<(), QuantError> {
         let mut planes = Vec::new();
-        let tensors = [("weight", &self.finished), ("norm", &self.norms)];
+        let tensors = [("weight", &self.ledger.finished), ("norm", &self.ledger.norms)];
         for (kind, list) in tensors {
             for (weight, tensor) in list {
                 let name = format!("{kind} {}", weight.0);
@@ -260,7 +259,7 @@ impl Job<'_> {
                 }
             }
         }
-        for (weight, correction) in &self.corrections {
+        for (weight, correction) in &self.ledger.corrections {
             for (kind, tensor) in [("lora_a", &correction.a), ("lora_b", &correction.b)] {
                 let name = format!("{kind} {}", weight.0);
                 if !store.saved.contains(&name) {
@@ -268,14 +267,14 @@ impl Job<'_> {
                 }
             }
         }
-        let rows = self.rows.iter().map(|(weight, all)| (format!("rows {}", weight.0), all));
-        let columns = self.columns.iter().map(|(op, all)| (format!("columns {op}"), all));
+        let rows = self.ledger.rows.iter().map(|(weight, all)| (format!("rows {}", weight.0), all));
+        let columns = self.ledger.columns.iter().map(|(op, all)| (format!("columns {op}"), all));
         for (name, scales) in rows.chain(columns) {
             if !store.saved.contains(&name) {
                 planes.push(Plane { about: Some(String::new()), ..floats(name, scales) });
             }
         }
-        for (weight, scale) in &self.input_scales {
+        for (weight, scale) in &self.ledger.input_scales {
             let name = format!("input {}", weight.0);
             if !store.saved.contains(&name) {
                 let plane = floats(name, &[scale.value()]);
@@ -292,10 +291,8 @@ impl Job<'_> {
         let state = State {
             origin: store.origin.clone(),
             layers: layer + 1,
-            done: self.done,
-            reports: self.reports.clone(),
-            prepared: self.prepared.clone(),
-            coverage: self.coverage.clone(),
+            done: self.ledger.done,
+            reports: self.ledger.reports.clone(),
         };
         store.write_state(&state)?;
         // The state no longer needs it; what cannot be removed does no harm.
@@ -314,28 +311,28 @@ impl Job<'_> {
             let number: u32 = number.parse().map_err(|_| unknown())?;
             let tensor = || tensor_of(&file, name).ok_or_else(unknown);
             let scales = || file.raw(name).map(|it| floats_of(&it.bytes)).map_err(|_| unknown());
-            let known = (number as usize) < self.program.weights.len();
+            let known = (number as usize) < self.plan.program.weights.len();
             match kind {
-                "weight" if known => drop(self.finished.insert(Weight(number), tensor()?)),
+                "weight" if known => drop(self.ledger.finished.insert(Weight(number), tensor()?)),
                 "lora_a" if known => {
                     let other = tensor_of(&file, &format!("lora_b {number}"));
                     let (a, b) = (tensor()?, other.ok_or_else(unknown)?);
-                    let rotation = self.rotation_of(Weight(number));
+                    let rotation = self.plan.rotation_of(Weight(number));
                     let correction = Correction { a, b, rotation };
-                    self.corrections.insert(Weight(number), correction);
+                    self.ledger.corrections.insert(Weight(number), correction);
                 }
                 // Read with the other one.
                 "lora_b" if known => {}
-                "norm" if known => drop(self.norms.insert(Weight(number), tensor()?)),
-                "rows" if known => drop(self.rows.insert(Weight(number), scales()?)),
+                "norm" if known => drop(self.ledger.norms.insert(Weight(number), tensor()?)),
+                "rows" if known => drop(self.ledger.rows.insert(Weight(number), scales()?)),
                 "input" if known => {
                     let scale = match scales()?[..] {
                         [scale] => StaticScale::new(scale).ok_or_else(unknown)?,
                         _ => return Err(unknown()),
                     };
-                    self.input_scales.insert(Weight(number), scale);
+                    self.ledger.input_scales.insert(Weight(number), scale);
                 }
-                "columns" => drop(self.columns.insert(number as usize, scales()?)),
+                "columns" => drop(self.ledger.columns.insert(number as usize, scales()?)),
                 _ => return Err(unknown()),
             }
             names.push(name.to_owned());

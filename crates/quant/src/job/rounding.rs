@@ -1,18 +1,17 @@
 //! Rounds the matrices of a linear op, and adds what corrects them.
 
-use std::collections::BTreeMap;
-
-use lathe_program::{Op, Weight, WeightRole};
+use lathe_program::{Op, Weight};
 use lathe_tensor::Tensor;
 
-use super::{CorrectionReport, Job, WeightReport};
+use super::Job;
+use super::layer::LayerPass;
+use super::reports::{CorrectionReport, WeightReport};
 use crate::correction::Correction;
 use crate::error::QuantError;
-use crate::matrix::{Group, Matrix, Outcome, Quantized, Report};
+use crate::matrix::{Group, Matrix, MatrixReport, Outcome, Quantized};
 use crate::recipe::{Recipe, TechniqueStep};
-use crate::rotated::rotated;
 use crate::statistics::Statistics;
-use crate::technique::{correction_bits, correction_rounds};
+use crate::technique::correction_rounds;
 
 /// What rounds a matrix and what corrects that.
 #[derive(Clone, Copy)]
@@ -25,7 +24,7 @@ struct Steps<'a> {
 struct Made {
     tensor: Tensor,
     /// What it cost, corrected.
-    report: Report,
+    report: MatrixReport,
     correction: Option<(Correction, CorrectionReport)>,
 }
 
@@ -36,7 +35,7 @@ impl From<Quantized> for Made {
 }
 
 /// What is to be least, where two ways to quantize one matrix are compared.
-fn loss(report: &Report) -> f64 {
+fn loss(report: &MatrixReport) -> f64 {
     report.output_error.unwrap_or(-report.sqnr_db)
 }
 
@@ -54,17 +53,19 @@ fn quantized(
     }
 }
 
-impl Job<'_> {
-    /// Quantizes the matrices of one linear op: those that the same steps round to one format, together.
+impl LayerPass<'_, '_> {
+    /// Quantizes the matrices of one linear op: those that the same steps round to one format,
+    /// together.
     pub(super) fn round_group(&mut self, op: usize) -> Result<(), QuantError> {
-        let Op::Linear { parts, .. } = &self.program.ops[op] else { return Ok(()) };
+        let Job { plan, ledger, .. } = &*self.job;
+        let Op::Linear { parts, .. } = &plan.program.ops[op] else { return Ok(()) };
         let ours = |weight: &Weight| {
-            self.targets.get(weight) == Some(&op) && !self.finished.contains_key(weight)
+            plan.targets.get(weight) == Some(&op) && !ledger.finished.contains_key(weight)
         };
         let mut left: Vec<Weight> = parts.iter().map(|part| part.weight).filter(ours).collect();
         let statistics = self.statistics(op);
         while let Some(first) = left.first() {
-            let (recipe, first) = (self.recipe, self.name(*first));
+            let (recipe, first) = (self.job.plan.recipe, self.job.plan.name(*first));
             let steps = Steps::of(recipe, &first)?;
             let format = recipe.format_of(&first);
             let same = |name: &str| {
@@ -74,7 +75,7 @@ impl Job<'_> {
                 both && steps.rounding.applies_to(name) && recipe.format_of(name) == format
             };
             let (together, others): (Vec<Weight>, Vec<Weight>) =
-                left.iter().partition(|it| same(&self.name(**it)));
+                left.iter().partition(|it| same(&self.job.plan.name(**it)));
             self.round(&together, statistics.as_deref())?;
             left = others;
         }
@@ -87,9 +88,9 @@ impl Job<'_> {
         weights: &[Weight],
         statistics: Option<&Statistics>,
     ) -> Result<(), QuantError> {
-        let names: Vec<String> = weights.iter().map(|weight| self.name(*weight)).collect();
-        let values = weights.iter().map(|it| self.load(*it)).collect::<Result<Vec<_>, _>>()?;
-        let fused = weights.iter().map(|weight| self.fused_largest(*weight));
+        let names: Vec<String> = weights.iter().map(|weight| self.job.plan.name(*weight)).collect();
+        let values = weights.iter().map(|it| self.job.load(*it)).collect::<Result<Vec<_>, _>>()?;
+        let fused = weights.iter().map(|weight| self.job.fused_largest(*weight));
         let fused = fused.collect::<Result<Vec<_>, _>>()?;
         let matrices = names.iter().zip(&values).zip(&fused);
         let matrices = matrices.map(|((name, (shape, values)), fused)| Matrix {
@@ -99,114 +100,35 @@ impl Job<'_> {
             values,
             fused_largest: fused.first().copied(),
         });
-        let asymmetry = self.targets.get(&weights[0]).and_then(|op| self.asymmetry(*op));
+        let asymmetry = self.job.plan.targets.get(&weights[0]).and_then(|op| self.asymmetry(*op));
         let asymmetry = asymmetry.as_ref();
         let group = Group { matrices: matrices.collect(), statistics, asymmetry, tied: None };
-        let steps = Steps::of(self.recipe, &names[0])?;
+        let steps = Steps::of(self.job.plan.recipe, &names[0])?;
         let technique = steps.rounding.technique.name;
         let made: Vec<Made> = match steps.correction {
             None => {
-                let list = quantized(steps.rounding, &group, self.recipe)?;
+                let list = quantized(steps.rounding, &group, self.job.plan.recipe)?;
                 list.into_iter().map(Made::from).collect()
             }
             Some(correction) => {
-                let rotation = self.rotation_of(weights[0]);
-                corrected((steps.rounding, correction), &group, rotation, self.recipe)?
+                let rotation = self.job.plan.rotation_of(weights[0]);
+                corrected((steps.rounding, correction), &group, rotation, self.job.plan.recipe)?
             }
         };
-        self.tell(values.iter().map(|(_, values)| values.len()).sum());
+        self.job.tell(values.iter().map(|(_, values)| values.len()).sum());
         for ((weight, tensor), made) in weights.iter().zip(names).zip(made) {
             let (correction, report) = made.correction.unzip();
-            self.reports.push(WeightReport {
+            self.job.ledger.reports.tensors.push(WeightReport {
                 tensor,
                 technique,
                 report: made.report,
                 correction: report,
             });
-            self.finished.insert(*weight, made.tensor);
-            self.corrections.extend(correction.map(|it| (*weight, it)));
+            self.job.ledger.finished.insert(*weight, made.tensor);
+            self.job.ledger.corrections.extend(correction.map(|it| (*weight, it)));
         }
         Ok(())
     }
-
-    /// Refuses a correction of a matrix that no adapter can say.
-    pub(super) fn check_correction(
-        &self,
-        step: &TechniqueStep,
-        weight: Weight,
-    ) -> Result<(), QuantError> {
-        let refuse = |reason: &str| {
-            let (technique, tensor) = (step.technique.name, self.name(weight));
-            Err(QuantError::Technique { technique, tensor, reason: reason.to_owned() })
-        };
-        if self.program.weight(weight).role == WeightRole::Experts {
-            return refuse(
-                "it is a stack of experts, expected matrices that are modules of their own; \
-                 `tensors` of the step can name those",
-            );
-        }
-        let op = &self.program.ops[self.targets[&weight]];
-        let rounded = self.program.ops.iter().any(|maker| match maker {
-            Op::Transform { transform, out, .. } => {
-                transform.format.is_some() && op.inputs().any(|it| it == *out)
-            }
-            _ => false,
-        });
-        match rounded {
-            true => refuse(
-                "its input is rounded while the model runs, and an adapter reads it as it is; \
-                 expected no `activations`",
-            ),
-            false => Ok(()),
-        }
-    }
-
-    /// Elements of a block of the input of `weight` that is rotated while the model runs.
-    pub(super) fn rotation_of(&self, weight: Weight) -> Option<usize> {
-        let mut all = rotated(self.program).into_iter();
-        all.find_map(|(other, block)| (other == weight).then_some(block))
-    }
-
-    /// What runs beside quantized matrices, as far as they are quantized.
-    pub fn corrections(&self) -> &BTreeMap<Weight, Correction> {
-        &self.corrections
-    }
-
-    /// Mean bits of the weights that the recipe quantizes: scales and corrections are counted.
-    ///
-    /// # Errors
-    /// If a weight is corrected twice.
-    pub fn bits_per_weight(&self) -> Result<f64, QuantError> {
-        let (mut bits, mut elements) = (0.0, 0.0);
-        for weight in self.targets.keys() {
-            elements += self.program.weight(*weight).shape.iter().product::<usize>() as f64;
-            bits += self.bits_of(*weight)?;
-        }
-        Ok(bits / elements)
-    }
-
-    /// Bits of one weight when it is quantized, its correction among them.
-    pub(super) fn bits_of(&self, weight: Weight) -> Result<f64, QuantError> {
-        let decl = self.program.weight(weight);
-        let elements: usize = decl.shape.iter().product();
-        let codes = elements as f64 * self.recipe.format_of(&decl.name).bits_per_weight();
-        Ok(codes + bits_of_correction(self.recipe, &decl.name, &decl.shape)?)
-    }
-}
-
-/// Bits of what corrects tensor `name` of `shape`; none, if nothing does.
-///
-/// # Errors
-/// If it is corrected twice.
-pub(crate) fn bits_of_correction(
-    recipe: &Recipe,
-    name: &str,
-    shape: &[usize],
-) -> Result<f64, QuantError> {
-    Ok(match (recipe.correction_of(name)?, shape) {
-        (Some(step), [rows, columns]) => correction_bits(*rows, *columns, &step.parameters),
-        _ => 0.0,
-    })
 }
 
 impl<'a> Steps<'a> {
@@ -216,10 +138,10 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Rounds the matrices of `group` by the first of `steps` and corrects what that loses by the second, as often as
-/// that one says: from the second round on, what is rounded is what the last correction leaves of a matrix. Of
-/// each matrix the round that loses least is kept. NVFP4's second scale stays that of the matrices as they were,
-/// which those that are run as one share.
+/// Rounds the matrices of `group` by the first of `steps` and corrects what that loses by the
+/// second, as often as that one says: from the second round on, what is rounded is what the last
+/// correction leaves of a matrix. Of each matrix the round that loses least is kept. NVFP4's second
+/// scale stays that of the matrices as they were, which those that are run as one share.
 fn corrected(
     (rounding, correction): (&TechniqueStep, &TechniqueStep),
     group: &Group<'_>,
@@ -243,20 +165,20 @@ fn corrected(
             let Quantized { tensor, report: rounded } = quantized;
             let uncorrected = match round {
                 1 => rounded.clone(),
-                _ => Report::new(matrix, &tensor, group.statistics),
+                _ => MatrixReport::new(matrix, &tensor, group.statistics),
             };
             let mut values = vec![0f32; matrix.values.len()];
             correction_found.add_to(&mut values);
             left.push(matrix.values.iter().zip(&values).map(|(w, it)| w - it).collect());
             values.iter_mut().zip(tensor.to_f32()).for_each(|(sum, code)| *sum += code);
-            let mut report = Report::of(matrix, values, group.statistics);
+            let mut report = MatrixReport::of(matrix, values, group.statistics);
             report.notes.extend(rounded.notes.into_iter().chain(note));
             let correction_report = CorrectionReport {
                 technique: correction.technique.name,
                 rank: correction_found.rank(),
                 bytes: correction_found.bytes(),
                 round,
-                uncorrected: Report { notes: Vec::new(), ..uncorrected },
+                uncorrected: MatrixReport { notes: Vec::new(), ..uncorrected },
             };
             let correction = Some((correction_found, correction_report));
             made.push(Made { tensor, report, correction });

@@ -8,11 +8,13 @@ use lathe_model::Model;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_program::reference::ReferenceBackend;
 use lathe_program::{
-    Backend, BackendError, Choice, Executor, ExecutorOptions, KvFormat, WeightSource,
+    Backend, BackendError, Choice, Executor, ExecutorOptions, KvFormat, Op, Program, WeightSource,
 };
 
 use super::*;
 use crate::calibrate;
+use crate::matrix::{Group, Matrix, Outcome};
+use crate::statistics::Statistics;
 
 pub(super) const TOKENS: [u32; 24] =
     [3, 60, 17, 5, 5, 42, 9, 33, 21, 8, 1, 2, 30, 31, 44, 50, 12, 7, 19, 28, 4, 40, 11, 6];
@@ -45,14 +47,14 @@ struct Prepared(Vec<Tensor>);
 
 impl Prepared {
     fn of(job: &Job<'_>) -> Self {
-        let one = |index: usize| match job.norms.get(&Weight(index as u32)) {
+        let one = |index: usize| match job.ledger.norms.get(&Weight(index as u32)) {
             Some(norm) => norm.clone(),
             None => {
                 let (shape, values) = job.load(Weight(index as u32)).expect("loads");
                 Tensor::from_f32_vec(shape, values)
             }
         };
-        Prepared((0..job.program.weights.len()).map(one).collect())
+        Prepared((0..job.plan.program.weights.len()).map(one).collect())
     }
 }
 
@@ -98,11 +100,17 @@ fn folded_scales_change_no_output() {
         let mut job = Job::new(&weights, &recipe, true, |_| ()).expect(name);
         let backend = ReferenceBackend::new();
         job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).expect(name);
-        let scaled = job.prepared.iter().filter(|it| it.scales.is_some_and(|[a, b]| a < b));
+        let scaled =
+            job.reports().prepared.iter().filter(|it| it.scales.is_some_and(|[a, b]| a < b));
         let layers = model.spec.layers.len();
         let scaled = scaled.count();
-        assert!(scaled >= layers, "{name}: {scaled} of {layers} layers: {:?}", job.prepared);
-        let outputs = job.prepared.iter().filter(|it| it.tensors[0].ends_with("attention.output"));
+        assert!(
+            scaled >= layers,
+            "{name}: {scaled} of {layers} layers: {:?}",
+            job.reports().prepared
+        );
+        let outputs =
+            job.reports().prepared.iter().filter(|it| it.tensors[0].ends_with("attention.output"));
         assert!(outputs.clone().count() == layers && outputs.clone().all(|it| it.scales.is_some()));
         let expected = last_hidden(&program, &weights);
         let found = last_hidden(&program, &Prepared::of(&job));
@@ -305,7 +313,7 @@ fn calibration_sees_inputs_as_they_are_rounded() {
     let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
     let backend = ReferenceBackend::new();
     job.calibrate(&spec, &calibration(&backend, &TOKENS)).unwrap();
-    assert!(job.reports.iter().all(|it| it.report.output_error.is_some()));
+    assert!(job.reports().tensors.iter().all(|it| it.report.output_error.is_some()));
 }
 
 #[test]
@@ -408,7 +416,7 @@ fn gptaq_makes_up_for_quantized_layers() {
         let recipe = Recipe::simple(Format::parse("int3-g16-f32").unwrap(), method).unwrap();
         let mut job = Job::new(&weights, &recipe, true, |_| ()).unwrap();
         job.calibrate(&model.spec, &calibration(&backend, &TOKENS)).unwrap();
-        job.finished
+        job.ledger.finished
     };
     let (gptq, gptaq) = (made("gptq"), made("gptaq"));
     for (weight, tensor) in &gptq {
@@ -486,8 +494,8 @@ fn experts_are_calibrated_by_all_tokens() {
         assert!(same * 100 >= 98 * found.len(), "{expert}: {same} of {}", found.len());
     }
     // Each token was sent to two experts.
-    assert_eq!(job.coverage[0].router, "layers.0.ffn.router");
-    assert_eq!(job.coverage[0].tokens.iter().sum::<u64>(), 48);
+    assert_eq!(job.reports().coverage[0].router, "layers.0.ffn.router");
+    assert_eq!(job.reports().coverage[0].tokens.iter().sum::<u64>(), 48);
 }
 
 /// GPTAQ of experts makes up for what their input lost: nothing in the first layer, where it is

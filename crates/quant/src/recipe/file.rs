@@ -1,7 +1,9 @@
 //! A recipe as TOML text.
 
 use lathe_tensor::Format;
+use lathe_tensor::suggest::nearest;
 use serde::{Deserialize, Serialize};
+use toml::de::{DeTable, DeValue};
 
 use super::{
     Budget, Prefix, Recipe, Sensitivity, TechniqueStep, activations_named, activations_of,
@@ -88,18 +90,27 @@ impl Recipe {
     /// [`QuantError::Recipe`] names the line, the key and what was expected.
     pub fn parse(text: &str, group: Option<u32>) -> Result<Recipe, QuantError> {
         let table: RecipeTable = toml::from_str(text).map_err(|error| explain(text, &error))?;
-        let format = format_named(&table.format, group)?;
-        let activations = table.activations.map(|name| activations_named(&name)).transpose()?;
+        let at = |path: &'static [&'static str]| {
+            move |error| locate(text, path.iter().map(|key| Part::Key(key)), error)
+        };
+        let format = format_named(&table.format, group).map_err(at(&["format"]))?;
+        let activations = table.activations.map(|name| activations_named(&name)).transpose();
+        let activations = activations.map_err(at(&["activations"]))?;
         let activations = activations.or(activations_of(&table.format));
         let formats = table.formats.into_iter().map(|(pattern, value)| {
-            let name = value.as_str().ok_or_else(|| {
-                wrong(format!("[formats]: `{pattern}` is {value}, expected the name of a format"))
-            })?;
-            Ok((pattern, format_named(name, None)?))
+            let format = match value.as_str() {
+                Some(name) => format_named(name, None),
+                None => Err(wrong(format!("`{pattern}` is {value}, expected a format's name"))),
+            };
+            let path = [Part::Key("formats"), Part::Key(&pattern)];
+            let format = format.map_err(|error| locate(text, path, error))?;
+            Ok((pattern, format))
         });
         let formats = formats.collect::<Result<_, QuantError>>()?;
-        let budget = table.budget.map(BudgetTable::read).transpose()?;
-        let steps = table.technique.into_iter().map(StepTable::read);
+        let budget = table.budget.map(BudgetTable::read).transpose();
+        let budget = budget.map_err(at(&["budget", "formats"]))?;
+        let steps = table.technique.into_iter().enumerate();
+        let steps = steps.map(|(index, step)| step.read(text, index));
         let steps = steps.collect::<Result<Vec<_>, _>>()?;
         let prefix = table.prefix.unwrap_or_else(|| Prefix::of(&steps));
         let tensors = table.tensors.map(|it| it.0);
@@ -143,13 +154,22 @@ impl BudgetTable {
 }
 
 impl StepTable {
-    fn read(self) -> Result<TechniqueStep, QuantError> {
-        let technique = technique::find(&self.technique)?;
+    /// The step that is number `index` of the recipe in `text`.
+    fn read(self, text: &str, index: usize) -> Result<TechniqueStep, QuantError> {
+        let at = |key, error| {
+            locate(text, [Part::Key("technique"), Part::Index(index), Part::Key(key)], error)
+        };
+        let technique = technique::find(&self.technique).map_err(|error| at("use", error))?;
         let mut parameters = Parameters::defaults(technique.parameters);
         for (key, value) in &self.parameters {
-            parameters.set(technique.parameters, key, value).map_err(|error| match error {
-                QuantError::Recipe(text) => wrong(format!("technique {}: {text}", technique.name)),
-                other => other,
+            parameters.set(technique.parameters, key, value).map_err(|error| {
+                let error = match error {
+                    QuantError::Recipe(message) => {
+                        wrong(format!("technique {}: {message}", technique.name))
+                    }
+                    other => other,
+                };
+                at(key, error)
             })?;
         }
         Ok(TechniqueStep { technique, parameters, tensors: self.tensors.map(|it| it.0) })
@@ -167,11 +187,51 @@ impl StepTable {
 
 /// What the parser found, with the line of `text` that it found it in.
 fn explain(text: &str, error: &toml::de::Error) -> QuantError {
-    let message = error.message();
+    let mut message = error.message().to_owned();
+    // "unknown field `a`, expected one of `b`, `c`": the parser lists them, and knows no nearest.
+    let mut words = message.split('`').skip(1).step_by(2);
+    if let (true, Some(found)) = (message.starts_with("unknown field"), words.next())
+        && let Some(name) = nearest(found, words)
+    {
+        message = format!("{message}; did you mean `{name}`?");
+    }
     let whole = 0..text.trim_end().len();
     let at = error.span().filter(|span| !(span.start == 0 && span.end >= whole.end));
-    let Some(at) = at else { return wrong(message.to_owned()) };
-    let number = text[..at.start].matches('\n').count();
+    match at {
+        Some(at) => wrong(with_line(text, at.start, &message)),
+        None => wrong(message),
+    }
+}
+
+/// `message` with the line of `text` that has byte `at`.
+fn with_line(text: &str, at: usize, message: &str) -> String {
+    let number = text[..at].matches('\n').count();
     let line = text.lines().nth(number).unwrap_or("").trim();
-    wrong(format!("line {}, `{line}`: {message}", number + 1))
+    format!("line {}, `{line}`: {message}", number + 1)
+}
+
+/// A step on the way to a value of a file.
+enum Part<'a> {
+    Key(&'a str),
+    Index(usize),
+}
+
+/// `error` with the line of the value that `path` leads to.
+fn locate<'a>(
+    text: &str,
+    path: impl IntoIterator<Item = Part<'a>>,
+    error: QuantError,
+) -> QuantError {
+    let QuantError::Recipe(message) = error else { return error };
+    let Ok(table) = DeTable::parse(text) else { return wrong(message) };
+    let (mut at, mut value) = (table.span().start, DeValue::Table(table.into_inner()));
+    for part in path {
+        let next = match part {
+            Part::Key(key) => value.get(key),
+            Part::Index(index) => value.get(index),
+        };
+        let Some(next) = next.cloned() else { return wrong(message) };
+        (at, value) = (next.span().start, next.into_inner());
+    }
+    wrong(with_line(text, at, &message))
 }

@@ -2,12 +2,12 @@
 //!
 //! ```toml
 //! format = "int4-g64-bf16"        # or a preset: w4a16, w8a16, mxfp4, q4_k, ...
-//! tensors = ["layers.*"]          # canonical names, * stands for anything; all linear layers if absent
+//! tensors = ["layers.*"]          # canonical names, * is anything; all linear layers if absent
 //! keep = ["layers.0.*"]           # of those, what stays as it is
-//! prefix = "quantized"            # what calibration runs through before a layer; or "float"
-//! activations = "int4-token"      # what inputs of quantized matrices are rounded to; not at all if absent
+//! prefix = "quantized"            # the layers that calibration runs through; or "float"
+//! activations = "int4-token"      # the format of the matrices' inputs; floats if absent
 //!
-//! [formats]                       # what some tensors are stored in; the last pattern that names one counts
+//! [formats]                       # other formats for some tensors; the last match counts
 //! "layers.0.*" = "int8-channel-bf16"
 //!
 //! [budget]                        # a format for each layer that [formats] then says
@@ -69,7 +69,8 @@ pub struct Recipe {
     pub keep: Vec<String>,
     /// What calibration runs through.
     pub prefix: Prefix,
-    /// Patterns of tensors that are stored in another format; the last one that names a tensor counts.
+    /// Patterns of tensors that are stored in another format; the last one that names a tensor
+    /// counts.
     pub formats: Vec<(String, Format)>,
     /// How many bits all may take; planned before anything is done.
     pub budget: Option<Budget>,
@@ -285,8 +286,8 @@ impl TechniqueStep {
 }
 
 impl Prefix {
-    /// What techniques take if nobody says: what only weighs columns by their inputs' sizes makes up for nothing,
-    /// and sizes hardly change, so that half of the work is not worth it.
+    /// What techniques take if nobody says: what only weighs columns by their inputs' sizes makes
+    /// up for nothing, and sizes hardly change, so that half of the work is not worth it.
     fn of(steps: &[TechniqueStep]) -> Self {
         match steps.iter().any(TechniqueStep::needs_products) {
             true => Prefix::Quantized,
@@ -344,7 +345,8 @@ mod tests {
         let awq = Recipe::simple(recipe.format, "awq").unwrap();
         assert_eq!(awq.steps[1].technique.name, "clip");
         assert!(awq.needs_products() && awq.to_toml().contains("prefix = \"quantized\""));
-        // A correction comes behind what chooses codes, and weighs by inputs unless it is told not to.
+        // A correction comes behind what chooses codes, and weighs by inputs unless it is told not
+        // to.
         let corrected = Recipe::simple(recipe.format, "awq+low-rank").unwrap();
         let names: Vec<&str> = corrected.steps.iter().map(|it| it.technique.name).collect();
         assert_eq!(names, ["awq", "clip", "low-rank"]);
@@ -367,16 +369,28 @@ mod tests {
     /// Recipes that are refused, with a part of what is said.
     const BAD: &[(&str, &str)] = &[
         ("format = 4", "line 1, `format = 4`: invalid type: integer `4`, expected a string"),
-        ("format = \"w9\"", "unknown format `w9`"),
+        ("format = \"w9\"", "line 1, `format = \"w9\"`: unknown format `w9`"),
         ("[[technique]]\nuse = \"rtn\"", "missing field `format`"),
         ("format = \"q4_0\"", "no [[technique]]"),
         (
             "format = \"q4_0\"\nfromat = 1",
-            "line 2, `fromat = 1`: unknown field `fromat`, expected one of `format`",
+            "line 2, `fromat = 1`: unknown field `fromat`, expected one of `format`, `tensors`, `keep`, \
+             `prefix`, `activations`, `formats`, `budget`, `technique`; did you mean `format`?",
         ),
-        ("format = \"q4_0\"\n[[technique]]\nuse = \"gtpq\"", "unknown technique `gtpq`"),
-        ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndampnig = 1", "unknown key `dampnig`"),
-        ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndamping = \"a\"", "`damping` is \"a\""),
+        (
+            "format = \"q4_0\"\n[[technique]]\nuse = \"gtpq\"",
+            "line 3, `use = \"gtpq\"`: unknown technique `gtpq`, expected one of rtn, ",
+        ),
+        ("format = \"q4_0\"\n[[technique]]\nuse = \"gtpq\"", "; did you mean gptq?"),
+        (
+            "format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndampnig = 1",
+            "line 4, `dampnig = 1`: technique gptq: unknown key `dampnig`, expected one of use, ",
+        ),
+        ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndampnig = 1", "did you mean damping?"),
+        (
+            "format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\ndamping = \"a\"",
+            "line 4, `damping = \"a\"`: technique gptq: `damping` is \"a\"",
+        ),
         ("format = \"q4_0\"\n[[technique]]\nuse = \"gptq\"\nblock_size = 0", "from 1 to"),
         ("format = \"q4_0\"\n[[technique]]\nuse = \"clip\"\nerror = \"x\"", "one of weight"),
         (
@@ -402,7 +416,14 @@ mod tests {
             "format = \"q4_0\"\nformats = 3\n",
             "`formats = 3`: invalid type: integer `3`, expected a map",
         ),
-        ("format = \"q4_0\"\n[formats]\n\"layers.*\" = \"q9\"\n", "unknown format `q9`"),
+        (
+            "format = \"q4_0\"\n[formats]\n\"layers.*\" = \"q9\"\n",
+            "line 3, `\"layers.*\" = \"q9\"`: unknown format `q9`",
+        ),
+        (
+            "format = \"q4_0\"\n[budget]\nbits = 4\nformats = [\"q9\"]\n",
+            "line 4, `formats = [\"q9\"]`",
+        ),
         ("format = \"q4_0\"\n[budget]\nbits = 4\n", "missing field `formats`"),
         (
             "format = \"q4_0\"\n[budget]\nbits = -4\n",

@@ -1,5 +1,6 @@
 //! The names of formats that people ask for, and the formats that they mean.
 
+use lathe_tensor::suggest::one_of;
 use lathe_tensor::{ActivationFormat, Block, Element, Format, ScaledFormat};
 
 use super::wrong;
@@ -64,9 +65,9 @@ pub fn format_named(name: &str, group: Option<u32>) -> Result<Format, QuantError
     let format =
         Format::parse(preset.map_or(lower.as_str(), |preset| preset.format)).map_err(|_| {
             let presets: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
-            let presets = presets.join(", ");
+            let presets = one_of(name, &presets);
             wrong(format!(
-                "unknown format `{name}`, expected a name like int4-g64-bf16 or one of {presets}"
+                "unknown format `{name}`, expected a name like int4-g64-bf16 or {presets}"
             ))
         })?;
     match (format, group) {
@@ -92,7 +93,7 @@ pub fn activations_of(name: &str) -> Option<ActivationFormat> {
 /// If there is none, with the names that there are.
 pub fn activations_named(name: &str) -> Result<ActivationFormat, QuantError> {
     ActivationFormat::parse(&name.to_lowercase()).ok_or_else(|| {
-        let known = ActivationFormat::ALL.map(ActivationFormat::name).join(", ");
-        wrong(format!("unknown format of activations `{name}`, expected one of {known}"))
+        let known = one_of(name, &ActivationFormat::ALL.map(ActivationFormat::name));
+        wrong(format!("unknown format of activations `{name}`, expected {known}"))
     })
 }

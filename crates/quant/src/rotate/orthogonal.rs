@@ -1,28 +1,6 @@
 //! Orthogonal matrices that are cheap to multiply by: Hadamard, random, and blocks of them.
 
-/// A splitmix64 generator: the matrices that a seed means are the same everywhere and for good.
-pub(crate) struct SplitMix(u64);
-
-impl SplitMix {
-    pub(crate) fn new(seed: u64) -> Self {
-        SplitMix(seed)
-    }
-
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Standard normal, by Box and Muller.
-    pub(crate) fn normal(&mut self) -> f64 {
-        let unit = |bits: u64| ((bits >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
-        let (a, b) = (unit(self.bits()), unit(self.bits()));
-        (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
-    }
-}
+use lathe_tensor::random::SplitMix64;
 
 /// Which matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,19 +33,19 @@ impl Orthogonal {
     /// If `block` is 0.
     pub fn new(kind: Kind, block: usize, seed: u64) -> Self {
         assert!(block > 0, "a block has elements");
-        let mut random = SplitMix::new(seed ^ block as u64);
+        let mut random = SplitMix64::new(seed ^ block as u64);
         let power = match kind {
             Kind::Random => 1,
             Kind::Hadamard | Kind::RandomHadamard => 1 << block.trailing_zeros(),
         };
         let signs = match kind {
             Kind::RandomHadamard => {
-                (0..block).map(|_| if random.bits() >> 63 == 0 { 1.0 } else { -1.0 }).collect()
+                (0..block).map(|_| if random.next_u64() >> 63 == 0 { 1.0 } else { -1.0 }).collect()
             }
             Kind::Hadamard | Kind::Random => Vec::new(),
         };
         // A deterministic Hadamard rotation mixes its odd part by the same matrix for every seed.
-        let mut random = if kind == Kind::Hadamard { SplitMix::new(0) } else { random };
+        let mut random = if kind == Kind::Hadamard { SplitMix64::new(0) } else { random };
         let odd = orthogonal(block / power, &mut random);
         Orthogonal { block, signs, power, odd }
     }
@@ -123,7 +101,7 @@ fn hadamard(x: &mut [f64]) {
 
 /// `[n, n]`, uniform over the orthogonal matrices: normal numbers, orthogonalised twice by the
 /// modified Gram-Schmidt process (twice is enough).
-fn orthogonal(n: usize, random: &mut SplitMix) -> Vec<f64> {
+fn orthogonal(n: usize, random: &mut SplitMix64) -> Vec<f64> {
     if n == 1 {
         return vec![1.0];
     }

@@ -3,8 +3,8 @@
 //! The stream is turned (QuaRot's R1): every matrix that writes to it gets `Q^T` on its rows, every
 //! one that reads it gets `Q` on its columns, and an RMS norm between, which an orthogonal matrix
 //! does not change, hands its weight to its readers first. Values between the value projection and
-//! the output projection are turned a head at a time (R2): attention only mixes them over positions.
-//! Nothing is left to be done while the model runs.
+//! the output projection are turned a head at a time (R2): attention only mixes them over
+//! positions. Nothing is left to be done while the model runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -73,7 +73,7 @@ impl Turns {
 
 /// Which rotations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Choice {
+pub struct RotationSettings {
     /// What kind of matrix.
     pub kind: Kind,
     /// Elements of the stream that are turned together; 0 for all of them.
@@ -90,7 +90,7 @@ pub struct Choice {
 ///
 /// # Errors
 /// If something between two matrices does not let a rotation of the stream through, by its name.
-pub fn turns(program: &Program, choice: &Choice) -> Result<Turns, QuantError> {
+pub fn turns(program: &Program, choice: &RotationSettings) -> Result<Turns, QuantError> {
     let mut turns = Turns::default();
     if choice.stream {
         let width = stream_width(program)?;
@@ -284,7 +284,7 @@ fn once(program: &Program, weight: Weight) -> Result<(), QuantError> {
 }
 
 /// Turns the values of the attention at `index`, if it is one and nothing stands in the way.
-fn turn_values(program: &Program, index: usize, choice: &Choice, turns: &mut Turns) {
+fn turn_values(program: &Program, index: usize, choice: &RotationSettings, turns: &mut Turns) {
     let op = &program.ops[index];
     let found = match op {
         Op::Attend { layer, spec, out, .. } => {

@@ -1,8 +1,8 @@
-//! AWQ (arXiv 2306.00978): input channels are scaled up where activations are large, so that rounding
-//! costs less there; what feeds the group is scaled down by the same numbers.
+//! AWQ (arXiv 2306.00978): input channels are scaled up where activations are large, so that
+//! rounding costs less there; what feeds the group is scaled down by the same numbers.
 //!
-//! Scales are `magnitude^a` of the inputs, over `magnitude^(1-a)` of the weights or not; `a` is the one
-//! whose rounding moves the group's outputs least, exactly measured by `tr(D H D^T)`.
+//! Scales are `magnitude^a` of the inputs, over `magnitude^(1-a)` of the weights or not; `a` is the
+//! one whose rounding moves the group's outputs least, exactly measured by `tr(D H D^T)`.
 
 use lathe_tensor::codec::scaled::{E8m0Rounding, quantize};
 use lathe_tensor::{Format, Tensor};
@@ -12,7 +12,7 @@ use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, check_shape};
 use crate::parameters::{Kind, Parameter, Parameters};
-use crate::quadratic::Quadratic;
+use lathe_linalg::Quadratic;
 
 const NAME: &str = "awq";
 /// Scales further apart than this (as a ratio to their middle) are cut off.

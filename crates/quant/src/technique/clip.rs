@@ -2,8 +2,9 @@
 //!
 //! What "least" means is a choice: the squared error of the weights, the same with each column
 //! weighed by the mean square of its input, the squared error of the block's contribution to the
-//! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv 2306.00978), or how far
-//! the distribution of the rounded numbers is from theirs ([`super::divergence`]).
+//! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv
+//! 2306.00978), or how far the distribution of the rounded numbers is from theirs
+//! ([`super::divergence`]).
 
 use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, Span, assemble};
@@ -14,8 +15,8 @@ use super::{Apply, POWER_OF_TWO, Stage, Technique, power_of_two};
 use crate::error::QuantError;
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
-use crate::quadratic::Quadratic;
 use crate::statistics::Statistics;
+use lathe_linalg::Quadratic;
 
 const NAME: &str = "clip";
 /// Rows whose candidates are measured together, and that are one thread's work.

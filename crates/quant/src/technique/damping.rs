@@ -1,8 +1,8 @@
-//! Factors of `H = E[x x^T]` where the text of the calibration did not show enough for one: part of the mean of
-//! its diagonal is added to it, and more if that is too little.
+//! Factors of `H = E[x x^T]` where the text of the calibration did not show enough for one: part of
+//! the mean of its diagonal is added to it, and more if that is too little.
 
-use crate::linalg::NotPositive;
 use crate::parameters::{Kind, Parameter};
+use lathe_linalg::NotPositive;
 
 /// Times that the damping is raised before the matrix is given up.
 const DAMPINGS: usize = 8;
@@ -16,15 +16,15 @@ pub(super) const fn parameter(default: f64) -> Parameter {
     }
 }
 
-/// What damping is a part of: the mean of the diagonal of `H`, or one where nothing was seen. `None` if it is
-/// not finite.
+/// What damping is a part of: the mean of the diagonal of `H`, or one where nothing was seen.
+/// `None` if it is not finite.
 pub(super) fn mean_of(diagonal: &[f64]) -> Option<f64> {
     let mean = diagonal.iter().sum::<f64>() / diagonal.len().max(1) as f64;
     mean.is_finite().then_some(if mean > 0.0 { mean } else { 1.0 })
 }
 
-/// What `factor` makes of the `[n, n]` `matrix` with `asked * mean` added to its diagonal, and what had to be
-/// done beside. `None` if it cannot be factored whatever is added.
+/// What `factor` makes of the `[n, n]` `matrix` with `asked * mean` added to its diagonal, and what
+/// had to be done beside. `None` if it cannot be factored whatever is added.
 pub(super) fn damped<T>(
     matrix: &[f64],
     n: usize,

@@ -1,11 +1,12 @@
 //! How far what numbers are rounded to is distributed from the numbers themselves: what
 //! [`clip`](super::clip) makes least with `error = "kl"`.
 //!
-//! As TensorRT chooses the ends of a range (Migacz, "8-bit inference with TensorRT", GTC 2017): `P` is the
-//! histogram of the numbers, those beyond the range counted at its ends; `Q` gives each code's share of the
-//! numbers within the range to the bins that round to it, evenly among those that hold any. The measure is
-//! `KL(P || Q)` in nats: cutting off much makes the ends of `P` improbable under `Q`, cutting off nothing
-//! makes codes so wide that bins of very different heights become one.
+//! As TensorRT chooses the ends of a range (Migacz, "8-bit inference with TensorRT", GTC 2017): `P`
+//! is the histogram of the numbers, those beyond the range counted at its ends; `Q` gives each
+//! code's share of the numbers within the range to the bins that round to it, evenly among those
+//! that hold any. The measure is `KL(P || Q)` in nats: cutting off much makes the ends of `P`
+//! improbable under `Q`, cutting off nothing makes codes so wide that bins of very different
+//! heights become one.
 
 use crate::matrix::Scales;
 use lathe_tensor::codec::scaled::BlockScale;

@@ -1,5 +1,5 @@
-//! Four over six (arXiv 2512.02010): a block of NVFP4 whose largest number is scaled to 4 in place of
-//! 6 has no gap between 4 and 6 to lose its larger numbers in; each block takes what errs less.
+//! Four over six (arXiv 2512.02010): a block of NVFP4 whose largest number is scaled to 4 in place
+//! of 6 has no gap between 4 and 6 to lose its larger numbers in; each block takes what errs less.
 
 use lathe_tensor::{Element, Format, ScaleType};
 

@@ -1,9 +1,10 @@
-//! GPTAQ (arXiv 2504.02692): GPTQ whose target is what the float model's layer makes of the float model's
-//! input, while the quantized one reads what quantized layers before it made.
+//! GPTAQ (arXiv 2504.02692): GPTQ whose target is what the float model's layer makes of the float
+//! model's input, while the quantized one reads what quantized layers before it made.
 //!
 //! With `A = E[(x_float - x) x^T]` and the upper factor `U` of `H^-1 = U^T U`, `P` is what is
-//! strictly above the diagonal of `A U^T`, times `U`: column `i`, beside its error,
-//! adds its number times `P[i][j]` to column `j`. `alpha` is how much of that counts; the authors' code takes a quarter.
+//! strictly above the diagonal of `A U^T`, times `U`: column `i`, beside its error, adds its number
+//! times `P[i][j]` to column `j`. `alpha` is how much of that counts; the authors' code takes a
+//! quarter.
 
 use lathe_tensor::Format;
 

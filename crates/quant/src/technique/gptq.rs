@@ -1,14 +1,15 @@
 //! GPTQ (arXiv 2210.17323): columns are rounded one after the other, and what each loses is made up
 //! for by those that follow, as the inverse of `H = E[x x^T]` says.
 //!
-//! With the upper Cholesky factor `U` of `H^-1`, a column's error over `U[i][i]` goes to column `j` as
-//! `-U[i][j]`. Rows of the weight do not meet, so that threads take some rows each, in which a column
-//! is a vector; what is behind a block of columns is brought up to date by one matrix product.
+//! With the upper Cholesky factor `U` of `H^-1`, a column's error over `U[i][i]` goes to column `j`
+//! as `-U[i][j]`. Rows of the weight do not meet, so that threads take some rows each, in which a
+//! column is a vector; what is behind a block of columns is brought up to date by one matrix
+//! product.
 //!
-//! Scales come from clip's search by the error of outputs, unless a recipe says otherwise: under the
-//! range of a block as it was, numbers that took over errors saturate, and KL to the base becomes
-//! worse than that of rounding to nearest (docs/quantization.md). Damping is five times the paper's
-//! for the same reason: what the text of the calibration does not show is left alone.
+//! Scales come from clip's search by the error of outputs, unless a recipe says otherwise: under
+//! the range of a block as it was, numbers that took over errors saturate, and KL to the base
+//! becomes worse than that of rounding to nearest (docs/quantization.md). Damping is five times the
+//! paper's for the same reason: what the text of the calibration does not show is left alone.
 
 use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, assemble, round_each};
@@ -19,10 +20,10 @@ use rayon::prelude::*;
 use super::clip::{self, Measure};
 use super::{Apply, POWER_OF_TWO, Stage, Technique, damping, power_of_two};
 use crate::error::QuantError;
-use crate::linalg::{part, square, upper_factor_of_inverse};
 use crate::matrix::{Group, Matrix, Outcome, Quantized, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
 use crate::statistics::Statistics;
+use lathe_linalg::{part, square, upper_factor_of_inverse};
 
 const NAME: &str = "gptq";
 /// Rows of a weight that are rounded together, in lanes, and are one thread's work.

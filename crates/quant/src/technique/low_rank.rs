@@ -1,12 +1,13 @@
-//! A low-rank correction of what rounding lost: with `E = W - Q` and the codes `Q` final, `B A` of rank `r` that
-//! runs beside the quantized matrix, `y = Q x + B A x`.
+//! A low-rank correction of what rounding lost: with `E = W - Q` and the codes `Q` final, `B A` of
+//! rank `r` that runs beside the quantized matrix, `y = Q x + B A x`.
 //!
-//! `weighting = "none"` is the truncated singular value decomposition of `E` (ZeroQuant-V2, arXiv 2303.08302;
-//! LQER without its scales, arXiv 2402.02446). `"inputs"` is least in the error of outputs, `E |(E - B A) x|^2`,
-//! which is the one of `E L` with `H = E[x x^T] = L L^T` (QERA-exact, arXiv 2410.06040; EoRA, arXiv 2410.21271):
-//! `B A = U U^T E` with `U` the leading left singular vectors of `E L`, so that `L` need not be inverted. With more
-//! `rounds` than one, codes are chosen again for `W - B A` and the correction again for those (LoftQ, arXiv
-//! 2310.08659), and the round that loses least is kept.
+//! `weighting = "none"` is the truncated singular value decomposition of `E` (ZeroQuant-V2, arXiv
+//! 2303.08302; LQER without its scales, arXiv 2402.02446). `"inputs"` is least in the error of
+//! outputs, `E |(E - B A) x|^2`, which is the one of `E L` with `H = E[x x^T] = L L^T` (QERA-exact,
+//! arXiv 2410.06040; EoRA, arXiv 2410.21271): `B A = U U^T E` with `U` the leading left singular
+//! vectors of `E L`, so that `L` need not be inverted. With more `rounds` than one, codes are
+//! chosen again for `W - B A` and the correction again for those (LoftQ, arXiv 2310.08659), and the
+//! round that loses least is kept.
 
 use lathe_tensor::{FloatType, Tensor};
 use ndarray::linalg::general_mat_mul;
@@ -16,10 +17,10 @@ use rayon::prelude::*;
 use super::{Apply, Stage, Technique, damping};
 use crate::correction::Correction;
 use crate::error::QuantError;
-use crate::linalg::{cholesky, part, square};
 use crate::matrix::{Group, Matrix};
 use crate::parameters::{Kind, Parameter, Parameters};
-use crate::svd::{leading_left, product};
+use lathe_linalg::{cholesky, part, square};
+use lathe_linalg::{leading_left, product};
 
 const NAME: &str = "low-rank";
 /// Columns of `L` that are multiplied together: what is above its diagonal is not.
@@ -33,7 +34,8 @@ pub(super) static TECHNIQUE: Technique = Technique {
     effect: "adds two thin matrices beside each quantized one, for what rounding lost: a PEFT adapter",
     requires: "a technique that rounds before it; a folder; inputs that are not rounded; no experts; \
                calibration for weighting = \"inputs\"",
-    // Its codes make up for inputs that differ from the float model's: a correction towards `W x` would undo it.
+    // Its codes make up for inputs that differ from the float model's: a correction towards `W x`
+    // would undo it.
     conflicts: &["gptaq"],
     calibrated: false,
     products: false,
@@ -110,7 +112,8 @@ fn apply(
     group.matrices.iter().zip(rounded).map(one).collect()
 }
 
-/// The lower triangular `L` of the damped `H = L L^T`, zeros above its diagonal, and what had to be done.
+/// The lower triangular `L` of the damped `H = L L^T`, zeros above its diagonal, and what had to be
+/// done.
 fn factor_of(
     group: &Group<'_>,
     first: &Matrix<'_>,
@@ -132,9 +135,9 @@ fn factor_of(
     Ok((factor, note))
 }
 
-/// `A` and `B`, row-major: `B` the leading left singular vectors `U` of `E L` (of `E`, if there is no `L`), `A`
-/// what `U^T` makes of `E`. A column of `B` and the row of `A` that meets it are scaled to one length, so that
-/// rounding either costs the same.
+/// `A` and `B`, row-major: `B` the leading left singular vectors `U` of `E L` (of `E`, if there is
+/// no `L`), `A` what `U^T` makes of `E`. A column of `B` and the row of `A` that meets it are
+/// scaled to one length, so that rounding either costs the same.
 fn factors(
     lost: &[f64],
     matrix: &Matrix<'_>,
@@ -188,8 +191,8 @@ mod tests {
     use super::*;
     use crate::matrix::Outcome;
     use crate::statistics::Statistics;
-    use crate::svd::tests::singular_values;
     use crate::technique::find;
+    use lathe_linalg::singular_values;
 
     fn rounded(case: &Case) -> Tensor {
         let technique = find("rtn").unwrap();
@@ -241,7 +244,8 @@ mod tests {
         errors.chunks(n).map(row).sum()
     }
 
-    /// Symmetric square root of the damped `H` by the iteration of Denman and Beavers: another `L` than Cholesky's.
+    /// Symmetric square root of the damped `H` by the iteration of Denman and Beavers: another `L`
+    /// than Cholesky's.
     fn root(statistics: &Statistics, damping: f64) -> Vec<f64> {
         let (n, mut y) = (statistics.width(), statistics.hessian());
         let mean = (0..n).map(|i| y[i * n + i]).sum::<f64>() / n as f64;
@@ -279,7 +283,8 @@ mod tests {
         rows.iter().flat_map(|row| &row[n..]).copied().collect()
     }
 
-    /// Eckart and Young under both weightings: what is left is the tail of the spectrum of `E`, or of `E H^(1/2)`.
+    /// Eckart and Young under both weightings: what is left is the tail of the spectrum of `E`, or
+    /// of `E H^(1/2)`.
     #[test]
     fn what_is_left_is_least() {
         for (rows, columns) in [(24, 48), (48, 32)] {
@@ -354,7 +359,8 @@ mod tests {
         assert_eq!(bits_of(12, 32, &settings), (12 * (12 + 32) * 16) as f64);
     }
 
-    /// Inputs that were always zero, or too few of them, leave `H` singular; what was seen is corrected.
+    /// Inputs that were always zero, or too few of them, leave `H` singular; what was seen is
+    /// corrected.
     #[test]
     fn inputs_that_show_too_little() {
         let mut case = case(16, 32, 34);

@@ -18,6 +18,7 @@ use std::fmt::Write as _;
 
 use lathe_program::{Program, Weight};
 use lathe_tensor::codec::scaled::E8m0Rounding;
+use lathe_tensor::suggest::one_of;
 use lathe_tensor::{Format, Tensor};
 
 use crate::correction::Correction;
@@ -38,9 +39,9 @@ pub type ApplyToProgram = fn(&Program, &Parameters) -> Result<Turns, QuantError>
 /// weight, which an op of the program (by its index) reads; `None` leaves it alone.
 pub type ApplyToInput = fn(&Program, Weight, usize, &Parameters) -> Option<usize>;
 
-/// For techniques that make up for what rounding lost: the matrices as they were and as they were rounded, and
-/// the elements of a block of their input that is rotated while the model runs; a correction each comes back,
-/// and what had to be done for it.
+/// For techniques that make up for what rounding lost: the matrices as they were and as they were
+/// rounded, and the elements of a block of their input that is rotated while the model runs; a
+/// correction each comes back, and what had to be done for it.
 pub type ApplyToErrors = fn(
     &Group<'_>,
     &[Tensor],
@@ -165,10 +166,7 @@ pub fn find(name: &str) -> Result<&'static Technique, QuantError> {
     let found = TECHNIQUES.iter().copied().find(|technique| technique.name == name);
     found.ok_or_else(|| {
         let known: Vec<&str> = TECHNIQUES.iter().map(|technique| technique.name).collect();
-        QuantError::Recipe(format!(
-            "unknown technique `{name}`, expected one of {}",
-            known.join(", ")
-        ))
+        QuantError::Recipe(format!("unknown technique `{name}`, expected {}", one_of(name, &known)))
     })
 }
 

@@ -10,7 +10,7 @@ use super::{Apply, Stage, Technique};
 use crate::error::QuantError;
 use crate::parameters::{Kind, Parameter, Parameters};
 use crate::rotate::orthogonal;
-use crate::rotate::turns::{Choice, Turns, turns};
+use crate::rotate::turns::{RotationSettings, Turns, turns};
 
 pub(super) static TECHNIQUE: Technique = Technique {
     name: "rotate",
@@ -56,7 +56,7 @@ fn apply(program: &Program, parameters: &Parameters) -> Result<Turns, QuantError
         "random" => orthogonal::Kind::Random,
         _ => orthogonal::Kind::RandomHadamard,
     };
-    let choice = Choice {
+    let choice = RotationSettings {
         kind,
         block: parameters.whole("block"),
         stream: parameters.flag("stream"),

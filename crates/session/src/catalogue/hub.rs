@@ -47,7 +47,7 @@ struct Listing {
 
 /// What of a repository is the model.
 #[derive(Debug, PartialEq, Eq)]
-enum Choice {
+enum ModelFiles {
     /// One GGUF file.
     Gguf(String),
     /// A safetensors folder.
@@ -60,8 +60,8 @@ pub(super) fn find_cached(environment: &Environment, reference: &HubReference) -
     let snapshot = repository.snapshot(&reference.revision)?;
     let files = files_under(&snapshot);
     match choose(reference, &files).ok()? {
-        Choice::Gguf(file) => Some(snapshot.join(file)),
-        Choice::Folder => {
+        ModelFiles::Gguf(file) => Some(snapshot.join(file)),
+        ModelFiles::Folder => {
             let index = fs::read_to_string(snapshot.join(INDEX)).ok();
             let weights = match &index {
                 Some(text) => shards(text).ok()?,
@@ -84,8 +84,8 @@ pub(super) fn fetch(
     let chosen = choose(reference, &listing.files)?;
     let fetcher = Fetcher { environment, client, reference, repository, listing, reporter };
     let path = match chosen {
-        Choice::Gguf(file) => fetcher.file(&file)?,
-        Choice::Folder => fetcher.folder()?,
+        ModelFiles::Gguf(file) => fetcher.file(&file)?,
+        ModelFiles::Folder => fetcher.folder()?,
     };
     fetcher.repository.set_revision(&reference.revision, &fetcher.listing.commit)?;
     Ok(path)
@@ -202,7 +202,7 @@ fn refused(what: &str, url: &str, status: u16) -> CatalogueError {
     CatalogueError::Refused { what: what.to_owned(), status, hint: hint.to_owned() }
 }
 
-fn choose(reference: &HubReference, files: &[String]) -> Result<Choice, CatalogueError> {
+fn choose(reference: &HubReference, files: &[String]) -> Result<ModelFiles, CatalogueError> {
     let unknown = |reason: String| CatalogueError::Unknown {
         reference: match &reference.selector {
             Some(selector) => format!("{}:{selector}", reference.repository),
@@ -219,7 +219,7 @@ fn choose(reference: &HubReference, files: &[String]) -> Result<Choice, Catalogu
     }
     let has = |name: &str| files.iter().any(|file| file == name);
     if has("config.json") && (has(SINGLE) || has(INDEX)) {
-        return Ok(Choice::Folder);
+        return Ok(ModelFiles::Folder);
     }
     let preferred = GGUF_PREFERENCE.iter().find_map(|kind| match_gguf(&ggufs, kind));
     match (preferred, ggufs.as_slice()) {
@@ -256,7 +256,7 @@ fn match_gguf<'a>(ggufs: &[&'a String], selector: &str) -> Option<&'a String> {
     ggufs.iter().filter(|file| word(&base(file))).min_by_key(|file| file.len()).copied()
 }
 
-fn whole_file(file: &str) -> Result<Choice, String> {
+fn whole_file(file: &str) -> Result<ModelFiles, String> {
     let stem = file.strip_suffix(".gguf").unwrap_or(file);
     let split = stem.rsplit_once("-of-").is_some_and(|(_, count)| {
         !count.is_empty() && count != "00001" && count.bytes().all(|b| b.is_ascii_digit())
@@ -264,7 +264,7 @@ fn whole_file(file: &str) -> Result<Choice, String> {
     if split {
         return Err(format!("{file} is one part of a split GGUF model, which is not supported"));
     }
-    Ok(Choice::Gguf(file.to_owned()))
+    Ok(ModelFiles::Gguf(file.to_owned()))
 }
 
 /// The files that a safetensors index names.
@@ -342,7 +342,7 @@ mod tests {
         }
     }
 
-    fn chosen(selector: Option<&str>, files: &[&str]) -> Result<Choice, String> {
+    fn chosen(selector: Option<&str>, files: &[&str]) -> Result<ModelFiles, String> {
         let files: Vec<String> = files.iter().map(|file| (*file).to_owned()).collect();
         choose(&reference(selector), &files).map_err(|error| error.to_string())
     }
@@ -350,16 +350,16 @@ mod tests {
     #[test]
     fn folder_before_gguf() {
         let files = ["config.json", "model.safetensors", "a.gguf"];
-        assert_eq!(chosen(None, &files), Ok(Choice::Folder));
-        assert_eq!(chosen(Some("a.gguf"), &files), Ok(Choice::Gguf("a.gguf".into())));
+        assert_eq!(chosen(None, &files), Ok(ModelFiles::Folder));
+        assert_eq!(chosen(Some("a.gguf"), &files), Ok(ModelFiles::Gguf("a.gguf".into())));
     }
 
     #[test]
     fn gguf_by_kind() {
         let files =
             ["m-Q4_0.gguf", "m-Q4_0_4_4.gguf", "m.Q4_1.gguf", "m-IQ4_XS.gguf", "mmproj.gguf"];
-        assert_eq!(chosen(None, &files), Ok(Choice::Gguf("m-Q4_0.gguf".into())));
-        assert_eq!(chosen(Some("q4_1"), &files), Ok(Choice::Gguf("m.Q4_1.gguf".into())));
+        assert_eq!(chosen(None, &files), Ok(ModelFiles::Gguf("m-Q4_0.gguf".into())));
+        assert_eq!(chosen(Some("q4_1"), &files), Ok(ModelFiles::Gguf("m.Q4_1.gguf".into())));
         assert!(chosen(Some("Q4"), &files).is_err());
         assert!(chosen(Some("mmproj"), &files).is_err());
         assert!(chosen(None, &["a.txt"]).is_err());

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 pub use environment::Environment;
 pub use error::CatalogueError;
 
-use entries::{Entry, Source};
+use entries::{Entry, EntrySource};
 use reference::{HubReference, Reference};
 
 use crate::progress::Reporter;
@@ -122,8 +122,8 @@ fn resolve_entry(
     reporter: &dyn Reporter,
 ) -> Result<(PathBuf, Origin), CatalogueError> {
     let (repository, commit, file, sha256, bytes, wheel) = match entry.source {
-        Source::Asset { file } => return Ok((asset::find(environment, file)?, Origin::Asset)),
-        Source::Gguf { repository, commit, file, sha256, bytes, wheel } => {
+        EntrySource::Asset { file } => return Ok((asset::find(environment, file)?, Origin::Asset)),
+        EntrySource::Gguf { repository, commit, file, sha256, bytes, wheel } => {
             (repository, commit, file, sha256, bytes, wheel)
         }
     };

@@ -19,10 +19,10 @@ const SEED: u64 = 1;
 /// What to count or to time.
 pub struct Shape {
     name: String,
-    source: Source,
+    source: ShapeSource,
 }
 
-enum Source {
+enum ShapeSource {
     Model(Box<Model>),
     Dummy { spec: DecoderSpec, format: Format },
 }
@@ -44,7 +44,7 @@ impl Shape {
         options: &OpenOptions,
     ) -> Result<Self, SessionError> {
         let model = open(catalogue, name, options)?.model;
-        Ok(Self { name: model.name.clone(), source: Source::Model(Box::new(model)) })
+        Ok(Self { name: model.name.clone(), source: ShapeSource::Model(Box::new(model)) })
     }
 
     /// The shape of a model without an adapter, with made-up weights in `format` (bf16 if not
@@ -82,7 +82,7 @@ impl Shape {
                 open(catalogue, name, &options)?.model.spec
             }
         };
-        Ok(Self { name: short_name(name), source: Source::Dummy { spec, format } })
+        Ok(Self { name: short_name(name), source: ShapeSource::Dummy { spec, format } })
     }
 
     /// The model itself; or its shape, if there is a configuration without weights or if a format
@@ -111,16 +111,16 @@ impl Shape {
     /// What it is.
     pub fn spec(&self) -> &DecoderSpec {
         match &self.source {
-            Source::Model(model) => &model.spec,
-            Source::Dummy { spec, .. } => spec,
+            ShapeSource::Model(model) => &model.spec,
+            ShapeSource::Dummy { spec, .. } => spec,
         }
     }
 
     /// The model itself, unless its weights are made up.
     pub fn model(&self) -> Option<&Model> {
         match &self.source {
-            Source::Model(model) => Some(model),
-            Source::Dummy { .. } => None,
+            ShapeSource::Model(model) => Some(model),
+            ShapeSource::Dummy { .. } => None,
         }
     }
 
@@ -130,16 +130,18 @@ impl Shape {
         program: &'a Program,
     ) -> Result<Box<dyn WeightSource + 'a>, SessionError> {
         Ok(match &self.source {
-            Source::Model(model) => Box::new(model.weights(program)?),
-            Source::Dummy { format, .. } => Box::new(DummyWeights::new(program, *format, SEED)),
+            ShapeSource::Model(model) => Box::new(model.weights(program)?),
+            ShapeSource::Dummy { format, .. } => {
+                Box::new(DummyWeights::new(program, *format, SEED))
+            }
         })
     }
 
     /// The sizes of the weights as the checkpoint has them.
     pub fn sizes(&self, program: &Program) -> Result<Sizes, SessionError> {
         match &self.source {
-            Source::Model(model) => Sizes::of_model(model, program),
-            Source::Dummy { format, .. } => {
+            ShapeSource::Model(model) => Sizes::of_model(model, program),
+            ShapeSource::Dummy { format, .. } => {
                 let weights = weights_of(program).map(|w| dummy_size(program, w, *format));
                 let weights = weights.collect::<Result<Vec<_>, SessionError>>()?;
                 Ok(Sizes { weights, tied_head: self.spec().tied_head })

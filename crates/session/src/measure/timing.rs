@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use lathe_engine::{Engine, Event, Request};
+use lathe_tensor::random::SplitMix64;
 
 use crate::error::SessionError;
 use crate::measure::experts::{ExpertTap, StepLoad};
@@ -36,16 +37,11 @@ impl Workload {
     /// Prompts of random tokens; another `round` has other tokens, so that no cache of prefixes
     /// can help.
     fn requests(&self, round: u64) -> impl Iterator<Item = Request> + '_ {
-        let mut state = 0x9e37_79b9_7f4a_7c15 ^ round;
-        let mut random = move || {
-            // SplitMix64 (Steele, Lea and Flood 2014).
-            state = u64::wrapping_add(state, 0x9e37_79b9_7f4a_7c15);
-            let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            mixed ^ (mixed >> 31)
-        };
+        let mut random = SplitMix64::new(0x9e37_79b9_7f4a_7c15 ^ round);
         (0..self.batch).map(move |_| Request {
-            prompt: (0..self.prompt).map(|_| (random() % self.vocabulary as u64) as u32).collect(),
+            prompt: (0..self.prompt)
+                .map(|_| (random.next_u64() % self.vocabulary as u64) as u32)
+                .collect(),
             max_tokens: Some(self.generate),
             ignore_stop: true,
             ..Request::default()

@@ -429,7 +429,9 @@ unsafe fn nibbles<C: Coded, const R: usize>(args: &Args<'_>) {
         }
         let mut x = args.rows.x;
         macro_rules! step {
-            ($s:expr, $i:literal, $sum:literal, $rows:literal, $weights:literal, $before:literal) => {
+            (
+                $s:expr, $i:literal, $sum:literal, $rows:literal, $weights:literal, $before:literal
+            ) => {
                 let s = $s;
                 if s >= total + LAG {
                     break;

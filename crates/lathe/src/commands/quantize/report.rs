@@ -35,7 +35,8 @@ pub(super) struct Provenance<'a> {
     pub(super) bits_per_weight: f64,
     /// Of the model's bytes, those of matrices that are quantized.
     pub(super) quantized_share: f64,
-    /// By reader: why it cannot run the result, or null if it can. Nothing, if there are no weights.
+    /// By reader: why it cannot run the result, or null if it can. Nothing, if there are no
+    /// weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) readers: Option<Readers>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -81,12 +82,13 @@ impl<'a> Provenance<'a> {
     ///
     /// # Errors
     /// If a weight is corrected twice.
-    pub(super) fn add(&mut self, mut job: Job<'_>, share: f64) -> Result<(), QuantError> {
+    pub(super) fn add(&mut self, job: Job<'_>, share: f64) -> Result<(), QuantError> {
         self.quantized_share = share;
         self.bits_per_weight = job.bits_per_weight()?;
-        self.prepared = std::mem::take(&mut job.prepared);
-        self.expert_tokens = std::mem::take(&mut job.coverage);
-        self.tensors = std::mem::take(&mut job.reports);
+        let reports = job.into_reports();
+        self.prepared = reports.prepared;
+        self.expert_tokens = reports.coverage;
+        self.tensors = reports.tensors;
         Ok(())
     }
 }

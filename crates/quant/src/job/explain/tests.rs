@@ -24,12 +24,12 @@ impl WeightSource for Mixed {
 fn mixed(job: &Job<'_>, quantized: impl Fn(&str) -> bool) -> Mixed {
     let one = |index: usize| {
         let weight = Weight(index as u32);
-        match quantized(&job.name(weight)) {
+        match quantized(&job.plan.name(weight)) {
             true => job.current(weight).expect("made"),
             false => job.unrounded(weight).expect("loads"),
         }
     };
-    Mixed((0..job.program.weights.len()).map(one).collect())
+    Mixed((0..job.plan.program.weights.len()).map(one).collect())
 }
 
 /// Log-probabilities of all tokens in one window.
@@ -102,8 +102,8 @@ fn errors_of_outputs_are_those_that_calibration_reports() {
     job.calibrate(&model.spec, &all).unwrap();
     let found = explained(&mut job, &model);
     let tensors: Vec<_> = found.layers.iter().flat_map(|layer| &layer.tensors).collect();
-    assert_eq!(tensors.len(), job.reports.len());
-    for report in &job.reports {
+    assert_eq!(tensors.len(), job.reports().tensors.len());
+    for report in &job.reports().tensors {
         let tensor = tensors.iter().find(|it| it.tensor == report.tensor).expect("the tensor");
         let outputs = tensor.error.outputs.expect("its inputs were seen");
         let expected = report.report.output_error.expect("calibrated");
@@ -131,7 +131,7 @@ fn corrections_are_explained_beside_the_codes() {
         let backend = ReferenceBackend::new();
         let all = Calibration { window: 24, ..calibration(&backend, &TOKENS) };
         job.calibrate(&model.spec, &all).unwrap();
-        let reports = job.reports.clone();
+        let reports = job.reports().tensors.clone();
         (explained(&mut job, &model), reports)
     };
     let ((plain, _), (found, reports)) = (explained("rtn"), explained("rtn+low-rank"));

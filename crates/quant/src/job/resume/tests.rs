@@ -64,7 +64,7 @@ fn recipe(method: &str) -> Recipe {
 
 /// Everything that a job would hand to a writer.
 fn result(job: &mut Job<'_>) -> Vec<(usize, Tensor)> {
-    let weights = 0..job.program.weights.len();
+    let weights = 0..job.plan.program.weights.len();
     let replaced: Vec<usize> =
         weights.filter(|index| Replacement::format(job, Weight(*index as u32)).is_some()).collect();
     let mut one = |index: usize| Replacement::tensor(job, Weight(index as u32)).expect("a weight");
@@ -89,7 +89,7 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
         let reference = ReferenceBackend::new();
         let mut whole = Job::new(&weights, &recipe, true, |_| ()).unwrap();
         whole.calibrate(&model.spec, &calibration(&reference, &TOKENS)).unwrap();
-        let reports = whole.reports.clone();
+        let reports = whole.reports().tensors.clone();
         let expected = result(&mut whole);
         assert_eq!(whole.corrections().is_empty(), !method.ends_with("low-rank"));
 
@@ -120,8 +120,8 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
             .calibrate_resumable(&model.spec, &calibration(&again, &TOKENS), &folder)
             .expect("goes on");
         assert_eq!(again.left.get(), 0, "{name}");
-        assert_eq!(second.reports.len(), reports.len());
-        for (found, expected) in second.reports.iter().zip(&reports) {
+        assert_eq!(second.reports().tensors.len(), reports.len());
+        for (found, expected) in second.reports().tensors.iter().zip(&reports) {
             assert_eq!((&found.tensor, &found.report), (&expected.tensor, &expected.report));
         }
         let found = result(&mut second);

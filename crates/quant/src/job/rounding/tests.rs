@@ -1,5 +1,7 @@
-//! Corrections on the tiny checkpoints: what layers behind them see, what is counted, and what is refused.
+//! Corrections on the tiny checkpoints: what layers behind them see, what is counted, and what is
+//! refused.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lathe_model::lower::{LowerOptions, lower};
@@ -29,11 +31,15 @@ fn with_job<T>(name: &str, text: &str, then: impl FnOnce(&Job<'_>) -> T) -> Resu
 }
 
 fn codes(job: &Job<'_>) -> BTreeMap<String, Vec<u8>> {
-    job.finished.iter().map(|(weight, it)| (job.name(*weight), it.codes.to_vec())).collect()
+    job.ledger
+        .finished
+        .iter()
+        .map(|(weight, it)| (job.plan.name(*weight), it.codes.to_vec()))
+        .collect()
 }
 
-/// A correction of full rank leaves no error, so that the layers behind it read, and are quantized by, what the
-/// float model makes; without it they are not.
+/// A correction of full rank leaves no error, so that the layers behind it read, and are quantized
+/// by, what the float model makes; without it they are not.
 #[test]
 fn layers_behind_a_correction_see_it() {
     let made = |prefix: &str, correction: &[&str]| {
@@ -62,11 +68,11 @@ fn reports_are_of_corrected_matrices() {
         let correction = format!("\"low-rank\"\nrank = {rank}");
         let text = "format = \"int3-g16-f32\"\n".to_owned() + &steps(&[method, &correction]);
         with_job("llama", &text, |job| {
-            assert_eq!(job.corrections().len(), job.reports.len());
+            assert_eq!(job.corrections().len(), job.reports().tensors.len());
             let mut bits = 0.0;
             let mut elements = 0.0;
-            for report in &job.reports {
-                let weight = job.program.weight_named(&report.tensor).unwrap();
+            for report in &job.reports().tensors {
+                let weight = job.plan.program.weight_named(&report.tensor).unwrap();
                 let (exact, found) =
                     (job.load(weight).unwrap().1, job.current(weight).unwrap().to_f32());
                 let noise: f64 =
@@ -75,10 +81,10 @@ fn reports_are_of_corrected_matrices() {
                 let db = 10.0 * (signal / noise).log10();
                 assert!((report.report.sqnr_db - db).abs() < 1e-3, "{}: {db}", report.tensor);
                 let correction = report.correction.as_ref().expect("it is corrected");
-                let error = |it: &Report| it.output_error.expect("calibrated");
+                let error = |it: &MatrixReport| it.output_error.expect("calibrated");
                 let (before, after) = (error(&correction.uncorrected), error(&report.report));
                 assert!(after < 0.9 * before, "{}: {after} {before}", report.tensor);
-                let [rows, columns] = job.program.weight(weight).shape[..] else { panic!() };
+                let [rows, columns] = job.plan.program.weight(weight).shape[..] else { panic!() };
                 let rank = rank.min(rows).min(columns);
                 assert_eq!(
                     (correction.rank, correction.bytes),
@@ -94,7 +100,8 @@ fn reports_are_of_corrected_matrices() {
     }
 }
 
-/// Of several rounds each matrix keeps the one that loses least; the first is that of one round alone.
+/// Of several rounds each matrix keeps the one that loses least; the first is that of one round
+/// alone.
 #[test]
 fn more_rounds_lose_no_more() {
     for weighting in ["inputs", "none"] {
@@ -104,7 +111,7 @@ fn more_rounds_lose_no_more() {
             );
             let text = "format = \"int3-g16-f32\"\nprefix = \"float\"\n".to_owned();
             let text = text + &steps(&["\"rtn\"", &correction]);
-            with_job("llama", &text, |job| job.reports.clone()).unwrap()
+            with_job("llama", &text, |job| job.reports().tensors.clone()).unwrap()
         };
         let (one, four) = (made(1), made(4));
         let mut better = 0;
@@ -119,7 +126,8 @@ fn more_rounds_lose_no_more() {
     }
 }
 
-/// The codes are of what rotations left, `A` reads what was before them: together they are the whole matrix.
+/// The codes are of what rotations left, `A` reads what was before them: together they are the
+/// whole matrix.
 #[test]
 fn rotated_inputs_are_corrected_in_the_basis_of_the_codes() {
     let rotation = "\"hadamard\"\nblock = 0\ninputs = \"down\"";
@@ -133,7 +141,7 @@ fn rotated_inputs_are_corrected_in_the_basis_of_the_codes() {
                 (job.current(*weight).unwrap().to_f32(), job.load(*weight).unwrap().1);
             let most = exact.iter().fold(0f32, |most, x| most.max(x.abs()));
             assert!(found.iter().zip(&exact).all(|(a, b)| (a - b).abs() < 1e-5 * most));
-            let down = job.name(*weight).ends_with("ffn.down");
+            let down = job.plan.name(*weight).ends_with("ffn.down");
             assert_eq!(correction.rotation, down.then_some(48));
             rotated += usize::from(down);
         }
@@ -162,7 +170,7 @@ fn what_no_adapter_can_say_is_refused() {
     let list = &["\"rtn\"", "\"low-rank\"\ntensors = [\"*.attention.*\"]"];
     let text = "format = \"int4-g16-f32\"\ntensors = [\"*\"]\n".to_owned() + &steps(list);
     let names = with_job("mixtral", &text, |job| {
-        job.corrections().keys().map(|it| job.name(*it)).collect::<Vec<_>>()
+        job.corrections().keys().map(|it| job.plan.name(*it)).collect::<Vec<_>>()
     });
     let names = names.unwrap();
     assert!(!names.is_empty() && names.iter().all(|it| it.contains(".attention.")), "{names:?}");

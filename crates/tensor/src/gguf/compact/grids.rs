@@ -1,5 +1,5 @@
-//! The IQ types of one, two and three bits: a code names a point of a grid, four or eight numbers at
-//! once. The grids are ggml's tables, a byte a number (`tests/fixtures/make_compact_blocks.py`).
+//! The IQ types of one, two and three bits: a code names a point of a grid, four or eight numbers
+//! at once. The grids are ggml's tables, a byte a number (`tests/fixtures/make_compact_blocks.py`).
 
 use super::half_at;
 
@@ -112,8 +112,8 @@ fn put_eighths(index: usize, down: bool, out: &mut [i8]) {
     out.iter_mut().for_each(|number| *number = 8 * *number + delta);
 }
 
-/// Groups of 32: four points of eleven bits; three bits of scale and the direction of the move share
-/// a short with the points' high bits.
+/// Groups of 32: four points of eleven bits; three bits of scale and the direction of the move
+/// share a short with the points' high bits.
 pub(super) fn iq1_s(block: &[u8], codes: &mut [i8], scales: &mut [f32]) {
     let d = half_at(block, 0);
     for group in 0..8 {
@@ -128,8 +128,8 @@ pub(super) fn iq1_s(block: &[u8], codes: &mut [i8], scales: &mut [f32]) {
     }
 }
 
-/// Groups of 16: two points of eleven bits, each with a direction of its own; three bits a scale. The
-/// half that multiplies all is spread over the top nibbles of the scales.
+/// Groups of 16: two points of eleven bits, each with a direction of its own; three bits a scale.
+/// The half that multiplies all is spread over the top nibbles of the scales.
 pub(super) fn iq1_m(block: &[u8], codes: &mut [i8], scales: &mut [f32]) {
     let part = |i: usize| short(block, 48 + 2 * i) >> 12 << (4 * i);
     let d = half::f16::from_bits((0..4).fold(0, |bits, i| bits | part(i))).to_f32();

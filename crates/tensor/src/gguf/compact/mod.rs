@@ -227,8 +227,8 @@ fn q2_k(block: &[u8], out: &mut [f32]) {
     }
 }
 
-/// 16 groups of 16: three bits a code in two planes, six bits a scale. `out` is a block of Q6_K, whose
-/// scales have eight bits and whose codes are shifted by 32.
+/// 16 groups of 16: three bits a code in two planes, six bits a scale. `out` is a block of Q6_K,
+/// whose scales have eight bits and whose codes are shifted by 32.
 fn q3_k(block: &[u8], out: &mut [u8]) {
     let (high, low, scales) = (&block[..32], &block[32..96], &block[96..108]);
     out[208..210].copy_from_slice(&block[108..110]);

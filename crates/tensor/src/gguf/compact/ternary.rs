@@ -12,7 +12,8 @@ pub(super) fn tq2_0(block: &[u8], codes: &mut [i8], scales: &mut [f32]) {
 }
 
 /// Five codes a byte, base 3, scaled up to the whole byte: `byte * 3^n mod 256` is what is left
-/// after `n` of them, and its product with 3 carries the next out. The last 16 codes lie four a byte.
+/// after `n` of them, and its product with 3 carries the next out. The last 16 codes lie four a
+/// byte.
 pub(super) fn tq1_0(block: &[u8], codes: &mut [i8], scales: &mut [f32]) {
     scales[0] = half_at(block, 52);
     for (first, (bytes, run)) in [(0, (0, 32)), (160, (32, 16)), (240, (48, 4))] {

@@ -1,13 +1,15 @@
-//! `d H d^T` of many rows `d` at once: how much of the outputs errors of weights are.
+//! `d H d^T` of many rows `d` at once. With `H` the mean of `x x^T` over inputs `x`, it is the mean
+//! square of what an error `d` of a weight row does to the output.
 //!
 //! Only one triangle of `H` is multiplied, panel by panel of its columns, and each product of a
-//! panel with all rows is one matrix product in `f32`; the products with `d` again are summed in `f64`.
+//! panel with all rows is one matrix product in `f32`; the products with `d` again are summed in
+//! `f64`.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
-use crate::linalg::{dot, part, square};
+use crate::dense::{dot, part, square};
 
 /// Rows that are one thread's work.
 const ROWS_TOGETHER: usize = 96;

@@ -1,52 +1,47 @@
-//! The leading singular vectors of a matrix by randomized subspace iteration (Halko, Martinsson and Tropp,
-//! arXiv 0909.4061), on the product of the matrix with its transpose on its shorter side.
+//! The leading singular vectors of a matrix by randomized subspace iteration (Halko, Martinsson and
+//! Tropp, arXiv 0909.4061), on the product of the matrix with its transpose on its shorter side.
 //!
-//! Errors of quantization have spectra without gaps, on which plain powers hardly separate what is kept from
-//! what is not: between two Rayleigh-Ritz steps a Chebyshev polynomial that is small on all that lies below the
-//! block is applied in place of powers (Zhou and Saad, "A Chebyshev-Davidson Algorithm", 2007). All of it is in
-//! `f64`, from a fixed seed, and no result depends on how many threads there are.
+//! Errors of quantization have spectra without gaps, on which plain powers hardly separate what is
+//! kept from what is not: between two Rayleigh-Ritz steps a Chebyshev polynomial that is small on
+//! all that lies below the block is applied in place of powers (Zhou and Saad, "A
+//! Chebyshev-Davidson Algorithm", 2007). All of it is in `f64`, from a fixed seed, and no result
+//! depends on how many threads there are.
 
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
-use crate::linalg::{add_product, dot, square};
-use crate::rotate::orthogonal::SplitMix;
+use lathe_tensor::random::SplitMix64;
+
+use crate::dense::{dot, product, square};
 
 /// Vectors that are iterated beside those that are asked for.
 const OVERSAMPLING: usize = 10;
 /// Degree of the polynomial between two Rayleigh-Ritz steps, at most.
 const DEGREE: usize = 8;
-/// How much more the polynomial may make of the largest eigenvalue than of one below the block: what is that
-/// much smaller is nearly lost in `f64`.
+/// How much more the polynomial may make of the largest eigenvalue than of one below the block:
+/// what is that much smaller is nearly lost in `f64`.
 const GROWTH: f64 = 1e12;
 /// Rayleigh-Ritz steps at most.
 const STEPS: usize = 12;
-/// The iteration ends when a step adds less than this share to what the leading vectors hold of the squares.
+/// The iteration ends when a step adds less than this share to what the leading vectors hold of the
+/// squares.
 const TOLERANCE: f64 = 1e-7;
 /// Sweeps of Jacobi's method at most; it converges quadratically, in six or so.
 const SWEEPS: usize = 40;
 const SEED: u64 = 0x6c6f_7772_616e_6b00;
-
-/// `a b`, row-major.
-pub(crate) fn product(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> Vec<f64> {
-    let (rows, columns) = (a.nrows(), b.ncols());
-    let mut out = vec![0.0; rows * columns];
-    add_product(a, b, &mut out);
-    out
-}
 
 fn view(values: &[f64], columns: usize) -> ArrayView2<'_, f64> {
     let rows = values.len() / columns.max(1);
     ArrayView2::from_shape((rows, columns), values).expect("whole rows")
 }
 
-/// The `rank` leading left singular vectors of the row-major `[rows, columns]` `matrix`, one after the other:
-/// `[rank, rows]`, orthonormal. Where the matrix has a lower rank, the last ones hold nothing of it, and may be
-/// zeros.
+/// The `rank` leading left singular vectors of the row-major `[rows, columns]` `matrix`, one after
+/// the other: `[rank, rows]`, orthonormal. Where the matrix has a lower rank, the last ones hold
+/// nothing of it, and may be zeros.
 ///
 /// # Panics
 /// If the matrix is not of that shape or has fewer rows or columns than `rank`.
-pub(crate) fn leading_left(matrix: &[f64], rows: usize, columns: usize, rank: usize) -> Vec<f64> {
+pub fn leading_left(matrix: &[f64], rows: usize, columns: usize, rank: usize) -> Vec<f64> {
     assert_eq!(matrix.len(), rows * columns, "a matrix of that shape");
     assert!(rank <= rows.min(columns), "no more vectors than there are");
     let matrix = view(matrix, columns);
@@ -59,7 +54,8 @@ pub(crate) fn leading_left(matrix: &[f64], rows: usize, columns: usize, rank: us
     left
 }
 
-/// The `rank` leading eigenvectors of the symmetric, positive semidefinite `[n, n]` `matrix`, `[rank, n]`.
+/// The `rank` leading eigenvectors of the symmetric, positive semidefinite `[n, n]` `matrix`,
+/// `[rank, n]`.
 fn leading_eigenvectors(matrix: &[f64], n: usize, rank: usize) -> Vec<f64> {
     let size = n.min(rank + OVERSAMPLING);
     let matrix = square(matrix, n);
@@ -67,7 +63,7 @@ fn leading_eigenvectors(matrix: &[f64], n: usize, rank: usize) -> Vec<f64> {
     if size == n {
         (0..n).for_each(|i| vectors[i * n + i] = 1.0);
     } else {
-        let mut random = SplitMix::new(SEED);
+        let mut random = SplitMix64::new(SEED);
         vectors.fill_with(|| random.normal());
         orthonormalize(&mut vectors, n);
     }
@@ -87,8 +83,8 @@ fn leading_eigenvectors(matrix: &[f64], n: usize, rank: usize) -> Vec<f64> {
     vectors
 }
 
-/// Turns orthonormal `vectors`, `[k, n]`, within the space that they span into those that come nearest to
-/// eigenvectors of `matrix`; their values, largest first.
+/// Turns orthonormal `vectors`, `[k, n]`, within the space that they span into those that come
+/// nearest to eigenvectors of `matrix`; their values, largest first.
 fn rayleigh_ritz(vectors: &mut [f64], matrix: ArrayView2<'_, f64>) -> Vec<f64> {
     let n = matrix.nrows();
     let (values, turn) = {
@@ -101,8 +97,9 @@ fn rayleigh_ritz(vectors: &mut [f64], matrix: ArrayView2<'_, f64>) -> Vec<f64> {
     values
 }
 
-/// `T((2 / cut) G - 1)` of each of `vectors` with Chebyshev's polynomial `T`: at most one where eigenvalues are
-/// below `cut`, and growing fast above it, up to the `largest`. `G` once where `cut` is as good as zero.
+/// `T((2 / cut) G - 1)` of each of `vectors` with Chebyshev's polynomial `T`: at most one where
+/// eigenvalues are below `cut`, and growing fast above it, up to the `largest`. `G` once where
+/// `cut` is as good as zero.
 fn filtered(
     vectors: Vec<f64>,
     matrix: ArrayView2<'_, f64>,
@@ -128,8 +125,8 @@ fn filtered(
     now
 }
 
-/// QR of `vectors`, `[k, n]`, by the modified Gram-Schmidt process done twice (twice is enough); vectors that
-/// depend on those before them become zeros.
+/// QR of `vectors`, `[k, n]`, by the modified Gram-Schmidt process done twice (twice is enough);
+/// vectors that depend on those before them become zeros.
 fn orthonormalize(vectors: &mut [f64], n: usize) {
     for at in 0..vectors.len() / n.max(1) {
         let (before, rest) = vectors.split_at_mut(at * n);
@@ -147,8 +144,8 @@ fn orthonormalize(vectors: &mut [f64], n: usize) {
     }
 }
 
-/// Eigenvalues of a symmetric `[k, k]` matrix, largest first, and its eigenvectors as rows: Jacobi's method by
-/// rows (Golub and Van Loan, section 8.5).
+/// Eigenvalues of a symmetric `[k, k]` matrix, largest first, and its eigenvectors as rows:
+/// Jacobi's method by rows (Golub and Van Loan, section 8.5).
 fn symmetric_eigen(mut matrix: Vec<f64>, k: usize) -> (Vec<f64>, Vec<f64>) {
     let mut vectors = vec![0.0; k * k];
     (0..k).for_each(|i| vectors[i * k + i] = 1.0);
@@ -192,50 +189,51 @@ fn turn_rows(matrix: &mut [f64], k: usize, (p, q): (usize, usize), (c, s): (f64,
     }
 }
 
+/// All singular values of the row-major `[rows, columns]` `matrix`, largest first, by the one-sided
+/// Jacobi method (Hestenes 1958) on the rows. Exact and slow: for small matrices.
+pub fn singular_values(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    let mut all: Vec<Vec<f64>> = matrix.chunks(columns).map(<[f64]>::to_vec).collect();
+    let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    for _ in 0..60 {
+        let mut worst = 0f64;
+        for p in 0..rows {
+            for q in p + 1..rows {
+                let (a, b) = (inner(&all[p], &all[p]), inner(&all[q], &all[q]));
+                let both = inner(&all[p], &all[q]);
+                if both.abs() <= 1e-300 {
+                    continue;
+                }
+                worst = worst.max(both.abs() / (a * b).sqrt().max(1e-300));
+                let zeta = (b - a) / (2.0 * both);
+                let t = zeta.signum() / (zeta.abs() + zeta.hypot(1.0));
+                let (c, s) = (1.0 / t.hypot(1.0), t / t.hypot(1.0));
+                for column in 0..columns {
+                    let (x, y) = (all[p][column], all[q][column]);
+                    (all[p][column], all[q][column]) = (c * x - s * y, s * x + c * y);
+                }
+            }
+        }
+        if worst < 1e-14 {
+            break;
+        }
+    }
+    let mut values: Vec<f64> = all.iter().map(|row| inner(row, row).sqrt()).collect();
+    values.sort_by(|a, b| b.total_cmp(a));
+    values.truncate(rows.min(columns));
+    values
+}
+
 #[cfg(test)]
-pub(crate) mod tests {
-    use rand::SeedableRng;
+mod tests {
+    use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
-    use crate::technique::tests::normal;
-
-    /// All singular values, largest first, by another route: one-sided Jacobi (Hestenes) on the rows.
-    pub(crate) fn singular_values(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
-        let mut all: Vec<Vec<f64>> = matrix.chunks(columns).map(<[f64]>::to_vec).collect();
-        let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-        for _ in 0..60 {
-            let mut worst = 0f64;
-            for p in 0..rows {
-                for q in p + 1..rows {
-                    let (a, b) = (inner(&all[p], &all[p]), inner(&all[q], &all[q]));
-                    let both = inner(&all[p], &all[q]);
-                    if both.abs() <= 1e-300 {
-                        continue;
-                    }
-                    worst = worst.max(both.abs() / (a * b).sqrt().max(1e-300));
-                    let zeta = (b - a) / (2.0 * both);
-                    let t = zeta.signum() / (zeta.abs() + zeta.hypot(1.0));
-                    let (c, s) = (1.0 / t.hypot(1.0), t / t.hypot(1.0));
-                    for column in 0..columns {
-                        let (x, y) = (all[p][column], all[q][column]);
-                        (all[p][column], all[q][column]) = (c * x - s * y, s * x + c * y);
-                    }
-                }
-            }
-            if worst < 1e-14 {
-                break;
-            }
-        }
-        let mut values: Vec<f64> = all.iter().map(|row| inner(row, row).sqrt()).collect();
-        values.sort_by(|a, b| b.total_cmp(a));
-        values.truncate(rows.min(columns));
-        values
-    }
 
     fn random(rows: usize, columns: usize, seed: u64) -> Vec<f64> {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        (0..rows * columns).map(|_| f64::from(normal(&mut random))).collect()
+        let mut normal = || (0..12).map(|_| random.random::<f32>()).sum::<f32>() - 6.0;
+        (0..rows * columns).map(|_| f64::from(normal())).collect()
     }
 
     /// What of the squares of `matrix` lies outside of the space of `left`.
@@ -247,7 +245,8 @@ pub(crate) mod tests {
         pairs.map(|(a, b)| (a - b).powi(2)).sum()
     }
 
-    /// Eckart and Young: what is left is the sum of the other singular values' squares. Noise has no gaps.
+    /// Eckart and Young: what is left is the sum of the other singular values' squares. Noise has
+    /// no gaps.
     #[test]
     fn what_is_left_is_the_tail_of_the_spectrum() {
         for (rows, columns) in [(60, 60), (40, 90), (90, 40), (1, 7), (7, 1), (30, 200)] {
@@ -294,7 +293,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// Values over ten orders of magnitude: a polynomial that grows as fast must not drown the smaller ones.
+    /// Values over ten orders of magnitude: a polynomial that grows as fast must not drown the
+    /// smaller ones.
     #[test]
     fn steep_spectra_are_found_too() {
         let n = 64;

@@ -1,5 +1,5 @@
-//! The little dense algebra that techniques need, in `f64`, on all threads: nearly all of it is
-//! matrix products of blocks, for which `matrixmultiply` (under `ndarray`) has kernels.
+//! Matrix products and Cholesky factors on all threads. Nearly all of the work is products of
+//! blocks, for which `matrixmultiply` (under `ndarray`) has kernels.
 
 use std::iter::Sum;
 use std::ops::Range;
@@ -13,14 +13,21 @@ const PANEL: usize = 96;
 
 /// A matrix is not positive definite: the pivot of this row is not positive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct NotPositive(pub usize);
+pub struct NotPositive(pub usize);
 
-pub(crate) fn square<T>(values: &[T], n: usize) -> ArrayView2<'_, T> {
+/// Row-major `values` as an `[n, n]` matrix.
+///
+/// # Panics
+/// If there are not `n * n` of them.
+pub fn square<T>(values: &[T], n: usize) -> ArrayView2<'_, T> {
     ArrayView2::from_shape((n, n), values).expect("a square matrix")
 }
 
 /// Some rows and columns of a view.
-pub(crate) fn part<S: RawData>(
+///
+/// # Panics
+/// If they are outside of it.
+pub fn part<S: RawData>(
     mut view: ArrayBase<S, Ix2>,
     rows: Range<usize>,
     columns: Range<usize>,
@@ -34,7 +41,10 @@ pub(crate) fn part<S: RawData>(
 const ROWS_TOGETHER: usize = 48;
 
 /// Adds `a b` to the row-major `out`, on all threads.
-pub(crate) fn add_product<T: LinalgScalar + Send + Sync>(
+///
+/// # Panics
+/// If `out` is not `[rows of a, columns of b]`.
+pub fn add_product<T: LinalgScalar + Send + Sync>(
     a: ArrayView2<'_, T>,
     b: ArrayView2<'_, T>,
     out: &mut [T],
@@ -50,9 +60,17 @@ pub(crate) fn add_product<T: LinalgScalar + Send + Sync>(
     });
 }
 
+/// `a b`, row-major, on all threads.
+pub fn product(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> Vec<f64> {
+    let (rows, columns) = (a.nrows(), b.ncols());
+    let mut out = vec![0.0; rows * columns];
+    add_product(a, b, &mut out);
+    out
+}
+
 /// The sum of products, in `LANES` sums that vectors hold.
 #[inline]
-pub(crate) fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -> T {
+pub fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -> T {
     let mut lanes = [T::zero(); LANES];
     let (a_whole, a_rest) = a.as_chunks::<LANES>();
     let (b_whole, b_rest) = b.as_chunks::<LANES>();
@@ -65,12 +83,15 @@ pub(crate) fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -
     lanes.into_iter().sum::<T>() + rest
 }
 
-/// Replaces the lower triangle of the symmetric `[n, n]` matrix by its Cholesky factor `L`,
-/// `A = L L^T`; what is above the diagonal is not read, and only blocks on the diagonal write there.
+/// Replaces the lower triangle of the symmetric `[n, n]` matrix by its Cholesky factor `L`, `A = L
+/// L^T`; what is above the diagonal is not read, and only blocks on the diagonal write there.
 ///
 /// # Errors
 /// If the matrix is not positive definite; it is overwritten in part then.
-pub(crate) fn cholesky(matrix: &mut [f64], n: usize) -> Result<(), NotPositive> {
+///
+/// # Panics
+/// If `matrix` is not `[n, n]`.
+pub fn cholesky(matrix: &mut [f64], n: usize) -> Result<(), NotPositive> {
     assert_eq!(matrix.len(), n * n, "a square matrix");
     for start in (0..n).step_by(PANEL) {
         let width = PANEL.min(n - start);
@@ -124,7 +145,10 @@ fn solve_row(this: &mut [f64], panel: &[f64], n: usize, start: usize, end: usize
 
 /// The inverse of a lower triangular factor, row-major; zero above the diagonal. What is above the
 /// factor's diagonal is not read.
-pub(crate) fn inverse_of_lower(factor: &[f64], n: usize) -> Vec<f64> {
+///
+/// # Panics
+/// If `factor` is not `[n, n]`.
+pub fn inverse_of_lower(factor: &[f64], n: usize) -> Vec<f64> {
     let factor = square(factor, n);
     let starts: Vec<usize> = (0..n).step_by(PANEL).collect();
     let corner = |start: &usize| small_inverse(factor, *start, PANEL.min(n - start));
@@ -173,7 +197,10 @@ fn small_inverse(factor: ArrayView2<'_, f64>, start: usize, size: usize) -> Vec<
 ///
 /// # Errors
 /// If the matrix is not positive definite.
-pub(crate) fn upper_factor_of_inverse(matrix: &[f64], n: usize) -> Result<Vec<f64>, NotPositive> {
+///
+/// # Panics
+/// If `matrix` is not `[n, n]`.
+pub fn upper_factor_of_inverse(matrix: &[f64], n: usize) -> Result<Vec<f64>, NotPositive> {
     assert_eq!(matrix.len(), n * n, "a square matrix");
     let mut reversed: Vec<f64> = matrix.iter().rev().copied().collect();
     cholesky(&mut reversed, n).map_err(|NotPositive(row)| NotPositive(n - 1 - row))?;

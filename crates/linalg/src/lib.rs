@@ -1,0 +1,16 @@
+//! Dense linear algebra for quantization and training: matrix products, Cholesky factors, quadratic
+//! forms and leading singular vectors. All of it runs on rayon's threads, and no result depends on
+//! how many there are.
+
+#![forbid(unsafe_code)]
+
+mod dense;
+mod quadratic;
+mod svd;
+
+pub use dense::{
+    NotPositive, add_product, cholesky, dot, inverse_of_lower, part, product, square,
+    upper_factor_of_inverse,
+};
+pub use quadratic::Quadratic;
+pub use svd::{leading_left, singular_values};
