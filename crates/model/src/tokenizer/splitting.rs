@@ -57,24 +57,123 @@ const DEEPSEEK_LLM_LETTERS: &str = concat!(
 const DEEPSEEK_LLM_PUNCTUATION: &str =
     "\\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+";
 
-/// The rule of that name; `None` if there is none.
-pub(super) fn splitting(name: &str) -> Option<Splitting> {
-    let patterns: &[&str] = match name {
-        "default" => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
-        "gpt-2" | "phi-2" | "jina-es" | "jina-de" | "jina-v2-es" | "jina-v2-de" | "gigachat"
-        | "a.x-4.0" | "mellum" | "modern-bert" | "mpt" | "olmo" | "jais" | "trillion"
-        | "granite-docling" | "exaone4" => &[GPT2],
-        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b"
-        | "mellum2" => &[r"\p{N}", GPT2],
-        "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0"
-        | "lfm2" | "jina-v5-nano" | "dbrx" | "smaug-bpe" | "glm4" | "chatglm-bpe" => &[LLAMA3],
-        "qwen2" | "deepseek-r1-qwen" | "kormo" | "f2llmv2" | "stablelm2" | "hunyuan" | "megrez"
-        | "grok-2" | "solar-open" => &[QWEN2],
-        "qwen35" => &[QWEN35],
-        "tekken" => &[TEKKEN],
-        "gpt-4o" | "llama4" | "kanana2" | "talkie" | "minimax-m2" => &[GPT4O],
-        "kimi-k2" => &[KIMI_K2],
-        "deepseek-llm" => &[
+const JAIS2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)|\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1}";
+const SPARK: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+"##;
+/// The scripts and the punctuation that Youtu cuts apart.
+const YOUTU_SCRIPTS: &str = "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+";
+const YOUTU: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// BLOOM's words: what is between spaces and the punctuation of several scripts.
+const BLOOM: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
+/// Qwen2's without the English contractions.
+const UFAKZEKA: &str =
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Digits in threes, counted from the right.
+const DIGITS_FROM_RIGHT: &str = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))";
+/// The scripts that AFMoE cuts apart.
+const AFMOE_SCRIPTS: &str = "[一-鿿㐀-䶿豈-﫿぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+";
+
+/// A rule and the names that it goes by.
+struct Row {
+    names: &'static [&'static str],
+    rule: Splitting,
+}
+
+const fn row(names: &'static [&'static str], patterns: &'static [&'static str]) -> Row {
+    Row { names, rule: Splitting { patterns, ignore_merges: false, add_beginning: false } }
+}
+
+impl Row {
+    const fn whole_words(mut self) -> Self {
+        self.rule.ignore_merges = true;
+        self
+    }
+
+    const fn beginning(mut self) -> Self {
+        self.rule.add_beginning = true;
+        self
+    }
+}
+
+/// Every rule, as in llama.cpp's loader (`llama_vocab::impl::load`). Of rules with equal patterns
+/// the first gives a file its name: other programs know it longest.
+const RULES: &[Row] = &[
+    row(
+        &[
+            "gpt-2",
+            "phi-2",
+            "jina-es",
+            "jina-de",
+            "jina-v2-es",
+            "jina-v2-de",
+            "jina-v1-en",
+            "jina-v2-code",
+            "roberta-bpe",
+            "gigachat",
+            "a.x-4.0",
+            "mellum",
+            "modern-bert",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+            "exaone4",
+        ],
+        &[GPT2],
+    ),
+    row(
+        &[
+            "smollm",
+            "starcoder",
+            "refact",
+            "command-r",
+            "codeshell",
+            "exaone",
+            "minerva-7b",
+            "mellum2",
+        ],
+        &[r"\p{N}", GPT2],
+    ),
+    row(
+        &[
+            "llama-bpe",
+            "llama3",
+            "llama-v3",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "jina-v5-nano",
+        ],
+        &[LLAMA3],
+    )
+    .whole_words()
+    .beginning(),
+    row(&["dbrx", "smaug-bpe", "chatglm-bpe"], &[LLAMA3]),
+    row(&["glm4", "glm5"], &[LLAMA3]).whole_words(),
+    row(
+        &[
+            "qwen2",
+            "deepseek-r1-qwen",
+            "kormo",
+            "f2llmv2",
+            "stablelm2",
+            "hunyuan",
+            "megrez",
+            "grok-2",
+            "solar-open",
+        ],
+        &[QWEN2],
+    ),
+    row(&["qwen35"], &[QWEN35]),
+    row(&["tekken"], &[TEKKEN]).whole_words().beginning(),
+    row(&["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], &[GPT4O]),
+    row(&["granite-embed-multi-97m"], &[GPT4O]).whole_words(),
+    row(&["kimi-k2"], &[KIMI_K2]),
+    row(
+        &["deepseek-llm"],
+        &[
             r"[\r\n]",
             DEEPSEEK_LLM_LETTERS,
             DEEPSEEK_LLM_PUNCTUATION,
@@ -82,63 +181,52 @@ pub(super) fn splitting(name: &str) -> Option<Splitting> {
             DEEPSEEK_LLM_CJK,
             r"\p{N}+",
         ],
-        "deepseek-coder" => &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_LLM_CJK, r"\p{N}"],
-        "deepseek-v3" | "hunyuan-dense" | "joyai-llm" | "hy_v4" => {
-            &[r"\p{N}{1,3}", DEEPSEEK_CJK, DEEPSEEK_V3]
-        }
-        "falcon" => &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"],
-        "bailingmoe" | "bailingmoe2" | "llada-moe" => &[BAILING],
-        "seed-coder" => &[SEED_CODER],
-        "exaone-moe" => &[EXAONE_MOE],
-        "minicpm5" => &[r"\p{N}{1,3}", LLAMA3],
-        _ => return None,
-    };
-    let llama3 = matches!(
-        name,
-        "llama3"
-            | "llama-v3"
-            | "llama-bpe"
-            | "falcon3"
-            | "falcon-h1"
-            | "pixtral"
-            | "midm-2.0"
-            | "lfm2"
-            | "jina-v5-nano"
-    );
-    Some(Splitting {
-        patterns,
-        ignore_merges: llama3 || matches!(name, "tekken" | "minicpm5"),
-        add_beginning: llama3 || name == "tekken",
-    })
+    ),
+    row(&["deepseek-coder"], &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_LLM_CJK, r"\p{N}"]),
+    row(
+        &["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"],
+        &[r"\p{N}{1,3}", DEEPSEEK_CJK, DEEPSEEK_V3],
+    ),
+    row(&["spark2_5"], &[r"\p{N}{1,3}", DEEPSEEK_CJK, SPARK, r"\p{N}"]),
+    row(&["falcon"], &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"]),
+    row(&["bailingmoe", "bailingmoe2", "llada-moe"], &[BAILING]),
+    row(&["seed-coder"], &[SEED_CODER]),
+    row(&["exaone-moe"], &[EXAONE_MOE]),
+    row(&["minicpm5"], &[r"\p{N}{1,3}", LLAMA3]).whole_words(),
+    row(&["jais-2"], &[JAIS2]),
+    row(&["youtu"], &[YOUTU_SCRIPTS, YOUTU]).whole_words(),
+    row(&["bloom", "poro-chat", "gpt3-finnish"], &[BLOOM]),
+    row(&["viking"], &[BLOOM, r"\p{N}"]),
+    row(
+        &["chameleon"],
+        &[
+            "<sentinel:[0-9]+>",
+            "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+            r"([\t\n]|    |  )",
+            r"\p{N}",
+            r"[\p{P}!-/:-@\[-`{-~]",
+            GPT2,
+        ],
+    )
+    .beginning(),
+    row(&["tiny_aya", "cohere2moe"], &[r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O]),
+    row(&["superbpe"], &[r"\p{N}+", r"(?=(\d{3})+(?!\d))"]),
+    row(&["ufakzeka"], &[UFAKZEKA]),
+    row(&["laguna"], &[r"[^\n]+|[\n]+", QWEN2]),
+    row(&["afmoe"], &[DIGITS_FROM_RIGHT, AFMOE_SCRIPTS, DEEPSEEK_V3]),
+    row(&["default"], &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
+];
+
+/// The rule of that name; `None` if there is none.
+pub(super) fn splitting(name: &str) -> Option<Splitting> {
+    RULES.iter().find(|row| row.names.contains(&name)).map(|row| row.rule)
 }
 
-/// The name of the rule with these patterns, if there is one. Of several, the one that other
-/// programs know longest.
+/// The name of the rule with these patterns, if there is one.
 pub(super) fn name_of(patterns: &[String], ignore_merges: bool) -> Option<&'static str> {
-    const NAMES: [&str; 18] = [
-        "gpt-2",
-        "smollm",
-        "llama-bpe",
-        "dbrx",
-        "qwen2",
-        "qwen35",
-        "tekken",
-        "gpt-4o",
-        "kimi-k2",
-        "deepseek-llm",
-        "deepseek-coder",
-        "deepseek-v3",
-        "falcon",
-        "bailingmoe",
-        "seed-coder",
-        "exaone-moe",
-        "minicpm5",
-        "default",
-    ];
-    NAMES.into_iter().find(|name| {
-        splitting(name)
-            .is_some_and(|rule| rule.patterns == patterns && rule.ignore_merges == ignore_merges)
-    })
+    let is_it =
+        |row: &&Row| row.rule.patterns == patterns && row.rule.ignore_merges == ignore_merges;
+    RULES.iter().find(is_it).map(|row| row.names[0])
 }
 
 #[cfg(test)]
@@ -170,25 +258,8 @@ mod tests {
     #[test]
     fn every_rule_compiles_and_loses_nothing() {
         let text = "I'M 12345 years—old…\n\n  naïve Straße 东京は 日本 한국어 \u{1f600}\tx  ";
-        for name in [
-            "default",
-            "gpt-2",
-            "smollm",
-            "llama-bpe",
-            "qwen2",
-            "qwen35",
-            "tekken",
-            "gpt-4o",
-            "kimi-k2",
-            "deepseek-llm",
-            "deepseek-coder",
-            "deepseek-v3",
-            "falcon",
-            "bailingmoe",
-            "seed-coder",
-            "exaone-moe",
-            "minicpm5",
-        ] {
+        for row in RULES {
+            let name = row.names[0];
             assert_eq!(pieces(name, text).concat(), text, "{name}");
         }
         assert_eq!(splitting("no-such-rule"), None);
@@ -205,5 +276,22 @@ mod tests {
         assert_eq!(pieces("deepseek-v3", "東京tower"), ["東京", "tower"]);
         assert_eq!(pieces("kimi-k2", "東京tower"), ["東京", "tower"]);
         assert_eq!(pieces("llama-bpe", "東京tower"), ["東京tower"]);
+    }
+
+    // From llama.cpp's own loader: tests/peers/splittings.py.
+    #[test]
+    fn every_name_splits_as_in_llama_cpp() {
+        let fixture = include_str!("../../tests/fixtures/tokenizer/splittings.json");
+        let fixture: serde_json::Value = serde_json::from_str(fixture).unwrap();
+        let text = fixture["text"].as_str().unwrap();
+        for (name, expected) in fixture["rules"].as_object().unwrap() {
+            let rule = splitting(name).unwrap_or_else(|| panic!("no rule {name}"));
+            assert_eq!(rule.ignore_merges, expected["ignore_merges"], "{name}");
+            assert_eq!(rule.add_beginning, expected["add_bos"], "{name}");
+            let way = expected["pieces"].as_u64().unwrap() as usize;
+            let way: Vec<String> = serde_json::from_value(fixture["ways"][way].clone()).unwrap();
+            assert_eq!(pieces(name, text), way, "{name}");
+        }
+        assert_eq!(pieces("afmoe", "a1234567 12"), ["a", "1", "234", "567", " ", "12"]);
     }
 }
