@@ -13,6 +13,9 @@ struct Embed {
     float* out;
     u32 width, first_token, tokens;
     float multiplier;
+    // Of matrices in fragment order.
+    const float* scales;
+    u32 tile_bytes, group_units, half_scales;
 };
 
 template <typename T>
