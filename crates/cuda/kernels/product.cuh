@@ -11,10 +11,14 @@ constexpr u32 BLOCK_COLUMNS = 32, TILE = 16;
 enum Format { PACKED_BF16 = 0, PACKED_FP8 = 1, PACKED_INT4 = 2 };
 
 template <u32 FORMAT>
-__host__ __device__ constexpr u32 block_bytes() { return FORMAT == PACKED_BF16 ? 1024 : FORMAT == PACKED_FP8 ? 512 : 256; }
+__host__ __device__ constexpr u32 block_bytes() {
+    return FORMAT == PACKED_BF16 ? 1024 : FORMAT == PACKED_FP8 ? 512 : 256;
+}
 // Products of 16 columns that 16 bytes of a lane hold.
 template <u32 FORMAT>
-__host__ __device__ constexpr u32 steps_of() { return 1u << FORMAT; }
+__host__ __device__ constexpr u32 steps_of() {
+    return 1u << FORMAT;
+}
 
 constexpr u32 INT4_CHUNK_BLOCKS = 32, INT4_CHUNK_CODES = 8192, GROUP_SCALE_BYTES = TILE * 2;
 
@@ -26,7 +30,11 @@ __device__ inline u32 widen_fp8(u32 w) { return (w >> 4 & 0x07f007f0u) | (w & 0x
 
 // Nibbles n and n + 4 as two bf16, less 8: bits of 128 + nibble, then less 136.
 __device__ inline u32 widen_int4(u32 w, u32 n) {
-    u32 bits = (w >> 4 * n & 0x000f000fu) | 0x43004300u, offset = 0x43084308u;
+    u32 bits, offset = 0x43084308u;
+    // (w >> 4 n & mask) | 128
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+        : "=r"(bits)
+        : "r"(w >> 4 * n), "r"(0x000f000fu), "r"(0x43004300u));
     __nv_bfloat162 x = __hsub2(*(__nv_bfloat162*)&bits, *(__nv_bfloat162*)&offset);
     return *(u32*)&x;
 }
@@ -66,9 +74,9 @@ struct Segment {
 struct Stream {
     Segment segments[3];
     const float* input;
-    const float* norm;  // weight of an RMS norm of the input, or null
+    const float* norm;      // weight of an RMS norm of the input, or null
     const float* residual;  // added to the product, or null
-    const u32* pick;  // the input row of each row, or null
+    const u32* pick;        // the input row of each row, or null
     u32 width, count, stages, normed;
     u32 paired;  // 1: segments 0 and 1 are gate and up, and the activation goes to 0's output
     u32 kind;
@@ -79,16 +87,23 @@ struct Stream {
     u32 group_units, half_scales;
 };
 
-__device__ inline float scale_of(const Segment& to, u32 output) { return to.scales ? to.scales[output] : 1.f; }
+__device__ inline float scale_of(const Segment& to, u32 output) {
+    return to.scales ? to.scales[output] : 1.f;
+}
 
 // A scale of a group.
 __device__ inline float group_scale(u32 bits, u32 half) {
     return half ? __half2float(__ushort_as_half(bits)) : __uint_as_float(bits << 16);
 }
 
+// The group of a unit; groups have one, two, four, eight or 16 units.
+__device__ inline u32 group_of(u32 unit, u32 group_units) {
+    return unit >> (31 - __clz(group_units));
+}
+
 // int4: bytes of a chunk, and where the scales of a chunk's groups begin.
 __device__ inline u32 int4_scale_bytes(u32 units, u32 group_units) {
-    return group_units ? (units + group_units - 1) / group_units * GROUP_SCALE_BYTES : 0;
+    return group_units ? (group_of(units - 1, group_units) + 1) * GROUP_SCALE_BYTES : 0;
 }
 __device__ inline u32 int4_chunk_bytes(u32 group_units) {
     return INT4_CHUNK_CODES + int4_scale_bytes(INT4_CHUNK_BLOCKS / 2, group_units);
@@ -103,7 +118,8 @@ __device__ inline u32 int4_scales(u32 chunk, u32 width, u32 group_units) {
 __device__ inline u32 locate(const Stream& p, u32 index, u32& tile) {
     u32 segment = 0;
     tile = index;
-    while (segment + 1 < p.count && tile >= p.segments[segment].tiles) tile -= p.segments[segment++].tiles;
+    while (segment + 1 < p.count && tile >= p.segments[segment].tiles)
+        tile -= p.segments[segment++].tiles;
     return segment;
 }
 
@@ -113,7 +129,8 @@ __device__ inline float swiglu(float gate, float up) {
 }
 
 // Does what follows a product and writes the output; `sum` are those of gate and up where paired.
-__device__ inline void finish(const Stream& p, const Segment& to, u64 row, u32 output, const float* sum) {
+__device__ inline void finish(const Stream& p, const Segment& to, u64 row, u32 output,
+                              const float* sum) {
     float value = sum[0] * scale_of(to, output) + (to.bias ? to.bias[output] : 0.f);
     u64 place = row * to.outputs + output;
     if (p.paired) {
@@ -122,7 +139,8 @@ __device__ inline void finish(const Stream& p, const Segment& to, u64 row, u32 o
         value = activation(p.kind, value, up, p.alpha, p.limit);
     } else {
         value = soft_cap(value * p.scale, p.cap);
-        if (p.residual) value = __fadd_rn(__ldcg(p.residual + place), __fmul_rn(value, p.add_scale));
+        if (p.residual)
+            value = __fadd_rn(__ldcg(p.residual + place), __fmul_rn(value, p.add_scale));
     }
     to.out[place] = value;
 }

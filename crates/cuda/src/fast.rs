@@ -252,6 +252,31 @@ impl CudaExecutor {
         self.device.launch_shaped("gemm_finish", shape, &gemm)
     }
 
+    /// The sines and cosines of the step's rows, for `turn_and_store`.
+    pub(crate) fn rope_angles(&self) -> Result<(), BackendError> {
+        if !self.units.iter().any(|unit| matches!(unit, Unit::TurnAndStore(_))) {
+            return Ok(());
+        }
+        for (index, table) in self.program.ropes.iter().enumerate() {
+            let pairs = table.inverse_frequencies.len();
+            let parameters = RopeAngles {
+                rows: self.step.rows(),
+                frequencies: self.ropes[index].address(),
+                out: self.angles[index].address(),
+                pairs: pairs as u32,
+                magnitude: table.magnitude,
+            };
+            let shape = LaunchShape {
+                grid: [self.rows, 1, 1],
+                threads: pairs.next_multiple_of(32).clamp(32, 256),
+                shared_bytes: 0,
+                dependent: true,
+            };
+            self.device.launch_shaped("rope_angles", shape, &parameters)?;
+        }
+        Ok(())
+    }
+
     fn turn_and_store(&self, at: usize) -> Result<(), BackendError> {
         let ops = &self.program.ops;
         let (
@@ -269,7 +294,7 @@ impl CudaExecutor {
             query: self.value(*query),
             key: self.value(*key),
             value: self.value(*value),
-            frequencies: self.ropes[rope.0 as usize].address(),
+            angles: self.angles[rope.0 as usize].address(),
             query_out: self.value(*query_out),
             key_out: self.value(*key_out),
             heads: *heads as u32,
@@ -279,7 +304,6 @@ impl CudaExecutor {
             offset: *offset as u32,
             pairs: table.inverse_frequencies.len() as u32,
             interleaved: u32::from(table.style == RopeStyle::Interleaved),
-            magnitude: table.magnitude,
         };
         let warps = 4;
         let shape = LaunchShape {

@@ -97,11 +97,12 @@ parameters! {
         kv_heads: u32, queries: u32, window: u32, scale: f32, cap: f32,
     }
     AttendJoin { parts: u64, sinks: u64, out: u64, heads: u32, shares: u32, dim: u32 }
+    RopeAngles { rows: u64, frequencies: u64, out: u64, pairs: u32, magnitude: f32 }
     TurnAndStore {
-        cache: CacheView, rows: u64, query: u64, key: u64, value: u64, frequencies: u64,
+        cache: CacheView, rows: u64, query: u64, key: u64, value: u64, angles: u64,
         query_out: u64, key_out: u64,
         heads: u32, kv_heads: u32, dim: u32, value_dim: u32, offset: u32, pairs: u32,
-        interleaved: u32, magnitude: f32,
+        interleaved: u32,
     }
     Best { logits: u64, parts: u64, out: u64, vocabulary: u32 }
 }

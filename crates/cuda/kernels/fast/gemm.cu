@@ -13,7 +13,7 @@ constexpr u32 PREPARE_THREADS = 256, PART_COLUMNS = 64, COLUMN_BYTES = PART_COLU
 struct Prepare {
     const float* input;
     const float* norm;  // weight of an RMS norm of the input, or null
-    const u32* pick;  // the input row of each row, or null
+    const u32* pick;    // the input row of each row, or null
     uint8_t* out;
     u32 width, padded, parts, normed;  // padded: rows times parts, up to whole tiles
     float offset, epsilon, factor;
@@ -60,7 +60,10 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
 #pragma unroll
         for (u32 t = 0; t < 4; t++) {
             float x = v[t].x * inverse * p.factor, y = v[t].y * inverse * p.factor;
-            if (scaled) { x *= p.offset + w[t].x; y *= p.offset + w[t].y; }
+            if (scaled) {
+                x *= p.offset + w[t].x;
+                y *= p.offset + w[t].y;
+            }
             split(x, y, h[t], l[t]);
         }
         u64 part = piece / (PART_COLUMNS / 8), at = piece % (PART_COLUMNS / 8);
@@ -72,20 +75,20 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     }
 }
 
-// ---- gemm: one block a multiprocessor. A warp copies in bulk into a ring; two warpgroups multiply.
+// ---- gemm: one block a multiprocessor. A warp copies in bulk into a ring, two warpgroups multiply
 
 constexpr u32 GEMM_WARPS = 8, GEMM_TILES = 8, GEMM_OUTPUTS = GEMM_TILES * TILE;
 constexpr u32 RING_BYTES = 222 * 1024, STAGES_MAX = 12;
 constexpr u32 GEMM_CONSUMERS = GEMM_WARPS * 32, GEMM_THREADS = GEMM_CONSUMERS + 128;
 
 struct Gemm {
-    Stream product;  // not normed
+    Stream product;    // not normed
     const uint8_t* x;  // prepared
-    float* sums;  // [pieces, rows of a tile, 128]: where a tile's sums wait for what follows
+    float* sums;       // [pieces, rows of a tile, 128]: where a tile's sums wait for what follows
     u32 rows, parts, padded;
-    u32 tiles;  // of 16 outputs, of all segments
+    u32 tiles;                  // of 16 outputs, of all segments
     u32 columns, across, down;  // columns of a tile; tiles of the rows, tiles of 128 outputs
-    u32 slabs;  // stages of a tile
+    u32 slabs;                  // stages of a tile
     u32 share;  // stages of a block, neighbouring ones; 0: blocks take whole tiles by turns
     u32 plain;  // 1: what follows is a factor, a residual or SwiGLU
 };
@@ -134,14 +137,18 @@ template <class S, u32 FORMAT, u32 BLOCKS>
 __device__ inline void fill(const Gemm& p, const uint8_t* tile, u32 across, u32 slab, u32 stage,
                             u32 full, bool weights, bool activations) {
     u32 lane = threadIdx.x % 32, blocks = p.product.width / BLOCK_COLUMNS, first = slab * BLOCKS;
-    u32 here = min(BLOCKS, blocks - first), parts = (here + 1) / 2, bytes = here * block_bytes<FORMAT>();
-    u32 codes = first * block_bytes<FORMAT>(), scales = 0, scale_bytes = 0, group = p.product.group_units;
+    u32 here = min(BLOCKS, blocks - first), parts = (here + 1) / 2,
+        bytes = here * block_bytes<FORMAT>();
+    u32 codes = first * block_bytes<FORMAT>(), scales = 0, scale_bytes = 0,
+        group = p.product.group_units;
     if (FORMAT == PACKED_INT4) {
         u32 chunk = first / INT4_CHUNK_BLOCKS, unit = first % INT4_CHUNK_BLOCKS / 2;
         codes = chunk * int4_chunk_bytes(group) + first % INT4_CHUNK_BLOCKS * block_bytes<FORMAT>();
         if (group) {
-            scales = int4_scales(chunk, p.product.width, group) + unit / group * GROUP_SCALE_BYTES;
-            scale_bytes = ((unit + here / 2 - 1) / group - unit / group + 1) * GROUP_SCALE_BYTES;
+            scales = int4_scales(chunk, p.product.width, group) +
+                     group_of(unit, group) * GROUP_SCALE_BYTES;
+            scale_bytes = (group_of(unit + here / 2 - 1, group) - group_of(unit, group) + 1) *
+                          GROUP_SCALE_BYTES;
         }
     }
     if (weights && lane == 0)
@@ -150,11 +157,13 @@ __device__ inline void fill(const Gemm& p, const uint8_t* tile, u32 across, u32 
     if (weights && lane < GEMM_TILES) {
         bulk_copy(stage + lane * S::CODES, tile + codes, bytes, full);
         if (scale_bytes)
-            bulk_copy(stage + GEMM_TILES * S::CODES + lane * TILE_SCALES, tile + scales, scale_bytes, full);
+            bulk_copy(stage + GEMM_TILES * S::CODES + lane * TILE_SCALES, tile + scales,
+                      scale_bytes, full);
     }
     u32 part = lane - GEMM_TILES;
     if (activations && part < parts) {
-        size_t at = (size_t)(slab * (BLOCKS / 2) + part) * p.padded * COLUMN_BYTES + across * S::PART;
+        size_t at =
+            (size_t)(slab * (BLOCKS / 2) + part) * p.padded * COLUMN_BYTES + across * S::PART;
         bulk_copy(stage + S::WEIGHTS + part * S::PART, p.x + at, S::PART, full);
     }
 }
@@ -174,7 +183,8 @@ __device__ inline void produce(const Gemm& p, u32 ring, u32 full, u32 empty) {
         u32 tile = walk.tile(), last = walk.last();
         const uint8_t* from = matrix_of(p, tile / p.across);
         for (u32 slab = walk.first(); slab < last && ahead < STAGES; slab++, ahead++)
-            fill<S, FORMAT, BLOCKS>(p, from, tile % p.across, slab, ring + ahead * S::STAGE, full + ahead * 8, true, false);
+            fill<S, FORMAT, BLOCKS>(p, from, tile % p.across, slab, ring + ahead * S::STAGE,
+                                    full + ahead * 8, true, false);
     }
     wait_dependencies();
     u32 done = 0;
@@ -184,8 +194,12 @@ __device__ inline void produce(const Gemm& p, u32 ring, u32 full, u32 empty) {
         for (u32 slab = walk.first(); slab < last; slab++, done++) {
             // The first round passes at once: the phase before the first counts as done.
             barrier_wait(empty + slot * 8, parity);
-            fill<S, FORMAT, BLOCKS>(p, from, tile % p.across, slab, ring + slot * S::STAGE, full + slot * 8, done >= ahead, true);
-            if (++slot == STAGES) { slot = 0; parity ^= 1; }
+            fill<S, FORMAT, BLOCKS>(p, from, tile % p.across, slab, ring + slot * S::STAGE,
+                                    full + slot * 8, done >= ahead, true);
+            if (++slot == STAGES) {
+                slot = 0;
+                parity ^= 1;
+            }
         }
     }
 }
@@ -201,7 +215,8 @@ __device__ inline void load_scales(u32 (&to)[2], const Stream& p, const uint8_t*
     u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (u32 n = 0; n < 2; n++) {
-        float scale = group_scale(*(const uint16_t*)(scales + (lane / 4 + n * 8) * 2), p.half_scales);
+        float scale =
+            group_scale(*(const uint16_t*)(scales + (lane / 4 + n * 8) * 2), p.half_scales);
         __nv_bfloat162 both = __float2bfloat162_rn(scale);
         to[n] = *(u32*)&both;
     }
@@ -214,14 +229,15 @@ __device__ inline u32 times(u32 a, u32 b) {
 
 // A tile's registers of the products of 16 bytes. Scales of groups go into the weights.
 template <class S, u32 FORMAT, u32 BLOCKS>
-__device__ inline void load_tile(u32 (&a)[steps_of<FORMAT>()][4], const Stream& p, const uint8_t* stage, u32 slot,
-                                 u32 vector, u32 unit) {
+__device__ inline void load_tile(u32 (&a)[steps_of<FORMAT>()][4], const Stream& p,
+                                 const uint8_t* stage, u32 slot, u32 vector, u32 unit) {
     uint4 v = *(const uint4*)(stage + slot * S::CODES + vector * 512 + threadIdx.x % 32 * 16);
 #pragma unroll
     for (u32 step = 0; step < steps_of<FORMAT>(); step++) widen<FORMAT>(v, step, a[step]);
     if (FORMAT != PACKED_INT4 || !p.group_units) return;
-    u32 group = (unit + vector) / p.group_units - unit / p.group_units, scales[2];
-    load_scales(scales, p, stage + GEMM_TILES * S::CODES + slot * TILE_SCALES + group * GROUP_SCALE_BYTES);
+    u32 group = group_of(unit + vector, p.group_units) - group_of(unit, p.group_units), scales[2];
+    load_scales(scales, p,
+                stage + GEMM_TILES * S::CODES + slot * TILE_SCALES + group * GROUP_SCALE_BYTES);
 #pragma unroll
     for (u32 step = 0; step < steps_of<FORMAT>(); step++)
 #pragma unroll
@@ -229,16 +245,18 @@ __device__ inline void load_tile(u32 (&a)[steps_of<FORMAT>()][4], const Stream& 
 }
 
 template <class S, u32 FORMAT, u32 BLOCKS, bool PAIRED>
-__device__ inline void load_fragments(Fragments<BLOCKS>& to, const Stream& p, const uint8_t* stage, u32 warp,
-                                      u32 first, u32 here) {
+__device__ inline void load_fragments(Fragments<BLOCKS>& to, const Stream& p, const uint8_t* stage,
+                                      u32 warp, u32 first, u32 here) {
     constexpr u32 STEPS = steps_of<FORMAT>();
 #pragma unroll
     for (u32 vector = 0; vector < 2 * BLOCKS / STEPS; vector++) {
         u32 a[STEPS][4] = {}, b[STEPS][4] = {};
         bool there = vector * STEPS / 2 < here;
-        if (there) load_tile<S, FORMAT, BLOCKS>(a, p, stage, PAIRED ? warp % 4 : warp, vector, first / 2);
+        if (there)
+            load_tile<S, FORMAT, BLOCKS>(a, p, stage, PAIRED ? warp % 4 : warp, vector, first / 2);
         // Warpgroups take the upper and the lower halves of the tiles of gate and up.
-        if (PAIRED && there) load_tile<S, FORMAT, BLOCKS>(b, p, stage, 4 + warp % 4, vector, first / 2);
+        if (PAIRED && there)
+            load_tile<S, FORMAT, BLOCKS>(b, p, stage, 4 + warp % 4, vector, first / 2);
 #pragma unroll
         for (u32 step = 0; step < STEPS; step++)
 #pragma unroll
@@ -257,8 +275,9 @@ struct Ring {
 
 // `first` is the stage's first block of 32 columns, `here` how many there are from there on.
 template <class S, u32 FORMAT, u32 N, u32 BLOCKS, bool PAIRED>
-__device__ inline void multiply_stage(float (&d)[N / 2], Fragments<BLOCKS>& a, const Stream& p, Ring& r,
-                                      const uint8_t* shared, u32 full, u32 empty, u32 first, u32 here, u32 add) {
+__device__ inline void multiply_stage(float (&d)[N / 2], Fragments<BLOCKS>& a, const Stream& p,
+                                      Ring& r, const uint8_t* shared, u32 full, u32 empty,
+                                      u32 first, u32 here, u32 add) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     barrier_wait(full + r.slot * 8, r.parity);
     const uint8_t* stage = shared + r.slot * S::STAGE;
@@ -275,7 +294,10 @@ __device__ inline void multiply_stage(float (&d)[N / 2], Fragments<BLOCKS>& a, c
     wgmma_wait<1>();
     if (lane == 0 && r.before != ~0u) barrier_arrive(empty + r.before * 8);
     r.before = r.slot;
-    if (++r.slot == S::STAGES) { r.slot = 0; r.parity ^= 1; }
+    if (++r.slot == S::STAGES) {
+        r.slot = 0;
+        r.parity ^= 1;
+    }
 }
 
 // Where a thread's sums of one output go.
@@ -293,7 +315,8 @@ __device__ inline Target target_of(const Gemm& p, u32 slot_index, u32 within) {
     u32 output = tile * TILE + within;
     bool inside = slot_index < (p.product.paired ? to.tiles : p.tiles) && output < to.outputs;
     const float* residual = p.product.residual ? p.product.residual + output : nullptr;
-    float scale = inside ? scale_of(to, output) : 1.f, bias = inside && to.bias ? to.bias[output] : 0.f;
+    float scale = inside ? scale_of(to, output) : 1.f,
+          bias = inside && to.bias ? to.bias[output] : 0.f;
     return {to.out + output, scale, bias, residual, inside ? to.outputs : 0};
 }
 
@@ -390,7 +413,8 @@ __device__ inline void gemm_consumers_meet() {
 
 // Does what follows the product for output `at` of a tile and some of its rows, from the sums of
 // its pieces, in the order of their columns.
-__device__ inline void finish_rows(const Gemm& p, u32 tile, u32 piece, u32 pieces, u32 at, u32 row, u32 step) {
+__device__ inline void finish_rows(const Gemm& p, u32 tile, u32 piece, u32 pieces, u32 at, u32 row,
+                                   u32 step) {
     const Stream& product = p.product;
     u32 outputs = product.paired ? GEMM_OUTPUTS / 2 : GEMM_OUTPUTS, down = tile / p.across;
     u32 rows_most = p.columns / p.parts, first = tile % p.across * rows_most, segment = 0;
@@ -403,7 +427,8 @@ __device__ inline void finish_rows(const Gemm& p, u32 tile, u32 piece, u32 piece
     for (; row < rows; row += step) {
         float sum[2] = {};
         for (u32 i = 0; i < pieces; i++) {
-            const float* from = p.sums + ((size_t)(piece + i) * rows_most + row) * GEMM_OUTPUTS + at;
+            const float* from =
+                p.sums + ((size_t)(piece + i) * rows_most + row) * GEMM_OUTPUTS + at;
             sum[0] += __ldcg(from);
             if (product.paired) sum[1] += __ldcg(from + outputs);
         }
@@ -418,7 +443,8 @@ __device__ inline void finish_by_sums(const Gemm& p, u32 tile, const float (&d)[
     write_sums<N, PAIRED, PARTS>(p, tile, blockIdx.x + (p.share ? tile : 0), d);
     if (p.share) return;
     gemm_consumers_meet();
-    finish_rows(p, tile, blockIdx.x, 1, threadIdx.x % GEMM_OUTPUTS, threadIdx.x / GEMM_OUTPUTS, GEMM_CONSUMERS / GEMM_OUTPUTS);
+    finish_rows(p, tile, blockIdx.x, 1, threadIdx.x % GEMM_OUTPUTS, threadIdx.x / GEMM_OUTPUTS,
+                GEMM_CONSUMERS / GEMM_OUTPUTS);
     // The next tile's sums take the same place.
     gemm_consumers_meet();
 }
@@ -453,34 +479,39 @@ __device__ inline void gemm(const Gemm& p) {
             u32 slab = walk.first(), last = walk.last(), add = 0;
             for (; slab + 1 < last; slab += 2, add = 1) {
                 u32 at = slab * BLOCKS, next = at + BLOCKS;
-                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, a, p.product, r, shared, full, empty, at, blocks - at, add);
-                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, b, p.product, r, shared, full, empty, next, blocks - next, 1);
+                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, a, p.product, r, shared, full,
+                                                             empty, at, blocks - at, add);
+                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, b, p.product, r, shared, full,
+                                                             empty, next, blocks - next, 1);
             }
             if (slab < last) {
                 u32 at = slab * BLOCKS;
-                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, a, p.product, r, shared, full, empty, at, blocks - at, add);
+                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, a, p.product, r, shared, full,
+                                                             empty, at, blocks - at, add);
             }
             wgmma_wait<0>();
             if (thread % 32 == 0) barrier_arrive(empty + r.before * 8);
             r.before = ~0u;
             wait_dependencies();
-            if (p.plain && !p.share) write_outputs<N, PAIRED, PARTS>(p, walk.tile(), d);
-            else finish_by_sums<N, PAIRED, PARTS>(p, walk.tile(), d);
+            if (p.plain && !p.share)
+                write_outputs<N, PAIRED, PARTS>(p, walk.tile(), d);
+            else
+                finish_by_sums<N, PAIRED, PARTS>(p, walk.tile(), d);
         }
     }
 }
 
 // The weights' format, N columns, stages of so many blocks, a row in so many parts.
-#define GEMM(NAME, FORMAT, N, BLOCKS, PARTS)                                    \
-    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)               \
-        gemm_##NAME##_##N##_##PARTS(const __grid_constant__ Gemm p) {           \
-        gemm<FORMAT, N, BLOCKS, false, PARTS>(p);                               \
-    }                                                                           \
-    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)               \
-        gemm_paired_##NAME##_##N##_##PARTS(const __grid_constant__ Gemm p) {    \
-        gemm<FORMAT, N, BLOCKS, true, PARTS>(p);                                \
+#define GEMM(NAME, FORMAT, N, BLOCKS, PARTS)                                 \
+    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)            \
+        gemm_##NAME##_##N##_##PARTS(const __grid_constant__ Gemm p) {        \
+        gemm<FORMAT, N, BLOCKS, false, PARTS>(p);                            \
+    }                                                                        \
+    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)            \
+        gemm_paired_##NAME##_##N##_##PARTS(const __grid_constant__ Gemm p) { \
+        gemm<FORMAT, N, BLOCKS, true, PARTS>(p);                             \
     }
-#define GEMMS(NAME, FORMAT)      \
+#define GEMMS(NAME, FORMAT)       \
     GEMM(NAME, FORMAT, 16, 4, 2)  \
     GEMM(NAME, FORMAT, 32, 4, 2)  \
     GEMM(NAME, FORMAT, 64, 4, 2)  \
@@ -495,7 +526,7 @@ GEMMS(int4, PACKED_INT4)
 
 constexpr u32 FINISH_ROWS = 2;
 
-extern "C" __global__ void __launch_bounds__(FINISH_ROWS * GEMM_OUTPUTS)
+extern "C" __global__ void __launch_bounds__(FINISH_ROWS* GEMM_OUTPUTS)
     gemm_finish(const __grid_constant__ Gemm p) {
     launch_dependents();
     wait_dependencies();

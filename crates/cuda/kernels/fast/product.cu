@@ -1,5 +1,6 @@
-// Products of few rows on tensor cores, with weights in fragment order. An activation is split in two bf16 parts, high and
-// low, which take two columns of a tensor-core product: sums are nearly as good as f32's.
+// Products of few rows on tensor cores, with weights in fragment order. An activation is split in
+// two bf16 parts, high and low, which take two columns of a tensor-core product: sums are nearly as
+// good as those of f32.
 
 #include "product.cuh"
 
@@ -30,7 +31,8 @@ __device__ inline u32 word_column(u32 word) {
 
 extern "C" __global__ void pack_bf16(const __grid_constant__ Pack p) {
     u32 blocks = p.width / BLOCK_COLUMNS;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.words; i += (u64)gridDim.x * blockDim.x) {
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.words;
+         i += (u64)gridDim.x * blockDim.x) {
         u32 word = i % (BF16_BLOCK / 4);
         u64 block = i / (BF16_BLOCK / 4);
         u64 row = block / blocks * TILE + word_row(word);
@@ -52,11 +54,14 @@ struct PackCodes {
 // Row in the tile and column in the block of register `n` of product `h` of a block's two; the
 // column is that of the first of two.
 __device__ inline u32 code_row(u32 lane, u32 n) { return lane / 4 + n % 2 * 8; }
-__device__ inline u32 code_column(u32 lane, u32 h, u32 n) { return lane % 4 * 8 + h * 4 + n / 2 * 2; }
+__device__ inline u32 code_column(u32 lane, u32 h, u32 n) {
+    return lane % 4 * 8 + h * 4 + n / 2 * 2;
+}
 
 extern "C" __global__ void pack_fp8(const __grid_constant__ PackCodes p) {
     u32 tile_words = p.tile_bytes / 4;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.words; i += (u64)gridDim.x * blockDim.x) {
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.words;
+         i += (u64)gridDim.x * blockDim.x) {
         u32 word = i % tile_words, lane = word / 4 % 32, block = word / 128, packed = 0;
         for (u32 n = 0; n < 4; n++) {
             u32 r = word % 2 * 2 + n % 2;
@@ -71,17 +76,22 @@ extern "C" __global__ void pack_fp8(const __grid_constant__ PackCodes p) {
 
 // Where word `word` of a tile's codes lies.
 __device__ inline u32 int4_place(u32 word, u32 group_units) {
-    return word / (INT4_CHUNK_CODES / 4) * int4_chunk_bytes(group_units) + word % (INT4_CHUNK_CODES / 4) * 4;
+    return word / (INT4_CHUNK_CODES / 4) * int4_chunk_bytes(group_units) +
+           word % (INT4_CHUNK_CODES / 4) * 4;
 }
 extern "C" __global__ void pack_int4(const __grid_constant__ PackCodes p) {
     u32 tile_words = p.width * TILE / 8;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.words; i += (u64)gridDim.x * blockDim.x) {
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.words;
+         i += (u64)gridDim.x * blockDim.x) {
         u32 word = i % tile_words, lane = word / 4 % 32, step = word % 4, packed = 0;
         u64 tile = i / tile_words;
         for (u32 n = 0; n < 8; n++) {
             u64 row = tile * TILE + code_row(lane, n % 4);
-            u32 column = word / 128 * 64 + step / 2 * BLOCK_COLUMNS + code_column(lane, step % 2, n % 4) + n / 4;
-            u32 code = row < p.outputs ? p.codes[row * p.row_bytes + column / 2] >> column % 2 * 4 & 15 : 0;
+            u32 column = word / 128 * 64 + step / 2 * BLOCK_COLUMNS +
+                         code_column(lane, step % 2, n % 4) + n / 4;
+            u32 code = row < p.outputs
+                           ? p.codes[row * p.row_bytes + column / 2] >> column % 2 * 4 & 15
+                           : 0;
             packed |= (code ^ 8) << 4 * n;
         }
         uint8_t* out = p.out + tile * p.tile_bytes;
@@ -133,7 +143,8 @@ __device__ inline float code_at(const EmbedPacked& p, const uint8_t* tile, u32 r
     u32 block = i / BLOCK_COLUMNS, column = i % BLOCK_COLUMNS, lane = row % 8 * 4 + column / 8;
     u32 h = column / 4 % 2, n = column / 2 % 2 * 2 + row / 8, e = column % 2;
     if (FORMAT == PACKED_FP8) {
-        u32 at = block * block_bytes<PACKED_FP8>() + lane * 16 + (h * 2 + n / 2) * 4 + e * 2 + (n % 2 ? 0 : 1);
+        u32 at = block * block_bytes<PACKED_FP8>() + lane * 16 + (h * 2 + n / 2) * 4 + e * 2 +
+                 (n % 2 ? 0 : 1);
         // As `widen_fp8`, and the scales are for what that makes.
         return __uint_as_float(widen_fp8((u32)tile[at] << 8) << 16) * FP8_ACTIVATIONS;
     }
@@ -141,9 +152,11 @@ __device__ inline float code_at(const EmbedPacked& p, const uint8_t* tile, u32 r
     u32 code = *(const u32*)(tile + int4_place(word, p.group_units)) >> 4 * (n + 4 * e) & 15;
     float value = (float)code - 8.f;
     if (!p.group_units) return value;
-    u32 chunk = unit / (INT4_CHUNK_BLOCKS / 2), group = unit % (INT4_CHUNK_BLOCKS / 2) / p.group_units;
+    u32 chunk = unit / (INT4_CHUNK_BLOCKS / 2),
+        group = unit % (INT4_CHUNK_BLOCKS / 2) / p.group_units;
     const uint8_t* scales = tile + int4_scales(chunk, p.width, p.group_units);
-    return value * group_scale(*(const uint16_t*)(scales + (group * TILE + row) * 2), p.half_scales);
+    return value *
+           group_scale(*(const uint16_t*)(scales + (group * TILE + row) * 2), p.half_scales);
 }
 
 template <u32 FORMAT>
@@ -159,11 +172,16 @@ __device__ inline void embed_codes(const EmbedPacked& p) {
         p.out[(u64)blockIdx.x * p.width + i] = x * p.multiplier;
     }
 }
-extern "C" __global__ void embed_fp8(const __grid_constant__ EmbedPacked p) { embed_codes<PACKED_FP8>(p); }
-extern "C" __global__ void embed_int4(const __grid_constant__ EmbedPacked p) { embed_codes<PACKED_INT4>(p); }
+extern "C" __global__ void embed_fp8(const __grid_constant__ EmbedPacked p) {
+    embed_codes<PACKED_FP8>(p);
+}
+extern "C" __global__ void embed_int4(const __grid_constant__ EmbedPacked p) {
+    embed_codes<PACKED_INT4>(p);
+}
 
 __device__ inline void multiply(float* c, uint4 a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
@@ -171,7 +189,9 @@ __device__ inline void multiply(float* c, uint4 a, u32 b0, u32 b1) {
 // ---- stream: up to four rows. One block a multiprocessor; a warp copies weights in bulk into a
 // ring of chunks, eight warps multiply.
 
-__device__ inline void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+__device__ inline void consumers_meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+}
 
 // Quads of a row that a thread holds, all on their way at once.
 constexpr u32 QUADS = 8, SPAN = CONSUMERS * 4 * QUADS;
@@ -187,7 +207,8 @@ __device__ inline void load_quads(float4 (&v)[QUADS], const float* from, u32 bas
 __device__ inline float squares(const float4 (&v)[QUADS]) {
     float sum = 0.f;
 #pragma unroll
-    for (u32 n = 0; n < QUADS; n++) sum += v[n].x * v[n].x + v[n].y * v[n].y + v[n].z * v[n].z + v[n].w * v[n].w;
+    for (u32 n = 0; n < QUADS; n++)
+        sum += v[n].x * v[n].x + v[n].y * v[n].y + v[n].z * v[n].z + v[n].w * v[n].w;
     return sum;
 }
 
@@ -257,9 +278,10 @@ __device__ inline void stage_rows(const Stream& p, uint8_t* x, float* reduced, u
 // A warp's part of a chunk: four units of 512 bytes from `first` on, `units` in all. What is not
 // there counts as zeros, which meet activations that are there; no branch keeps loads apart.
 template <u32 FORMAT>
-__device__ inline void multiply_units(float (&c)[4][4], const Stream& p, const uint8_t* chunk, const uint8_t* x,
-                                      u32 first, u32 units) {
-    constexpr u32 UNITS = CHUNK_UNITS / GROUP_WARPS, STEPS = steps_of<FORMAT>(), UNIT_BLOCK_BYTES = STEPS * 32;
+__device__ inline void multiply_units(float (&c)[4][4], const Stream& p, const uint8_t* chunk,
+                                      const uint8_t* x, u32 first, u32 units) {
+    constexpr u32 UNITS = CHUNK_UNITS / GROUP_WARPS, STEPS = steps_of<FORMAT>(),
+                  UNIT_BLOCK_BYTES = STEPS * 32;
     constexpr u32 ZEROS = FORMAT == PACKED_INT4 ? 0x88888888u : 0;
     u32 lane = threadIdx.x % 32;
     uint4 v[UNITS];
@@ -272,7 +294,9 @@ __device__ inline void multiply_units(float (&c)[4][4], const Stream& p, const u
         if (FORMAT != PACKED_INT4) continue;
         scales[u][0] = scales[u][1] = 1.f;
         if (p.group_units) {
-            const uint8_t* at = chunk + units * UNIT_BYTES + (min(unit, units - 1) / p.group_units * TILE + lane / 4) * 2;
+            const uint8_t* at =
+                chunk + units * UNIT_BYTES +
+                (group_of(min(unit, units - 1), p.group_units) * TILE + lane / 4) * 2;
             scales[u][0] = group_scale(*(const uint16_t*)at, p.half_scales);
             scales[u][1] = group_scale(*(const uint16_t*)(at + 16), p.half_scales);
         }
@@ -289,7 +313,7 @@ __device__ inline void multiply_units(float (&c)[4][4], const Stream& p, const u
             u32 product = u * STEPS + step, a[4];
             if (product % 2 == 0) b = *(const uint4*)(from + step / 2 * 64);
             widen<FORMAT>(v[u], step, a);
-            float(&to)[4] = FORMAT == PACKED_INT4 ? sum[step % 2] : c[product % 4];
+            float (&to)[4] = FORMAT == PACKED_INT4 ? sum[step % 2] : c[product % 4];
             bool odd = product % 2;
             multiply(to, make_uint4(a[0], a[1], a[2], a[3]), odd ? b.z : b.x, odd ? b.w : b.y);
         }
@@ -305,14 +329,16 @@ __device__ inline void stream(const Stream& p) {
     constexpr u32 TILES = PART_TILES / ROWS, TILE_SUMS = TILE * ROWS;
     constexpr u32 UNIT_COLUMNS = 16 * steps_of<FORMAT>();
     u32 all_units = p.width / UNIT_COLUMNS, chunks = (all_units + CHUNK_UNITS - 1) / CHUNK_UNITS;
-    u32 chunk_bytes = CHUNK_CODES + (FORMAT == PACKED_INT4 ? int4_scale_bytes(CHUNK_UNITS, p.group_units) : 0);
+    u32 chunk_bytes =
+        CHUNK_CODES + (FORMAT == PACKED_INT4 ? int4_scale_bytes(CHUNK_UNITS, p.group_units) : 0);
     // 64 bytes between columns: eight lanes' reads of two columns meet in no bank.
     u32 column_bytes = 2 * p.width + 64;
     uint8_t* x = shared + p.stages * chunk_bytes;
     float* parts = (float*)(x + 2 * ROWS * column_bytes);
     float* reduced = parts + TILES * WARPS * TILE_SUMS;
     u64* barriers = (u64*)(reduced + 4 * WARPS);
-    u32 ring = (u32)__cvta_generic_to_shared(shared), full = (u32)__cvta_generic_to_shared(barriers);
+    u32 ring = (u32)__cvta_generic_to_shared(shared),
+        full = (u32)__cvta_generic_to_shared(barriers);
     u32 empty = full + p.stages * 8;
     u32 thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     u32 unit_parts = p.paired ? 2 : 1, units = p.segments[0].tiles;
@@ -340,8 +366,12 @@ __device__ inline void stream(const Stream& p) {
                     // The first round passes at once: the phase before the first counts as done.
                     barrier_wait(empty + slot * 8, parity);
                     barrier_expect(full + slot * 8, bytes);
-                    bulk_copy(ring + slot * chunk_bytes, from + (size_t)chunk * chunk_bytes, bytes, full + slot * 8);
-                    if (++slot == p.stages) { slot = 0; parity ^= 1; }
+                    bulk_copy(ring + slot * chunk_bytes, from + (size_t)chunk * chunk_bytes, bytes,
+                              full + slot * 8);
+                    if (++slot == p.stages) {
+                        slot = 0;
+                        parity ^= 1;
+                    }
                 }
             }
         }
@@ -369,7 +399,10 @@ __device__ inline void stream(const Stream& p) {
                         if (lane == 0) barrier_arrive(empty + slot * 8);
                     }
                     turn ^= 1;
-                    if (++slot == p.stages) { slot = 0; parity ^= 1; }
+                    if (++slot == p.stages) {
+                        slot = 0;
+                        parity ^= 1;
+                    }
                 }
                 // Columns 2r and 2r + 1 are row r's parts.
                 float low = 0.f, high = 0.f;
@@ -380,7 +413,8 @@ __device__ inline void stream(const Stream& p) {
                 }
                 u32 row = lane % 4;
                 if (row < ROWS) {
-                    float* sums = parts + (local * WARPS + warp) * TILE_SUMS + row * TILE + lane / 4;
+                    float* sums =
+                        parts + (local * WARPS + warp) * TILE_SUMS + row * TILE + lane / 4;
                     sums[0] = low;
                     sums[8] = high;
                 }
@@ -396,16 +430,17 @@ __device__ inline void stream(const Stream& p) {
                     sum[part] += parts[((index * unit_parts + part) * WARPS + w) * TILE_SUMS + at];
             u32 tile, segment = locate(p, first + index * gridDim.x, tile);
             u32 output = tile * TILE + at % TILE;
-            if (output < p.segments[segment].outputs) finish(p, p.segments[segment], row, output, sum);
+            if (output < p.segments[segment].outputs)
+                finish(p, p.segments[segment], row, output, sum);
         }
         consumers_meet();
     }
 }
 
-#define STREAM(NAME, FORMAT, ROWS)                                    \
-    extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)   \
-        stream_##NAME##_##ROWS(const __grid_constant__ Stream p) {    \
-        stream<ROWS, FORMAT>(p);                                      \
+#define STREAM(NAME, FORMAT, ROWS)                                  \
+    extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) \
+        stream_##NAME##_##ROWS(const __grid_constant__ Stream p) {  \
+        stream<ROWS, FORMAT>(p);                                    \
     }
 STREAM(bf16, PACKED_BF16, 1)
 STREAM(bf16, PACKED_BF16, 2)
