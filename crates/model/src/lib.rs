@@ -10,6 +10,7 @@ pub mod adapter;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod eagle;
 pub mod export;
 pub mod families;
 mod generation;

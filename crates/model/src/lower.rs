@@ -5,6 +5,7 @@
 
 mod attention;
 mod builder;
+pub(crate) mod eagle;
 mod ffn;
 
 use lathe_program::{Op, Program, Value, Weight, WeightRole};
@@ -23,12 +24,19 @@ pub struct LowerOptions {
     /// Taps of the residual stream: tap `i` is the stream after the first `captures[i]` layers
     /// (0: the embedding). Drafters and distillation read them.
     pub captures: Vec<usize>,
+    /// One more tap, after those of `captures`: the normalised stream that the head reads.
+    pub capture_head_input: bool,
 }
 
 impl LowerOptions {
     /// Blocks of 16 positions, no taps.
     pub fn new(context_max: usize) -> Self {
-        LowerOptions { block_tokens: 16, context_max, captures: Vec::new() }
+        LowerOptions {
+            block_tokens: 16,
+            context_max,
+            captures: Vec::new(),
+            capture_head_input: false,
+        }
     }
 }
 
@@ -141,6 +149,9 @@ fn lower_valid(spec: &DecoderSpec, options: &LowerOptions) -> Program {
         capture(&mut b, options, index + 1, stream);
     }
     let input = b.norm("final_norm", &spec.final_norm, stream, 1);
+    if options.capture_head_input {
+        b.program.capture(input, options.captures.len() as u32);
+    }
     let head = b.weight("head", &shape, WeightRole::Head);
     b.program.logits(input, head, spec.logits_scale, spec.logits_softcap);
     b.program.finish()

@@ -184,6 +184,7 @@ impl Layers {
             block_tokens: program.kv.block_tokens,
             context_max: program.context_max,
             captures: (0..=spec.layers.len()).collect(),
+            capture_head_input: false,
         };
         Ok(Layers::new(program, &lower(spec, &options)?))
     }

@@ -22,6 +22,13 @@ fn gqa(b: &mut Builder, spec: &GqaSpec, input: Value) -> Value {
             Matrix { name: "attention.value", out: spec.kv_heads * spec.head_dim, bias },
         ],
     );
+    let attended = heads(b, spec, [query, key, value]);
+    let attended = gate(b, spec, input, attended);
+    output(b, spec.output_bias, attended)
+}
+
+/// Places queries and keys, stores keys and values, and attends: `[rows, heads * head_dim]`.
+pub(super) fn heads(b: &mut Builder, spec: &GqaSpec, [query, key, value]: [Value; 3]) -> Value {
     let query = place(b, spec, "query", spec.heads, query);
     let key = place(b, spec, "key", spec.kv_heads, key);
     let shape = KvLayerShape::Heads {
@@ -44,9 +51,7 @@ fn gqa(b: &mut Builder, spec: &GqaSpec, input: Value) -> Value {
         sinks,
     };
     let name = b.name("attention.attended");
-    let attended = b.program.attend(query, layer, attend, name);
-    let attended = gate(b, spec, input, attended);
-    output(b, spec.output_bias, attended)
+    b.program.attend(query, layer, attend, name)
 }
 
 /// Normalises and turns the heads of a query or key.
@@ -90,7 +95,7 @@ fn gate(b: &mut Builder, spec: &GqaSpec, input: Value, attended: Value) -> Value
     b.program.gate(attended, gate, GateKind::Sigmoid, name)
 }
 
-fn output(b: &mut Builder, bias: bool, attended: Value) -> Value {
+pub(super) fn output(b: &mut Builder, bias: bool, attended: Value) -> Value {
     let out = b.width;
     let [out] = b.linear(attended, [Matrix { name: "attention.output", out, bias }]);
     out

@@ -5,6 +5,7 @@
 //! flags. [`DecoderSpec::validate`] is the edge where sizes of a file become sizes to rely on.
 
 mod count;
+mod eagle;
 pub(crate) mod low_rank;
 mod rope;
 mod validate;
@@ -16,6 +17,7 @@ use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
 
 pub use count::ParameterCount;
+pub use eagle::{EagleSpec, FeatureNorm, Fusion};
 pub use low_rank::LowRank;
 pub use rope::{RopeScaling, RopeSpec, yarn_magnitude};
 

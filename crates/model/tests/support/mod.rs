@@ -39,7 +39,11 @@ pub(crate) fn prepare_rounded(model: &Model, context: usize) -> Box<dyn Executor
     prepare_with(&program, &Rounded(model.weights(&program).expect("weights")))
 }
 
-fn prepare_with(program: &Arc<Program>, weights: &dyn WeightSource) -> Box<dyn Executor> {
+/// A prepared reference executor of `program` for one sequence as long as its context.
+pub(crate) fn prepare_with(
+    program: &Arc<Program>,
+    weights: &dyn WeightSource,
+) -> Box<dyn Executor> {
     let context = program.context_max;
     let options = ExecutorOptions {
         kv_blocks: blocks(program, context) * program.kv.groups.len(),
