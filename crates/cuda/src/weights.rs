@@ -1,5 +1,5 @@
-//! `Weights`: a program's weights on the device, each tensor once. The matrices of products are laid
-//! out for the tensor cores, in `bf16` or as codes with scales, unless the executor is exact.
+//! `Weights`: a program's weights on the device, each tensor once. The matrices of products are
+//! laid out for the tensor cores, in `bf16` or as codes with scales, unless the executor is exact.
 
 use std::sync::Arc;
 
