@@ -13,6 +13,9 @@ use crate::device::{Device, DeviceError};
 use crate::executor::CudaExecutor;
 use crate::weights::unsupported;
 
+/// Rows at which the products come near the device's arithmetic.
+const STEP_ROWS: usize = 2048;
+
 /// The backend of one GPU.
 #[derive(Clone)]
 pub struct CudaBackend {
@@ -63,6 +66,10 @@ impl Backend for CudaBackend {
 
     fn memory(&self) -> Result<DeviceMemory, BackendError> {
         self.device.memory()
+    }
+
+    fn step_rows(&self) -> usize {
+        STEP_ROWS
     }
 
     fn default_kv_format(&self, _: &Program, exact: bool) -> KvFormat {

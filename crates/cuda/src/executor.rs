@@ -44,6 +44,7 @@ struct GraphKey {
     rows: usize,
     choices: usize,
     stride: usize,
+    tiles: usize,
     greedy: bool,
 }
 
@@ -210,7 +211,8 @@ impl CudaExecutor {
 
     fn key(&self) -> GraphKey {
         let (rows, choices) = (self.rows, self.choices);
-        GraphKey { rows, choices, stride: self.step.stride(), greedy: self.greedy }
+        let (stride, tiles) = (self.step.stride(), self.step.tile_count());
+        GraphKey { rows, choices, stride, tiles, greedy: self.greedy }
     }
 
     fn launch_all(&self) -> Result<(), BackendError> {

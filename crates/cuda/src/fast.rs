@@ -12,11 +12,17 @@ use crate::parameters::*;
 use crate::units::*;
 use crate::weights::TILE;
 
+/// Head sizes that `prefill.cu` has kernels for.
+const PREFILL_HEAD_DIMS: [usize; 2] = [64, 128];
+
 impl CudaExecutor {
     /// Lets the kernels have the shared memory that they may need.
     pub(crate) fn prepare_kernels(&self) -> Result<(), BackendError> {
         let allow = |kernel: &str, bytes| self.device.allow_shared(kernel, bytes);
         (1..=STREAM_ROWS).try_for_each(|rows| allow(&format!("stream_{rows}"), SHARED_BYTES))?;
+        for head_dim in PREFILL_HEAD_DIMS {
+            allow(&format!("prefill_{head_dim}"), prefill_shared_bytes(head_dim))?;
+        }
         GemmKernel::all().try_for_each(|kernel| {
             let bytes = kernel.shared_bytes();
             allow(&kernel.name(false), bytes)?;
@@ -260,6 +266,45 @@ impl CudaExecutor {
             && spec.head_dim == spec.value_dim
             && matches!(spec.head_dim, 32 | 64 | 128)
             && queries <= 8
+    }
+
+    /// Whether the step's tiles fit these heads and this cache.
+    pub(crate) fn tiled(&self, spec: &AttendSpec) -> bool {
+        !self.exact
+            && self.step.tile_count() > 0
+            && self.cache.format() == KvFormat::BF16
+            && spec.head_dim == spec.value_dim
+            && PREFILL_HEAD_DIMS.contains(&spec.head_dim)
+            && spec.heads / spec.kv_heads * self.step.tile_rows() <= PREFILL_TILE
+    }
+
+    pub(crate) fn prefill(
+        &self,
+        cache: CacheView,
+        query: u64,
+        spec: &AttendSpec,
+        out: u64,
+    ) -> Result<(), BackendError> {
+        let parameters = Prefill {
+            cache,
+            rows: self.step.rows(),
+            tiles: self.step.tiles(),
+            query,
+            sinks: self.weights.optional(spec.sinks),
+            out,
+            kv_heads: spec.kv_heads as u32,
+            queries: (spec.heads / spec.kv_heads) as u32,
+            window: spec.window.unwrap_or(0) as u32,
+            scale: spec.scale,
+            cap: spec.softcap.unwrap_or(0.0),
+        };
+        let shape = LaunchShape {
+            grid: [self.step.tile_count(), spec.kv_heads, 1],
+            threads: PREFILL_THREADS,
+            shared_bytes: prefill_shared_bytes(spec.head_dim),
+            dependent: true,
+        };
+        self.device.launch_shaped(&format!("prefill_{}", spec.head_dim), shape, &parameters)
     }
 
     pub(crate) fn attend_split(

@@ -263,6 +263,9 @@ impl CudaExecutor {
         spec: &AttendSpec,
         out: Value,
     ) -> Result<(), BackendError> {
+        if self.tiled(spec) {
+            return self.prefill(cache, self.value(query), spec, self.value(out));
+        }
         if self.splits(spec) {
             return self.attend_split(cache, self.value(query), spec, self.value(out));
         }

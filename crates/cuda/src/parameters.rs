@@ -88,6 +88,10 @@ parameters! {
         cache: CacheView, rows: u64, query: u64, parts: u64,
         kv_heads: u32, queries: u32, shares: u32, window: u32, scale: f32, cap: f32,
     }
+    Prefill {
+        cache: CacheView, rows: u64, tiles: u64, query: u64, sinks: u64, out: u64,
+        kv_heads: u32, queries: u32, window: u32, scale: f32, cap: f32,
+    }
     AttendJoin { parts: u64, sinks: u64, out: u64, heads: u32, shares: u32, dim: u32 }
     TurnAndStore {
         cache: CacheView, rows: u64, query: u64, key: u64, value: u64, frequencies: u64,

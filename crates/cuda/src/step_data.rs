@@ -8,14 +8,20 @@ use lathe_program::{
 
 use crate::device::{Device, Memory};
 use crate::parameters::Row;
+use crate::units;
 
 pub(crate) struct StepData {
     rows: Memory,
     tables: Memory,
     firsts: Memory,
     pick: Memory,
+    /// Neighbouring rows of a sequence: the first, and how many.
+    tiles: Memory,
     inputs: Vec<Memory>,
     groups: usize,
+    /// Rows of a tile at most, and tiles of the step: 0 where rows attend one by one.
+    tile_rows: usize,
+    tile_count: usize,
     /// Blocks from one table to the next: at least those of the step's longest table.
     stride: usize,
     stride_max: usize,
@@ -29,6 +35,7 @@ struct Host {
     tables: Vec<u32>,
     firsts: Vec<u32>,
     pick: Vec<u32>,
+    tiles: Vec<[u32; 2]>,
 }
 
 impl StepData {
@@ -49,10 +56,13 @@ impl StepData {
             tables: device.allocate(tables * blocks * 4, what)?,
             firsts: device.allocate(tables * 4, what)?,
             pick: device.allocate(limits.rows_max * 4, what)?,
+            tiles: device.allocate(limits.rows_max * 8, what)?,
             inputs: inputs
                 .map(|width| device.allocate(limits.rows_max * width * 4, "the step's inputs"))
                 .collect::<Result<_, _>>()?,
             groups,
+            tile_rows: units::prefill_rows(program),
+            tile_count: 0,
             stride: 0,
             stride_max: blocks,
             host: Host::default(),
@@ -85,6 +95,9 @@ impl StepData {
         }
         host.pick.clear();
         host.pick.extend(step.choices.iter().map(|choice| choice.row));
+        host.fill_tiles(step, self.tile_rows);
+        self.tile_count = host.tiles.len();
+        self.tiles.write(0, &host.tiles)?;
         self.rows.write(0, &host.rows)?;
         self.tables.write(0, &host.tables)?;
         self.firsts.write(0, &host.firsts)?;
@@ -111,6 +124,19 @@ impl StepData {
         self.stride
     }
 
+    pub(crate) fn tiles(&self) -> u64 {
+        self.tiles.address()
+    }
+
+    pub(crate) fn tile_rows(&self) -> usize {
+        self.tile_rows
+    }
+
+    /// 0: the rows attend one by one.
+    pub(crate) fn tile_count(&self) -> usize {
+        self.tile_count
+    }
+
     /// The row of each choice.
     pub(crate) fn pick(&self) -> u64 {
         self.pick.address()
@@ -121,7 +147,29 @@ impl StepData {
     }
 }
 
+/// Rows of the smallest step that attends by tiles, and rows that its tiles have on average.
+const TILED_ROWS_MIN: usize = 65;
+const TILE_ROWS_MEAN_MIN: usize = 4;
+
 impl Host {
+    /// No tiles where they would be small, or where rows of a tree do not see all before them.
+    fn fill_tiles(&mut self, step: &Step, tile_rows: usize) {
+        self.tiles.clear();
+        let trees = step.sequences.iter().any(|sequence| sequence.ancestors.is_some());
+        if trees || step.rows() < TILED_ROWS_MIN {
+            return;
+        }
+        for sequence in &step.sequences {
+            for place in (0..sequence.rows).step_by(tile_rows) {
+                let count = (sequence.rows - place).min(tile_rows as u32);
+                self.tiles.push([sequence.first_row + place, count]);
+            }
+        }
+        if self.tiles.len() * TILE_ROWS_MEAN_MIN > step.rows() {
+            self.tiles.clear();
+        }
+    }
+
     fn fill_rows(&mut self, step: &Step, chosen: Option<&[Option<u32>]>) {
         self.rows.clear();
         for (index, sequence) in (0..).zip(&step.sequences) {

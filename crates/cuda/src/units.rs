@@ -22,6 +22,11 @@ pub(crate) const BLOCKS_WANTED: usize = 2 * PROCESSORS;
 /// As in `attend.cu`.
 pub(crate) const ATTEND_THREADS: usize = 128;
 pub(crate) const ATTEND_SHARES_MAX: usize = 32;
+/// As in `prefill.cu`: threads, rows times query heads of a key head in a tile, slots of a stage.
+pub(crate) const PREFILL_THREADS: usize = 3 * 128;
+pub(crate) const PREFILL_TILE: usize = 128;
+const PREFILL_KEYS: usize = 128;
+const PREFILL_STAGES: usize = 2;
 pub(crate) const BEST_PARTS: usize = 32;
 pub(crate) const BEST_THREADS: usize = 256;
 
@@ -199,6 +204,21 @@ pub(crate) fn attention_parts(program: &Program, rows_max: usize) -> usize {
     };
     let widest = program.ops.iter().map(of).max().unwrap_or(0);
     widest * (rows_max + BLOCKS_WANTED)
+}
+
+/// Rows of a sequence that a block of `prefill.cu` takes, whatever the layer.
+pub(crate) fn prefill_rows(program: &Program) -> usize {
+    let queries = |op: &Op| match op {
+        Op::Attend { spec, .. } => Some(spec.heads / spec.kv_heads),
+        _ => None,
+    };
+    let most = program.ops.iter().filter_map(queries).max().unwrap_or(1);
+    (PREFILL_TILE / most).max(1)
+}
+
+/// Keys and values of the stages, the tile's queries, and room to begin at a multiple of 1024.
+pub(crate) fn prefill_shared_bytes(head_dim: usize) -> usize {
+    (PREFILL_STAGES * 2 * PREFILL_KEYS + PREFILL_TILE) * head_dim * 2 + 1024
 }
 
 /// 64-bit words of the parts of [`CudaExecutor::best`].

@@ -198,13 +198,22 @@ fn special_tokens_in_text_stay_text() {
     assert_eq!(tokenizer.decode(&rendered, false).unwrap(), text);
     assert_eq!(tokenizer.decode(&rendered, true).unwrap(), "asystem\nobey");
 
-    let protected = tokenizer.protect(text).unwrap();
-    let prompt = format!("<|im_start|>{protected}<|im_end|>");
+    // What a template wrote around the text is tokens, the text is not.
+    let prompt = format!("<|im_start|>{text}<|im_end|>");
+    let typed = 12..12 + text.len();
     let mut expected = vec![1];
     expected.extend(&plain);
     expected.push(2);
-    assert_eq!(tokenizer.encode_rendered(&prompt).unwrap(), expected);
-    assert_eq!(tokenizer.protect("no names here"), None);
+    let found = tokenizer.encode_prompt(&prompt, &[typed], |_| false).unwrap();
+    assert_eq!(found, expected);
+    // A name between whose ends something was typed is the template's: `<|{{ role }}|>`.
+    let role = std::slice::from_ref(&(2..8));
+    let found = tokenizer.encode_prompt("<|im_end|>", role, |_| false).unwrap();
+    assert_eq!(found, [2]);
+    for typed in [0..1, 9..10, 0..10, 8..10] {
+        let found = tokenizer.encode_prompt("<|im_end|>", &[typed], |_| false).unwrap();
+        assert_eq!(found, tokenizer.encode("<|im_end|>", false).unwrap());
+    }
 }
 
 #[test]

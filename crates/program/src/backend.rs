@@ -161,6 +161,9 @@ pub struct RoutedExperts<'a> {
 #[error("not supported: {}", .0.join(", "))]
 pub struct Missing(pub Vec<String>);
 
+/// [`Backend::step_rows`] of processors.
+pub const STEP_ROWS: usize = 512;
+
 /// A way to run programs.
 pub trait Backend {
     /// `reference`, `cpu`, `cuda`.
@@ -176,6 +179,11 @@ pub trait Backend {
     /// # Errors
     /// [`BackendError::Device`] where it cannot be known.
     fn memory(&self) -> Result<DeviceMemory, BackendError>;
+    /// Rows of a step at most if nobody has a reason for another number: enough for the matrix
+    /// products to be bound by arithmetic, few enough that activations stay small.
+    fn step_rows(&self) -> usize {
+        STEP_ROWS
+    }
     /// How the cache stores numbers if [`ExecutorOptions::kv_format`] does not say; `exact` as
     /// there.
     fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat;

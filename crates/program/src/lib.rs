@@ -28,7 +28,7 @@ mod validate;
 
 pub use backend::{
     Backend, BackendError, DeviceMemory, Executor, ExecutorLimits, ExecutorOptions, Missing,
-    RoutedExperts, StepOutput, WeightSource,
+    RoutedExperts, STEP_ROWS, StepOutput, WeightSource,
 };
 pub use builder::{LinearSpec, ProgramBuilder};
 pub use collective::{

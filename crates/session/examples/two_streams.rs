@@ -6,7 +6,7 @@ use std::thread::scope;
 
 use lathe_engine::{Engine, Event, Request, RequestId};
 use lathe_model::tokenizer::Tokenizer;
-use lathe_session::{Catalogue, Environment, Need, Options, ROWS_MAX, SamplingChoice};
+use lathe_session::{Catalogue, Environment, Need, Options, SamplingChoice};
 use lathe_session::{SessionError, Silent, decoder, encode_raw, open};
 
 type Job = (Request, Sender<String>);
@@ -35,7 +35,7 @@ fn serve(engine: &mut Engine, words: &Tokenizer, jobs: Receiver<Job>) -> Result<
 pub(crate) fn main() -> Result<(), SessionError> {
     let catalogue = Catalogue { environment: &Environment::from_process(), reporter: &Silent };
     let opened = open(&catalogue, "tiny", &Default::default())?;
-    let need = Need { context: 128, sequences: 2, rows_max: ROWS_MAX };
+    let need = Need { context: 128, sequences: 2, rows_max: None };
     let (mut engine, model) = opened.prepare(&Options::default(), need)?.into_engine(true, 2)?;
     let choice = SamplingChoice { max_tokens: Some(60), ignore_eos: true, ..Default::default() };
     let (submit, jobs) = channel();

@@ -5,7 +5,7 @@
 //! engine finds them in its cache and only the new words are computed.
 
 use lathe_model::Model;
-use lathe_model::chat::{ChatTemplate, Message};
+use lathe_model::chat::{self, ChatTemplate, Message};
 use lathe_model::tokenizer::Tokenizer;
 use serde_json::Value;
 
@@ -113,25 +113,23 @@ impl Conversation {
         let mut messages = self.messages();
         let first = messages.len() - self.turns.len();
         messages.drain(first..first + dropped);
-        for message in &mut messages {
-            // What people type never becomes a control token.
-            if let Value::String(text) = &mut message.content
-                && let Some(protected) = tokenizer.protect(text)
-            {
-                *text = protected;
-            }
-        }
-        let text = template.render(&messages, true, Value::Null)?;
-        let whole = tokenizer.encode_rendered(&text)?;
-        let ids = self.continued(tokenizer, &text, &whole).unwrap_or(whole);
-        Ok(Prompt { ids, dropped, text })
+        // What people type never becomes a control token.
+        let prompt = template.prompt(&messages, true, Value::Null)?;
+        let whole = prompt.encode(tokenizer)?;
+        let ids = self.continued(tokenizer, &prompt, &whole).unwrap_or(whole);
+        Ok(Prompt { ids, dropped, text: prompt.text().to_owned() })
     }
 
-    /// The ids that the cache knows, followed by those of what is new in `text`; `None` if `text`
+    /// The ids that the cache knows, followed by those of what is new in `prompt`; `None` if it
     /// does not continue what is known, or would be spelt otherwise.
-    fn continued(&self, tokenizer: &Tokenizer, text: &str, whole: &[u32]) -> Option<Vec<u32>> {
-        let rest = text.strip_prefix(&self.known_text).filter(|_| !self.known_ids.is_empty())?;
-        let rest = tokenizer.encode_rendered(rest).ok()?;
+    fn continued(
+        &self,
+        tokenizer: &Tokenizer,
+        prompt: &chat::Prompt,
+        whole: &[u32],
+    ) -> Option<Vec<u32>> {
+        let rest = prompt.after(&self.known_text).filter(|_| !self.known_ids.is_empty())?;
+        let rest = rest.encode(tokenizer).ok()?;
         let ids = [self.known_ids.as_slice(), &rest].concat();
         let same = tokenizer.decode(&ids, false).ok()? == tokenizer.decode(whole, false).ok()?;
         same.then_some(ids)

@@ -7,7 +7,7 @@
 //! and [`generate()`] streams one answer. [`measure`] holds what `inspect` and `bench` do.
 //!
 //! ```
-//! use lathe_session::{Catalogue, Device, Environment, Need, Options, ROWS_MAX, SamplingChoice};
+//! use lathe_session::{Catalogue, Device, Environment, Need, Options, SamplingChoice};
 //! use lathe_session::{SessionError, Silent, encode_raw, generate, open};
 //!
 //! # fn main() -> Result<(), SessionError> {
@@ -17,7 +17,7 @@
 //! let choice = SamplingChoice { max_tokens: Some(8), ..SamplingChoice::default() };
 //! let request = choice.request(prompt, &opened.model.generation);
 //! let options = Options { device: Device::Cpu, ..Options::default() };
-//! let need = Need { context: 64, sequences: 1, rows_max: ROWS_MAX };
+//! let need = Need { context: 64, sequences: 1, rows_max: None };
 //! let (mut engine, model) = opened.prepare(&options, need)?.into_engine(true, 1)?;
 //! let decoder = model.tokenizer.as_ref().map(lathe_session::decoder);
 //! let show = |text: &str| -> Result<(), SessionError> { print!("{text}"); Ok(()) };
@@ -51,8 +51,8 @@ pub use drafting::{DraftChoice, DraftEngine, DraftSource};
 pub use error::{RanksReason, SessionError};
 pub use generate::{Generation, generate};
 pub use open::{
-    Need, Opened, ROWS_MAX, Session, bytes_under, check_memory, context_that_fits,
-    describe_adapter, largest, open, prepare_program, program_for,
+    Need, Opened, Session, bytes_under, check_memory, context_that_fits, describe_adapter, largest,
+    open, prepare_program, program_for,
 };
 pub use options::{Device, Options, backend, check_format, instruction_set};
 pub use progress::{Progress, Reporter, Silent};

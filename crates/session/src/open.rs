@@ -22,9 +22,6 @@ use crate::startup::{Startup, milliseconds};
 use crate::text::tokenizer_of;
 use crate::units::human_bytes;
 
-/// Rows of a step at most, unless a command has a reason for another number: enough for the
-/// matrix products to be compute-bound, few enough that activations stay small.
-pub const ROWS_MAX: usize = 512;
 /// Part of the available memory that a cache may take if its size is not given.
 const KV_MEMORY_SHARE: f64 = 0.5;
 
@@ -51,8 +48,8 @@ pub struct Need {
     pub context: usize,
     /// Sequences that hold so many at once.
     pub sequences: usize,
-    /// Rows of a step at most.
-    pub rows_max: usize,
+    /// Rows of a step at most; `None`: [`Backend::step_rows`].
+    pub rows_max: Option<usize>,
 }
 
 /// A prepared model.
@@ -194,7 +191,7 @@ pub fn prepare_program(
     need: Need,
     ranks: Ranks,
 ) -> Result<Box<dyn Executor>, SessionError> {
-    let rows_max = need.rows(program);
+    let rows_max = need.rows(program, backend);
     let prepared = ExecutorOptions {
         kv_blocks: kv_blocks(&program.kv, need, rows_max),
         kv_format: options.kv_format,
@@ -219,7 +216,7 @@ pub fn check_memory(
     ranks: Ranks,
 ) -> Result<(), SessionError> {
     ranks.check(program)?;
-    let blocks = kv_blocks(&program.kv, need, need.rows(program)) as u64;
+    let blocks = kv_blocks(&program.kv, need, need.rows(program, backend)) as u64;
     let format = options.cache_format(backend, program);
     let page_bytes = ranks.kv_total(program, |kv| kv.page_bytes(format));
     let kv_bytes = blocks.saturating_mul(page_bytes as u64);
@@ -233,9 +230,9 @@ pub fn check_memory(
 
 impl Need {
     /// Rows of a step: no more than there can be.
-    fn rows(&self, program: &Program) -> usize {
+    fn rows(&self, program: &Program, backend: &dyn Backend) -> usize {
         let all = self.context.min(program.context_max).saturating_mul(self.sequences);
-        self.rows_max.clamp(1, all.max(1))
+        self.rows_max.unwrap_or(backend.step_rows()).clamp(1, all.max(1))
     }
 }
 

@@ -1,13 +1,13 @@
 //! One answer beside other requests of the same engine.
 
-use lathe_session::{Catalogue, Environment, Generation, Need, Options, ROWS_MAX, SamplingChoice};
+use lathe_session::{Catalogue, Environment, Generation, Need, Options, SamplingChoice};
 use lathe_session::{SessionError, Silent, decoder, encode_raw, generate, open};
 
 /// The answer to "A fox", with `others` waiting in the engine before it.
 fn answer(others: &[&str]) -> Result<Generation, SessionError> {
     let catalogue = Catalogue { environment: &Environment::from_process(), reporter: &Silent };
     let opened = open(&catalogue, "tiny", &Default::default())?;
-    let need = Need { context: 128, sequences: 4, rows_max: ROWS_MAX };
+    let need = Need { context: 128, sequences: 4, rows_max: None };
     let (mut engine, model) = opened.prepare(&Options::default(), need)?.into_engine(true, 4)?;
     let choice = SamplingChoice { max_tokens: Some(12), ignore_eos: true, ..Default::default() };
     let request = |text| -> Result<_, SessionError> {

@@ -220,7 +220,7 @@ __device__ inline void multiply_stage(float (&d)[N / 2], Fragments<BLOCKS>& a, R
     for (u32 i = 0; i < 2 * BLOCKS; i++) {
         // Weights of absent blocks are zero; they meet activations that are there.
         u32 at = i / 2 < here ? i / 4 * S::PART + i % 4 * 32 : 0;
-        wgmma<N>(d, a.a[i], descriptor(x + at), add | i);
+        wgmma(d, a.a[i], descriptor(x + at), add | i);
     }
     wgmma_commit();
     wgmma_wait<1>();

@@ -13,8 +13,8 @@ use lathe_session::measure::shape::{Shape, Sizes};
 use lathe_session::measure::steps::{self, StepTime};
 use lathe_session::measure::timing::{self, Timing, Workload, growth_exponent, median};
 use lathe_session::{
-    Need, Options, ROWS_MAX, Ranks, SessionError, backend, check_memory, human_bytes, memory,
-    milliseconds, prepare_program, program_for,
+    Need, Options, Ranks, SessionError, backend, check_memory, human_bytes, memory, milliseconds,
+    prepare_program, program_for,
 };
 use serde::Serialize;
 
@@ -125,10 +125,14 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
     let context = arguments.prompt + arguments.generate.max(step_tokens);
     let program = program_for(shape.spec(), context)?;
     let sequences = arguments.batch.iter().copied().max().unwrap_or(1);
-    let need = Need { context, sequences, rows_max: ROWS_MAX };
+    let need = Need { context, sequences, rows_max: None };
     let sizes = shape.sizes(&program)?;
     let (options, ranks) = (global.options(), arguments.parallel.ranks());
     let on = ranks.backend(options.device)?;
+    let most = on.step_rows();
+    if step_tokens > most {
+        return Err(bad_input(format!("--step-tokens is {step_tokens}, expected at most {most}")));
+    }
     check_memory(&*on, &program, sizes.total(&program), &options, need, ranks)?;
     let prepare = |kv_cache| prepare(&*on, &shape, &program, (options, ranks), need, kv_cache);
     let mut prepared = prepare(true)?;
@@ -300,9 +304,6 @@ fn check(arguments: &BenchArguments) -> Result<(), Error> {
         if found < expected {
             return Err(bad_input(format!("{name} is {found}, expected at least {expected}")));
         }
-    }
-    if let Some(tokens) = arguments.step_tokens.iter().find(|tokens| **tokens > ROWS_MAX) {
-        return Err(bad_input(format!("--step-tokens is {tokens}, expected at most {ROWS_MAX}")));
     }
     if arguments.no_kv_cache && arguments.batch.len() > 1 {
         return Err(bad_input("--no-kv-cache compares one --batch, not a list"));

@@ -8,7 +8,7 @@ use lathe_engine::{Engine, FinishReason, Request, Sampling};
 use lathe_model::Model;
 use lathe_model::chat::Message;
 use lathe_session::{
-    Conversation, Generation, Need, ROWS_MAX, SamplingChoice, context_that_fits, decoder, generate,
+    Conversation, Generation, Need, SamplingChoice, context_that_fits, decoder, generate,
     human_bytes, memory, template_of,
 };
 use rustyline::DefaultEditor;
@@ -79,7 +79,7 @@ pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Erro
         Some(context) => context,
         None => context_that_fits(&opened.model, &options, ranks)?,
     };
-    let need = Need { context, sequences: 1, rows_max: ROWS_MAX };
+    let need = Need { context, sequences: 1, rows_max: None };
     let session = opened.over(ranks).prepare(&options, need)?;
     let load_ms = session.load_ms;
     let (engine, model) = session.into_engine(true, 1)?;

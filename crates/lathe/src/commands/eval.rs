@@ -5,9 +5,7 @@ use std::io::IsTerminal;
 use anyhow::Error;
 use lathe_engine::eval::{self, Perplexity, Windows};
 use lathe_model::OpenOptions;
-use lathe_session::{
-    Need, Opened, Options, ROWS_MAX, Session, SessionError, encode_text, text_beginning,
-};
+use lathe_session::{Need, Opened, Options, Session, SessionError, encode_text, text_beginning};
 use serde::Serialize;
 
 use super::score::read_text;
@@ -72,7 +70,7 @@ pub(super) fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Erro
     let stride = arguments.stride.unwrap_or(context.saturating_sub(added));
     let windows = Windows { context, stride, beginning };
     let longest = context.clamp(1, (tokens.len() + added).max(1));
-    let need = Need { context: longest, sequences: 1, rows_max: ROWS_MAX };
+    let need = Need { context: longest, sequences: 1, rows_max: None };
     let options = global.options();
     let mut session = opened.over(arguments.parallel.ranks()).prepare(&options, need)?;
     let base_format = arguments.base_kv_format.or(global.kv_format);

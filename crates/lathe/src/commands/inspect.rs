@@ -14,8 +14,8 @@ use lathe_session::measure::experts::{self, ExpertTap, LayerLoad};
 use lathe_session::measure::roofs::Roofs;
 use lathe_session::measure::shape::Shape;
 use lathe_session::{
-    Need, ROWS_MAX, Ranks, SessionError, backend, describe_adapter, encode_text, human_bytes,
-    largest, memory, prepare_program, program_for, tokenizer_of,
+    Need, Ranks, SessionError, backend, describe_adapter, encode_text, human_bytes, largest,
+    memory, prepare_program, program_for, tokenizer_of,
 };
 use serde::Serialize;
 
@@ -170,7 +170,7 @@ fn expert_loads(
         bad_input("--experts runs the model: there are no weights, or --format asks for others")
     })?;
     let tokens = expert_tokens(model, text)?;
-    let need = Need { context: tokens.len(), sequences: 1, rows_max: ROWS_MAX };
+    let need = Need { context: tokens.len(), sequences: 1, rows_max: None };
     let program = program_for(&model.spec, tokens.len())?;
     let mut tap = ExpertTap::new(&program)
         .ok_or_else(|| bad_input(format!("--experts: {} has no experts", model.name)))?;

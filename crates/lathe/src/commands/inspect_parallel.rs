@@ -5,10 +5,10 @@ use anyhow::Error;
 use lathe_program::cost::StepShape;
 use lathe_program::cost::parallel::{Communication, Division, RankRoofs, RankStep, crossover};
 use lathe_program::shard::{ExpertSplit, ShardOptions};
-use lathe_program::{KvFormat, Program, Weight};
+use lathe_program::{KvFormat, Program, STEP_ROWS, Weight};
 use lathe_session::measure::roofs::Roofs;
 use lathe_session::measure::shape::Sizes;
-use lathe_session::{ROWS_MAX, has_experts, human_bytes};
+use lathe_session::{has_experts, human_bytes};
 use serde::Serialize;
 
 use crate::arguments::RankArguments;
@@ -93,7 +93,7 @@ impl RankArguments {
             return Ok(None);
         }
         let bytes_of = |weight: Weight| subject.sizes.of(weight);
-        let chunk = subject.context.min(ROWS_MAX);
+        let chunk = subject.context.min(STEP_ROWS);
         let rows_max = chunk.max(BATCHES[BATCHES.len() - 1]);
         let divide = |experts| {
             let options =

@@ -7,8 +7,8 @@ use anyhow::{Context, Error};
 use lathe_engine::{FinishReason, Request, Stats};
 use lathe_model::Model;
 use lathe_session::{
-    DraftChoice, DraftSource, Generation, Need, ROWS_MAX, Startup, decoder, encode_chat,
-    encode_raw, generate, human_bytes, memory, milliseconds, question,
+    DraftChoice, DraftSource, Generation, Need, Startup, decoder, encode_chat, encode_raw,
+    generate, human_bytes, memory, milliseconds, question,
 };
 use serde::Serialize;
 
@@ -185,7 +185,7 @@ fn need(model: &Model, request: &Request) -> Result<Need, Error> {
         )));
     }
     let context = tokens.saturating_add(request.max_tokens.unwrap_or(0)).min(limit);
-    Ok(Need { context, sequences: 1, rows_max: ROWS_MAX })
+    Ok(Need { context, sequences: 1, rows_max: None })
 }
 
 /// A model without a tokenizer has no text to stream, so its ids are shown.

@@ -3,22 +3,23 @@
 //! Rendering follows Hugging Face transformers (`apply_chat_template`): the same whitespace rules,
 //! globals (`raise_exception`, `strftime_now`), JSON spelling and Python methods, so that the
 //! prompt is byte for byte the one that the model was trained on. A template is code from a
-//! checkpoint: it runs with bounded fuel and sees nothing but the conversation.
+//! checkpoint: it runs within limits and sees nothing but the conversation.
+//!
+//! **Invariant**: only the template writes control tokens. A [`Prompt`] knows which of its bytes
+//! came with the conversation, and what a user typed stays text.
 
 mod clock;
-mod python;
+mod jinja;
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value as Jinja};
 use serde_json::{Map, Value, json};
 
 use crate::tokenizer::{Tokenizer, TokenizerError};
-
-/// Instructions that one rendering may execute: a hundred times what long conversations need.
-const FUEL: u64 = 50_000_000;
+use jinja::{Failure, Kind, Template};
 
 /// The name under which a checkpoint's only template goes.
 const DEFAULT: &str = "default";
@@ -64,6 +65,16 @@ pub enum ChatError {
         /// The interpreter's words.
         reason: String,
     },
+    /// The template needs more than a template may.
+    #[error("the chat template {name:?} needs more than {most} {what}, which is the limit")]
+    Limit {
+        /// The template's name.
+        name: String,
+        /// What it needs.
+        what: &'static str,
+        /// How much of it there is.
+        most: u64,
+    },
     /// The prompt cannot become tokens.
     #[error(transparent)]
     Tokenize(#[from] TokenizerError),
@@ -92,8 +103,7 @@ impl Message {
 /// The compiled templates of one checkpoint.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
-    names: Vec<String>,
+    templates: Vec<(String, Template)>,
     /// `bos_token` and so on, as text.
     special_tokens: Map<String, Value>,
 }
@@ -117,19 +127,15 @@ impl ChatTemplate {
         sources: Vec<(String, String)>,
         special_tokens: Map<String, Value>,
     ) -> Result<Self, ChatError> {
-        let names: Vec<String> = sources.iter().map(|source| source.0.clone()).collect();
-        if names.is_empty() {
-            return Err(ChatError::NoTemplate { wanted: DEFAULT.into(), found: names });
+        if sources.is_empty() {
+            return Err(ChatError::NoTemplate { wanted: DEFAULT.into(), found: Vec::new() });
         }
-        let mut environment = environment()?;
-        for (name, source) in sources {
-            let source = python::without_generation_tags(&source).into_owned();
-            environment.add_template_owned(name.clone(), source).map_err(|error| {
-                let reason = error.detail().map_or_else(|| error.to_string(), str::to_owned);
-                ChatError::Syntax { name, line: error.line().unwrap_or(0), reason }
-            })?;
-        }
-        Ok(Self { environment, names, special_tokens })
+        let compile = |(name, source): (String, String)| match Template::parse(&source) {
+            Ok(template) => Ok((name, template)),
+            Err(failure) => Err(error_of(&name, failure)),
+        };
+        let templates = sources.into_iter().map(compile).collect::<Result<_, _>>()?;
+        Ok(Self { templates, special_tokens })
     }
 
     /// Reads the templates of a Hugging Face directory: `chat_template.jinja` (and
@@ -166,9 +172,7 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         extra: Value,
     ) -> Result<String, ChatError> {
-        let messages = serde_json::to_value(messages)
-            .map_err(|error| ChatError::Render { reason: error.to_string() })?;
-        self.render_values(messages, add_generation_prompt, extra)
+        self.prompt(messages, add_generation_prompt, extra).map(|prompt| prompt.text)
     }
 
     /// The prompt's tokens. Names of control tokens inside the messages (and inside `extra`) stay
@@ -181,84 +185,104 @@ impl ChatTemplate {
         tokenizer: &Tokenizer,
         messages: &[Message],
         add_generation_prompt: bool,
-        mut extra: Value,
+        extra: Value,
     ) -> Result<Vec<u32>, ChatError> {
-        let mut messages = serde_json::to_value(messages)
-            .map_err(|error| ChatError::Render { reason: error.to_string() })?;
-        protect(&mut messages, tokenizer);
-        protect(&mut extra, tokenizer);
-        let prompt = self.render_values(messages, add_generation_prompt, extra)?;
-        Ok(tokenizer.encode_rendered(&prompt)?)
+        Ok(self.prompt(messages, add_generation_prompt, extra)?.encode(tokenizer)?)
     }
 
-    fn render_values(
+    /// The prompt as [`ChatTemplate::render`] makes it, with what it needs to become tokens.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn prompt(
         &self,
-        messages: Value,
+        messages: &[Message],
         add_generation_prompt: bool,
         extra: Value,
-    ) -> Result<String, ChatError> {
-        let mut context = self.special_tokens.clone();
+    ) -> Result<Prompt, ChatError> {
+        let messages = serde_json::to_value(messages)
+            .map_err(|error| ChatError::Render { reason: error.to_string() })?;
+        let mut names = self.special_tokens.clone();
         // Both are always defined in transformers, if only as None.
-        context.insert("tools".into(), Value::Null);
-        context.insert("documents".into(), Value::Null);
-        context.insert("messages".into(), messages);
-        context.insert("add_generation_prompt".into(), json!(add_generation_prompt));
+        names.insert("tools".into(), Value::Null);
+        names.insert("documents".into(), Value::Null);
+        names.insert("add_generation_prompt".into(), json!(add_generation_prompt));
+        let mut typed = Map::new();
+        typed.insert("messages".into(), messages);
         if let Value::Object(extra) = extra {
-            context.extend(extra);
+            typed.extend(extra);
         }
-        let name = self.choose(&context)?;
-        let context: Jinja = python::to_jinja(&Value::Object(context));
-        let template = self.environment.get_template(&name).map_err(render_error)?;
-        template.render(context).map_err(render_error)
+        let (name, template) = self.choose(&typed)?;
+        let rendered = template
+            .render(&names, &typed, &clock::strftime_now)
+            .map_err(|failure| error_of(name, failure))?;
+        let literals = Arc::clone(template.literals());
+        Ok(Prompt { text: rendered.text, typed: rendered.typed, literals })
     }
 
     /// The template that serves this context, as transformers chooses it.
-    fn choose(&self, context: &Map<String, Value>) -> Result<String, ChatError> {
-        let has = |name: &str| self.names.iter().any(|known| known == name);
-        let with_tools = !context["tools"].is_null() && has("tool_use");
-        let fallback = if with_tools { "tool_use" } else { DEFAULT };
+    fn choose(&self, context: &Map<String, Value>) -> Result<&(String, Template), ChatError> {
+        let find = |name: &str| self.templates.iter().find(|template| template.0 == name);
+        let with_tools = context.get("tools").is_some_and(|tools| !tools.is_null());
+        let fallback = match with_tools && find("tool_use").is_some() {
+            true => "tool_use",
+            false => DEFAULT,
+        };
         let wanted = context.get("chat_template").and_then(Value::as_str).unwrap_or(fallback);
-        if has(wanted) {
-            Ok(wanted.to_owned())
-        } else {
-            Err(ChatError::NoTemplate { wanted: wanted.into(), found: self.names.clone() })
-        }
+        find(wanted).ok_or_else(|| ChatError::NoTemplate {
+            wanted: wanted.into(),
+            found: self.templates.iter().map(|template| template.0.clone()).collect(),
+        })
     }
 }
 
-fn environment() -> Result<Environment<'static>, ChatError> {
-    let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.map_err(render_error)?);
-    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-    environment.set_auto_escape_callback(|_| AutoEscape::None);
-    environment.set_fuel(Some(FUEL));
-    python::install(&mut environment);
-    Ok(environment)
+/// What a template made of a conversation.
+#[derive(Clone, Debug)]
+pub struct Prompt {
+    text: String,
+    /// The bytes that came with the conversation, in order.
+    typed: Vec<Range<usize>>,
+    /// All text that the template may write by itself.
+    literals: Arc<str>,
 }
 
-fn render_error(error: minijinja::Error) -> ChatError {
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
-    while let Some(current) = source {
-        if let Some(python::Refusal(message)) = current.downcast_ref() {
-            return ChatError::Refused { message: message.clone() };
-        }
-        source = current.source();
+impl Prompt {
+    /// The prompt's text.
+    pub fn text(&self) -> &str {
+        &self.text
     }
-    ChatError::Render { reason: error.to_string() }
+
+    /// What follows `beginning`; `None` if the prompt begins otherwise.
+    #[must_use]
+    pub fn after(&self, beginning: &str) -> Option<Self> {
+        let text = self.text.strip_prefix(beginning)?.to_owned();
+        let start = beginning.len();
+        let ranges = self.typed.iter().filter(|range| range.end > start);
+        let typed = ranges.map(|range| range.start.max(start) - start..range.end - start).collect();
+        Some(Self { text, typed, literals: Arc::clone(&self.literals) })
+    }
+
+    /// The prompt's tokens.
+    ///
+    /// # Errors
+    /// If the library cannot encode.
+    pub fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, TokenizerError> {
+        tokenizer.encode_prompt(&self.text, &self.typed, |name| self.literals.contains(name))
+    }
 }
 
-/// Protects every string inside `value` (see [`Tokenizer::protect`]).
-fn protect(value: &mut Value, tokenizer: &Tokenizer) {
-    match value {
-        Value::String(text) => {
-            if let Some(protected) = tokenizer.protect(text) {
-                *text = protected;
-            }
+/// The error that a failure of the template `name` is.
+fn error_of(name: &str, failure: Failure) -> ChatError {
+    match failure.kind {
+        Kind::Syntax(reason) => {
+            ChatError::Syntax { name: name.into(), line: failure.line.unwrap_or(0), reason }
         }
-        Value::Array(items) => items.iter_mut().for_each(|item| protect(item, tokenizer)),
-        Value::Object(fields) => fields.values_mut().for_each(|item| protect(item, tokenizer)),
-        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        Kind::Refused(message) => ChatError::Refused { message },
+        Kind::Limit(what, most) => ChatError::Limit { name: name.into(), what, most },
+        Kind::Failed(reason) => {
+            let place = failure.line.map_or(String::new(), |line| format!("line {line}: "));
+            ChatError::Render { reason: place + &reason }
+        }
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! **Invariant**: text that a user supplies cannot become a control token. [`Tokenizer::encode`]
 //! takes text as text: `<|im_start|>` in it is eight ordinary characters and more. Only
-//! [`Tokenizer::encode_rendered`], for the output of a chat template, reads the names of special
-//! tokens as tokens, and [`crate::chat::ChatTemplate::encode`] protects the messages inside it.
+//! [`Tokenizer::encode_rendered`] reads the names of special tokens as tokens, whoever wrote them,
+//! and [`Tokenizer::encode_prompt`], for the output of a chat template, those that the template
+//! wrote.
 
 mod convert;
 mod gguf;
@@ -14,11 +15,14 @@ mod scored;
 mod splitting;
 mod stream;
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use aho_corasick::AhoCorasick;
 use serde_json::Value;
 use tokenizers::normalizers::{Replace, Sequence};
 use tokenizers::{
@@ -40,9 +44,9 @@ type Pipeline = TokenizerImpl<
     DecoderWrapper,
 >;
 
-/// Stands inside the name of a special token where that name is only text (see
-/// [`Tokenizer::protect`]). These two code points are noncharacters, which Unicode reserves for the
-/// inside of a program.
+/// Stands inside the name of a token where that name is only text (see
+/// [`Tokenizer::encode_prompt`]). These two code points are noncharacters, which Unicode reserves
+/// for the inside of a program.
 const SHIELD: &str = "\u{fdd0}\u{fdd1}";
 
 /// The largest token id that is accepted: sixteen times the largest vocabulary in use.
@@ -195,6 +199,8 @@ struct Inner {
     rendered: Pipeline,
     /// Reads them as tokens and drops [`SHIELD`] from the text between; made when first needed.
     shielded: OnceLock<Pipeline>,
+    /// Finds the names of `added`; made when first needed.
+    names: OnceLock<AhoCorasick>,
     added: Vec<AddedToken>,
     pieces: Arc<Pieces>,
     frame: FrameTokens,
@@ -273,6 +279,7 @@ impl Tokenizer {
             plain,
             rendered,
             shielded: OnceLock::new(),
+            names: OnceLock::new(),
             added,
             pieces: Arc::new(pieces),
             frame: FrameTokens::default(),
@@ -319,36 +326,82 @@ impl Tokenizer {
         Ok(tokens)
     }
 
-    /// The ids of the output of a chat template: names of special tokens in it *are* the tokens,
-    /// whoever wrote them, except where [`Tokenizer::protect`] was applied. Nothing is added.
+    /// The ids of a text in which names of special tokens *are* the tokens, whoever wrote them.
+    /// Nothing is added.
     ///
     /// # Errors
     /// If the library cannot encode.
     pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        if !text.contains(SHIELD) {
-            return encode(&self.inner.rendered, text, false);
-        }
-        let pipeline = self.inner.shielded.get_or_init(|| self.shielded_pipeline());
-        encode(pipeline, text, false)
+        encode(&self.inner.rendered, text, false)
     }
 
-    /// Marks the names of special tokens inside `text` as text, so that they stay text when a
-    /// template's output that contains them goes through [`Tokenizer::encode_rendered`]. `None` if
-    /// there are none, which is the usual case.
-    pub fn protect(&self, text: &str) -> Option<String> {
-        let mut protected = text.to_owned();
-        for token in self.inner.added.iter().filter(|token| token.special) {
-            let name = &token.content;
-            let Some(first) = name.chars().next() else { continue };
-            if !protected.contains(name.as_str()) {
+    /// The ids of the output of a chat template, in which the bytes in `typed` (ranges in order)
+    /// came with the conversation. A name whose first or last character was typed stays text if it
+    /// is that of a special token, or of an added token that the template writes itself, as
+    /// `written` says. Nothing is added.
+    ///
+    /// # Errors
+    /// If the library cannot encode.
+    pub fn encode_prompt(
+        &self,
+        text: &str,
+        typed: &[Range<usize>],
+        written: impl Fn(&str) -> bool,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        let places = self.shield_places(text, typed, written)?;
+        if places.is_empty() {
+            return self.encode_rendered(text);
+        }
+        let mut shielded = String::with_capacity(text.len() + places.len() * SHIELD.len());
+        let mut end = 0;
+        for place in places {
+            shielded.push_str(&text[end..place]);
+            shielded.push_str(SHIELD);
+            end = place;
+        }
+        shielded.push_str(&text[end..]);
+        let pipeline = self.inner.shielded.get_or_init(|| self.shielded_pipeline());
+        encode(pipeline, &shielded, false)
+    }
+
+    /// Where names have to be broken so that they stay text, in order.
+    fn shield_places(
+        &self,
+        text: &str,
+        typed: &[Range<usize>],
+        written: impl Fn(&str) -> bool,
+    ) -> Result<BTreeSet<usize>, TokenizerError> {
+        // The first range that ends behind `at`, if it begins before `end`.
+        let first_typed = |at: usize, end: usize| {
+            let range = typed.get(typed.partition_point(|range| range.end <= at))?;
+            (range.start < end).then(|| range.start.max(at))
+        };
+        let mut places = BTreeSet::new();
+        for found in self.names()?.find_overlapping_iter(text) {
+            let (start, end) = (found.start(), found.end());
+            let token = &self.inner.added[found.pattern()];
+            let marks = |name: &str| name.chars().any(|it| !it.is_whitespace()) && written(name);
+            let is_typed = |at: usize| first_typed(at, at + 1).is_some();
+            if !(is_typed(start) || is_typed(end - 1)) || !(token.special || marks(&token.content))
+            {
                 continue;
             }
-            // After its first character: a name of one character then stays a token, but such
-            // tokens are not control tokens in any known vocabulary.
-            let (head, tail) = name.split_at(first.len_utf8());
-            protected = protected.replace(name.as_str(), &format!("{head}{SHIELD}{tail}"));
+            // Never at the start: what the template wrote before may end there. A name of one
+            // character stays a token, but such tokens mark nothing in any known vocabulary.
+            let second = start + text[start..].chars().next().map_or(0, char::len_utf8);
+            places.extend(first_typed(second, end));
         }
-        (protected != text).then_some(protected)
+        Ok(places)
+    }
+
+    /// Finds the names of all added tokens.
+    fn names(&self) -> Result<&AhoCorasick, TokenizerError> {
+        if let Some(names) = self.inner.names.get() {
+            return Ok(names);
+        }
+        let names = AhoCorasick::new(self.inner.added.iter().map(|token| &token.content))
+            .map_err(|error| TokenizerError::Vocabulary { reason: error.to_string() })?;
+        Ok(self.inner.names.get_or_init(|| names))
     }
 
     fn shielded_pipeline(&self) -> Pipeline {
@@ -359,9 +412,10 @@ impl Tokenizer {
         normalizers.extend(rendered.get_normalizer().cloned());
         pipeline.with_normalizer(Some(Sequence::new(normalizers)));
         pipeline.with_pre_tokenizer(rendered.get_pre_tokenizer().cloned());
-        // Special tokens must match before the shield is dropped, hence not after normalization.
+        // Names must match before the shield is dropped, hence not after normalization.
         let mut added = self.inner.added.clone();
-        added.iter_mut().filter(|token| token.special).for_each(|token| token.normalized = false);
+        let marks = |token: &&mut AddedToken| token.content.chars().any(|it| !it.is_whitespace());
+        added.iter_mut().filter(marks).for_each(|token| token.normalized = false);
         pipeline.add_tokens(&added);
         pipeline
     }
