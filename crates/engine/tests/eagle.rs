@@ -108,12 +108,13 @@ fn a_tree_holds_the_reference_chain() {
         let rows = features(&mut *model, &tokens);
         let width = rows.len() / tokens.len();
         // However the features come: at once, in two parts, or a part of them twice.
-        for (cuts, rows_max) in [(vec![0..13], 64), (vec![0..5, 5..13], 5), (vec![0..9, 4..13], 7)]
+        for (cuts, rows_max) in
+            [(vec![(0, 13)], 64), (vec![(0, 5), (5, 13)], 5), (vec![(0, 9), (4, 13)], 7)]
         {
             let mut drafter = drafter(&target, &eagle, (rows_max, 8));
-            for cut in cuts {
-                let part = &rows[cut.start * width..cut.end * width];
-                drafter.features(RequestId(0), cut.start, part);
+            for (start, end) in cuts {
+                let part = &rows[start * width..end * width];
+                drafter.features(RequestId(0), start, part);
             }
             let text = DraftText {
                 request: RequestId(0),
