@@ -1,4 +1,5 @@
-//! What goes wrong without anybody's intent: weights that are no numbers, streams that nobody reads.
+//! What goes wrong without anybody's intent: weights that are no numbers, streams that nobody
+//! reads.
 
 mod support;
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use lathe_engine::{AddError, EngineError, ScoreError};
 use lathe_model::chat::ChatError;
+use lathe_model::eagle::EagleError;
 use lathe_model::tokenizer::TokenizerError;
 use lathe_model::{ModelError, SpecError};
 use lathe_program::BackendError;
@@ -150,6 +151,12 @@ pub enum SessionError {
         .0.display()
     )]
     AdapterOfDummy(PathBuf),
+    /// A folder that fuses features is no drafter for the model.
+    #[error(transparent)]
+    Eagle(#[from] EagleError),
+    /// Two drafters want features of the model.
+    #[error("two EAGLE drafters were named, expected at most one")]
+    TwoEagles,
     /// A draft model's tokens are not the model's.
     #[error("{draft} cannot draft for {model}: {reason}")]
     DraftVocabulary {
@@ -244,6 +251,8 @@ impl SessionError {
             | Self::Chat(_)
             | Self::AdapterLost { .. }
             | Self::AdapterOfDummy(_)
+            | Self::Eagle(_)
+            | Self::TwoEagles
             | Self::DraftVocabulary { .. }
             | Self::Add(_) => true,
         }

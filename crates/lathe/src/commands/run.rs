@@ -53,6 +53,7 @@ pub(super) fn run(
     let seed = request.sampling.seed;
     let need = need(&opened.model, &request)?;
     let drafter = open_drafter(&drafts, &opened.model, &global.options(), need)?;
+    let opened = opened.tapped(drafter.as_ref().and_then(|drafter| drafter.taps()));
     let session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
     let (load_ms, mut startup) = (session.load_ms, session.startup);
     let (mut engine, model) = session.into_engine(!arguments.no_kv_cache, 1)?;

@@ -33,8 +33,8 @@ pub enum WeightsError {
         /// Names that it might have had.
         tried: Vec<String>,
     },
-    /// A vector (a norm, a bias) has a number that is none. Sums and maxima over it would lose that,
-    /// and the model would give wrong answers without a word.
+    /// A vector (a norm, a bias) has a number that is none. Sums and maxima over it would lose
+    /// that, and the model would give wrong answers without a word.
     #[error("tensor {tensor} has NaN or infinite numbers, expected finite ones")]
     NotFinite {
         /// Its name in the file.
