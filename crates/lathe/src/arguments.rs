@@ -1,4 +1,4 @@
-//! The command line as data.
+//! The command line as data. Doc comments of arguments are the text of `--help`.
 
 use std::convert::Infallible;
 use std::num::NonZeroUsize;
@@ -81,7 +81,7 @@ pub(crate) struct Global {
 }
 
 impl Global {
-    /// How a model is to be run.
+    /// The options to run a model with.
     pub(crate) fn options(&self) -> Options {
         Options {
             device: self.device.into(),
@@ -91,7 +91,7 @@ impl Global {
         }
     }
 
-    /// How to open MODEL.
+    /// The options to open MODEL with.
     pub(crate) fn open_options(&self) -> OpenOptions {
         OpenOptions {
             adapter: self.adapter.clone().unwrap_or_default(),
@@ -100,7 +100,7 @@ impl Global {
         }
     }
 
-    /// As [`Self::open_options`], with so many positions if `context` is given.
+    /// As [`Self::open_options`], with `context` positions if it is given.
     pub(crate) fn open_options_for(&self, context: Option<usize>) -> OpenOptions {
         OpenOptions { context, ..self.open_options() }
     }
@@ -114,7 +114,7 @@ fn parse_adapter(text: &str) -> Result<AdapterChoice, Infallible> {
     })
 }
 
-/// Most worker threads: twice what the largest machines have.
+/// The most worker threads: twice the cores of the largest machines.
 const THREADS_MAX: usize = 1024;
 
 fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
@@ -122,7 +122,7 @@ fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
     threads.ok_or_else(|| format!("found {text}, expected 1 to {THREADS_MAX}"))
 }
 
-/// The format of that name, or which there are.
+/// The format called `name`. The error lists all names.
 fn parse_kv_format(name: &str) -> Result<KvFormat, String> {
     KvFormat::parse(name).ok_or_else(|| {
         let known = one_of(name, &KvFormat::ALL.map(KvFormat::name));
@@ -241,7 +241,7 @@ pub(crate) struct SamplingArguments {
 }
 
 impl SamplingArguments {
-    /// The same, as the library has it.
+    /// The same as a type of the library.
     pub(crate) fn choice(&self) -> Result<SamplingChoice, Error> {
         Ok(SamplingChoice {
             max_tokens: self.max_tokens,
@@ -282,7 +282,7 @@ pub(crate) struct ParallelArguments {
 }
 
 impl ParallelArguments {
-    /// The same, as the library has it.
+    /// The same as a type of the library.
     pub(crate) fn ranks(&self) -> Ranks {
         Ranks { count: self.tensor_parallel, by_expert: self.expert_parallel }
     }
@@ -503,9 +503,9 @@ pub(crate) enum OutputLayout {
     Gguf,
 }
 
-/// Tokens of calibration if the caller does not say.
+/// Tokens of calibration if the caller gives no number.
 const CALIBRATION_TOKENS: usize = 16 * 1024;
-/// Tokens that errors are measured on if the caller does not say.
+/// Tokens that errors are measured on if the caller gives no number.
 pub(crate) const EXPLAIN_TOKENS: usize = 512;
 
 #[derive(Debug, Args)]

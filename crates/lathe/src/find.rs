@@ -1,4 +1,4 @@
-//! What the word MODEL names: found, fetched if need be, opened, with what a user should know on
+//! Opens the model that the word MODEL names. Fetches it if necessary, and prints notices to
 //! stderr.
 
 use anyhow::Error;
@@ -24,7 +24,7 @@ pub(crate) fn open_shape(name: &str, options: &OpenOptions) -> Result<Shape, Err
     with_catalogue(|catalogue| Ok(Shape::open(&catalogue, name, options)?))
 }
 
-/// The shape of a model, with weights that are made up.
+/// The shape of a model, with random weights.
 pub(crate) fn dummy_shape(
     name: &str,
     format: Option<&str>,
@@ -33,7 +33,7 @@ pub(crate) fn dummy_shape(
     with_catalogue(|catalogue| Ok(Shape::dummy(&catalogue, name, format, options)?))
 }
 
-/// A model to count, or its shape if it has no weights or `format` is given.
+/// A model to count. Its shape, if it has no weights or `format` is given.
 pub(crate) fn describe_shape(
     name: &str,
     format: Option<&str>,

@@ -1,7 +1,8 @@
-//! The `lathe` command: from words to a command, from its outcome to an exit code.
+//! The `lathe` command: parses words to a command, and turns its result into an exit code.
 //!
-//! The way in: [`arguments`] is the command line as data, [`commands`] has one file a command,
-//! and [`find`] opens what the word MODEL names. All else is the library's, `lathe_session`.
+//! Start here: [`arguments`] is the command line as data, [`commands`] has one file for each
+//! command, and [`find`] opens the model that the word MODEL names. Everything else is in the
+//! library, `lathe_session`.
 #![forbid(unsafe_code)]
 // They panic when the stream is closed or its disk is full. `output` has what does not.
 #![deny(clippy::print_stdout, clippy::print_stderr)]

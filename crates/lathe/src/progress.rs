@@ -1,4 +1,4 @@
-//! Progress of downloads, on stderr: a bar on a terminal, a line now and then elsewhere.
+//! Download progress on stderr: a bar on a terminal, and occasional lines elsewhere.
 
 use std::cell::Cell;
 use std::io::IsTerminal;
@@ -36,7 +36,7 @@ impl Reporter for Terminal {
             let style = ProgressStyle::with_template(template).expect("a valid template");
             let bar = ProgressBar::new(bytes.unwrap_or(0)).with_style(style.progress_chars("=> "));
             bar.set_message(name.to_owned());
-            // The rate shall be this run's, not count what an earlier one fetched.
+            // The rate is that of this run. Bytes of an earlier run do not count.
             bar.set_position(have);
             bar.reset_eta();
             bar

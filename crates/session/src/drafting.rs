@@ -1,4 +1,4 @@
-//! Drafters by name, and whether a draft model goes with a model.
+//! Drafters by name, and the check that a draft model fits a model.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -17,22 +17,22 @@ use crate::open::{Need, open, prepare_program};
 use crate::options::Options;
 use crate::ranks::Ranks;
 
-/// Who drafts.
+/// A source of drafts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DraftSource {
-    /// What followed the same tokens earlier in the text.
+    /// The tokens that followed the same words earlier in the text.
     Lookup,
     /// A smaller model with the same tokenizer, or a folder with an EAGLE head for the model: a
     /// name as for [`crate::open()`].
     Model(String),
 }
 
-/// Who drafts, the cheapest first, and how much.
+/// The drafters, the cheapest first, and the length of drafts.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DraftChoice {
-    /// Each is asked where those before it have nothing. Empty: nothing is drafted.
+    /// Each source is asked if those before it have no draft. Empty means no drafts.
     pub sources: Vec<DraftSource>,
-    /// Tokens of a draft at most. `None` takes as many as pay, as measured.
+    /// The most tokens of a draft. `None` chooses the number by measured gain.
     pub tokens_max: Option<NonZeroUsize>,
 }
 
@@ -41,7 +41,7 @@ impl DraftChoice {
     ///
     /// # Errors
     /// If a draft model cannot be opened or prepared; [`SessionError::DraftVocabulary`] if its
-    /// tokens are not the model's.
+    /// tokens differ from the model's.
     pub fn open(
         &self,
         catalogue: &Catalogue<'_>,
@@ -110,7 +110,7 @@ fn open_eagle(
     Ok((drafter, eagle.taps().clone()))
 }
 
-/// Drafters that are ready.
+/// Drafters that are ready to run.
 pub struct DraftEngine {
     drafter: Box<dyn Drafter>,
     nodes_max: usize,
@@ -123,13 +123,13 @@ impl DraftEngine {
         self.taps.as_ref()
     }
 
-    /// The engine with these drafters.
+    /// Adds these drafters to `engine`.
     pub fn attach(self, engine: Engine) -> Engine {
         engine.with_drafter(self.drafter, self.nodes_max)
     }
 }
 
-/// Refuses a draft model whose tokens are not those of `model`.
+/// Checks that a draft model has the same tokens as `model`.
 fn check_vocabulary(draft: &Model, model: &Model) -> Result<(), SessionError> {
     let refuse = |reason: String| {
         let (draft, model) = (draft.name.clone(), model.name.clone());

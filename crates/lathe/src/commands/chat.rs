@@ -1,4 +1,4 @@
-//! `lathe chat`: a conversation, its history kept in the KV cache.
+//! `lathe chat`: a conversation with its history in the KV cache.
 
 use std::fs::File;
 use std::io::{self, BufRead, IsTerminal, Write};
@@ -20,7 +20,7 @@ use crate::find::open;
 use crate::interrupt::{Insist, Interrupts};
 use crate::output::{bad_input, is_broken_pipe, one_line, print, print_json};
 
-/// Tokens of an answer if the caller does not say.
+/// The most tokens of an answer if the caller gives no number.
 const MAX_TOKENS: usize = 1024;
 const HELP: &str = "\
 /help            this list
@@ -31,11 +31,11 @@ const HELP: &str = "\
 /exit            leave (also /quit, or Ctrl-D)
 A line that ends with \\ goes on in the next. Ctrl-C stops an answer.";
 
-/// What a turn took.
+/// The times and counts of a turn.
 #[derive(Debug, Clone, Copy, Serialize)]
 struct Turn {
     prompt_tokens: usize,
-    /// Prompt tokens that were in the cache and not computed again.
+    /// Prompt tokens that the cache already held.
     reused_tokens: usize,
     generated_tokens: usize,
     finish_reason: &'static str,
@@ -64,7 +64,7 @@ struct Chat {
     json: bool,
 }
 
-/// Talks until the input ends.
+/// Answers messages until the input ends.
 pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
     let interrupts = Interrupts::install(Insist::Ignored)?;
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
@@ -72,7 +72,7 @@ pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Erro
     let choice = arguments.sampling.choice()?;
     let (own, vocabulary) = (&opened.model.generation, opened.model.spec.vocabulary);
     choice.validate(own, vocabulary).map_err(bad_input)?;
-    // One seed for the whole conversation.
+    // The whole conversation has one seed.
     let sampling = choice.sampling(own);
     let (options, ranks) = (global.options(), arguments.parallel.ranks());
     let context = match arguments.context {
@@ -102,7 +102,7 @@ pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Erro
     print_json(&ChatReport { messages, turns: chat.turns, load_ms, context, kv_bytes })
 }
 
-/// Where lines come from: an editor on a terminal, plain lines otherwise.
+/// The source of lines: an editor on a terminal, plain lines otherwise.
 enum Input {
     Editor(Box<DefaultEditor>),
     Lines(io::Lines<io::StdinLock<'static>>),
@@ -117,7 +117,8 @@ impl Input {
         }
     }
 
-    /// The next message, joined over lines that end with a backslash; `None` at the end.
+    /// The next message. Lines that end with a backslash continue on the next line. `None` at the
+    /// end.
     fn next(&mut self) -> Result<Option<String>, Error> {
         let mut message = String::new();
         loop {
@@ -161,8 +162,8 @@ impl Chat {
                 None if line.is_empty() => Ok(()),
                 None => self.turn(line),
             };
-            // A message that cannot be answered ends the turn, not the conversation; a device
-            // that failed, or a reader that went away, ends both.
+            // If a message cannot be answered, the turn ends and the conversation continues. If the
+            // device fails or stdout has no reader, both end.
             match outcome {
                 Err(error) if is_broken_pipe(&error) || crate::output::exit_code(&error) != 2 => {
                     return Err(error);

@@ -25,7 +25,6 @@ struct ConvertReport<'a> {
     convert_ms: f64,
 }
 
-/// Converts.
 pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), Error> {
     let out = &arguments.out;
     if out.exists() {
@@ -63,8 +62,8 @@ pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), E
     print(&format!("{}: {} in {:.1} s\n", out.display(), human_bytes(bytes), convert_ms / 1000.0))
 }
 
-/// All matrices in `format`; if none is given, in the format that most of them have, and the
-/// embedding in its own.
+/// All matrices in `format`. Without `format`, they take the format that most of them have, and the
+/// embedding keeps its own.
 fn gguf_options(model: &Model, format: Option<Format>) -> Result<GgufOptions, Error> {
     if let Some(format) = format {
         return Ok(GgufOptions { format, embedding: None });
@@ -90,7 +89,7 @@ fn folder_options(format: Option<Format>) -> Result<HuggingFaceOptions, Error> {
     Ok(HuggingFaceOptions { float, ..HuggingFaceOptions::default() })
 }
 
-/// Writes under a temporary name, so that a folder under its own name is always whole.
+/// Writes under a temporary name, so that a folder under its final name is always complete.
 fn write_folder(model: &Model, out: &Path, options: &HuggingFaceOptions) -> Result<(), Error> {
     let mut partial = out.as_os_str().to_owned();
     partial.push(".partial");
@@ -104,7 +103,7 @@ fn write_folder(model: &Model, out: &Path, options: &HuggingFaceOptions) -> Resu
     fs::rename(&partial, out).with_context(|| out.display().to_string())
 }
 
-/// What the target cannot hold is the caller's mistake; a disk that fails is not.
+/// If the target cannot hold the model, that is bad input. A failing disk is not.
 fn exported(result: Result<(), ExportError>) -> Result<(), Error> {
     match result {
         Err(error @ ExportError::Io { .. }) => Err(error.into()),

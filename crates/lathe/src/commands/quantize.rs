@@ -1,4 +1,4 @@
-//! `lathe quantize`: a model in fewer bits.
+//! `lathe quantize`: writes a model in fewer bits.
 
 mod check;
 mod kept;
@@ -44,17 +44,17 @@ use crate::explanation;
 use crate::find::open;
 use crate::output::{InputContext, bad_input};
 
-/// Tokens of calibration that see one another.
+/// Tokens of a window of calibration. Tokens of different windows do not attend to each other.
 const WINDOW: usize = 512;
 
-/// What OUT is.
+/// The kind of OUT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
-    /// compressed-tensors.
+    /// A compressed-tensors folder.
     Folder,
-    /// GGUF.
+    /// A GGUF file.
     File,
-    /// No weights: the report of `--explain`.
+    /// A page with the report of `--explain`, without weights.
     Page,
 }
 
@@ -79,7 +79,6 @@ impl Target {
     }
 }
 
-/// Quantizes.
 pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
     let out = &arguments.out;
     let target = Target::of(arguments)?;
@@ -143,7 +142,7 @@ pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), 
     finish(global, &report, explanation.as_ref(), target, &resume)
 }
 
-/// The layout of a folder, if one is to be written.
+/// The layout of the folder. `None` if OUT is no folder.
 fn layout_of<'a>(
     target: Target,
     recipe: &Recipe,
@@ -157,7 +156,7 @@ fn layout_of<'a>(
     Ok(Some(PackedLayout::new(model, weights).bad_input()?.with_integers(integers)))
 }
 
-/// What is written, as far as readers differ in it; nothing, if no weights are.
+/// The properties of the result that readers differ in. `None` if no weights are written.
 fn contents(
     target: Target,
     layout: Option<&PackedLayout<'_>>,
@@ -171,7 +170,7 @@ fn contents(
     })
 }
 
-/// Nothing that exists is written over.
+/// Refuses to overwrite an existing path.
 fn check_new(out: &Path, target: Target) -> Result<(), Error> {
     let numbers = (target == Target::Page).then(|| out.with_extension("json"));
     let exists = [Some(out.to_owned()), numbers].into_iter().flatten().find(|it| it.exists());
@@ -181,7 +180,7 @@ fn check_new(out: &Path, target: Target) -> Result<(), Error> {
     }
 }
 
-/// How a text is run.
+/// The settings to run a text with.
 fn runs<'a>(global: &Global, backend: &'a dyn Backend, tokens: &'a [u32]) -> Calibration<'a> {
     Calibration {
         backend,
@@ -231,7 +230,7 @@ fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
     recipe.with_activations(activations).bad_input()
 }
 
-/// Every format that a recipe may use, each once.
+/// Every format that a recipe may use, without repetitions.
 fn all_formats(recipe: &Recipe) -> Vec<Format> {
     let of_tensors = recipe.formats.iter().map(|(_, format)| *format);
     let of_budget = recipe.budget.iter().flat_map(|budget| &budget.formats).copied();
@@ -247,7 +246,7 @@ fn formats(recipe: &Recipe) -> String {
     names.join(", ")
 }
 
-/// Beside the weights, or alone: a page, and the same numbers for programs.
+/// Writes the explanation beside the weights, or alone: an HTML page, and the same numbers as JSON.
 fn write_explanation(
     model: &str,
     found: &Explanation,
@@ -263,7 +262,7 @@ fn write_explanation(
     write_whole(&page, &explanation::html(model, found)?)
 }
 
-/// Writes under a temporary name and renames.
+/// Writes under a temporary name and then renames the file.
 fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
     let partial = beside(path, ".partial");
     fs::write(&partial, text)
@@ -271,13 +270,13 @@ fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
         .with_context(|| path.display().to_string())
 }
 
-/// Embedding and head stay in 8 bits: they are rounded without a technique.
+/// Embedding and head are rounded to 8 bits without a technique.
 fn gguf_options(recipe: &Recipe) -> GgufOptions {
     let embedding = Some(Format::Ggml(GgmlType::Q8_0));
     GgufOptions { format: recipe.format, embedding }
 }
 
-/// Writes under a temporary name, so that a folder under its own name is always whole.
+/// Writes under a temporary name, so that a folder under its final name is always complete.
 fn write_folder(
     layout: &PackedLayout<'_>,
     program: &Program,
@@ -309,15 +308,14 @@ fn low_rank(weight: Weight, Correction { a, b, .. }: &Correction) -> LowRank<'_>
     LowRank { weight, a, b }
 }
 
-/// The path with more behind its name.
+/// The path with `suffix` appended to its name.
 fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
 }
 
-/// What is wrong with recipes, shapes and tokens is the caller's mistake; a device that fails is
-/// not.
+/// Errors of recipes, shapes and tokens are bad input. A failing device is not.
 fn quantized<T>(result: Result<T, QuantError>) -> Result<T, Error> {
     match result {
         Err(error @ QuantError::Backend(BackendError::Unsupported { .. })) => {
@@ -328,7 +326,7 @@ fn quantized<T>(result: Result<T, QuantError>) -> Result<T, Error> {
     }
 }
 
-/// What the target cannot hold is the caller's mistake; a disk that fails is not.
+/// If the target cannot hold the model, that is bad input. A failing disk is not.
 fn exported(result: Result<(), ExportError>) -> Result<(), Error> {
     match result {
         Err(error @ ExportError::Io { .. }) => Err(error.into()),

@@ -1,4 +1,4 @@
-//! `lathe run`: one prompt, its answer as it comes, one line on what it took.
+//! `lathe run`: answers one prompt, streams the answer, and prints one line of statistics.
 
 use std::io::{IsTerminal, Read};
 use std::time::Instant;
@@ -35,7 +35,7 @@ struct RunReport<'a> {
     startup: Startup,
 }
 
-/// Answers; the process began at `started`.
+/// Answers the prompt. The process began at `started`.
 pub(super) fn run(
     global: &Global,
     arguments: &RunArguments,
@@ -99,7 +99,7 @@ pub(super) fn run(
     }
 }
 
-/// Who drafts, as `--draft` says.
+/// The drafters of `--draft`.
 fn draft_choice(arguments: &RunArguments) -> Result<DraftChoice, Error> {
     let named = |name: &String| match name.as_str() {
         "ngram" => DraftSource::Lookup,
@@ -122,7 +122,7 @@ fn draft_choice(arguments: &RunArguments) -> Result<DraftChoice, Error> {
     Ok(DraftChoice { sources, tokens_max })
 }
 
-/// What was typed: ids, or a text from the command line or stdin.
+/// The prompt: ids, or a text from the command line or stdin.
 enum Typed {
     Ids(Vec<u32>),
     Text(String),
@@ -142,7 +142,7 @@ fn read_prompt(arguments: &RunArguments) -> Result<Typed, Error> {
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).context("stdin")?;
     let text = String::from_utf8(bytes).bad_input_in("the prompt on stdin is not UTF-8")?;
-    // The newline that `echo` adds is not part of what was meant.
+    // The newline that `echo` adds is not part of the prompt.
     not_empty(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }
 
@@ -167,13 +167,12 @@ fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<
     }
 }
 
-/// Whether the model comes without a chat template, as base models do, and not with one that is
-/// broken.
+/// Whether the model has no chat template, like base models. A broken template does not count.
 fn has_no_template(model: &Model) -> bool {
     model.chat_template.is_none() && model.text_problem.is_none()
 }
 
-/// A cache for prompt and answer, and no more.
+/// A cache that just holds prompt and answer.
 fn need(model: &Model, request: &Request) -> Result<Need, Error> {
     let (tokens, limit) = (request.prompt.len(), model.spec.context_max);
     if tokens == 0 {
@@ -188,7 +187,7 @@ fn need(model: &Model, request: &Request) -> Result<Need, Error> {
     Ok(Need { context, sequences: 1, rows_max: None })
 }
 
-/// A model without a tokenizer has no text to stream, so its ids are shown.
+/// Without a tokenizer there is no text to stream, so the ids are printed.
 fn print_ids_without_text(model: &Model, generation: &Generation) -> Result<(), Error> {
     if model.tokenizer.is_some() {
         return if generation.text.ends_with('\n') { Ok(()) } else { print("\n") };
