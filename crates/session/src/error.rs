@@ -176,6 +176,12 @@ pub enum SessionError {
     /// Tokens could not be scored.
     #[error(transparent)]
     Score(#[from] ScoreError),
+    /// A weight is no number.
+    #[error("tensor {tensor} has NaN or infinite numbers, expected finite ones")]
+    NotFinite {
+        /// Its name in the file.
+        tensor: String,
+    },
     /// A measured sequence ended before its time.
     #[error("a sequence ended after {generated} tokens: {reason}")]
     EndedEarly {
@@ -217,6 +223,8 @@ impl SessionError {
             Self::Score(error) => {
                 !matches!(error, ScoreError::Backend(_) | ScoreError::Logits { .. })
             }
+            // A file that is not what it should be, not a machine that fails.
+            Self::Prepare(BackendError::Weight { .. }) => true,
             Self::Memory { .. }
             | Self::Prepare(_)
             | Self::Measure(_)
@@ -226,6 +234,7 @@ impl SessionError {
             | Self::EndedEarly { .. } => false,
             Self::Model(_)
             | Self::Shape { .. }
+            | Self::NotFinite { .. }
             | Self::Spec(_)
             | Self::Weights(_)
             | Self::Format(_)

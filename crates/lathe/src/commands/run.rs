@@ -91,7 +91,7 @@ pub(super) fn run(
         })?;
     } else {
         print_ids_without_text(&model, &generation)?;
-        eprintln!("{}", summary(&generation, &stats, load_ms, kv_bytes));
+        say!("{}", summary(&generation, &stats, load_ms, kv_bytes));
     }
     match generation.reason {
         FinishReason::Cancelled => Err(Interrupted.into()),
@@ -117,7 +117,7 @@ fn read_prompt(arguments: &RunArguments) -> Result<Typed, Error> {
     }
     let mut stdin = std::io::stdin();
     if stdin.is_terminal() {
-        eprintln!("type the prompt, then Ctrl-D");
+        say!("type the prompt, then Ctrl-D");
     }
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).context("stdin")?;
@@ -140,7 +140,7 @@ fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<
         Typed::Ids(ids) => Ok(ids.clone()),
         Typed::Text(text) if arguments.raw => Ok(encode_raw(model, text)?),
         Typed::Text(text) if has_no_template(model) && arguments.system.is_none() => {
-            eprintln!("note: {} has no chat template, so it continues the text itself", model.name);
+            say!("note: {} has no chat template, so it continues the text itself", model.name);
             Ok(encode_raw(model, text)?)
         }
         Typed::Text(text) => Ok(encode_chat(model, &question(arguments.system.as_deref(), text))?),
