@@ -18,6 +18,7 @@ mod interrupt;
 mod output;
 mod plot;
 mod progress;
+mod staging;
 mod usage;
 
 use std::process::ExitCode;

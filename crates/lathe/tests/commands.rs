@@ -444,12 +444,14 @@ fn bench_with_dummy_weights() {
 }
 
 #[test]
-fn json_says_nothing_on_stdout_when_it_fails() {
+fn json_is_one_object_when_it_fails() {
     let home = Home::new();
     let (code, out, err) = run(&mut home.lathe(&["run", "nothing-like-it", "hi", "--json"]));
-    assert_eq!((code, out.as_str()), (2, ""));
-    assert_eq!(err.lines().count(), 1, "{err}");
+    assert_eq!((code, out.lines().count(), err.lines().count()), (2, 1, 1), "{out}{err}");
+    let found: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!(err.trim_end(), format!("error: {}", found["error"].as_str().expect("a reason")));
 }
+
 #[test]
 fn converted_models_score_alike() {
     let home = Home::new();

@@ -101,3 +101,40 @@ fn a_closed_or_full_stderr_costs_nothing() {
         assert!(out.exists() && !output.stdout.is_empty(), "{redirect}");
     }
 }
+
+/// What the user keeps beside OUT is neither deleted nor written over.
+#[test]
+fn files_beside_the_result_stay() {
+    let tiny = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny/llama"));
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let quantize = |out: &str, more: &[&str]| {
+        let mut command = lathe(folder.path());
+        command.arg("quantize").arg(tiny).arg(format!("{}{out}", path("").display()));
+        command.args(["--format", "int8-channel-bf16"]).args(more);
+        command
+    };
+    let tokens = path("tokens.json");
+    fs::write(&tokens, "[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]").expect("written");
+    let tokens = tokens.display().to_string();
+    let calibrated = ["--method", "gptq", "--calibration", &tokens];
+    for (diary, words) in [("o.partial", &[][..]), ("o.quantizing", &calibrated)] {
+        fs::create_dir(path(diary)).expect("a folder");
+        fs::write(path(diary).join("diary"), "mine").expect("written");
+        let error = run_error(&mut quantize("o/", words), 2);
+        assert!(error.contains(diary) && error.contains("move it away"), "{error}");
+        let kept = fs::read_to_string(path(diary).join("diary")).expect("kept");
+        assert_eq!((kept.as_str(), path("o").exists()), ("mine", false));
+        fs::remove_dir_all(path(diary)).expect("removed");
+    }
+    // A run that asks for no calibration leaves the layers of one that does.
+    fs::create_dir(path("o.quantizing")).expect("a folder");
+    fs::write(path("o.quantizing").join("state.json"), "{}").expect("written");
+    let (code, _, err) = run(&mut quantize("o/", &[]));
+    assert_eq!(code, 0, "{err}");
+    assert!(path("o.quantizing").join("state.json").exists());
+    for name in ["config.json", "model.safetensors", "recipe.toml", "provenance.json"] {
+        assert!(path("o").join(name).exists(), "{name}");
+    }
+    assert!(!path("o").join(".made-by-lathe").exists() && !path("o.partial").exists());
+}

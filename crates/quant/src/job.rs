@@ -42,6 +42,7 @@ pub use reports::{
     CorrectionReport, CoverageReport, PreparedReport, Reports, TechniqueName, WeightReport,
 };
 use resume::Store;
+pub use resume::remove_finished_layers;
 
 /// How far a job has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

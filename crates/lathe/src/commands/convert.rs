@@ -1,9 +1,8 @@
 //! `lathe convert`: a model in another file layout or number format.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Error};
+use anyhow::Error;
 use lathe_model::Model;
 use lathe_model::export::{ExportError, GgufOptions, HuggingFaceOptions, to_gguf, to_hugging_face};
 use lathe_program::WeightRole;
@@ -15,6 +14,7 @@ use serde::Serialize;
 use crate::arguments::{ConvertArguments, Global, OutputLayout};
 use crate::find::open;
 use crate::output::{InputContext, bad_input, print, print_json};
+use crate::staging::Staging;
 
 #[derive(Serialize)]
 struct ConvertReport<'a> {
@@ -35,17 +35,20 @@ pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), E
     let opened = open(&arguments.model, &global.open_options())?;
     opened.refuse_adapter("convert")?;
     let model = &opened.model;
+    let staging = Staging::begin(out)?;
     let layout = match arguments.to {
         OutputLayout::Gguf => {
             let options = gguf_options(model, format)?;
             say!("writing {}, matrices in {}", out.display(), options.format);
-            exported(to_gguf(model, out, &options))?;
+            exported(to_gguf(model, &staging.file(), &options))?;
+            staging.finish_files()?;
             "gguf"
         }
         OutputLayout::Safetensors => {
             let options = folder_options(format)?;
             say!("writing {}", out.display());
-            write_folder(model, out, &options)?;
+            exported(to_hugging_face(model, staging.folder(), &options))?;
+            staging.finish_folder()?;
             "safetensors"
         }
     };
@@ -87,20 +90,6 @@ fn folder_options(format: Option<Format>) -> Result<HuggingFaceOptions, Error> {
         }
     };
     Ok(HuggingFaceOptions { float, ..HuggingFaceOptions::default() })
-}
-
-/// Writes under a temporary name, so that a folder under its final name is always complete.
-fn write_folder(model: &Model, out: &Path, options: &HuggingFaceOptions) -> Result<(), Error> {
-    let mut partial = out.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let _ = fs::remove_dir_all(&partial);
-    let written = exported(to_hugging_face(model, &partial, options));
-    if written.is_err() {
-        let _ = fs::remove_dir_all(&partial);
-    }
-    written?;
-    fs::rename(&partial, out).with_context(|| out.display().to_string())
 }
 
 /// If the target cannot hold the model, that is bad input. A failing disk is not.

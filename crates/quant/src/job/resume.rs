@@ -190,6 +190,32 @@ fn tensor_of(file: &SafetensorsFile, name: &str) -> Option<Tensor> {
     Tensor::new_scaled(shape, format, codes, scales, zeros, global).ok()
 }
 
+/// Whether a job wrote the file of this name in its folder.
+fn is_ours(name: &str) -> bool {
+    let numbered = |prefix: &str| {
+        let number = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next());
+        number.is_some_and(|it| !it.is_empty() && it.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    matches!(name, "state.json" | "state.json.partial") || numbered("layer-") || numbered("stream-")
+}
+
+/// Removes the folder of [`Job::calibrate_resumable`] when its result is written. Files that no job
+/// wrote stay, and the folder with them.
+///
+/// # Errors
+/// If a file cannot be removed.
+pub fn remove_finished_layers(folder: &Path) -> std::io::Result<()> {
+    let mut foreign = false;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        match entry.file_name().to_str().is_some_and(is_ours) {
+            true => std::fs::remove_file(entry.path())?,
+            false => foreign = true,
+        }
+    }
+    if foreign { Ok(()) } else { std::fs::remove_dir(folder) }
+}
+
 fn hex(digest: Sha256) -> String {
     digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -215,6 +241,14 @@ impl Job<'_> {
         let origin = Origin { recipe, model: hex(model), calibration: hex(text) };
         let store = Store { folder: folder.to_owned(), origin, saved: BTreeSet::new() };
         std::fs::create_dir_all(folder).map_err(|error| store.refused(error))?;
+        for entry in std::fs::read_dir(folder).map_err(|error| store.refused(error))? {
+            let name = entry.map_err(|error| store.refused(error))?.file_name();
+            let name = name.to_string_lossy();
+            if !is_ours(&name) {
+                let reason = format!("it holds `{name}`, which no run wrote; move it away");
+                return Err(store.refused(reason));
+            }
+        }
         Ok(store)
     }
 

@@ -14,7 +14,7 @@ use lathe_quant::QuantError;
 use lathe_quant::explain::Explanation;
 use lathe_quant::job::{CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::Recipe;
-use lathe_session::{bytes_under, human_bytes};
+use lathe_session::human_bytes;
 use serde::Serialize;
 
 use super::{Target, formats};
@@ -63,7 +63,7 @@ impl<'a> Provenance<'a> {
             path: &arguments.out,
             layout: target.layout(),
             format: formats(recipe),
-            bytes: bytes_under(&arguments.out),
+            bytes: 0,
             calibration_tokens: 0,
             bits_per_weight: 0.0,
             quantized_share: 0.0,
@@ -132,20 +132,12 @@ struct Printed<'a> {
     explanation: Option<&'a Explanation>,
 }
 
-/// Records the report, removes the files for resuming, and prints a summary.
+/// Prints a summary.
 pub(super) fn finish(
     global: &Global,
     report: &Provenance<'_>,
     explanation: Option<&Explanation>,
-    target: Target,
-    resume: &Path,
 ) -> Result<(), Error> {
-    if target != Target::Page {
-        record(report, report.path, target == Target::File)?;
-    }
-    if resume.exists() {
-        fs::remove_dir_all(resume).with_context(|| resume.display().to_string())?;
-    }
     if global.json {
         return print_json(&Printed { provenance: report, explanation });
     }
@@ -154,7 +146,7 @@ pub(super) fn finish(
 }
 
 /// Records the report in a file beside the weights, never in `config.json`.
-fn record(report: &Provenance<'_>, out: &Path, to_file: bool) -> Result<(), Error> {
+pub(super) fn record(report: &Provenance<'_>, out: &Path, to_file: bool) -> Result<(), Error> {
     let beside = |name: &str| match to_file {
         true => out.with_extension(name),
         false => out.join(name),
