@@ -333,8 +333,8 @@ pub(crate) struct RunArguments {
     #[arg(long)]
     pub no_kv_cache: bool,
     /// Draft tokens ahead and verify them, which changes no text: `ngram` looks up what followed
-    /// the same words before, MODEL is a smaller model with the same tokenizer. Of a list each is
-    /// asked where those before it have nothing
+    /// the same words before, MODEL is a smaller model with the same tokenizer or a folder with an
+    /// EAGLE head. Of a list each is asked where those before it have nothing
     #[arg(long, value_name = "none|ngram|MODEL,..", value_delimiter = ',')]
     pub draft: Vec<String>,
     /// Tokens of a draft at most; as many as pay, as measured, if absent

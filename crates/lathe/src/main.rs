@@ -4,6 +4,11 @@
 //! command, and [`find`] opens the model that the word MODEL names. Everything else is in the
 //! library, `lathe_session`.
 #![forbid(unsafe_code)]
+// They panic when the stream is closed or its disk is full. `output` has what does not.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+#[macro_use]
+mod say;
 
 mod arguments;
 mod commands;
@@ -22,8 +27,12 @@ use usage::Parsed;
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    let mut json = std::env::args_os().any(|word| word == "--json");
     let outcome = match usage::parse(std::env::args_os()) {
-        Parsed::Command(arguments) => commands::dispatch(&arguments, started),
+        Parsed::Command(arguments) => {
+            json = arguments.global.json;
+            commands::dispatch(&arguments, started)
+        }
         Parsed::Text(text) => output::print(&text),
         Parsed::Wrong(line) => Err(output::bad_input(line)),
     };
@@ -32,7 +41,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let code = output::exit_code(&error);
             if code != 0 {
-                eprintln!("error: {}", output::one_line(&error));
+                output::fail(&error, json);
             }
             ExitCode::from(code)
         }

@@ -95,6 +95,16 @@ pub(crate) fn is_broken_pipe(error: &Error) -> bool {
     })
 }
 
+/// Says why the command failed: a line on stderr, and with `json` the one object on stdout.
+pub(crate) fn fail(error: &Error, json: bool) {
+    let text = one_line(error);
+    say!("error: {text}");
+    if json {
+        // The exit code says the same where nobody reads stdout.
+        let _ = print_json(&serde_json::json!({ "error": text }));
+    }
+}
+
 /// Writes the command's one JSON object.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Error> {
     let mut text = serde_json::to_string(value)?;

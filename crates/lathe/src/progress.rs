@@ -24,7 +24,7 @@ impl Terminal {
 
 impl Reporter for Terminal {
     fn line(&self, text: &str) {
-        eprintln!("{text}");
+        say!("{text}");
     }
 
     fn start(&self, name: &str, bytes: Option<u64>, have: u64) -> Box<dyn Progress> {
@@ -42,7 +42,7 @@ impl Reporter for Terminal {
             bar
         });
         if *self == Self::Lines {
-            eprintln!("downloading {name} ({total}{resumed})");
+            say!("downloading {name} ({total}{resumed})");
         }
         let lines = *self == Self::Lines;
         Box::new(Shown { name: name.to_owned(), bytes, bar, lines, tenths: Cell::new(0) })
@@ -69,7 +69,7 @@ impl Progress for Shown {
         };
         let tenths = have * 10 / bytes;
         if tenths > self.tenths.get() && tenths < 10 {
-            eprintln!("{}: {}0 %", self.name, tenths);
+            say!("{}: {}0 %", self.name, tenths);
         }
         self.tenths.set(tenths);
     }
@@ -79,7 +79,7 @@ impl Progress for Shown {
             bar.finish_and_clear();
         }
         if self.bar.is_some() || self.lines {
-            eprintln!("downloaded {}", self.name);
+            say!("downloaded {}", self.name);
         }
     }
 

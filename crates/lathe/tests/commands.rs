@@ -157,6 +157,31 @@ fn drafts_are_lossless() {
     }
 }
 
+/// An EAGLE head's folder is known as one, and changes no text either.
+#[test]
+fn an_eagle_head_is_lossless() {
+    let home = Home::new();
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures");
+    let target = format!("{fixtures}/tiny/llama");
+    let ids = "7,25,16,52,52,44,2,54,30,4,8,48,20,47";
+    let words = ["run", &target, "--prompt-ids", ids, "--max-tokens", "40", "--exact", "--json"];
+    for random in [&["--temperature", "0"][..], &["--temperature", "0.8", "--seed", "3"]] {
+        let run = |drafts: &[&str]| run_json(home.lathe(&words).args(random).args(drafts));
+        let plain = run(&[]);
+        for name in ["sglang", "speculators", "eagle1"] {
+            let head = format!("{fixtures}/eagle/{name}");
+            let drafted = run(&["--draft", &head, "--draft-budget", "8"]);
+            assert_eq!(drafted["token_ids"], plain["token_ids"], "{name} {random:?}");
+        }
+    }
+    let head = format!("{fixtures}/eagle/sglang");
+    let reason = run_error(&mut home.lathe(&["run", "tiny", "hi", "--draft", &head]), 2);
+    assert!(reason.contains("the drafter's vocabulary is 64"), "{reason}");
+    let two = format!("{head},{head}");
+    let reason = run_error(home.lathe(&words).args(["--draft", &two]), 2);
+    assert!(reason.contains("two EAGLE drafters"), "{reason}");
+}
+
 #[test]
 fn run_as_json() {
     let home = Home::new();

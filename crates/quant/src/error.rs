@@ -20,6 +20,14 @@ pub enum QuantError {
         /// What does not fit.
         source: TensorError,
     },
+    /// A number of a tensor, or of what it reads, is NaN or infinite.
+    #[error("tensor {tensor}: {what}, expected finite numbers")]
+    NotFinite {
+        /// Canonical name.
+        tensor: String,
+        /// What was found.
+        what: String,
+    },
     /// A technique cannot handle a tensor.
     #[error("{technique} of tensor {tensor}: {reason}")]
     Technique {

@@ -154,6 +154,11 @@ impl Statistics {
         &self.largest
     }
 
+    /// Whether all inputs were finite numbers.
+    pub fn is_finite(&self) -> bool {
+        self.magnitudes.iter().all(|sum| sum.is_finite())
+    }
+
     /// The statistics of inputs whose channels are divided by `scales`.
     ///
     /// # Panics

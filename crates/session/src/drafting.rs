@@ -1,21 +1,29 @@
 //! Drafters by name, and the check that a draft model fits a model.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
 
-use lathe_engine::{DraftTree, Drafter, Engine, LookupDrafter, ModelDrafter, StackedDrafter};
+use lathe_engine::{
+    DraftTree, Drafter, EagleDrafter, Engine, LookupDrafter, ModelDrafter, StackedDrafter,
+};
+use lathe_model::eagle::{Eagle, EagleTaps};
+use lathe_model::lower::LowerOptions;
 use lathe_model::{Model, OpenOptions};
 
 use crate::catalogue::Catalogue;
 use crate::error::SessionError;
-use crate::open::{Need, open};
+use crate::open::{Need, open, prepare_program};
 use crate::options::Options;
+use crate::ranks::Ranks;
 
 /// A source of drafts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DraftSource {
     /// The tokens that followed the same words earlier in the text.
     Lookup,
-    /// A smaller model with the same tokenizer: a name as for [`crate::open()`].
+    /// A smaller model with the same tokenizer, or a folder with an EAGLE head for the model: a
+    /// name as for [`crate::open()`].
     Model(String),
 }
 
@@ -42,32 +50,79 @@ impl DraftChoice {
         need: Need,
     ) -> Result<Option<DraftEngine>, SessionError> {
         let mut drafters: Vec<Box<dyn Drafter>> = Vec::new();
+        let mut taps = None;
         for source in &self.sources {
             drafters.push(match source {
                 DraftSource::Lookup => Box::new(LookupDrafter::new()),
                 DraftSource::Model(name) => {
-                    let opened = open(catalogue, name, &OpenOptions::default())?;
-                    check_vocabulary(&opened.model, model)?;
-                    let context = need.context.min(opened.model.spec.context_max);
-                    let session = opened.prepare(options, Need { context, ..need })?;
-                    Box::new(ModelDrafter::new(session.executor))
+                    let path = catalogue.locate(name)?.path;
+                    if Eagle::is_in(&path) {
+                        let (drafter, its_taps) = open_eagle(&path, model, options, need)?;
+                        if taps.replace(its_taps).is_some() {
+                            return Err(SessionError::TwoEagles);
+                        }
+                        Box::new(drafter)
+                    } else {
+                        Box::new(open_model(catalogue, name, model, options, need)?)
+                    }
                 }
             });
         }
+        if drafters.is_empty() {
+            return Ok(None);
+        }
         let nodes_max = self.tokens_max.map_or(DraftTree::NODES_MAX, NonZeroUsize::get);
         let nodes_max = nodes_max.min(DraftTree::NODES_MAX);
-        let all = |drafters| Box::new(StackedDrafter::new(drafters));
-        Ok((!drafters.is_empty()).then(|| DraftEngine { drafter: all(drafters), nodes_max }))
+        let drafter = Box::new(StackedDrafter::new(drafters));
+        Ok(Some(DraftEngine { drafter, nodes_max, taps }))
     }
+}
+
+/// A smaller model that drafts for `model`.
+fn open_model(
+    catalogue: &Catalogue<'_>,
+    name: &str,
+    model: &Model,
+    options: &Options,
+    need: Need,
+) -> Result<ModelDrafter, SessionError> {
+    let opened = open(catalogue, name, &OpenOptions::default())?;
+    check_vocabulary(&opened.model, model)?;
+    let context = need.context.min(opened.model.spec.context_max);
+    let session = opened.prepare(options, Need { context, ..need })?;
+    Ok(ModelDrafter::new(session.executor))
+}
+
+/// The head in the folder `path`, and what `model` has to hand out for it.
+fn open_eagle(
+    path: &Path,
+    model: &Model,
+    options: &Options,
+    need: Need,
+) -> Result<(EagleDrafter, EagleTaps), SessionError> {
+    let eagle = Eagle::open(path, &model.spec)?;
+    let ranks = Ranks::default();
+    let program = Arc::new(eagle.program(&LowerOptions::new(need.context))?);
+    let weights = eagle.weights(&program, model)?;
+    let backend = ranks.backend(options.device)?;
+    let executor = prepare_program(&*backend, &program, &weights, options, need, ranks)?;
+    let drafter = EagleDrafter::new(executor, eagle.embedding(model)?, eagle.tokens().to_vec());
+    Ok((drafter, eagle.taps().clone()))
 }
 
 /// Drafters that are ready to run.
 pub struct DraftEngine {
     drafter: Box<dyn Drafter>,
     nodes_max: usize,
+    taps: Option<EagleTaps>,
 }
 
 impl DraftEngine {
+    /// What the model has to hand out for the drafters: [`crate::Opened::tapped`].
+    pub fn taps(&self) -> Option<&EagleTaps> {
+        self.taps.as_ref()
+    }
+
     /// Adds these drafters to `engine`.
     pub fn attach(self, engine: Engine) -> Engine {
         engine.with_drafter(self.drafter, self.nodes_max)

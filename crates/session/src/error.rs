@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use lathe_engine::{AddError, EngineError, ScoreError};
 use lathe_model::chat::ChatError;
+use lathe_model::eagle::EagleError;
 use lathe_model::tokenizer::TokenizerError;
 use lathe_model::{ModelError, SpecError};
 use lathe_program::BackendError;
@@ -150,6 +151,12 @@ pub enum SessionError {
         .0.display()
     )]
     AdapterOfDummy(PathBuf),
+    /// A folder that fuses features is no drafter for the model.
+    #[error(transparent)]
+    Eagle(#[from] EagleError),
+    /// Two drafters want features of the model.
+    #[error("two EAGLE drafters were named, expected at most one")]
+    TwoEagles,
     /// A draft model's tokens differ from the model's.
     #[error("{draft} cannot draft for {model}: {reason}")]
     DraftVocabulary {
@@ -169,6 +176,12 @@ pub enum SessionError {
     /// Tokens could not be scored.
     #[error(transparent)]
     Score(#[from] ScoreError),
+    /// A weight is no number.
+    #[error("tensor {tensor} has NaN or infinite numbers, expected finite ones")]
+    NotFinite {
+        /// Its name in the file.
+        tensor: String,
+    },
     /// A measured sequence ended before its time.
     #[error("a sequence ended after {generated} tokens: {reason}")]
     EndedEarly {
@@ -210,6 +223,8 @@ impl SessionError {
             Self::Score(error) => {
                 !matches!(error, ScoreError::Backend(_) | ScoreError::Logits { .. })
             }
+            // A file that is not what it should be, not a machine that fails.
+            Self::Prepare(BackendError::Weight { .. }) => true,
             Self::Memory { .. }
             | Self::Prepare(_)
             | Self::Measure(_)
@@ -219,6 +234,7 @@ impl SessionError {
             | Self::EndedEarly { .. } => false,
             Self::Model(_)
             | Self::Shape { .. }
+            | Self::NotFinite { .. }
             | Self::Spec(_)
             | Self::Weights(_)
             | Self::Format(_)
@@ -235,6 +251,8 @@ impl SessionError {
             | Self::Chat(_)
             | Self::AdapterLost { .. }
             | Self::AdapterOfDummy(_)
+            | Self::Eagle(_)
+            | Self::TwoEagles
             | Self::DraftVocabulary { .. }
             | Self::Add(_) => true,
         }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use lathe_engine::{Engine, EngineConfig};
 use lathe_model::adapter::Adapter;
+use lathe_model::eagle::EagleTaps;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::tokenizer::Tokenizer;
 use lathe_model::{DecoderSpec, Model, OpenOptions};
@@ -36,6 +37,8 @@ pub struct Opened {
     pub startup: Startup,
     /// How the model is to be divided.
     pub ranks: Ranks,
+    /// What it hands out for drafters.
+    pub taps: Option<EagleTaps>,
 }
 
 /// The size of the cache that is needed.
@@ -88,7 +91,7 @@ pub fn open(
     let startup = Startup { open_ms, tokenizer_ms, ..Startup::default() };
     let adapter_bytes = model.adapter.as_ref().map_or(0, Adapter::bytes);
     let bytes = weight_file_bytes(&located.path) + adapter_bytes;
-    Ok(Opened { model, bytes, started, startup, ranks: Ranks::default() })
+    Ok(Opened { model, bytes, started, startup, ranks: Ranks::default(), taps: None })
 }
 
 /// One line that describes an adapter.
@@ -132,14 +135,23 @@ impl Opened {
         Self { ranks, ..self }
     }
 
+    /// The same model, which hands out what drafters read.
+    pub fn tapped(self, taps: Option<&EagleTaps>) -> Self {
+        Self { taps: taps.cloned(), ..self }
+    }
+
     /// Prepares the weights for the device and allocates the cache that `need` describes.
     ///
     /// # Errors
     /// If the model does not fit its context, the memory, the ranks or the device.
     pub fn prepare(self, options: &Options, need: Need) -> Result<Session, SessionError> {
-        let Opened { model, bytes, started, mut startup, ranks } = self;
+        let Opened { model, bytes, started, mut startup, ranks, taps } = self;
         let prepared = Instant::now();
-        let program = program_for(&model.spec, need.context)?;
+        let mut lowering = LowerOptions::new(need.context);
+        if let Some(taps) = &taps {
+            lowering = taps.into_options(lowering);
+        }
+        let program = program_with(&model.spec, &lowering)?;
         let weights = model.weights(&program)?;
         let backend = ranks.backend(options.device)?;
         check_memory(&*backend, &program, bytes, options, need, ranks)?;
@@ -155,11 +167,15 @@ impl Opened {
 /// # Errors
 /// If the model's context is shorter, or the spec cannot be lowered.
 pub fn program_for(spec: &DecoderSpec, context: usize) -> Result<Arc<Program>, SessionError> {
-    let limit = spec.context_max;
-    if context > limit {
-        return Err(SessionError::Context { needed: context, limit });
+    program_with(spec, &LowerOptions::new(context))
+}
+
+fn program_with(spec: &DecoderSpec, options: &LowerOptions) -> Result<Arc<Program>, SessionError> {
+    let (needed, limit) = (options.context_max, spec.context_max);
+    if needed > limit {
+        return Err(SessionError::Context { needed, limit });
     }
-    Ok(Arc::new(lower(spec, &LowerOptions::new(context))?))
+    Ok(Arc::new(lower(spec, options)?))
 }
 
 /// An executor of `program` on `backend`, the backend of `ranks`, with the cache that `need`

@@ -173,7 +173,7 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
     let first = &reports[0];
     if let (Some(path), Some(growth)) = (&arguments.plot, &first.growth) {
         draw(path, &title(first), &growth.curves())?;
-        eprintln!("wrote {}", path.display());
+        say!("wrote {}", path.display());
     }
     let batches = (reports.len() > 1).then_some(reports.as_slice());
     if global.json {

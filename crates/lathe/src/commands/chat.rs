@@ -84,7 +84,7 @@ pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Erro
     let load_ms = session.load_ms;
     let (engine, model) = session.into_engine(true, 1)?;
     let kv_bytes = engine.executor().kv_bytes();
-    eprintln!(
+    say!(
         "{}: {context} tokens of context, KV cache up to {}; /help for help",
         model.name,
         human_bytes(kv_bytes as u64)
@@ -142,7 +142,7 @@ impl Input {
                         let _ = editor.add_history_entry(&line);
                         return Ok(Some(line));
                     }
-                    Err(ReadlineError::Interrupted) => eprintln!("(/exit or Ctrl-D leaves)"),
+                    Err(ReadlineError::Interrupted) => say!("(/exit or Ctrl-D leaves)"),
                     Err(ReadlineError::Eof) => return Ok(None),
                     Err(error) => return Err(error).context("the terminal"),
                 }
@@ -168,7 +168,7 @@ impl Chat {
                 Err(error) if is_broken_pipe(&error) || crate::output::exit_code(&error) != 2 => {
                     return Err(error);
                 }
-                Err(error) => eprintln!("error: {}", one_line(&error)),
+                Err(error) => say!("error: {}", one_line(&error)),
                 Ok(()) => {}
             }
         }
@@ -179,11 +179,11 @@ impl Chat {
         let (name, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
         let rest = rest.trim();
         match (name, rest) {
-            ("help", "") => eprintln!("{HELP}"),
+            ("help", "") => say!("{HELP}"),
             ("clear", "") => self.conversation.clear(),
             ("system", "") => self.conversation.set_system(None),
             ("system", text) => self.conversation.set_system(Some(text.to_owned())),
-            ("stats", "") => eprintln!("{}", self.stats()),
+            ("stats", "") => say!("{}", self.stats()),
             ("save", "") => return Err(bad_input("/save needs a file name")),
             ("save", file) => self.save(file)?,
             _ => return Err(bad_input(format!("/{command}: no such command; /help lists them"))),
@@ -195,7 +195,7 @@ impl Chat {
         let mut out = File::create_new(file).map_err(|e| bad_input(format!("{file}: {e}")))?;
         let text = serde_json::to_string_pretty(&self.conversation.messages())?;
         out.write_all(text.as_bytes()).with_context(|| file.to_owned())?;
-        eprintln!("saved {} messages to {file}", self.conversation.messages().len());
+        say!("saved {} messages to {file}", self.conversation.messages().len());
         Ok(())
     }
 
@@ -204,7 +204,7 @@ impl Chat {
         let answer_tokens = self.choice.max_tokens.or(own).unwrap_or(MAX_TOKENS);
         let prompt = self.conversation.ask(&self.model, text, self.context, answer_tokens)?;
         if prompt.dropped > 0 {
-            eprintln!("note: the oldest {} messages no longer fit the context", prompt.dropped);
+            say!("note: the oldest {} messages no longer fit the context", prompt.dropped);
         }
         let room = self.context - prompt.ids.len();
         let request = self.request(prompt.ids.clone(), answer_tokens.min(room));
@@ -252,9 +252,9 @@ impl Chat {
     fn note_end(&self, generation: &Generation) {
         match generation.reason {
             FinishReason::Stop => {}
-            FinishReason::Length => eprintln!("[stopped at {} tokens]", generation.tokens.len()),
-            FinishReason::Cancelled => eprintln!("[stopped]"),
-            FinishReason::InvalidLogits => eprintln!("[the model gave no number for any token]"),
+            FinishReason::Length => say!("[stopped at {} tokens]", generation.tokens.len()),
+            FinishReason::Cancelled => say!("[stopped]"),
+            FinishReason::InvalidLogits => say!("[the model gave no number for any token]"),
         }
     }
 

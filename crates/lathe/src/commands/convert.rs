@@ -38,13 +38,13 @@ pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), E
     let layout = match arguments.to {
         OutputLayout::Gguf => {
             let options = gguf_options(model, format)?;
-            eprintln!("writing {}, matrices in {}", out.display(), options.format);
+            say!("writing {}, matrices in {}", out.display(), options.format);
             exported(to_gguf(model, out, &options))?;
             "gguf"
         }
         OutputLayout::Safetensors => {
             let options = folder_options(format)?;
-            eprintln!("writing {}", out.display());
+            say!("writing {}", out.display());
             write_folder(model, out, &options)?;
             "safetensors"
         }

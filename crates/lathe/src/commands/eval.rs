@@ -81,12 +81,16 @@ pub(super) fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Erro
         None => {
             let executor = &mut *session.executor;
             let found = eval::perplexity(executor, &tokens, windows, &mut progress);
-            (found.map_err(SessionError::from)?, None)
+            (found.map_err(|error| session.blame(error))?, None)
         }
         Some(base) => {
-            let (model, base) = (&mut *session.executor, &mut *base.executor);
-            let found = eval::compare(model, base, &tokens, windows, &mut progress);
-            let found = found.map_err(SessionError::from)?;
+            let executors = (&mut *session.executor, &mut *base.executor);
+            let found = eval::compare(executors.0, executors.1, &tokens, windows, &mut progress);
+            let found = found.map_err(|error| match session.blame(error) {
+                // The base may be the one.
+                SessionError::Score(error) => base.blame(error),
+                found => found,
+            })?;
             let comparison = Comparison {
                 kl_mean: found.kl_mean,
                 kl_p99: found.kl_p99,
@@ -124,9 +128,9 @@ fn progress() -> impl FnMut(usize, usize) {
         let now = scored * 10 / tokens.max(1);
         if terminal {
             let end = if scored + 1 >= tokens { "\n" } else { "" };
-            eprint!("\r{scored} of {tokens} tokens{end}");
+            crate::say::part(format_args!("\r{scored} of {tokens} tokens{end}"));
         } else if now > tenths {
-            eprintln!("{scored} of {tokens} tokens");
+            say!("{scored} of {tokens} tokens");
         }
         tenths = now;
     }

@@ -32,7 +32,7 @@ pub(super) fn run(global: &Global, arguments: &PullArguments) -> Result<(), Erro
         });
     }
     if matches!(located.origin, Origin::Cache | Origin::Local) {
-        eprintln!("{} is here already ({})", located.name, human_bytes(bytes));
+        say!("{} is here already ({})", located.name, human_bytes(bytes));
     }
     print(&format!("{}\n", located.path.display()))
 }

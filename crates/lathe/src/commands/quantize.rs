@@ -112,11 +112,11 @@ pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), 
     if let Some(contents) = &contents {
         check_reader(arguments.reader.map(Into::into), contents)?;
     }
-    eprintln!("quantizing to {}", formats(&recipe));
+    say!("quantizing to {}", formats(&recipe));
     let resume = beside(out, ".quantizing");
     if let Some(text) = &text {
         if resume.exists() {
-            eprintln!("going on from {}", resume.display());
+            say!("going on from {}", resume.display());
         }
         let calibration = runs(global, &*backend, &text.calibration);
         quantized(job.calibrate_resumable(&model.spec, &calibration, &resume))?;
@@ -201,7 +201,7 @@ fn plan(
 ) -> Result<Recipe, Error> {
     let Some(text) = text.filter(|_| recipe.budget.is_some()) else { return Ok(recipe.clone()) };
     let tokens = &text.tokens[..text.tokens.len().min(EXPLAIN_TOKENS)];
-    eprintln!("measuring each layer in each format on {} tokens", tokens.len());
+    say!("measuring each layer in each format on {} tokens", tokens.len());
     let mut meter = Meter::new();
     let mut progress = |now| meter.tell(now);
     let text = Calibration { tokens, ..text };
@@ -213,7 +213,7 @@ fn explain(
     spec: &DecoderSpec,
     text: &Calibration<'_>,
 ) -> Result<Explanation, Error> {
-    eprintln!("measuring on {} tokens", text.tokens.len());
+    say!("measuring on {} tokens", text.tokens.len());
     let mut meter = Meter::new();
     quantized(job.explain(spec, text, &mut |now| meter.tell(now)))
 }

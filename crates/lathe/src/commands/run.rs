@@ -53,6 +53,7 @@ pub(super) fn run(
     let seed = request.sampling.seed;
     let need = need(&opened.model, &request)?;
     let drafter = open_drafter(&drafts, &opened.model, &global.options(), need)?;
+    let opened = opened.tapped(drafter.as_ref().and_then(|drafter| drafter.taps()));
     let session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
     let (load_ms, mut startup) = (session.load_ms, session.startup);
     let (mut engine, model) = session.into_engine(!arguments.no_kv_cache, 1)?;
@@ -87,7 +88,7 @@ pub(super) fn run(
         })?;
     } else {
         print_ids_without_text(&model, &generation)?;
-        eprintln!("{}", summary(&generation, &stats, load_ms, kv_bytes));
+        say!("{}", summary(&generation, &stats, load_ms, kv_bytes));
     }
     match generation.reason {
         FinishReason::Cancelled => Err(Interrupted.into()),
@@ -136,7 +137,7 @@ fn read_prompt(arguments: &RunArguments) -> Result<Typed, Error> {
     }
     let mut stdin = std::io::stdin();
     if stdin.is_terminal() {
-        eprintln!("type the prompt, then Ctrl-D");
+        say!("type the prompt, then Ctrl-D");
     }
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).context("stdin")?;
@@ -159,7 +160,7 @@ fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<
         Typed::Ids(ids) => Ok(ids.clone()),
         Typed::Text(text) if arguments.raw => Ok(encode_raw(model, text)?),
         Typed::Text(text) if has_no_template(model) && arguments.system.is_none() => {
-            eprintln!("note: {} has no chat template, so it continues the text itself", model.name);
+            say!("note: {} has no chat template, so it continues the text itself", model.name);
             Ok(encode_raw(model, text)?)
         }
         Typed::Text(text) => Ok(encode_chat(model, &question(arguments.system.as_deref(), text))?),

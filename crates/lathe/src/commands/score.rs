@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Error;
 use lathe_engine::score::score;
-use lathe_session::{Need, Opened, SessionError, encode_text, text_beginning};
+use lathe_session::{Need, Opened, encode_text, text_beginning};
 use serde::Serialize;
 
 use crate::arguments::{Global, ScoreArguments};
@@ -40,7 +40,7 @@ pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Err
     let need = Need { context: tokens.len(), sequences: 1, rows_max: None };
     let mut session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
     let scored = score(&mut *session.executor, &tokens, arguments.top_k);
-    let scored = scored.map_err(SessionError::from)?;
+    let scored = scored.map_err(|error| session.blame(error))?;
     let (ids, logits) = scored.top.iter().copied().unzip();
     if global.json {
         return print_json(&ScoreReport {

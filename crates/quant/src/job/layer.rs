@@ -104,6 +104,7 @@ impl<'j, 'a> LayerPass<'j, 'a> {
                 }
             })?;
         }
+        job.check_finite(&seen, ops)?;
         let width = program.value_width(out);
         let float = float.as_ref().map(|_| Stream { width, values: float_after.into() });
         job.ledger.reports.coverage.extend(coverage.finish());
@@ -262,6 +263,24 @@ impl<'j, 'a> LayerPass<'j, 'a> {
             Some(scales) => found.divided_by(scales),
             None => found.clone(),
         })
+    }
+}
+
+impl Job<'_> {
+    /// Refuses inputs of `ops` that are NaN or infinite: no statistics can be made of them.
+    fn check_finite(&self, seen: &Observed, ops: &BTreeSet<usize>) -> Result<(), QuantError> {
+        let good = |op: usize| {
+            let mut inputs = self.plan.program.ops[op].inputs().filter_map(|it| seen.of(it));
+            inputs.all(|statistics| statistics.is_finite())
+        };
+        let mut targets = self.plan.targets.iter();
+        match targets.find(|(_, op)| ops.contains(op) && !good(**op)) {
+            None => Ok(()),
+            Some((weight, _)) => Err(QuantError::NotFinite {
+                tensor: self.plan.name(*weight),
+                what: "its inputs in the calibration text are NaN or infinite".to_owned(),
+            }),
+        }
     }
 }
 

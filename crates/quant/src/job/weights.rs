@@ -55,6 +55,10 @@ impl Job<'_> {
                 row.iter_mut().zip(scales).for_each(|(value, scale)| *value *= scale);
             }
         }
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            let what = format!("element {at} is {}", values[at]);
+            return Err(QuantError::NotFinite { tensor: self.plan.name(weight), what });
+        }
         Ok((shape, values))
     }
 

@@ -157,7 +157,7 @@ pub(super) fn check_floats(
             }
             let found = format!("tensor {name} is quantized already, to {format}");
             if allowed {
-                eprintln!("warning: {found}, and is rounded a second time");
+                say!("warning: {found}, and is rounded a second time");
                 return Ok(());
             }
             return Err(bad_input(format!(

@@ -75,7 +75,7 @@ fn limit_corrections(
             .collect();
         let patterns: Vec<String> = patterns.into_iter().collect();
         let name = step.technique.name;
-        eprintln!("{name} corrects no {}: they are no modules", patterns.join(", "));
+        say!("{name} corrects no {}: they are no modules", patterns.join(", "));
         step.tensors = Some(names.clone());
     }
 }
@@ -118,7 +118,7 @@ fn keep(program: &Program, mut recipe: Recipe, reasons: &BTreeMap<Weight, String
         recipe.keep.push(decl.name.clone());
     }
     for (pattern, reason) in told {
-        eprintln!("kept as it is: {pattern} ({reason})");
+        say!("kept as it is: {pattern} ({reason})");
     }
     recipe
 }

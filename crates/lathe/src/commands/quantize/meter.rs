@@ -31,6 +31,6 @@ impl Meter {
             0 => String::new(),
             ours => format!(", about {:.0} s left", spent * (total - done) as f64 / ours as f64),
         };
-        eprintln!("{:.0} %, {spent:.0} s{left}", share * 100.0);
+        say!("{:.0} %, {spent:.0} s{left}", share * 100.0);
     }
 }

@@ -51,7 +51,7 @@ pub(super) fn read_tokens(
     };
     let explain = calibration.split_off(most.min(arguments.calibration_tokens));
     if calibration.len() < TOKENS_WANTED {
-        eprintln!(
+        say!(
             "warning: {} tokens of calibration; fewer than {TOKENS_WANTED} say little of what \
              layers read",
             calibration.len()
@@ -62,7 +62,7 @@ pub(super) fn read_tokens(
         let window = WINDOW.min(opened.model.spec.context_max);
         calibration = begin_windows(&calibration, bos, window);
         explain = begin_windows(&explain, bos, window);
-        eprintln!("note: each window of {} begins with token {bos} (--bos)", path.display());
+        say!("note: each window of {} begins with token {bos} (--bos)", path.display());
     }
     Ok(Some(Text { calibration, explain }))
 }
