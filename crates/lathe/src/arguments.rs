@@ -332,14 +332,8 @@ pub(crate) struct RunArguments {
     /// Recompute everything at each token, to see what the KV cache saves
     #[arg(long)]
     pub no_kv_cache: bool,
-    /// Draft tokens ahead and verify them, which changes no text: `ngram` looks up what followed
-    /// the same words before, MODEL is a smaller model with the same tokenizer or a folder with an
-    /// EAGLE head. Of a list each is asked where those before it have nothing
-    #[arg(long, value_name = "none|ngram|MODEL,..", value_delimiter = ',')]
-    pub draft: Vec<String>,
-    /// Tokens of a draft at most; as many as pay, as measured, if absent
-    #[arg(long, value_name = "N")]
-    pub draft_budget: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub drafts: DraftArguments,
     #[command(flatten)]
     pub parallel: ParallelArguments,
 }
@@ -358,7 +352,22 @@ pub(crate) struct ChatArguments {
     #[command(flatten)]
     pub sampling: SamplingArguments,
     #[command(flatten)]
+    pub drafts: DraftArguments,
+    #[command(flatten)]
     pub parallel: ParallelArguments,
+}
+
+/// Who drafts, and how much.
+#[derive(Debug, Args)]
+pub(crate) struct DraftArguments {
+    /// Draft tokens ahead and verify them, which changes no text: `ngram` looks up what followed
+    /// the same words before, MODEL is a smaller model with the same tokenizer or a folder with an
+    /// EAGLE head. Of a list each is asked where those before it have nothing
+    #[arg(long, value_name = "none|ngram|MODEL,..", value_delimiter = ',')]
+    pub draft: Vec<String>,
+    /// Tokens of a draft at most; as many as pay, as measured, if absent
+    #[arg(long, value_name = "N")]
+    pub draft_budget: Option<NonZeroUsize>,
 }
 
 #[derive(Debug, Args)]

@@ -5,8 +5,10 @@ use anyhow::Error;
 use lathe_model::{Model, OpenOptions};
 use lathe_session::catalogue::{Catalogue, Located};
 use lathe_session::measure::shape::Shape;
-use lathe_session::{DraftChoice, DraftEngine, Environment, Need, Opened, Options};
+use lathe_session::{DraftChoice, DraftEngine, DraftSource, Environment, Need, Opened, Options};
 
+use crate::arguments::DraftArguments;
+use crate::output::bad_input;
 use crate::progress::Terminal;
 
 /// The files of a model.
@@ -40,6 +42,26 @@ pub(crate) fn describe_shape(
     options: &OpenOptions,
 ) -> Result<Shape, Error> {
     with_catalogue(|catalogue| Ok(Shape::describe(&catalogue, name, format, options)?))
+}
+
+/// Who drafts, as `--draft` says.
+pub(crate) fn draft_choice(arguments: &DraftArguments) -> Result<DraftChoice, Error> {
+    let named = |name: &String| match name.as_str() {
+        "ngram" => DraftSource::Lookup,
+        model => DraftSource::Model(model.to_owned()),
+    };
+    let sources: Vec<DraftSource> = match arguments.draft.as_slice() {
+        [none] if none == "none" => Vec::new(),
+        names if names.iter().any(|name| name == "none" || name.is_empty()) => {
+            return Err(bad_input("--draft: `none` and names do not go together"));
+        }
+        names => names.iter().map(named).collect(),
+    };
+    let tokens_max = arguments.draft_budget;
+    if sources.is_empty() && tokens_max.is_some() {
+        return Err(bad_input("--draft-budget needs a drafter, and --draft is none"));
+    }
+    Ok(DraftChoice { sources, tokens_max })
 }
 
 /// The drafters that `choice` names, for `model` on the same device.

@@ -1,7 +1,7 @@
 //! A job: a recipe applied to a model.
 //!
-//! A [`Plan`] says what becomes of every weight. A [`LayerPass`] observes the inputs of one layer's
-//! matrices and quantizes them. A [`Ledger`] holds the results so far. A job runs in one of two
+//! A `Plan` says what becomes of every weight. A `LayerPass` observes the inputs of one layer's
+//! matrices and quantizes them. A `Ledger` holds the results so far. A job runs in one of two
 //! ways. With calibration it goes layer by layer, and each layer sees the quantized layers before
 //! it. If nothing needs calibration, a weight is quantized when the writer asks for it.
 

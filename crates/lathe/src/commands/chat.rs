@@ -16,7 +16,7 @@ use rustyline::error::ReadlineError;
 use serde::Serialize;
 
 use crate::arguments::{ChatArguments, Global};
-use crate::find::open;
+use crate::find::{draft_choice, open, open_drafter};
 use crate::interrupt::{Insist, Interrupts};
 use crate::output::{bad_input, is_broken_pipe, one_line, print, print_json};
 
@@ -66,6 +66,7 @@ struct Chat {
 
 /// Answers messages until the input ends.
 pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
+    let drafts = draft_choice(&arguments.drafts)?;
     let interrupts = Interrupts::install(Insist::Ignored)?;
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     template_of(&opened.model)?;
@@ -80,9 +81,14 @@ pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Erro
         None => context_that_fits(&opened.model, &options, ranks)?,
     };
     let need = Need { context, sequences: 1, rows_max: None };
+    let drafter = open_drafter(&drafts, &opened.model, &options, need)?;
+    let opened = opened.tapped(drafter.as_ref().and_then(|drafter| drafter.taps()));
     let session = opened.over(ranks).prepare(&options, need)?;
     let load_ms = session.load_ms;
-    let (engine, model) = session.into_engine(true, 1)?;
+    let (mut engine, model) = session.into_engine(true, 1)?;
+    if let Some(drafter) = drafter {
+        engine = drafter.attach(engine);
+    }
     let kv_bytes = engine.executor().kv_bytes();
     say!(
         "{}: {context} tokens of context, KV cache up to {}; /help for help",

@@ -7,13 +7,13 @@ use anyhow::{Context, Error};
 use lathe_engine::{FinishReason, Request, Stats};
 use lathe_model::Model;
 use lathe_session::{
-    DraftChoice, DraftSource, Generation, Need, Startup, decoder, encode_chat, encode_raw,
-    generate, human_bytes, memory, milliseconds, question,
+    Generation, Need, Startup, decoder, encode_chat, encode_raw, generate, human_bytes, memory,
+    milliseconds, question,
 };
 use serde::Serialize;
 
 use crate::arguments::{Global, RunArguments, parse_ids};
-use crate::find::{open, open_drafter};
+use crate::find::{draft_choice, open, open_drafter};
 use crate::interrupt::{Insist, Interrupts};
 use crate::output::{InputContext, Interrupted, bad_input, print, print_json};
 
@@ -41,7 +41,10 @@ pub(super) fn run(
     arguments: &RunArguments,
     started: Instant,
 ) -> Result<(), Error> {
-    let drafts = draft_choice(arguments)?;
+    let drafts = draft_choice(&arguments.drafts)?;
+    if !drafts.sources.is_empty() && arguments.no_kv_cache {
+        return Err(bad_input("--draft needs the KV cache, and --no-kv-cache leaves it out"));
+    }
     let typed = read_prompt(arguments)?;
     let interrupts = Interrupts::install(Insist::Ends)?;
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
@@ -97,29 +100,6 @@ pub(super) fn run(
         }
         FinishReason::Stop | FinishReason::Length => Ok(()),
     }
-}
-
-/// The drafters of `--draft`.
-fn draft_choice(arguments: &RunArguments) -> Result<DraftChoice, Error> {
-    let named = |name: &String| match name.as_str() {
-        "ngram" => DraftSource::Lookup,
-        model => DraftSource::Model(model.to_owned()),
-    };
-    let sources: Vec<DraftSource> = match arguments.draft.as_slice() {
-        [none] if none == "none" => Vec::new(),
-        names if names.iter().any(|name| name == "none" || name.is_empty()) => {
-            return Err(bad_input("--draft: `none` and names do not go together"));
-        }
-        names => names.iter().map(named).collect(),
-    };
-    let tokens_max = arguments.draft_budget;
-    if sources.is_empty() && tokens_max.is_some() {
-        return Err(bad_input("--draft-budget needs a drafter, and --draft is none"));
-    }
-    if !sources.is_empty() && arguments.no_kv_cache {
-        return Err(bad_input("--draft needs the KV cache, and --no-kv-cache leaves it out"));
-    }
-    Ok(DraftChoice { sources, tokens_max })
 }
 
 /// The prompt: ids, or a text from the command line or stdin.

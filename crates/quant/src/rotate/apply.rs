@@ -106,7 +106,7 @@ fn apply(turn: &Turn, factors: &[f64], wide: &mut [f64], columns: usize) {
     }
 }
 
-/// `Q^T W`: turns each column as [`Orthogonal::turn`] turns a row.
+/// `Q^T W`: turns each column as `Orthogonal::turn` turns a row.
 fn turn_rows(values: &mut [f64], rows: usize, columns: usize, turn: impl Fn(&mut [f64]) + Sync) {
     let mut transposed = vec![0.0; values.len()];
     transposed.par_chunks_mut(rows).enumerate().for_each(|(column, out)| {
