@@ -8,8 +8,8 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-/// The sets of `LATHE_ISA`, each with the tests that would take minutes. The unit tests of the CPU's
-/// kernels compare every set with the portable one, and those make up for it.
+/// The sets of `LATHE_ISA`, each with the tests that would take minutes. The unit tests of the
+/// CPU's kernels compare every set with the portable one, and those make up for it.
 const SETS: [(&str, &[&str]); 2] = [("avx2", &[]), ("portable", &["conformance", "invariance"])];
 
 /// Packages and those of their tests that run models on the CPU.

@@ -5,9 +5,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-/// All Rust files below `root`, in the order of their names. Build outputs (`target*`) and hidden
-/// folders are not part of it.
+/// All Rust files below `root`, in the order of their names.
 pub(crate) fn rust_files(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    files_that_end(root, &[".rs"])
+}
+
+/// All CUDA sources and headers, likewise.
+pub(crate) fn cuda_files(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    files_that_end(root, &[".cu", ".cuh"])
+}
+
+/// All files below `root` with one of `endings`, in the order of their names. Build outputs
+/// (`target*`) and hidden folders are not part of it.
+fn files_that_end(root: &Path, endings: &[&str]) -> anyhow::Result<Vec<PathBuf>> {
     let (mut files, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
@@ -18,7 +28,7 @@ pub(crate) fn rust_files(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
                 if !name.starts_with('.') && !name.starts_with("target") {
                     folders.push(path);
                 }
-            } else if name.ends_with(".rs") {
+            } else if endings.iter().any(|ending| name.ends_with(ending)) {
                 files.push(path);
             }
         }

@@ -1,7 +1,7 @@
 //! `Gang`: worker threads that start and join in a fraction of a microsecond.
 //!
 //! A decode step runs some hundred small parallel regions. So a region must not cost a lock, an
-//! allocation or a system call. The caller is worker 0; the others wait at a [`Barrier`]. Work is
+//! allocation or a system call. The caller is worker 0; the others wait at a `Barrier`. Work is
 //! divided by index.
 
 use std::any::Any;

@@ -13,7 +13,7 @@ typedef uint32_t u32;
 struct Row {
     u64 ancestors;  // bit j: sees row j of its sequence; only where `tree` is 1
     u32 token, position, first_row, place, cached, sequence, tree;
-    u32 choice;  // 1 + the choice of the step before whose token this is; 0: `token` is
+    u32 choice;     // 1 + the choice of the step before whose token this is; 0: `token` is
     u32 long_rope;  // 1: turns by the frequencies of long texts
     u32 unused;
 };
@@ -30,7 +30,9 @@ __device__ inline float load(const __nv_bfloat16* p, size_t i) { return __bfloat
 
 // A kernel that calls both may be launched while the kernel before it still runs: it reads what
 // others write after `wait_dependencies` alone.
-__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 __device__ inline void wait_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ inline float warp_sum(float x) {
@@ -38,7 +40,9 @@ __device__ inline float warp_sum(float x) {
     return x;
 }
 
-__device__ inline float soft_cap(float x, float cap) { return cap > 0.f ? cap * tanhf(x / cap) : x; }
+__device__ inline float soft_cap(float x, float cap) {
+    return cap > 0.f ? cap * tanhf(x / cap) : x;
+}
 
 // ---- the paged cache: page, layer's part, position, then the first and the second vectors, each
 // with its f32 scale before its codes
@@ -56,7 +60,8 @@ struct Cache {
 __device__ inline uint8_t* token_at(const Cache& c, u32 sequence, u32 slot) {
     u32 table = sequence * c.groups + c.group;
     u32 page = c.tables[(size_t)table * c.stride + slot / c.block_tokens - c.firsts[table]];
-    return c.pool + page * c.page_bytes + c.layer_offset + (size_t)(slot % c.block_tokens) * c.token_bytes;
+    return c.pool + page * c.page_bytes + c.layer_offset +
+           (size_t)(slot % c.block_tokens) * c.token_bytes;
 }
 
 template <int FORMAT>
@@ -69,8 +74,14 @@ __device__ inline u32 vector_bytes(u32 n) {
 // Vectors may begin at any byte: numbers of several bytes are put together.
 __device__ inline u32 bytes2(const uint8_t* p) { return p[0] | (u32)p[1] << 8; }
 __device__ inline u32 bytes4(const uint8_t* p) { return bytes2(p) | bytes2(p + 2) << 16; }
-__device__ inline void put2(uint8_t* p, u32 x) { p[0] = x; p[1] = x >> 8; }
-__device__ inline void put4(uint8_t* p, u32 x) { put2(p, x); put2(p + 2, x >> 16); }
+__device__ inline void put2(uint8_t* p, u32 x) {
+    p[0] = x;
+    p[1] = x >> 8;
+}
+__device__ inline void put4(uint8_t* p, u32 x) {
+    put2(p, x);
+    put2(p + 2, x >> 16);
+}
 
 template <int FORMAT>
 __device__ inline float vector_scale(const uint8_t* vector) {
@@ -123,7 +134,15 @@ __device__ inline void store_vector(const float* in, uint8_t* vector, u32 n) {
 
 __device__ inline float sigmoid(float x) { return (float)(1.0 / (1.0 + exp(-(double)x))); }
 
-enum ActivationKind { SWIGLU = 0, GEGLU_TANH = 1, GEGLU_ERF = 2, SWIGLU_CLAMPED = 3, SILU = 4, GELU_TANH = 5, RELU_SQUARED = 6 };
+enum ActivationKind {
+    SWIGLU = 0,
+    GEGLU_TANH = 1,
+    GEGLU_ERF = 2,
+    SWIGLU_CLAMPED = 3,
+    SILU = 4,
+    GELU_TANH = 5,
+    RELU_SQUARED = 6
+};
 
 __device__ inline float gelu_tanh(float gate) {
     double x = gate, inner = 0.79788456080286535588 * (x + 0.044715 * x * x * x);
@@ -134,7 +153,8 @@ __device__ inline float activation(u32 kind, float gate, float up, float alpha, 
     switch (kind) {
         case SWIGLU: return gate * sigmoid(gate) * up;
         case GEGLU_TANH: return gelu_tanh(gate) * up;
-        case GEGLU_ERF: return (float)(0.5 * gate * (1.0 + erf((double)gate * 0.70710678118654752440))) * up;
+        case GEGLU_ERF:
+            return (float)(0.5 * gate * (1.0 + erf((double)gate * 0.70710678118654752440))) * up;
         case SWIGLU_CLAMPED: {
             gate = fminf(gate, limit);
             return gate * sigmoid(alpha * gate) * (fminf(fmaxf(up, -limit), limit) + 1.f);

@@ -1,6 +1,6 @@
-// Warpgroup products of Hopper: d [64, N] += a [64, 16] x b [16, N], `a` in registers in the layout
-// of m16n8k16 (a warp 16 rows), `b` in shared memory, N rows of 128 bytes, swizzled by 128 bytes, or
-// transposed, 16 rows of N columns in parts of 128 bytes. `add` 0: d begins at zero.
+// Warpgroup products of Hopper: d [64, N] += a [64, 16] x b [16, N]. `a` is in registers, in the
+// layout of m16n8k16, a warp 16 rows. `b` is in shared memory: N rows of 128 bytes, swizzled by 128
+// bytes, or transposed, 16 rows of N columns in parts of 128 bytes. `add` 0: d begins at zero.
 #pragma once
 
 #include "common.cuh"

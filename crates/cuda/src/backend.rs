@@ -11,6 +11,7 @@ use lathe_tensor::Format;
 use crate::cache;
 use crate::device::{Device, DeviceError};
 use crate::executor::CudaExecutor;
+use crate::packed::PackedFormat;
 use crate::weights::unsupported;
 
 /// Rows at which the products come near the device's arithmetic.
@@ -76,10 +77,11 @@ impl Backend for CudaBackend {
         default_format(exact)
     }
 
-    fn runs_format(&self, format: Format, _columns: usize) -> Result<(), BackendError> {
+    fn runs_format(&self, format: Format, columns: usize) -> Result<(), BackendError> {
         match format {
             Format::Float(_) => Ok(()),
-            other => Err(unsupported(format!("weights in {other:?}"))),
+            other if PackedFormat::of(other, columns).is_some() => Ok(()),
+            other => Err(unsupported(format!("rows of {columns} weights in {other}"))),
         }
     }
 

@@ -70,6 +70,8 @@ pub(crate) struct CudaExecutor {
     pub(crate) kv_suffix: &'static str,
     pub(crate) step: StepData,
     pub(crate) ropes: Vec<Memory>,
+    /// By rotary table: a sine and a cosine for each row and pair.
+    pub(crate) angles: Vec<Memory>,
     /// Transposed matrices, by size.
     pub(crate) hadamards: BTreeMap<usize, Memory>,
     pub(crate) routings: Vec<Routed>,
@@ -89,7 +91,7 @@ pub(crate) struct CudaExecutor {
     /// Rows and choices of the step that runs.
     pub(crate) rows: usize,
     pub(crate) choices: usize,
-    units: Vec<Unit>,
+    pub(crate) units: Vec<Unit>,
     /// By step; absent values have run once.
     graphs: HashMap<GraphKey, Option<Graph>>,
     /// Whether the device chooses the tokens of the step submitted last.
@@ -152,6 +154,7 @@ impl CudaExecutor {
             kv_suffix,
             step: StepData::new(&device, &program, &limits)?,
             ropes: ropes(&device, &program)?,
+            angles: rows_of(&angle_widths(&program), "the rotary tables")?,
             hadamards: hadamards(&device, &program)?,
             routings: routings(&device, &program, rows_max)?,
             scratch: [allocate(scratch, activations)?, allocate(scratch, activations)?],
@@ -216,6 +219,7 @@ impl CudaExecutor {
     }
 
     fn launch_all(&self) -> Result<(), BackendError> {
+        self.rope_angles()?;
         self.units.iter().try_for_each(|unit| self.launch_unit(unit))?;
         if self.greedy { self.best() } else { Ok(()) }
     }
@@ -307,6 +311,11 @@ fn ropes(device: &Arc<Device>, program: &Program) -> Result<Vec<Memory>, Backend
     };
     let both = |rope: &RopeTable| [rope.frequencies(false), rope.frequencies(true)].concat();
     program.ropes.iter().map(|rope| table(&both(rope))).collect()
+}
+
+/// Elements a row of what `rope_angles` makes.
+fn angle_widths(program: &Program) -> Vec<usize> {
+    program.ropes.iter().map(|table| 2 * table.inverse_frequencies.len()).collect()
 }
 
 fn hadamards(

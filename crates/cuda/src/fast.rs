@@ -8,26 +8,42 @@ use crate::device::LaunchShape;
 use crate::executor::CudaExecutor;
 use crate::gemm::{FINISH_ROWS, GEMM_OUTPUTS, GEMM_THREADS, GemmKernel, PREPARE_THREADS};
 use crate::launch::{Product, SWIGLU, activation};
+use crate::packed::{PackedFormat, TILE};
 use crate::parameters::*;
 use crate::units::*;
-use crate::weights::TILE;
 
 /// Head sizes that `prefill.cu` has kernels for.
 const PREFILL_HEAD_DIMS: [usize; 2] = [64, 128];
+
+fn stream_name(format: PackedFormat, rows: usize) -> String {
+    format!("stream_{}_{rows}", format.name())
+}
+
+/// Says how the matrices lie.
+fn lay_out(parameters: &mut Stream, format: PackedFormat) {
+    parameters.tile_bytes = format.tile_bytes(parameters.width as usize) as u32;
+    (parameters.group_units, parameters.half_scales) = format.groups();
+}
 
 impl CudaExecutor {
     /// Lets the kernels have the shared memory that they may need.
     pub(crate) fn prepare_kernels(&self) -> Result<(), BackendError> {
         let allow = |kernel: &str, bytes| self.device.allow_shared(kernel, bytes);
-        (1..=STREAM_ROWS).try_for_each(|rows| allow(&format!("stream_{rows}"), SHARED_BYTES))?;
         for head_dim in PREFILL_HEAD_DIMS {
             allow(&format!("prefill_{head_dim}"), prefill_shared_bytes(head_dim))?;
         }
-        GemmKernel::all().try_for_each(|kernel| {
-            let bytes = kernel.shared_bytes();
-            allow(&kernel.name(false), bytes)?;
-            allow(&kernel.name(true), bytes)
-        })
+        let int4 = PackedFormat::Int4 { group_units: 0, half_scales: false };
+        for format in [PackedFormat::Bf16, PackedFormat::Fp8, int4] {
+            for rows in 1..=STREAM_ROWS {
+                allow(&stream_name(format, rows), SHARED_BYTES)?;
+            }
+            for kernel in GemmKernel::all() {
+                let bytes = kernel.shared_bytes(format);
+                allow(&kernel.name(format, false), bytes)?;
+                allow(&kernel.name(format, true), bytes)?;
+            }
+        }
+        Ok(())
     }
 
     /// Submits the kernels of ops that run together.
@@ -42,16 +58,16 @@ impl CudaExecutor {
 
     fn streamed(&self, it: &Streamed) -> Result<(), BackendError> {
         let ops = &self.program.ops;
-        let Some((rows, parameters)) = self.product_of(it) else {
+        let Some((rows, format, parameters)) = self.product_of(it) else {
             return ops[it.first..it.end].iter().try_for_each(|op| self.launch(op));
         };
         let written = &parameters.segments[..if parameters.paired == 1 { 1 } else { 3 }];
         // Blocks that are done write while others still read the input.
         let overwrites = written.iter().any(|segment| segment.out == parameters.input);
-        if streams(rows, parameters.width as usize) && !overwrites {
-            return self.stream(rows, parameters);
+        if streams(rows, parameters.width as usize, format.chunk_bytes()) && !overwrites {
+            return self.stream(rows, format, parameters);
         }
-        self.gemm(rows, parameters)
+        self.gemm(rows, format, parameters)
     }
 
     fn segment(&self, part: &LinearPart) -> Segment {
@@ -60,14 +76,20 @@ impl CudaExecutor {
 
     fn segment_of(&self, weight: Weight, bias: u64, out: u64) -> Segment {
         let outputs = self.program.weight(weight).shape[0];
-        let matrix = self.weights.address(weight);
+        let (matrix, scales) = (self.weights.address(weight), self.weights.scales(weight));
         let tiles = outputs.div_ceil(TILE) as u32;
-        Segment { matrix, bias, out, outputs: outputs as u32, tiles }
+        Segment { matrix, scales, bias, out, outputs: outputs as u32, tiles }
     }
 
     /// The rows of a product, and the product with what is before and after it.
-    fn product_of(&self, it: &Streamed) -> Option<(usize, Stream)> {
+    fn product_of(&self, it: &Streamed) -> Option<(usize, PackedFormat, Stream)> {
         let ops = &self.program.ops;
+        let weight = match &ops[it.product] {
+            Op::Linear { parts, .. } => parts.first()?.weight,
+            Op::Logits { head, .. } => *head,
+            _ => return None,
+        };
+        let format = self.weights.stored(weight).packed()?;
         let mut parameters = match &ops[it.product] {
             Op::Linear { input, parts } => {
                 let mut segments = [Segment::default(); 3];
@@ -93,6 +115,7 @@ impl CudaExecutor {
             },
             _ => return None,
         };
+        lay_out(&mut parameters, format);
         let logits = matches!(&ops[it.product], Op::Logits { .. });
         let rows = if logits { self.choices } else { self.rows };
         parameters.input = ops[it.first].inputs().next().map(|input| self.value(input))?;
@@ -117,29 +140,37 @@ impl CudaExecutor {
                 parameters.segments[0].out = self.value(*out);
             }
         }
-        Some((rows, parameters))
+        Some((rows, format, parameters))
     }
 
-    fn stream(&self, rows: usize, mut parameters: Stream) -> Result<(), BackendError> {
+    fn stream(
+        &self,
+        rows: usize,
+        format: PackedFormat,
+        mut parameters: Stream,
+    ) -> Result<(), BackendError> {
         let width = parameters.width as usize;
-        let stages = stream_stages(rows, width).unwrap_or(STAGES_MIN);
+        let chunk_bytes = format.chunk_bytes();
+        let stages = stream_stages(rows, width, chunk_bytes).unwrap_or(STAGES_MIN);
         parameters.stages = stages as u32;
         let shape = LaunchShape {
             grid: [PROCESSORS, 1, 1],
             threads: STREAM_THREADS,
-            shared_bytes: stream_fixed_bytes(rows, width) + stages * (CHUNK_BYTES + 16),
+            shared_bytes: stream_fixed_bytes(rows, width) + stages * (chunk_bytes + 16),
             dependent: true,
         };
-        self.device.launch_shaped(&format!("stream_{rows}"), shape, &parameters)
+        self.device.launch_shaped(&stream_name(format, rows), shape, &parameters)
     }
 
     /// A product with a matrix in fragment order.
-    pub(crate) fn packed_product(&self, product: &Product) -> Result<(), BackendError> {
-        let [rows, outputs, width] = product.sizes;
-        let tiles = outputs.div_ceil(TILE) as u32;
-        let (matrix, bias, out) = (product.matrix.0, product.bias, product.out);
-        let segment = Segment { matrix, bias, out, outputs: outputs as u32, tiles };
-        let parameters = Stream {
+    pub(crate) fn packed_product(
+        &self,
+        product: &Product,
+        format: PackedFormat,
+    ) -> Result<(), BackendError> {
+        let [rows, _, width] = product.sizes;
+        let segment = self.segment_of(product.weight, product.bias, product.out);
+        let mut parameters = Stream {
             segments: [segment, Segment::default(), Segment::default()],
             count: 1,
             input: product.input,
@@ -149,13 +180,14 @@ impl CudaExecutor {
             cap: product.cap,
             ..Stream::default()
         };
-        match streams(rows, width) && product.input != product.out {
-            true => self.stream(rows, parameters),
-            false => self.gemm(rows, parameters),
+        lay_out(&mut parameters, format);
+        match streams(rows, width, format.chunk_bytes()) && product.input != product.out {
+            true => self.stream(rows, format, parameters),
+            false => self.gemm(rows, format, parameters),
         }
     }
 
-    fn gemm(&self, rows: usize, product: Stream) -> Result<(), BackendError> {
+    fn gemm(&self, rows: usize, format: PackedFormat, product: Stream) -> Result<(), BackendError> {
         if rows == 0 {
             return Ok(());
         }
@@ -177,6 +209,7 @@ impl CudaExecutor {
             normed: product.normed,
             offset: product.offset,
             epsilon: product.epsilon,
+            factor: format.activation_factor(),
         };
         let shape = LaunchShape {
             grid: [rows, 1, 1],
@@ -203,10 +236,10 @@ impl CudaExecutor {
         let shape = LaunchShape {
             grid: [PROCESSORS, 1, 1],
             threads: GEMM_THREADS,
-            shared_bytes: kernel.shared_bytes(),
+            shared_bytes: kernel.shared_bytes(format),
             dependent: true,
         };
-        self.device.launch_shaped(&kernel.name(paired), shape, &gemm)?;
+        self.device.launch_shaped(&kernel.name(format, paired), shape, &gemm)?;
         if cut.share == 0 {
             return Ok(());
         }
@@ -217,6 +250,31 @@ impl CudaExecutor {
             dependent: true,
         };
         self.device.launch_shaped("gemm_finish", shape, &gemm)
+    }
+
+    /// The sines and cosines of the step's rows, for `turn_and_store`.
+    pub(crate) fn rope_angles(&self) -> Result<(), BackendError> {
+        if !self.units.iter().any(|unit| matches!(unit, Unit::TurnAndStore(_))) {
+            return Ok(());
+        }
+        for (index, table) in self.program.ropes.iter().enumerate() {
+            let pairs = table.inverse_frequencies.len();
+            let parameters = RopeAngles {
+                rows: self.step.rows(),
+                frequencies: self.ropes[index].address(),
+                out: self.angles[index].address(),
+                pairs: pairs as u32,
+                magnitude: table.magnitude,
+            };
+            let shape = LaunchShape {
+                grid: [self.rows, 1, 1],
+                threads: pairs.next_multiple_of(32).clamp(32, 256),
+                shared_bytes: 0,
+                dependent: true,
+            };
+            self.device.launch_shaped("rope_angles", shape, &parameters)?;
+        }
+        Ok(())
     }
 
     fn turn_and_store(&self, at: usize) -> Result<(), BackendError> {
@@ -236,7 +294,7 @@ impl CudaExecutor {
             query: self.value(*query),
             key: self.value(*key),
             value: self.value(*value),
-            frequencies: self.ropes[rope.0 as usize].address(),
+            angles: self.angles[rope.0 as usize].address(),
             query_out: self.value(*query_out),
             key_out: self.value(*key_out),
             heads: *heads as u32,
@@ -246,7 +304,6 @@ impl CudaExecutor {
             offset: *offset as u32,
             pairs: table.inverse_frequencies.len() as u32,
             interleaved: u32::from(table.style == RopeStyle::Interleaved),
-            magnitude: table.magnitude,
         };
         let warps = 4;
         let shape = LaunchShape {
@@ -316,7 +373,7 @@ impl CudaExecutor {
     ) -> Result<(), BackendError> {
         let AttendSpec { heads, kv_heads, head_dim, .. } = *spec;
         let queries = heads / kv_heads;
-        let shares = (BLOCKS_WANTED / (self.rows * kv_heads)).clamp(1, ATTEND_SHARES_MAX);
+        let shares = (ATTEND_BLOCKS / (self.rows * kv_heads)).clamp(1, ATTEND_SHARES_MAX);
         let split = AttendSplit {
             cache,
             rows: self.step.rows(),

@@ -3,15 +3,17 @@
 
 use lathe_program::{Op, Program, Weight};
 
+use crate::packed::{BLOCK_COLUMNS, PackedFormat, TILE};
 use crate::units::PROCESSORS;
-use crate::weights::{BLOCK_COLUMNS, Stored, TILE, Weights};
+use crate::weights::Weights;
 
 /// As in `gemm.cu`.
 pub(crate) const GEMM_THREADS: usize = 3 * 128;
 pub(crate) const PREPARE_THREADS: usize = 256;
 pub(crate) const FINISH_ROWS: usize = 2;
 pub(crate) const GEMM_OUTPUTS: usize = 8 * TILE;
-const BLOCK_BYTES: usize = 1024;
+const RING_BYTES: usize = 222 * 1024;
+const STAGES_MAX: usize = 12;
 const PART_COLUMNS: usize = 64;
 
 /// A kernel of `gemm.cu`.
@@ -19,21 +21,20 @@ const PART_COLUMNS: usize = 64;
 pub(crate) struct GemmKernel {
     /// Columns of a tile: rows times `parts`.
     pub(crate) columns: usize,
-    /// Blocks of the weights' columns in a stage, and stages of the ring.
+    /// Blocks of the weights' columns in a stage.
     blocks: usize,
-    stages: usize,
     /// Parts of an activation: 2 keep nearly all of its bits, 1 rounds it to `bf16`.
     pub(crate) parts: usize,
 }
 
 /// By the most rows that each is for.
 const KERNELS: [(usize, GemmKernel); 6] = [
-    (8, GemmKernel { columns: 16, blocks: 4, stages: 6, parts: 2 }),
-    (16, GemmKernel { columns: 32, blocks: 4, stages: 5, parts: 2 }),
-    (32, GemmKernel { columns: 64, blocks: 4, stages: 4, parts: 2 }),
-    (64, GemmKernel { columns: 128, blocks: 2, stages: 6, parts: 2 }),
-    (128, GemmKernel { columns: 128, blocks: 2, stages: 6, parts: 1 }),
-    (usize::MAX, GemmKernel { columns: 256, blocks: 2, stages: 4, parts: 1 }),
+    (8, GemmKernel { columns: 16, blocks: 4, parts: 2 }),
+    (16, GemmKernel { columns: 32, blocks: 4, parts: 2 }),
+    (32, GemmKernel { columns: 64, blocks: 4, parts: 2 }),
+    (64, GemmKernel { columns: 128, blocks: 2, parts: 2 }),
+    (128, GemmKernel { columns: 128, blocks: 2, parts: 1 }),
+    (usize::MAX, GemmKernel { columns: 256, blocks: 2, parts: 1 }),
 ];
 
 impl GemmKernel {
@@ -46,16 +47,18 @@ impl GemmKernel {
         KERNELS.into_iter().map(|(_, kernel)| kernel)
     }
 
-    pub(crate) fn name(self, paired: bool) -> String {
+    pub(crate) fn name(self, format: PackedFormat, paired: bool) -> String {
         let GemmKernel { columns, parts, .. } = self;
-        format!("gemm_{}{columns}_{parts}", if paired { "paired_" } else { "" })
+        let paired = if paired { "paired_" } else { "" };
+        format!("gemm_{paired}{}_{columns}_{parts}", format.name())
     }
 
     /// Shared memory of a block: the ring, its barriers, and room to begin at a multiple of 1024.
-    pub(crate) fn shared_bytes(self) -> usize {
-        let weights = GEMM_OUTPUTS / TILE * self.blocks * BLOCK_BYTES;
-        let activations = self.columns * self.blocks * BLOCK_COLUMNS * 2;
-        self.stages * (weights + activations + 16) + 1024
+    pub(crate) fn shared_bytes(self, format: PackedFormat) -> usize {
+        let scales = if matches!(format, PackedFormat::Int4 { .. }) { 1024 } else { 0 };
+        let weights = GEMM_OUTPUTS / TILE * self.blocks * format.block_bytes() + scales;
+        let stage = weights + self.columns * self.blocks * BLOCK_COLUMNS * 2;
+        (RING_BYTES / stage).min(STAGES_MAX) * (stage + 16) + 1024
     }
 
     /// Rows times parts, up to whole tiles.
@@ -100,7 +103,7 @@ fn products<'a>(
     program: &'a Program,
     weights: &'a Weights,
 ) -> impl Iterator<Item = (usize, usize, bool)> + 'a {
-    let packed = |weight: &Weight| weights.stored(*weight) == Stored::Packed;
+    let packed = |weight: &Weight| weights.stored(*weight).packed().is_some();
     let tiles = |weight: &Weight| program.weight(*weight).shape[0].div_ceil(TILE);
     program.ops.iter().filter_map(move |op| match op {
         Op::Linear { input, parts } => {
@@ -148,8 +151,12 @@ mod tests {
 
     #[test]
     fn a_block_fits_the_shared_memory() {
+        let int4 = PackedFormat::Int4 { group_units: 2, half_scales: false };
         for kernel in GemmKernel::all() {
-            assert!(kernel.shared_bytes() <= crate::units::SHARED_BYTES, "{kernel:?}");
+            for format in [PackedFormat::Bf16, PackedFormat::Fp8, int4] {
+                let bytes = kernel.shared_bytes(format);
+                assert!(bytes <= crate::units::SHARED_BYTES, "{kernel:?}, {format:?}: {bytes}");
+            }
         }
     }
 

@@ -36,7 +36,7 @@ pub(crate) fn activation(kind: Activation) -> (u32, f32, f32) {
 /// A product `[rows, width] x [outputs, width]^T`.
 pub(crate) struct Product {
     pub(crate) input: u64,
-    pub(crate) matrix: (u64, Stored),
+    pub(crate) weight: Weight,
     pub(crate) bias: u64,
     pub(crate) pick: u64,
     pub(crate) out: u64,
@@ -61,12 +61,13 @@ impl CudaExecutor {
         if rows == 0 {
             return Ok(());
         }
-        if product.matrix.1 == Stored::Packed {
-            return self.packed_product(product);
+        let (matrix, stored) = self.matrix(product.weight);
+        if let Some(format) = stored.packed() {
+            return self.packed_product(product, format);
         }
         let parameters = Linear {
             input: product.input,
-            matrix: product.matrix.0,
+            matrix,
             bias: product.bias,
             pick: product.pick,
             out: product.out,
@@ -77,7 +78,7 @@ impl CudaExecutor {
             cap: product.cap,
         };
         let grid = [outputs.div_ceil(OUTPUTS), rows.div_ceil(LINEAR_ROWS)];
-        let kernel = format!("linear_{}", product.matrix.1.suffix());
+        let kernel = format!("linear_{}", stored.suffix());
         self.device.launch(&kernel, grid, (THREADS, 0), &parameters)
     }
 
@@ -150,7 +151,7 @@ impl CudaExecutor {
         let Op::Logits { input, head, scale, softcap, .. } = op else { return Ok(()) };
         self.product(&Product {
             input: self.value(*input),
-            matrix: self.matrix(*head),
+            weight: *head,
             bias: 0,
             pick: self.step.pick(),
             out: self.logits.address(),
@@ -163,6 +164,8 @@ impl CudaExecutor {
     fn embed(&self, op: &Op) -> Result<(), BackendError> {
         let Op::Embed { table, first_token, multiplier, out } = op else { return Ok(()) };
         let (address, stored) = self.matrix(*table);
+        let format = stored.packed();
+        let (group_units, half_scales) = format.map_or((0, 0), |format| format.groups());
         let parameters = Embed {
             rows: self.step.rows(),
             chosen: self.best_tokens.address(),
@@ -172,13 +175,17 @@ impl CudaExecutor {
             first_token: *first_token,
             tokens: self.program.weight(*table).shape[0] as u32,
             multiplier: *multiplier,
+            scales: self.weights.scales(*table),
+            tile_bytes: format.map_or(0, |it| it.tile_bytes(self.width(*out)) as u32),
+            group_units,
+            half_scales,
         };
         let kernel = format!("embed_{}", stored.suffix());
         let shape = LaunchShape {
             grid: [self.rows, 1, 1],
             threads: THREADS,
             shared_bytes: 0,
-            dependent: stored == Stored::Packed,
+            dependent: format.is_some(),
         };
         self.device.launch_shaped(&kernel, shape, &parameters)
     }
@@ -229,7 +236,7 @@ impl CudaExecutor {
     fn linear(&self, input: Value, part: &LinearPart) -> Result<(), BackendError> {
         self.product(&Product {
             input: self.value(input),
-            matrix: self.matrix(part.weight),
+            weight: part.weight,
             bias: self.weights.optional(part.bias),
             pick: 0,
             out: self.value(part.out),
@@ -422,7 +429,7 @@ impl CudaExecutor {
         let logits = self.scratch[0].address();
         self.product(&Product {
             input: address,
-            matrix: self.matrix(spec.weight),
+            weight: spec.weight,
             bias: self.weights.optional(spec.bias),
             pick: 0,
             out: logits,

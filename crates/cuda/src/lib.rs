@@ -15,6 +15,7 @@ mod executor;
 mod fast;
 mod gemm;
 mod launch;
+mod packed;
 #[allow(unsafe_code)] // Vouches for the layout of the kernels' arguments.
 mod parameters;
 mod step_data;

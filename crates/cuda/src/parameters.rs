@@ -20,7 +20,7 @@ macro_rules! parameters {
 parameters! {
     Embed {
         rows: u64, chosen: u64, table: u64, out: u64, width: u32, first_token: u32, tokens: u32,
-        multiplier: f32,
+        multiplier: f32, scales: u64, tile_bytes: u32, group_units: u32, half_scales: u32,
     }
     Norm {
         input: u64, weight: u64, bias: u64, out: u64, n: u32, groups: u32,
@@ -69,16 +69,20 @@ parameters! {
         kind: u32, alpha: f32, limit: f32,
     }
     Pack { rows: u64, out: u64, words: u64, outputs: u32, width: u32 }
-    Segment { matrix: u64, bias: u64, out: u64, outputs: u32, tiles: u32 }
+    PackCodes {
+        codes: u64, scales: u64, out: u64, words: u64,
+        outputs: u32, width: u32, row_bytes: u32, tile_bytes: u32, group_units: u32,
+    }
+    Segment { matrix: u64, scales: u64, bias: u64, out: u64, outputs: u32, tiles: u32 }
     Stream {
         segments: [Segment; 3], input: u64, norm: u64, residual: u64, pick: u64,
         width: u32, count: u32, stages: u32, normed: u32, paired: u32, kind: u32,
         alpha: f32, limit: f32, scale: f32, cap: f32, add_scale: f32, offset: f32, epsilon: f32,
-        unused: u32,
+        tile_bytes: u32, group_units: u32, half_scales: u32,
     }
     Prepare {
         input: u64, norm: u64, pick: u64, out: u64,
-        width: u32, padded: u32, parts: u32, normed: u32, offset: f32, epsilon: f32,
+        width: u32, padded: u32, parts: u32, normed: u32, offset: f32, epsilon: f32, factor: f32,
     }
     Gemm {
         product: Stream, x: u64, sums: u64, rows: u32, parts: u32, padded: u32, tiles: u32,
@@ -93,11 +97,12 @@ parameters! {
         kv_heads: u32, queries: u32, window: u32, scale: f32, cap: f32,
     }
     AttendJoin { parts: u64, sinks: u64, out: u64, heads: u32, shares: u32, dim: u32 }
+    RopeAngles { rows: u64, frequencies: u64, out: u64, pairs: u32, magnitude: f32 }
     TurnAndStore {
-        cache: CacheView, rows: u64, query: u64, key: u64, value: u64, frequencies: u64,
+        cache: CacheView, rows: u64, query: u64, key: u64, value: u64, angles: u64,
         query_out: u64, key_out: u64,
         heads: u32, kv_heads: u32, dim: u32, value_dim: u32, offset: u32, pairs: u32,
-        interleaved: u32, magnitude: f32,
+        interleaved: u32,
     }
     Best { logits: u64, parts: u64, out: u64, vocabulary: u32 }
 }

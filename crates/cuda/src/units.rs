@@ -3,22 +3,22 @@
 
 use lathe_program::{BufferPlan, KvFormat, LinearPart, NormKind, Op, Program, Value, Weight};
 
-use crate::weights::{Stored, TILE, Weights};
+use crate::packed::{PackedFormat, TILE};
+use crate::weights::Weights;
 
 /// Rows that `stream_N` takes.
 pub(crate) const STREAM_ROWS: usize = 4;
 /// As in `product.cu`.
 pub(crate) const STREAM_THREADS: usize = 9 * 32;
 pub(crate) const STREAM_WARPS: usize = 8;
-pub(crate) const CHUNK_BYTES: usize = 8192;
 pub(crate) const PART_TILES: usize = 16;
 /// Shared memory of a block, and the fewest chunks in flight that keep the memory busy.
 pub(crate) const SHARED_BYTES: usize = 227 * 1024;
 pub(crate) const STAGES_MIN: usize = 8;
 pub(crate) const STAGES_MAX: usize = 20;
-/// Multiprocessors, and blocks that fill the device twice.
 pub(crate) const PROCESSORS: usize = 132;
-pub(crate) const BLOCKS_WANTED: usize = 2 * PROCESSORS;
+/// Blocks of split attention that fill the device: six fit a multiprocessor.
+pub(crate) const ATTEND_BLOCKS: usize = 6 * PROCESSORS;
 /// As in `attend.cu`.
 pub(crate) const ATTEND_THREADS: usize = 128;
 pub(crate) const ATTEND_SHARES_MAX: usize = 32;
@@ -103,8 +103,8 @@ impl Finder<'_> {
         self.ends_at(value, at) && self.program.ops[at].inputs().any(|input| input == value)
     }
 
-    fn packed(&self, weight: Weight) -> bool {
-        self.weights.stored(weight) == Stored::Packed
+    fn packed(&self, weight: Weight) -> Option<PackedFormat> {
+        self.weights.stored(weight).packed()
     }
 
     fn streamed(&self, first: usize) -> Option<Streamed> {
@@ -118,13 +118,17 @@ impl Finder<'_> {
                 let end = product + if after == After::Nothing { 1 } else { 2 };
                 found(after, end)
             }
-            Op::Logits { head, .. } if self.packed(*head) => found(After::Nothing, product + 1),
+            Op::Logits { head, .. } if self.packed(*head).is_some() => {
+                found(After::Nothing, product + 1)
+            }
             _ => None,
         }
     }
 
     fn fits(&self, parts: &[LinearPart]) -> bool {
-        parts.len() <= 3 && parts.iter().all(|part| self.packed(part.weight))
+        let format = |part: &LinearPart| self.packed(part.weight);
+        let first = parts.first().and_then(format);
+        first.is_some() && parts.len() <= 3 && parts.iter().all(|part| format(part) == first)
     }
 
     /// Op `at`, if it is an RMS norm of whole rows for the next op alone.
@@ -186,14 +190,14 @@ pub(crate) fn stream_fixed_bytes(rows: usize, width: usize) -> usize {
 }
 
 /// Chunks of the ring: an even number, since two groups of warps take them by turns.
-pub(crate) fn stream_stages(rows: usize, width: usize) -> Option<usize> {
+pub(crate) fn stream_stages(rows: usize, width: usize, chunk_bytes: usize) -> Option<usize> {
     let left = SHARED_BYTES.checked_sub(stream_fixed_bytes(rows, width) + 1024)?;
-    let stages = (left / (CHUNK_BYTES + 16)).min(STAGES_MAX) / 2 * 2;
+    let stages = (left / (chunk_bytes + 16)).min(STAGES_MAX) / 2 * 2;
     (stages >= STAGES_MIN).then_some(stages)
 }
 
-pub(crate) fn streams(rows: usize, width: usize) -> bool {
-    (1..=STREAM_ROWS).contains(&rows) && stream_stages(rows, width).is_some()
+pub(crate) fn streams(rows: usize, width: usize, chunk_bytes: usize) -> bool {
+    (1..=STREAM_ROWS).contains(&rows) && stream_stages(rows, width, chunk_bytes).is_some()
 }
 
 /// Elements of the parts that split attention leaves.
@@ -203,7 +207,7 @@ pub(crate) fn attention_parts(program: &Program, rows_max: usize) -> usize {
         _ => 0,
     };
     let widest = program.ops.iter().map(of).max().unwrap_or(0);
-    widest * (rows_max + BLOCKS_WANTED)
+    widest * (rows_max + ATTEND_BLOCKS)
 }
 
 /// Rows of a sequence that a block of `prefill.cu` takes, whatever the layer.

@@ -1,5 +1,5 @@
-//! `Weights`: a program's weights on the device, as `f32` or `bf16`, each tensor once. The `bf16`
-//! matrices of products are laid out for the tensor cores, unless the executor is exact.
+//! `Weights`: a program's weights on the device, each tensor once. The matrices of products are
+//! laid out for the tensor cores, in `bf16` or as codes with scales, unless the executor is exact.
 
 use std::sync::Arc;
 
@@ -7,19 +7,15 @@ use lathe_program::{BackendError, Op, Program, Weight, WeightRole, WeightSource}
 use lathe_tensor::{FloatType, Format, Tensor};
 
 use crate::device::{Device, Memory};
-use crate::parameters::Pack;
-
-/// Outputs of a tile and columns of a block of [`Stored::Packed`].
-pub(crate) const TILE: usize = 16;
-pub(crate) const BLOCK_COLUMNS: usize = 32;
+use crate::packed::{BLOCK_COLUMNS, PackedFormat, pack};
 
 /// How a weight's numbers lie on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stored {
     F32,
     Bf16,
-    /// `bf16` in fragment order (`kernels/fast/product.cu`).
-    Packed,
+    /// In fragment order.
+    Packed(PackedFormat),
 }
 
 impl Stored {
@@ -28,15 +24,28 @@ impl Stored {
         match self {
             Stored::F32 => "f32",
             Stored::Bf16 => "bf16",
-            Stored::Packed => "packed",
+            Stored::Packed(PackedFormat::Bf16) => "packed",
+            Stored::Packed(format) => format.name(),
         }
+    }
+
+    pub(crate) fn packed(self) -> Option<PackedFormat> {
+        if let Stored::Packed(format) = self { Some(format) } else { None }
     }
 }
 
 #[derive(Clone)]
 struct Placed {
     memory: Arc<Memory>,
+    /// Of outputs, `f32`.
+    scales: Option<Arc<Memory>>,
     stored: Stored,
+}
+
+impl Placed {
+    fn plain(memory: Memory, stored: Stored) -> Self {
+        Placed { memory: Arc::new(memory), scales: None, stored }
+    }
 }
 
 pub(crate) struct Weights {
@@ -67,13 +76,14 @@ impl Weights {
             let usable = |it: &Placed| match it.stored {
                 Stored::F32 => true,
                 Stored::Bf16 => !vector,
-                Stored::Packed => packable[index],
+                Stored::Packed(_) => packable[index],
             };
             let placed = match shared.filter(usable) {
                 Some(placed) => placed,
                 None => {
-                    let placed = place(device, &tensor, vector, packable[index])?;
-                    weights.bytes += placed.memory.bytes();
+                    let placed = place(device, &tensor, vector, packable[index], exact)?;
+                    let scales = placed.scales.as_ref().map_or(0, |scales| scales.bytes());
+                    weights.bytes += placed.memory.bytes() + scales;
                     placed
                 }
             };
@@ -90,6 +100,11 @@ impl Weights {
     /// The address of what may be absent.
     pub(crate) fn optional(&self, weight: Option<Weight>) -> u64 {
         weight.map_or(0, |weight| self.address(weight))
+    }
+
+    /// Of the scales of the outputs; 0 if there are none.
+    pub(crate) fn scales(&self, weight: Weight) -> u64 {
+        self.placed[weight.0 as usize].scales.as_ref().map_or(0, |scales| scales.address())
     }
 
     pub(crate) fn stored(&self, weight: Weight) -> Stored {
@@ -116,37 +131,43 @@ fn packable(program: &Program) -> Vec<bool> {
     packable
 }
 
-/// Vectors are `f32`; matrices stay `bf16` or `f32`, and `f16` becomes `f32`, which holds it.
+/// Vectors are `f32`. Matrices stay `bf16` or `f32`, and `f16` becomes `f32`, which holds it.
+/// Codes with scales become `f32` where the executor is exact, and else have a layout of their own.
 fn place(
     device: &Arc<Device>,
     tensor: &Tensor,
     vector: bool,
-    pack: bool,
+    packable: bool,
+    exact: bool,
 ) -> Result<Placed, BackendError> {
     let what = "the weights";
+    let columns = tensor.shape.last().copied().unwrap_or(0);
+    let format = PackedFormat::of(tensor.format, columns).filter(|_| packable && !vector);
+    if let Some(format) = format {
+        let matrix = pack(device, tensor, format)?;
+        return Ok(Placed {
+            memory: Arc::new(matrix.codes),
+            scales: matrix.scales.map(Arc::new),
+            stored: Stored::Packed(format),
+        });
+    }
     match tensor.format {
         Format::Float(FloatType::BF16) if !vector => {
             let rows = device.allocate(2 * tensor.elements(), what)?;
             rows.write(0, &tensor.codes[..])?;
-            if !pack {
-                return Ok(Placed { memory: Arc::new(rows), stored: Stored::Bf16 });
-            }
-            let (outputs, width) = (tensor.shape[0], tensor.shape[1]);
-            let memory = device.allocate(outputs.next_multiple_of(TILE) * width * 2, what)?;
-            let words = (memory.bytes() / 4) as u64;
-            let (from, out) = (rows.address(), memory.address());
-            let parameters =
-                Pack { rows: from, out, words, outputs: outputs as u32, width: width as u32 };
-            device.launch("pack_bf16", [1024, 1], (256, 0), &parameters)?;
-            Ok(Placed { memory: Arc::new(memory), stored: Stored::Packed })
+            Ok(Placed::plain(rows, Stored::Bf16))
         }
-        Format::Float(_) => {
+        other if vector && !matches!(other, Format::Float(_)) => {
+            Err(unsupported(format!("vectors in {other}")))
+        }
+        other if !exact && !matches!(other, Format::Float(_)) => {
+            Err(unsupported(format!("these weights in {other}: {:?}", tensor.shape)))
+        }
+        _ => {
             let memory = device.allocate(4 * tensor.elements(), what)?;
             memory.write(0, &tensor.to_f32())?;
-            Ok(Placed { memory: Arc::new(memory), stored: Stored::F32 })
+            Ok(Placed::plain(memory, Stored::F32))
         }
-        other if vector => Err(unsupported(format!("vectors in {other:?}"))),
-        other => Err(unsupported(format!("weights in {other:?}"))),
     }
 }
 

@@ -118,12 +118,16 @@ fn fast_kernels_choose() {
 
 /// A decoder whose products have rows of several chunks of weights, and tiles that are not full.
 fn wide(heads: usize, kv_heads: usize, head_dim: usize) -> Program {
+    wide_of(heads, kv_heads, head_dim, [1056, 2080])
+}
+
+fn wide_of(heads: usize, kv_heads: usize, head_dim: usize, [width, hidden]: [usize; 2]) -> Program {
     let style = GroupedStyle::HeadNorms;
     let attention = SmallAttention::Grouped { style, heads, kv_heads, head_dim };
     let decoder = SmallDecoder {
         vocabulary: 1031,
-        width: 1056,
-        hidden: 2080,
+        width,
+        hidden,
         window: Some(40),
         block_tokens: 16,
         attention,
@@ -172,6 +176,50 @@ fn large_steps_agree_on_wide_decoders() {
         }
         println!("{rows_max} rows, {kv_format:?}: worst {} of {}", report.worst, report.numbers);
         assert!(report.numbers > rows_max * 1031 && report.unsupported.is_empty(), "{report:?}");
+    }
+}
+
+/// Codes with scales. Up to four rows, and e4m3 with any number, multiply the codes and then the
+/// sums; more rows multiply four-bit codes by their group's scale first, which rounds the scale and
+/// the weight to `bf16`: as much as rounding activations.
+#[test]
+fn codes_with_scales_agree_on_wide_decoders() {
+    let Some(backend) = backend("codes_with_scales_agree_on_wide_decoders") else { return };
+    for name in [
+        "f8e4m3-channel-f32",
+        "f8e4m3-tensor-bf16",
+        "int4-channel-f32",
+        "int4-g64-f16",
+        "int4-g128-bf16",
+    ] {
+        let format = Format::parse(name).expect("a format");
+        let grouped = format.block_len() > 1;
+        for (rows_max, tokens, coarse) in [
+            (3, 20, 1e-3),
+            (4, 30, 1e-3),
+            (17, 60, if grouped { 8e-2 } else { 1e-3 }),
+            (64, 150, if grouped { 8e-2 } else { 1e-3 }),
+            (300, 600, 8e-2),
+        ] {
+            let mut report = Summary::default();
+            let program = wide_of(6, 2, 64, [1152, 2176]);
+            let case = Case { name: name.to_owned(), program, attends: true };
+            let settings = Settings { format, ..fast(KvFormat::F32, coarse) };
+            let size = Size { rows_max, tokens };
+            check_case_of(&backend, &settings, &case, size, &mut report)
+                .unwrap_or_else(|failure| panic!("{rows_max} rows: {failure}"));
+            println!("{name}, {rows_max} rows: worst {} of {}", report.worst, report.numbers);
+            assert!(report.numbers > 1031 && report.unsupported.is_empty(), "{report:?}");
+        }
+    }
+}
+
+#[test]
+fn exact_executors_hold_any_format_as_f32() {
+    let Some(backend) = backend("exact_executors_hold_any_format_as_f32") else { return };
+    for name in ["f8e4m3-channel-f32", "int4-g32-f16-asym", "q4_k", "mxfp4"] {
+        let format = Format::parse(name).expect("a format");
+        run(&backend, &Settings { format, seeds: 2, ..Settings::default() });
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use lathe_program::sampling::validate_bias;
-use lathe_program::{BackendError, Choice, Executor, Report, TokenCounts, TokenLogprobs};
+use lathe_program::{
+    BackendError, Choice, Executor, Report, StepSequence, TokenCounts, TokenLogprobs,
+};
 
 use crate::draft::{DraftText, DraftTree, Drafter, StepCost};
 use crate::request::{AddError, Event, FinishReason, Request, RequestId};
@@ -402,6 +404,8 @@ impl Engine {
     fn collect(&mut self) -> Result<Vec<Chosen>, EngineError> {
         let Some(plan) = self.in_flight.front_mut() else { return Ok(Vec::new()) };
         let expected = plan.sequences.iter().map(|part| part.choice_rows.len()).sum();
+        let reads_features = self.drafter.as_ref().is_some_and(|drafter| drafter.reads_features());
+        let mut features = Vec::new();
         let result = self.executor.collect().map_err(EngineError::from).and_then(|output| {
             let (found, reported) = (output.tokens.len(), output.logprobs.len());
             if found != expected || reported != expected {
@@ -412,6 +416,9 @@ impl Engine {
                 let own = first..first + part.choice_rows.len();
                 first = own.end;
                 accept(part, &output.tokens[own.clone()], &output.logprobs[own], &mut chosen);
+            }
+            if reads_features {
+                features = features_of(plan, &output.captures);
             }
             Ok(chosen)
         });
@@ -430,6 +437,10 @@ impl Engine {
         }
         self.scheduler.commit(&plan);
         if let Some(drafter) = &mut self.drafter {
+            // Those that ended while the step was in flight are forgotten already.
+            for it in features.iter().filter(|it| self.outputs.contains_key(&it.request)) {
+                drafter.features(it.request, it.first, &it.rows);
+            }
             for part in plan.sequences.iter().filter(|part| !part.tree.is_empty()) {
                 drafter.observe(part.request, &part.tree, part.accepted.len());
             }
@@ -536,6 +547,33 @@ struct Chosen {
     logprobs: Option<TokenLogprobs>,
     /// Whether it was drafted, so that the scheduler has it.
     accepted: bool,
+}
+
+/// What the taps made of the rows of a text that stay.
+struct Features {
+    request: RequestId,
+    /// The position of the first row.
+    first: usize,
+    /// `[rows, width of all taps]`.
+    rows: Vec<f32>,
+}
+
+/// The rows that advance the texts of a plan: those of known tokens, and of accepted nodes.
+fn features_of(plan: &Plan, captures: &[&[f32]]) -> Vec<Features> {
+    let all = plan.step.rows();
+    let of_part = |(part, sequence): (&PlannedSequence, &StepSequence)| {
+        let sure = part.sure_rows();
+        let kept = (0..sure).chain(part.accepted.iter().map(|node| sure + node));
+        let mut rows = Vec::new();
+        for row in kept.map(|row| sequence.first_row as usize + row) {
+            for tap in captures {
+                let width = tap.len() / all;
+                rows.extend_from_slice(&tap[row * width..(row + 1) * width]);
+            }
+        }
+        Features { request: part.request, first: sequence.cached as usize, rows }
+    };
+    plan.sequences.iter().zip(&plan.step.sequences).map(of_part).collect()
 }
 
 /// Follows the tokens that a part's rows chose down its tree, as far as it has them, and adds them

@@ -22,7 +22,9 @@ pub mod text;
 #[cfg(test)]
 mod tests;
 
-pub use draft::{DraftText, DraftTree, Drafter, LookupDrafter, ModelDrafter, StackedDrafter};
+pub use draft::{
+    DraftText, DraftTree, Drafter, EagleDrafter, LookupDrafter, ModelDrafter, StackedDrafter,
+};
 pub use engine::{Engine, EngineConfig, EngineError, Stats};
 pub use eval::{Comparison, Perplexity, Windows, compare, perplexity};
 pub use lathe_program::{Sampling, SamplingError, TokenLogprobs};

@@ -190,7 +190,7 @@ pub struct PlannedSequence {
 
 impl PlannedSequence {
     /// Rows that advance the sequence whatever is accepted.
-    fn sure_rows(&self) -> usize {
+    pub(crate) fn sure_rows(&self) -> usize {
         self.rows - self.tree.len()
     }
 }

@@ -57,6 +57,12 @@ pub enum ScoreError {
     /// The executor failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// The model gave NaN or plus infinity as a logit.
+    #[error("the model gives no finite logits at position {position}")]
+    NotFinite {
+        /// Where.
+        position: usize,
+    },
     /// The executor returned logits of another shape.
     #[error("the executor returned {found} logits, expected {expected}")]
     Logits {
@@ -207,6 +213,14 @@ impl<'a> Feed<'a> {
         let expected = wanted as usize * self.vocabulary;
         if logits.len() != expected {
             return Err(ScoreError::Logits { found: logits.len(), expected });
+        }
+        // Minus infinity forbids a token, as long as another one is left.
+        let strange = |row: &[f32]| {
+            row.iter().any(|x| x.is_nan() || *x == f32::INFINITY)
+                || row.iter().all(|x| *x == f32::NEG_INFINITY)
+        };
+        if let Some(row) = logits.chunks_exact(self.vocabulary).position(strange) {
+            return Err(ScoreError::NotFinite { position: first + row });
         }
         Ok((first, logits))
     }

@@ -1,4 +1,4 @@
-//! The command line as data.
+//! The command line as data. Doc comments of arguments are the text of `--help`.
 
 use std::convert::Infallible;
 use std::num::NonZeroUsize;
@@ -81,7 +81,7 @@ pub(crate) struct Global {
 }
 
 impl Global {
-    /// How a model is to be run.
+    /// The options to run a model with.
     pub(crate) fn options(&self) -> Options {
         Options {
             device: self.device.into(),
@@ -91,7 +91,7 @@ impl Global {
         }
     }
 
-    /// How to open MODEL.
+    /// The options to open MODEL with.
     pub(crate) fn open_options(&self) -> OpenOptions {
         OpenOptions {
             adapter: self.adapter.clone().unwrap_or_default(),
@@ -100,7 +100,7 @@ impl Global {
         }
     }
 
-    /// As [`Self::open_options`], with so many positions if `context` is given.
+    /// As [`Self::open_options`], with `context` positions if it is given.
     pub(crate) fn open_options_for(&self, context: Option<usize>) -> OpenOptions {
         OpenOptions { context, ..self.open_options() }
     }
@@ -114,7 +114,7 @@ fn parse_adapter(text: &str) -> Result<AdapterChoice, Infallible> {
     })
 }
 
-/// Most worker threads: twice what the largest machines have.
+/// The most worker threads: twice the cores of the largest machines.
 const THREADS_MAX: usize = 1024;
 
 fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
@@ -122,7 +122,7 @@ fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
     threads.ok_or_else(|| format!("found {text}, expected 1 to {THREADS_MAX}"))
 }
 
-/// The format of that name, or which there are.
+/// The format called `name`. The error lists all names.
 fn parse_kv_format(name: &str) -> Result<KvFormat, String> {
     KvFormat::parse(name).ok_or_else(|| {
         let known = one_of(name, &KvFormat::ALL.map(KvFormat::name));
@@ -241,7 +241,7 @@ pub(crate) struct SamplingArguments {
 }
 
 impl SamplingArguments {
-    /// The same, as the library has it.
+    /// The same as a type of the library.
     pub(crate) fn choice(&self) -> Result<SamplingChoice, Error> {
         Ok(SamplingChoice {
             max_tokens: self.max_tokens,
@@ -282,7 +282,7 @@ pub(crate) struct ParallelArguments {
 }
 
 impl ParallelArguments {
-    /// The same, as the library has it.
+    /// The same as a type of the library.
     pub(crate) fn ranks(&self) -> Ranks {
         Ranks { count: self.tensor_parallel, by_expert: self.expert_parallel }
     }
@@ -332,14 +332,8 @@ pub(crate) struct RunArguments {
     /// Recompute everything at each token, to see what the KV cache saves
     #[arg(long)]
     pub no_kv_cache: bool,
-    /// Draft tokens ahead and verify them, which changes no text: `ngram` looks up what followed
-    /// the same words before, MODEL is a smaller model with the same tokenizer. Of a list each is
-    /// asked where those before it have nothing
-    #[arg(long, value_name = "none|ngram|MODEL,..", value_delimiter = ',')]
-    pub draft: Vec<String>,
-    /// Tokens of a draft at most; as many as pay, as measured, if absent
-    #[arg(long, value_name = "N")]
-    pub draft_budget: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub drafts: DraftArguments,
     #[command(flatten)]
     pub parallel: ParallelArguments,
 }
@@ -358,7 +352,22 @@ pub(crate) struct ChatArguments {
     #[command(flatten)]
     pub sampling: SamplingArguments,
     #[command(flatten)]
+    pub drafts: DraftArguments,
+    #[command(flatten)]
     pub parallel: ParallelArguments,
+}
+
+/// Who drafts, and how much.
+#[derive(Debug, Args)]
+pub(crate) struct DraftArguments {
+    /// Draft tokens ahead and verify them, which changes no text: `ngram` looks up what followed
+    /// the same words before, MODEL is a smaller model with the same tokenizer or a folder with an
+    /// EAGLE head. Of a list each is asked where those before it have nothing
+    #[arg(long, value_name = "none|ngram|MODEL,..", value_delimiter = ',')]
+    pub draft: Vec<String>,
+    /// Tokens of a draft at most; as many as pay, as measured, if absent
+    #[arg(long, value_name = "N")]
+    pub draft_budget: Option<NonZeroUsize>,
 }
 
 #[derive(Debug, Args)]
@@ -503,9 +512,9 @@ pub(crate) enum OutputLayout {
     Gguf,
 }
 
-/// Tokens of calibration if the caller does not say.
+/// Tokens of calibration if the caller gives no number.
 const CALIBRATION_TOKENS: usize = 16 * 1024;
-/// Tokens that errors are measured on if the caller does not say.
+/// Tokens that errors are measured on if the caller gives no number.
 pub(crate) const EXPLAIN_TOKENS: usize = 512;
 
 #[derive(Debug, Args)]

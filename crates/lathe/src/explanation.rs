@@ -1,4 +1,4 @@
-//! The report of `lathe quantize --explain`: one HTML file that needs no other, a short table for
+//! The report of `lathe quantize --explain`: one self-contained HTML file, a short table for
 //! terminals, and JSON.
 
 use std::fmt::Write as _;
@@ -20,7 +20,7 @@ svg { max-width: 100%; height: auto; flex: 1 1 30rem }
 dt { font-weight: 600 } dd { margin: 0 0 .8rem 1rem }
 ";
 
-/// What the numbers of the HTML report mean.
+/// The legend of the HTML report.
 const NOTES: &str = "Errors are squared errors over the squared signal, of outputs where inputs were seen and of \
 weights otherwise. They add up: <i>rounding</i> is nearest codes under exact scales without outlier channels; \
 <i>outliers</i> is what channels beyond six times the median add; <i>scale format</i> what the type of the scales \
@@ -31,7 +31,7 @@ neighbours, under exact scales of each block's range. <i>Inputs int8</i> is the 
 rounded to int8 with a scale a token, and nothing else. <i>Corrected</i> is what a low-rank correction leaves of \
 the error; all other columns are of the codes alone. Streams and KL are with it.";
 
-/// The page.
+/// The report as HTML.
 pub(crate) fn html(model: &str, found: &Explanation) -> Result<String, Error> {
     let mut page =
         String::from("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n");
@@ -69,7 +69,7 @@ pub(crate) fn html(model: &str, found: &Explanation) -> Result<String, Error> {
     Ok(page)
 }
 
-/// One line for people.
+/// The summary in one line.
 pub(crate) fn summary(found: &Explanation) -> String {
     let sum: f64 = found.layers.iter().map(|it| it.kl.mean).sum();
     format!(

@@ -1,12 +1,14 @@
-//! What the word MODEL names: found, fetched if need be, opened, with what a user should know on
+//! Opens the model that the word MODEL names. Fetches it if necessary, and prints notices to
 //! stderr.
 
 use anyhow::Error;
 use lathe_model::{Model, OpenOptions};
 use lathe_session::catalogue::{Catalogue, Located};
 use lathe_session::measure::shape::Shape;
-use lathe_session::{DraftChoice, DraftEngine, Environment, Need, Opened, Options};
+use lathe_session::{DraftChoice, DraftEngine, DraftSource, Environment, Need, Opened, Options};
 
+use crate::arguments::DraftArguments;
+use crate::output::bad_input;
 use crate::progress::Terminal;
 
 /// The files of a model.
@@ -24,7 +26,7 @@ pub(crate) fn open_shape(name: &str, options: &OpenOptions) -> Result<Shape, Err
     with_catalogue(|catalogue| Ok(Shape::open(&catalogue, name, options)?))
 }
 
-/// The shape of a model, with weights that are made up.
+/// The shape of a model, with random weights.
 pub(crate) fn dummy_shape(
     name: &str,
     format: Option<&str>,
@@ -33,13 +35,33 @@ pub(crate) fn dummy_shape(
     with_catalogue(|catalogue| Ok(Shape::dummy(&catalogue, name, format, options)?))
 }
 
-/// A model to count, or its shape if it has no weights or `format` is given.
+/// A model to count. Its shape, if it has no weights or `format` is given.
 pub(crate) fn describe_shape(
     name: &str,
     format: Option<&str>,
     options: &OpenOptions,
 ) -> Result<Shape, Error> {
     with_catalogue(|catalogue| Ok(Shape::describe(&catalogue, name, format, options)?))
+}
+
+/// Who drafts, as `--draft` says.
+pub(crate) fn draft_choice(arguments: &DraftArguments) -> Result<DraftChoice, Error> {
+    let named = |name: &String| match name.as_str() {
+        "ngram" => DraftSource::Lookup,
+        model => DraftSource::Model(model.to_owned()),
+    };
+    let sources: Vec<DraftSource> = match arguments.draft.as_slice() {
+        [none] if none == "none" => Vec::new(),
+        names if names.iter().any(|name| name == "none" || name.is_empty()) => {
+            return Err(bad_input("--draft: `none` and names do not go together"));
+        }
+        names => names.iter().map(named).collect(),
+    };
+    let tokens_max = arguments.draft_budget;
+    if sources.is_empty() && tokens_max.is_some() {
+        return Err(bad_input("--draft-budget needs a drafter, and --draft is none"));
+    }
+    Ok(DraftChoice { sources, tokens_max })
 }
 
 /// The drafters that `choice` names, for `model` on the same device.

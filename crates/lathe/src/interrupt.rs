@@ -1,4 +1,4 @@
-//! Ctrl-C: stops what is being generated; ends the program if nothing is.
+//! Ctrl-C stops the current answer. If there is none, it ends the program.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -9,12 +9,12 @@ const IDLE: u8 = 0;
 const WORKING: u8 = 1;
 const STOPPING: u8 = 2;
 
-/// What a second Ctrl-C does while the first is still being obeyed.
+/// The effect of a second Ctrl-C before the first one has stopped the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Insist {
-    /// Ends the program: `run`.
+    /// It ends the program, for `run`.
     Ends,
-    /// Nothing: `chat` never dies of it while it answers.
+    /// It has no effect, so that `chat` survives while it answers.
     Ignored,
 }
 
@@ -23,7 +23,7 @@ pub(crate) enum Insist {
 pub(crate) struct Interrupts(Arc<AtomicU8>);
 
 impl Interrupts {
-    /// Installs the handler; once a process.
+    /// Installs the handler. Call it once in a process.
     pub(crate) fn install(insist: Insist) -> Result<Self, Error> {
         let state = Arc::new(AtomicU8::new(IDLE));
         let shared = Arc::clone(&state);
@@ -40,14 +40,14 @@ impl Interrupts {
         Ok(Self(state))
     }
 
-    /// From now on a Ctrl-C is a wish to stop, until the guard is dropped.
+    /// Until the guard is dropped, Ctrl-C requests a stop.
     pub(crate) fn begin(&self) -> Working {
         self.0.store(WORKING, Ordering::SeqCst);
         Working(Arc::clone(&self.0))
     }
 }
 
-/// While it lives, Ctrl-C does not end the program.
+/// While this lives, Ctrl-C does not end the program.
 #[derive(Debug)]
 pub(crate) struct Working(Arc<AtomicU8>);
 

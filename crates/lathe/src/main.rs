@@ -1,8 +1,14 @@
-//! The `lathe` command: from words to a command, from its outcome to an exit code.
+//! The `lathe` command: parses words to a command, and turns its result into an exit code.
 //!
-//! The way in: [`arguments`] is the command line as data, [`commands`] has one file a command,
-//! and [`find`] opens what the word MODEL names. All else is the library's, `lathe_session`.
+//! Start here: [`arguments`] is the command line as data, [`commands`] has one file for each
+//! command, and [`find`] opens the model that the word MODEL names. Everything else is in the
+//! library, `lathe_session`.
 #![forbid(unsafe_code)]
+// They panic when the stream is closed or its disk is full. `output` has what does not.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+#[macro_use]
+mod say;
 
 mod arguments;
 mod commands;
@@ -12,6 +18,7 @@ mod interrupt;
 mod output;
 mod plot;
 mod progress;
+mod staging;
 mod usage;
 
 use std::process::ExitCode;
@@ -21,8 +28,12 @@ use usage::Parsed;
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    let mut json = std::env::args_os().any(|word| word == "--json");
     let outcome = match usage::parse(std::env::args_os()) {
-        Parsed::Command(arguments) => commands::dispatch(&arguments, started),
+        Parsed::Command(arguments) => {
+            json = arguments.global.json;
+            commands::dispatch(&arguments, started)
+        }
         Parsed::Text(text) => output::print(&text),
         Parsed::Wrong(line) => Err(output::bad_input(line)),
     };
@@ -31,7 +42,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let code = output::exit_code(&error);
             if code != 0 {
-                eprintln!("error: {}", output::one_line(&error));
+                output::fail(&error, json);
             }
             ExitCode::from(code)
         }

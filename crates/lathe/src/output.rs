@@ -1,4 +1,4 @@
-//! What a command says and how it ends: JSON on stdout, one line of reason on stderr, exit codes.
+//! Output and exit codes: JSON on stdout, and one line with the reason on stderr.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -7,25 +7,24 @@ use anyhow::Error;
 use lathe_session::{CatalogueError, SessionError};
 use serde::Serialize;
 
-/// The caller's mistake: bad usage or bad input, exit code 2.
+/// The caller's mistake: wrong usage or bad input. Exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct InputError(pub String);
 
-/// The caller stopped the command with Ctrl-C, exit code 130 as for a process that the signal
-/// ended.
+/// The user stopped the command with Ctrl-C. Exit code 130, as for a process that the signal ended.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub(crate) struct Interrupted;
 
-/// An error that says that the input is bad.
+/// An error for bad input.
 pub(crate) fn bad_input(message: impl Display) -> Error {
     InputError(message.to_string()).into()
 }
 
-/// Marks errors as the input's fault.
+/// Marks errors as bad input.
 pub(crate) trait InputContext<T> {
-    /// As an input error whose text is the error's own.
+    /// As an input error with the error's own text.
     fn bad_input(self) -> Result<T, Error>;
     /// As an input error that begins with `what`.
     fn bad_input_in(self, what: impl Display) -> Result<T, Error>;
@@ -41,8 +40,8 @@ impl<T, E: Into<Error>> InputContext<T> for Result<T, E> {
     }
 }
 
-/// The library's error in the words of the command line: with the flag that is at fault, or that
-/// helps. `None` where the library's own words say it all.
+/// The library's error with the command line's flags: the flag that is wrong, or one that helps.
+/// `None` if the library's own text is enough.
 fn in_flags(error: &SessionError) -> Option<String> {
     Some(match error {
         SessionError::Format(_) => format!("--format: {error}"),
@@ -66,7 +65,7 @@ pub(crate) fn one_line(error: &Error) -> String {
         let flags = cause.downcast_ref::<SessionError>().and_then(in_flags);
         let text = flags.unwrap_or_else(|| cause.to_string());
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        // Many errors repeat their cause in their own text.
+        // Many errors contain the text of their cause.
         if !parts.last().is_some_and(|last| last.contains(&text)) {
             parts.push(text);
         }
@@ -74,10 +73,10 @@ pub(crate) fn one_line(error: &Error) -> String {
     parts.join(": ")
 }
 
-/// How the process ends because of `error`.
+/// The exit code for `error`.
 pub(crate) fn exit_code(error: &Error) -> u8 {
     if is_broken_pipe(error) {
-        // The reader of our output went away (`lathe run ... | head`): nobody is left to tell.
+        // The reader of stdout is gone (`lathe run ... | head`), so nobody can be told.
         return 0;
     }
     if error.is::<Interrupted>() {
@@ -89,11 +88,21 @@ pub(crate) fn exit_code(error: &Error) -> u8 {
     if input { 2 } else { 1 }
 }
 
-/// Whether stdout has no reader any more.
+/// Whether the error is that stdout has no reader any more.
 pub(crate) fn is_broken_pipe(error: &Error) -> bool {
     error.chain().any(|cause| {
         cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
     })
+}
+
+/// Says why the command failed: a line on stderr, and with `json` the one object on stdout.
+pub(crate) fn fail(error: &Error, json: bool) {
+    let text = one_line(error);
+    say!("error: {text}");
+    if json {
+        // The exit code says the same where nobody reads stdout.
+        let _ = print_json(&serde_json::json!({ "error": text }));
+    }
 }
 
 /// Writes the command's one JSON object.
@@ -103,7 +112,7 @@ pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Error> {
     print(&text)
 }
 
-/// Writes to stdout at once, whatever it is.
+/// Writes to stdout and flushes.
 pub(crate) fn print(text: &str) -> Result<(), Error> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
@@ -111,7 +120,7 @@ pub(crate) fn print(text: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Numbers for people: `1.23 G`.
+/// A number for people: `1.23 G`.
 pub(crate) fn human_count(count: f64) -> String {
     let mut value = count;
     let mut unit = "";

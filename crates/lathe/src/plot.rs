@@ -1,4 +1,4 @@
-//! Charts as SVG: lines and bars over numbers.
+//! Charts as SVG: lines and bars.
 
 use std::path::Path;
 
@@ -14,9 +14,9 @@ pub(crate) enum Mark {
     Bars,
 }
 
-/// One series: its name, and points.
+/// One series of points with its name.
 pub(crate) struct Curve<'a> {
-    /// For the legend.
+    /// Its name in the legend.
     pub name: &'a str,
     /// `(x, y)`.
     pub points: Vec<(f64, f64)>,
@@ -24,46 +24,46 @@ pub(crate) struct Curve<'a> {
     pub mark: Mark,
 }
 
-/// How large numbers are placed.
+/// The scale of the y axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scale {
-    /// From zero on.
+    /// Linear, from zero.
     Linear,
-    /// By their logarithm; numbers that are not positive are left out.
+    /// Logarithmic. Points that are not positive are left out.
     Logarithmic,
 }
 
-/// Where a chart is to be seen.
+/// The place of a chart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// In a file of its own: black on white.
+    /// A file of its own: black on white.
     File,
-    /// Within a page: in the colour of its text, on its ground.
+    /// Part of a page: in the colour of the page's text, without a background.
     Page,
 }
 
 /// A chart.
 pub(crate) struct Chart<'a> {
-    /// Above it.
+    /// The title above it.
     pub title: &'a str,
-    /// What x is.
+    /// The label of the x axis.
     pub x: &'a str,
-    /// What y is.
+    /// The label of the y axis.
     pub y: &'a str,
-    /// How y is placed.
+    /// The scale of the y axis.
     pub scale: Scale,
-    /// What is drawn.
+    /// The series.
     pub curves: &'a [Curve<'a>],
 }
 
 /// Colours that are legible on white and on black.
 const COLOURS: [RGBColor; 4] =
     [RGBColor(46, 125, 200), RGBColor(217, 120, 30), RGBColor(60, 150, 90), RGBColor(190, 80, 140)];
-/// Stands for the colour of a page's text.
+/// A placeholder for the colour of a page's text.
 const INK: RGBColor = RGBColor(1, 2, 3);
 
-/// Draws the curves of seconds over tokens to `path`, which is written under a temporary name and
-/// renamed.
+/// Draws the curves of seconds over tokens to `path`. The file is written under a temporary name
+/// and then renamed.
 pub(crate) fn draw(path: &Path, title: &str, curves: &[Curve]) -> Result<(), Error> {
     let (x, y) = ("generated tokens", "seconds, in all");
     let svg = svg(&Chart { title, x, y, scale: Scale::Linear, curves }, Place::File)?;
@@ -84,7 +84,7 @@ pub(crate) fn svg(chart: &Chart, place: Place) -> Result<String, Error> {
     })
 }
 
-/// A point as it is placed; `None` if it cannot be.
+/// A point on the chart's scale. `None` if the scale cannot show it.
 fn placed(scale: Scale, (x, y): &(f64, f64)) -> Option<(f64, f64)> {
     let y = if scale == Scale::Logarithmic { y.log10() } else { *y };
     (x.is_finite() && y.is_finite()).then_some((*x, y))
@@ -178,7 +178,7 @@ mod tests {
         Curve { name, points, mark: Mark::Line }
     }
 
-    /// The curves are the only lines of so many points.
+    /// Counts the curves: the only lines with that many points.
     fn curves_in(svg: &str) -> usize {
         let long = |line: &&str| line.contains("<polyline") && line.matches(',').count() >= 19;
         svg.lines().filter(long).count()
@@ -205,7 +205,7 @@ mod tests {
             assert!(svg.contains("currentColor") && !svg.contains("#FFFFFF"));
             assert!(svg.matches("<rect").count() >= 19 && curves_in(&svg) == 1);
         }
-        // Nothing to draw is an empty chart.
+        // Without points the chart is empty.
         let none = Curve { points: vec![(1.0, 0.0)], ..curve("none", 1) };
         let chart =
             Chart { title: "t", x: "x", y: "y", scale: Scale::Logarithmic, curves: &[none] };

@@ -1,4 +1,4 @@
-//! Progress of downloads, on stderr: a bar on a terminal, a line now and then elsewhere.
+//! Download progress on stderr: a bar on a terminal, and occasional lines elsewhere.
 
 use std::cell::Cell;
 use std::io::IsTerminal;
@@ -24,7 +24,7 @@ impl Terminal {
 
 impl Reporter for Terminal {
     fn line(&self, text: &str) {
-        eprintln!("{text}");
+        say!("{text}");
     }
 
     fn start(&self, name: &str, bytes: Option<u64>, have: u64) -> Box<dyn Progress> {
@@ -36,13 +36,13 @@ impl Reporter for Terminal {
             let style = ProgressStyle::with_template(template).expect("a valid template");
             let bar = ProgressBar::new(bytes.unwrap_or(0)).with_style(style.progress_chars("=> "));
             bar.set_message(name.to_owned());
-            // The rate shall be this run's, not count what an earlier one fetched.
+            // The rate is that of this run. Bytes of an earlier run do not count.
             bar.set_position(have);
             bar.reset_eta();
             bar
         });
         if *self == Self::Lines {
-            eprintln!("downloading {name} ({total}{resumed})");
+            say!("downloading {name} ({total}{resumed})");
         }
         let lines = *self == Self::Lines;
         Box::new(Shown { name: name.to_owned(), bytes, bar, lines, tenths: Cell::new(0) })
@@ -69,7 +69,7 @@ impl Progress for Shown {
         };
         let tenths = have * 10 / bytes;
         if tenths > self.tenths.get() && tenths < 10 {
-            eprintln!("{}: {}0 %", self.name, tenths);
+            say!("{}: {}0 %", self.name, tenths);
         }
         self.tenths.set(tenths);
     }
@@ -79,7 +79,7 @@ impl Progress for Shown {
             bar.finish_and_clear();
         }
         if self.bar.is_some() || self.lines {
-            eprintln!("downloaded {}", self.name);
+            say!("downloaded {}", self.name);
         }
     }
 

@@ -1,4 +1,4 @@
-//! From the words on the command line to [`Arguments`], with mistakes told in one line.
+//! Parses the words of the command line to [`Arguments`]. A mistake is reported in one line.
 
 use std::io::IsTerminal;
 
@@ -7,17 +7,17 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::arguments::Arguments;
 
-/// What the command line asks for.
+/// The result of parsing the command line.
 pub(crate) enum Parsed {
     /// A command.
     Command(Box<Arguments>),
-    /// To print this text: help or version.
+    /// A text to print: help or version.
     Text(String),
-    /// The words make no sense, for this reason.
+    /// The words are wrong, for this reason.
     Wrong(String),
 }
 
-/// Understands the words.
+/// Parses the words.
 pub(crate) fn parse(words: impl IntoIterator<Item = std::ffi::OsString>) -> Parsed {
     let error = match Arguments::try_parse_from(words) {
         Ok(arguments) => return Parsed::Command(Box::new(arguments)),
@@ -34,8 +34,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = std::ffi::OsString>) -> Pars
     }
 }
 
-/// The program's version, the commit that it was built from, and the instructions that its kernels
-/// use on this machine.
+/// The program's version, the commit that it was built from, and the instruction set of its kernels
+/// on this machine.
 fn version() -> String {
     let commit = match env!("LATHE_COMMIT") {
         "" => String::new(),
@@ -45,7 +45,7 @@ fn version() -> String {
     format!("lathe {} ({commit}{instructions})\n", env!("CARGO_PKG_VERSION"))
 }
 
-/// clap's message without its paragraphs on usage and help, and with its suggestion if it has one.
+/// clap's message in one line, with its suggestion if there is one, without usage and help.
 fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);

@@ -157,6 +157,31 @@ fn drafts_are_lossless() {
     }
 }
 
+/// An EAGLE head's folder is known as one, and changes no text either.
+#[test]
+fn an_eagle_head_is_lossless() {
+    let home = Home::new();
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures");
+    let target = format!("{fixtures}/tiny/llama");
+    let ids = "7,25,16,52,52,44,2,54,30,4,8,48,20,47";
+    let words = ["run", &target, "--prompt-ids", ids, "--max-tokens", "40", "--exact", "--json"];
+    for random in [&["--temperature", "0"][..], &["--temperature", "0.8", "--seed", "3"]] {
+        let run = |drafts: &[&str]| run_json(home.lathe(&words).args(random).args(drafts));
+        let plain = run(&[]);
+        for name in ["sglang", "speculators", "eagle1"] {
+            let head = format!("{fixtures}/eagle/{name}");
+            let drafted = run(&["--draft", &head, "--draft-budget", "8"]);
+            assert_eq!(drafted["token_ids"], plain["token_ids"], "{name} {random:?}");
+        }
+    }
+    let head = format!("{fixtures}/eagle/sglang");
+    let reason = run_error(&mut home.lathe(&["run", "tiny", "hi", "--draft", &head]), 2);
+    assert!(reason.contains("the drafter's vocabulary is 64"), "{reason}");
+    let two = format!("{head},{head}");
+    let reason = run_error(home.lathe(&words).args(["--draft", &two]), 2);
+    assert!(reason.contains("two EAGLE drafters"), "{reason}");
+}
+
 #[test]
 fn run_as_json() {
     let home = Home::new();
@@ -419,12 +444,14 @@ fn bench_with_dummy_weights() {
 }
 
 #[test]
-fn json_says_nothing_on_stdout_when_it_fails() {
+fn json_is_one_object_when_it_fails() {
     let home = Home::new();
     let (code, out, err) = run(&mut home.lathe(&["run", "nothing-like-it", "hi", "--json"]));
-    assert_eq!((code, out.as_str()), (2, ""));
-    assert_eq!(err.lines().count(), 1, "{err}");
+    assert_eq!((code, out.lines().count(), err.lines().count()), (2, 1, 1), "{out}{err}");
+    let found: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!(err.trim_end(), format!("error: {}", found["error"].as_str().expect("a reason")));
 }
+
 #[test]
 fn converted_models_score_alike() {
     let home = Home::new();

@@ -42,6 +42,20 @@ fn history_stays_in_the_cache() {
 }
 
 #[test]
+fn drafts_change_no_answer() {
+    let home = tempfile::tempdir().expect("a folder");
+    let words = ["chat", "tiny", "--json", "--max-tokens", "24", "--temperature", "0", "--exact"];
+    let messages = |drafts: &[&str]| {
+        let all: Vec<&str> = words.iter().chain(drafts).copied().collect();
+        let (code, out, err) = talk(&home, &all, "What is a cat?\nAnd a dog?\n");
+        assert_eq!(code, 0, "{err}");
+        serde_json::from_str::<Value>(&out).expect("one JSON object")["messages"].clone()
+    };
+    let plain = messages(&[]);
+    assert_eq!(plain, messages(&["--draft", "ngram,tiny", "--draft-budget", "6"]));
+}
+
+#[test]
 fn commands_of_the_conversation() {
     let home = tempfile::tempdir().expect("a folder");
     let file = home.path().join("saved.json");

@@ -1,5 +1,5 @@
 //! Matrix products and Cholesky factors on all threads. Nearly all of the work is products of
-//! blocks, for which `matrixmultiply` (under `ndarray`) has kernels.
+//! blocks, for which `matrixmultiply` (behind `ndarray`) has kernels.
 
 use std::iter::Sum;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, LinalgScalar, RawData, Slice};
 use rayon::prelude::*;
 
-/// Columns that are factored together, and rows that are one thread's work.
+/// Columns that are factored together, and rows that are the work of one thread.
 const PANEL: usize = 96;
 
 /// A matrix is not positive definite: the pivot of this row is not positive.
@@ -18,7 +18,7 @@ pub struct NotPositive(pub usize);
 /// Row-major `values` as an `[n, n]` matrix.
 ///
 /// # Panics
-/// If there are not `n * n` of them.
+/// If `values` does not have `n * n` elements.
 pub fn square<T>(values: &[T], n: usize) -> ArrayView2<'_, T> {
     ArrayView2::from_shape((n, n), values).expect("a square matrix")
 }
@@ -26,7 +26,7 @@ pub fn square<T>(values: &[T], n: usize) -> ArrayView2<'_, T> {
 /// Some rows and columns of a view.
 ///
 /// # Panics
-/// If they are outside of it.
+/// If they are outside the view.
 pub fn part<S: RawData>(
     mut view: ArrayBase<S, Ix2>,
     rows: Range<usize>,
@@ -37,7 +37,7 @@ pub fn part<S: RawData>(
     view
 }
 
-/// Rows of [`add_product`] that are one thread's work.
+/// Rows of [`add_product`] that are the work of one thread.
 const ROWS_TOGETHER: usize = 48;
 
 /// Adds `a b` to the row-major `out`, on all threads.
@@ -68,7 +68,7 @@ pub fn product(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> Vec<f64> {
     out
 }
 
-/// The sum of products, in `LANES` sums that vectors hold.
+/// The dot product. It keeps `LANES` partial sums, so that vectors can hold them.
 #[inline]
 pub fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -> T {
     let mut lanes = [T::zero(); LANES];
@@ -84,10 +84,10 @@ pub fn dot<T: LinalgScalar + Sum, const LANES: usize>(a: &[T], b: &[T]) -> T {
 }
 
 /// Replaces the lower triangle of the symmetric `[n, n]` matrix by its Cholesky factor `L`, `A = L
-/// L^T`; what is above the diagonal is not read, and only blocks on the diagonal write there.
+/// L^T`. The part above the diagonal is not read, and is written only within diagonal blocks.
 ///
 /// # Errors
-/// If the matrix is not positive definite; it is overwritten in part then.
+/// If the matrix is not positive definite. It is then partly overwritten.
 ///
 /// # Panics
 /// If `matrix` is not `[n, n]`.
@@ -117,8 +117,8 @@ pub fn cholesky(matrix: &mut [f64], n: usize) -> Result<(), NotPositive> {
     Ok(())
 }
 
-/// Takes from columns `start .. start + width` of `rows` what the columns before them explain;
-/// `panel` has the rows of those columns, which may be `rows` themselves.
+/// Subtracts the contribution of all earlier columns from columns `start .. start + width` of
+/// `rows`. `panel` has the rows of those columns; `None` means that they are `rows` themselves.
 fn bring_up_to_date(rows: &mut [f64], panel: Option<&[f64]>, n: usize, start: usize, width: usize) {
     let rows = ArrayViewMut2::from_shape((rows.len() / n, n), rows).expect("whole rows");
     let (before, behind) = rows.split_at(Axis(1), start);
@@ -133,8 +133,8 @@ fn bring_up_to_date(rows: &mut [f64], panel: Option<&[f64]>, n: usize, start: us
     }
 }
 
-/// The first `end` columns of one row of a panel's factor, given the rows of `panel`, which meet
-/// them at column `start`.
+/// Solves the first `end` columns of one row of a panel's factor. The rows of `panel` meet the
+/// diagonal at column `start`.
 fn solve_row(this: &mut [f64], panel: &[f64], n: usize, start: usize, end: usize) {
     for column in 0..end {
         let other = &panel[column * n + start..][..=column];
@@ -143,8 +143,8 @@ fn solve_row(this: &mut [f64], panel: &[f64], n: usize, start: usize, end: usize
     }
 }
 
-/// The inverse of a lower triangular factor, row-major; zero above the diagonal. What is above the
-/// factor's diagonal is not read.
+/// The inverse of a lower triangular factor, row-major, with zeros above the diagonal. The part
+/// above the factor's diagonal is not read.
 ///
 /// # Panics
 /// If `factor` is not `[n, n]`.
@@ -156,7 +156,7 @@ pub fn inverse_of_lower(factor: &[f64], n: usize) -> Vec<f64> {
     let mut inverse = vec![0.0; n * n];
     let mut whole = ArrayViewMut2::from_shape((n, n), &mut inverse).expect("a square matrix");
     let panels: Vec<ArrayViewMut2<'_, f64>> = whole.axis_chunks_iter_mut(Axis(1), PANEL).collect();
-    // Columns of the inverse do not meet: a panel of them is one thread's work.
+    // Columns of the inverse are independent: a panel of them is the work of one thread.
     panels.into_par_iter().with_max_len(1).enumerate().for_each(|(at, mut panel)| {
         let (first, width) = (starts[at], panel.ncols());
         let corner_of = |at: usize, size: usize| {
@@ -191,9 +191,11 @@ fn small_inverse(factor: ArrayView2<'_, f64>, start: usize, size: usize) -> Vec<
     inverse
 }
 
-/// The upper Cholesky factor `U` of the inverse of a positive definite matrix,
-/// `A^-1 = U^T U`, row-major. With `J` the reversal of indexes and `J A J = L L^T`,
-/// `U = J L^-1 J`: neither the inverse nor a second factorization is needed.
+/// The upper Cholesky factor `U` of the inverse of a positive definite matrix, `A^-1 = U^T U`,
+/// row-major.
+///
+/// Let `J` reverse the order of indexes, and `J A J = L L^T`. Then `U = J L^-1 J`. So neither the
+/// inverse nor a second factorization is needed.
 ///
 /// # Errors
 /// If the matrix is not positive definite.
@@ -213,7 +215,7 @@ pub fn upper_factor_of_inverse(matrix: &[f64], n: usize) -> Result<Vec<f64>, Not
 mod tests {
     use super::*;
 
-    /// `B B^T + n I`, far from singular.
+    /// `B B^T + n I`, which is far from singular.
     fn positive(n: usize) -> Vec<f64> {
         let b: Vec<f64> = (0..n * n).map(|i| ((i * 7919 % 1009) as f64 / 504.0) - 1.0).collect();
         let mut matrix = vec![0.0; n * n];

@@ -1,6 +1,6 @@
 //! Dense linear algebra for quantization and training: matrix products, Cholesky factors, quadratic
-//! forms and leading singular vectors. All of it runs on rayon's threads, and no result depends on
-//! how many there are.
+//! forms and leading singular vectors. All of it runs on rayon's threads. No result depends on the
+//! number of threads.
 
 #![forbid(unsafe_code)]
 

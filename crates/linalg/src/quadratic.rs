@@ -1,9 +1,8 @@
-//! `d H d^T` of many rows `d` at once. With `H` the mean of `x x^T` over inputs `x`, it is the mean
-//! square of what an error `d` of a weight row does to the output.
+//! `d H d^T` for many rows `d` at once. If `H` is the mean of `x x^T` over inputs `x`, this is the
+//! mean squared output error of an error `d` of a weight row.
 //!
-//! Only one triangle of `H` is multiplied, panel by panel of its columns, and each product of a
-//! panel with all rows is one matrix product in `f32`; the products with `d` again are summed in
-//! `f64`.
+//! Only one triangle of `H` is multiplied, one panel of its columns at a time. The product of a
+//! panel with all rows is one matrix product in `f32`. Its products with `d` are summed in `f64`.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2};
@@ -11,25 +10,26 @@ use rayon::prelude::*;
 
 use crate::dense::{dot, part, square};
 
-/// Rows that are one thread's work.
+/// Rows that are the work of one thread.
 const ROWS_TOGETHER: usize = 96;
-/// The widest panel of columns; narrower ones save products above the diagonal.
+/// The widest panel of columns. Narrower panels skip more products above the diagonal.
 const PANEL_MAX: usize = 128;
-/// The narrowest panel: below it the kernels of matrix products have too little to do.
+/// The narrowest panel. Below it the kernels of matrix products are inefficient.
 const PANEL_MIN: usize = 32;
 
-/// A symmetric `[n, n]` matrix, ready to be multiplied by rows on both sides.
+/// A symmetric `[n, n]` matrix, prepared for products with rows on both sides.
 #[derive(Debug, Clone)]
 pub struct Quadratic {
     n: usize,
     panel: usize,
-    /// Row-major. In the panel of columns from `start` on: rows before `start` are doubled, those
-    /// of the panel are as they are, those behind it stand in a later panel and are not read.
+    /// Row-major. In the panel of columns that begins at `start`, the rows before `start` are
+    /// doubled and the panel's own rows are unchanged. The rows after them belong to a later panel
+    /// and are not read.
     weights: Vec<f32>,
 }
 
 impl Quadratic {
-    /// The matrix whose element in row `i`, column `j` is `element(i, j)`, for `i` up to the last
+    /// The matrix with `element(i, j)` in row `i`, column `j`. It is called for `i` up to the last
     /// row of the panel of `j`.
     pub fn new(n: usize, element: impl Fn(usize, usize) -> f64 + Sync) -> Self {
         let panel = (n / 4).clamp(PANEL_MIN, PANEL_MAX);
@@ -49,11 +49,10 @@ impl Quadratic {
         self.n
     }
 
-    /// `d H d^T` of each row `d` of `rows`, `[m, n]`, on the calling thread; `products` is
-    /// scratch.
+    /// `d H d^T` of each row `d` of `rows`, `[m, n]`, on the calling thread. `products` is scratch.
     ///
     /// # Panics
-    /// If `rows` are not as many as `sums`.
+    /// If there is not one of `sums` for each row.
     pub fn each(&self, rows: &[f32], products: &mut Vec<f32>, sums: &mut [f64]) {
         let (n, m) = (self.n, sums.len());
         let rows = ArrayView2::from_shape((m, n), rows).expect("a row for each sum");
@@ -75,11 +74,11 @@ impl Quadratic {
         }
     }
 
-    /// The sum of `d H d^T` over the rows of `rows`, `[m, n]`, on all threads. With `H` the mean of
-    /// `x x^T` it is the mean squared length of `D x`.
+    /// The sum of `d H d^T` over the rows of `rows`, `[m, n]`, on all threads. If `H` is the mean
+    /// of `x x^T`, this is the mean squared length of `D x`.
     ///
     /// # Panics
-    /// If `rows` is no whole number of rows.
+    /// If `rows` does not fill whole rows.
     pub fn sum(&self, rows: &[f32]) -> f64 {
         assert!(rows.len().is_multiple_of(self.n.max(1)), "whole rows");
         let some = |rows: &[f32]| {
@@ -89,7 +88,7 @@ impl Quadratic {
         };
         let parts: Vec<f64> =
             rows.par_chunks((ROWS_TOGETHER * self.n).max(1)).with_max_len(1).map(some).collect();
-        // In their order, however many threads there are.
+        // Summed in order, so that the result does not depend on threads.
         parts.iter().sum()
     }
 }

@@ -1,11 +1,12 @@
 //! The leading singular vectors of a matrix by randomized subspace iteration (Halko, Martinsson and
-//! Tropp, arXiv 0909.4061), on the product of the matrix with its transpose on its shorter side.
+//! Tropp, arXiv 0909.4061). It iterates on the product of the matrix with its transpose, on the
+//! shorter side.
 //!
-//! Errors of quantization have spectra without gaps, on which plain powers hardly separate what is
-//! kept from what is not: between two Rayleigh-Ritz steps a Chebyshev polynomial that is small on
-//! all that lies below the block is applied in place of powers (Zhou and Saad, "A
-//! Chebyshev-Davidson Algorithm", 2007). All of it is in `f64`, from a fixed seed, and no result
-//! depends on how many threads there are.
+//! Quantization errors have spectra without gaps. Plain powers hardly separate the leading vectors
+//! of such a spectrum from the rest. So a Chebyshev polynomial takes their place between two
+//! Rayleigh-Ritz steps (Zhou and Saad, "A Chebyshev-Davidson Algorithm", 2007). It is small on all
+//! eigenvalues below the block. Everything is in `f64`, from a fixed seed. No result depends on the
+//! number of threads.
 
 use ndarray::ArrayView2;
 use rayon::prelude::*;
@@ -14,19 +15,19 @@ use lathe_tensor::random::SplitMix64;
 
 use crate::dense::{dot, product, square};
 
-/// Vectors that are iterated beside those that are asked for.
+/// Vectors that are iterated beyond the rank that is asked for.
 const OVERSAMPLING: usize = 10;
-/// Degree of the polynomial between two Rayleigh-Ritz steps, at most.
+/// The highest degree of the polynomial between two Rayleigh-Ritz steps.
 const DEGREE: usize = 8;
-/// How much more the polynomial may make of the largest eigenvalue than of one below the block:
-/// what is that much smaller is nearly lost in `f64`.
+/// The largest growth of the largest eigenvalue relative to one below the block. With more growth,
+/// `f64` would lose the smaller ones.
 const GROWTH: f64 = 1e12;
-/// Rayleigh-Ritz steps at most.
+/// The most Rayleigh-Ritz steps.
 const STEPS: usize = 12;
-/// The iteration ends when a step adds less than this share to what the leading vectors hold of the
-/// squares.
+/// The iteration ends when a step increases the leading vectors' share of the squares by less than
+/// this.
 const TOLERANCE: f64 = 1e-7;
-/// Sweeps of Jacobi's method at most; it converges quadratically, in six or so.
+/// The most sweeps of Jacobi's method. It converges quadratically, in about six.
 const SWEEPS: usize = 40;
 const SEED: u64 = 0x6c6f_7772_616e_6b00;
 
@@ -35,12 +36,12 @@ fn view(values: &[f64], columns: usize) -> ArrayView2<'_, f64> {
     ArrayView2::from_shape((rows, columns), values).expect("whole rows")
 }
 
-/// The `rank` leading left singular vectors of the row-major `[rows, columns]` `matrix`, one after
-/// the other: `[rank, rows]`, orthonormal. Where the matrix has a lower rank, the last ones hold
-/// nothing of it, and may be zeros.
+/// The `rank` leading left singular vectors of the row-major `[rows, columns]` `matrix`: `[rank,
+/// rows]`, orthonormal, the largest first. If the matrix has a lower rank, the last vectors carry
+/// nothing of it and may be zeros.
 ///
 /// # Panics
-/// If the matrix is not of that shape or has fewer rows or columns than `rank`.
+/// If the matrix has another shape, or has fewer rows or columns than `rank`.
 pub fn leading_left(matrix: &[f64], rows: usize, columns: usize, rank: usize) -> Vec<f64> {
     assert_eq!(matrix.len(), rows * columns, "a matrix of that shape");
     assert!(rank <= rows.min(columns), "no more vectors than there are");
@@ -83,8 +84,8 @@ fn leading_eigenvectors(matrix: &[f64], n: usize, rank: usize) -> Vec<f64> {
     vectors
 }
 
-/// Turns orthonormal `vectors`, `[k, n]`, within the space that they span into those that come
-/// nearest to eigenvectors of `matrix`; their values, largest first.
+/// Replaces orthonormal `vectors`, `[k, n]`, by the best approximations of eigenvectors of `matrix`
+/// within their span. Returns their eigenvalues, the largest first.
 fn rayleigh_ritz(vectors: &mut [f64], matrix: ArrayView2<'_, f64>) -> Vec<f64> {
     let n = matrix.nrows();
     let (values, turn) = {
@@ -97,9 +98,9 @@ fn rayleigh_ritz(vectors: &mut [f64], matrix: ArrayView2<'_, f64>) -> Vec<f64> {
     values
 }
 
-/// `T((2 / cut) G - 1)` of each of `vectors` with Chebyshev's polynomial `T`: at most one where
-/// eigenvalues are below `cut`, and growing fast above it, up to the `largest`. `G` once where
-/// `cut` is as good as zero.
+/// Applies `T((2 / cut) G - 1)` to each of `vectors`, where `T` is Chebyshev's polynomial. It is at
+/// most one on eigenvalues below `cut` and grows fast above, up to `largest`. If `cut` is nearly
+/// zero, applies `G` once.
 fn filtered(
     vectors: Vec<f64>,
     matrix: ArrayView2<'_, f64>,
@@ -125,8 +126,8 @@ fn filtered(
     now
 }
 
-/// QR of `vectors`, `[k, n]`, by the modified Gram-Schmidt process done twice (twice is enough);
-/// vectors that depend on those before them become zeros.
+/// QR of `vectors`, `[k, n]`, by the modified Gram-Schmidt process, which runs twice for full
+/// precision. Vectors that depend on those before them become zeros.
 fn orthonormalize(vectors: &mut [f64], n: usize) {
     for at in 0..vectors.len() / n.max(1) {
         let (before, rest) = vectors.split_at_mut(at * n);
@@ -144,7 +145,7 @@ fn orthonormalize(vectors: &mut [f64], n: usize) {
     }
 }
 
-/// Eigenvalues of a symmetric `[k, k]` matrix, largest first, and its eigenvectors as rows:
+/// The eigenvalues of a symmetric `[k, k]` matrix, largest first, and its eigenvectors as rows.
 /// Jacobi's method by rows (Golub and Van Loan, section 8.5).
 fn symmetric_eigen(mut matrix: Vec<f64>, k: usize) -> (Vec<f64>, Vec<f64>) {
     let mut vectors = vec![0.0; k * k];
@@ -181,7 +182,7 @@ fn symmetric_eigen(mut matrix: Vec<f64>, k: usize) -> (Vec<f64>, Vec<f64>) {
     (values, order.iter().flat_map(|i| &vectors[i * k..][..k]).copied().collect())
 }
 
-/// Rows `p` and `q` (behind it) become `c p - s q` and `s p + c q`.
+/// Rows `p` and `q > p` become `c p - s q` and `s p + c q`.
 fn turn_rows(matrix: &mut [f64], k: usize, (p, q): (usize, usize), (c, s): (f64, f64)) {
     let (before, behind) = matrix.split_at_mut(q * k);
     for (x, y) in before[p * k..][..k].iter_mut().zip(&mut behind[..k]) {
@@ -190,7 +191,7 @@ fn turn_rows(matrix: &mut [f64], k: usize, (p, q): (usize, usize), (c, s): (f64,
 }
 
 /// All singular values of the row-major `[rows, columns]` `matrix`, largest first, by the one-sided
-/// Jacobi method (Hestenes 1958) on the rows. Exact and slow: for small matrices.
+/// Jacobi method (Hestenes 1958) on the rows. Exact and slow, for small matrices.
 pub fn singular_values(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
     let mut all: Vec<Vec<f64>> = matrix.chunks(columns).map(<[f64]>::to_vec).collect();
     let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
@@ -236,7 +237,7 @@ mod tests {
         (0..rows * columns).map(|_| f64::from(normal())).collect()
     }
 
-    /// What of the squares of `matrix` lies outside of the space of `left`.
+    /// The squares of `matrix` outside the space of `left`.
     fn outside(matrix: &[f64], rows: usize, columns: usize, left: &[f64]) -> f64 {
         let matrix = view(matrix, columns);
         let inside = product(view(left, rows), matrix);
@@ -245,8 +246,8 @@ mod tests {
         pairs.map(|(a, b)| (a - b).powi(2)).sum()
     }
 
-    /// Eckart and Young: what is left is the sum of the other singular values' squares. Noise has
-    /// no gaps.
+    /// The theorem of Eckart and Young: the remaining error is the sum of the other singular
+    /// values' squares. Noise has a spectrum without gaps.
     #[test]
     fn what_is_left_is_the_tail_of_the_spectrum() {
         for (rows, columns) in [(60, 60), (40, 90), (90, 40), (1, 7), (7, 1), (30, 200)] {
@@ -286,15 +287,15 @@ mod tests {
             assert!(outside(&matrix, rows, columns, &left) < 1e-20 * all);
         }
         assert!(outside(&matrix, rows, columns, &leading_left(&matrix, rows, columns, 2)) > 1e-3);
-        // Nothing to find.
+        // Zero matrices.
         for (rows, columns) in [(20, 30), (30, 20)] {
             let left = leading_left(&vec![0.0; 600], rows, columns, 4);
             assert!(left.len() == 4 * rows && left.iter().all(|x| x.abs() <= 1.0));
         }
     }
 
-    /// Values over ten orders of magnitude: a polynomial that grows as fast must not drown the
-    /// smaller ones.
+    /// Singular values over ten orders of magnitude: a polynomial that grows fast must not drown
+    /// the smaller ones.
     #[test]
     fn steep_spectra_are_found_too() {
         let n = 64;

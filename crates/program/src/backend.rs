@@ -1,4 +1,4 @@
-//! `Backend` and `Executor`: who runs programs.
+//! `Backend` and `Executor`: the traits of a device that runs programs.
 
 use std::sync::Arc;
 
@@ -10,33 +10,32 @@ use crate::program::Program;
 use crate::sampling::TokenLogprobs;
 use crate::step::{SlotMove, Step};
 
-/// Where a program's weights come from.
+/// The source of a program's weights.
 pub trait WeightSource: Sync {
-    /// The tensor of `weight`, in the shape that the program declares, in whatever format the
-    /// checkpoint has it. Called once for each weight, possibly from several threads.
+    /// The tensor of `weight`, in the declared shape and in the checkpoint's format. Called once
+    /// for each weight, possibly from several threads.
     fn tensor(&self, weight: Weight) -> Result<Tensor, BackendError>;
 }
 
-/// What the caller asks for when a program is prepared. What the executor then grants is
-/// [`Executor::limits`].
+/// The options of preparing a program. [`Executor::limits`] tells what the executor then provides.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExecutorOptions {
     /// Pages of the KV cache.
     pub kv_blocks: usize,
-    /// How the cache stores numbers; `None`: [`Backend::default_kv_format`].
+    /// The format of the cache. `None` means [`Backend::default_kv_format`].
     pub kv_format: Option<KvFormat>,
-    /// Rows that a step may have.
+    /// The most rows of a step.
     pub rows_max: usize,
-    /// Worker threads; `None` means every core that this process may use.
+    /// Worker threads. `None` means every core that this process may use.
     pub threads: Option<usize>,
-    /// No activation quantization, `f32` accumulation, `f32` cache.
+    /// No rounding of activations, `f32` sums, and an `f32` cache by default.
     pub exact: bool,
 }
 
-/// Why a program could not be prepared or a step not be run.
+/// A program could not be prepared, or a step could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
-    /// The weights could not be had.
+    /// A weight could not be read.
     #[error("weight {name}: {reason}")]
     Weight {
         /// Canonical name.
@@ -44,29 +43,29 @@ pub enum BackendError {
         /// What was found and what was expected.
         reason: String,
     },
-    /// The backend lacks a feature.
+    /// The backend does not support a feature.
     #[error("the {backend} backend does not support {feature}")]
     Unsupported {
-        /// Which backend.
+        /// The backend's name.
         backend: &'static str,
-        /// Which feature.
+        /// The feature.
         feature: String,
     },
     /// Not enough memory.
     #[error("out of memory: {what} needs {bytes} bytes")]
     Memory {
-        /// For what.
+        /// The purpose of the memory.
         what: &'static str,
-        /// How many.
+        /// Bytes that were asked for.
         bytes: usize,
     },
     /// The step is malformed.
     #[error(transparent)]
     Step(#[from] crate::step::StepError),
-    /// Another rank failed, or the program is not this rank's.
+    /// Another rank failed, or the program belongs to another rank.
     #[error(transparent)]
     Collective(#[from] crate::collective::CollectiveError),
-    /// The program cannot be divided as asked.
+    /// The program cannot be divided in this way.
     #[error(transparent)]
     Shard(#[from] crate::shard::ShardError),
     /// The device failed.
@@ -74,34 +73,34 @@ pub enum BackendError {
     Device(String),
 }
 
-/// What an executor holds and takes.
+/// The limits of an executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExecutorLimits {
-    /// Rows of a step.
+    /// The most rows of a step.
     pub rows_max: usize,
-    /// Sequences that have tables at a time: ids of sequences are below it.
+    /// The most sequences with tables at the same time. Ids of sequences are below it.
     pub sequences_max: usize,
-    /// Pages of the KV cache: page numbers are below it.
+    /// Pages of the KV cache. Page numbers are below it.
     pub kv_blocks: usize,
-    /// Steps that may be submitted and not yet collected, at least 1.
+    /// Steps that may be submitted before the first is collected; at least 1.
     pub steps_in_flight: usize,
 }
 
-/// The memory that a backend's weights and cache live in.
+/// The memory that holds a backend's weights and cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Bytes that the device has.
+    /// Bytes of the device.
     pub total_bytes: u64,
-    /// Bytes that nobody uses now.
+    /// Bytes that are free now.
     pub free_bytes: u64,
 }
 
 impl DeviceMemory {
-    /// The memory of this computer that can be had without swapping, as Linux reports it. Where a
-    /// control group (a container) may take less than that, what it may still take is free.
+    /// The memory of this computer that is available without swapping, as Linux reports it. If a
+    /// control group (a container) allows less, `free_bytes` is what the group may still take.
     ///
     /// # Errors
-    /// [`BackendError::Device`] where `/proc/meminfo` cannot be read.
+    /// [`BackendError::Device`] if `/proc/meminfo` cannot be read.
     pub fn of_host() -> Result<DeviceMemory, BackendError> {
         let path = "/proc/meminfo";
         let text = std::fs::read_to_string(path)
@@ -122,7 +121,7 @@ impl DeviceMemory {
     }
 }
 
-/// What a control group (a container) may still take.
+/// Bytes that the control group (container) of this process may still take.
 fn group_bytes() -> Option<u64> {
     let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let limit = number("/sys/fs/cgroup/memory.max")
@@ -132,70 +131,71 @@ fn group_bytes() -> Option<u64> {
     Some(limit.saturating_sub(used))
 }
 
-/// What a step produced; valid until the executor is used again.
+/// The result of a step. It is valid until the executor is used again.
 #[derive(Debug)]
 pub struct StepOutput<'a> {
-    /// By choice: the token, where one was asked for and some logit is above minus infinity.
+    /// For each choice the token. `None` if no token was asked for, or if all logits are minus
+    /// infinity.
     pub tokens: &'a [Option<u32>],
-    /// By choice: log-probabilities, where they were asked for and a token was chosen.
+    /// For each choice the log-probabilities, if they were asked for and a token was chosen.
     pub logprobs: &'a [Option<TokenLogprobs>],
     /// `[choices that ask for logits, vocabulary]`, in the order of the choices.
     pub logits: &'a [f32],
-    /// By tap, `[rows, width]`.
+    /// For each tap, `[rows, width]`.
     pub captures: Vec<&'a [f32]>,
 }
 
-/// What a router chose for the rows of a step.
+/// A router's choices for the rows of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct RoutedExperts<'a> {
-    /// `[rows, experts_per_token]`, best first.
+    /// `[rows, experts_per_token]`, the best first.
     pub experts: &'a [u32],
-    /// As `experts`: the weights.
+    /// The routing weights, in the shape of `experts`.
     pub weights: &'a [f32],
-    /// Choices of a row.
+    /// Experts of a row.
     pub experts_per_token: usize,
 }
 
-/// What a backend lacks to run a program: features as in [`BackendError::Unsupported`].
+/// The features that a backend lacks to run a program, as in [`BackendError::Unsupported`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not supported: {}", .0.join(", "))]
 pub struct Missing(pub Vec<String>);
 
-/// [`Backend::step_rows`] of processors.
+/// The default of [`Backend::step_rows`], which suits processors.
 pub const STEP_ROWS: usize = 512;
 
 /// A way to run programs.
 pub trait Backend {
     /// `reference`, `cpu`, `cuda`.
     fn name(&self) -> &'static str;
-    /// Whether the backend can run `program` with `options`. Weights may still be in a format that
-    /// [`Backend::prepare`] refuses.
+    /// Checks whether the backend can run `program` with `options`. [`Backend::prepare`] may still
+    /// refuse the format of a weight.
     ///
     /// # Errors
-    /// [`Missing`] names all that it lacks.
+    /// [`Missing`] names every feature that it lacks.
     fn supports(&self, program: &Program, options: &ExecutorOptions) -> Result<(), Missing>;
-    /// The memory that weights and cache will live in.
+    /// The memory that will hold weights and cache.
     ///
     /// # Errors
-    /// [`BackendError::Device`] where it cannot be known.
+    /// [`BackendError::Device`] if it is unknown.
     fn memory(&self) -> Result<DeviceMemory, BackendError>;
-    /// Rows of a step at most if nobody has a reason for another number: enough for the matrix
-    /// products to be bound by arithmetic, few enough that activations stay small.
+    /// The default for the most rows of a step. It is large enough for matrix products to be bound
+    /// by arithmetic, and small enough for activations to stay small.
     fn step_rows(&self) -> usize {
         STEP_ROWS
     }
-    /// How the cache stores numbers if [`ExecutorOptions::kv_format`] does not say; `exact` as
-    /// there.
+    /// The format of the cache if [`ExecutorOptions::kv_format`] is `None`. `exact` is
+    /// [`ExecutorOptions::exact`].
     fn default_kv_format(&self, program: &Program, exact: bool) -> KvFormat;
-    /// Whether a matrix of `columns` columns may have its numbers in `format`.
+    /// Checks whether a matrix of `columns` columns can have its numbers in `format`.
     ///
     /// # Errors
-    /// [`BackendError::Unsupported`] or [`BackendError::Weight`] say what the backend takes.
+    /// [`BackendError::Unsupported`] or [`BackendError::Weight`] say what the backend supports.
     fn runs_format(&self, format: Format, columns: usize) -> Result<(), BackendError>;
-    /// Loads weights, lays them out, and allocates the cache.
+    /// Loads and packs the weights, and allocates the cache.
     ///
     /// # Errors
-    /// [`BackendError`] says what is missing, does not fit or could not be had.
+    /// [`BackendError`] says what is missing, does not fit or cannot be read.
     fn prepare(
         &self,
         program: Arc<Program>,
@@ -206,17 +206,17 @@ pub trait Backend {
 
 /// A prepared program, with the cache and the block tables of its sequences.
 ///
-/// Steps run in the order in which they are submitted, and are collected in that order. A device
-/// need not wait for the host: up to [`ExecutorLimits::steps_in_flight`] steps may be submitted
-/// before the first of them is collected.
+/// Steps run and are collected in the order in which they are submitted. A device need not wait for
+/// the host: up to [`ExecutorLimits::steps_in_flight`] steps may be submitted before the first of
+/// them is collected.
 pub trait Executor: Send {
     /// The program.
     fn program(&self) -> &Arc<Program>;
-    /// What it holds and takes.
+    /// Its limits.
     fn limits(&self) -> ExecutorLimits;
-    /// How the cache stores numbers.
+    /// The format of the cache.
     fn kv_format(&self) -> KvFormat;
-    /// The [`crate::StepSequence::expanded`] of a request with `given` tokens. A function of the
+    /// The [`crate::StepSequence::expanded`] of a request with `given` tokens. It depends on the
     /// program, the backend and that number alone, so that no schedule changes a row's arithmetic.
     fn expanded_until(&self, given: usize) -> usize {
         self.program().expanded_until(given)
@@ -224,18 +224,19 @@ pub trait Executor: Send {
     /// Applies the step's table changes and begins to run its rows.
     ///
     /// # Errors
-    /// [`BackendError::Step`] if the step is malformed or too many are in flight: then nothing of
-    /// it happened, its table changes included. Any other error is that of [`Executor::collect`],
-    /// come early: the tables have changed, the step counts as collected.
+    /// [`BackendError::Step`] if the step is malformed or too many are in flight. Nothing of the
+    /// step was then applied, not even its table changes. Any other error is one that
+    /// [`Executor::collect`] would return later: the table changes are applied, and the step counts
+    /// as collected.
     fn submit(&mut self, step: &Step) -> Result<(), BackendError>;
-    /// Waits for the oldest step that is not collected yet, and hands out what it made.
+    /// Waits for the oldest step that is not collected yet, and returns its result.
     ///
     /// # Errors
-    /// If the step failed. Its table changes have been applied, its rows may or may not be in the
-    /// cache; steps that were submitted after it fail as well. [`BackendError::Step`] if no step is
+    /// If the step failed. Its table changes are applied, and its rows may or may not be in the
+    /// cache. Steps that were submitted after it fail as well. [`BackendError::Step`] if no step is
     /// in flight.
     fn collect(&mut self) -> Result<StepOutput<'_>, BackendError>;
-    /// [`Executor::submit`] and [`Executor::collect`], where nothing else is in flight.
+    /// [`Executor::submit`] and then [`Executor::collect`], with no other step in flight.
     ///
     /// # Errors
     /// As those.
@@ -243,20 +244,20 @@ pub trait Executor: Send {
         self.submit(step)?;
         self.collect()
     }
-    /// Copies tokens' places in the cache, one after the other, after all steps submitted so far
-    /// and before any later one. The stored codes are copied; nothing is computed again.
+    /// Copies slots of the cache, one after the other. The copies happen after all steps submitted
+    /// so far and before any later one. The stored codes are copied; nothing is computed again.
     ///
     /// # Errors
-    /// [`BackendError::Step`] if a slot is not in its sequence's tables: then nothing is moved.
+    /// [`BackendError::Step`] if a slot is not in its sequence's tables. Nothing is moved then.
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<(), BackendError>;
-    /// What a router chose for the rows of the step collected last, for statistics: it is read
-    /// where the step left it, so that nobody pays who does not ask. `None` before the first step,
-    /// and (the default) where a backend does not keep it in this process's memory.
+    /// A router's choices for the rows of the step that was collected last, for statistics. They
+    /// are read where the step left them, so they cost nothing if nobody asks. `None` before the
+    /// first step, and (by default) if a backend does not keep them in this process's memory.
     fn routing(&self, routing: Routing) -> Option<RoutedExperts<'_>> {
         let _ = routing;
         None
     }
-    /// Bytes of weights as laid out.
+    /// Bytes of the packed weights.
     fn weight_bytes(&self) -> usize;
     /// Bytes of the cache.
     fn kv_bytes(&self) -> usize;

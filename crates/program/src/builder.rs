@@ -1,5 +1,5 @@
-//! `ProgramBuilder`: how a lowering writes a program. Every op is checked as it is pushed; a
-//! shape that does not fit is the lowering's mistake and panics with the op's name.
+//! `ProgramBuilder`: writes a program op by op. Every op is checked when it is pushed. A shape that
+//! does not fit is a bug of the lowering, and panics with the op's name.
 
 use std::collections::HashMap;
 
@@ -19,7 +19,7 @@ pub struct ProgramBuilder {
     defined: Defined,
 }
 
-/// One matrix of [`ProgramBuilder::linear`]; the output is as wide as the matrix has rows.
+/// One matrix of [`ProgramBuilder::linear`]. The output's width is the number of the matrix's rows.
 #[derive(Debug, Clone)]
 pub struct LinearSpec {
     /// `[out, in]`.
@@ -65,8 +65,8 @@ impl ProgramBuilder {
         }
     }
 
-    /// An empty program over a cache layout that is given, as when a program is rewritten and its
-    /// layers keep their groups.
+    /// An empty program with a given cache layout. A rewritten program uses it, so that its layers
+    /// keep their groups.
     pub fn with_layout(vocabulary: usize, context_max: usize, kv: KvLayout) -> Self {
         let mut builder = Self::new(vocabulary, context_max, kv.block_tokens);
         builder.program.kv = kv;
@@ -76,7 +76,7 @@ impl ProgramBuilder {
     /// Declares a weight, or finds it if it was declared with the same shape and role.
     ///
     /// # Panics
-    /// If `name` was declared otherwise.
+    /// If `name` was declared with another shape or role.
     pub fn weight(
         &mut self,
         name: impl Into<String>,
@@ -96,7 +96,7 @@ impl ProgramBuilder {
         weight
     }
 
-    /// Declares a value for [`Self::push`]; the other methods declare their own.
+    /// Declares a value for [`Self::push`]. The other methods declare their own values.
     pub fn value(&mut self, name: impl Into<String>, width: usize) -> Value {
         self.program.values.push(ValueDecl { name: name.into(), width });
         Value(self.program.values.len() as u32 - 1)
@@ -112,14 +112,14 @@ impl ProgramBuilder {
         Rope(index as u32)
     }
 
-    /// Declares a layer of the cache that keeps `window` positions (`None`: all).
+    /// Declares a layer of the cache that keeps `window` positions (`None` means all).
     pub fn kv_layer(&mut self, shape: KvLayerShape, window: Option<usize>) -> KvLayer {
         self.kv_layers.push((shape, window));
         self.program.kv = KvLayout::new(&self.kv_layers, self.block_tokens);
         KvLayer(self.kv_layers.len() as u32 - 1)
     }
 
-    /// Logits of a row.
+    /// The vocabulary: logits of a row.
     pub fn vocabulary(&self) -> usize {
         self.program.vocabulary
     }
@@ -148,7 +148,7 @@ impl ProgramBuilder {
         out
     }
 
-    /// [`Op::Input`]: the next value that is fed from outside.
+    /// [`Op::Input`]: the next input of the step.
     pub fn input(&mut self, width: usize, name: impl Into<String>) -> Value {
         let input = self.program.inputs() as u32;
         let out = self.value(name, width);
@@ -156,7 +156,7 @@ impl ProgramBuilder {
         out
     }
 
-    /// [`Op::Norm`] of the whole row by its root mean square.
+    /// [`Op::Norm`] of the whole row by the root mean square.
     pub fn rms_norm(
         &mut self,
         input: Value,
@@ -203,7 +203,7 @@ impl ProgramBuilder {
         self.linear(input, vec![part])[0]
     }
 
-    /// [`Op::Transform`]; `input` itself if nothing is to be done.
+    /// [`Op::Transform`]. Returns `input` itself if the transform does nothing.
     pub fn transform(
         &mut self,
         input: Value,
@@ -289,7 +289,7 @@ impl ProgramBuilder {
         out
     }
 
-    /// [`Op::Experts`]; the output is as wide as `spec.down` says.
+    /// [`Op::Experts`]. `spec.down` gives the output's width.
     pub fn experts(
         &mut self,
         input: Value,
@@ -353,10 +353,10 @@ impl ProgramBuilder {
         self.push(Op::Capture { input, tap });
     }
 
-    /// The program, as far as it was written.
+    /// Returns the program.
     ///
     /// # Panics
-    /// If a declared value was never made, or taps or inputs do not count from 0.
+    /// If no op makes a declared value, or taps or inputs are not numbered from 0.
     pub fn finish(self) -> Program {
         if let Err(error) = self.program.validate() {
             panic!("{error}");

@@ -1,10 +1,10 @@
-//! `Collective`: what ranks of one model say to each other.
+//! `Collective`: the communication between the ranks of one model.
 //!
-//! A rank runs its own program on its own share of the weights; wherever the program says
-//! [`crate::Op::AllReduce`], [`crate::Op::AllGather`] or gathers logits, every rank makes the same
-//! call in the same order. Buffers are the caller's and counts are known on both sides, so that
-//! a device backend can hand the calls to its own links (NCCL's all-reduce, all-gather, grouped
-//! send and receive, and abort). [`ThreadRank`] is the version for threads of one process.
+//! A rank runs its own program on its own part of the weights. At each [`crate::Op::AllReduce`],
+//! [`crate::Op::AllGather`] and gather of logits, every rank makes the same call in the same order.
+//! Buffers belong to the caller, and both sides know the counts. So a device backend can pass the
+//! calls on to its own links (NCCL's all-reduce, all-gather, grouped send and receive, and abort).
+//! [`ThreadRank`] is the implementation for threads of one process.
 
 use crate::op::Op;
 use crate::program::Program;
@@ -13,7 +13,7 @@ mod threads;
 
 pub use threads::ThreadRank;
 
-/// Why ranks could not agree.
+/// An error of the communication between ranks.
 #[derive(Debug, Clone, thiserror::Error, PartialEq)]
 pub enum CollectiveError {
     /// A rank left the group: it failed, or was dropped.
@@ -22,33 +22,33 @@ pub enum CollectiveError {
     /// Two ranks made different calls, or a call does not fit the group.
     #[error("collective: {0}")]
     Mismatch(String),
-    /// A program was divided over another number of ranks than there are, or is another rank's.
+    /// The program was divided over another number of ranks, or belongs to another rank.
     #[error("collective: the program is not that of rank {rank} of {ranks}: {reason}")]
     Program {
-        /// The rank that was to run it.
+        /// The rank that should run it.
         rank: usize,
-        /// How many there are.
+        /// The number of ranks.
         ranks: usize,
         /// What was found and what was expected.
         reason: String,
     },
 }
 
-/// One rank's end of a group of ranks. Calls of one rank come one at a time.
+/// One member of a group of ranks. It makes one call at a time.
 pub trait Collective: Send + Sync + std::fmt::Debug {
-    /// What is summed and gathered: `[f32]` on the host, memory of a device elsewhere.
+    /// The type of what is summed and gathered: `[f32]` on the host, device memory elsewhere.
     type Buffer: ?Sized;
-    /// This rank, from 0 on.
+    /// The number of this rank, from 0.
     fn rank(&self) -> usize;
-    /// How many there are.
+    /// The number of ranks.
     fn ranks(&self) -> usize;
-    /// Replaces `values` by the sum over all ranks, added in an order that the group fixes, so that
-    /// every rank gets the same bits each time. All ranks give the same length.
+    /// Replaces `values` by the sum over all ranks. The group fixes the order of the additions, so
+    /// that every rank gets the same bits each time. All ranks give the same length.
     ///
     /// # Errors
-    /// [`CollectiveError`] if another rank has gone or made another call.
+    /// [`CollectiveError`] if another rank is gone or made another call.
     fn all_reduce_sum(&self, values: &mut Self::Buffer) -> Result<(), CollectiveError>;
-    /// Fills `whole` with every rank's `part`, rank 0 first; `whole` is `ranks` parts long, and all
+    /// Fills `whole` with every rank's `part`, rank 0 first. `whole` is `ranks` parts long, and all
     /// ranks give the same length.
     ///
     /// # Errors
@@ -58,15 +58,15 @@ pub trait Collective: Send + Sync + std::fmt::Debug {
         part: &Self::Buffer,
         whole: &mut Self::Buffer,
     ) -> Result<(), CollectiveError>;
-    /// Leaves the group for good: calls of the others that this rank has not joined yet fail
-    /// instead of waiting for it, and so do all later ones.
+    /// Leaves the group for good. Calls of the others that need this rank then fail instead of
+    /// waiting, and so do all later ones.
     fn leave(&self);
 }
 
-/// A rank whose buffers are floats in this process's memory.
+/// A rank with buffers of floats in this process's memory.
 pub type HostCollective = dyn Collective<Buffer = [f32]>;
 
-/// The only rank.
+/// The only rank of a group of one.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SingleRank;
 
@@ -101,8 +101,8 @@ fn same_length(what: &str, found: usize, expected: usize) -> Result<(), Collecti
     Err(CollectiveError::Mismatch(format!("{found} {what}, expected {expected}")))
 }
 
-/// Checks that `program` is one that this rank of this group can run: what is gathered fills what
-/// it is gathered into, and the head has this rank's rows.
+/// Checks that this rank of this group can run `program`: each gathered value has the width of all
+/// its parts, and the head has this rank's rows.
 ///
 /// # Errors
 /// [`CollectiveError::Program`].
@@ -130,8 +130,8 @@ pub fn check_program<B: ?Sized>(
     }
 }
 
-/// The tokens of `rank` where a vocabulary is divided: parts as wide as each other but for the
-/// last, as gathering asks. Empty where there are too few.
+/// The tokens of `rank` if a vocabulary is divided. All parts have the same width except the last,
+/// as gathering requires. Empty if there are too few tokens.
 pub fn vocabulary_part(vocabulary: usize, rank: usize, ranks: usize) -> std::ops::Range<usize> {
     let part = vocabulary.div_ceil(ranks);
     (part * rank).min(vocabulary)..(part * (rank + 1)).min(vocabulary)

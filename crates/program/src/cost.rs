@@ -1,12 +1,12 @@
-//! The cost counter: what a step takes in operations and bytes, from the program alone.
+//! The cost counter: the operations and bytes of a step, computed from the program alone.
 //!
 //! Conventions:
-//! - A multiplication and an addition are two FLOPs; `exp`, `tanh`, a division or a root are one.
-//! - A weight is read once a step, however many rows it serves; of an embedding only the rows of
-//!   the step's tokens, of experts only those that some row visits.
-//! - A cached position is read once a step and sequence, however many rows and heads see it.
-//! - Activations are `f32`; each op reads its inputs and writes its outputs once. On a machine
-//!   with caches they do not travel to memory, so [`roofline`] leaves them out.
+//! - A multiplication and an addition are two FLOPs. `exp`, `tanh`, a division or a root is one.
+//! - A weight is read once in a step, however many rows use it. Of an embedding only the rows of
+//!   the step's tokens are read, and of the experts only those that some row visits.
+//! - A cached position is read once for each step and sequence, however many rows and heads see it.
+//! - Activations are `f32`. Each op reads its inputs and writes its outputs once. With caches they
+//!   do not reach main memory, so [`roofline`] leaves them out.
 
 pub mod parallel;
 
@@ -15,7 +15,7 @@ use crate::op::*;
 use crate::program::Program;
 use crate::transform::InputTransform;
 
-/// What an op or a step takes.
+/// The cost of an op or a step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Cost {
     /// Floating-point operations.
@@ -28,13 +28,13 @@ pub struct Cost {
     pub kv_write_bytes: u64,
     /// Bytes of activations read and written.
     pub activation_bytes: u64,
-    /// Bytes that a rank sends to others, with ring algorithms: `2 (n - 1) / n` of the value for
-    /// an all-reduce, `(n - 1) / n` of the whole for a gather.
+    /// Bytes that a rank sends to others, with ring algorithms: `2 (n - 1) / n` of the value for an
+    /// all-reduce, and `(n - 1) / n` of the whole for a gather.
     pub communication_bytes: u64,
 }
 
 impl Cost {
-    /// Bytes that must travel from and to memory: weights and cache.
+    /// Bytes that move to and from memory: weights and cache.
     pub fn memory_bytes(&self) -> u64 {
         self.weight_bytes + self.kv_read_bytes + self.kv_write_bytes
     }
@@ -51,8 +51,8 @@ impl std::ops::AddAssign for Cost {
     }
 }
 
-/// Operations an element: additions of the butterflies and of the dense factor, a division; and a
-/// division, a rounding and a multiplication.
+/// FLOPs of an element. A rotation takes the additions of the butterflies and of the dense factor,
+/// and a division. Rounding takes a division, a rounding and a multiplication.
 fn transform_flops(transform: &InputTransform) -> u64 {
     let rotation = transform.hadamard.map_or(0, |block| {
         let (butterflies, odd) = (block.trailing_zeros(), block >> block.trailing_zeros());
@@ -70,30 +70,30 @@ pub struct SequenceShape {
     pub rows: usize,
 }
 
-/// Which experts the step's rows visit.
+/// Which experts the rows of a step visit.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub enum RoutingLoad {
-    /// Every expert is as likely as any other, independently for each row: of `E` experts, `k` a
-    /// row, `n` rows visit `E (1 - (1 - k / E)^n)` distinct ones on average.
+    /// Every expert is equally likely, independently for each row. With `E` experts and `k` for
+    /// each row, `n` rows visit `E (1 - (1 - k / E)^n)` distinct experts on average.
     #[default]
     Even,
-    /// For each [`Routing`], the share of rows that visits each expert, independently for each row:
-    /// `n` rows visit the sum of `1 - (1 - share)^n` distinct ones. Trained routers are uneven.
+    /// For each [`Routing`], the share of rows that visits each expert, independently for each row.
+    /// `n` rows visit the sum of `1 - (1 - share)^n` distinct experts. Trained routers are uneven.
     Shares(Vec<Vec<f64>>),
-    /// Rows of each expert, for each [`Routing`].
+    /// For each [`Routing`], the rows of each expert.
     Counted(Vec<Vec<u32>>),
 }
 
-/// The shape of a step: all that its cost depends on.
+/// The shape of a step. Its cost depends on nothing else.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepShape {
     /// The sequences.
     pub sequences: Vec<SequenceShape>,
-    /// Rows whose logits are made.
+    /// Rows with logits.
     pub logits_rows: usize,
-    /// Where rows go.
+    /// The experts of the rows.
     pub routing: RoutingLoad,
-    /// Ranks that the program is one of.
+    /// The number of ranks that run programs like this one.
     pub ranks: usize,
 }
 
@@ -119,13 +119,13 @@ impl StepShape {
 /// The cost of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepCost {
-    /// By op, in the program's order.
+    /// The cost of each op, in the program's order.
     pub ops: Vec<Cost>,
     /// Their sum.
     pub total: Cost,
 }
 
-/// Counts what `shape` takes; `weight_bytes` gives the bytes of a weight as stored.
+/// Counts the cost of `shape`. `weight_bytes` gives the stored bytes of a weight.
 pub fn count(
     program: &Program,
     shape: &StepShape,
@@ -139,7 +139,7 @@ pub fn count(
     StepCost { ops, total }
 }
 
-/// What bounds a step's speed.
+/// The limit of a step's speed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Bound {
@@ -152,15 +152,15 @@ pub enum Bound {
 /// A step against a machine's two limits (Williams, Waterman, Patterson, 2009).
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Roofline {
-    /// FLOPs a byte of weights and cache.
+    /// FLOPs per byte of weights and cache.
     pub intensity: f64,
-    /// Which limit is reached first.
+    /// The limit that is reached first.
     pub bound: Bound,
-    /// The step cannot take less.
+    /// The least time of the step, in milliseconds.
     pub floor_ms: f64,
 }
 
-/// Holds `cost` against `bytes_per_s` of memory and `flops_per_s` of arithmetic.
+/// Compares `cost` with `bytes_per_s` of memory and `flops_per_s` of arithmetic.
 pub fn roofline(cost: &Cost, bytes_per_s: f64, flops_per_s: f64) -> Roofline {
     let (flops, bytes) = (cost.flops as f64, cost.memory_bytes() as f64);
     let (compute, memory) = (flops / flops_per_s, bytes / bytes_per_s);
@@ -323,8 +323,9 @@ impl Counter<'_> {
         self.shape.sequences.iter().map(|sequence| positions(sequence, window)).sum()
     }
 
-    /// For each sequence the cheaper of the expanded form (keys and values of every visible
-    /// position are made from the latents) and the absorbed one (DeepSeek-V2, section 2.1.2).
+    /// For each sequence the cheaper of two forms (DeepSeek-V2, section 2.1.2). The expanded form
+    /// makes keys and values of every visible position from the latents. The absorbed form does
+    /// not.
     fn latent_flops(&self, spec: &LatentSpec) -> u64 {
         let [rank, rope, nope, value] =
             [spec.rank, spec.rope_dim, spec.nope_dim, spec.value_dim].map(|n| n as u64);
@@ -356,7 +357,7 @@ impl Counter<'_> {
         cost.weight_bytes = (self.all_weights(op) as f64 * share).round() as u64;
     }
 
-    /// Visits to the experts of `spec`, and how many distinct ones are visited.
+    /// The visits to experts of `spec`, and the number of distinct experts.
     fn visits(&self, routing: Routing, spec: &ExpertsSpec) -> (f64, f64) {
         let local = spec.first_expert..spec.first_expert + spec.experts;
         if let RoutingLoad::Counted(counts) = &self.shape.routing
@@ -392,7 +393,7 @@ impl Counter<'_> {
 fn pairs(sequence: &SequenceShape, window: Option<usize>) -> u64 {
     let (cached, rows) = (sequence.cached as u64, sequence.rows as u64);
     let window = window.map_or(u64::MAX, |window| window as u64);
-    // Rows that see less than a whole window come first.
+    // The first rows see less than a whole window.
     let growing = window.saturating_sub(cached).min(rows);
     growing * cached + growing * (growing + 1) / 2 + (rows - growing) * window.min(cached + rows)
 }
@@ -523,7 +524,7 @@ mod tests {
         let expected = 2.0 * 8.0 * (1.0 - 0.75f64.powi(16)) * per_expert as f64;
         let many = run(&StepShape::decode(16, 0)).weight_bytes as f64;
         assert!((many - expected).abs() < 2.0);
-        // All rows visit the first two, or half of them others.
+        // All rows visit the first two experts, or half of them visit others.
         let mut uneven = StepShape::decode(3, 0);
         let of = |shares: [f64; 8]| RoutingLoad::Shares(vec![shares.to_vec(); 2]);
         uneven.routing = of([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);

@@ -1,19 +1,20 @@
-//! The shape of the paged KV cache, shared by the engine (which hands out blocks) and the
-//! backends (which own the memory).
+//! The shape of the paged KV cache. The engine hands out its blocks, and the backends own its
+//! memory.
 //!
-//! One pool of equal pages serves every kind of layer. Layers that keep the same positions (all
-//! full-attention layers; all layers with the same window) form kinds; kinds are cut into groups
-//! of the same number of layers, the greatest common divisor of the kinds' layer counts, so that
-//! a page of any group has the same bytes and none is padded. Each sequence has one block table
-//! a group. A page holds `block_tokens` positions of every layer in the group.
+//! One pool of equal pages serves every kind of layer. Layers that keep the same positions form a
+//! kind: all full-attention layers, or all layers with the same window. Each kind is cut into
+//! groups of equally many layers. The size of a group is the greatest common divisor of the kinds'
+//! layer counts, so that a page has the same bytes in every group, without padding. Each sequence
+//! has one block table for each group. A page holds `block_tokens` positions of every layer in its
+//! group.
 //!
-//! Where layers store different amounts, two cases remain exact and one is padded:
-//! - one kind only: a single group holds all layers, whatever their shapes;
-//! - several kinds of different shapes: a kind is split by shape too, and group sizes (divisors
-//!   of each kind's layer count) are chosen so that the padding is least, and then the groups
-//!   fewest. Local layers of 256 elements beside global ones of 512 get twice as many layers in a
-//!   page, and no padding; where no such sizes exist, the smaller pages end in unused bytes,
-//!   which [`KvLayout::padding_bytes`] tells.
+//! If layers store different amounts, two cases stay exact and one is padded:
+//! - One kind only: a single group holds all layers, whatever their shapes.
+//! - Several kinds of different shapes: a kind is also split by shape. Group sizes are divisors of
+//!   each kind's layer count, chosen for the least padding and then for the fewest groups. For
+//!   example, local layers of 256 elements beside global ones of 512 get twice as many layers in a
+//!   page, and no padding. If no exact sizes exist, the smaller pages end in unused bytes
+//!   ([`KvLayout::padding_bytes`]).
 
 use crate::op::KvLayer;
 
@@ -26,14 +27,15 @@ pub enum KvFormat {
     F16,
     /// 2 bytes.
     BF16,
-    /// int16, one `f32` scale a token and head: four more bits than `f16` has, for four bytes more.
+    /// int16 with one `f32` scale for each token and head. It has four bits more precision than
+    /// `f16`, and takes four bytes more for each vector.
     Int16,
-    /// fp8 e4m3, one `f32` scale a token and head.
+    /// fp8 e4m3 with one `f32` scale for each token and head.
     F8E4M3,
-    /// int8, one `f32` scale a token and head.
+    /// int8 with one `f32` scale for each token and head.
     Int8,
-    /// int4, keys rotated by a Hadamard matrix, one `f16` scale and zero a token, head and 32
-    /// elements.
+    /// int4. A Hadamard matrix rotates keys. Each token, head and 32 elements have one `f16` scale
+    /// and zero.
     Int4,
 }
 
@@ -62,13 +64,13 @@ impl KvFormat {
         }
     }
 
-    /// The format with that name (`fp8_e4m3` is `fp8` too).
+    /// The format with that name. `fp8_e4m3` also means `fp8`.
     pub fn parse(name: &str) -> Option<KvFormat> {
         let name = if name == "fp8_e4m3" { "fp8" } else { name };
         Self::ALL.into_iter().find(|format| format.name() == name)
     }
 
-    /// Bytes of one stored vector (a head's key, a latent) of `elements`, its scales included.
+    /// Bytes of one stored vector (a head's key, a latent) of `elements`, with its scales.
     pub fn vector_bytes(self, elements: usize) -> usize {
         match self {
             KvFormat::F32 => 4 * elements,
@@ -105,7 +107,7 @@ pub enum KvLayerShape {
 }
 
 impl KvLayerShape {
-    /// The vectors stored for a token, each with scales of its own, as `(count, elements)`.
+    /// The vectors that are stored for a token, as `(count, elements)`. Each has its own scales.
     pub fn vectors(self) -> [(usize, usize); 2] {
         match self {
             KvLayerShape::Heads { kv_heads, key_dim, value_dim } => {
@@ -139,11 +141,11 @@ pub struct KvGroup {
 /// A layer of the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvLayerDecl {
-    /// What it stores.
+    /// The shape of its entries.
     pub shape: KvLayerShape,
-    /// The group that it is in.
+    /// Its group.
     pub group: u32,
-    /// Its place within the group's pages.
+    /// Its place in the group's pages.
     pub slot: u32,
 }
 
@@ -159,8 +161,8 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
-    /// The layout of `layers`, each with what it stores and its window, in blocks of
-    /// `block_tokens` positions. Groups are ordered by their kind's first layer.
+    /// The layout of `layers`, each with its shape and its window, in blocks of `block_tokens`
+    /// positions. Groups are ordered by their kind's first layer.
     ///
     /// # Panics
     /// If `block_tokens` is 0.
@@ -201,7 +203,7 @@ impl KvLayout {
         &self.layers[layer.0 as usize]
     }
 
-    /// The group of `layer`: which of a sequence's block tables it goes by.
+    /// The group of `layer`, which has its block table.
     pub fn group_of(&self, layer: KvLayer) -> &KvGroup {
         &self.groups[self.layer(layer).group as usize]
     }
@@ -212,17 +214,17 @@ impl KvLayout {
         groups.map(|group| self.group_bytes(group, format)).max().unwrap_or(0)
     }
 
-    /// Unused bytes at the end of each page of `group`; 0 where all kinds divide evenly.
+    /// Unused bytes at the end of each page of `group`; 0 if all kinds divide evenly.
     pub fn padding_bytes(&self, group: usize, format: KvFormat) -> usize {
         self.page_bytes(format) - self.group_bytes(group, format)
     }
 
-    /// Bytes that all layers store for one token, padding not counted.
+    /// Bytes that all layers store for one token, without padding.
     pub fn bytes_per_token(&self, format: KvFormat) -> usize {
         self.layers.iter().map(|layer| layer.shape.bytes_per_token(format)).sum()
     }
 
-    /// Where `layer`'s part of a page starts, in bytes from the page's start.
+    /// The start of `layer`'s part of a page, in bytes from the page's start.
     pub fn slot_offset(&self, layer: KvLayer, format: KvFormat) -> usize {
         let decl = self.layer(layer);
         let before = &self.group_of(layer).layers[..decl.slot as usize];
@@ -243,14 +245,14 @@ impl KvLayout {
     }
 
     /// Blocks that a sequence holds in `group` while it runs a step of `rows` rows after `cached`
-    /// tokens, blocks outside the window given back.
+    /// tokens. Blocks outside the window were released.
     pub fn blocks_held(&self, group: usize, cached: usize, rows: usize) -> usize {
         let first = self.first_visible(group, cached) / self.block_tokens;
         (cached + rows).div_ceil(self.block_tokens).saturating_sub(first)
     }
 
-    /// Pages that a sequence needs, alone and computed row by row, to reach `tokens` positions: of
-    /// a windowed group no more than the blocks that a window can touch, wherever it begins.
+    /// Pages that a sequence needs to reach `tokens` positions, alone and row by row. A windowed
+    /// group needs no more than the blocks that a window can touch at any position.
     pub fn pages_for(&self, tokens: usize) -> usize {
         let all = tokens.div_ceil(self.block_tokens);
         let group = |group: &KvGroup| match group.window {
@@ -283,9 +285,10 @@ fn kinds_by_window_and_shape(layers: &[(KvLayerShape, Option<usize>)]) -> Vec<Ve
     kinds
 }
 
-/// Layers a group for each kind: divisors of the kinds' layer counts with the least padding, then
-/// the fewest groups. With equal layers this is the greatest common divisor. Each candidate is a
-/// page size that fits some kind exactly; every other kind takes its largest divisor that fits.
+/// The layers of a group, for each kind: divisors of the kinds' layer counts with the least
+/// padding, then the fewest groups. For equal layers this is the greatest common divisor. Each
+/// candidate is a page size that fits some kind exactly. Every other kind takes its largest divisor
+/// that fits.
 fn group_sizes(layers: &[(KvLayerShape, Option<usize>)], kinds: &[Vec<u32>]) -> Vec<usize> {
     let elements = |kind: &Vec<u32>| layers[kind[0] as usize].0.elements_per_token().max(1);
     let mut best: Option<(f64, usize, Vec<usize>)> = None;
@@ -334,7 +337,7 @@ mod tests {
         assert_eq!(layout.groups.len(), 6);
         assert!(layout.groups.iter().all(|group| group.layers.len() == 8));
         assert!((0..6).all(|group| layout.padding_bytes(group, KvFormat::Int8) == 0));
-        // 32k tokens: 5 windowed groups of the 65 blocks that 1024 positions can touch, one full
+        // 32k tokens: 5 windowed groups of 65 blocks, which 1024 positions can touch, and one full
         // group of 2048.
         assert_eq!(layout.pages_for(32768), 5 * 65 + 2048);
         for (index, layer) in layout.layers.iter().enumerate() {

@@ -1,19 +1,19 @@
 //! The scalar codecs of the KV cache formats: the oracle for every kernel that writes or reads a
-//! cache. One call stores one vector, a head's key or value or a latent.
+//! cache. One call stores one vector: a head's key, a head's value, or a latent.
 //!
-//! The bytes of a vector here are its scales followed by its codes; a backend may lay out a page
-//! otherwise (scales in a plane of their own), the numbers must be the same.
+//! Here the bytes of a vector are its scales followed by its codes. A backend may arrange a page
+//! differently (scales in a plane of their own), but the numbers must be the same.
 
 use half::{bf16, f16};
 
 use crate::kv::{INT4_GROUP, KvFormat};
 
-/// What a vector is; decides whether [`KvFormat::Int4`] rotates it.
+/// The kind of a vector. [`KvFormat::Int4`] rotates keys only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KvVector {
     /// A head's key, a latent, or a rotary key: rotated.
     Key,
-    /// A head's value: stored as it is.
+    /// A head's value: not rotated.
     Value,
 }
 
@@ -64,7 +64,7 @@ pub fn decode(format: KvFormat, kind: KvVector, bytes: &[u8], values: &mut [f32]
     }
 }
 
-/// Replaces `values` by what the cache would give back.
+/// Replaces `values` by the numbers that the cache would return.
 pub fn round_trip(format: KvFormat, kind: KvVector, values: &mut [f32]) {
     if format == KvFormat::F32 {
         return;
@@ -74,9 +74,9 @@ pub fn round_trip(format: KvFormat, kind: KvVector, values: &mut [f32]) {
     decode(format, kind, &bytes, values);
 }
 
-/// Multiplies `values` by an orthonormal, symmetric Hadamard matrix (so that doing it twice
-/// changes nothing); where the length is not a power of two, by blocks of the largest power of
-/// two that divides it.
+/// Multiplies `values` by an orthonormal, symmetric Hadamard matrix, which is its own inverse. If
+/// the length is not a power of two, it multiplies blocks of the largest power of two that divides
+/// the length.
 pub fn hadamard(values: &mut [f32]) {
     if values.is_empty() {
         return;
@@ -98,22 +98,23 @@ pub fn hadamard(values: &mut [f32]) {
     }
 }
 
-/// The nearest fp8 e4m3 code, ties to even; beyond 448 the largest. NaN is 0x7f.
+/// The nearest fp8 e4m3 code, ties to even. Numbers beyond 448 get the largest code, and NaN is
+/// 0x7f.
 pub fn f8e4m3_from_f32(x: f32) -> u8 {
     let sign = if x.is_sign_negative() { 0x80 } else { 0 };
     if x.is_nan() {
         return sign | 0x7f;
     }
     let magnitude = x.abs().min(F8E4M3_MAX);
-    // Below 2^-6 codes are multiples of 2^-9; above, 8 steps a power of two. A mantissa that
-    // rounds up to the next power of two carries into the exponent by itself.
+    // Below 2^-6 codes are multiples of 2^-9. Above, a power of two has 8 steps. A mantissa that
+    // rounds up to the next power of two carries into the exponent.
     let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-6);
     let step = f32::from_bits(((exponent - 3 + 127) as u32) << 23);
     let steps = (magnitude / step).round_ties_even() as u32;
     sign | (((exponent + 6) as u32 * 8) + steps) as u8
 }
 
-/// The number that an fp8 e4m3 code stands for.
+/// The number of an fp8 e4m3 code.
 pub fn f8e4m3_to_f32(code: u8) -> f32 {
     let sign = if code & 0x80 == 0 { 1.0 } else { -1.0 };
     let (exponent, mantissa) = ((code >> 3 & 15) as i32, f32::from(code & 7));
@@ -163,17 +164,17 @@ fn decode_scaled<const N: usize>(bytes: &[u8], values: &mut [f32], value: impl F
     }
 }
 
-/// The scale and the zero of 32 elements, or fewer, in [`KvFormat::Int4`].
+/// The scale and the zero of up to 32 elements in [`KvFormat::Int4`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Int4Range {
-    /// What a step of the code stands for.
+    /// The difference between neighbouring codes.
     pub scale: f16,
-    /// What code 0 stands for.
+    /// The number of code 0.
     pub zero: f16,
     inverse: f32,
 }
 
-/// The largest half: what is larger is stored as this and not as infinity.
+/// The largest finite half. Larger numbers are stored as this, not as infinity.
 const F16_MAX: f32 = 65504.0;
 
 impl Int4Range {

@@ -1,9 +1,9 @@
-//! Numbers over one row of logits: log-softmax in `f64`, best tokens.
+//! Functions of one row of logits: log-softmax in `f64`, and the best tokens.
 
 use std::cmp::Ordering;
 
-/// `ln(sum(exp(x)))`, summed in `f64`, right to about 1e-7 nats; logits that are not numbers count
-/// as minus infinity, plus infinity as the largest `f32`. Minus infinity if nothing is left.
+/// `ln(sum(exp(x)))`, summed in `f64`, accurate to about 1e-7 nats. NaN counts as minus infinity,
+/// and plus infinity as the largest `f32`. Minus infinity if every logit is.
 pub fn log_sum_exp(logits: &[f32]) -> f64 {
     let max = maximum(logits);
     if max == f32::NEG_INFINITY {
@@ -12,9 +12,9 @@ pub fn log_sum_exp(logits: &[f32]) -> f64 {
     f64::from(max) + sum(logits, |logit| exp_negative(finite(logit) - max)).ln()
 }
 
-/// The largest logit, as [`finite`] sees them.
+/// The largest logit after [`finite`].
 pub fn maximum(logits: &[f32]) -> f32 {
-    // Eight chains, so that the comparison is not one long dependency.
+    // Eight independent chains of comparisons run faster than one.
     let mut lanes = [f32::NEG_INFINITY; 8];
     for chunk in logits.chunks(8) {
         for (lane, &logit) in lanes.iter_mut().zip(chunk) {
@@ -36,15 +36,16 @@ pub fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
     lanes.iter().sum()
 }
 
-/// `e^x` for `x <= 0`, relative error below 2e-7, 0 below -87; no branches, so that loops over a
-/// vocabulary become vector code. `x = n ln 2 + r`, `e^x = 2^n e^r`, `e^r` by its Taylor series.
+/// `e^x` for `x <= 0`, with a relative error below 2e-7; 0 below -87. It has no branches, so that
+/// loops over a vocabulary become vector code. `x = n ln 2 + r` and `e^x = 2^n e^r`, with the
+/// Taylor series of `e^r`.
 pub fn exp_negative(x: f32) -> f32 {
     // Adding 1.5 * 2^23 rounds to a whole number, which is then in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let clamped = x.max(-87.0);
     let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
-    // ln 2 in two parts, so that the product with `n` is exact.
+    // ln 2 is split in two parts, so that the product with `n` is exact.
     let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
     let coefficients = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
     let series = coefficients.into_iter().fold(1.0 / 5040.0, |sum, next| sum * r + next);
@@ -53,8 +54,8 @@ pub fn exp_negative(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { power }
 }
 
-/// A logit that can be compared and subtracted: NaN becomes minus infinity, plus infinity the
-/// largest `f32`.
+/// A logit that can be compared and subtracted. NaN becomes minus infinity, and plus infinity
+/// becomes the largest `f32`.
 pub fn finite(logit: f32) -> f32 {
     if logit.is_nan() { f32::NEG_INFINITY } else { logit.min(f32::MAX) }
 }
@@ -64,8 +65,8 @@ pub fn best_first(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
     b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
 }
 
-/// The token of the largest logit, the lowest id on ties; `None` if no logit is a number above
-/// minus infinity.
+/// The token of the largest logit, with the lowest id on ties. `None` if every logit is minus
+/// infinity or NaN.
 pub fn argmax(logits: &[f32]) -> Option<u32> {
     let mut best = f32::NEG_INFINITY;
     let mut token = None;
@@ -78,9 +79,9 @@ pub fn argmax(logits: &[f32]) -> Option<u32> {
     token
 }
 
-/// The `count` largest logits as `(logit, id)`, best first, ties by lower id; logits that are not
-/// above minus infinity are left out. One pass with a small buffer: a new candidate must beat
-/// the worst of the best so far, and the buffer is cut back to `count` when it is full.
+/// The `count` largest logits as `(logit, id)`, best first, ties by lower id. Logits of minus
+/// infinity are left out. It makes one pass with a small buffer: a new candidate must beat the
+/// worst of the best so far, and a full buffer is cut back to `count`.
 pub fn top(logits: &[f32], count: usize, into: &mut Vec<(f32, u32)>) {
     into.clear();
     if count == 0 {
@@ -89,7 +90,7 @@ pub fn top(logits: &[f32], count: usize, into: &mut Vec<(f32, u32)>) {
     let room = (2 * count).max(64);
     let mut floor = f32::NEG_INFINITY;
     for (id, &logit) in logits.iter().enumerate() {
-        // Later ids lose ties, so only strictly larger ones may enter.
+        // Later ids lose ties, so only strictly larger logits may enter.
         if logit > floor {
             into.push((finite(logit), id as u32));
             if into.len() == room {

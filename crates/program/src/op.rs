@@ -1,8 +1,8 @@
-//! `Op`: what one step of a decoder computes, as data.
+//! `Op`: the computation of one step of a decoder, as data.
 //!
-//! Programs are in single-assignment form: every op names its inputs and makes new values, so
-//! that an interpreter may alias buffers by liveness, fuse neighbours, count, observe or
-//! differentiate. All activations are `[rows, width]`, logically `f32`; a row is a token.
+//! Programs are in single-assignment form: every op names its inputs and makes new values. So an
+//! interpreter may alias buffers by liveness, fuse neighbours, count, observe or differentiate. All
+//! activations are `[rows, width]`, logically `f32`. A row is a token.
 
 use crate::transform::InputTransform;
 
@@ -22,11 +22,11 @@ pub struct Rope(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KvLayer(pub u32);
 
-/// The outcome of a [`Op::Route`]: for each row, `experts_per_token` pairs of expert and weight.
+/// The result of an [`Op::Route`]: for each row, `experts_per_token` pairs of expert and weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Routing(pub u32);
 
-/// What a weight is for: decides splits across ranks, and what quantizers may touch.
+/// The role of a weight. It decides how ranks split the weight, and what quantizers may change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WeightRole {
     /// Token embedding `[vocabulary, width]`.
@@ -50,7 +50,7 @@ pub struct WeightDecl {
     pub name: String,
     /// Dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// What it is for.
+    /// Its role.
     pub role: WeightRole,
     /// The layer that it belongs to, if any.
     pub layer: Option<u32>,
@@ -65,7 +65,7 @@ pub struct ValueDecl {
     pub width: usize,
 }
 
-/// How a row is normalised.
+/// The kind of normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NormKind {
@@ -103,7 +103,7 @@ pub enum Activation {
     ReluSquared,
 }
 
-/// Which pairs of elements a rotation turns.
+/// The pairs of elements that a rotation combines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RopeStyle {
@@ -116,9 +116,9 @@ pub enum RopeStyle {
 /// A rotary table: angle of pair `i` at position `p` is `p * inverse_frequencies[i]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeTable {
-    /// One per pair, radians a position, all scaling kinds already folded in.
+    /// One for each pair, in radians per position. All kinds of scaling are already included.
     pub inverse_frequencies: Vec<f32>,
-    /// The frequencies of texts that are longer than the pretrained context, where they differ.
+    /// Other frequencies for texts that are longer than the pretrained context, if there are any.
     pub long: Option<LongRope>,
     /// Multiplies cosine and sine (YaRN's and longrope's attention factor).
     pub magnitude: f32,
@@ -127,7 +127,7 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// The frequencies of a text, by [`crate::StepSequence::long_rope`].
+    /// The frequencies of a text, chosen by [`crate::StepSequence::long_rope`].
     pub fn frequencies(&self, long_rope: bool) -> &[f32] {
         match &self.long {
             Some(long) if long_rope => &long.inverse_frequencies,
@@ -136,8 +136,8 @@ impl RopeTable {
     }
 }
 
-/// What a rotary table is for long texts (LongRoPE, arXiv 2402.13753). All positions of a text turn
-/// by the same frequencies.
+/// The frequencies of a rotary table for long texts (LongRoPE, arXiv 2402.13753). All positions of
+/// a text use the same frequencies.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LongRope {
     /// Texts of more tokens than this are long.
@@ -146,7 +146,7 @@ pub struct LongRope {
     pub inverse_frequencies: Vec<f32>,
 }
 
-/// The numbers of an attention over keys and values with heads of their own (MHA, GQA, MQA).
+/// The parameters of an attention with separate keys and values (MHA, GQA, MQA).
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttendSpec {
     /// Query heads.
@@ -163,11 +163,11 @@ pub struct AttendSpec {
     pub window: Option<usize>,
     /// `softcap * tanh(score / softcap)` after the scale.
     pub softcap: Option<f32>,
-    /// One logit a head that joins the softmax's denominator and nothing else `[heads]`.
+    /// One logit for each head that is added to the softmax's denominator only `[heads]`.
     pub sinks: Option<Weight>,
 }
 
-/// The numbers of a multi-head latent attention (DeepSeek-V2, section 2.1).
+/// The parameters of a multi-head latent attention (DeepSeek-V2, section 2.1).
 #[derive(Debug, Clone, PartialEq)]
 pub struct LatentSpec {
     /// Query heads.
@@ -176,7 +176,7 @@ pub struct LatentSpec {
     pub rank: usize,
     /// Elements of the shared rotary key.
     pub rope_dim: usize,
-    /// Elements of a head's key (and query) that carry no position.
+    /// Elements of a head's key (and query) without a position.
     pub nope_dim: usize,
     /// Elements of a head's value.
     pub value_dim: usize,
@@ -186,13 +186,14 @@ pub struct LatentSpec {
     pub window: Option<usize>,
     /// As in [`AttendSpec::softcap`].
     pub softcap: Option<f32>,
-    /// `[heads * nope_dim, rank]`: a latent's keys.
+    /// `[heads * nope_dim, rank]`: makes keys from latents.
     pub key_up: Weight,
-    /// `[heads * value_dim, rank]`: a latent's values.
+    /// `[heads * value_dim, rank]`: makes values from latents.
     pub value_up: Weight,
 }
 
-/// Blocks of expanded rows are multiples of this: of a tile of positions, and of KV blocks.
+/// Blocks of expanded rows are multiples of this. It is a multiple of a tile of positions and of KV
+/// blocks.
 const EXPANDED_ROWS_UNIT: usize = 64;
 
 impl LatentSpec {
@@ -215,7 +216,7 @@ impl LatentSpec {
     }
 }
 
-/// How logits of experts become scores.
+/// How a router's logits become scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RouterScore {
@@ -227,7 +228,7 @@ pub enum RouterScore {
     Sigmoid,
 }
 
-/// How the score of a group of experts is made (group-limited routing).
+/// The score of a group of experts (group-limited routing).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GroupScore {
@@ -237,18 +238,19 @@ pub enum GroupScore {
     TopTwoSum,
 }
 
-/// Only experts of the best `groups_per_token` of `groups` groups may be chosen.
+/// Group-limited routing: only experts of the best `groups_per_token` of `groups` groups may be
+/// chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct GroupLimit {
-    /// Equal groups that the experts are divided into, in order.
+    /// Equal groups of experts, in order.
     pub groups: usize,
-    /// Groups that stay.
+    /// Groups that remain for a token.
     pub groups_per_token: usize,
-    /// How a group is scored.
+    /// The score of a group.
     pub score: GroupScore,
 }
 
-/// A router as data.
+/// The parameters of a router.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RouterSpec {
     /// Experts to choose from.
@@ -271,13 +273,13 @@ pub struct RouterSpec {
     pub correction: Option<Weight>,
 }
 
-/// Expert matrices as data: each expert is a gated feed-forward layer of its own.
+/// The parameters of experts. Each expert is a gated feed-forward layer of its own.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExpertsSpec {
     /// Experts that the matrices hold.
     pub experts: usize,
-    /// The router's number of the first of them; 0 unless experts are split across ranks. A
-    /// choice outside `first_expert .. first_expert + experts` adds nothing.
+    /// The router's number of the first expert; 0 unless experts are split across ranks. A choice
+    /// outside `first_expert .. first_expert + experts` adds nothing.
     pub first_expert: usize,
     /// Width inside an expert.
     pub hidden: usize,
@@ -295,10 +297,11 @@ pub struct ExpertsSpec {
     pub up_bias: Option<Weight>,
     /// `[experts, out]`.
     pub down_bias: Option<Weight>,
-    /// Whether a row is multiplied by its routing weight before the expert (Llama 4) and not after.
+    /// Whether a row is multiplied by its routing weight before the expert (Llama 4). Otherwise it
+    /// is multiplied after.
     pub weigh_input: bool,
-    /// What is done to the hidden row that `down` reads; what `gate` and `up` read is the op's
-    /// input, which an [`Op::Transform`] before it makes.
+    /// The transform of the hidden row that `down` reads. The input of `gate` and `up` is the op's
+    /// input, which an [`Op::Transform`] before it may make.
     pub hidden_transform: InputTransform,
 }
 
@@ -313,12 +316,12 @@ pub struct LinearPart {
     pub out: Value,
 }
 
-/// How a gate multiplies.
+/// The kind of a gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GateKind {
-    /// `input * sigmoid(gate)`; `gate` is as wide as `input`, or its width divides `input`'s and
-    /// each element gates a run of neighbours (a head, or with width 1 the whole row).
+    /// `input * sigmoid(gate)`. If `gate` is narrower than `input`, its width divides `input`'s,
+    /// and each of its elements gates a run of neighbours (a head, or with width 1 the whole row).
     Sigmoid,
 }
 
@@ -336,22 +339,23 @@ pub enum Op {
         /// `[rows, width]`.
         out: Value,
     },
-    /// A value that comes from outside: [`crate::Step::inputs`].
+    /// A value from outside the program: [`crate::Step::inputs`].
     Input {
-        /// Which of the step's inputs, from 0 on.
+        /// The number of the step's input, from 0.
         input: u32,
         /// `[rows, width]`.
         out: Value,
     },
-    /// Normalises each of `groups` equal parts of a row by itself.
+    /// Normalises each of `groups` equal parts of a row separately.
     Norm {
         /// `[rows, groups * n]`.
         input: Value,
-        /// `[n]`, or `[groups * n]` with one weight an element; absent means ones.
+        /// `[n]`, or `[groups * n]` with one weight for each element. Without it, all weights are
+        /// one.
         weight: Option<Weight>,
-        /// Same shape as `weight`; `NormKind::Layer` only.
+        /// As wide as `weight`; `NormKind::Layer` only.
         bias: Option<Weight>,
-        /// Which norm.
+        /// The kind of norm.
         kind: NormKind,
         /// Added under the root.
         epsilon: f32,
@@ -364,25 +368,26 @@ pub enum Op {
     Linear {
         /// `[rows, in]`.
         input: Value,
-        /// One output each.
+        /// The matrices, with one output each.
         parts: Vec<LinearPart>,
     },
-    /// Rotates and rounds each row, as the matrices that read it expect.
+    /// Rotates and rounds each row for the matrices that read it.
     Transform {
         /// `[rows, n]`.
         input: Value,
-        /// How.
+        /// The transform.
         transform: InputTransform,
         /// `[rows, n]`.
         out: Value,
     },
-    /// Turns the rotary part of each head by its row's position.
+    /// Rotates the rotary part of each head by its row's position.
     Rope {
         /// `[rows, heads * head_dim]`.
         input: Value,
         /// Heads in a row.
         heads: usize,
-        /// First rotated element of a head; `2 * inverse_frequencies.len()` elements turn.
+        /// The first rotated element of a head; `2 * inverse_frequencies.len()` elements are
+        /// rotated.
         offset: usize,
         /// The table.
         rope: Rope,
@@ -395,16 +400,16 @@ pub enum Op {
         key: Value,
         /// `[rows, kv_heads * value_dim]`.
         value: Value,
-        /// Where.
+        /// The layer of the cache.
         layer: KvLayer,
     },
-    /// Attention of each row over its sequence's cache, this step's rows included.
+    /// Attention of each row over its sequence's cache, which includes this step's rows.
     Attend {
         /// `[rows, heads * head_dim]`.
         query: Value,
         /// The cache to read.
         layer: KvLayer,
-        /// The numbers.
+        /// The parameters.
         spec: AttendSpec,
         /// `[rows, heads * value_dim]`.
         out: Value,
@@ -413,18 +418,18 @@ pub enum Op {
     WriteLatent {
         /// `[rows, rank]`, already normalised.
         latent: Value,
-        /// `[rows, rope_dim]`, already turned.
+        /// `[rows, rope_dim]`, already rotated.
         rope_key: Value,
-        /// Where.
+        /// The layer of the cache.
         layer: KvLayer,
     },
     /// Multi-head latent attention; the backend chooses the absorbed or the expanded form.
     AttendLatent {
-        /// `[rows, heads * (nope_dim + rope_dim)]`, each head its nope part first.
+        /// `[rows, heads * (nope_dim + rope_dim)]`; each head begins with its nope part.
         query: Value,
         /// The cache to read.
         layer: KvLayer,
-        /// The numbers.
+        /// The parameters.
         spec: LatentSpec,
         /// `[rows, heads * value_dim]`.
         out: Value,
@@ -435,7 +440,7 @@ pub enum Op {
         gate: Value,
         /// `[rows, hidden]`; present for the gated kinds.
         up: Option<Value>,
-        /// Which.
+        /// The kind.
         kind: Activation,
         /// `[rows, hidden]`.
         out: Value,
@@ -446,14 +451,14 @@ pub enum Op {
         input: Value,
         /// The router.
         spec: RouterSpec,
-        /// The choice.
+        /// The chosen experts.
         out: Routing,
     },
     /// Runs each row through its experts and sums their outputs by routing weight.
     Experts {
         /// `[rows, in]`.
         input: Value,
-        /// The choice.
+        /// The chosen experts.
         routing: Routing,
         /// The matrices.
         spec: ExpertsSpec,
@@ -477,21 +482,21 @@ pub enum Op {
         input: Value,
         /// `[rows, m]`, `m` divides `n`.
         gate: Value,
-        /// How.
+        /// The kind of gate.
         kind: GateKind,
         /// `[rows, n]`.
         out: Value,
     },
-    /// Adds the values of all ranks (tensor parallelism); the identity with one rank.
+    /// Sums the values of all ranks (tensor parallelism). With one rank it does nothing.
     AllReduce {
         /// `[rows, n]`.
         input: Value,
         /// `[rows, n]`.
         out: Value,
     },
-    /// Puts the values of all ranks side by side, rank 0 first; the identity with one rank.
+    /// Puts the values of all ranks side by side, rank 0 first. With one rank it does nothing.
     AllGather {
-        /// `[rows, n]`, as wide on every rank.
+        /// `[rows, n]`, equally wide on every rank.
         input: Value,
         /// `[rows, n * ranks]`.
         out: Value,
@@ -511,7 +516,7 @@ pub enum Op {
         input: Value,
         /// `[vocabulary, width]`, or a rank's part of it if `gather`.
         head: Weight,
-        /// Whether the head holds this rank's rows only: the ranks' logits are then put side by
+        /// Whether the head holds only this rank's rows. The ranks' logits are then put side by
         /// side, rank 0 first.
         gather: bool,
         /// Multiplies the product (Granite divides by `logits_scaling`).
@@ -519,19 +524,19 @@ pub enum Op {
         /// `softcap * tanh(x / softcap)` after the scale (Gemma 2).
         softcap: Option<f32>,
     },
-    /// Hands a value out of the program (drafters' features, distillation).
+    /// Hands a value out of the program (features for drafters, distillation).
     Capture {
         /// `[rows, n]`.
         input: Value,
-        /// Which tap, from 0 on.
+        /// The number of the tap, from 0.
         tap: u32,
     },
 }
 
-/// Something that an op names.
+/// A value, weight or other object that an op names.
 #[derive(Debug)]
 pub enum Operand<'a> {
-    /// A value that it reads; an op reads two at most.
+    /// A value that it reads. An op reads at most two.
     Input(&'a Value),
     /// A value that it makes.
     Output(&'a Value),
@@ -545,7 +550,7 @@ pub enum Operand<'a> {
     Rope(&'a Rope),
 }
 
-/// As [`Operand`], to be changed.
+/// A mutable [`Operand`].
 #[derive(Debug)]
 pub enum OperandMut<'a> {
     /// As [`Operand::Input`].
@@ -562,7 +567,7 @@ pub enum OperandMut<'a> {
     Rope(&'a mut Rope),
 }
 
-/// The one place that knows what each op names: a match that serves `&Op` and `&mut Op` alike.
+/// Lists the operands of each op, in this one place. The match works for `&Op` and `&mut Op`.
 macro_rules! walk {
     ($op:expr, $visit:ident, $Operand:ident, $($reference:tt)+) => {
         match $op {
@@ -705,13 +710,13 @@ impl Op {
         }
     }
 
-    /// Shows `visit` everything that the op names, in the order of its fields, weights' matrices
-    /// before their biases.
+    /// Calls `visit` with every operand, in the order of the op's fields. The matrix of a linear
+    /// part comes before its bias.
     pub fn visit(&self, visit: &mut dyn FnMut(Operand<'_>)) {
         walk!(self, visit, Operand, &);
     }
 
-    /// As [`Op::visit`], for changing what the op names.
+    /// As [`Op::visit`], to change the operands.
     pub fn visit_mut(&mut self, visit: &mut dyn FnMut(OperandMut<'_>)) {
         walk!(self, visit, OperandMut, &mut);
     }
@@ -762,9 +767,9 @@ impl Op {
         found
     }
 
-    /// The inputs whose buffer the op's output may take over when they die here: each element of
-    /// the output depends on no other row, and on no element of that input's row which the op
-    /// would already have overwritten (a norm reads its whole group before it writes).
+    /// The inputs whose buffer the op's output may reuse, if they are not read later. Each element
+    /// of the output then depends on no other row, and on no element of that input's row which the
+    /// op has already overwritten (a norm reads its whole group before it writes).
     pub fn in_place_inputs(&self) -> impl Iterator<Item = Value> + use<> {
         let pair = match *self {
             Op::Norm { input, .. }
@@ -781,7 +786,7 @@ impl Op {
 }
 
 impl Activation {
-    /// Whether it takes an `up` beside its `gate`.
+    /// Whether the activation takes `up` beside `gate`.
     pub fn is_gated(&self) -> bool {
         match self {
             Activation::SwiGlu

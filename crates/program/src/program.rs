@@ -1,5 +1,5 @@
-//! `Program`: a decoder's step as a flat list of ops, and the questions that every interpreter
-//! asks of it: widths, lifetimes of values, which buffers they may share.
+//! `Program`: a decoder's step as a flat list of ops. It also answers the questions of every
+//! interpreter: widths, lifetimes of values, and which buffers they may share.
 
 use crate::kv::KvLayout;
 use crate::op::{Op, RopeTable, Value, ValueDecl, Weight, WeightDecl};
@@ -9,23 +9,23 @@ use crate::op::{Op, RopeTable, Value, ValueDecl, Weight, WeightDecl};
 pub struct Program {
     /// The ops, in order.
     pub ops: Vec<Op>,
-    /// What the ops compute.
+    /// The values that the ops make.
     pub values: Vec<ValueDecl>,
-    /// What the ops read.
+    /// The weights that the ops read.
     pub weights: Vec<WeightDecl>,
     /// Rotary tables, shared by layers.
     pub ropes: Vec<RopeTable>,
-    /// Shape of the KV cache that the ops write and read.
+    /// The shape of the KV cache.
     pub kv: KvLayout,
-    /// Routings that ops make.
+    /// The number of routings that ops make.
     pub routings: usize,
-    /// Logits of a row.
+    /// The vocabulary: logits of a row.
     pub vocabulary: usize,
-    /// Positions that a sequence may reach.
+    /// The most positions of a sequence.
     pub context_max: usize,
 }
 
-/// When a value is alive, in indexes of ops.
+/// The lifetime of a value, as indexes of ops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lifetime {
     /// The op that makes it.
@@ -34,7 +34,7 @@ pub struct Lifetime {
     pub last_use: usize,
 }
 
-/// Which values share a buffer.
+/// The assignment of values to shared buffers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BufferPlan {
     /// The slot of each value.
@@ -49,7 +49,7 @@ impl BufferPlan {
         self.slot_of[value.0 as usize] as usize
     }
 
-    /// Elements a row in all slots together.
+    /// Elements in a row of all slots together.
     pub fn width_total(&self) -> usize {
         self.slot_widths.iter().sum()
     }
@@ -57,9 +57,9 @@ impl BufferPlan {
 
 impl Program {
     /// The [`crate::StepSequence::expanded`] of a request with `given` tokens (its prompt, or a
-    /// text to score): whole blocks of as many rows as make the expanded form of latent attention
-    /// pay. The two forms round differently, so the choice may depend on nothing that a schedule
-    /// can change: not on the rows of a chunk, but on the model and on what was asked.
+    /// text to score). These are whole blocks of as many rows as make the expanded form of latent
+    /// attention worthwhile. The two forms round differently. So the choice depends on the model
+    /// and on the request alone, and not on the rows of a chunk, which a schedule can change.
     pub fn expanded_until(&self, given: usize) -> usize {
         let rows = self.ops.iter().filter_map(|op| match op {
             Op::AttendLatent { spec, .. } => Some(spec.expanded_rows().unwrap_or(usize::MAX)),
@@ -68,8 +68,8 @@ impl Program {
         rows.max().map_or(0, |rows| given / rows * rows)
     }
 
-    /// Texts of more tokens than this turn by the long rotary tables, if the program has some; the
-    /// tables agree on it.
+    /// Texts of more tokens than this use the long rotary tables, if the program has any. All
+    /// tables have the same limit.
     pub fn long_rope_after(&self) -> Option<usize> {
         self.ropes.iter().find_map(|rope| Some(rope.long.as_ref()?.original))
     }
@@ -107,12 +107,12 @@ impl Program {
         taps.into_iter().map(|(_, width)| width).collect()
     }
 
-    /// How many values are fed from outside ([`Op::Input`]).
+    /// The number of values from outside ([`Op::Input`]).
     pub fn inputs(&self) -> usize {
         self.ops.iter().filter(|op| matches!(op, Op::Input { .. })).count()
     }
 
-    /// Width of each fed value, by number.
+    /// The width of each input, by number.
     pub fn input_widths(&self) -> Vec<usize> {
         let mut inputs: Vec<(u32, usize)> = Vec::new();
         for op in &self.ops {
@@ -124,7 +124,7 @@ impl Program {
         inputs.into_iter().map(|(_, width)| width).collect()
     }
 
-    /// Whether rows have logits to choose from.
+    /// Whether the program makes logits.
     pub fn makes_logits(&self) -> bool {
         self.ops.iter().any(|op| matches!(op, Op::Logits { .. }))
     }
@@ -143,9 +143,9 @@ impl Program {
         lifetimes
     }
 
-    /// Gives values that are never alive together the same buffer. An op's output never shares
-    /// a buffer with one of its inputs, except where [`Op::in_place_inputs`] allows it and both
-    /// are equally wide.
+    /// Assigns the same buffer to values that are never alive together. An op's output shares a
+    /// buffer with one of its inputs only if [`Op::in_place_inputs`] allows it and both are equally
+    /// wide.
     pub fn buffer_plan(&self) -> BufferPlan {
         let lifetimes = self.liveness();
         let mut plan = BufferPlan { slot_of: vec![0; self.values.len()], slot_widths: Vec::new() };
@@ -175,7 +175,8 @@ impl Program {
 }
 
 impl BufferPlan {
-    /// The narrowest free slot that is wide enough, else the widest one, widened, else a new one.
+    /// The narrowest free slot that is wide enough, else the widest free one, widened, else a new
+    /// one.
     fn take_slot(&mut self, free: &mut Vec<u32>, width: usize) -> u32 {
         let width_of = |slot: &u32| self.slot_widths[*slot as usize];
         let wide_enough = (0..free.len()).filter(|i| width_of(&free[*i]) >= width);

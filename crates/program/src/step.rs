@@ -1,17 +1,17 @@
-//! `Step`: the rows that one run of a program works on, and how their tokens are chosen.
+//! `Step`: the rows of one run of a program, and how their tokens are chosen.
 //!
-//! Prefill chunks, prefix hits, decoding and tree verification differ only in this data. Block
-//! tables are not in it: an executor keeps them, and a step says what changes ([`TableChange`]).
+//! Prefill chunks, prefix hits, decoding and tree verification differ only in this data. A step has
+//! no block tables: an executor keeps them, and a step tells the changes ([`TableChange`]).
 
 use std::sync::Arc;
 
 use crate::sampling::{Sampling, TokenCounts, TokenMask};
 
-/// Rows that a draft tree may have: the bits of an ancestor mask.
+/// The most rows of a draft tree: the bits of an ancestor mask.
 pub const TREE_ROWS_MAX: usize = 64;
 
-/// A sequence of an executor, below [`crate::ExecutorLimits::sequences_max`]. The number is free
-/// for another sequence after [`TableChange::Clear`].
+/// The number of a sequence in an executor, below [`crate::ExecutorLimits::sequences_max`]. After
+/// [`TableChange::Clear`] another sequence may use the number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId(pub u32);
 
@@ -20,8 +20,9 @@ pub struct SequenceId(pub u32);
 pub enum TokenSource {
     /// A token id.
     Given(u32),
-    /// The token that this choice of the step submitted just before chose, by its index in
-    /// [`Step::choices`]. If it could choose none, the row runs token 0 and means nothing.
+    /// The token that a choice of the step submitted just before chose. The number is the index in
+    /// [`Step::choices`]. If that choice had no token, the row runs token 0, and its result is
+    /// meaningless.
     Chosen(u32),
 }
 
@@ -34,62 +35,64 @@ impl From<u32> for TokenSource {
 /// One sequence's part of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepSequence {
-    /// Whose cache the rows read and write.
+    /// The sequence whose cache the rows read and write.
     pub id: SequenceId,
-    /// First row of the step that belongs to this sequence.
+    /// Its first row in the step.
     pub first_row: u32,
-    /// Rows, consecutive.
+    /// The number of its rows, which are consecutive.
     pub rows: u32,
-    /// Tokens that the cache holds for this sequence before this step. Without a tree, row `i`
-    /// of the sequence is at position `cached + i` and sees every position up to its own.
+    /// Tokens of this sequence in the cache before this step. Without a tree, row `i` of the
+    /// sequence is at position `cached + i` and sees every position up to its own.
     pub cached: u32,
-    /// Rows at positions below this one may be computed in the forms that pay for many rows: the
-    /// expanded form of latent attention, and products whose decoded weights many rows share. All
-    /// others are computed as decoding rows are ([`crate::Executor::expanded_until`]). The same in
-    /// every step of a request, so that no schedule changes which form a row gets; at most `cached`
-    /// for a tree.
+    /// Rows at positions below this may use the forms that suit many rows: the expanded form of
+    /// latent attention, and products that share decoded weights among rows. All others are
+    /// computed like decoding rows ([`crate::Executor::expanded_until`]). The number is the same in
+    /// every step of a request, so that no schedule changes the form of a row. For a tree it is at
+    /// most `cached`.
     pub expanded: u32,
-    /// Whether the rows turn by the long rotary tables ([`crate::Program::long_rope`]). The same
-    /// for all that the cache holds of the text: when a text outgrows the short tables, it begins
-    /// anew.
+    /// Whether the rows use the long rotary tables ([`crate::Program::long_rope`]). It is the same
+    /// for all cached rows of the text. When a text outgrows the short tables, it is computed again
+    /// from the start.
     pub long_rope: bool,
-    /// For a draft tree: row `i` is stored at slot `cached + i`, has the position given in
-    /// [`Step::positions`], and sees the cache up to `cached` and those rows `j` of this
-    /// sequence for which bit `j` of `ancestors[i]` is set (itself included). A window counts from
-    /// the rows' positions. At most [`TREE_ROWS_MAX`] rows. `None`: causal.
+    /// The ancestors of a draft tree's rows; `None` for causal rows. Row `i` is stored at slot
+    /// `cached + i` and has the position in [`Step::positions`]. It sees the cache up to `cached`,
+    /// and row `j` of this sequence if bit `j` of `ancestors[i]` is set (its own bit is set). A
+    /// window counts from the rows' positions. A tree has at most [`TREE_ROWS_MAX`] rows.
     pub ancestors: Option<Vec<u64>>,
 }
 
-/// A change of the block tables that an executor keeps. The changes of a step are applied in order,
-/// before its rows run and after the rows of every step submitted earlier.
+/// A change of an executor's block tables. The changes of a step are applied in order, before its
+/// rows run and after the rows of every step submitted earlier.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TableChange {
-    /// The sequence is over, or begins anew: all its tables are empty and begin at block 0.
+    /// Empties all tables of a sequence, which ended or begins again. They then begin at block 0.
     Clear {
-        /// Whose.
+        /// The sequence.
         sequence: SequenceId,
     },
     /// Appends pages to a table.
     Extend {
-        /// Whose.
+        /// The sequence.
         sequence: SequenceId,
         /// The KV group.
         group: u32,
         /// Page numbers.
         pages: Vec<u32>,
     },
-    /// Blocks before `first` slid out of the group's window. An empty table then begins there.
+    /// Releases the blocks before `first`, which slid out of the group's window. An empty table
+    /// then begins at `first`.
     Slide {
-        /// Whose.
+        /// The sequence.
         sequence: SequenceId,
         /// The KV group.
         group: u32,
-        /// The first block that stays, counted from position 0; not before the table's first.
+        /// The first block that stays, counted from position 0. It is not before the table's first
+        /// block.
         first: u32,
     },
-    /// Gives up blocks at the end.
+    /// Releases blocks at the end.
     Truncate {
-        /// Whose.
+        /// The sequence.
         sequence: SequenceId,
         /// The KV group.
         group: u32,
@@ -98,35 +101,35 @@ pub enum TableChange {
     },
 }
 
-/// What is wanted of the logits of one row.
+/// What to do with the logits of one row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
     /// The row.
     pub row: u32,
-    /// How a token is chosen; `None` chooses none (scoring, evaluation).
+    /// How to choose a token. `None` chooses none (scoring, evaluation).
     pub sampling: Option<Sampling>,
-    /// With the seed, all that the random number depends on: the position that the chosen token
-    /// has in its text.
+    /// The position of the chosen token in its text. The random number depends on this and on the
+    /// seed alone.
     pub counter: u64,
-    /// The tokens that penalties look at, but for those of [`TokenSource::Chosen`] rows: the
-    /// executor counts each of these that the row sees (itself included) as generated once more.
+    /// The tokens that penalties count, without those of [`TokenSource::Chosen`] rows. The executor
+    /// counts each such row that this row sees (itself included) as generated once more.
     pub counts: Option<Arc<TokenCounts>>,
-    /// Added to the logits of these tokens, in this order; minus infinity forbids one.
+    /// Added to the logits of these tokens, in this order. Minus infinity forbids a token.
     pub bias: Option<Arc<[(u32, f32)]>>,
-    /// The tokens that may be chosen; `None`: all.
+    /// The tokens that may be chosen. `None` means all.
     pub mask: Option<Arc<TokenMask>>,
-    /// What is handed out besides the token.
+    /// The results besides the token.
     pub report: Report,
 }
 
 impl Choice {
-    /// The logits of `row`, and no token.
+    /// Asks for the logits of `row` and chooses no token.
     pub fn logits_of(row: u32) -> Self {
         let report = Report { logprobs: None, logits: true };
         Choice { sampling: None, report, ..Choice::sample(row, Sampling::default(), 0) }
     }
 
-    /// The token of `row`, without penalties, bias, mask or report.
+    /// Chooses the token of `row`, without penalties, bias, mask or report.
     pub fn sample(row: u32, sampling: Sampling, counter: u64) -> Self {
         Choice {
             row,
@@ -140,12 +143,12 @@ impl Choice {
     }
 }
 
-/// What a choice hands out besides its token.
+/// The results of a choice besides its token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Report {
-    /// The log-probability of the chosen token, and those of this many best tokens.
+    /// Asks for the log-probability of the chosen token and of this many best tokens.
     pub logprobs: Option<u32>,
-    /// The whole row of logits, as the program makes them.
+    /// Asks for the whole row of logits, as the program makes them.
     pub logits: bool,
 }
 
@@ -156,35 +159,35 @@ pub struct StepInput {
     pub values: Vec<f32>,
 }
 
-/// Rows of tokens, where they belong, and what is wanted of them.
+/// The rows of one run of a program, their sequences, and the choices of tokens.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Step {
-    /// Token of each row.
+    /// The token of each row.
     pub tokens: Vec<TokenSource>,
-    /// Position of each row (for rotary tables).
+    /// The position of each row, for rotary tables.
     pub positions: Vec<u32>,
-    /// The sequences, in order of their rows, which they cover without gaps.
+    /// The sequences, in the order of their rows. They cover the rows without gaps.
     pub sequences: Vec<StepSequence>,
     /// Changes of block tables, applied in order before the rows run.
     pub tables: Vec<TableChange>,
-    /// What is wanted of rows' logits, ascending by row, at most one a row.
+    /// The choices, ascending by row, at most one for each row.
     pub choices: Vec<Choice>,
     /// One for each [`crate::Op::Input`] of the program, by its number.
     pub inputs: Vec<StepInput>,
 }
 
-/// A token's place in the cache of a sequence moves: all layers and groups.
+/// A copy of one token's slot in the cache of a sequence, in all layers and groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlotMove {
-    /// Whose.
+    /// The sequence.
     pub sequence: SequenceId,
     /// The slot to copy, a position of the sequence.
     pub from: u32,
-    /// Where to.
+    /// The slot to overwrite.
     pub to: u32,
 }
 
-/// What is wrong with a step: a scheduler's mistake, found before it runs.
+/// A malformed step: a bug of the scheduler, found before the step runs.
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[error("invalid step: {0}")]
 pub struct StepError(pub String);
@@ -212,7 +215,7 @@ impl StepSequence {
         self.first_row as usize..(self.first_row + self.rows) as usize
     }
 
-    /// Rows at the sequence's beginning that are below [`StepSequence::expanded`].
+    /// How many of the sequence's first rows are at positions below [`StepSequence::expanded`].
     pub fn rows_expanded(&self) -> usize {
         self.expanded.saturating_sub(self.cached).min(self.rows) as usize
     }
@@ -222,7 +225,7 @@ impl StepSequence {
         self.cached as usize + self.rows as usize
     }
 
-    /// Whether row `row` of the sequence sees row `other` of it.
+    /// Whether row `row` of the sequence sees its row `other`.
     pub fn sees(&self, row: usize, other: usize) -> bool {
         match &self.ancestors {
             None => other <= row,

@@ -1,5 +1,5 @@
-//! `SequenceTables`: the block tables that an executor on the host keeps from step to step, and
-//! the checks of a step against them.
+//! `SequenceTables`: the block tables that an executor on the host keeps between steps, and the
+//! checks of a step against them.
 
 use crate::backend::ExecutorLimits;
 use crate::kv::KvLayout;
@@ -24,17 +24,17 @@ impl BlockTable {
         self.first + self.blocks.len() as u32
     }
 
-    /// The page and the place in it of `slot`.
+    /// The page of `slot`, and the place in the page.
     ///
     /// # Panics
-    /// If the table does not hold that slot; [`SequenceTables::accept`] makes sure that it does.
+    /// If the table does not hold that slot. [`SequenceTables::accept`] prevents this.
     pub fn locate(&self, slot: usize, block_tokens: usize) -> (usize, usize) {
         let block = slot / block_tokens - self.first as usize;
         (self.blocks[block] as usize, slot % block_tokens)
     }
 }
 
-/// The changes that give `sequence` these tables, one a group, whatever it had before.
+/// The changes that give `sequence` these tables, one for each group, whatever it had before.
 pub fn replace_tables(sequence: SequenceId, tables: &[BlockTable]) -> Vec<TableChange> {
     let mut changes = vec![TableChange::Clear { sequence }];
     for (group, table) in (0..).zip(tables) {
@@ -47,31 +47,31 @@ pub fn replace_tables(sequence: SequenceId, tables: &[BlockTable]) -> Vec<TableC
     changes
 }
 
-/// How to take one change of one table back.
+/// The data to undo one change of one table.
 #[derive(Debug, Clone, Copy)]
 struct Undo {
     table: usize,
     first: u32,
-    /// Pages at the end of [`SequenceTables::removed`] that were at the table's front.
+    /// Pages at the end of [`SequenceTables::removed`] that were at the front of the table.
     front: usize,
-    /// Those after them, which were at its end.
+    /// Pages after those, which were at the end of the table.
     back: usize,
     /// Pages that were appended.
     added: usize,
 }
 
-/// The block tables of all sequences of an executor. In steady state accepting a step allocates
-/// nothing.
+/// The block tables of all sequences of an executor. In steady state, accepting a step allocates no
+/// memory.
 #[derive(Debug, Clone, Default)]
 pub struct SequenceTables {
     groups: usize,
-    /// By sequence, then by group.
+    /// The tables, by sequence and then by group.
     tables: Vec<BlockTable>,
     undo: Vec<Undo>,
     removed: Vec<u32>,
-    /// Pages that a step writes, while it is checked.
+    /// The pages that a step writes. Scratch of the checks.
     written: Vec<u32>,
-    /// For each choice of the step accepted last, whether it chose a token.
+    /// For each choice of the last accepted step, whether it chose a token.
     chose: Vec<bool>,
 }
 
@@ -88,14 +88,14 @@ impl SequenceTables {
         &self.tables[sequence.0 as usize * self.groups + group]
     }
 
-    /// Checks everything that a backend relies on, and applies the step's changes: sequences cover
-    /// the rows in order, tokens and positions are in range, tables hold every position that a row
-    /// can see or is stored at, no page is written by two sequences or groups, masks name rows of
-    /// their own sequence, choices and inputs fit the program.
+    /// Checks everything that a backend relies on, and applies the step's changes. Sequences cover
+    /// the rows in order. Tokens and positions are in range. Tables hold every position that a row
+    /// sees or writes. No page is written by two sequences or groups. Masks name rows of their own
+    /// sequence. Choices and inputs fit the program.
     ///
     /// # Errors
     /// [`StepError`] names the sequence, row or change, what was found and what was expected. The
-    /// tables are then as they were.
+    /// tables are then unchanged.
     pub fn accept(
         &mut self,
         step: &Step,
@@ -202,7 +202,7 @@ impl SequenceTables {
         if index < self.tables.len() { Ok(index) } else { Err(no_sequence(sequence)) }
     }
 
-    /// Makes the tables what they were before the changes of a step that is refused.
+    /// Undoes the changes of a step that is refused.
     fn take_back(&mut self) {
         while let Some(Undo { table, first, front, back, added }) = self.undo.pop() {
             let table = &mut self.tables[table];
@@ -215,7 +215,7 @@ impl SequenceTables {
         }
     }
 
-    /// Checks the tables of a step's sequences, which its changes have been applied to.
+    /// Checks the tables of a step's sequences, after its changes were applied.
     fn check_tables(&mut self, step: &Step, layout: &KvLayout) -> Result<(), StepError> {
         let Self { groups, tables, written, .. } = self;
         written.clear();
@@ -252,7 +252,7 @@ impl SequenceTables {
     }
 }
 
-/// Sorts `numbers`; the first that occurs twice is an error.
+/// Sorts `numbers`. The error is the first number that occurs twice.
 fn no_twice(numbers: &mut [u32]) -> Result<(), u32> {
     numbers.sort_unstable();
     numbers.windows(2).find(|pair| pair[0] == pair[1]).map_or(Ok(()), |pair| Err(pair[0]))

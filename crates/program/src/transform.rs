@@ -1,11 +1,11 @@
-//! `InputTransform`: what is done to the input of matrices before they multiply it.
+//! `InputTransform`: a change of a matrix's input before the product.
 
 use std::fmt;
 
 use lathe_tensor::ActivationFormat;
 use lathe_tensor::hadamard::Hadamard;
 
-/// A scale of inputs that calibration found, in place of one that each row makes for itself
+/// A scale of inputs that calibration found. It replaces the scale that each row would compute
 /// ([`ActivationFormat::takes_scale`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StaticScale(u32);
@@ -13,7 +13,7 @@ pub struct StaticScale(u32);
 impl StaticScale {
     /// `None` unless `value` is a positive finite number.
     pub fn new(value: f32) -> Option<Self> {
-        // Positive numbers are in the order of their bits.
+        // The bits of positive numbers have the order of the numbers.
         (value.is_finite() && value > 0.0).then(|| Self(value.to_bits()))
     }
 
@@ -23,22 +23,22 @@ impl StaticScale {
     }
 }
 
-/// A rotation and a rounding of each row by itself: first the rotation, whose inverse is folded
-/// into the matrices that read the row (QuaRot's R4, arXiv 2404.00456; MR-GPTQ's blocks, arXiv
-/// 2509.23202), then the rounding to a format of activations.
+/// A rotation and a rounding of each row. The rotation comes first; its inverse is folded into the
+/// matrices that read the row (QuaRot's R4, arXiv 2404.00456; MR-GPTQ's blocks, arXiv 2509.23202).
+/// Then the row is rounded to a format of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct InputTransform {
-    /// Elements of each block that `lathe_tensor::hadamard`'s orthonormal matrix `H` multiplies:
-    /// a block `x` becomes `x Hᵀ`. `None` leaves rows as they are.
+    /// Elements of a block that `lathe_tensor::hadamard`'s orthonormal matrix `H` multiplies: a
+    /// block `x` becomes `x Hᵀ`. `None` means no rotation.
     pub hadamard: Option<usize>,
-    /// What the (rotated) row is rounded to.
+    /// The format that the (rotated) row is rounded to.
     pub format: Option<ActivationFormat>,
-    /// The scale of that rounding, if it is not the row's own.
+    /// The scale of that rounding. `None` means that each row computes its own.
     pub scale: Option<StaticScale>,
 }
 
 impl InputTransform {
-    /// Whether it changes nothing.
+    /// Whether the transform does nothing.
     pub fn is_nothing(&self) -> bool {
         *self == Self::default()
     }
@@ -54,7 +54,7 @@ impl InputTransform {
         self.hadamard.map(matrix).transpose()
     }
 
-    /// Whether rows of `width` elements can be treated so.
+    /// Checks that rows of `width` elements can be transformed.
     ///
     /// # Errors
     /// What was found and what was expected.
@@ -70,15 +70,15 @@ impl InputTransform {
         }
     }
 
-    /// Elements that depend on no others, from the first on: where a row may be cut. `None` if
-    /// an element depends on the whole row.
+    /// A row may be cut at multiples of this, because such blocks are independent. `None` if an
+    /// element depends on the whole row.
     pub fn unit(&self) -> Option<usize> {
         let format = match (self.format, self.scale) {
             (Some(format), Some(_)) => format.width_unit(),
             (format, _) => format.map_or(Some(1), ActivationFormat::group)?,
         };
         let block = self.hadamard.unwrap_or(1);
-        // Powers of two, or one of them is 1; otherwise a common multiple does.
+        // A multiple of both, though not always the least.
         Some(if block.is_multiple_of(format) { block } else { block * format })
     }
 
@@ -139,8 +139,8 @@ mod tests {
         }
     }
 
-    /// By hand: 3, 1, 1, -1 times H4 / 2 is 2, 2, 2, 0; the scale of int4 is 2 / 7.5, so that a 2
-    /// is code 7.5, which saturates to 7 (ties to even gives 8).
+    /// By hand: 3, 1, 1, -1 times H4 / 2 is 2, 2, 2, 0. The scale of int4 is 2 / 7.5, so 2 is code
+    /// 7.5. It rounds to 8 (ties to even) and saturates to 7.
     #[test]
     fn a_rotation_comes_before_the_rounding() {
         let mut row = [3.0, 1.0, 1.0, -1.0];
@@ -150,8 +150,8 @@ mod tests {
         assert_eq!(row, [seven, seven, seven, 0.0]);
     }
 
-    /// By hand, under a step of a half: 3.3 is code 6.6, which e4m3 has as 6.5, and 300 saturates
-    /// at 448 halves; int8 has 7, and saturates at 127 halves.
+    /// By hand, with a step of a half: 3.3 is code 6.6, which e4m3 rounds to 6.5, and 300 saturates
+    /// at 448 halves. int8 rounds to 7 and saturates at 127 halves.
     #[test]
     fn a_stored_scale_is_the_step_of_a_code() {
         let rounded = |format| {
@@ -164,8 +164,8 @@ mod tests {
         assert_eq!(rounded(ActivationFormat::Int8Token), [3.5, -64.0, 0.0, 0.0]);
     }
 
-    /// Under NVFP4's divisor of one, a block's scale is its largest number over six as e4m3 has it:
-    /// 24 and 3 give 4 and 0.5.
+    /// With NVFP4's divisor of one, a block's scale is its largest number over six, rounded to
+    /// e4m3: 24 and 3 give 4 and 0.5.
     #[test]
     fn blocks_of_nvfp4_are_scaled_under_a_stored_divisor() {
         let mut row = [0.0f32; 32];

@@ -1,11 +1,11 @@
-//! Checks that a program is well formed: single assignment, no use before definition, widths and
-//! weight shapes that agree, cache layers that hold what is written and read.
+//! Checks that a program is well formed: single assignment, no use before definition, consistent
+//! widths and weight shapes, and cache layers that hold what is written and read.
 
 use crate::kv::KvLayerShape;
 use crate::op::*;
 use crate::program::Program;
 
-/// What is wrong with a program: a lowering's mistake.
+/// A malformed program: a bug of the lowering.
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[error("invalid program: op {index} ({kind}): {reason}")]
 pub struct ProgramError {
@@ -68,8 +68,7 @@ impl Defined {
     }
 }
 
-/// Checks `op` against the program's declarations and what is defined so far, and defines what
-/// it makes.
+/// Checks `op` against the program's declarations and the definitions so far, and adds its outputs.
 pub(crate) fn check_op(program: &Program, op: &Op, defined: &mut Defined) -> Checked {
     for value in op.inputs() {
         ensure(defined.has(value), || format!("value {} is read before it is made", value.0))?;
@@ -294,7 +293,7 @@ impl Shapes<'_> {
         ensure(found == expected, || format!("layer {} is {found:?}, not {expected:?}", layer.0))
     }
 
-    /// An attention may see less than its layer keeps, not more.
+    /// An attention's window may be smaller than that of its layer, but not larger.
     fn window(&self, layer: KvLayer, window: Option<usize>) -> Checked {
         let kept = self.program.kv.group_of(layer).window;
         let enough = kept.is_none_or(|kept| window.is_some_and(|window| window <= kept));

@@ -1,10 +1,10 @@
-//! Mixed precision: which layer is stored in which of some formats, so that the mean bits of a
-//! weight stay within a budget and the model loses least.
+//! Mixed precision: chooses a format for each layer. The mean bits of a weight stay within a
+//! budget, and the model loses least.
 //!
-//! What a layer loses in a format is measured with that layer alone rounded to nearest
-//! ([`crate::explain`]): the KL to the base, or the squared errors of its outputs. Losses of layers
-//! are taken to add up, as to first order they do, and the best choice is an exact multiple-choice
-//! knapsack.
+//! The loss of a layer in a format is measured with that layer alone rounded to nearest
+//! ([`crate::explain`]). It is the KL to the base, or the squared error of the layer's outputs. The
+//! losses of layers are assumed to add up, which is true to first order. The best choice is then
+//! the solution of a multiple-choice knapsack problem, solved exactly.
 
 use lathe_model::spec::DecoderSpec;
 use lathe_model::weights::ModelWeights;
@@ -22,20 +22,21 @@ use crate::technique::{self, Stage};
 /// One way to store a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StorageOption {
-    /// All its bits.
+    /// Bits of the whole layer.
     pub bits: f64,
-    /// What it loses.
+    /// The loss in this format (KL or squared error).
     pub loss: f64,
 }
 
-/// For each layer the choice with which all together lose least within `bits`; `None` if no choices
-/// do.
+/// For each layer the index of its option, so that the sum of losses is least within `bits`. `None`
+/// if no choice fits.
 ///
-/// Exact: after each layer all sums are kept that no other one is better than in both bits and
-/// loss. Layers of equal sizes have few different sums; those of unequal ones may have as many as
-/// there are choices of all layers.
+/// The solution is exact. After each layer the search keeps every sum that no other sum beats in
+/// both bits and loss. Layers of equal sizes have few different sums. Layers of unequal sizes may
+/// have as many as there are combinations.
 pub fn knapsack(layers: &[Vec<StorageOption>], bits: f64) -> Option<Vec<usize>> {
-    /// A sum of choices: its last choice, and which sum of the layers before it belongs to.
+    /// A sum over the first layers: the option of the last of them, and the index of the sum before
+    /// it.
     #[derive(Clone, Copy)]
     struct Sum {
         bits: f64,
@@ -43,7 +44,7 @@ pub fn knapsack(layers: &[Vec<StorageOption>], bits: f64) -> Option<Vec<usize>> 
         choice: usize,
         before: usize,
     }
-    // What the layers to come take at least, so that no sum is kept that cannot end well.
+    // The fewest bits that the remaining layers need. Sums that leave less are dropped.
     let least = |choices: &Vec<StorageOption>| {
         choices.iter().map(|it| it.bits).fold(f64::INFINITY, f64::min)
     };
@@ -72,7 +73,7 @@ pub fn knapsack(layers: &[Vec<StorageOption>], bits: f64) -> Option<Vec<usize>> 
         });
         fronts.push(sums);
     }
-    // In a front more bits lose less: the last sum loses least.
+    // Within a front, more bits mean less loss. So the last sum has the least loss.
     let last = fronts.last().expect("one to begin with");
     let mut at = last.len().checked_sub(1)?;
     let mut chosen = Vec::with_capacity(layers.len());
@@ -84,11 +85,12 @@ pub fn knapsack(layers: &[Vec<StorageOption>], bits: f64) -> Option<Vec<usize>> 
     Some(chosen)
 }
 
-/// `recipe` with a format for each layer in place of its budget; one without a budget as it is.
-/// `text` is what sensitivity is measured on, once a format.
+/// Returns `recipe` with a format for each layer in place of its budget. A recipe without a budget
+/// comes back unchanged. Sensitivity is measured on `text`, once for each format.
 ///
 /// # Errors
-/// If the formats take more than the budget, do not fit a tensor, or the text cannot be run.
+/// If the formats take more bits than the budget has, if one does not fit a tensor, or if the text
+/// cannot be run.
 pub fn planned(
     weights: &ModelWeights<'_>,
     recipe: &Recipe,
@@ -116,7 +118,7 @@ pub fn planned(
         .map(|layer| found.iter().map(|it| choice(&it.layers[layer])).collect())
         .collect();
     let elements: usize = found[0].layers.iter().map(|layer| layer.elements).sum();
-    // They take the same whatever a layer is stored in.
+    // Corrections have the same size in every format of the layer.
     let mut corrections = 0.0;
     for weight in targets(weights.program(), recipe)?.into_keys() {
         let decl = weights.program().weight(weight);
@@ -140,7 +142,7 @@ pub fn planned(
     Ok(Recipe { formats, budget: None, ..recipe.clone() })
 }
 
-/// What the model loses with `layer` alone rounded.
+/// The model's loss with `layer` alone rounded.
 fn loss_of(layer: &LayerExplanation, sensitivity: Sensitivity) -> f64 {
     let outputs =
         |it: &TensorExplanation| it.error.outputs.unwrap_or(it.error.weights).sources.total;
@@ -150,7 +152,7 @@ fn loss_of(layer: &LayerExplanation, sensitivity: Sensitivity) -> f64 {
     }
 }
 
-/// The recipe's rotations, and then nearest codes in one format.
+/// A recipe with the same rotations that rounds to nearest in one format.
 fn rounded_to(recipe: &Recipe, format: Format) -> Result<Recipe, QuantError> {
     let rotates = |step: &&TechniqueStep| step.technique.stage == Stage::Rotate;
     let technique = technique::find("rtn")?;

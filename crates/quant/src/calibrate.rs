@@ -1,9 +1,9 @@
-//! Calibration: runs the served program, one layer at a time, and keeps [`Statistics`] of what its
-//! linear layers read.
+//! Calibration: runs the served program one layer at a time and keeps [`Statistics`] of the inputs
+//! of its linear layers.
 //!
-//! A layer is a `Section` whose input is the stream that the layers before it made, so that
-//! memory is one layer, its triangles, and a stream of `[tokens, width]`, whatever the model's
-//! size, and any backend will do. Each window of the text begins with an empty cache.
+//! A layer is a `Section`. Its input is the stream that the layers before it made. So memory holds
+//! one layer, its triangles of products, and a stream of `[tokens, width]`, whatever the model's
+//! size. Any backend can run it. Each window of the text begins with an empty cache.
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -21,24 +21,25 @@ use crate::error::QuantError;
 use crate::section::Section;
 use crate::statistics::Statistics;
 
-/// What calibration runs, and where.
+/// The text that calibration runs, and the backend that runs it.
 #[derive(Clone, Copy)]
 pub struct Calibration<'a> {
-    /// Runs the layers.
+    /// The backend that runs the layers.
     pub backend: &'a dyn Backend,
-    /// The text.
+    /// The text, as tokens.
     pub tokens: &'a [u32],
-    /// Tokens that see one another.
+    /// Tokens of a window. Tokens of different windows do not attend to each other.
     pub window: usize,
     /// Worker threads of the backend; `None` means every core.
     pub threads: Option<usize>,
-    /// As in [`ExecutorOptions::exact`].
+    /// See [`ExecutorOptions::exact`].
     pub exact: bool,
-    /// The cache's format; `f32` if the caller does not say.
+    /// The format of the cache; `f32` if `None`.
     pub kv_format: Option<KvFormat>,
 }
 
-/// Numbers that whoever reads them shares: a stream is the largest thing that calibration holds.
+/// Shared, read-only numbers. A stream is the largest thing that calibration holds, so it is not
+/// copied.
 #[derive(Debug, Clone)]
 pub(crate) struct Floats(Arc<Vec<f32>>);
 
@@ -69,31 +70,31 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    /// Some of its rows.
+    /// The rows `rows` as a step's input.
     fn rows(&self, rows: std::ops::Range<usize>) -> StepInput {
         StepInput { values: self.values[rows.start * self.width..rows.end * self.width].to_vec() }
     }
 }
 
-/// The streams that lead to a layer.
+/// The streams that enter a layer.
 #[derive(Debug, Clone)]
 pub(crate) struct Prefixes {
-    /// What calibration runs through the layer.
+    /// The stream that calibration runs through the layer.
     pub stream: Stream,
-    /// The float model's, where a technique asks how the two differ.
+    /// The float model's stream, if a technique compares the two.
     pub float: Option<Stream>,
 }
 
-/// What a section made of one window.
+/// The output of a section for one window.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Seen<'a> {
-    /// By tap: `[rows, width]`.
+    /// One slice for each tap, `[rows, width]`.
     pub taps: &'a [&'a [f32]],
-    /// By router: `[rows, experts_per_token]`.
+    /// The chosen experts of each router, `[rows, experts_per_token]`.
     pub routings: &'a [Vec<u32>],
 }
 
-/// The weights of a section, as the job makes them.
+/// The weights of a section, in their state at this point of the job.
 struct SectionWeights(Vec<Tensor>);
 
 impl WeightSource for SectionWeights {
@@ -103,10 +104,10 @@ impl WeightSource for SectionWeights {
 }
 
 impl Calibration<'_> {
-    /// Refuses tokens that `program` does not know.
+    /// Checks that `program` knows all tokens.
     ///
     /// # Errors
-    /// If there are fewer than two, or one is outside the vocabulary.
+    /// If there are fewer than two tokens, or one is outside the vocabulary.
     pub(crate) fn check(&self, program: &Program) -> Result<(), QuantError> {
         let too_few = match self.tokens.len() {
             0 => "there are no tokens",
@@ -125,13 +126,12 @@ impl Calibration<'_> {
         }
     }
 
-    /// Runs `section` on all windows and hands `seen` what each tap of it made
-    /// and each router chose, window
-    /// after window. `weight` has the weights, `stream` what the section reads (nothing, if it
-    /// begins with the tokens themselves).
+    /// Runs `section` on all windows, in order. `seen` gets the values of each tap and the choices
+    /// of each router. `weight` loads the weights. `stream` is the section's input (`None` if the
+    /// section begins with the tokens).
     ///
     /// # Errors
-    /// If a weight cannot be had or the backend fails.
+    /// If a weight cannot be loaded or the backend fails.
     pub(crate) fn run(
         &self,
         section: &Section,
@@ -143,10 +143,10 @@ impl Calibration<'_> {
         (0..prepared.windows()).try_for_each(|window| prepared.run(window, seen))
     }
 
-    /// The section with its weights and `stream`, to be run a window at a time.
+    /// Prepares `section` with its weights and `stream`. It then runs one window at a time.
     ///
     /// # Errors
-    /// If a weight cannot be had or the backend fails.
+    /// If a weight cannot be loaded or the backend fails.
     pub(crate) fn prepare(
         &self,
         section: &Section,
@@ -176,14 +176,14 @@ pub(crate) struct Prepared<'a> {
     executor: Box<dyn Executor>,
     program: Arc<Program>,
     tokens: &'a [u32],
-    /// What is fed, if the section has an input.
+    /// The input stream, if the section has an input.
     stream: Option<Stream>,
     window: usize,
     stride: usize,
 }
 
 impl Prepared<'_> {
-    /// How many windows the text has.
+    /// The number of windows of the text.
     pub(crate) fn windows(&self) -> usize {
         self.tokens.len().div_ceil(self.window)
     }
@@ -219,8 +219,9 @@ impl Prepared<'_> {
     }
 }
 
-/// One sequence from an empty cache, with `stride` pages of the pool for each group. Windows keep
-/// all their pages: more memory than serving takes, for the same numbers.
+/// A step of one sequence from an empty cache, with `stride` pages of the pool for each group.
+/// Sliding windows keep all their pages. That takes more memory than serving does and gives the
+/// same numbers.
 pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride: u32) -> Step {
     let rows = tokens.len();
     let pages = rows.div_ceil(program.kv.block_tokens) as u32;
@@ -249,23 +250,23 @@ pub(crate) fn step_of(program: &Program, tokens: &[u32], expanded: usize, stride
     }
 }
 
-/// What was seen of the values that the linear ops of one layer read.
+/// The statistics of the inputs of one layer's linear ops.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Observed(BTreeMap<Value, Arc<Statistics>>);
 
 impl Observed {
-    /// Nothing yet, of `values` with their widths, with `products` of different channels or
-    /// without.
+    /// Empty statistics for `values` with their widths. `products` says whether products of
+    /// different channels are kept.
     pub(crate) fn new(values: impl Iterator<Item = (Value, usize)>, products: bool) -> Self {
         let new = if products { Statistics::new } else { Statistics::without_products };
         Self(values.map(|(value, width)| (value, Arc::new(new(width)))).collect())
     }
 
-    /// Adds what one window made of each of `values`; those that are not observed are passed over.
+    /// Adds the rows of one window for each of `values`. Values that are not observed are skipped.
     pub(crate) fn add(&mut self, values: &[Value], rows: &[&[f32]]) {
         let rows: BTreeMap<&Value, &&[f32]> = values.iter().zip(rows).collect();
         let all: Vec<(&Value, &mut Arc<Statistics>)> = self.0.iter_mut().collect();
-        // Together: a narrow input alone does not keep all threads busy.
+        // All values run together, because a narrow input alone does not keep all threads busy.
         all.into_par_iter().with_max_len(1).for_each(|(value, statistics)| {
             if let Some(rows) = rows.get(value) {
                 Arc::make_mut(statistics).add(rows);

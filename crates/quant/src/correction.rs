@@ -6,29 +6,31 @@ use ndarray::ArrayView2;
 
 use lathe_linalg::add_product;
 
-/// `B A`, which is added to what a quantized matrix stands for. `A` reads the input of the whole
-/// module: where that is rotated while the model runs, the quantized matrix reads it rotated, and
-/// `A` as it was before.
+/// `B A`, which is added to the value of a quantized matrix. `A` reads the input of the whole
+/// module. If that input is rotated while the model runs, the quantized matrix reads it after the
+/// rotation and `A` reads it before.
 #[derive(Debug, Clone)]
 pub struct Correction {
-    /// `A`, `[rank, columns]` in floats.
+    /// `A`, `[rank, columns]`, in a float format.
     pub a: Tensor,
-    /// `B`, `[rows, rank]` in floats.
+    /// `B`, `[rows, rank]`, in a float format.
     pub b: Tensor,
-    /// Elements of a block of the input that is rotated (by Hadamard's matrix) while the model
+    /// Elements of a block of the input, if a Hadamard matrix rotates the input while the model
     /// runs.
     pub rotation: Option<usize>,
 }
 
 impl Correction {
-    /// `B` `[rows, rank]` and `A` `[rank, columns]`, row-major, which reads what the quantized
-    /// matrix reads, rounded to `float`.
+    /// A correction of `B` `[rows, rank]` and `A` `[rank, columns]`, both row-major, rounded to
+    /// `float`. The given `A` is for the input that the quantized matrix reads (after the
+    /// rotation).
     ///
     /// # Errors
-    /// If the numbers are no whole number of rows.
+    /// If the numbers do not fill whole rows.
     ///
     /// # Panics
-    /// If there is no Hadamard matrix of `rotation`, or blocks of it do not divide the columns.
+    /// If there is no Hadamard matrix of size `rotation`, or if `rotation` does not divide the
+    /// columns.
     pub fn new(
         shape: [usize; 2],
         mut a: Vec<f64>,
@@ -38,7 +40,8 @@ impl Correction {
     ) -> Result<Self, TensorError> {
         let [rows, columns] = shape;
         let rank = a.len() / columns.max(1);
-        // The quantized matrix reads `H x`: `(a H) x` is what `a` makes of that.
+        // The quantized matrix reads `H x`. So the stored `A` is `a H`, because `a (H x) = (a H)
+        // x`.
         if let Some(block) = rotation {
             hadamard(block).apply_transposed(&mut a);
         }
@@ -51,7 +54,7 @@ impl Correction {
         Ok(Correction { a, b, rotation })
     }
 
-    /// Rows of `A`.
+    /// The rank: rows of `A`.
     pub fn rank(&self) -> usize {
         self.a.shape[0]
     }
@@ -61,11 +64,11 @@ impl Correction {
         self.a.codes.len() + self.b.codes.len()
     }
 
-    /// Adds `B A` to `values`, `[rows, columns]`, as it is for the input that the quantized matrix
-    /// reads.
+    /// Adds `B A` to `values`, `[rows, columns]`, in the basis of the input that the quantized
+    /// matrix reads.
     ///
     /// # Panics
-    /// If `values` are of another shape.
+    /// If `values` has another shape.
     pub fn add_to(&self, values: &mut [f32]) {
         let (rank, columns) = (self.rank(), self.a.shape[1]);
         let mut a = self.a.to_f32();

@@ -9,7 +9,7 @@ use lathe_tensor::TensorError;
 /// Why something could not be quantized.
 #[derive(Debug, thiserror::Error)]
 pub enum QuantError {
-    /// A recipe says something that it cannot.
+    /// A recipe contains something that is not allowed.
     #[error("recipe: {0}")]
     Recipe(String),
     /// A tensor cannot be stored in the format that was asked for.
@@ -20,22 +20,30 @@ pub enum QuantError {
         /// What does not fit.
         source: TensorError,
     },
-    /// A technique cannot do what was asked of it.
+    /// A number of a tensor, or of what it reads, is NaN or infinite.
+    #[error("tensor {tensor}: {what}, expected finite numbers")]
+    NotFinite {
+        /// Canonical name.
+        tensor: String,
+        /// What was found.
+        what: String,
+    },
+    /// A technique cannot handle a tensor.
     #[error("{technique} of tensor {tensor}: {reason}")]
     Technique {
-        /// Its name.
+        /// The technique's name.
         technique: &'static str,
         /// Canonical name of the tensor.
         tensor: String,
         /// What was found and what was expected.
         reason: String,
     },
-    /// A technique needs statistics of a tensor's inputs, and there are none.
+    /// A technique needs statistics of a tensor's inputs, and calibration saw none.
     #[error(
         "{technique} of tensor {tensor} needs calibration, and none of its inputs was observed"
     )]
     Unobserved {
-        /// The technique.
+        /// The technique's name.
         technique: &'static str,
         /// Canonical name of the tensor.
         tensor: String,
@@ -51,10 +59,10 @@ pub enum QuantError {
     /// The calibration tokens cannot be used.
     #[error("calibration: {0}")]
     Calibration(String),
-    /// An interrupted run cannot be taken up, or not be kept.
+    /// An interrupted run cannot be resumed, or its state cannot be saved.
     #[error("{}: {reason}", .folder.display())]
     Resume {
-        /// Where its finished layers are.
+        /// The folder of its finished layers.
         folder: std::path::PathBuf,
         /// What was found and what was expected.
         reason: String,
@@ -62,13 +70,13 @@ pub enum QuantError {
     /// The model's description is not consistent.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// The model's weights are not what its description says.
+    /// The model's weights do not match its description.
     #[error(transparent)]
     Model(#[from] ModelError),
     /// A weight cannot be read.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The calibrating executor failed.
+    /// The backend that runs calibration failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
     /// The result cannot be written.

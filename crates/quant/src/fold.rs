@@ -1,17 +1,18 @@
-//! Where the scales of a linear group's input can go: into the norm that makes it, or into the rows
-//! of the matrix behind a gated activation or an attention. What is between must let a scale of a
-//! channel through.
+//! Where the scales of a linear group's input channels can be folded: into the norm that makes the
+//! input, or into the rows of the matrix behind a gated activation or an attention. Every op
+//! between must commute with a scale of a channel.
 
 use lathe_program::{Activation, AttendSpec, KvLayer, NormKind, Op, Program, Value, Weight};
 
-/// What takes the scales of a linear op's input channels.
+/// The weights that take the scales of a linear op's input channels.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Fold {
-    /// A norm: `offset + weight` and `bias` are divided.
+    /// A norm: `offset + weight` and `bias` are divided by the scales.
     Norm { weight: Weight, bias: Option<Weight>, offset: f32 },
-    /// Rows of a matrix and its bias are divided.
+    /// The rows of a matrix and its bias are divided by the scales.
     Rows { weight: Weight, bias: Option<Weight> },
-    /// The same of the matrix that makes the values of an attention, whose heads share them.
+    /// As `Rows`, for the matrix that makes the values of an attention. Several query heads share a
+    /// value head.
     Values { weight: Weight, bias: Option<Weight>, heads: Heads },
 }
 
@@ -27,8 +28,8 @@ pub(crate) struct Heads {
 }
 
 impl Heads {
-    /// By channel of the output: the channel of the values that it is made of. Channels of one
-    /// number can only be scaled alike.
+    /// For each channel of the output, the value channel that it is made of. Output channels with
+    /// the same source need the same scale.
     pub(crate) fn sources(self) -> Vec<usize> {
         let Heads { queries, values, width } = self;
         let source =
@@ -37,7 +38,8 @@ impl Heads {
     }
 }
 
-/// What can take the scales of the input of linear op `index`, or why nothing can.
+/// The weights that can take the scales of the input of linear op `index`, or the reason why none
+/// can.
 pub(crate) fn fold_of(program: &Program, index: usize) -> Result<Fold, String> {
     let Op::Linear { input, parts } = &program.ops[index] else {
         return Err("it is no linear layer".to_owned());
@@ -51,7 +53,8 @@ pub(crate) fn fold_of(program: &Program, index: usize) -> Result<Fold, String> {
     }
     only_reader(program, *input, index)?;
     let mut input = *input;
-    // Rounding comes after the scales, and is the better for them; a rotation mixes channels.
+    // Rounding comes after the scales, so they do not disturb it. A rotation mixes channels, so no
+    // scale passes it.
     if let Some((at, Op::Transform { input: before, transform, .. })) = maker(program, input) {
         if transform.hadamard.is_some() {
             return Err("its input is rotated while the model runs".to_owned());
@@ -71,7 +74,7 @@ pub(crate) fn fold_of(program: &Program, index: usize) -> Result<Fold, String> {
             Ok(Fold::Norm { weight: *weight, bias: *bias, offset })
         }
         Some((at, Op::Activate { up: Some(up), kind, .. })) => {
-            // The activation is linear in `up`, for these kinds.
+            // For these kinds, the gated activation is linear in `up`.
             let linear =
                 matches!(kind, Activation::SwiGlu | Activation::GeGluTanh | Activation::GeGluErf);
             if !linear {
@@ -93,7 +96,8 @@ pub(crate) fn fold_of(program: &Program, index: usize) -> Result<Fold, String> {
     }
 }
 
-/// What makes the values that one attention reads from the cache: its output is linear in them.
+/// The matrix that makes the values that one attention reads from the cache. The attention's output
+/// is linear in them.
 fn values_of(program: &Program, layer: KvLayer, spec: &AttendSpec) -> Result<Fold, String> {
     let of_layer = |op: &&Op| match op {
         Op::Attend { layer: read, .. } | Op::WriteKv { layer: read, .. } => *read == layer,

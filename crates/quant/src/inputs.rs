@@ -1,5 +1,5 @@
-//! What a recipe does to the inputs of the matrices that it quantizes, as part of the model's spec:
-//! the program that calibration runs, and that the folder's `config.json` describes, has it in.
+//! Adds what a recipe does to the inputs of matrices (rotations, rounding) to the model's spec.
+//! Calibration runs the program of that spec, and the `config.json` of the result describes it.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::recipe::Recipe;
 use crate::targets::targets;
 use crate::technique::Apply;
 
-/// `spec` with what `recipe` does to inputs.
+/// `spec` with the transforms that `recipe` applies to inputs.
 ///
 /// # Errors
 /// If the recipe does not fit the model, or the model has transforms already.
@@ -37,7 +37,7 @@ pub fn with_inputs(spec: &DecoderSpec, recipe: &Recipe) -> Result<DecoderSpec, Q
         }
     }
     let spec = DecoderSpec { inputs, ..spec.clone() };
-    // What cannot be is named now.
+    // Lowering once finds combinations that are not possible.
     lower(&spec, &options)?;
     Ok(spec)
 }

@@ -1,9 +1,9 @@
 //! A job: a recipe applied to a model.
 //!
-//! A [`Plan`] says what becomes of every weight. A [`LayerPass`] sees what one layer's matrices
-//! read and quantizes them. A [`Ledger`] has what weights have become so far. A job ends in one of
-//! two ways: calibrated, layer after layer, each behind what is quantized already; or on demand, a
-//! weight at a time when the writer asks, if nothing has to be calibrated.
+//! A `Plan` says what becomes of every weight. A `LayerPass` observes the inputs of one layer's
+//! matrices and quantizes them. A `Ledger` holds the results so far. A job runs in one of two
+//! ways. With calibration it goes layer by layer, and each layer sees the quantized layers before
+//! it. If nothing needs calibration, a weight is quantized when the writer asks for it.
 
 mod experts;
 mod explain;
@@ -42,8 +42,9 @@ pub use reports::{
     CorrectionReport, CoverageReport, PreparedReport, Reports, TechniqueName, WeightReport,
 };
 use resume::Store;
+pub use resume::remove_finished_layers;
 
-/// How far a job is.
+/// How far a job has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
     /// Elements of matrices that are done.
@@ -60,13 +61,13 @@ pub struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    /// Plans `recipe` for the model whose weights are `weights`, of the program that has the
-    /// recipe's inputs ([`crate::inputs::with_inputs`]), and checks that every tensor that it names
-    /// can be what it says. Nothing is computed yet; `calibrated` says whether
-    /// [`Self::calibrate`] will be called, `progress` hears of each matrix.
+    /// Plans `recipe` for the model whose weights are `weights`. `program` includes the recipe's
+    /// inputs ([`crate::inputs::with_inputs`]). Checks that every named tensor fits what the recipe
+    /// asks of it. Nothing is computed yet. `calibrated` says whether [`Self::calibrate`] will be
+    /// called. `progress` is called after each matrix.
     ///
     /// # Errors
-    /// If a tensor does not fit the format, or a technique lacks what it requires.
+    /// If a tensor does not fit its format, or a technique lacks what it requires.
     pub fn new(
         weights: &'a ModelWeights<'a>,
         recipe: &'a Recipe,
@@ -77,12 +78,13 @@ impl<'a> Job<'a> {
         Ok(Job { plan, ledger: Ledger::default(), progress: Box::new(progress) })
     }
 
-    /// Quantizes layer after layer: the text runs through a layer, the recipe is applied to what
-    /// was seen of its inputs, and what the quantized layer makes of the text is the next one's
-    /// input ([`Prefix::Quantized`]), so that a layer can make up for those before it.
+    /// Quantizes layer by layer. The text runs through a layer, and the recipe is applied with the
+    /// statistics of the layer's inputs. With [`Prefix::Quantized`] the output of the quantized
+    /// layer is the input of the next one, so that a layer can compensate the errors of those
+    /// before it.
     ///
     /// # Errors
-    /// If the text cannot be used, a layer cannot be run by itself, or a technique refuses.
+    /// If the text cannot be used, a layer cannot be run alone, or a technique refuses.
     pub fn calibrate(
         &mut self,
         spec: &DecoderSpec,
@@ -92,13 +94,13 @@ impl<'a> Job<'a> {
         self.calibrate_layers(spec, calibration, None)
     }
 
-    /// As [`Self::calibrate`], with each finished layer in `folder`, which is made if there is
-    /// none: a job with the same recipe, model and text goes on from what an earlier one left
-    /// there. The caller removes it when the result is written.
+    /// As [`Self::calibrate`], and saves each finished layer in `folder`, which is created if it
+    /// does not exist. A job with the same recipe, model and text continues from the layers that it
+    /// finds there. The caller removes the folder after the result is written.
     ///
     /// # Errors
-    /// As [`Self::calibrate`]; [`QuantError::Resume`] if the folder holds another run's layers, or
-    /// cannot be written or read.
+    /// As [`Self::calibrate`]; [`QuantError::Resume`] if the folder holds layers of another run, or
+    /// cannot be read or written.
     pub fn calibrate_resumable(
         &mut self,
         spec: &DecoderSpec,
@@ -127,11 +129,11 @@ impl<'a> Job<'a> {
                 (0, Prefixes { stream, float })
             }
         };
-        // Whoever estimates the rest shall know where this run began.
+        // Tells where this run begins, so that the remaining time can be estimated.
         self.tell(0);
         for (layer, (ops, out)) in layers.layers.into_iter().enumerate().skip(first) {
             prefixes = self.calibrate_layer(calibration, ops, out, &prefixes)?;
-            // No layer reads what another has read.
+            // The next layer reads none of the pages that this one read.
             self.plan.weights.release();
             if let Some(store) = &mut store {
                 self.save(store, layer, &prefixes)?;
@@ -146,7 +148,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Quantizes the layer whose ops are `range`; the streams after it.
+    /// Quantizes the layer whose ops are `range`. Returns the streams after it.
     fn calibrate_layer(
         &mut self,
         calibration: &Calibration<'_>,
@@ -175,7 +177,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// What a section with one tap makes of `stream`, with weights as far as they have become.
+    /// The output of a section with one tap for `stream`, with each weight in its current state.
     fn stream_of(
         &self,
         section: &Section,
@@ -185,7 +187,7 @@ impl<'a> Job<'a> {
         self.stream_by(section, calibration, stream, &mut |weight| self.current(weight))
     }
 
-    /// What a section with one tap makes of `stream`, with the weights that `weight` says.
+    /// The output of a section with one tap for `stream`. `weight` loads the weights.
     fn stream_by(
         &self,
         section: &Section,
@@ -201,7 +203,7 @@ impl<'a> Job<'a> {
         Ok(Stream { width, values: values.into() })
     }
 
-    /// Quantizes a weight that no calibration had to.
+    /// Quantizes a weight that needs no calibration.
     fn finish(&mut self, weight: Weight) -> Result<(), QuantError> {
         if self.ledger.finished.contains_key(&weight) {
             return Ok(());
@@ -215,29 +217,29 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// `elements` more are done.
+    /// Reports that `elements` more are done.
     fn tell(&mut self, elements: usize) {
         self.ledger.done += elements;
         let (done, total) = (self.ledger.done, self.plan.elements());
         (self.progress)(Progress { done, total });
     }
 
-    /// What was done so far.
+    /// The reports so far.
     pub fn reports(&self) -> &Reports {
         &self.ledger.reports
     }
 
-    /// What was done, when the job is over.
+    /// The reports, when the job is over.
     pub fn into_reports(self) -> Reports {
         self.ledger.reports
     }
 
-    /// What runs beside quantized matrices, as far as they are quantized.
+    /// The corrections that run beside quantized matrices, so far.
     pub fn corrections(&self) -> &BTreeMap<Weight, Correction> {
         &self.ledger.corrections
     }
 
-    /// Mean bits of the weights that the recipe quantizes: scales and corrections are counted.
+    /// Mean bits of the weights that the recipe quantizes. Scales and corrections count.
     ///
     /// # Errors
     /// If a weight is corrected twice.
@@ -269,9 +271,9 @@ impl Replacement for Job<'_> {
         }
         let kept = self.plan.program.weight(weight).role == WeightRole::Linear;
         match self.plan.recipe.format {
-            // A GGUF writer would round what is kept to the format of all others.
+            // Without this, a GGUF writer would round kept weights to the format of all others.
             Format::Ggml(_) if kept => Some(Format::F16),
-            // Biases and matrices whose rows were scaled.
+            // Biases, and matrices whose rows were scaled.
             _ if self.ledger.rows.contains_key(&weight) => Some(Format::F32),
             _ => self.plan.rotated_formats.get(&weight).copied(),
         }
@@ -280,9 +282,9 @@ impl Replacement for Job<'_> {
     fn tensor(&mut self, weight: Weight) -> Result<Tensor, ReplacementError> {
         if self.plan.targets.contains_key(&weight) {
             self.finish(weight)?;
-            // What was read of the model is not read again.
+            // The model's pages that were read are not read again.
             self.plan.weights.release();
-            // The writer asks once: what it has is not kept.
+            // The writer asks once for each weight, so it need not be kept.
             return Ok(self.ledger.finished.remove(&weight).expect("it was just rounded"));
         }
         if let Some(norm) = self.ledger.norms.get(&weight) {

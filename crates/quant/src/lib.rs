@@ -1,10 +1,10 @@
-//! Quantization: techniques, what they need to know of a model's inputs, recipes, and the job that
-//! turns a model into a smaller one.
+//! Quantization: techniques, the statistics of a model's inputs that they need, recipes, and the
+//! job that makes a model smaller.
 //!
-//! The way in: [`recipe::Recipe`] says what is to be done, [`calibrate`] runs the model's
-//! layers and keeps [`Statistics`], [`job::Job`] makes quantized weights. A technique is one
-//! file under [`technique`], with one signature and one row in its registry. This crate knows no
-//! backend: it comes in as a trait object.
+//! Start here: a [`recipe::Recipe`] says what to do, [`calibrate`] runs the model's layers and
+//! keeps [`Statistics`], and [`job::Job`] makes the quantized weights. A technique is one file
+//! under [`technique`], with one signature and one row in the registry. This crate names no
+//! backend; it takes one as a trait object.
 #![forbid(unsafe_code)]
 
 pub mod budget;

@@ -1,4 +1,4 @@
-//! What techniques work on and what they return.
+//! The input and output types of techniques.
 
 use std::collections::BTreeMap;
 
@@ -21,13 +21,13 @@ pub struct Matrix<'a> {
     pub columns: usize,
     /// Row-major.
     pub values: &'a [f32],
-    /// The largest magnitude of all matrices that engines run as one (query, key and value, gate
-    /// and up): they share NVFP4's global scale. `None` if this one is alone.
+    /// The largest magnitude over all matrices that engines run as one (query, key and value; gate
+    /// and up). These share NVFP4's global scale. `None` if this matrix stands alone.
     pub fused_largest: Option<f32>,
 }
 
 impl Matrix<'_> {
-    /// The second scale that `format` has for this matrix.
+    /// The global scale of `format` for this matrix.
     pub fn global_scale(&self, format: &ScaledFormat) -> GlobalScale {
         let own = || self.values.iter().fold(0f32, |most, v| most.max(v.abs()));
         scaled::global_scale(format, std::iter::once(self.fused_largest.unwrap_or_else(own)))
@@ -39,19 +39,20 @@ impl Matrix<'_> {
 pub struct Group<'a> {
     /// The matrices.
     pub matrices: Vec<Matrix<'a>>,
-    /// What calibration saw of the input, if it ran.
+    /// Statistics of the input, if calibration ran.
     pub statistics: Option<&'a Statistics>,
-    /// How that input differs from the float model's, if calibration ran through both.
+    /// How the input differs from the float model's, if calibration ran through both.
     pub asymmetry: Option<&'a Asymmetry>,
-    /// By input channel: channels of one number can only be scaled alike. `None` if all are free.
+    /// A number for each input channel. Channels with the same number must have the same scale.
+    /// `None` if all are free.
     pub tied: Option<&'a [usize]>,
 }
 
 impl<'a> Group<'a> {
-    /// What calibration saw of the input, which `technique` cannot do without.
+    /// The statistics of the input, for a `technique` that needs them.
     ///
     /// # Errors
-    /// [`QuantError::Unobserved`], which names `tensor`, if it saw nothing.
+    /// [`QuantError::Unobserved`] with the name `tensor`, if there are none.
     pub fn observed(
         &self,
         technique: &'static str,
@@ -61,8 +62,8 @@ impl<'a> Group<'a> {
         seen.ok_or_else(|| QuantError::Unobserved { technique, tensor: tensor.to_owned() })
     }
 
-    /// Puts what `join` makes of all channels that are scaled alike in the place of each of them;
-    /// `values` has a number a channel.
+    /// Replaces the values of tied channels by one common value, which `join` computes from them.
+    /// `values` has one number for each channel.
     pub fn join_tied(&self, values: &mut [f64], join: impl Fn(&[f64]) -> f64) {
         let Some(tied) = self.tied else { return };
         let mut together: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
@@ -90,17 +91,17 @@ impl<'a> Group<'a> {
 /// A quantized matrix and what it cost.
 #[derive(Debug, Clone)]
 pub struct Quantized {
-    /// `[rows, columns]` in the format that was asked for.
+    /// `[rows, columns]` in the format of the recipe.
     pub tensor: Tensor,
-    /// What it cost.
+    /// Its error.
     pub report: MatrixReport,
 }
 
 impl Quantized {
-    /// `tensor`, made of `matrix`, with what it cost.
+    /// `tensor`, which was made from `matrix`, with its error.
     ///
     /// # Errors
-    /// [`QuantError::Format`], which names the tensor, if there is none.
+    /// [`QuantError::Format`] with the tensor's name, if `tensor` is an error.
     pub fn new(
         matrix: &Matrix<'_>,
         tensor: Result<Tensor, TensorError>,
@@ -113,42 +114,42 @@ impl Quantized {
     }
 }
 
-/// How far a quantized matrix is from what it was.
+/// The error of a quantized matrix.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MatrixReport {
     /// Signal over quantization noise of the weights, in decibels; 200 if there is no noise.
     pub sqnr_db: f64,
-    /// Mean squared error of the outputs over their mean square, on the calibration inputs, if
-    /// products of their channels were kept.
+    /// Mean squared error of the outputs over their mean square, on the calibration inputs. `None`
+    /// if products of channels were not kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_error: Option<f64>,
-    /// What the technique has to say beside.
+    /// Remarks of the technique.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
 
-/// What a technique makes of a group.
+/// The result of a technique for a group.
 #[derive(Debug, Clone)]
 pub enum Outcome {
     /// The matrices, in the group's order.
     Quantized(Vec<Quantized>),
-    /// One positive number an input channel: columns are to be multiplied by it, and the input
-    /// divided, before anything is rounded.
+    /// One positive number for each input channel. The columns are multiplied by it and the input
+    /// is divided by it, before anything is rounded.
     Scaled(Vec<f32>),
 }
 
-/// The ratio in decibels at which noise counts as none.
+/// The ratio in decibels that is reported if there is no noise.
 const NO_NOISE_DB: f64 = 200.0;
-/// Numbers whose squares one thread sums.
+/// Numbers whose squares one thread sums. It is fixed, so that the sum does not depend on threads.
 const SUMMED_TOGETHER: usize = 1 << 14;
 
 impl MatrixReport {
-    /// Compares `tensor` with what it was made of.
+    /// Compares `tensor` with the matrix that it was made from.
     pub fn new(matrix: &Matrix<'_>, tensor: &Tensor, statistics: Option<&Statistics>) -> Self {
         MatrixReport::of(matrix, tensor.to_f32(), statistics)
     }
 
-    /// Compares `found`, which takes the place of `matrix`, with it.
+    /// Compares `found`, which replaces `matrix`, with it.
     pub fn of(matrix: &Matrix<'_>, found: Vec<f32>, statistics: Option<&Statistics>) -> Self {
         let mut difference = found;
         difference.par_iter_mut().zip(matrix.values).for_each(|(a, b)| *a -= b);
@@ -167,15 +168,15 @@ impl MatrixReport {
     }
 }
 
-/// The sum of squares, the same for any number of threads.
+/// The sum of squares. It is the same for any number of threads.
 fn squared_sum(values: &[f32]) -> f64 {
     let part = |values: &[f32]| values.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
     let parts: Vec<f64> = values.par_chunks(SUMMED_TOGETHER).map(part).collect();
     parts.iter().sum()
 }
 
-/// Scales of one matrix while a technique chooses codes: integers and small floats, a scale for
-/// each run of neighbours in a row.
+/// The block scales of one matrix while a technique chooses codes. For formats of integers and
+/// small floats, with one scale for each run of neighbours in a row.
 #[derive(Debug, Clone)]
 pub struct Scales {
     /// The format.
@@ -186,7 +187,7 @@ pub struct Scales {
     pub block_columns: usize,
     /// Blocks of a row.
     pub blocks: usize,
-    /// How powers of two are chosen, where scales are such.
+    /// How a power-of-two scale is rounded, for formats that have such scales.
     pub rounding: E8m0Rounding,
 }
 
@@ -194,8 +195,8 @@ impl Scales {
     /// For `matrix` in `format`.
     ///
     /// # Errors
-    /// If a row is no whole number of groups, or if `technique` cannot choose the codes of the
-    /// format: GGUF's blocks, plain floats, and scales that several rows share.
+    /// If a row is not a whole number of groups, or if `technique` cannot choose codes of the
+    /// format: GGUF blocks, plain floats, and scales that several rows share.
     pub fn new(
         technique: &'static str,
         matrix: &Matrix<'_>,
@@ -228,54 +229,54 @@ impl Scales {
         })
     }
 
-    /// The same with powers of two chosen by `rounding`.
+    /// The same, with power-of-two scales rounded by `rounding`.
     pub fn rounding(self, rounding: E8m0Rounding) -> Self {
         Scales { rounding, ..self }
     }
 
-    /// What a stored scale is multiplied by.
+    /// The factor of all stored scales.
     pub fn unit(&self) -> f32 {
         self.global.apply(0, 1.0)
     }
 
-    /// The scale of a block whose largest number meets the end of the codes' range.
+    /// The scale that maps the block's largest number to the end of the codes' range.
     pub fn fit(&self, values: &[f32]) -> BlockScale {
         self.fit_shrunken(values, Span::of(values), 1.0)
     }
 
-    /// As [`Self::fit`] of `values` times `ratio`; `span` is theirs before that.
+    /// As [`Self::fit`] of `values` times `ratio`. `span` is the span of the unscaled values.
     pub fn fit_shrunken(&self, values: &[f32], span: Span, ratio: f32) -> BlockScale {
         scaled::fit_shrunken(&self.format, values, span, ratio, self.unit(), self.rounding)
     }
 
-    /// What codes of a block are multiplied by: its scale as it is stored, times the global one.
+    /// The factor of a block's codes: its stored scale times the global scale.
     pub fn step(&self, block: BlockScale) -> f32 {
         self.global.apply(0, scaled::round(self.format.scale, block.scale))
     }
 
-    /// What the codes nearest to `values` of one block stand for.
+    /// Rounds `values` of one block to their nearest codes and writes the decoded numbers.
     ///
     /// # Panics
-    /// If there is not one result for each value.
+    /// If `rounded` and `values` differ in length.
     pub fn round(&self, values: &[f32], block: BlockScale, rounded: &mut [f32]) {
         let (element, step) = (self.format.element, self.step(block));
         scaled::round_block(element, values, step, block.zero, rounded);
     }
 
-    /// The codes nearest to `values` of one block.
+    /// The nearest codes of `values` of one block.
     ///
     /// # Panics
-    /// If there is not one code for each value.
+    /// If `codes` and `values` differ in length.
     pub fn encode(&self, values: &[f32], block: BlockScale, codes: &mut [u8]) {
         let (element, step) = (self.format.element, self.step(block));
         scaled::encode_block(element, values, step, block.zero, codes);
     }
 }
 
-/// Refuses a matrix whose rows are no whole number of the format's blocks.
+/// Checks that the rows of a matrix are whole numbers of the format's blocks.
 ///
 /// # Errors
-/// [`QuantError::Format`], which names the tensor, its width and the block.
+/// [`QuantError::Format`] with the tensor's name, its width and the block.
 pub(crate) fn check_shape(matrix: &Matrix<'_>, format: Format) -> Result<(), QuantError> {
     let shape = [matrix.rows, matrix.columns];
     format

@@ -1,4 +1,4 @@
-//! Parameters of techniques: declared once, read from recipes, shown in help.
+//! Parameters of techniques. Each is declared once; recipes read them and the help shows them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 use crate::error::QuantError;
 use lathe_tensor::suggest::one_of;
 
-/// What a parameter may be, and what it is if a recipe does not say.
+/// The type of a parameter, its range and its default.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Kind {
     /// A whole number from `least` to `most`.
@@ -32,7 +32,7 @@ pub enum Kind {
         /// If not given.
         default: bool,
     },
-    /// One of some words; the first if not given.
+    /// One of these words. The first is the default.
     Choice(&'static [&'static str]),
 }
 
@@ -41,7 +41,7 @@ pub enum Kind {
 pub struct Parameter {
     /// Its key in a recipe.
     pub name: &'static str,
-    /// What it may be.
+    /// Its type, range and default.
     pub kind: Kind,
     /// What it does, for help.
     pub meaning: &'static str,
@@ -61,7 +61,7 @@ enum Setting {
 pub struct Parameters(BTreeMap<&'static str, Setting>);
 
 impl Parameters {
-    /// Every parameter as it is if nobody says otherwise.
+    /// All parameters with their defaults.
     pub fn defaults(declared: &[Parameter]) -> Self {
         let setting = |kind: &Kind| match *kind {
             Kind::Whole { default, .. } => Setting::Whole(default),
@@ -72,10 +72,10 @@ impl Parameters {
         Self(declared.iter().map(|it| (it.name, setting(&it.kind))).collect())
     }
 
-    /// The same with `key` set to what a recipe says.
+    /// Sets `key` to the value of a recipe.
     ///
     /// # Errors
-    /// If there is no such parameter, or the value is not of its kind.
+    /// If there is no such parameter, or the value has the wrong type or range.
     pub fn set(
         &mut self,
         declared: &[Parameter],
@@ -95,7 +95,7 @@ impl Parameters {
         Ok(())
     }
 
-    /// Every parameter with its value as a recipe has it.
+    /// All parameters with their values, as a recipe writes them.
     pub fn values(&self) -> impl Iterator<Item = (&'static str, toml::Value)> + '_ {
         self.0.iter().map(|(name, setting)| {
             let value = match *setting {
@@ -111,7 +111,7 @@ impl Parameters {
     /// The value of a whole number.
     ///
     /// # Panics
-    /// If no parameter of that kind has the name: a technique asks for what it declares.
+    /// If the technique declares no whole number of this name.
     pub fn whole(&self, name: &str) -> usize {
         match self.0.get(name) {
             Some(Setting::Whole(value)) => *value as usize,

@@ -1,11 +1,11 @@
-//! Which programs run what a preset makes, as a table for the documentation.
+//! A table for the documentation: which programs can run the result of each preset.
 
 use lathe_model::export::{Contents, Reader};
 use lathe_tensor::Format;
 
 use crate::recipe::PRESETS;
 
-/// The table in Markdown, with the reasons of refusals in a list behind it.
+/// The table in Markdown, followed by a list of the reasons for each "no".
 pub fn table() -> String {
     let mut reasons: Vec<String> = Vec::new();
     let mut text = String::from(
@@ -30,7 +30,7 @@ pub fn table() -> String {
             });
             format!("no: {}", number + 1)
         };
-        // No mixture is written to GGUF.
+        // Mixtures of experts cannot be written to GGUF.
         let experts = experts.filter(|contents| *contents != Contents::Gguf);
         let cells = [
             cell(Reader::Transformers, &layers),

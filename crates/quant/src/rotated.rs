@@ -2,7 +2,8 @@
 
 use lathe_program::{Op, Program, Weight};
 
-/// The matrices of `program` whose inputs are rotated while it runs, with the size of a block.
+/// The matrices of `program` whose inputs are rotated while it runs, with the elements of a rotated
+/// block.
 pub(crate) fn rotated(program: &Program) -> Vec<(Weight, usize)> {
     let mut found = Vec::new();
     let block_of = |value| {

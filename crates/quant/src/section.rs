@@ -1,8 +1,8 @@
-//! A run of a program's ops as a program of its own: one layer, fed from outside.
+//! A section: a range of a program's ops as a program of its own, for example one layer.
 //!
-//! What the layer reads of those before it is one value, the residual stream. In the section it is
-//! an input ([`Op::Input`]), so that any backend runs a layer alone, with the executor and the
-//! kernels that serve. Logits are one more tap: what the head makes for every row.
+//! A layer reads one value of the layers before it, the residual stream. In the section this value
+//! is an input ([`Op::Input`]). So any backend can run a layer alone, with the executor and kernels
+//! that serve. The logits of every row are one more tap.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,21 +16,21 @@ use lathe_program::{
 
 use crate::error::QuantError;
 
-/// Some ops of a program, in numbers of their own.
+/// Some ops of a program, with ids of their own.
 #[derive(Debug, Clone)]
 pub(crate) struct Section {
-    /// The ops, with a capture for each value that was asked for, in that order.
+    /// The ops, followed by a capture for each tap, in the order of the taps.
     pub program: Program,
-    /// By weight of the section: the whole program's weight.
+    /// For each weight of the section, the weight of the whole program.
     pub weights: Vec<Weight>,
 }
 
 impl Section {
-    /// Ops `range` of `program`; `taps` are handed out, and after them what the head makes, if it
-    /// is among the ops: logits without their scale and softcap.
+    /// The ops `range` of `program`. The section captures `taps`. If the head is among the ops, its
+    /// output follows as a last tap: logits before their scale and softcap.
     ///
     /// # Errors
-    /// If the ops read more than one value that is made outside of them.
+    /// If the ops read more than one value from outside.
     pub(crate) fn new(
         program: &Program,
         range: Range<usize>,
@@ -87,7 +87,7 @@ impl Section {
     }
 }
 
-/// The numbers that things have in a section, given as they are met.
+/// Maps the ids of the whole program to ids of the section. Ids are given in order of first use.
 struct Numbers<'a> {
     whole: &'a Program,
     values: Vec<ValueDecl>,
@@ -157,25 +157,25 @@ impl<'a> Numbers<'a> {
             OperandMut::Weight(weight) => *weight = self.weight(*weight),
             OperandMut::Layer(layer) => *layer = self.layer(*layer),
             OperandMut::Routing(routing) => *routing = self.routing(*routing),
-            // A section keeps all tables.
+            // A section keeps all tables of the program, so their ids stay.
             OperandMut::Rope(_) => {}
         });
     }
 }
 
-/// The ops of each layer, and the stream that comes out of it; before them, what makes the stream.
+/// The ops of each layer and its output stream, and the ops before the first layer.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Layers {
     /// The ops before the first layer.
     pub before: Range<usize>,
-    /// What they make.
+    /// The stream that they make.
     pub stream: Value,
-    /// The ops of each layer with the value that it makes.
+    /// The ops of each layer, with the output stream.
     pub layers: Vec<(Range<usize>, Value)>,
 }
 
 impl Layers {
-    /// The layers of `program`, which `spec` says.
+    /// Finds the layers of `program`, which was lowered from `spec`.
     ///
     /// # Errors
     /// If `spec` cannot be lowered.
@@ -189,11 +189,11 @@ impl Layers {
         Ok(Layers::new(program, &lower(spec, &options)?))
     }
 
-    /// The layers of `program`, read off `tapped`: the same program lowered with a tap of the
-    /// stream before the first layer and after each one.
+    /// Finds the layers of `program` with the help of `tapped`: the same program, lowered with a
+    /// tap of the stream before the first layer and after each layer.
     ///
     /// # Panics
-    /// If the two are not the same but for the taps.
+    /// If the two programs differ in more than the taps.
     pub(crate) fn new(program: &Program, tapped: &Program) -> Self {
         let mut boundaries = Vec::new();
         let mut index = 0;

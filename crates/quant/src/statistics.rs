@@ -1,8 +1,8 @@
-//! What calibration keeps of the inputs of a linear group: `H = X^T X` and channel magnitudes.
+//! Statistics of the inputs of a linear group: `H = X^T X` and magnitudes of channels.
 //!
-//! Memory depends on the width alone, never on how many tokens were seen. `H` is all that the
-//! squared output error of a changed weight depends on, `|D X^T|^2 = tr(D H D^T)`, so that no
-//! sample of activations has to be kept for it.
+//! Memory depends on the width alone, not on the number of tokens. The squared output error of a
+//! changed weight is `|D X^T|^2 = tr(D H D^T)`. It depends on `H` alone, so no activations are
+//! kept.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, Slice};
@@ -11,17 +11,17 @@ use rayon::prelude::*;
 use lathe_linalg::Quadratic;
 use lathe_linalg::part;
 
-/// Rows that are multiplied in `f32` before they are added to the sums in `f64`.
+/// Rows that are multiplied in `f32` before their products are added to the `f64` sums.
 const CHUNK_ROWS: usize = 512;
-/// Channels whose products with all before them are one thread's work.
+/// Channels of a tile. One thread computes their products with all channels up to themselves.
 const TILE: usize = 96;
 
-/// Sums over the rows `x` of the inputs that a linear group saw.
+/// Sums over all input rows `x` of a linear group.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Statistics {
     width: usize,
     rows: u64,
-    /// Lower triangle of the sum of `x x^T`, row after row, or its diagonal alone.
+    /// The lower triangle of the sum of `x x^T`, row by row, or the diagonal alone.
     products: Vec<f64>,
     /// Sum of `|x|`.
     magnitudes: Vec<f64>,
@@ -29,20 +29,20 @@ pub struct Statistics {
     largest: Vec<f32>,
 }
 
-/// Where row `row` of a packed lower triangle begins.
+/// The offset of row `row` in a packed lower triangle.
 fn start_of(row: usize) -> usize {
     row * (row + 1) / 2
 }
 
 impl Statistics {
-    /// Of inputs of `width` channels, none seen yet.
+    /// Empty statistics for inputs of `width` channels.
     pub fn new(width: usize) -> Self {
         let (products, magnitudes) = (vec![0.0; start_of(width)], vec![0.0; width]);
         Statistics { width, rows: 0, products, magnitudes, largest: vec![0.0; width] }
     }
 
-    /// The same without products of different channels: what weighs columns one by one needs no
-    /// more.
+    /// The same without products of different channels. Techniques that weigh columns one by one
+    /// need no more.
     pub fn without_products(width: usize) -> Self {
         let zeros = vec![0.0; width];
         let (products, magnitudes) = (zeros.clone(), zeros);
@@ -67,7 +67,7 @@ impl Statistics {
     /// Adds the rows of `data`, `[rows, width]`.
     ///
     /// # Panics
-    /// If `data` is no whole number of rows.
+    /// If `data` does not fill whole rows.
     pub fn add(&mut self, data: &[f32]) {
         assert!(data.len().is_multiple_of(self.width), "whole rows");
         for chunk in data.chunks(CHUNK_ROWS * self.width) {
@@ -80,11 +80,11 @@ impl Statistics {
         self.rows += rows as u64;
         let all = ArrayView2::from_shape((rows, width), data).expect("whole rows");
         let tiles: Vec<Tile<'_>> = self.tiles().collect();
-        // The longest rows first, so that no thread is left alone with them.
+        // The longest rows come first, so that no thread ends with them alone.
         tiles.into_par_iter().rev().with_max_len(1).for_each(|tile| tile.add(all));
     }
 
-    /// The sums in pieces that are added to independently of one another.
+    /// The sums, cut into tiles that threads update independently.
     fn tiles(&mut self) -> impl Iterator<Item = Tile<'_>> {
         let (width, all) = (self.width, self.has_products());
         let start_of = move |row: usize| if all { start_of(row) } else { row };
@@ -100,10 +100,10 @@ impl Statistics {
         })
     }
 
-    /// Adds what other statistics of the same channels saw.
+    /// Adds statistics of other rows of the same channels.
     ///
     /// # Panics
-    /// If they are of another width, or one has products that the other has not.
+    /// If the widths differ, or only one of the two has products.
     pub fn merge(&mut self, other: &Statistics) {
         assert_eq!(self.width, other.width, "the same channels");
         assert_eq!(self.products.len(), other.products.len(), "the same products");
@@ -116,7 +116,7 @@ impl Statistics {
     /// The mean of `x_i x_j`.
     ///
     /// # Panics
-    /// If products of different channels are not kept and these are different.
+    /// If `i` and `j` differ and products of different channels are not kept.
     pub fn mean_product(&self, i: usize, j: usize) -> f64 {
         let at = match self.has_products() {
             true => start_of(i.max(j)) + i.min(j),
@@ -154,10 +154,15 @@ impl Statistics {
         &self.largest
     }
 
-    /// What would have been seen if each channel were divided by its scale.
+    /// Whether all inputs were finite numbers.
+    pub fn is_finite(&self) -> bool {
+        self.magnitudes.iter().all(|sum| sum.is_finite())
+    }
+
+    /// The statistics of inputs whose channels are divided by `scales`.
     ///
     /// # Panics
-    /// If there is not one scale a channel.
+    /// If there is not one scale for each channel.
     pub fn divided_by(&self, scales: &[f32]) -> Statistics {
         assert_eq!(scales.len(), self.width, "a scale a channel");
         let mut scaled = self.clone();
@@ -175,25 +180,26 @@ impl Statistics {
         scaled
     }
 
-    /// The mean of `x x^T` as what errors of weights become errors of outputs by: `tr(D H D^T)` is
-    /// the mean squared length of `D x`.
+    /// The mean of `x x^T` as a quadratic form. `tr(D H D^T)` is the mean squared output error `|D
+    /// x|^2` of a weight error `D`.
     pub fn quadratic(&self) -> Quadratic {
         Quadratic::new(self.width, |i, j| self.mean_product(i, j))
     }
 }
 
-/// The sums of some channels: their products with all channels up to themselves, or their squares.
+/// The sums of a few channels: their products with all channels up to themselves, or their squares
+/// alone.
 struct Tile<'a> {
     first: usize,
     products: &'a mut [f64],
-    /// Whether they are products with all channels.
+    /// Whether they are products with other channels.
     all: bool,
     magnitudes: &'a mut [f64],
     largest: &'a mut [f32],
 }
 
 impl Tile<'_> {
-    /// Adds rows of all channels.
+    /// Adds some rows. `all` has every channel.
     fn add(self, all: ArrayView2<'_, f32>) {
         let (first, end) = (self.first, self.first + self.magnitudes.len());
         let columns = part(all, 0..all.nrows(), first..end);
@@ -220,9 +226,9 @@ impl Tile<'_> {
     }
 }
 
-/// The mean of `(x_float - x) x^T` over rows that two models made of the same tokens: `x_float` is
-/// an input in the model as it was, `x` the same one behind quantized layers. Row `i` is channel
-/// `i` of the difference.
+/// The mean of `(x_float - x) x^T` over rows that two models made from the same tokens. `x_float`
+/// is an input in the float model, and `x` is the same input behind quantized layers. Row `i` is
+/// channel `i` of the difference.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asymmetry {
     width: usize,
@@ -231,7 +237,7 @@ pub struct Asymmetry {
 }
 
 impl Asymmetry {
-    /// Of inputs of `width` channels, none seen yet.
+    /// Empty, for inputs of `width` channels.
     pub fn new(width: usize) -> Self {
         Asymmetry { width, rows: 0, products: vec![0.0; width * width] }
     }
@@ -239,7 +245,7 @@ impl Asymmetry {
     /// Adds rows of both models, `[rows, width]` each.
     ///
     /// # Panics
-    /// If they are not as many, or no whole number of rows.
+    /// If the lengths differ, or are not whole rows.
     pub fn add(&mut self, float: &[f32], quantized: &[f32]) {
         let width = self.width;
         assert_eq!(float.len(), quantized.len(), "the same rows of both");
@@ -266,10 +272,10 @@ impl Asymmetry {
         self.products.iter().map(|sum| sum / rows).collect()
     }
 
-    /// What would have been seen if each channel were divided by its scale.
+    /// The same for inputs whose channels are divided by `scales`.
     ///
     /// # Panics
-    /// If there is not one scale a channel.
+    /// If there is not one scale for each channel.
     pub fn divided_by(&self, scales: &[f32]) -> Asymmetry {
         assert_eq!(scales.len(), self.width, "a scale a channel");
         let mut scaled = self.clone();
@@ -368,7 +374,7 @@ mod tests {
         }
         let found = statistics.quadratic().sum(&difference);
         assert!((found - naive).abs() < 1e-4 * naive, "{found} {naive}");
-        // Inputs divided and weights multiplied by the same scales: the same outputs.
+        // If inputs are divided and weights multiplied by the same scales, the outputs stay.
         let scales: Vec<f32> = (0..width).map(|i| 0.5 + i as f32).collect();
         let scaled: Vec<f32> =
             difference.iter().zip(scales.iter().cycle()).map(|(d, s)| d * s).collect();

@@ -1,4 +1,4 @@
-//! The matrices that a recipe quantizes, and those of them that readers run as one.
+//! The matrices that a recipe quantizes, and the groups of them that engines run as one.
 
 use std::collections::BTreeMap;
 
@@ -7,11 +7,11 @@ use lathe_program::{Op, Program, Weight, WeightRole};
 use crate::error::QuantError;
 use crate::recipe::{Recipe, matches};
 
-/// The matrices that a recipe quantizes, with the op that reads each. A recipe that names none
-/// means all linear layers and all experts.
+/// The matrices that a recipe quantizes, with the op that reads each. If the recipe names none,
+/// these are all linear layers and all experts.
 ///
 /// # Errors
-/// If a pattern names nothing, or names what cannot be quantized.
+/// If a pattern matches nothing, or matches only what cannot be quantized.
 pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, usize>, QuantError> {
     let mut readers: BTreeMap<Weight, usize> = BTreeMap::new();
     for (index, op) in program.ops.iter().enumerate() {
@@ -46,7 +46,8 @@ pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, us
         if kept || !named.unwrap_or(can) {
             continue;
         }
-        // Vectors that a pattern for a whole layer sweeps along stay what they are.
+        // A pattern for a whole layer also matches vectors, which stay as they are. An exact name
+        // of a vector is an error.
         let exact = recipe.tensors.iter().flatten().any(|it| *it == decl.name);
         match readers.get(&weight) {
             Some(op) if can => {
@@ -68,8 +69,8 @@ pub fn targets(program: &Program, recipe: &Recipe) -> Result<BTreeMap<Weight, us
     Ok(found)
 }
 
-/// The matrices that engines put below one another and run as one: query, key and value of an
-/// attention, gate and up of a feed-forward layer or of an expert.
+/// The groups of matrices that engines stack and run as one: query, key and value of an attention;
+/// gate and up of a feed-forward layer or of an expert.
 pub fn fused(program: &Program) -> Vec<Vec<Weight>> {
     let mut sets = Vec::new();
     for op in &program.ops {
@@ -90,10 +91,10 @@ pub fn fused(program: &Program) -> Vec<Vec<Weight>> {
     sets
 }
 
-/// Checks that matrices which engines run as one ([`fused`]) have one format.
+/// Checks that matrices which engines run as one ([`fused`]) share a format.
 ///
 /// # Errors
-/// [`QuantError::Recipe`], which names the first pair that has not.
+/// [`QuantError::Recipe`] names the first pair with different formats.
 pub fn check_fused(program: &Program, recipe: &Recipe) -> Result<(), QuantError> {
     let quantized = targets(program, recipe)?;
     let name = |weight: Weight| program.weight(weight).name.as_str();

@@ -1,8 +1,8 @@
-//! A conversation as messages and as the token ids that the KV cache knows it by.
+//! A conversation, as messages and as the token ids that the KV cache holds.
 //!
-//! Each turn's prompt is the whole conversation. Its beginning is kept as the very ids that were
-//! computed before (an answer need not be spelt as the tokenizer would spell it), so that the
-//! engine finds them in its cache and only the new words are computed.
+//! Each turn's prompt is the whole conversation. The ids of its beginning are kept as they were
+//! computed before, because the tokenizer may encode an answer's text differently. So the engine
+//! finds them in its cache and computes only the new words.
 
 use lathe_model::Model;
 use lathe_model::chat::{self, ChatTemplate, Message};
@@ -12,12 +12,12 @@ use serde_json::Value;
 use crate::error::SessionError;
 use crate::text::{template_of, tokenizer_of};
 
-/// What was said, and what of it the cache holds.
+/// The messages, and the part of them that the cache holds.
 #[derive(Debug, Default)]
 pub struct Conversation {
     system: Option<String>,
     turns: Vec<Message>,
-    /// The last prompt with its answer, as text and as ids.
+    /// The text of the last prompt with its answer.
     known_text: String,
     known_ids: Vec<u32>,
 }
@@ -27,23 +27,23 @@ pub struct Conversation {
 pub struct Prompt {
     /// Token ids of the whole conversation, up to where the answer begins.
     pub ids: Vec<u32>,
-    /// Turns that were forgotten to make room.
+    /// Turns that were dropped to make room.
     pub dropped: usize,
     text: String,
 }
 
 impl Conversation {
-    /// A new one.
+    /// A conversation without turns.
     pub fn new(system: Option<String>) -> Self {
         Self { system, ..Self::default() }
     }
 
-    /// Forgets everything but the system message.
+    /// Drops everything but the system message.
     pub fn clear(&mut self) {
         *self = Self::new(self.system.take());
     }
 
-    /// Changes the system message, which begins the conversation anew.
+    /// Changes the system message, which starts a new conversation.
     pub fn set_system(&mut self, system: Option<String>) {
         *self = Self::new(system);
     }
@@ -59,13 +59,13 @@ impl Conversation {
         system.chain(self.turns.iter().cloned()).collect()
     }
 
-    /// Messages besides the system's.
+    /// Messages other than the system message.
     pub fn turns(&self) -> usize {
         self.turns.len()
     }
 
-    /// Adds what the user said and makes the prompt. The oldest turns are forgotten until the
-    /// prompt leaves `answer_tokens` of `context` free. If it fails the conversation is as before.
+    /// Adds the user's message and makes the prompt. Drops the oldest turns until the prompt leaves
+    /// `answer_tokens` of `context` free. After an error the conversation is unchanged.
     ///
     /// # Errors
     /// If the model has no tokenizer or template, the template refuses the conversation, or the
@@ -89,7 +89,7 @@ impl Conversation {
                     self.turns.drain(..dropped);
                     return Ok(prompt);
                 }
-                // A question and its answer go together.
+                // A question and its answer are dropped together.
                 Ok(_) if dropped + 2 < self.turns.len() => dropped += 2,
                 Ok(prompt) => {
                     self.turns.truncate(before);
@@ -113,15 +113,16 @@ impl Conversation {
         let mut messages = self.messages();
         let first = messages.len() - self.turns.len();
         messages.drain(first..first + dropped);
-        // What people type never becomes a control token.
+        // Text that a user types never becomes a control token.
         let prompt = template.prompt(&messages, true, Value::Null)?;
         let whole = prompt.encode(tokenizer)?;
         let ids = self.continued(tokenizer, &prompt, &whole).unwrap_or(whole);
         Ok(Prompt { ids, dropped, text: prompt.text().to_owned() })
     }
 
-    /// The ids that the cache knows, followed by those of what is new in `prompt`; `None` if it
-    /// does not continue what is known, or would be spelt otherwise.
+    /// The ids that the cache holds, followed by those of the new text in `prompt`. `None` if
+    /// `prompt` does not continue the known text, or if the ids decode to another text than
+    /// `whole`, the encoding of the whole prompt.
     fn continued(
         &self,
         tokenizer: &Tokenizer,
@@ -135,8 +136,8 @@ impl Conversation {
         same.then_some(ids)
     }
 
-    /// Adds the answer to `prompt`: its text, and its ids without the token that ended it. An
-    /// answer that has not begun takes the question back.
+    /// Adds the answer to `prompt`: its text, and its ids without the token that ended it. An empty
+    /// answer removes the question.
     pub fn answer(&mut self, prompt: Prompt, text: &str, ids: &[u32]) {
         if ids.is_empty() {
             self.turns.pop();

@@ -1,4 +1,4 @@
-//! One answer: a request through the engine, its text as it comes, and what it took.
+//! One answer: a request through the engine, its text while it comes, and its times.
 
 use std::time::Instant;
 
@@ -7,33 +7,33 @@ use lathe_engine::{Engine, Event, FinishReason, Request, TextDecoder};
 use crate::error::SessionError;
 use crate::startup::milliseconds;
 
-/// What came of a request.
+/// The result of a request.
 #[derive(Debug, Clone)]
 pub struct Generation {
     /// The whole text.
     pub text: String,
     /// All tokens, a stop token included.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// The reason why it ended.
     pub reason: FinishReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Those of them that were in the cache already.
+    /// Prompt tokens that were in the cache already.
     pub cached_tokens: usize,
-    /// From the request to the first token.
+    /// Milliseconds from the request to the first token.
     pub ttft_ms: f64,
-    /// From the first token to the last.
+    /// Milliseconds from the first token to the last.
     pub decode_ms: f64,
 }
 
 impl Generation {
-    /// Tokens a second after the first; `None` with fewer than two.
+    /// Tokens per second after the first; `None` with fewer than two tokens.
     pub fn decode_tokens_per_s(&self) -> Option<f64> {
         let steps = self.tokens.len().checked_sub(1).filter(|steps| *steps > 0)?;
         Some(steps as f64 / (self.decode_ms / 1000.0))
     }
 
-    /// The contract's word for the reason.
+    /// The reason as the API spells it.
     pub fn reason_name(&self) -> &'static str {
         match self.reason {
             FinishReason::Stop => "stop",
@@ -44,8 +44,8 @@ impl Generation {
     }
 }
 
-/// Runs one request to its end, or until `stopped` says so, and hands out text as it becomes
-/// certain. If `on_text` fails the request is cancelled.
+/// Runs one request to its end, or until `stopped` returns true. `on_text` gets the text as soon as
+/// it is final. If `on_text` fails, the request is cancelled.
 ///
 /// # Errors
 /// If the engine refuses the request or fails, or `on_text` fails.
@@ -77,7 +77,7 @@ pub fn generate<E: From<SessionError>>(
             engine.cancel(id);
             SessionError::from(error)
         })?;
-        // Another caller's requests may run beside this one.
+        // Requests of other callers may run at the same time.
         for event in events.into_iter().filter(|event| event.request() == id) {
             match event {
                 Event::Token { token, text, .. } => {

@@ -32,6 +32,7 @@ pub mod catalogue;
 mod conversation;
 mod drafting;
 mod error;
+mod finite;
 mod generate;
 pub mod measure;
 pub mod memory;

@@ -1,16 +1,15 @@
-//! How much memory this process has used and this machine has left, as the operating system says.
+//! The memory that this process has used and that the machine has left, from the operating system.
 
 use std::fs;
 
 use lathe_program::Backend;
 
-/// The most memory that this process ever had resident, in bytes; `None` where the system does not
-/// say (other than Linux).
+/// The peak resident memory of this process, in bytes. `None` on systems other than Linux.
 pub fn peak_bytes() -> Option<u64> {
     field(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
-/// Bytes that weights and cache of `backend` may still take: [`Backend::memory`]. `None` where the
+/// Bytes that weights and cache of `backend` may still take: [`Backend::memory`]. `None` if the
 /// system does not say.
 pub fn available_bytes(backend: &dyn Backend) -> Option<u64> {
     backend.memory().ok().map(|memory| memory.free_bytes)

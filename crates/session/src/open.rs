@@ -1,4 +1,4 @@
-//! From a model's name to something that runs: files, program, executor, engine.
+//! From a model's name to an engine: files, program, executor, engine.
 
 use std::fs;
 use std::path::Path;
@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use lathe_engine::{Engine, EngineConfig};
 use lathe_model::adapter::Adapter;
+use lathe_model::eagle::EagleTaps;
 use lathe_model::lower::{LowerOptions, lower};
 use lathe_model::tokenizer::Tokenizer;
 use lathe_model::{DecoderSpec, Model, OpenOptions};
@@ -21,51 +22,53 @@ use crate::startup::{Startup, milliseconds};
 use crate::text::tokenizer_of;
 use crate::units::human_bytes;
 
-/// Part of the available memory that a cache may take if its size is not given.
+/// The share of the available memory that a cache may take if its size is not given.
 const KV_MEMORY_SHARE: f64 = 0.5;
 
 /// A model whose files are open.
 pub struct Opened {
-    /// The model.
+    /// Its description, tokenizer and mapped weights.
     pub model: Model,
-    /// Bytes of the files that hold its weights.
+    /// Bytes of the weight files.
     pub bytes: u64,
-    /// When opening began.
+    /// The time when opening began.
     pub started: Instant,
-    /// What opening took.
+    /// The times of opening.
     pub startup: Startup,
-    /// How it is to be divided.
+    /// How the model is to be divided.
     pub ranks: Ranks,
+    /// What it hands out for drafters.
+    pub taps: Option<EagleTaps>,
 }
 
-/// How large a cache has to be.
+/// The size of the cache that is needed.
 #[derive(Debug, Clone, Copy)]
 pub struct Need {
-    /// Tokens that a sequence may reach.
+    /// The most tokens of a sequence.
     pub context: usize,
-    /// Sequences that hold so many at once.
+    /// Sequences of that length at the same time.
     pub sequences: usize,
-    /// Rows of a step at most; `None`: [`Backend::step_rows`].
+    /// The most rows of a step. `None` means [`Backend::step_rows`].
     pub rows_max: Option<usize>,
 }
 
-/// A prepared model.
+/// A model that is ready to run.
 pub struct Session {
     /// The model.
     pub model: Model,
-    /// Runs steps.
+    /// The executor of its steps.
     pub executor: Box<dyn Executor>,
-    /// From the start of opening to ready.
+    /// Milliseconds from the start of opening until the session is ready.
     pub load_ms: f64,
-    /// What that time went to.
+    /// The parts of that time.
     pub startup: Startup,
 }
 
-/// Finds the model that `name` names, fetches it if need be, and opens its files and those of its
-/// adapter. The catalogue's reporter is told of the adapter and of what a user should know.
+/// Finds the model called `name`, fetches it if necessary, and opens its files and its adapter. The
+/// catalogue's reporter hears of the adapter and of notices for the user.
 ///
 /// # Errors
-/// If the model is not found, cannot be fetched, or its files are not what they should be.
+/// If the model is not found, cannot be fetched, or its files are not valid.
 pub fn open(
     catalogue: &Catalogue<'_>,
     name: &str,
@@ -75,7 +78,7 @@ pub fn open(
     let started = Instant::now();
     let mut model = Model::open_with(&located.path, options)?;
     if located.origin != Origin::Local {
-        // The cache names files by checksums and commits.
+        // Paths in the cache are checksums and commits, so the model takes its given name.
         model.name = located.name;
     }
     let tell = |text: &str| catalogue.reporter.line(&format!("{}: {text}", model.name));
@@ -88,10 +91,10 @@ pub fn open(
     let startup = Startup { open_ms, tokenizer_ms, ..Startup::default() };
     let adapter_bytes = model.adapter.as_ref().map_or(0, Adapter::bytes);
     let bytes = weight_file_bytes(&located.path) + adapter_bytes;
-    Ok(Opened { model, bytes, started, startup, ranks: Ranks::default() })
+    Ok(Opened { model, bytes, started, startup, ranks: Ranks::default(), taps: None })
 }
 
-/// An adapter in a line.
+/// One line that describes an adapter.
 pub fn describe_adapter(adapter: &Adapter) -> String {
     let ranks = adapter.matrices().values().map(|low_rank| low_rank.rank);
     let (least, most) = (ranks.clone().min().unwrap_or(0), ranks.max().unwrap_or(0));
@@ -108,12 +111,12 @@ impl Opened {
     /// The tokenizer.
     ///
     /// # Errors
-    /// If the model comes without one, or with a damaged one.
+    /// If the model has no tokenizer, or a damaged one.
     pub fn tokenizer(&self) -> Result<&Tokenizer, SessionError> {
         tokenizer_of(&self.model)
     }
 
-    /// Refuses a model with an adapter, which `what` writes nowhere.
+    /// Refuses a model with an adapter, because `what` does not write adapters.
     ///
     /// # Errors
     /// [`SessionError::AdapterLost`].
@@ -127,19 +130,28 @@ impl Opened {
         }
     }
 
-    /// The same model, to be divided over ranks.
+    /// The same model, divided over `ranks`.
     pub fn over(self, ranks: Ranks) -> Self {
         Self { ranks, ..self }
     }
 
-    /// Lays the weights out for the device and makes a cache as large as `need` says.
+    /// The same model, which hands out what drafters read.
+    pub fn tapped(self, taps: Option<&EagleTaps>) -> Self {
+        Self { taps: taps.cloned(), ..self }
+    }
+
+    /// Prepares the weights for the device and allocates the cache that `need` describes.
     ///
     /// # Errors
     /// If the model does not fit its context, the memory, the ranks or the device.
     pub fn prepare(self, options: &Options, need: Need) -> Result<Session, SessionError> {
-        let Opened { model, bytes, started, mut startup, ranks } = self;
+        let Opened { model, bytes, started, mut startup, ranks, taps } = self;
         let prepared = Instant::now();
-        let program = program_for(&model.spec, need.context)?;
+        let mut lowering = LowerOptions::new(need.context);
+        if let Some(taps) = &taps {
+            lowering = taps.into_options(lowering);
+        }
+        let program = program_with(&model.spec, &lowering)?;
         let weights = model.weights(&program)?;
         let backend = ranks.backend(options.device)?;
         check_memory(&*backend, &program, bytes, options, need, ranks)?;
@@ -150,23 +162,27 @@ impl Opened {
     }
 }
 
-/// The program that serves a model of `spec` for up to `context` tokens a sequence.
+/// The program of a model of `spec` for up to `context` tokens of a sequence.
 ///
 /// # Errors
-/// If the model's context holds fewer, or the spec cannot be lowered.
+/// If the model's context is shorter, or the spec cannot be lowered.
 pub fn program_for(spec: &DecoderSpec, context: usize) -> Result<Arc<Program>, SessionError> {
-    let limit = spec.context_max;
-    if context > limit {
-        return Err(SessionError::Context { needed: context, limit });
-    }
-    Ok(Arc::new(lower(spec, &LowerOptions::new(context))?))
+    program_with(spec, &LowerOptions::new(context))
 }
 
-/// An executor of `program` on `backend`, which is that of `ranks`, with a cache as large as `need`
-/// says.
+fn program_with(spec: &DecoderSpec, options: &LowerOptions) -> Result<Arc<Program>, SessionError> {
+    let (needed, limit) = (options.context_max, spec.context_max);
+    if needed > limit {
+        return Err(SessionError::Context { needed, limit });
+    }
+    Ok(Arc::new(lower(spec, options)?))
+}
+
+/// An executor of `program` on `backend`, the backend of `ranks`, with the cache that `need`
+/// describes.
 ///
 /// # Errors
-/// If the device lacks something that the program needs, or the weights cannot be had.
+/// If the device lacks something that the program needs, or the weights cannot be read.
 pub fn prepare_program(
     backend: &dyn Backend,
     program: &Arc<Program>,
@@ -186,11 +202,11 @@ pub fn prepare_program(
     backend.prepare(Arc::clone(program), weights, &prepared).map_err(|error| ranks.explain(error))
 }
 
-/// Refuses what cannot be divided, or does not fit the memory of `backend`, before anything is
-/// loaded, and says what it would take.
+/// Checks, before anything is loaded, that the program can be divided and fits the memory of
+/// `backend`.
 ///
 /// # Errors
-/// [`SessionError::Ranks`] or [`SessionError::Memory`].
+/// [`SessionError::Ranks`], or [`SessionError::Memory`] with the bytes that are needed.
 pub fn check_memory(
     backend: &dyn Backend,
     program: &Program,
@@ -213,19 +229,19 @@ pub fn check_memory(
 }
 
 impl Need {
-    /// Rows of a step: no more than there can be.
+    /// Rows of a step, no more than the sequences can have.
     fn rows(&self, program: &Program, backend: &dyn Backend) -> usize {
         let all = self.context.min(program.context_max).saturating_mul(self.sequences);
         self.rows_max.unwrap_or(backend.step_rows()).clamp(1, all.max(1))
     }
 }
 
-/// Pages that `need.sequences` sequences of `need.context` tokens hold at most, in any order of
+/// The most pages that `need.sequences` sequences of `need.context` tokens hold, in any order of
 /// steps of `rows_max` rows.
 fn kv_blocks(layout: &KvLayout, need: Need, rows_max: usize) -> usize {
     let whole = need.context.div_ceil(layout.block_tokens);
     let group = |window: Option<usize>| match window {
-        // A window's blocks, a step's rows, and a block at either end that is not full.
+        // The window, the rows of a step, and a partly filled block at each end.
         Some(window) => whole.min((window + rows_max).div_ceil(layout.block_tokens) + 2),
         None => whole,
     };
@@ -233,8 +249,8 @@ fn kv_blocks(layout: &KvLayout, need: Need, rows_max: usize) -> usize {
     sequence.saturating_mul(need.sequences).max(1)
 }
 
-/// The longest context, up to the model's own, whose cache takes no more than half of the memory
-/// that is available.
+/// The longest context, up to the model's own, whose cache takes at most half of the available
+/// memory.
 ///
 /// # Errors
 /// If the model cannot be lowered.
@@ -254,7 +270,8 @@ pub fn context_that_fits(
     Ok(largest(limit, fits).unwrap_or(1))
 }
 
-/// The largest of `1..=limit` that fits, if 1 does; fitting gets harder as the number grows.
+/// The largest of `1..=limit` that fits, or `None` if 1 does not. If a number fits, all smaller
+/// ones must fit.
 pub fn largest(limit: usize, fits: impl Fn(usize) -> bool) -> Option<usize> {
     let (mut good, mut bad) = (0, limit + 1);
     while bad - good > 1 {
@@ -269,7 +286,7 @@ pub fn largest(limit: usize, fits: impl Fn(usize) -> bool) -> Option<usize> {
 }
 
 impl Session {
-    /// An engine around the executor, and the rest of the session.
+    /// Starts an engine around the executor. Returns it with the model.
     ///
     /// # Errors
     /// If `sequences` is 0.
@@ -283,7 +300,7 @@ impl Session {
     }
 }
 
-/// Bytes of a GGUF file, or of the safetensors in a folder, which may hold much else.
+/// Bytes of a GGUF file, or of the safetensors files in a folder. Other files do not count.
 fn weight_file_bytes(path: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(path) else { return bytes_under(path) };
     let paths = entries.flatten().map(|entry| entry.path());

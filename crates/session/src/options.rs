@@ -1,4 +1,4 @@
-//! What a caller chooses about the device. Only this file and what measures the machine
+//! The caller's choices about the device. Only this file and the measurement of the machine
 //! ([`crate::measure::roofs`]) name a backend.
 
 use std::num::NonZeroUsize;
@@ -11,46 +11,46 @@ use lathe_tensor::Format;
 
 use crate::error::SessionError;
 
-/// What computes.
+/// The device that computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Device {
-    /// Scalar `f32`. Slow, and what every other device is compared with.
+    /// Scalar `f32`: slow, and the reference for every other device.
     Reference,
     /// The processor, with its vector instructions and threads.
     Cpu,
     /// An NVIDIA GPU.
     Cuda,
-    /// The best that this machine and build have.
+    /// The best that this machine and this build have.
     #[default]
     Auto,
 }
 
-/// How a model is run.
+/// How to run a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Options {
-    /// What computes.
+    /// The device that computes.
     pub device: Device,
-    /// No rounding of activations, `f32` accumulation, `f32` cache unless `kv_format` is given.
+    /// Activations are not rounded, sums are `f32`, and the cache is `f32` unless `kv_format` is
+    /// given.
     pub exact: bool,
-    /// Worker threads. `None` takes every core that this process may use.
+    /// Worker threads. `None` means every core that this process may use.
     pub threads: Option<NonZeroUsize>,
-    /// How keys and values are kept. `None` takes the device's own choice.
+    /// The format of keys and values. `None` means the device's default.
     pub kv_format: Option<KvFormat>,
 }
 
 impl Options {
-    /// The format of the cache of `program` on `backend`: the one that was asked for, or the
-    /// backend's own choice.
+    /// The format of the cache of `program` on `backend`: the given one, or the backend's default.
     pub fn cache_format(&self, backend: &dyn Backend, program: &Program) -> KvFormat {
         self.kv_format.unwrap_or_else(|| backend.default_kv_format(program, self.exact))
     }
 }
 
-/// Makes the backend of one rank from its end of the group.
+/// Makes the backend of one rank from its member of the group.
 pub(crate) type RankBackend = fn(Arc<HostCollective>) -> Box<dyn Backend>;
 
-/// How the backend of a rank on `device` is made. `None` where ranks cannot be divided over
-/// threads of this process.
+/// The constructor for the backend of a rank on `device`. `None` if threads of this process cannot
+/// be its ranks.
 pub(crate) fn rank_backend(device: Device) -> Option<RankBackend> {
     match device {
         Device::Reference => Some(|end| Box::new(ReferenceBackend::new().collective(end))),
@@ -64,8 +64,8 @@ pub(crate) fn rank_backend(device: Device) -> Option<RankBackend> {
 /// The backend of `device`, on one rank.
 ///
 /// # Errors
-/// [`SessionError::NoDevice`] if this build lacks it, [`SessionError::Prepare`] if this machine
-/// does.
+/// [`SessionError::NoDevice`] if this build lacks the device, [`SessionError::Prepare`] if this
+/// machine does.
 pub fn backend(device: Device) -> Result<Box<dyn Backend>, SessionError> {
     match rank_backend(device) {
         Some(make) => Ok(make(Arc::new(SingleRank))),
@@ -84,19 +84,19 @@ fn cuda() -> Result<Box<dyn Backend>, SessionError> {
     Err(SessionError::NoDevice("CUDA"))
 }
 
-/// Refuses a number format that `device` could not run in a matrix of `columns` columns.
+/// Checks that `device` can run a number format in a matrix of `columns` columns.
 ///
 /// # Errors
-/// As [`backend`]; [`SessionError::NotRun`] says what the device takes.
+/// As [`backend`]; [`SessionError::NotRun`] says what the device can run.
 pub fn check_format(device: Device, format: Format, columns: usize) -> Result<(), SessionError> {
     backend(device)?.runs_format(format, columns).map_err(SessionError::NotRun)
 }
 
-/// The name of the instruction set that the CPU backend's kernels use: the best that this machine
-/// has, or the one that `LATHE_ISA` names.
+/// The instruction set of the CPU backend's kernels: the best that this machine has, or the one in
+/// `LATHE_ISA`.
 ///
 /// # Errors
-/// [`SessionError::NotRun`] if `LATHE_ISA` names one that this machine lacks.
+/// [`SessionError::NotRun`] if this machine lacks the one in `LATHE_ISA`.
 pub fn instruction_set() -> Result<String, SessionError> {
     Ok(Isa::select(None).map_err(SessionError::NotRun)?.to_string())
 }

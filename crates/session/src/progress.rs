@@ -1,18 +1,17 @@
-//! Who is told how far a download is, and what a user should know. The terminal belongs to the
-//! caller.
+//! How this library reports downloads and notices. The caller owns the terminal.
 
-/// Is told what happens while a model is found, fetched and opened.
+/// Hears what happens while a model is found, fetched and opened.
 pub trait Reporter: Sync {
     /// A line for the user.
     fn line(&self, text: &str);
-    /// The transfer of `name` begins. It has `bytes` in all, if that is known, of which `have` are
+    /// The transfer of `name` begins. `bytes` is its whole length, if known; `have` of them are
     /// there already.
     fn start(&self, name: &str, bytes: Option<u64>, have: u64) -> Box<dyn Progress>;
 }
 
 /// The transfer of one file.
 pub trait Progress {
-    /// So many bytes are there now.
+    /// `have` bytes are there now.
     fn set(&self, have: u64);
     /// All bytes are there.
     fn finish(&self);
@@ -20,7 +19,7 @@ pub trait Progress {
     fn abandon(&self);
 }
 
-/// Says nothing.
+/// A reporter that does nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 

@@ -7,8 +7,8 @@ use lathe_model::tokenizer::Tokenizer;
 use crate::error::SessionError;
 use crate::text::{template_of, tokenizer_of};
 
-/// The conversation as the model wants it: its chat template, up to where its answer begins.
-/// Control tokens that a user typed stay text.
+/// The conversation in the model's chat template, up to the point where the answer begins. Control
+/// tokens in a user's text stay text.
 ///
 /// # Errors
 /// If the model has no tokenizer or template, or the template refuses the conversation.
@@ -17,8 +17,9 @@ pub fn encode_chat(model: &Model, messages: &[Message]) -> Result<Vec<u32>, Sess
     Ok(template_of(model)?.encode(tokenizer, messages, true, serde_json::Value::Null)?)
 }
 
-/// A text for the model to continue. It is the caller's own prompt, so names of control tokens in
-/// it are those tokens; what begins every sequence of this model is added unless it is there.
+/// The ids of a text for the model to continue. It is the caller's own prompt, so names of control
+/// tokens in it become those tokens. The model's beginning-of-sequence token is added, unless the
+/// text has it.
 ///
 /// # Errors
 /// If the model has no tokenizer, or the text cannot be encoded.
@@ -32,10 +33,10 @@ pub fn encode_raw(model: &Model, text: &str) -> Result<Vec<u32>, SessionError> {
     Ok(tokens)
 }
 
-/// Whether a text that is scored or calibrated with begins with the token that begins a sequence.
+/// Whether a text for scoring or calibration begins with the beginning-of-sequence token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Bos {
-    /// If the tokenizer adds it to texts by itself.
+    /// If the tokenizer adds it to texts by default.
     #[default]
     Auto,
     /// Always.
@@ -44,10 +45,10 @@ pub enum Bos {
     No,
 }
 
-/// The token that comes before a text, by `bos`.
+/// The token to put before a text, by `bos`.
 ///
 /// # Errors
-/// If one is asked for and the tokenizer names none.
+/// If a token is asked for and the tokenizer has none.
 pub fn text_beginning(tokenizer: &Tokenizer, bos: Bos) -> Result<Option<u32>, SessionError> {
     match (bos, tokenizer.frame().beginning) {
         (Bos::No, _) => Ok(None),
@@ -57,7 +58,7 @@ pub fn text_beginning(tokenizer: &Tokenizer, bos: Bos) -> Result<Option<u32>, Se
     }
 }
 
-/// The tokens of a text to score. Nothing is added, and names of control tokens in the text are
+/// The tokens of a text to score. Nothing is added. Names of control tokens in the text become
 /// those tokens, as with Hugging Face's `tokenizer(text, add_special_tokens=False)`.
 ///
 /// # Errors
@@ -66,7 +67,7 @@ pub fn encode_text(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Sessio
     Ok(tokenizer.encode_rendered(text)?)
 }
 
-/// The conversation of one question.
+/// A conversation of one question.
 pub fn question(system: Option<&str>, text: &str) -> Vec<Message> {
     let system = system.map(|system| Message::new("system", system));
     system.into_iter().chain([Message::new("user", text)]).collect()

@@ -1,5 +1,5 @@
-//! One model divided over ranks that are threads of this process, and what of that is impossible,
-//! said before anything is loaded.
+//! One model divided over ranks, which are threads of this process. Impossible divisions are
+//! refused before anything is loaded.
 
 use std::num::NonZeroUsize;
 
@@ -13,9 +13,9 @@ use crate::options::{Device, Options, backend, rank_backend};
 /// How a model is divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ranks {
-    /// Ranks. Heads, hidden elements and the vocabulary are divided over them.
+    /// The number of ranks. Heads, hidden elements and the vocabulary are divided over them.
     pub count: NonZeroUsize,
-    /// Whether each rank has some experts whole, and not some columns of each.
+    /// Whether each rank has some whole experts. Otherwise it has some columns of each expert.
     pub by_expert: bool,
 }
 
@@ -26,7 +26,7 @@ impl Default for Ranks {
 }
 
 impl Ranks {
-    /// The division.
+    /// The options of the division.
     pub fn options(&self) -> ShardOptions {
         let experts = match self.by_expert {
             true => ExpertSplit::ByExpert,
@@ -35,7 +35,7 @@ impl Ranks {
         ShardOptions { experts, ..ShardOptions::new(self.count.get()) }
     }
 
-    /// Refuses what cannot be, whatever the weights' formats are.
+    /// Refuses divisions that are impossible in any weight format.
     ///
     /// # Errors
     /// [`SessionError::Ranks`].
@@ -52,9 +52,9 @@ impl Ranks {
         Ok(())
     }
 
-    /// The sum of `of` over the caches of all ranks, which share KV heads or keep whole latents
-    /// each. Where the program cannot be divided, which [`Self::check`] refuses, it is that of the
-    /// whole program.
+    /// The sum of `of` over the caches of all ranks. Ranks divide the KV heads, or each keeps the
+    /// whole latents. For a program that cannot be divided (see [`Self::check`]) it is the value of
+    /// the whole program.
     pub fn kv_total(&self, program: &Program, of: impl Fn(&KvLayout) -> usize) -> usize {
         match shard(program, &self.options()) {
             Ok(ranks) if self.count.get() > 1 => ranks.iter().map(|it| of(&it.program.kv)).sum(),
@@ -62,8 +62,8 @@ impl Ranks {
         }
     }
 
-    /// Worker threads of all ranks together. `None` leaves the choice to the backend. Ranks share
-    /// the physical cores, as a single rank would have them.
+    /// Worker threads of all ranks together. `None` leaves the choice to the backend. The ranks
+    /// share the physical cores that a single rank would use.
     pub fn threads(&self, options: &Options) -> Option<usize> {
         let cores = || (self.count.get() > 1).then(|| available_cores().count);
         options.threads.map(NonZeroUsize::get).or_else(cores)
@@ -81,7 +81,8 @@ impl Ranks {
         Ok(Box::new(ShardedBackend::new(self.options(), make)))
     }
 
-    /// What preparing a model found: a division that its weights do not allow is bad input.
+    /// Turns an error of preparing into the caller's error if the weights do not allow the
+    /// division.
     pub fn explain(&self, error: BackendError) -> SessionError {
         match error {
             BackendError::Shard(reason) => self.error(reason.into()),

@@ -1,4 +1,4 @@
-//! How an answer is generated: what the caller says, over what the model's own settings say.
+//! How an answer is generated: the caller's settings, then those of the model.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -6,46 +6,45 @@ use lathe_engine::{Request, Sampling, SamplingError};
 use lathe_model::GenerationDefaults;
 use lathe_program::sampling::validate_bias;
 
-/// Tokens of an answer if neither the caller nor the model says: long enough for an answer, and an
-/// end for models that never stop.
+/// Tokens of an answer if neither the caller nor the model gives a number. It also ends the answers
+/// of models that never stop.
 pub const ANSWER_TOKENS: usize = 512;
 
-/// What the caller says about an answer. What is `None` is left to the model's
-/// `generation_config.json`.
+/// The caller's settings for an answer. For `None` the model's `generation_config.json` decides.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct SamplingChoice {
-    /// Tokens to generate at most.
+    /// The most tokens to generate.
     pub max_tokens: Option<usize>,
     /// Divides the logits; 0 is greedy.
     pub temperature: Option<f32>,
-    /// Only the likeliest tokens that together have this probability.
+    /// Samples from the likeliest tokens that together have this probability.
     pub top_p: Option<f32>,
-    /// Only so many likeliest tokens; 0 means all.
+    /// Samples from this many likeliest tokens; 0 means all.
     pub top_k: Option<usize>,
-    /// Only tokens with at least this share of the likeliest one's probability.
+    /// Samples from tokens with at least this share of the likeliest one's probability.
     pub min_p: Option<f32>,
-    /// Divides the logits of tokens that occurred.
+    /// Divides the logits of tokens that occurred before.
     pub repetition_penalty: Option<f32>,
     /// Subtracted from the logits of generated tokens.
     pub presence_penalty: Option<f32>,
-    /// Subtracted from the logits of generated tokens, once for each time.
+    /// Subtracted from the logits of generated tokens, once for each occurrence.
     pub frequency_penalty: Option<f32>,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
-    /// The same seed gives the same text. `None` takes one from the clock.
+    /// The same seed gives the same text. `None` takes a seed from the clock.
     pub seed: Option<u64>,
-    /// Strings that end the answer, besides the model's own.
+    /// Strings that end the answer, in addition to the model's own.
     pub stop: Vec<String>,
-    /// Go on when the model says that it is done.
+    /// Whether to continue after the model's end tokens.
     pub ignore_eos: bool,
 }
 
 impl SamplingChoice {
     /// The sampling of one request.
     ///
-    /// It is greedy unless somebody asks for randomness: the caller with a temperature or a
-    /// truncation, or the model's `generation_config.json` with `do_sample`. (The same rule as
-    /// Hugging Face's `generate`; vLLM's server takes the model's settings too.)
+    /// It is greedy unless randomness is asked for. The caller asks with a temperature or a
+    /// truncation; the model's `generation_config.json` asks with `do_sample`. (Hugging Face's
+    /// `generate` has the same rule. vLLM's server uses the model's settings too.)
     pub fn sampling(&self, defaults: &GenerationDefaults) -> Sampling {
         let truncates = self.top_p.is_some() || self.top_k.is_some() || self.min_p.is_some();
         let own = defaults.sample;
@@ -70,14 +69,14 @@ impl SamplingChoice {
         }
     }
 
-    /// What is added to logits: the caller's biases, and minus infinity for what the model
-    /// suppresses.
+    /// Values that are added to logits: the caller's biases, and minus infinity for tokens that the
+    /// model suppresses.
     pub fn logit_bias(&self, defaults: &GenerationDefaults) -> Vec<(u32, f32)> {
         let own = defaults.suppress_tokens.iter().map(|token| (*token, f32::NEG_INFINITY));
         own.chain(self.logit_bias.iter().copied()).collect()
     }
 
-    /// Checks everything for a model of `vocabulary` tokens.
+    /// Checks all settings for a model of `vocabulary` tokens.
     ///
     /// # Errors
     /// The first number or token that is out of range.
@@ -90,14 +89,14 @@ impl SamplingChoice {
         validate_bias(&self.logit_bias(defaults), vocabulary)
     }
 
-    /// Strings that end an answer: the caller's and the model's. A model's end tokens do not count
-    /// with `ignore_eos`, and neither do its strings.
+    /// Strings that end an answer: the caller's and the model's. With `ignore_eos` the model's do
+    /// not count.
     pub fn stop_strings(&self, defaults: &GenerationDefaults) -> Vec<String> {
         let own = defaults.stop_strings.iter().filter(|_| !self.ignore_eos);
         self.stop.iter().chain(own).cloned().collect()
     }
 
-    /// Tokens of an answer at most.
+    /// The most tokens of an answer.
     pub fn answer_tokens(&self, defaults: &GenerationDefaults) -> usize {
         self.max_tokens.or(defaults.max_new_tokens).unwrap_or(ANSWER_TOKENS)
     }
@@ -121,7 +120,7 @@ impl SamplingChoice {
 /// A seed that differs from run to run.
 fn clock_seed() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
-    // Kept within what a JSON number carries exactly.
+    // Limited to the integers that a JSON number represents exactly.
     (now as u64) & ((1 << 53) - 1)
 }
 

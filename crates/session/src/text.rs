@@ -1,4 +1,4 @@
-//! The parts of a model that turn text into tokens, or why a caller has to do without.
+//! The tokenizer and the chat template of a model, with typed errors if it has none.
 
 use lathe_engine::TextDecoder;
 use lathe_model::Model;

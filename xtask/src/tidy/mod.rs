@@ -31,6 +31,14 @@ pub(crate) fn run(root: &Path, update: bool) -> anyhow::Result<Vec<String>> {
             crates.entry(source.to_owned()).or_default().add(module_path(file), &name, &syntax);
         }
     }
+    for path in crate::source::cuda_files(root)? {
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let name = path.strip_prefix(root).unwrap_or(&path).display();
+        let long = |line: &str| line.chars().count() > sources::COLUMNS;
+        for (number, _) in (1..).zip(text.lines()).filter(|(_, line)| long(line)) {
+            problems.push(format!("{name}:{number}: more than {} characters", sources::COLUMNS));
+        }
+    }
     let mut chains = Vec::new();
     for (source, tree) in &crates {
         let kinds = [("files", tree.file_circles()), ("folders", tree.folder_circles())];

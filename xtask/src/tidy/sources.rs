@@ -16,7 +16,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
 ];
 
 /// Characters of a line.
-const COLUMNS: usize = 100;
+pub(super) const COLUMNS: usize = 100;
 
 /// Macros that a finished program does not contain.
 const FORBIDDEN_MACROS: &[&str] = &["todo", "unimplemented", "dbg"];

@@ -17,7 +17,7 @@ struct AttendSplit {
     Cache cache;
     const Row* rows;
     const float* query;  // [rows, kv_heads * queries, dim]
-    float* parts;  // [rows, heads, shares, dim + 2]
+    float* parts;        // [rows, heads, shares, dim + 2]
     u32 kv_heads, queries, shares, window;
     float scale, cap;
 };
@@ -61,12 +61,16 @@ __device__ inline void attend_split(const AttendSplit& p) {
     begin = begin / SHARE_UNIT * SHARE_UNIT;
     u32 size = ((end - begin + p.shares - 1) / p.shares + SHARE_UNIT - 1) / SHARE_UNIT * SHARE_UNIT;
     u32 first = begin + share * size, last = min(end, first + size);
-    u32 visible_from = p.window && !row.tree && row.position + 1 > p.window ? row.position + 1 - p.window : 0;
+    u32 visible_from =
+        p.window && !row.tree && row.position + 1 > p.window ? row.position + 1 - p.window : 0;
 
     float query[QUERIES][LANE_ELEMENTS], sum[QUERIES][LANE_ELEMENTS], most[QUERIES], total[QUERIES];
 #pragma unroll
     for (u32 q = 0; q < QUERIES; q++) {
-        const float* from = p.query + (((size_t)index * p.kv_heads + kv_head) * p.queries + min(q, p.queries - 1)) * DIM + element;
+        const float* from =
+            p.query +
+            (((size_t)index * p.kv_heads + kv_head) * p.queries + min(q, p.queries - 1)) * DIM +
+            element;
         *(float4*)query[q] = __ldcg((const float4*)from);
         *(float4*)(query[q] + 4) = __ldcg((const float4*)(from + 4));
         most[q] = -INFINITY;
@@ -74,7 +78,8 @@ __device__ inline void attend_split(const AttendSplit& p) {
 #pragma unroll
         for (u32 i = 0; i < LANE_ELEMENTS; i++) sum[q][i] = 0.f;
     }
-    u32 key_at = (kv_head * DIM + element) * 2, value_at = ((p.kv_heads + kv_head) * DIM + element) * 2;
+    u32 key_at = (kv_head * DIM + element) * 2,
+        value_at = ((p.kv_heads + kv_head) * DIM + element) * 2;
     for (u32 base = first; base < last; base += STREAMS * AT_ONCE) {
         uint4 keys[AT_ONCE], values[AT_ONCE];
         bool seen[AT_ONCE];
@@ -100,7 +105,8 @@ __device__ inline void attend_split(const AttendSplit& p) {
 #pragma unroll
                 for (u32 i = 0; i < LANE_ELEMENTS; i++) score += query[q][i] * key[i];
 #pragma unroll
-                for (u32 step = LANES / 2; step > 0; step >>= 1) score += __shfl_xor_sync(0xffffffffu, score, step);
+                for (u32 step = LANES / 2; step > 0; step >>= 1)
+                    score += __shfl_xor_sync(0xffffffffu, score, step);
                 if (!seen[n]) continue;
                 score = soft_cap(score * p.scale, p.cap);
                 float raised = fmaxf(most[q], score);
@@ -108,7 +114,8 @@ __device__ inline void attend_split(const AttendSplit& p) {
                 most[q] = raised;
                 total[q] = total[q] * keep + weight;
 #pragma unroll
-                for (u32 i = 0; i < LANE_ELEMENTS; i++) sum[q][i] = sum[q][i] * keep + weight * value[i];
+                for (u32 i = 0; i < LANE_ELEMENTS; i++)
+                    sum[q][i] = sum[q][i] * keep + weight * value[i];
             }
         }
     }
@@ -116,7 +123,10 @@ __device__ inline void attend_split(const AttendSplit& p) {
     for (u32 q = 0; q < QUERIES; q++) {
 #pragma unroll
         for (u32 i = 0; i < LANE_ELEMENTS; i++) sums[mine][q][element + i] = sum[q][i];
-        if (lane % LANES == 0) { most_of[mine][q] = most[q]; total_of[mine][q] = total[q]; }
+        if (lane % LANES == 0) {
+            most_of[mine][q] = most[q];
+            total_of[mine][q] = total[q];
+        }
     }
     __syncthreads();
     for (u32 i = threadIdx.x; i < p.queries * DIM; i += ATTEND_THREADS) {
@@ -133,13 +143,18 @@ __device__ inline void attend_split(const AttendSplit& p) {
         size_t head = ((size_t)index * p.kv_heads + kv_head) * p.queries + q;
         float* out = p.parts + (head * p.shares + share) * (DIM + 2);
         out[at] = x;
-        if (at == 0) { out[DIM] = all; out[DIM + 1] = weights; }
+        if (at == 0) {
+            out[DIM] = all;
+            out[DIM + 1] = weights;
+        }
     }
 }
 
-#define ATTEND_SPLIT(DIM, QUERIES)                                                    \
-    extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)                      \
-        attend_split_##DIM##_##QUERIES(const __grid_constant__ AttendSplit p) { attend_split<DIM, QUERIES>(p); }
+#define ATTEND_SPLIT(DIM, QUERIES)                                              \
+    extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)                \
+        attend_split_##DIM##_##QUERIES(const __grid_constant__ AttendSplit p) { \
+        attend_split<DIM, QUERIES>(p);                                          \
+    }
 ATTEND_SPLIT(32, 1)
 ATTEND_SPLIT(32, 2)
 ATTEND_SPLIT(32, 4)
@@ -178,7 +193,8 @@ extern "C" __global__ void attend_join(const __grid_constant__ AttendJoin p) {
         float most = held ? __ldcg(parts + lane * stride + p.dim) : -INFINITY;
         float total = held ? __ldcg(parts + lane * stride + p.dim + 1) : 0.f;
         float all = fmaxf(most, sink);
-        for (int step = 16; step > 0; step >>= 1) all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, step));
+        for (int step = 16; step > 0; step >>= 1)
+            all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, step));
         float keep = __expf(most - all);
         keeps[lane] = keep;
         total = warp_sum(total * keep) + __expf(sink - all);
@@ -191,6 +207,29 @@ extern "C" __global__ void attend_join(const __grid_constant__ AttendJoin p) {
     p.out[head * p.dim + threadIdx.x] = x / weights;
 }
 
+// ---- rope_angles: a block a row, once a step; the angle is rounded to f32, its sine is exact
+
+struct RopeAngles {
+    const Row* rows;
+    const float* frequencies;  // [2, pairs]: of short and of long texts
+    float2* out;               // [rows, pairs]: sine and cosine, times the magnitude
+    u32 pairs;
+    float magnitude;
+};
+
+extern "C" __global__ void rope_angles(const __grid_constant__ RopeAngles p) {
+    launch_dependents();
+    wait_dependencies();
+    Row row = p.rows[blockIdx.x];
+    const float* frequencies = p.frequencies + (row.long_rope ? p.pairs : 0);
+    for (u32 pair = threadIdx.x; pair < p.pairs; pair += blockDim.x) {
+        double sin, cos;
+        sincos((double)__fmul_rn((float)row.position, frequencies[pair]), &sin, &cos);
+        float s = __fmul_rn((float)sin, p.magnitude), c = __fmul_rn((float)cos, p.magnitude);
+        p.out[(size_t)blockIdx.x * p.pairs + pair] = make_float2(s, c);
+    }
+}
+
 // ---- turn_and_store: a warp a head of queries, keys or values. Queries and keys are turned, keys
 // and values go to the cache as bf16.
 
@@ -200,11 +239,10 @@ struct TurnAndStore {
     const float* query;
     const float* key;
     const float* value;
-    const float* frequencies;  // [2, pairs]: of short and of long texts
+    const float2* angles;  // of `rope_angles`
     float* query_out;
     float* key_out;
     u32 heads, kv_heads, dim, value_dim, offset, pairs, interleaved;
-    float magnitude;
 };
 
 extern "C" __global__ void turn_and_store(const __grid_constant__ TurnAndStore p) {
@@ -214,7 +252,8 @@ extern "C" __global__ void turn_and_store(const __grid_constant__ TurnAndStore p
     u32 index = blockIdx.x, keys = p.heads + p.kv_heads;
     if (head >= keys + p.kv_heads) return;
     Row row = p.rows[index];
-    uint8_t* token = head < p.heads ? nullptr : token_at(p.cache, row.sequence, row.cached + row.place);
+    uint8_t* token =
+        head < p.heads ? nullptr : token_at(p.cache, row.sequence, row.cached + row.place);
     if (head >= keys) {
         u32 at = head - keys;
         const float* in = p.value + ((size_t)index * p.kv_heads + at) * p.value_dim;
@@ -227,11 +266,10 @@ extern "C" __global__ void turn_and_store(const __grid_constant__ TurnAndStore p
     float* out = (is_key ? p.key_out : p.query_out) + ((size_t)index * heads + at) * p.dim;
     for (u32 i = lane; i < p.dim; i += 32)
         if (i < p.offset || i >= p.offset + 2 * p.pairs) out[i] = in[i];
-    const float* frequencies = p.frequencies + (row.long_rope ? p.pairs : 0);
+    const float2* angles = p.angles + (size_t)index * p.pairs;
     for (u32 pair = lane; pair < p.pairs; pair += 32) {
-        double sin, cos;
-        sincos((double)__fmul_rn((float)row.position, frequencies[pair]), &sin, &cos);
-        float s = __fmul_rn((float)sin, p.magnitude), c = __fmul_rn((float)cos, p.magnitude);
+        float2 angle = __ldcg(angles + pair);
+        float s = angle.x, c = angle.y;
         u32 a = p.offset + (p.interleaved ? 2 * pair : pair), b = a + (p.interleaved ? 1 : p.pairs);
         float x = in[a], y = in[b];
         out[a] = __fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s));
@@ -249,7 +287,7 @@ constexpr u32 BEST_PARTS = 32, BEST_THREADS = 256;
 struct Best {
     const float* logits;
     u64* parts;  // [choices, BEST_PARTS]
-    u32* out;  // [choices]: the token, or 0xffffffff if all logits are minus infinity
+    u32* out;    // [choices]: the token, or 0xffffffff if all logits are minus infinity
     u32 vocabulary;
 };
 
@@ -275,7 +313,8 @@ extern "C" __global__ void best_parts(const __grid_constant__ Best p) {
     wait_dependencies();
     const float* logits = p.logits + (size_t)blockIdx.x * p.vocabulary;
     u64 best = 0;
-    for (u32 i = blockIdx.y * BEST_THREADS + threadIdx.x; i < p.vocabulary; i += BEST_PARTS * BEST_THREADS) {
+    for (u32 i = blockIdx.y * BEST_THREADS + threadIdx.x; i < p.vocabulary;
+         i += BEST_PARTS * BEST_THREADS) {
         u64 rank = rank_of(__ldcg(logits + i), i);
         if (rank > best) best = rank;
     }

@@ -13,10 +13,10 @@ constexpr u32 PREPARE_THREADS = 256, PART_COLUMNS = 64, COLUMN_BYTES = PART_COLU
 struct Prepare {
     const float* input;
     const float* norm;  // weight of an RMS norm of the input, or null
-    const u32* pick;  // the input row of each row, or null
+    const u32* pick;    // the input row of each row, or null
     uint8_t* out;
     u32 width, padded, parts, normed;  // padded: rows times parts, up to whole tiles
-    float offset, epsilon;
+    float offset, epsilon, factor;
 };
 
 // The columns of a piece follow the weights' order: column 8 t + 4 h + 2 q + e of a block of 32 is
@@ -59,8 +59,11 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
         u32* l = (u32*)&low;
 #pragma unroll
         for (u32 t = 0; t < 4; t++) {
-            float x = v[t].x * inverse, y = v[t].y * inverse;
-            if (scaled) { x *= p.offset + w[t].x; y *= p.offset + w[t].y; }
+            float x = v[t].x * inverse * p.factor, y = v[t].y * inverse * p.factor;
+            if (scaled) {
+                x *= p.offset + w[t].x;
+                y *= p.offset + w[t].y;
+            }
             split(x, y, h[t], l[t]);
         }
         u64 part = piece / (PART_COLUMNS / 8), at = piece % (PART_COLUMNS / 8);
@@ -72,19 +75,20 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
     }
 }
 
-// ---- gemm: one block a multiprocessor. A warp copies in bulk into a ring; two warpgroups multiply.
+// ---- gemm: one block a multiprocessor. A warp copies in bulk into a ring, two warpgroups multiply
 
 constexpr u32 GEMM_WARPS = 8, GEMM_TILES = 8, GEMM_OUTPUTS = GEMM_TILES * TILE;
+constexpr u32 RING_BYTES = 222 * 1024, STAGES_MAX = 12;
 constexpr u32 GEMM_CONSUMERS = GEMM_WARPS * 32, GEMM_THREADS = GEMM_CONSUMERS + 128;
 
 struct Gemm {
-    Stream product;  // not normed
+    Stream product;    // not normed
     const uint8_t* x;  // prepared
-    float* sums;  // [pieces, rows of a tile, 128]: where a tile's sums wait for what follows
+    float* sums;       // [pieces, rows of a tile, 128]: where a tile's sums wait for what follows
     u32 rows, parts, padded;
-    u32 tiles;  // of 16 outputs, of all segments
+    u32 tiles;                  // of 16 outputs, of all segments
     u32 columns, across, down;  // columns of a tile; tiles of the rows, tiles of 128 outputs
-    u32 slabs;  // stages of a tile
+    u32 slabs;                  // stages of a tile
     u32 share;  // stages of a block, neighbouring ones; 0: blocks take whole tiles by turns
     u32 plain;  // 1: what follows is a factor, a residual or SwiGLU
 };
@@ -115,51 +119,72 @@ __device__ inline u32 tile_of(const Gemm& p, u32 down, u32 slot) {
     return min(down * (GEMM_TILES / 2) + slot % 4, units - 1) + slot / 4 * units;
 }
 
-template <u32 N, u32 BLOCKS>
+// A stage: weights of eight tiles, scales of their groups, activations.
+template <u32 FORMAT, u32 N, u32 BLOCKS>
 struct Shape {
-    static constexpr u32 WEIGHTS = GEMM_TILES * BLOCKS * BLOCK_BYTES;
+    static constexpr u32 CODES = BLOCKS * block_bytes<FORMAT>();  // of a tile
+    static constexpr u32 SCALES = FORMAT == PACKED_INT4 ? 1024 : 0;
+    static constexpr u32 WEIGHTS = GEMM_TILES * CODES + SCALES;
     static constexpr u32 PART = N * COLUMN_BYTES;
     static constexpr u32 STAGE = WEIGHTS + BLOCKS / 2 * PART;
+    static constexpr u32 FIT = RING_BYTES / STAGE, STAGES = FIT < STAGES_MAX ? FIT : STAGES_MAX;
 };
+// Scales of a tile in a stage: up to two groups of 64 columns.
+constexpr u32 TILE_SCALES = 2 * GROUP_SCALE_BYTES;
 
 // Copies one stage: its weights, its activations, or both.
-template <u32 N, u32 BLOCKS>
-__device__ inline void fill(const Gemm& p, const uint8_t* from, u32 across, u32 slab, u32 stage,
+template <class S, u32 FORMAT, u32 BLOCKS>
+__device__ inline void fill(const Gemm& p, const uint8_t* tile, u32 across, u32 slab, u32 stage,
                             u32 full, bool weights, bool activations) {
-    using S = Shape<N, BLOCKS>;
-    u32 lane = threadIdx.x % 32, blocks = p.product.width / BLOCK_COLUMNS;
-    u32 here = min(BLOCKS, blocks - slab * BLOCKS), parts = (here + 1) / 2;
+    u32 lane = threadIdx.x % 32, blocks = p.product.width / BLOCK_COLUMNS, first = slab * BLOCKS;
+    u32 here = min(BLOCKS, blocks - first), parts = (here + 1) / 2,
+        bytes = here * block_bytes<FORMAT>();
+    u32 codes = first * block_bytes<FORMAT>(), scales = 0, scale_bytes = 0,
+        group = p.product.group_units;
+    if (FORMAT == PACKED_INT4) {
+        u32 chunk = first / INT4_CHUNK_BLOCKS, unit = first % INT4_CHUNK_BLOCKS / 2;
+        codes = chunk * int4_chunk_bytes(group) + first % INT4_CHUNK_BLOCKS * block_bytes<FORMAT>();
+        if (group) {
+            scales = int4_scales(chunk, p.product.width, group) +
+                     group_of(unit, group) * GROUP_SCALE_BYTES;
+            scale_bytes = (group_of(unit + here / 2 - 1, group) - group_of(unit, group) + 1) *
+                          GROUP_SCALE_BYTES;
+        }
+    }
     if (weights && lane == 0)
-        barrier_expect(full, GEMM_TILES * here * BLOCK_BYTES + parts * S::PART);
+        barrier_expect(full, GEMM_TILES * (bytes + scale_bytes) + parts * S::PART);
     __syncwarp();
     if (weights && lane < GEMM_TILES) {
-        u32 bytes = here * BLOCK_BYTES;
-        bulk_copy(stage + lane * BLOCKS * BLOCK_BYTES, from + (size_t)slab * BLOCKS * BLOCK_BYTES, bytes, full);
+        bulk_copy(stage + lane * S::CODES, tile + codes, bytes, full);
+        if (scale_bytes)
+            bulk_copy(stage + GEMM_TILES * S::CODES + lane * TILE_SCALES, tile + scales,
+                      scale_bytes, full);
     }
     u32 part = lane - GEMM_TILES;
     if (activations && part < parts) {
-        size_t at = (size_t)(slab * (BLOCKS / 2) + part) * p.padded + across * N;
-        bulk_copy(stage + S::WEIGHTS + part * S::PART, p.x + at * COLUMN_BYTES, S::PART, full);
+        size_t at =
+            (size_t)(slab * (BLOCKS / 2) + part) * p.padded * COLUMN_BYTES + across * S::PART;
+        bulk_copy(stage + S::WEIGHTS + part * S::PART, p.x + at, S::PART, full);
     }
 }
 
 // Where the lane's tile begins.
 __device__ inline const uint8_t* matrix_of(const Gemm& p, u32 down) {
     u32 tile, segment = locate(p.product, tile_of(p, down, threadIdx.x % GEMM_TILES), tile);
-    u32 blocks = p.product.width / BLOCK_COLUMNS;
-    return p.product.segments[segment].matrix + (size_t)tile * blocks * BLOCK_BYTES;
+    return p.product.segments[segment].matrix + (size_t)tile * p.product.tile_bytes;
 }
 
-template <u32 N, u32 BLOCKS, u32 STAGES>
+template <class S, u32 FORMAT, u32 BLOCKS>
 __device__ inline void produce(const Gemm& p, u32 ring, u32 full, u32 empty) {
-    using S = Shape<N, BLOCKS>;
+    constexpr u32 STAGES = S::STAGES;
     u32 slot = 0, parity = 1, ahead = 0;
     // The weights of the first stages are on their way before the kernel before this one is done.
     for (Walk walk(p); walk.more() && ahead < STAGES; walk.next()) {
         u32 tile = walk.tile(), last = walk.last();
         const uint8_t* from = matrix_of(p, tile / p.across);
         for (u32 slab = walk.first(); slab < last && ahead < STAGES; slab++, ahead++)
-            fill<N, BLOCKS>(p, from, tile % p.across, slab, ring + ahead * S::STAGE, full + ahead * 8, true, false);
+            fill<S, FORMAT, BLOCKS>(p, from, tile % p.across, slab, ring + ahead * S::STAGE,
+                                    full + ahead * 8, true, false);
     }
     wait_dependencies();
     u32 done = 0;
@@ -169,8 +194,12 @@ __device__ inline void produce(const Gemm& p, u32 ring, u32 full, u32 empty) {
         for (u32 slab = walk.first(); slab < last; slab++, done++) {
             // The first round passes at once: the phase before the first counts as done.
             barrier_wait(empty + slot * 8, parity);
-            fill<N, BLOCKS>(p, from, tile % p.across, slab, ring + slot * S::STAGE, full + slot * 8, done >= ahead, true);
-            if (++slot == STAGES) { slot = 0; parity ^= 1; }
+            fill<S, FORMAT, BLOCKS>(p, from, tile % p.across, slab, ring + slot * S::STAGE,
+                                    full + slot * 8, done >= ahead, true);
+            if (++slot == STAGES) {
+                slot = 0;
+                parity ^= 1;
+            }
         }
     }
 }
@@ -181,23 +210,61 @@ struct Fragments {
     u32 a[2 * BLOCKS][4];
 };
 
-template <u32 BLOCKS, bool PAIRED>
-__device__ inline void load_fragments(Fragments<BLOCKS>& to, const uint8_t* stage, u32 warp, u32 here) {
+// Scales of a lane's two rows of a tile, each twice.
+__device__ inline void load_scales(u32 (&to)[2], const Stream& p, const uint8_t* scales) {
     u32 lane = threadIdx.x % 32;
 #pragma unroll
-    for (u32 i = 0; i < 2 * BLOCKS; i++) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (PAIRED) {
-            // Warpgroups take the upper and the lower halves of the tiles of gate and up.
-            const uint8_t* gate = stage + warp % 4 * BLOCKS * BLOCK_BYTES + i * 512 + lane * 16;
-            if (i / 2 < here) {
-                uint4 g = *(const uint4*)gate, u = *(const uint4*)(gate + 4 * BLOCKS * BLOCK_BYTES);
-                v = warp < 4 ? make_uint4(g.x, u.x, g.z, u.z) : make_uint4(g.y, u.y, g.w, u.w);
+    for (u32 n = 0; n < 2; n++) {
+        float scale =
+            group_scale(*(const uint16_t*)(scales + (lane / 4 + n * 8) * 2), p.half_scales);
+        __nv_bfloat162 both = __float2bfloat162_rn(scale);
+        to[n] = *(u32*)&both;
+    }
+}
+
+__device__ inline u32 times(u32 a, u32 b) {
+    __nv_bfloat162 x = __hmul2(*(__nv_bfloat162*)&a, *(__nv_bfloat162*)&b);
+    return *(u32*)&x;
+}
+
+// A tile's registers of the products of 16 bytes. Scales of groups go into the weights.
+template <class S, u32 FORMAT, u32 BLOCKS>
+__device__ inline void load_tile(u32 (&a)[steps_of<FORMAT>()][4], const Stream& p,
+                                 const uint8_t* stage, u32 slot, u32 vector, u32 unit) {
+    uint4 v = *(const uint4*)(stage + slot * S::CODES + vector * 512 + threadIdx.x % 32 * 16);
+#pragma unroll
+    for (u32 step = 0; step < steps_of<FORMAT>(); step++) widen<FORMAT>(v, step, a[step]);
+    if (FORMAT != PACKED_INT4 || !p.group_units) return;
+    u32 group = group_of(unit + vector, p.group_units) - group_of(unit, p.group_units), scales[2];
+    load_scales(scales, p,
+                stage + GEMM_TILES * S::CODES + slot * TILE_SCALES + group * GROUP_SCALE_BYTES);
+#pragma unroll
+    for (u32 step = 0; step < steps_of<FORMAT>(); step++)
+#pragma unroll
+        for (u32 n = 0; n < 4; n++) a[step][n] = times(a[step][n], scales[n % 2]);
+}
+
+template <class S, u32 FORMAT, u32 BLOCKS, bool PAIRED>
+__device__ inline void load_fragments(Fragments<BLOCKS>& to, const Stream& p, const uint8_t* stage,
+                                      u32 warp, u32 first, u32 here) {
+    constexpr u32 STEPS = steps_of<FORMAT>();
+#pragma unroll
+    for (u32 vector = 0; vector < 2 * BLOCKS / STEPS; vector++) {
+        u32 a[STEPS][4] = {}, b[STEPS][4] = {};
+        bool there = vector * STEPS / 2 < here;
+        if (there)
+            load_tile<S, FORMAT, BLOCKS>(a, p, stage, PAIRED ? warp % 4 : warp, vector, first / 2);
+        // Warpgroups take the upper and the lower halves of the tiles of gate and up.
+        if (PAIRED && there)
+            load_tile<S, FORMAT, BLOCKS>(b, p, stage, 4 + warp % 4, vector, first / 2);
+#pragma unroll
+        for (u32 step = 0; step < STEPS; step++)
+#pragma unroll
+            for (u32 n = 0; n < 4; n++) {
+                u32(&x)[4] = PAIRED && n % 2 ? b[step] : a[step];
+                u32 upper = x[n / 2 * 2], lower = x[n / 2 * 2 + 1];
+                to.a[vector * STEPS + step][n] = PAIRED ? (warp < 4 ? upper : lower) : a[step][n];
             }
-        } else if (i / 2 < here) {
-            v = *(const uint4*)(stage + warp * BLOCKS * BLOCK_BYTES + i * 512 + lane * 16);
-        }
-        to.a[i][0] = v.x; to.a[i][1] = v.y; to.a[i][2] = v.z; to.a[i][3] = v.w;
     }
 }
 
@@ -206,14 +273,15 @@ struct Ring {
     u32 slot, parity, before;  // before: the slot that is multiplied still; all bits set: none
 };
 
-template <u32 N, u32 BLOCKS, u32 STAGES, bool PAIRED>
-__device__ inline void multiply_stage(float (&d)[N / 2], Fragments<BLOCKS>& a, Ring& r, const uint8_t* shared,
-                                      u32 full, u32 empty, u32 here, u32 add) {
-    using S = Shape<N, BLOCKS>;
+// `first` is the stage's first block of 32 columns, `here` how many there are from there on.
+template <class S, u32 FORMAT, u32 N, u32 BLOCKS, bool PAIRED>
+__device__ inline void multiply_stage(float (&d)[N / 2], Fragments<BLOCKS>& a, const Stream& p,
+                                      Ring& r, const uint8_t* shared, u32 full, u32 empty,
+                                      u32 first, u32 here, u32 add) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     barrier_wait(full + r.slot * 8, r.parity);
     const uint8_t* stage = shared + r.slot * S::STAGE;
-    load_fragments<BLOCKS, PAIRED>(a, stage, warp, here);
+    load_fragments<S, FORMAT, BLOCKS, PAIRED>(a, p, stage, warp, first % INT4_CHUNK_BLOCKS, here);
     u32 x = (u32)__cvta_generic_to_shared(stage) + S::WEIGHTS;
     wgmma_fence();
 #pragma unroll
@@ -226,13 +294,16 @@ __device__ inline void multiply_stage(float (&d)[N / 2], Fragments<BLOCKS>& a, R
     wgmma_wait<1>();
     if (lane == 0 && r.before != ~0u) barrier_arrive(empty + r.before * 8);
     r.before = r.slot;
-    if (++r.slot == STAGES) { r.slot = 0; r.parity ^= 1; }
+    if (++r.slot == S::STAGES) {
+        r.slot = 0;
+        r.parity ^= 1;
+    }
 }
 
 // Where a thread's sums of one output go.
 struct Target {
     float* out;
-    const float* bias;
+    float scale, bias;
     const float* residual;
     u32 stride;  // elements from row to row; 0: the output is not there
 };
@@ -244,7 +315,9 @@ __device__ inline Target target_of(const Gemm& p, u32 slot_index, u32 within) {
     u32 output = tile * TILE + within;
     bool inside = slot_index < (p.product.paired ? to.tiles : p.tiles) && output < to.outputs;
     const float* residual = p.product.residual ? p.product.residual + output : nullptr;
-    return {to.out + output, to.bias ? to.bias + output : nullptr, residual, inside ? to.outputs : 0};
+    float scale = inside ? scale_of(to, output) : 1.f,
+          bias = inside && to.bias ? to.bias[output] : 0.f;
+    return {to.out + output, scale, bias, residual, inside ? to.outputs : 0};
 }
 
 // The row, in the tile, of element `e` of column group `j`.
@@ -265,14 +338,13 @@ __device__ inline void write_outputs(const Gemm& p, u32 tile, const float (&d)[N
     u32 down = tile / p.across, first = tile % p.across * (N / PARTS);
     u32 slot = PAIRED ? down * (GEMM_TILES / 2) + warp % 4 : down * GEMM_TILES + warp;
     Target low = target_of(p, slot, PAIRED ? warp / 4 * 8 + lane / 4 : lane / 4), high = {};
-    float low_bias = low.bias && low.stride ? *low.bias : 0.f, high_bias = 0.f;
-    if (PAIRED) {
-        const float* up = p.product.segments[1].bias;
-        if (up && low.stride) high_bias = up[low.out - p.product.segments[0].out];
-    } else {
-        high = target_of(p, slot, 8 + lane / 4);
-        if (high.bias && high.stride) high_bias = *high.bias;
+    if (PAIRED && low.stride) {
+        const Segment& up = p.product.segments[1];
+        u32 output = low.out - p.product.segments[0].out;
+        high.scale = scale_of(up, output);
+        high.bias = up.bias ? up.bias[output] : 0.f;
     }
+    if (!PAIRED) high = target_of(p, slot, 8 + lane / 4);
     float scale = p.product.scale, add_scale = p.product.add_scale;
     bool residual = !PAIRED && low.residual;
 #pragma unroll
@@ -296,8 +368,8 @@ __device__ inline void write_outputs(const Gemm& p, u32 tile, const float (&d)[N
                 size_t row = first + row_of<PARTS>(base + g, e);
                 if (row >= p.rows) continue;
                 const float* c = d + (base + g) * 4;
-                float a = (PARTS == 2 ? c[0] + c[1] : c[e]) + low_bias;
-                float b = (PARTS == 2 ? c[2] + c[3] : c[2 + e]) + high_bias;
+                float a = (PARTS == 2 ? c[0] + c[1] : c[e]) * low.scale + low.bias;
+                float b = (PARTS == 2 ? c[2] + c[3] : c[2 + e]) * high.scale + high.bias;
                 if (PAIRED) {
                     if (low.stride) low.out[row * low.stride] = swiglu(a, b);
                     continue;
@@ -341,7 +413,8 @@ __device__ inline void gemm_consumers_meet() {
 
 // Does what follows the product for output `at` of a tile and some of its rows, from the sums of
 // its pieces, in the order of their columns.
-__device__ inline void finish_rows(const Gemm& p, u32 tile, u32 piece, u32 pieces, u32 at, u32 row, u32 step) {
+__device__ inline void finish_rows(const Gemm& p, u32 tile, u32 piece, u32 pieces, u32 at, u32 row,
+                                   u32 step) {
     const Stream& product = p.product;
     u32 outputs = product.paired ? GEMM_OUTPUTS / 2 : GEMM_OUTPUTS, down = tile / p.across;
     u32 rows_most = p.columns / p.parts, first = tile % p.across * rows_most, segment = 0;
@@ -354,7 +427,8 @@ __device__ inline void finish_rows(const Gemm& p, u32 tile, u32 piece, u32 piece
     for (; row < rows; row += step) {
         float sum[2] = {};
         for (u32 i = 0; i < pieces; i++) {
-            const float* from = p.sums + ((size_t)(piece + i) * rows_most + row) * GEMM_OUTPUTS + at;
+            const float* from =
+                p.sums + ((size_t)(piece + i) * rows_most + row) * GEMM_OUTPUTS + at;
             sum[0] += __ldcg(from);
             if (product.paired) sum[1] += __ldcg(from + outputs);
         }
@@ -369,15 +443,17 @@ __device__ inline void finish_by_sums(const Gemm& p, u32 tile, const float (&d)[
     write_sums<N, PAIRED, PARTS>(p, tile, blockIdx.x + (p.share ? tile : 0), d);
     if (p.share) return;
     gemm_consumers_meet();
-    finish_rows(p, tile, blockIdx.x, 1, threadIdx.x % GEMM_OUTPUTS, threadIdx.x / GEMM_OUTPUTS, GEMM_CONSUMERS / GEMM_OUTPUTS);
+    finish_rows(p, tile, blockIdx.x, 1, threadIdx.x % GEMM_OUTPUTS, threadIdx.x / GEMM_OUTPUTS,
+                GEMM_CONSUMERS / GEMM_OUTPUTS);
     // The next tile's sums take the same place.
     gemm_consumers_meet();
 }
 
-template <u32 N, u32 BLOCKS, u32 STAGES, bool PAIRED, u32 PARTS>
+template <u32 FORMAT, u32 N, u32 BLOCKS, bool PAIRED, u32 PARTS>
 __device__ inline void gemm(const Gemm& p) {
     extern __shared__ uint8_t unaligned[];
-    using S = Shape<N, BLOCKS>;
+    using S = Shape<FORMAT, N, BLOCKS>;
+    constexpr u32 STAGES = S::STAGES;
     uint8_t* shared = (uint8_t*)(((size_t)unaligned + 1023) / 1024 * 1024);
     u32 ring = (u32)__cvta_generic_to_shared(shared), full = ring + STAGES * S::STAGE;
     u32 empty = full + STAGES * 8, thread = threadIdx.x, warp = thread / 32;
@@ -392,7 +468,7 @@ __device__ inline void gemm(const Gemm& p) {
     __syncthreads();
     if (warp >= GEMM_WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (warp == GEMM_WARPS) produce<N, BLOCKS, STAGES>(p, ring, full, empty);
+        if (warp == GEMM_WARPS) produce<S, FORMAT, BLOCKS>(p, ring, full, empty);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         u32 blocks = p.product.width / BLOCK_COLUMNS;
@@ -402,44 +478,55 @@ __device__ inline void gemm(const Gemm& p) {
             Fragments<BLOCKS> a, b;
             u32 slab = walk.first(), last = walk.last(), add = 0;
             for (; slab + 1 < last; slab += 2, add = 1) {
-                u32 left = blocks - slab * BLOCKS;
-                multiply_stage<N, BLOCKS, STAGES, PAIRED>(d, a, r, shared, full, empty, left, add);
-                multiply_stage<N, BLOCKS, STAGES, PAIRED>(d, b, r, shared, full, empty, left - BLOCKS, 1);
+                u32 at = slab * BLOCKS, next = at + BLOCKS;
+                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, a, p.product, r, shared, full,
+                                                             empty, at, blocks - at, add);
+                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, b, p.product, r, shared, full,
+                                                             empty, next, blocks - next, 1);
             }
-            if (slab < last)
-                multiply_stage<N, BLOCKS, STAGES, PAIRED>(d, a, r, shared, full, empty, blocks - slab * BLOCKS, add);
+            if (slab < last) {
+                u32 at = slab * BLOCKS;
+                multiply_stage<S, FORMAT, N, BLOCKS, PAIRED>(d, a, p.product, r, shared, full,
+                                                             empty, at, blocks - at, add);
+            }
             wgmma_wait<0>();
             if (thread % 32 == 0) barrier_arrive(empty + r.before * 8);
             r.before = ~0u;
             wait_dependencies();
-            if (p.plain && !p.share) write_outputs<N, PAIRED, PARTS>(p, walk.tile(), d);
-            else finish_by_sums<N, PAIRED, PARTS>(p, walk.tile(), d);
+            if (p.plain && !p.share)
+                write_outputs<N, PAIRED, PARTS>(p, walk.tile(), d);
+            else
+                finish_by_sums<N, PAIRED, PARTS>(p, walk.tile(), d);
         }
     }
 }
 
-// N columns, stages of so many blocks, so many stages, a row in so many parts.
-#define GEMM(N, BLOCKS, STAGES, PARTS)                                     \
-    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)          \
-        gemm_##N##_##PARTS(const __grid_constant__ Gemm p) {               \
-        gemm<N, BLOCKS, STAGES, false, PARTS>(p);                          \
-    }                                                                      \
-    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)          \
-        gemm_paired_##N##_##PARTS(const __grid_constant__ Gemm p) {        \
-        gemm<N, BLOCKS, STAGES, true, PARTS>(p);                           \
+// The weights' format, N columns, stages of so many blocks, a row in so many parts.
+#define GEMM(NAME, FORMAT, N, BLOCKS, PARTS)                                 \
+    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)            \
+        gemm_##NAME##_##N##_##PARTS(const __grid_constant__ Gemm p) {        \
+        gemm<FORMAT, N, BLOCKS, false, PARTS>(p);                            \
+    }                                                                        \
+    extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)            \
+        gemm_paired_##NAME##_##N##_##PARTS(const __grid_constant__ Gemm p) { \
+        gemm<FORMAT, N, BLOCKS, true, PARTS>(p);                             \
     }
-GEMM(16, 4, 6, 2)
-GEMM(32, 4, 5, 2)
-GEMM(64, 4, 4, 2)
-GEMM(128, 2, 6, 2)
-GEMM(128, 2, 6, 1)
-GEMM(256, 2, 4, 1)
+#define GEMMS(NAME, FORMAT)       \
+    GEMM(NAME, FORMAT, 16, 4, 2)  \
+    GEMM(NAME, FORMAT, 32, 4, 2)  \
+    GEMM(NAME, FORMAT, 64, 4, 2)  \
+    GEMM(NAME, FORMAT, 128, 2, 2) \
+    GEMM(NAME, FORMAT, 128, 2, 1) \
+    GEMM(NAME, FORMAT, 256, 2, 1)
+GEMMS(bf16, PACKED_BF16)
+GEMMS(fp8, PACKED_FP8)
+GEMMS(int4, PACKED_INT4)
 
 // ---- gemm_finish: a thread an output of a row, where blocks had shares of tiles
 
 constexpr u32 FINISH_ROWS = 2;
 
-extern "C" __global__ void __launch_bounds__(FINISH_ROWS * GEMM_OUTPUTS)
+extern "C" __global__ void __launch_bounds__(FINISH_ROWS* GEMM_OUTPUTS)
     gemm_finish(const __grid_constant__ Gemm p) {
     launch_dependents();
     wait_dependencies();

@@ -15,12 +15,13 @@ struct Prefill {
     const RowTile* tiles;
     const float* query;  // [rows, kv_heads * queries, dim]
     const float* sinks;
-    float* out;  // [rows, kv_heads * queries, dim]
+    float* out;                     // [rows, kv_heads * queries, dim]
     u32 kv_heads, queries, window;  // queries: query heads of a key head
     float scale, cap;
 };
 
-constexpr u32 KEYS = 128, STAGES = 2, GROUP = 128, GROUPS = 2, PREFILL_THREADS = GROUP * (GROUPS + 1);
+constexpr u32 KEYS = 128, STAGES = 2, GROUP = 128, GROUPS = 2,
+              PREFILL_THREADS = GROUP * (GROUPS + 1);
 constexpr u32 SLAB_COLUMNS = 64, SLAB_BYTES = KEYS * SLAB_COLUMNS * 2;
 // Rows times query heads of a block, and bytes of 64 columns of their queries.
 constexpr u32 QUERY_SLAB_BYTES = GROUPS * 64 * 128;
@@ -34,11 +35,12 @@ __device__ inline void copy_piece(u32 to, const void* from) {
 // then neighbouring lanes copy neighbouring pieces of the slots of their warp. Slots behind the end
 // repeat the last one: they are not seen, and their numbers are finite.
 template <u32 DIM>
-__device__ inline void bring(const Prefill& p, u32 sequence, u32 kv_head, u32 begin, u32 end, u32 ring,
-                             u32 full, u32 empty) {
+__device__ inline void bring(const Prefill& p, u32 sequence, u32 kv_head, u32 begin, u32 end,
+                             u32 ring, u32 full, u32 empty) {
     constexpr u32 HALF = DIM / SLAB_COLUMNS * SLAB_BYTES, PIECES = DIM / 8, AT_ONCE = 32 / PIECES;
     u32 thread = threadIdx.x % GROUP, lane = threadIdx.x % 32, stage = 0, parity = 1, before = ~0u;
-    u32 piece = lane % PIECES, key_at = kv_head * DIM * 2 + piece * 16, value_at = p.kv_heads * DIM * 2;
+    u32 piece = lane % PIECES, key_at = kv_head * DIM * 2 + piece * 16,
+        value_at = p.kv_heads * DIM * 2;
     for (u32 slot = begin; slot < end; slot += KEYS) {
         u64 mine = (u64)token_at(p.cache, sequence, min(slot + thread, end - 1));
         barrier_wait(empty + stage * 8, parity);
@@ -58,7 +60,10 @@ __device__ inline void bring(const Prefill& p, u32 sequence, u32 kv_head, u32 be
             if (lane == 0) barrier_arrive(full + before * 8);
         }
         before = stage;
-        if (++stage == STAGES) { stage = 0; parity ^= 1; }
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
     }
     asm volatile("cp.async.wait_group 0;\nfence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
@@ -94,7 +99,7 @@ __device__ inline float quad_sum(float x) {
 // One of the two rows of a thread.
 struct Half {
     bool there;
-    size_t place;  // of its head in `query` and `out`
+    size_t place;        // of its head in `query` and `out`
     u32 head, from, to;  // the slots that it sees
     float most, total;
 };
@@ -139,8 +144,8 @@ __device__ inline float soften(float (&s)[KEYS / 2], u32 half, Half& row, float 
 }
 
 template <u32 DIM>
-__device__ inline void attend_tile(const Prefill& p, const RowTile& tile, u32 kv_head, u32 begin, u32 end,
-                                   u32 ring, u32 full, u32 empty) {
+__device__ inline void attend_tile(const Prefill& p, const RowTile& tile, u32 kv_head, u32 begin,
+                                   u32 end, u32 ring, u32 full, u32 empty) {
     constexpr u32 HALF = DIM / SLAB_COLUMNS * SLAB_BYTES;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, stage = 0, parity = 0;
     u32 index = warp * 16 + lane / 4;
@@ -153,11 +158,15 @@ __device__ inline void attend_tile(const Prefill& p, const RowTile& tile, u32 kv
         for (u32 i = 0; i < DIM / 8; i++) {
             const Half& row = rows[half];
             float2 x = make_float2(0.f, 0.f);
-            if (row.there) x = __ldcg((const float2*)(p.query + row.place * DIM + i * 8 + lane % 4 * 2));
-            u32 at = i / 8 * QUERY_SLAB_BYTES + (place + half * 8) * 128 + ((i ^ place) % 8) * 16 + lane % 4 * 4;
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"(queries + at), "r"(pack_pair(x.x, x.y)) : "memory");
+            if (row.there)
+                x = __ldcg((const float2*)(p.query + row.place * DIM + i * 8 + lane % 4 * 2));
+            u32 at = i / 8 * QUERY_SLAB_BYTES + (place + half * 8) * 128 + ((i ^ place) % 8) * 16 +
+                     lane % 4 * 4;
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(queries + at), "r"(pack_pair(x.x, x.y))
+                         : "memory");
         }
-    asm volatile("fence.proxy.async.shared::cta;\nbar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;\nbar.sync %0, 128;" ::"r"(1 + warp / 4)
+                 : "memory");
     float o[DIM / 2] = {}, unit = (p.cap > 0.f ? 1.f : p.scale) * LOG2_E;
     // All rows of the block see the slots in between.
     u32 all_from = 0, all_to = end;
@@ -202,7 +211,8 @@ __device__ inline void attend_tile(const Prefill& p, const RowTile& tile, u32 kv
 #pragma unroll
         for (u32 i = 0; i < KEYS / 16; i++)
 #pragma unroll
-            for (u32 n = 0; n < 4; n++) weights[i][n] = pack_pair(s[i * 8 + n * 2], s[i * 8 + n * 2 + 1]);
+            for (u32 n = 0; n < 4; n++)
+                weights[i][n] = pack_pair(s[i * 8 + n * 2], s[i * 8 + n * 2 + 1]);
         wgmma_fence();
 #pragma unroll
         for (u32 i = 0; i < KEYS / 16; i++)
@@ -210,7 +220,10 @@ __device__ inline void attend_tile(const Prefill& p, const RowTile& tile, u32 kv
         wgmma_commit();
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(empty + stage * 8);
-        if (++stage == STAGES) { stage = 0; parity ^= 1; }
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
     }
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
@@ -225,7 +238,8 @@ __device__ inline void attend_tile(const Prefill& p, const RowTile& tile, u32 kv
         if (!row.there) continue;
 #pragma unroll
         for (u32 j = 0; j < DIM / 8; j++) {
-            float2 x = make_float2(o[j * 4 + half * 2] * inverse, o[j * 4 + half * 2 + 1] * inverse);
+            float2 x =
+                make_float2(o[j * 4 + half * 2] * inverse, o[j * 4 + half * 2 + 1] * inverse);
             *(float2*)(p.out + row.place * DIM + j * 8 + lane % 4 * 2) = x;
         }
     }
@@ -261,5 +275,11 @@ __device__ inline void prefill(const Prefill& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill_64(const __grid_constant__ Prefill p) { prefill<64>(p); }
-extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill_128(const __grid_constant__ Prefill p) { prefill<128>(p); }
+extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1)
+    prefill_64(const __grid_constant__ Prefill p) {
+    prefill<64>(p);
+}
+extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1)
+    prefill_128(const __grid_constant__ Prefill p) {
+    prefill<128>(p);
+}

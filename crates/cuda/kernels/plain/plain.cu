@@ -13,6 +13,9 @@ struct Embed {
     float* out;
     u32 width, first_token, tokens;
     float multiplier;
+    // Of matrices in fragment order.
+    const float* scales;
+    u32 tile_bytes, group_units, half_scales;
 };
 
 template <typename T>
@@ -114,7 +117,9 @@ __device__ inline void linear(const Linear& p) {
     }
 }
 extern "C" __global__ void linear_f32(const __grid_constant__ Linear p) { linear<float>(p); }
-extern "C" __global__ void linear_bf16(const __grid_constant__ Linear p) { linear<__nv_bfloat16>(p); }
+extern "C" __global__ void linear_bf16(const __grid_constant__ Linear p) {
+    linear<__nv_bfloat16>(p);
+}
 
 // ---- hadamard: each block of n elements x becomes x H^T; H is given whole, [n, n]
 
@@ -127,7 +132,8 @@ struct HadamardBlocks {
 
 extern "C" __global__ void hadamard(const __grid_constant__ HadamardBlocks p) {
     extern __shared__ float x[];
-    for (u32 i = threadIdx.x; i < p.n; i += blockDim.x) x[i] = p.input[(size_t)blockIdx.x * p.n + i];
+    for (u32 i = threadIdx.x; i < p.n; i += blockDim.x)
+        x[i] = p.input[(size_t)blockIdx.x * p.n + i];
     __syncthreads();
     for (u32 o = threadIdx.x; o < p.n; o += blockDim.x) {
         float sum = 0.f;
@@ -185,7 +191,8 @@ template <int FORMAT>
 __device__ inline void write_kv(const WriteKv& p) {
     Row row = p.rows[blockIdx.x];
     uint8_t* token = token_at(p.cache, row.sequence, row.cached + row.place);
-    u32 first_bytes = vector_bytes<FORMAT>(p.first_dim), second_bytes = vector_bytes<FORMAT>(p.second_dim);
+    u32 first_bytes = vector_bytes<FORMAT>(p.first_dim),
+        second_bytes = vector_bytes<FORMAT>(p.second_dim);
     for (u32 v = threadIdx.x / 32; v < p.first_count + p.second_count; v += blockDim.x / 32) {
         if (v < p.first_count) {
             const float* in = p.first + ((size_t)blockIdx.x * p.first_count + v) * p.first_dim;
@@ -213,7 +220,7 @@ struct Attend {
     float* out;  // [rows, heads, value_dim]
     u32 heads, kv_heads, key_dim, value_dim, rope_dim;
     u32 rope_stride, rope_head_stride;  // elements of a row and of a head in `query_rope`
-    u32 window;  // 0: none
+    u32 window;                         // 0: none
     float scale, cap;
 };
 
@@ -228,7 +235,8 @@ __device__ inline void attend(const Attend& p) {
     for (u32 i = threadIdx.x; i < p.key_dim; i += blockDim.x)
         query[i] = p.query[((size_t)index * p.heads + head) * p.key_dim + i];
     for (u32 i = threadIdx.x; i < p.rope_dim; i += blockDim.x)
-        query[p.key_dim + i] = p.query_rope[(size_t)index * p.rope_stride + head * p.rope_head_stride + i];
+        query[p.key_dim + i] =
+            p.query_rope[(size_t)index * p.rope_stride + head * p.rope_head_stride + i];
     float* sum = sums + warp * p.value_dim;
     for (u32 i = lane; i < p.value_dim; i += 32) sum[i] = 0.f;
     __syncthreads();
@@ -254,7 +262,8 @@ __device__ inline void attend(const Attend& p) {
         const uint8_t* token = token_at(p.cache, row.sequence, slot);
         const uint8_t* key = token + kv_head * key_bytes;
         float key_scale = vector_scale<FORMAT>(key), dot = 0.f;
-        for (u32 i = lane; i < p.key_dim; i += 32) dot += query[i] * element<FORMAT>(key, i, key_scale);
+        for (u32 i = lane; i < p.key_dim; i += 32)
+            dot += query[i] * element<FORMAT>(key, i, key_scale);
         const uint8_t* value = key;
         if (p.rope_dim) {
             const uint8_t* rope_key = token + second;
@@ -273,7 +282,10 @@ __device__ inline void attend(const Attend& p) {
         for (u32 i = lane; i < p.value_dim; i += 32)
             sum[i] = sum[i] * keep + weight * element<FORMAT>(value, i, value_scale);
     }
-    if (lane == 0) { most_of[warp] = most; total_of[warp] = total; }
+    if (lane == 0) {
+        most_of[warp] = most;
+        total_of[warp] = total;
+    }
     __syncthreads();
 
     float sink = p.sinks ? p.sinks[head] : -INFINITY;
@@ -284,7 +296,8 @@ __device__ inline void attend(const Attend& p) {
     float* out = p.out + ((size_t)index * p.heads + head) * p.value_dim;
     for (u32 i = threadIdx.x; i < p.value_dim; i += blockDim.x) {
         float x = 0.f;
-        for (u32 w = 0; w < ATTEND_WARPS; w++) x += sums[w * p.value_dim + i] * expf(most_of[w] - all);
+        for (u32 w = 0; w < ATTEND_WARPS; w++)
+            x += sums[w * p.value_dim + i] * expf(most_of[w] - all);
         out[i] = x / denominator;
     }
 }
@@ -309,8 +322,12 @@ __device__ inline void latent_turn(const LatentTurn& p) {
         p.out[index * p.rank + r] = sum;
     }
 }
-extern "C" __global__ void latent_turn_f32(const __grid_constant__ LatentTurn p) { latent_turn<float>(p); }
-extern "C" __global__ void latent_turn_bf16(const __grid_constant__ LatentTurn p) { latent_turn<__nv_bfloat16>(p); }
+extern "C" __global__ void latent_turn_f32(const __grid_constant__ LatentTurn p) {
+    latent_turn<float>(p);
+}
+extern "C" __global__ void latent_turn_bf16(const __grid_constant__ LatentTurn p) {
+    latent_turn<__nv_bfloat16>(p);
+}
 
 struct LatentMix {
     const float* mixed;  // [rows, heads, rank]
@@ -326,13 +343,18 @@ __device__ inline void latent_mix(const LatentMix& p) {
     const T* value_up = (const T*)p.value_up + (size_t)blockIdx.y * p.value_dim * p.rank;
     for (u32 v = threadIdx.x / 32; v < p.value_dim; v += blockDim.x / 32) {
         float sum = 0.f;
-        for (u32 r = threadIdx.x % 32; r < p.rank; r += 32) sum += mixed[r] * load(value_up, (size_t)v * p.rank + r);
+        for (u32 r = threadIdx.x % 32; r < p.rank; r += 32)
+            sum += mixed[r] * load(value_up, (size_t)v * p.rank + r);
         sum = warp_sum(sum);
         if (threadIdx.x % 32 == 0) p.out[index * p.value_dim + v] = sum;
     }
 }
-extern "C" __global__ void latent_mix_f32(const __grid_constant__ LatentMix p) { latent_mix<float>(p); }
-extern "C" __global__ void latent_mix_bf16(const __grid_constant__ LatentMix p) { latent_mix<__nv_bfloat16>(p); }
+extern "C" __global__ void latent_mix_f32(const __grid_constant__ LatentMix p) {
+    latent_mix<float>(p);
+}
+extern "C" __global__ void latent_mix_bf16(const __grid_constant__ LatentMix p) {
+    latent_mix<__nv_bfloat16>(p);
+}
 
 // ---- elementwise
 
@@ -385,7 +407,8 @@ struct SliceRows {
 
 extern "C" __global__ void slice(const __grid_constant__ SliceRows p) {
     u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < p.elements) p.out[i] = p.input[i / p.width_out * p.width_in + p.start + i % p.width_out];
+    if (i < p.elements)
+        p.out[i] = p.input[i / p.width_out * p.width_in + p.start + i % p.width_out];
 }
 
 // ---- route: a warp a row. Sums run in the reference's order, by one lane, so that a choice does
@@ -407,12 +430,19 @@ __device__ inline u32 warp_best(const float* x, u32 n) {
     float most = -INFINITY;
     u32 at = 0xffffffffu;
     for (u32 i = threadIdx.x % 32; i < n; i += 32)
-        if (at == 0xffffffffu || x[i] > most) { most = x[i]; at = i; }
+        if (at == 0xffffffffu || x[i] > most) {
+            most = x[i];
+            at = i;
+        }
     for (int step = 16; step > 0; step >>= 1) {
         float other = __shfl_xor_sync(0xffffffffu, most, step);
         u32 index = __shfl_xor_sync(0xffffffffu, at, step);
-        bool better = index != 0xffffffffu && (at == 0xffffffffu || other > most || (other == most && index < at));
-        if (better) { most = other; at = index; }
+        bool better = index != 0xffffffffu &&
+                      (at == 0xffffffffu || other > most || (other == most && index < at));
+        if (better) {
+            most = other;
+            at = index;
+        }
     }
     return at;
 }
@@ -437,7 +467,8 @@ extern "C" __global__ void route(const __grid_constant__ RouteRows p) {
     if (p.score == SOFTMAX) {
         if (lane == 0) softmax_of(logits, scores, p.experts);
     } else {
-        for (u32 i = lane; i < p.experts; i += 32) scores[i] = p.score == SIGMOID ? sigmoid(logits[i]) : logits[i];
+        for (u32 i = lane; i < p.experts; i += 32)
+            scores[i] = p.score == SIGMOID ? sigmoid(logits[i]) : logits[i];
     }
     __syncwarp();
     for (u32 i = lane; i < p.experts; i += 32)
@@ -449,7 +480,11 @@ extern "C" __global__ void route(const __grid_constant__ RouteRows p) {
             float best = -INFINITY, next = -INFINITY;
             for (u32 i = g * size; i < (g + 1) * size; i++) {
                 float x = preference[i];
-                if (x > best) { next = best; best = x; } else if (x > next) next = x;
+                if (x > best) {
+                    next = best;
+                    best = x;
+                } else if (x > next)
+                    next = x;
             }
             group_score[g] = p.top_two && size > 1 ? best + next : best;
             kept[g] = 0.f;
@@ -458,7 +493,10 @@ extern "C" __global__ void route(const __grid_constant__ RouteRows p) {
         for (u32 n = 0; n < p.groups_kept; n++) {
             u32 g = warp_best(group_score, p.groups);
             __syncwarp();
-            if (lane == 0) { kept[g] = 1.f; group_score[g] = -INFINITY; }
+            if (lane == 0) {
+                kept[g] = 1.f;
+                group_score[g] = -INFINITY;
+            }
             __syncwarp();
         }
         for (u32 i = lane; i < p.experts; i += 32)
@@ -494,7 +532,7 @@ struct Experts {
     const float* input;  // gate and up: [rows, width]; down: [rows * per_token, width]
     const u32* experts;
     const float* weights;
-    const void* first;  // gate, or down
+    const void* first;   // gate, or down
     const void* second;  // up
     const float* first_bias;
     const float* second_bias;
@@ -505,7 +543,8 @@ struct Experts {
 
 template <typename T>
 __device__ inline void experts_gate_up(const Experts& p) {
-    u32 output = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, slot = blockIdx.y, lane = threadIdx.x % 32;
+    u32 output = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, slot = blockIdx.y,
+        lane = threadIdx.x % 32;
     if (output >= p.outputs) return;
     u32 expert = p.experts[slot] - p.first_expert;
     float* out = p.out + (size_t)slot * p.outputs + output;
@@ -527,8 +566,12 @@ __device__ inline void experts_gate_up(const Experts& p) {
     up = warp_sum(up) + (p.second_bias ? p.second_bias[row] : 0.f);
     if (lane == 0) *out = activation(p.kind, gate, up, p.alpha, p.limit);
 }
-extern "C" __global__ void experts_gate_up_f32(const __grid_constant__ Experts p) { experts_gate_up<float>(p); }
-extern "C" __global__ void experts_gate_up_bf16(const __grid_constant__ Experts p) { experts_gate_up<__nv_bfloat16>(p); }
+extern "C" __global__ void experts_gate_up_f32(const __grid_constant__ Experts p) {
+    experts_gate_up<float>(p);
+}
+extern "C" __global__ void experts_gate_up_bf16(const __grid_constant__ Experts p) {
+    experts_gate_up<__nv_bfloat16>(p);
+}
 
 template <typename T>
 __device__ inline void experts_down(const Experts& p) {
@@ -548,12 +591,20 @@ __device__ inline void experts_down(const Experts& p) {
     }
     if (lane == 0) p.out[(size_t)blockIdx.y * p.outputs + output] = sum;
 }
-extern "C" __global__ void experts_down_f32(const __grid_constant__ Experts p) { experts_down<float>(p); }
-extern "C" __global__ void experts_down_bf16(const __grid_constant__ Experts p) { experts_down<__nv_bfloat16>(p); }
+extern "C" __global__ void experts_down_f32(const __grid_constant__ Experts p) {
+    experts_down<float>(p);
+}
+extern "C" __global__ void experts_down_bf16(const __grid_constant__ Experts p) {
+    experts_down<__nv_bfloat16>(p);
+}
 
-#define CACHE_KERNELS(name, FORMAT)                                                              \
-    extern "C" __global__ void write_kv_##name(const __grid_constant__ WriteKv p) { write_kv<FORMAT>(p); } \
-    extern "C" __global__ void attend_##name(const __grid_constant__ Attend p) { attend<FORMAT>(p); }
+#define CACHE_KERNELS(name, FORMAT)                                                 \
+    extern "C" __global__ void write_kv_##name(const __grid_constant__ WriteKv p) { \
+        write_kv<FORMAT>(p);                                                        \
+    }                                                                               \
+    extern "C" __global__ void attend_##name(const __grid_constant__ Attend p) {    \
+        attend<FORMAT>(p);                                                          \
+    }
 CACHE_KERNELS(f32, F32)
 CACHE_KERNELS(f16, F16)
 CACHE_KERNELS(bf16, BF16)

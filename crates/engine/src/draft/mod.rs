@@ -16,6 +16,7 @@
 
 mod acceptance;
 mod cost;
+mod eagle;
 mod lookup;
 mod model;
 mod stacked;
@@ -25,6 +26,7 @@ use lathe_program::{BackendError, Sampling};
 
 use crate::request::RequestId;
 pub(crate) use cost::StepCost;
+pub use eagle::EagleDrafter;
 pub use lookup::LookupDrafter;
 pub use model::ModelDrafter;
 pub use stacked::StackedDrafter;
@@ -61,6 +63,17 @@ pub trait Drafter: Send {
         texts: &[DraftText<'_>],
         trees: &mut [DraftTree],
     ) -> Result<(), BackendError>;
+
+    /// Whether it drafts from what the model makes of a text: [`Self::features`].
+    fn reads_features(&self) -> bool {
+        false
+    }
+
+    /// Hears what the taps of the model's program made of a text's rows, which are known tokens at
+    /// the positions from `first` on: `[rows, width of all taps]`, a row's taps side by side.
+    fn features(&mut self, request: RequestId, first: usize, rows: &[f32]) {
+        let _ = (request, first, rows);
+    }
 
     /// Hears how many nodes of a request's tree were accepted.
     fn observe(&mut self, request: RequestId, tree: &DraftTree, accepted: usize) {

@@ -43,6 +43,14 @@ impl Drafter for StackedDrafter {
         Ok(())
     }
 
+    fn reads_features(&self) -> bool {
+        self.drafters.iter().any(|drafter| drafter.reads_features())
+    }
+
+    fn features(&mut self, request: RequestId, first: usize, rows: &[f32]) {
+        self.drafters.iter_mut().for_each(|drafter| drafter.features(request, first, rows));
+    }
+
     fn observe(&mut self, request: RequestId, tree: &DraftTree, accepted: usize) {
         if let Some(author) = self.authors.get(&request) {
             self.drafters[*author].observe(request, tree, accepted);

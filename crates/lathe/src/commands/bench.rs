@@ -1,4 +1,4 @@
-//! `lathe bench`: how fast prefill and decoding are, and how near to what the memory allows.
+//! `lathe bench`: the speed of prefill and decoding, and how near it is to the limit of the memory.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -36,13 +36,14 @@ struct BenchReport {
     prefill_tokens_per_s: f64,
     step_ms: f64,
     decode_tokens_per_s: f64,
-    /// Weights and cache that a step reads and writes; experts as they were really chosen.
+    /// Bytes of weights and cache that a step reads and writes, with the experts that were really
+    /// chosen.
     bytes_per_step: u64,
-    /// What the counter expects if each sequence's tokens go to experts as often as all did,
-    /// whatever the other sequences' tokens do.
+    /// The expected bytes if each sequence's tokens choose experts as often as all tokens did,
+    /// independently of other sequences.
     bytes_per_step_expected: u64,
     achieved_gb_s: f64,
-    /// What the memory reads at most, as measured just now; null where that is not measured.
+    /// The measured read bandwidth of the memory. Null if it is not measured.
     measured_read_gb_s: Option<f64>,
     fraction_of_bandwidth: Option<f64>,
     load_ms: f64,
@@ -50,27 +51,27 @@ struct BenchReport {
     weight_bytes: usize,
     kv_bytes: usize,
     kv_format: &'static str,
-    /// Of the decode steps that were timed.
+    /// The load of experts in the timed decode steps.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     experts: Vec<LayerLoad>,
     #[serde(skip_serializing_if = "Option::is_none")]
     growth: Option<Growth>,
 }
 
-/// What computed.
+/// The device and its division.
 #[derive(Serialize)]
 struct Place {
     device: String,
-    /// Of all ranks together.
+    /// Threads of all ranks together.
     threads: usize,
-    /// Ranks that the model is divided over; `ranks` says the same.
+    /// Ranks that the model is divided over. `ranks` has the same value.
     tensor_parallel: usize,
     /// Whether a rank has whole experts.
     expert_parallel: bool,
     ranks: usize,
 }
 
-/// The first batch's report, and what else was asked for.
+/// The report of the first batch, with the other results that were asked for.
 #[derive(Serialize)]
 struct Whole<'a> {
     #[serde(flatten)]
@@ -94,27 +95,26 @@ struct BatchRuns {
 struct Growth {
     /// Tokens generated so far.
     tokens: Vec<usize>,
-    /// Time since the request, with the cache.
+    /// Milliseconds since the request, with the cache.
     cached_total_ms: Vec<f64>,
-    /// Time since the request, everything computed again for each token.
+    /// Milliseconds since the request, with everything recomputed for each token.
     uncached_total_ms: Vec<f64>,
-    /// Time of the step that made the token.
+    /// Milliseconds of the step that made the token, with the cache.
     cached_step_ms: Vec<f64>,
-    /// Time of the step that made the token.
+    /// Milliseconds of the step that made the token, without the cache.
     uncached_step_ms: Vec<f64>,
-    /// `e` of the best `total = constant * tokens^e` over the second half: 1 is linear growth.
+    /// `e` of the best fit `total = constant * tokens^e` over the second half. 1 is linear growth.
     cached_exponent: f64,
-    /// The same; 2 is quadratic growth.
+    /// The same without the cache. 2 is quadratic growth.
     uncached_exponent: f64,
 }
 
-/// An engine to measure, and what it took to get it.
+/// An engine to measure, with its load time.
 struct Prepared {
     engine: Engine,
     load_ms: f64,
 }
 
-/// Measures.
 pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Error> {
     check(arguments)?;
     let shape = match arguments.dummy_weights {
@@ -162,7 +162,8 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
         kv_bytes: executor.kv_bytes(),
         kv_format: executor.kv_format(),
         load_ms,
-        // Measuring the machine takes large buffers, which are not the model's.
+        // Measuring the machine takes large buffers that are not the model's, so the peak is read
+        // first.
         peak_memory_bytes: memory::peak_bytes(),
     };
     drop(executor);
@@ -172,7 +173,7 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
     let first = &reports[0];
     if let (Some(path), Some(growth)) = (&arguments.plot, &first.growth) {
         draw(path, &title(first), &growth.curves())?;
-        eprintln!("wrote {}", path.display());
+        say!("wrote {}", path.display());
     }
     let batches = (reports.len() > 1).then_some(reports.as_slice());
     if global.json {
@@ -183,7 +184,7 @@ pub(super) fn run(global: &Global, arguments: &BenchArguments) -> Result<(), Err
     print(&text)
 }
 
-/// What all batches share.
+/// The data that all batches share.
 struct Measured {
     device: &'static str,
     parallel: ParallelArguments,
@@ -249,7 +250,7 @@ impl Measured {
 }
 
 impl BatchRuns {
-    /// `repeat` runs of `batch` sequences, after a short one that is not counted.
+    /// Runs `batch` sequences `repeat` times, after a short warm-up run that does not count.
     fn measure(
         engine: &mut Engine,
         arguments: &BenchArguments,
@@ -270,7 +271,7 @@ impl BatchRuns {
     }
 }
 
-/// An engine for one batch, and how long its model took to load.
+/// An engine for one batch, with the load time of its model.
 fn prepare(
     backend: &dyn Backend,
     shape: &Shape,
@@ -315,7 +316,7 @@ impl Place {
     fn of(device: &str, roofs: Option<&Roofs>, parallel: ParallelArguments) -> Self {
         Self {
             device: device.to_owned(),
-            // A GPU is driven by this thread alone.
+            // One thread drives a GPU.
             threads: roofs.map_or(1, |roofs| roofs.threads),
             tensor_parallel: parallel.tensor_parallel.get(),
             expert_parallel: parallel.expert_parallel,
@@ -381,7 +382,7 @@ impl Growth {
         ]
     }
 
-    /// A few lines of the curves.
+    /// The curves as a few lines of text.
     fn table(&self) -> String {
         let mut text =
             String::from("tokens   step ms: cached  uncached   total s: cached  uncached\n");

@@ -1,4 +1,4 @@
-//! `lathe chat`: a conversation, its history kept in the KV cache.
+//! `lathe chat`: a conversation with its history in the KV cache.
 
 use std::fs::File;
 use std::io::{self, BufRead, IsTerminal, Write};
@@ -16,11 +16,11 @@ use rustyline::error::ReadlineError;
 use serde::Serialize;
 
 use crate::arguments::{ChatArguments, Global};
-use crate::find::open;
+use crate::find::{draft_choice, open, open_drafter};
 use crate::interrupt::{Insist, Interrupts};
 use crate::output::{bad_input, is_broken_pipe, one_line, print, print_json};
 
-/// Tokens of an answer if the caller does not say.
+/// The most tokens of an answer if the caller gives no number.
 const MAX_TOKENS: usize = 1024;
 const HELP: &str = "\
 /help            this list
@@ -31,11 +31,11 @@ const HELP: &str = "\
 /exit            leave (also /quit, or Ctrl-D)
 A line that ends with \\ goes on in the next. Ctrl-C stops an answer.";
 
-/// What a turn took.
+/// The times and counts of a turn.
 #[derive(Debug, Clone, Copy, Serialize)]
 struct Turn {
     prompt_tokens: usize,
-    /// Prompt tokens that were in the cache and not computed again.
+    /// Prompt tokens that the cache already held.
     reused_tokens: usize,
     generated_tokens: usize,
     finish_reason: &'static str,
@@ -64,15 +64,16 @@ struct Chat {
     json: bool,
 }
 
-/// Talks until the input ends.
+/// Answers messages until the input ends.
 pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Error> {
+    let drafts = draft_choice(&arguments.drafts)?;
     let interrupts = Interrupts::install(Insist::Ignored)?;
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     template_of(&opened.model)?;
     let choice = arguments.sampling.choice()?;
     let (own, vocabulary) = (&opened.model.generation, opened.model.spec.vocabulary);
     choice.validate(own, vocabulary).map_err(bad_input)?;
-    // One seed for the whole conversation.
+    // The whole conversation has one seed.
     let sampling = choice.sampling(own);
     let (options, ranks) = (global.options(), arguments.parallel.ranks());
     let context = match arguments.context {
@@ -80,11 +81,16 @@ pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Erro
         None => context_that_fits(&opened.model, &options, ranks)?,
     };
     let need = Need { context, sequences: 1, rows_max: None };
+    let drafter = open_drafter(&drafts, &opened.model, &options, need)?;
+    let opened = opened.tapped(drafter.as_ref().and_then(|drafter| drafter.taps()));
     let session = opened.over(ranks).prepare(&options, need)?;
     let load_ms = session.load_ms;
-    let (engine, model) = session.into_engine(true, 1)?;
+    let (mut engine, model) = session.into_engine(true, 1)?;
+    if let Some(drafter) = drafter {
+        engine = drafter.attach(engine);
+    }
     let kv_bytes = engine.executor().kv_bytes();
-    eprintln!(
+    say!(
         "{}: {context} tokens of context, KV cache up to {}; /help for help",
         model.name,
         human_bytes(kv_bytes as u64)
@@ -102,7 +108,7 @@ pub(super) fn run(global: &Global, arguments: &ChatArguments) -> Result<(), Erro
     print_json(&ChatReport { messages, turns: chat.turns, load_ms, context, kv_bytes })
 }
 
-/// Where lines come from: an editor on a terminal, plain lines otherwise.
+/// The source of lines: an editor on a terminal, plain lines otherwise.
 enum Input {
     Editor(Box<DefaultEditor>),
     Lines(io::Lines<io::StdinLock<'static>>),
@@ -117,7 +123,8 @@ impl Input {
         }
     }
 
-    /// The next message, joined over lines that end with a backslash; `None` at the end.
+    /// The next message. Lines that end with a backslash continue on the next line. `None` at the
+    /// end.
     fn next(&mut self) -> Result<Option<String>, Error> {
         let mut message = String::new();
         loop {
@@ -141,7 +148,7 @@ impl Input {
                         let _ = editor.add_history_entry(&line);
                         return Ok(Some(line));
                     }
-                    Err(ReadlineError::Interrupted) => eprintln!("(/exit or Ctrl-D leaves)"),
+                    Err(ReadlineError::Interrupted) => say!("(/exit or Ctrl-D leaves)"),
                     Err(ReadlineError::Eof) => return Ok(None),
                     Err(error) => return Err(error).context("the terminal"),
                 }
@@ -161,13 +168,13 @@ impl Chat {
                 None if line.is_empty() => Ok(()),
                 None => self.turn(line),
             };
-            // A message that cannot be answered ends the turn, not the conversation; a device
-            // that failed, or a reader that went away, ends both.
+            // If a message cannot be answered, the turn ends and the conversation continues. If the
+            // device fails or stdout has no reader, both end.
             match outcome {
                 Err(error) if is_broken_pipe(&error) || crate::output::exit_code(&error) != 2 => {
                     return Err(error);
                 }
-                Err(error) => eprintln!("error: {}", one_line(&error)),
+                Err(error) => say!("error: {}", one_line(&error)),
                 Ok(()) => {}
             }
         }
@@ -178,11 +185,11 @@ impl Chat {
         let (name, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
         let rest = rest.trim();
         match (name, rest) {
-            ("help", "") => eprintln!("{HELP}"),
+            ("help", "") => say!("{HELP}"),
             ("clear", "") => self.conversation.clear(),
             ("system", "") => self.conversation.set_system(None),
             ("system", text) => self.conversation.set_system(Some(text.to_owned())),
-            ("stats", "") => eprintln!("{}", self.stats()),
+            ("stats", "") => say!("{}", self.stats()),
             ("save", "") => return Err(bad_input("/save needs a file name")),
             ("save", file) => self.save(file)?,
             _ => return Err(bad_input(format!("/{command}: no such command; /help lists them"))),
@@ -194,7 +201,7 @@ impl Chat {
         let mut out = File::create_new(file).map_err(|e| bad_input(format!("{file}: {e}")))?;
         let text = serde_json::to_string_pretty(&self.conversation.messages())?;
         out.write_all(text.as_bytes()).with_context(|| file.to_owned())?;
-        eprintln!("saved {} messages to {file}", self.conversation.messages().len());
+        say!("saved {} messages to {file}", self.conversation.messages().len());
         Ok(())
     }
 
@@ -203,7 +210,7 @@ impl Chat {
         let answer_tokens = self.choice.max_tokens.or(own).unwrap_or(MAX_TOKENS);
         let prompt = self.conversation.ask(&self.model, text, self.context, answer_tokens)?;
         if prompt.dropped > 0 {
-            eprintln!("note: the oldest {} messages no longer fit the context", prompt.dropped);
+            say!("note: the oldest {} messages no longer fit the context", prompt.dropped);
         }
         let room = self.context - prompt.ids.len();
         let request = self.request(prompt.ids.clone(), answer_tokens.min(room));
@@ -251,9 +258,9 @@ impl Chat {
     fn note_end(&self, generation: &Generation) {
         match generation.reason {
             FinishReason::Stop => {}
-            FinishReason::Length => eprintln!("[stopped at {} tokens]", generation.tokens.len()),
-            FinishReason::Cancelled => eprintln!("[stopped]"),
-            FinishReason::InvalidLogits => eprintln!("[the model gave no number for any token]"),
+            FinishReason::Length => say!("[stopped at {} tokens]", generation.tokens.len()),
+            FinishReason::Cancelled => say!("[stopped]"),
+            FinishReason::InvalidLogits => say!("[the model gave no number for any token]"),
         }
     }
 

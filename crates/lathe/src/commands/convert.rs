@@ -1,9 +1,8 @@
 //! `lathe convert`: a model in another file layout or number format.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Error};
+use anyhow::Error;
 use lathe_model::Model;
 use lathe_model::export::{ExportError, GgufOptions, HuggingFaceOptions, to_gguf, to_hugging_face};
 use lathe_program::WeightRole;
@@ -15,6 +14,7 @@ use serde::Serialize;
 use crate::arguments::{ConvertArguments, Global, OutputLayout};
 use crate::find::open;
 use crate::output::{InputContext, bad_input, print, print_json};
+use crate::staging::Staging;
 
 #[derive(Serialize)]
 struct ConvertReport<'a> {
@@ -25,7 +25,6 @@ struct ConvertReport<'a> {
     convert_ms: f64,
 }
 
-/// Converts.
 pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), Error> {
     let out = &arguments.out;
     if out.exists() {
@@ -36,17 +35,20 @@ pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), E
     let opened = open(&arguments.model, &global.open_options())?;
     opened.refuse_adapter("convert")?;
     let model = &opened.model;
+    let staging = Staging::begin(out)?;
     let layout = match arguments.to {
         OutputLayout::Gguf => {
             let options = gguf_options(model, format)?;
-            eprintln!("writing {}, matrices in {}", out.display(), options.format);
-            exported(to_gguf(model, out, &options))?;
+            say!("writing {}, matrices in {}", out.display(), options.format);
+            exported(to_gguf(model, &staging.file(), &options))?;
+            staging.finish_files()?;
             "gguf"
         }
         OutputLayout::Safetensors => {
             let options = folder_options(format)?;
-            eprintln!("writing {}", out.display());
-            write_folder(model, out, &options)?;
+            say!("writing {}", out.display());
+            exported(to_hugging_face(model, staging.folder(), &options))?;
+            staging.finish_folder()?;
             "safetensors"
         }
     };
@@ -63,8 +65,8 @@ pub(super) fn run(global: &Global, arguments: &ConvertArguments) -> Result<(), E
     print(&format!("{}: {} in {:.1} s\n", out.display(), human_bytes(bytes), convert_ms / 1000.0))
 }
 
-/// All matrices in `format`; if none is given, in the format that most of them have, and the
-/// embedding in its own.
+/// All matrices in `format`. Without `format`, they take the format that most of them have, and the
+/// embedding keeps its own.
 fn gguf_options(model: &Model, format: Option<Format>) -> Result<GgufOptions, Error> {
     if let Some(format) = format {
         return Ok(GgufOptions { format, embedding: None });
@@ -90,21 +92,7 @@ fn folder_options(format: Option<Format>) -> Result<HuggingFaceOptions, Error> {
     Ok(HuggingFaceOptions { float, ..HuggingFaceOptions::default() })
 }
 
-/// Writes under a temporary name, so that a folder under its own name is always whole.
-fn write_folder(model: &Model, out: &Path, options: &HuggingFaceOptions) -> Result<(), Error> {
-    let mut partial = out.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let _ = fs::remove_dir_all(&partial);
-    let written = exported(to_hugging_face(model, &partial, options));
-    if written.is_err() {
-        let _ = fs::remove_dir_all(&partial);
-    }
-    written?;
-    fs::rename(&partial, out).with_context(|| out.display().to_string())
-}
-
-/// What the target cannot hold is the caller's mistake; a disk that fails is not.
+/// If the target cannot hold the model, that is bad input. A failing disk is not.
 fn exported(result: Result<(), ExportError>) -> Result<(), Error> {
     match result {
         Err(error @ ExportError::Io { .. }) => Err(error.into()),

@@ -1,4 +1,4 @@
-//! `lathe eval`: perplexity of a text, and how far a model is from another one.
+//! `lathe eval`: the perplexity of a text, and the divergence from another model.
 
 use std::io::IsTerminal;
 
@@ -13,7 +13,7 @@ use crate::arguments::{EvalArguments, Global};
 use crate::find::open;
 use crate::output::{bad_input, print, print_json};
 
-/// Tokens in a window if the caller does not say and the model allows it.
+/// Tokens of a window if the caller gives no number and the model allows as many.
 const CONTEXT: usize = 2048;
 
 #[derive(Serialize)]
@@ -37,7 +37,7 @@ struct EvalReport {
     comparison: Option<Comparison>,
 }
 
-/// Distance of the model's distributions from the base's, in nats a token.
+/// The divergence of the model's distributions from the base's, in nats per token.
 #[derive(Serialize)]
 struct Comparison {
     kl_mean: f64,
@@ -46,7 +46,6 @@ struct Comparison {
     base_perplexity: f64,
 }
 
-/// Evaluates.
 pub(super) fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Error> {
     let text = read_text(&arguments.text)?;
     let opened = open(&arguments.model, &global.open_options())?;
@@ -82,12 +81,16 @@ pub(super) fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Erro
         None => {
             let executor = &mut *session.executor;
             let found = eval::perplexity(executor, &tokens, windows, &mut progress);
-            (found.map_err(SessionError::from)?, None)
+            (found.map_err(|error| session.blame(error))?, None)
         }
         Some(base) => {
-            let (model, base) = (&mut *session.executor, &mut *base.executor);
-            let found = eval::compare(model, base, &tokens, windows, &mut progress);
-            let found = found.map_err(SessionError::from)?;
+            let executors = (&mut *session.executor, &mut *base.executor);
+            let found = eval::compare(executors.0, executors.1, &tokens, windows, &mut progress);
+            let found = found.map_err(|error| match session.blame(error) {
+                // The base may be the one.
+                SessionError::Score(error) => base.blame(error),
+                found => found,
+            })?;
             let comparison = Comparison {
                 kl_mean: found.kl_mean,
                 kl_p99: found.kl_p99,
@@ -103,7 +106,8 @@ pub(super) fn run(global: &Global, arguments: &EvalArguments) -> Result<(), Erro
     if global.json { print_json(&report) } else { print(&describe(&report)) }
 }
 
-/// Divergence is between distributions over the same tokens of the same text.
+/// Checks that the base has the same tokens for the text. A divergence needs distributions over the
+/// same tokens.
 fn check_base(base: &Opened, tokens: &[u32], text: &str) -> Result<(), Error> {
     let found = encode_text(base.tokenizer()?, text)?;
     if found != tokens {
@@ -116,7 +120,7 @@ fn check_base(base: &Opened, tokens: &[u32], text: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Says on stderr how far it is: on a terminal all the time, elsewhere for each tenth.
+/// Reports progress on stderr: all the time on a terminal, elsewhere once for each tenth.
 fn progress() -> impl FnMut(usize, usize) {
     let terminal = std::io::stderr().is_terminal();
     let mut tenths = 0;
@@ -124,9 +128,9 @@ fn progress() -> impl FnMut(usize, usize) {
         let now = scored * 10 / tokens.max(1);
         if terminal {
             let end = if scored + 1 >= tokens { "\n" } else { "" };
-            eprint!("\r{scored} of {tokens} tokens{end}");
+            crate::say::part(format_args!("\r{scored} of {tokens} tokens{end}"));
         } else if now > tenths {
-            eprintln!("{scored} of {tokens} tokens");
+            say!("{scored} of {tokens} tokens");
         }
         tenths = now;
     }

@@ -1,4 +1,4 @@
-//! `lathe inspect`: what a model is, what it needs, and what a step of it must cost on this
+//! `lathe inspect`: what a model is, the memory that it needs, and the least cost of a step on this
 //! machine.
 
 use std::path::Path;
@@ -46,12 +46,12 @@ struct InspectReport<'a> {
     memory: Option<Fit>,
     #[serde(skip_serializing_if = "Option::is_none")]
     parallel: Option<inspect_parallel::ParallelReport>,
-    /// Where the tokens of `--experts` went.
+    /// The load of experts for the text of `--experts`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     experts: Vec<LayerLoad>,
 }
 
-/// The adapter; its bytes are among the weights'.
+/// The adapter. Its bytes count as weights.
 #[derive(Serialize)]
 struct AdapterReport<'a> {
     path: &'a Path,
@@ -61,45 +61,44 @@ struct AdapterReport<'a> {
     line: String,
 }
 
-/// What one step costs, and how long it takes at least.
+/// The cost of one step and its least time.
 #[derive(Serialize)]
 struct Step {
     /// Rows of the step.
     tokens: usize,
     #[serde(flatten)]
     cost: Cost,
-    /// Of weights and cache: what must travel from and to memory.
+    /// Bytes of weights and cache that move to and from memory.
     bytes: u64,
-    /// FLOPs a byte.
+    /// FLOPs per byte.
     intensity: f64,
-    /// Which roof it meets first.
+    /// The roof that limits the step.
     bound: Option<Bound>,
     floor_ms: Option<f64>,
 }
 
-/// What the cache takes in one format, and what fits with it.
+/// The cache's size in one format, and what fits with it.
 #[derive(Serialize)]
 struct KvCost {
     format: &'static str,
-    /// Of all layers, each position kept.
+    /// Bytes for one token in all layers, if each position is kept.
     bytes_per_token: usize,
-    /// Of one sequence that reaches the context: windowed layers keep their windows alone.
+    /// Bytes of one sequence that reaches the context. Layers with a window keep only the window.
     bytes_at_context: usize,
     longest_context: Option<usize>,
     largest_batch: Option<usize>,
 }
 
-/// What fits.
+/// The sizes that fit in memory.
 #[derive(Serialize)]
 struct Fit {
     bytes: u64,
-    /// With the batch as given; none if the weights alone do not fit.
+    /// With the given batch. `None` if the weights alone do not fit.
     longest_context: Option<usize>,
-    /// With the context as given.
+    /// With the given context.
     largest_batch: Option<usize>,
 }
 
-/// Tells.
 pub(super) fn run(global: &Global, arguments: &InspectArguments) -> Result<(), Error> {
     let shape =
         describe_shape(&arguments.model, arguments.format.as_deref(), &global.open_options())?;
@@ -159,7 +158,7 @@ pub(super) fn run(global: &Global, arguments: &InspectArguments) -> Result<(), E
     if global.json { print_json(&report) } else { print(&describe(&report)) }
 }
 
-/// Runs `text`, or the file that it names, and counts which experts its tokens visit.
+/// Runs `text`, or the file that it names, and counts the tokens of each expert.
 fn expert_loads(
     backend: &dyn Backend,
     global: &Global,
@@ -191,7 +190,7 @@ fn expert_loads(
     }
 }
 
-/// The token ids of a text, of a text file, or of a file with a JSON array of them.
+/// The token ids of a text, of a text file, or of a file with a JSON array of ids.
 fn expert_tokens(model: &Model, text: &str) -> Result<Vec<u32>, Error> {
     let path = Path::new(text);
     let content = if path.is_file() { read_text(path)? } else { text.to_owned() };
@@ -231,16 +230,16 @@ impl Step {
     }
 }
 
-/// All prompts in one step, with the logits of each one's last token.
+/// A step of all prompts, with logits for the last token of each.
 fn prefill_shape(batch: usize, context: usize) -> StepShape {
     let sequences = vec![SequenceShape { cached: 0, rows: context }; batch];
     StepShape { sequences, logits_rows: batch, ..StepShape::prefill(0, context) }
 }
 
-/// Sequences at most: a step's rows are counted in 32 bits, and nobody batches more.
+/// The most sequences. Rows of a step are counted in 32 bits.
 const BATCH_MAX: usize = 1 << 20;
 
-/// What a memory of some size has to hold.
+/// Everything that the memory must hold.
 struct Held<'a> {
     program: &'a Program,
     weight_bytes: u64,
@@ -249,8 +248,8 @@ struct Held<'a> {
 }
 
 impl Held<'_> {
-    /// In whole pages, and for the worst place of a window in them: what the engine's pool must
-    /// have for such a sequence to run, row by row.
+    /// Counts whole pages, and the worst position of a window in them. The engine's pool needs as
+    /// much to run such a sequence row by row.
     fn cost(&self, format: KvFormat, batch: usize, context: usize) -> KvCost {
         let layout = &self.program.kv;
         let fits = |batch: usize, context: usize| {
@@ -337,7 +336,7 @@ fn describe(report: &InspectReport) -> String {
     text
 }
 
-/// A line for each format of the cache.
+/// One line for each cache format.
 fn describe_formats(text: &mut String, report: &InspectReport) {
     text.push_str(&format!(
         "cache       bytes a token   a sequence of {:<8} longest context   largest batch\n",
@@ -355,7 +354,7 @@ fn describe_formats(text: &mut String, report: &InspectReport) {
     }
 }
 
-/// What fits, or that nothing does.
+/// The number that fits, or a word for none.
 fn show(count: Option<usize>) -> String {
     count.map_or("none".to_owned(), |n| n.to_string())
 }

@@ -1,5 +1,6 @@
-//! `lathe inspect --tensor-parallel N`: what a step takes on each of N ranks, with experts divided
-//! by column and by expert, which of the two is faster at which batch, and where that changes.
+//! `lathe inspect --tensor-parallel N`: the time of a step on each of N ranks. Compares experts
+//! divided by column with experts divided by expert, and shows the batch from which the other is
+//! faster.
 
 use anyhow::Error;
 use lathe_program::cost::StepShape;
@@ -17,13 +18,13 @@ use crate::output::{bad_input, human_count};
 /// Batches that are shown.
 const BATCHES: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 
-/// One way to divide the experts.
+/// A way to divide the experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Strategy {
-    /// Experts by column.
+    /// Each rank has some columns of every expert.
     Tensor,
-    /// Experts by expert.
+    /// Each rank has some whole experts.
     Expert,
 }
 
@@ -32,24 +33,24 @@ enum Strategy {
 pub(crate) struct ParallelReport {
     tensor_parallel: usize,
     expert_parallel: bool,
-    /// None without measuring and without all roofs given.
+    /// `None` if nothing is measured and not all roofs are given.
     roofs: Option<RankRoofs>,
     decode: Vec<Line>,
     prefill: Line,
-    /// The first batch, of all up to 256, from which the strategy that is faster at 256 is always
-    /// faster, if the other one is at 1.
+    /// The first batch, up to 256, from which the strategy that is faster at 256 is always faster.
+    /// `None` if that strategy is also faster at 1.
     crossover_batch: Option<usize>,
 }
 
-/// A step of some rows.
+/// A step with a number of rows.
 #[derive(Serialize)]
 struct Line {
-    /// Sequences that decode, or 1 prompt.
+    /// Sequences that decode, or 1 for the prompt.
     batch: usize,
     rows: usize,
-    /// Experts by column.
+    /// With experts by column.
     tensor: Prediction,
-    /// Experts by expert; none in a model without.
+    /// With whole experts. `None` if the model has no experts.
     expert: Option<Prediction>,
     faster: Option<Strategy>,
 }
@@ -59,13 +60,13 @@ struct Prediction {
     #[serde(flatten)]
     step: RankStep,
     ms: Option<f64>,
-    /// What would be sent if rows were divided over ranks, and went to their experts' ranks and
-    /// back. The engine does not do this.
+    /// The bytes of sending rows to their experts' ranks and back, if rows were divided over ranks.
+    /// The engine does not do this.
     #[serde(skip_serializing_if = "Option::is_none")]
     exchange: Option<Communication>,
 }
 
-/// What the predictions are made from.
+/// The input of the predictions.
 pub(crate) struct Subject<'a> {
     pub program: &'a Program,
     pub sizes: &'a Sizes,
@@ -81,7 +82,7 @@ struct Divisions<'a> {
 }
 
 impl RankArguments {
-    /// Predictions, if more than one rank is asked for.
+    /// The predictions. `None` with a single rank.
     pub(crate) fn report(
         &self,
         subject: &Subject<'_>,

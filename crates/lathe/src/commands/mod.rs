@@ -1,4 +1,4 @@
-//! One file a command.
+//! One file for each command.
 
 mod bench;
 mod chat;
@@ -18,7 +18,7 @@ use anyhow::{Context, Error};
 use crate::arguments::{Arguments, Command};
 use crate::output::bad_input;
 
-/// Runs the command that the words ask for; the process began at `started`.
+/// Runs the command in `arguments`. The process began at `started`.
 pub(crate) fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Error> {
     let global = &arguments.global;
     if global.kv_format.is_some()
@@ -30,7 +30,7 @@ pub(crate) fn dispatch(arguments: &Arguments, started: Instant) -> Result<(), Er
         return Err(bad_input("--adapter: this command opens no model"));
     }
     if let Some(threads) = global.threads {
-        // What lays weights out and quantizes; the backend's own workers are bounded by themselves.
+        // This pool packs and quantizes weights. The backend limits its own workers.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get());
         pool.build_global().context("--threads: the threads cannot be started")?;
     }

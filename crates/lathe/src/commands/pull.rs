@@ -19,7 +19,7 @@ struct Pulled<'a> {
     bytes: u64,
 }
 
-/// Fetches, unless it is there, and says where.
+/// Fetches the model, unless it is cached, and prints its path.
 pub(super) fn run(global: &Global, arguments: &PullArguments) -> Result<(), Error> {
     let located = locate(&arguments.name)?;
     let bytes = bytes_under(&located.path);
@@ -32,7 +32,7 @@ pub(super) fn run(global: &Global, arguments: &PullArguments) -> Result<(), Erro
         });
     }
     if matches!(located.origin, Origin::Cache | Origin::Local) {
-        eprintln!("{} is here already ({})", located.name, human_bytes(bytes));
+        say!("{} is here already ({})", located.name, human_bytes(bytes));
     }
     print(&format!("{}\n", located.path.display()))
 }

@@ -1,4 +1,4 @@
-//! `lathe quantize`: a model in fewer bits.
+//! `lathe quantize`: writes a model in fewer bits.
 
 mod check;
 mod kept;
@@ -23,11 +23,11 @@ use lathe_quant::budget::planned;
 use lathe_quant::calibrate::Calibration;
 use lathe_quant::explain::Explanation;
 use lathe_quant::inputs::with_inputs;
-use lathe_quant::job::Job;
+use lathe_quant::job::{Job, remove_finished_layers};
 use lathe_quant::recipe::{Recipe, activations_named, activations_of, format_named};
 use lathe_quant::targets::targets;
 use lathe_quant::{Correction, QuantError};
-use lathe_session::{backend, milliseconds, program_for};
+use lathe_session::{backend, bytes_under, milliseconds, program_for};
 use lathe_tensor::{Format, GgmlType};
 
 use self::check::{
@@ -36,25 +36,26 @@ use self::check::{
 };
 use self::kept::with_kept;
 use self::meter::Meter;
-use self::report::{Provenance, finish, quantized_share, readers_of};
+use self::report::{Provenance, finish, quantized_share, readers_of, record};
 use self::text::read_tokens;
 use super::score::read_text;
 use crate::arguments::{EXPLAIN_TOKENS, Global, QuantizeArguments};
 use crate::explanation;
 use crate::find::open;
 use crate::output::{InputContext, bad_input};
+use crate::staging::Staging;
 
-/// Tokens of calibration that see one another.
+/// Tokens of a window of calibration. Tokens of different windows do not attend to each other.
 const WINDOW: usize = 512;
 
-/// What OUT is.
+/// The kind of OUT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
-    /// compressed-tensors.
+    /// A compressed-tensors folder.
     Folder,
-    /// GGUF.
+    /// A GGUF file.
     File,
-    /// No weights: the report of `--explain`.
+    /// A page with the report of `--explain`, without weights.
     Page,
 }
 
@@ -70,6 +71,14 @@ impl Target {
         Ok(if gguf { Target::File } else { Target::Folder })
     }
 
+    /// The path of the result while it is made.
+    fn path_in(self, staging: &Staging) -> PathBuf {
+        match self {
+            Target::Folder => staging.folder().to_owned(),
+            Target::File | Target::Page => staging.file(),
+        }
+    }
+
     fn layout(self) -> &'static str {
         match self {
             Target::Folder => "compressed-tensors",
@@ -79,11 +88,10 @@ impl Target {
     }
 }
 
-/// Quantizes.
 pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), Error> {
     let out = &arguments.out;
     let target = Target::of(arguments)?;
-    check_new(out, target)?;
+    check_new(arguments, target)?;
     let recipe = recipe(arguments)?;
     check_layout(&recipe, target, out)?;
     let mut opened = open(&arguments.model, &global.open_options())?;
@@ -113,11 +121,12 @@ pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), 
     if let Some(contents) = &contents {
         check_reader(arguments.reader.map(Into::into), contents)?;
     }
-    eprintln!("quantizing to {}", formats(&recipe));
-    let resume = beside(out, ".quantizing");
+    say!("quantizing to {}", formats(&recipe));
+    let staging = Staging::begin(out)?;
+    let resume = staging.beside(".quantizing");
     if let Some(text) = &text {
         if resume.exists() {
-            eprintln!("going on from {}", resume.display());
+            say!("going on from {}", resume.display());
         }
         let calibration = runs(global, &*backend, &text.calibration);
         quantized(job.calibrate_resumable(&model.spec, &calibration, &resume))?;
@@ -125,25 +134,31 @@ pub(super) fn run(global: &Global, arguments: &QuantizeArguments) -> Result<(), 
     let measured = text.as_ref().filter(|_| arguments.explain);
     let measured = measured.map(|text| runs(global, &*backend, &text.explain));
     let explanation = measured.map(|text| explain(&mut job, &model.spec, &text)).transpose()?;
+    let staged = target.path_in(&staging);
     match (&layout, target) {
-        (Some(layout), _) => write_folder(layout, &program, out, &mut job, &recipe)?,
+        (Some(layout), _) => write_folder(layout, &program, (&staged, out), &mut job, &recipe)?,
         (None, Target::Page) => {}
-        (None, _) => exported(to_gguf_replacing(model, out, &gguf_options(&recipe), &mut job))?,
+        _ => exported(to_gguf_replacing(model, &staged, &gguf_options(&recipe), &mut job))?,
     }
     if let Some(explanation) = &explanation {
-        write_explanation(&model.name, explanation, out, target)?;
+        write_explanation(&model.name, explanation, &staged, target)?;
     }
     let share = quantized_share(model, &weights, targets(&program, &recipe)?.keys())?;
     let mut report = Provenance::new(model, arguments, target, &recipe);
+    report.bytes = bytes_under(&staged);
     report.readers = contents.as_ref().map(readers_of);
     report.calibration_tokens = text.as_ref().map_or(0, |it| it.calibration.len());
     report.calibration = arguments.calibration.as_deref().filter(|_| text.is_some());
     report.quantize_ms = milliseconds(opened.started);
     report.add(job, share).bad_input()?;
-    finish(global, &report, explanation.as_ref(), target, &resume)
+    deliver(staging, target, &report)?;
+    if text.is_some() {
+        remove_finished_layers(&resume).with_context(|| resume.display().to_string())?;
+    }
+    finish(global, &report, explanation.as_ref())
 }
 
-/// The layout of a folder, if one is to be written.
+/// The layout of the folder. `None` if OUT is no folder.
 fn layout_of<'a>(
     target: Target,
     recipe: &Recipe,
@@ -157,7 +172,7 @@ fn layout_of<'a>(
     Ok(Some(PackedLayout::new(model, weights).bad_input()?.with_integers(integers)))
 }
 
-/// What is written, as far as readers differ in it; nothing, if no weights are.
+/// The properties of the result that readers differ in. `None` if no weights are written.
 fn contents(
     target: Target,
     layout: Option<&PackedLayout<'_>>,
@@ -171,17 +186,38 @@ fn contents(
     })
 }
 
-/// Nothing that exists is written over.
-fn check_new(out: &Path, target: Target) -> Result<(), Error> {
-    let numbers = (target == Target::Page).then(|| out.with_extension("json"));
-    let exists = [Some(out.to_owned()), numbers].into_iter().flatten().find(|it| it.exists());
-    match exists {
+/// Puts the report beside the weights, and the result in its place.
+fn deliver(staging: Staging, target: Target, report: &Provenance<'_>) -> Result<(), Error> {
+    if target != Target::Page {
+        record(report, &target.path_in(&staging), target == Target::File)?;
+    }
+    match target {
+        Target::Folder => staging.finish_folder(),
+        Target::File | Target::Page => staging.finish_files(),
+    }
+}
+
+/// Refuses to overwrite an existing path. The recipe that was given may lie where the result's
+/// recipe would: it stays.
+fn check_new(arguments: &QuantizeArguments, target: Target) -> Result<(), Error> {
+    let out: PathBuf = arguments.out.components().collect();
+    let beside: &[&str] = match (target, arguments.explain) {
+        (Target::Folder, _) => &[],
+        (Target::Page, _) => &["json"],
+        (Target::File, false) => &["recipe.toml", "provenance.json"],
+        (Target::File, true) => &["recipe.toml", "provenance.json", "report.html", "report.json"],
+    };
+    let given = arguments.recipe.as_ref().and_then(|path| path.canonicalize().ok());
+    let all = beside.iter().map(|extension| out.with_extension(extension));
+    let mut all = [out.clone()].into_iter().chain(all);
+    let taken = |path: &PathBuf| path.exists() && path.canonicalize().ok() != given;
+    match all.find(taken) {
         Some(path) => Err(bad_input(format!("{}: it exists already", path.display()))),
         None => Ok(()),
     }
 }
 
-/// How a text is run.
+/// The settings to run a text with.
 fn runs<'a>(global: &Global, backend: &'a dyn Backend, tokens: &'a [u32]) -> Calibration<'a> {
     Calibration {
         backend,
@@ -202,7 +238,7 @@ fn plan(
 ) -> Result<Recipe, Error> {
     let Some(text) = text.filter(|_| recipe.budget.is_some()) else { return Ok(recipe.clone()) };
     let tokens = &text.tokens[..text.tokens.len().min(EXPLAIN_TOKENS)];
-    eprintln!("measuring each layer in each format on {} tokens", tokens.len());
+    say!("measuring each layer in each format on {} tokens", tokens.len());
     let mut meter = Meter::new();
     let mut progress = |now| meter.tell(now);
     let text = Calibration { tokens, ..text };
@@ -214,7 +250,7 @@ fn explain(
     spec: &DecoderSpec,
     text: &Calibration<'_>,
 ) -> Result<Explanation, Error> {
-    eprintln!("measuring on {} tokens", text.tokens.len());
+    say!("measuring on {} tokens", text.tokens.len());
     let mut meter = Meter::new();
     quantized(job.explain(spec, text, &mut |now| meter.tell(now)))
 }
@@ -231,7 +267,7 @@ fn recipe(arguments: &QuantizeArguments) -> Result<Recipe, Error> {
     recipe.with_activations(activations).bad_input()
 }
 
-/// Every format that a recipe may use, each once.
+/// Every format that a recipe may use, without repetitions.
 fn all_formats(recipe: &Recipe) -> Vec<Format> {
     let of_tensors = recipe.formats.iter().map(|(_, format)| *format);
     let of_budget = recipe.budget.iter().flat_map(|budget| &budget.formats).copied();
@@ -247,7 +283,7 @@ fn formats(recipe: &Recipe) -> String {
     names.join(", ")
 }
 
-/// Beside the weights, or alone: a page, and the same numbers for programs.
+/// Writes the explanation beside the weights, or alone: an HTML page, and the same numbers as JSON.
 fn write_explanation(
     model: &str,
     found: &Explanation,
@@ -259,65 +295,44 @@ fn write_explanation(
         Target::File => (out.with_extension("report.html"), out.with_extension("report.json")),
         Target::Page => (out.to_owned(), out.with_extension("json")),
     };
-    write_whole(&numbers, &(serde_json::to_string_pretty(found)? + "\n"))?;
-    write_whole(&page, &explanation::html(model, found)?)
+    write(&numbers, &(serde_json::to_string_pretty(found)? + "\n"))?;
+    write(&page, &explanation::html(model, found)?)
 }
 
-/// Writes under a temporary name and renames.
-fn write_whole(path: &Path, text: &str) -> Result<(), Error> {
-    let partial = beside(path, ".partial");
-    fs::write(&partial, text)
-        .and_then(|()| fs::rename(&partial, path))
-        .with_context(|| path.display().to_string())
+fn write(path: &Path, text: &str) -> Result<(), Error> {
+    fs::write(path, text).with_context(|| path.display().to_string())
 }
 
-/// Embedding and head stay in 8 bits: they are rounded without a technique.
+/// Embedding and head are rounded to 8 bits without a technique.
 fn gguf_options(recipe: &Recipe) -> GgufOptions {
     let embedding = Some(Format::Ggml(GgmlType::Q8_0));
     GgufOptions { format: recipe.format, embedding }
 }
 
-/// Writes under a temporary name, so that a folder under its own name is always whole.
+/// Writes the folder `to` with the recipe in it. An adapter in it names `out` as its base.
 fn write_folder(
     layout: &PackedLayout<'_>,
     program: &Program,
-    out: &Path,
+    (to, out): (&Path, &Path),
     job: &mut Job<'_>,
     recipe: &Recipe,
 ) -> Result<(), Error> {
-    let partial = beside(out, ".partial");
-    let _ = fs::remove_dir_all(&partial);
-    let written = exported(to_packed(layout, &partial, job)).and_then(|()| {
-        let parts = job.corrections().iter();
-        let part = |(weight, it): (&Weight, _)| low_rank(*weight, it);
-        let parts: Vec<LowRank<'_>> = parts.map(part).collect();
-        if !parts.is_empty() {
-            let base = out.display().to_string();
-            exported(to_adapter(layout, program, &partial.join(OWN_FOLDER), &base, &parts))?;
-        }
-        let path = partial.join("recipe.toml");
-        fs::write(&path, recipe.to_toml()).with_context(|| path.display().to_string())
-    });
-    if written.is_err() {
-        let _ = fs::remove_dir_all(&partial);
+    exported(to_packed(layout, to, job))?;
+    let parts = job.corrections().iter();
+    let part = |(weight, it): (&Weight, _)| low_rank(*weight, it);
+    let parts: Vec<LowRank<'_>> = parts.map(part).collect();
+    if !parts.is_empty() {
+        let base = out.display().to_string();
+        exported(to_adapter(layout, program, &to.join(OWN_FOLDER), &base, &parts))?;
     }
-    written?;
-    fs::rename(&partial, out).with_context(|| out.display().to_string())
+    write(&to.join("recipe.toml"), &recipe.to_toml())
 }
 
 fn low_rank(weight: Weight, Correction { a, b, .. }: &Correction) -> LowRank<'_> {
     LowRank { weight, a, b }
 }
 
-/// The path with more behind its name.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
-}
-
-/// What is wrong with recipes, shapes and tokens is the caller's mistake; a device that fails is
-/// not.
+/// Errors of recipes, shapes and tokens are bad input. A failing device is not.
 fn quantized<T>(result: Result<T, QuantError>) -> Result<T, Error> {
     match result {
         Err(error @ QuantError::Backend(BackendError::Unsupported { .. })) => {
@@ -328,7 +343,7 @@ fn quantized<T>(result: Result<T, QuantError>) -> Result<T, Error> {
     }
 }
 
-/// What the target cannot hold is the caller's mistake; a disk that fails is not.
+/// If the target cannot hold the model, that is bad input. A failing disk is not.
 fn exported(result: Result<(), ExportError>) -> Result<(), Error> {
     match result {
         Err(error @ ExportError::Io { .. }) => Err(error.into()),

@@ -1,4 +1,4 @@
-//! `lathe run`: one prompt, its answer as it comes, one line on what it took.
+//! `lathe run`: answers one prompt, streams the answer, and prints one line of statistics.
 
 use std::io::{IsTerminal, Read};
 use std::time::Instant;
@@ -7,13 +7,13 @@ use anyhow::{Context, Error};
 use lathe_engine::{FinishReason, Request, Stats};
 use lathe_model::Model;
 use lathe_session::{
-    DraftChoice, DraftSource, Generation, Need, Startup, decoder, encode_chat, encode_raw,
-    generate, human_bytes, memory, milliseconds, question,
+    Generation, Need, Startup, decoder, encode_chat, encode_raw, generate, human_bytes, memory,
+    milliseconds, question,
 };
 use serde::Serialize;
 
 use crate::arguments::{Global, RunArguments, parse_ids};
-use crate::find::{open, open_drafter};
+use crate::find::{draft_choice, open, open_drafter};
 use crate::interrupt::{Insist, Interrupts};
 use crate::output::{InputContext, Interrupted, bad_input, print, print_json};
 
@@ -35,13 +35,16 @@ struct RunReport<'a> {
     startup: Startup,
 }
 
-/// Answers; the process began at `started`.
+/// Answers the prompt. The process began at `started`.
 pub(super) fn run(
     global: &Global,
     arguments: &RunArguments,
     started: Instant,
 ) -> Result<(), Error> {
-    let drafts = draft_choice(arguments)?;
+    let drafts = draft_choice(&arguments.drafts)?;
+    if !drafts.sources.is_empty() && arguments.no_kv_cache {
+        return Err(bad_input("--draft needs the KV cache, and --no-kv-cache leaves it out"));
+    }
     let typed = read_prompt(arguments)?;
     let interrupts = Interrupts::install(Insist::Ends)?;
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
@@ -53,6 +56,7 @@ pub(super) fn run(
     let seed = request.sampling.seed;
     let need = need(&opened.model, &request)?;
     let drafter = open_drafter(&drafts, &opened.model, &global.options(), need)?;
+    let opened = opened.tapped(drafter.as_ref().and_then(|drafter| drafter.taps()));
     let session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
     let (load_ms, mut startup) = (session.load_ms, session.startup);
     let (mut engine, model) = session.into_engine(!arguments.no_kv_cache, 1)?;
@@ -87,7 +91,7 @@ pub(super) fn run(
         })?;
     } else {
         print_ids_without_text(&model, &generation)?;
-        eprintln!("{}", summary(&generation, &stats, load_ms, kv_bytes));
+        say!("{}", summary(&generation, &stats, load_ms, kv_bytes));
     }
     match generation.reason {
         FinishReason::Cancelled => Err(Interrupted.into()),
@@ -98,30 +102,7 @@ pub(super) fn run(
     }
 }
 
-/// Who drafts, as `--draft` says.
-fn draft_choice(arguments: &RunArguments) -> Result<DraftChoice, Error> {
-    let named = |name: &String| match name.as_str() {
-        "ngram" => DraftSource::Lookup,
-        model => DraftSource::Model(model.to_owned()),
-    };
-    let sources: Vec<DraftSource> = match arguments.draft.as_slice() {
-        [none] if none == "none" => Vec::new(),
-        names if names.iter().any(|name| name == "none" || name.is_empty()) => {
-            return Err(bad_input("--draft: `none` and names do not go together"));
-        }
-        names => names.iter().map(named).collect(),
-    };
-    let tokens_max = arguments.draft_budget;
-    if sources.is_empty() && tokens_max.is_some() {
-        return Err(bad_input("--draft-budget needs a drafter, and --draft is none"));
-    }
-    if !sources.is_empty() && arguments.no_kv_cache {
-        return Err(bad_input("--draft needs the KV cache, and --no-kv-cache leaves it out"));
-    }
-    Ok(DraftChoice { sources, tokens_max })
-}
-
-/// What was typed: ids, or a text from the command line or stdin.
+/// The prompt: ids, or a text from the command line or stdin.
 enum Typed {
     Ids(Vec<u32>),
     Text(String),
@@ -136,12 +117,12 @@ fn read_prompt(arguments: &RunArguments) -> Result<Typed, Error> {
     }
     let mut stdin = std::io::stdin();
     if stdin.is_terminal() {
-        eprintln!("type the prompt, then Ctrl-D");
+        say!("type the prompt, then Ctrl-D");
     }
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).context("stdin")?;
     let text = String::from_utf8(bytes).bad_input_in("the prompt on stdin is not UTF-8")?;
-    // The newline that `echo` adds is not part of what was meant.
+    // The newline that `echo` adds is not part of the prompt.
     not_empty(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }
 
@@ -159,20 +140,19 @@ fn encode(arguments: &RunArguments, model: &Model, typed: &Typed) -> Result<Vec<
         Typed::Ids(ids) => Ok(ids.clone()),
         Typed::Text(text) if arguments.raw => Ok(encode_raw(model, text)?),
         Typed::Text(text) if has_no_template(model) && arguments.system.is_none() => {
-            eprintln!("note: {} has no chat template, so it continues the text itself", model.name);
+            say!("note: {} has no chat template, so it continues the text itself", model.name);
             Ok(encode_raw(model, text)?)
         }
         Typed::Text(text) => Ok(encode_chat(model, &question(arguments.system.as_deref(), text))?),
     }
 }
 
-/// Whether the model comes without a chat template, as base models do, and not with one that is
-/// broken.
+/// Whether the model has no chat template, like base models. A broken template does not count.
 fn has_no_template(model: &Model) -> bool {
     model.chat_template.is_none() && model.text_problem.is_none()
 }
 
-/// A cache for prompt and answer, and no more.
+/// A cache that just holds prompt and answer.
 fn need(model: &Model, request: &Request) -> Result<Need, Error> {
     let (tokens, limit) = (request.prompt.len(), model.spec.context_max);
     if tokens == 0 {
@@ -187,7 +167,7 @@ fn need(model: &Model, request: &Request) -> Result<Need, Error> {
     Ok(Need { context, sequences: 1, rows_max: None })
 }
 
-/// A model without a tokenizer has no text to stream, so its ids are shown.
+/// Without a tokenizer there is no text to stream, so the ids are printed.
 fn print_ids_without_text(model: &Model, generation: &Generation) -> Result<(), Error> {
     if model.tokenizer.is_some() {
         return if generation.text.ends_with('\n') { Ok(()) } else { print("\n") };

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Error;
 use lathe_engine::score::score;
-use lathe_session::{Need, Opened, SessionError, encode_text, text_beginning};
+use lathe_session::{Need, Opened, encode_text, text_beginning};
 use serde::Serialize;
 
 use crate::arguments::{Global, ScoreArguments};
@@ -18,7 +18,7 @@ struct ScoreReport<'a> {
     /// The token that was put before the text (`--bos`).
     #[serde(skip_serializing_if = "Option::is_none")]
     bos: Option<u32>,
-    /// Of each token but the first, natural logarithms.
+    /// The natural logarithm for each token but the first.
     logprobs: &'a [f64],
     mean_nll: f64,
     top: Top,
@@ -30,7 +30,6 @@ struct Top {
     logits: Vec<f32>,
 }
 
-/// Scores.
 pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Error> {
     let opened = open(&arguments.model, &global.open_options_for(arguments.context))?;
     let (tokens, bos) = read_tokens(arguments, &opened)?;
@@ -41,7 +40,7 @@ pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Err
     let need = Need { context: tokens.len(), sequences: 1, rows_max: None };
     let mut session = opened.over(arguments.parallel.ranks()).prepare(&global.options(), need)?;
     let scored = score(&mut *session.executor, &tokens, arguments.top_k);
-    let scored = scored.map_err(SessionError::from)?;
+    let scored = scored.map_err(|error| session.blame(error))?;
     let (ids, logits) = scored.top.iter().copied().unzip();
     if global.json {
         return print_json(&ScoreReport {
@@ -67,7 +66,7 @@ pub(super) fn run(global: &Global, arguments: &ScoreArguments) -> Result<(), Err
     print(&text)
 }
 
-/// The tokens to score, and the one that was put before the text. Token ids are taken as they are.
+/// The tokens to score, and the token before the text. Given token ids are not changed.
 fn read_tokens(
     arguments: &ScoreArguments,
     opened: &Opened,

@@ -9,7 +9,7 @@ mod locate;
 
 use std::collections::BTreeSet;
 
-use lathe_program::{BackendError, Program, Weight, WeightDecl, WeightSource};
+use lathe_program::{BackendError, Program, Weight, WeightDecl, WeightRole, WeightSource};
 use lathe_tensor::{Tensor, TensorError};
 
 pub use dummy::DummyWeights;
@@ -32,6 +32,13 @@ pub enum WeightsError {
         weight: String,
         /// Names that it might have had.
         tried: Vec<String>,
+    },
+    /// A vector (a norm, a bias) has a number that is none. Sums and maxima over it would lose
+    /// that, and the model would give wrong answers without a word.
+    #[error("tensor {tensor} has NaN or infinite numbers, expected finite ones")]
+    NotFinite {
+        /// Its name in the file.
+        tensor: String,
     },
     /// A tensor has another shape than the model's description says.
     #[error("tensor {tensor} has shape {found:?}, expected {expected:?}")]
@@ -168,9 +175,20 @@ impl<'a> ModelWeights<'a> {
     /// A weight in the shape that the program declares.
     ///
     /// # Errors
-    /// If a tensor cannot be read.
+    /// If a tensor cannot be read, or a vector has numbers that are not finite.
     pub fn load(&self, weight: Weight) -> Result<Tensor, WeightsError> {
         let decl = self.program.weight(weight);
+        let tensor = self.read(weight, decl)?;
+        // Matrices are too large to be looked at here.
+        let vector = decl.role == WeightRole::Vector;
+        if vector && !tensor.to_f32().iter().all(|value| value.is_finite()) {
+            let names = self.tensors_of(weight).first();
+            return Err(WeightsError::NotFinite { tensor: names.unwrap_or(&decl.name).clone() });
+        }
+        Ok(tensor)
+    }
+
+    fn read(&self, weight: Weight, decl: &WeightDecl) -> Result<Tensor, WeightsError> {
         match (&self.places[weight.0 as usize], self.adapter) {
             (Place::Checkpoint(located), _) => located.load(self.checkpoint, &decl.shape),
             (Place::Adapter(_), Some(adapter)) => Ok(adapter.tensor(&decl.name)?),

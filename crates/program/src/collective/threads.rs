@@ -1,29 +1,28 @@
 //! Ranks that are threads of one process.
 //!
-//! Each rank has a slot. A call copies what the rank gives into its own slot, meets the others at
-//! a spinning barrier, and reads their slots. There are two sets of slots that calls take in
-//! turns: a rank that is ahead writes the other set while slow ones still read this one, and
-//! cannot be two calls ahead, so one barrier a call is enough. Slots keep their memory, so a call
-//! allocates nothing once the largest has been made. Sums are added in rank order on every rank:
-//! one read of every slot costs less than the two further barriers of a divided sum as long as
-//! ranks are few.
+//! Each rank has a slot. A call copies the rank's values into its own slot, meets the others at a
+//! spinning barrier, and reads their slots. There are two sets of slots, which calls use
+//! alternately. A fast rank writes the other set while slow ones still read this one. It cannot be
+//! two calls ahead, so one barrier for each call is enough. Slots keep their memory, so after the
+//! largest call nothing is allocated. Every rank adds in rank order. For few ranks, reading every
+//! slot costs less than the two additional barriers of a divided sum.
 //!
-//! The barrier is one atomic word: how many have arrived, which call it is, and whether a rank has
-//! left. A rank that leaves sets its bit in that word, so a call is completed or failed for all
-//! who wait in it, never both.
+//! The barrier is one atomic word: the number of arrived ranks, the number of the call, and whether
+//! a rank has left. A rank that leaves sets its bit in that word. So for all who wait in it, a call
+//! either completes or fails.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use super::{Collective, CollectiveError, same_length};
 
-/// Turns of the waiting loop before a rank that has a core to itself offers it to others.
+/// Iterations of the waiting loop before a rank with its own core offers the core to others.
 const SPINS: u32 = 1 << 12;
 const ARRIVED: u64 = 0xffff;
 const FAILED: u64 = 1 << 16;
 const CALL: u32 = 17;
 
-/// What a rank asked for; all must have asked for the same.
+/// The call of a rank. All ranks must make the same call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Call {
     #[default]
@@ -32,7 +31,7 @@ enum Call {
     Gather(usize),
 }
 
-/// What a rank gives to a call.
+/// The values that a rank contributes to a call.
 #[derive(Debug, Default)]
 struct Slot {
     call: Call,
@@ -43,15 +42,16 @@ struct Slot {
 struct Shared {
     /// By turn, then by rank.
     slots: [Vec<RwLock<Slot>>; 2],
-    /// Ranks that have arrived (16 bits), whether one has left (1), the number of the call.
+    /// Ranks that have arrived (16 bits), whether a rank has left (1 bit), and the number of the
+    /// call.
     barrier: AtomicU64,
     /// The first rank that left.
     gone: AtomicUsize,
-    /// More threads than cores: offer the core while waiting.
+    /// Whether there are more threads than cores. Waiting ranks then yield their core.
     crowded: bool,
 }
 
-/// A rank that is a thread. When a rank is dropped, calls of the others that need it fail instead
+/// A rank that is a thread. After a rank is dropped, calls of the others that need it fail instead
 /// of waiting for ever.
 #[derive(Debug)]
 pub struct ThreadRank {
@@ -61,8 +61,8 @@ pub struct ThreadRank {
 }
 
 impl ThreadRank {
-    /// A group of `ranks` ends, by rank, whose ranks compute on `threads` threads in all. With
-    /// more threads than cores, waiting ranks give their core away at once.
+    /// A group of `ranks` members, by rank, which compute on `threads` threads together. If there
+    /// are more threads than cores, waiting ranks yield their core at once.
     ///
     /// # Panics
     /// If `ranks` is 0 or more than 65,535.
@@ -79,9 +79,10 @@ impl ThreadRank {
         (0..ranks).map(|rank| ThreadRank { rank, ranks, shared: Arc::clone(&shared) }).collect()
     }
 
-    /// Gives `values` to call `call`, and returns every rank's slot when all have given theirs.
+    /// Contributes `values` to call `call`, and returns every rank's slot after all have
+    /// contributed.
     fn meet(&self, call: Call, values: &[f32]) -> Result<&[RwLock<Slot>], CollectiveError> {
-        // Only the completion of a call that this rank is in changes the number.
+        // The number changes only when a call completes that this rank takes part in.
         let number = self.shared.barrier.load(Ordering::Acquire) >> CALL;
         let slots = &self.shared.slots[(number & 1) as usize];
         {
@@ -131,12 +132,12 @@ impl Shared {
         }
     }
 
-    /// Waits until call `number` is completed or cannot be.
+    /// Waits until call `number` has completed or cannot complete.
     fn wait(&self, number: u64) -> Result<(), CollectiveError> {
         let mut spins = 0;
         loop {
             let state = self.barrier.load(Ordering::Acquire);
-            // A call that was completed counts, though a rank may have left since.
+            // A completed call counts, even if a rank has left since.
             if state >> CALL != number {
                 return Ok(());
             }
@@ -193,7 +194,7 @@ impl Collective for ThreadRank {
     }
 
     fn leave(&self) {
-        // The first one is the cause; the barrier's release publishes it.
+        // The first rank that left is the cause. The barrier's release publishes it.
         let first = self.shared.gone.compare_exchange(
             usize::MAX,
             self.rank,
@@ -223,7 +224,8 @@ mod tests {
         let results = on_threads(4, |rank| {
             let mut last = Vec::new();
             for call in 0..2000 {
-                // Numbers whose sum depends on the order: only rank order gives these bits.
+                // The sum of these numbers depends on the order, and only rank order gives these
+                // bits.
                 let given = [1.0, 1e8, -1e8, 3.0][rank.rank()];
                 let mut values = vec![rank.rank() as f32 + call as f32, given];
                 rank.all_reduce_sum(&mut values).unwrap();
@@ -249,7 +251,7 @@ mod tests {
     fn a_rank_that_is_gone_is_an_error() {
         let results = on_threads(3, |rank| {
             let mut values = [1.0];
-            // What the leaving rank joined still counts for all.
+            // A call that the leaving rank joined still completes for all.
             rank.all_reduce_sum(&mut values)?;
             assert_eq!(values, [3.0]);
             if rank.rank() == 1 { Ok(()) } else { rank.all_reduce_sum(&mut values) }

@@ -1,5 +1,5 @@
-//! One small program for each op kind and seed. Inputs are embeddings, so that each row's come
-//! from its token; what the op makes is captured.
+//! One small program for each op kind and seed. Inputs are embeddings, so that the values of a row
+//! depend on its token. A tap captures the output of the op.
 
 use lathe_tensor::ActivationFormat;
 
@@ -15,9 +15,9 @@ use crate::transform::{InputTransform, StaticScale};
 pub struct Case {
     /// `attend/3`: the op's kind and the seed.
     pub name: String,
-    /// Taps capture what the op makes; there may be logits.
+    /// Taps capture the op's output. There may be logits.
     pub program: Program,
-    /// Whether rows depend on the cache, so that chunks and trees matter.
+    /// Whether rows depend on the cache. Chunks and trees then matter.
     pub attends: bool,
 }
 
@@ -42,8 +42,8 @@ const KINDS: [(&str, Make); 15] = [
     ("logits", Maker::logits),
 ];
 
-/// `seeds` cases of every kind whose widths are multiples of `block` where a matrix in a block
-/// format reads them.
+/// `seeds` cases of every kind. The inputs of matrices in a block format have widths that are
+/// multiples of `block`.
 pub fn cases(seeds: u64, block: usize) -> Vec<Case> {
     let kinds = KINDS.iter().flat_map(|kind| (0..seeds).map(move |seed| (kind, seed)));
     kinds.map(|((kind, make), seed)| case(kind, *make, seed, block)).collect()
@@ -68,7 +68,7 @@ struct Maker {
 }
 
 impl Maker {
-    /// A width that matrices in the format at hand can have.
+    /// A width that suits matrices in the format of the case.
     fn columns(&mut self) -> usize {
         if self.block > 1 { self.block * self.random.between(1, 3) } else { self.width() }
     }
@@ -95,8 +95,8 @@ impl Maker {
         self.random.coin().then(|| make(self))
     }
 
-    /// An input `[rows, width]`. Its table's rows are as wide as the format's blocks ask and cut
-    /// to `width` where they differ.
+    /// An input `[rows, width]`. Its table is as wide as the format's blocks require, and is cut to
+    /// `width`.
     fn input(&mut self, width: usize) -> Value {
         let vocabulary = self.builder.vocabulary();
         let wide = width.next_multiple_of(self.block);
@@ -168,8 +168,8 @@ impl Maker {
         }
     }
 
-    /// The inputs are embeddings, so that both sides round the same numbers: on sums that differ in
-    /// their last bit a code may fall to the other side of a tie.
+    /// The inputs are embeddings, so that both sides round the same numbers. If sums differed in
+    /// their last bit, a code could fall on the other side of a tie.
     fn transform(&mut self) {
         let own = ActivationFormat::ALL.into_iter().map(|format| (Some(format), None));
         let stored = ActivationFormat::ALL.into_iter().filter(|format| format.takes_scale());
@@ -182,7 +182,7 @@ impl Maker {
             let transform = InputTransform { hadamard, format, scale };
             let out = self.builder.transform(input, transform, format!("{transform}"));
             self.capture(out);
-            // Otherwise it may be done in place.
+            // Without a second reader, the op may run in place.
             if self.random.coin() {
                 self.capture(input);
             }
@@ -207,7 +207,7 @@ impl Maker {
         self.capture(out);
     }
 
-    /// Queries and keys turn, so that rows of the same token differ by position.
+    /// Rotated queries or keys, so that rows of the same token differ by position.
     fn turned(&mut self, heads: usize, [offset, dim]: [usize; 2]) -> Value {
         let input = self.input(heads * (offset + dim));
         let pairs = dim / 2;
@@ -380,7 +380,7 @@ impl Maker {
         self.capture(input);
     }
 
-    /// With one rank these change nothing.
+    /// With one rank these ops do nothing.
     fn collective(&mut self) {
         let width = self.width();
         let input = self.input(width);

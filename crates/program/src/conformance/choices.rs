@@ -1,8 +1,8 @@
-//! Choosing tokens: every parameter of sampling, penalties with chosen rows, biases, masks and
-//! reports, with as many steps in flight as the executor takes.
+//! Tests of choosing tokens: every parameter of sampling, penalties with chosen rows, biases, masks
+//! and reports, with as many steps in flight as the executor allows.
 //!
-//! What a backend chooses is compared with what [`Sampler`] chooses from the backend's own logits,
-//! so that rounding of the logits does not matter.
+//! The backend's choice is compared with that of [`Sampler`] on the backend's own logits. So
+//! rounding of the logits does not matter.
 
 use std::sync::Arc;
 
@@ -18,10 +18,10 @@ use crate::step::{Choice, Report, SequenceId, Step, StepSequence, TableChange, T
 const SEQUENCES: usize = 3;
 const PROMPT: usize = 5;
 const STEPS: usize = 40;
-/// How far a reported log-probability may be from that of the logits.
+/// The largest error of a reported log-probability, compared with the logits.
 const LOGPROB_ERROR: f32 = 1e-4;
 
-/// Decodes a few sequences whose tokens are chosen on the device, and checks every choice.
+/// Decodes a few sequences with tokens chosen on the device, and checks every choice.
 ///
 /// # Errors
 /// [`Failure`] names the first step and sequence that is wrong.
@@ -33,7 +33,7 @@ pub fn choices(backend: &dyn Backend, settings: &Settings) -> Result<(), Failure
         .map_err(failure)
 }
 
-/// One sequence as the host knows it.
+/// The host's copy of one sequence.
 struct Text {
     prompt: Vec<u32>,
     /// By step that was collected.
@@ -77,7 +77,7 @@ fn check(
     verify(&executor.collect().map_err(text)?, &last, &mut texts, program.vocabulary)
 }
 
-/// The prompts, or the tokens that the step before chose.
+/// A step of the prompts, or of the tokens that the step before chose.
 fn step(program: &Program, texts: &[Text], index: usize, random: &mut Random) -> Step {
     let mut step = Step::default();
     let blocks = (PROMPT + STEPS).div_ceil(program.kv.block_tokens) as u32;
@@ -107,7 +107,7 @@ fn step(program: &Program, texts: &[Text], index: usize, random: &mut Random) ->
             long_rope: false,
             ancestors: None,
         });
-        // All tokens but the one that the step before chooses.
+        // All tokens except the one that the step before chooses.
         let known = &text.tokens[..index.saturating_sub(1)];
         let row = step.tokens.len() as u32 - 1;
         step.choices.push(choice(
@@ -159,7 +159,7 @@ fn choice(
     }
 }
 
-/// Checks the choices of a step, and adds its tokens to the texts.
+/// Checks the choices of a step, and appends its tokens to the texts.
 fn verify(
     output: &StepOutput<'_>,
     step: &Step,
@@ -192,7 +192,7 @@ fn verify(
             let expected = expected.map(|(count, t)| TokenLogprobs::of(row, t, count as usize));
             close(logprobs.as_ref(), expected.as_ref()).map_err(at)?;
         }
-        // Where nothing may be chosen, the next row runs token 0.
+        // If no token can be chosen, the next row runs token 0.
         text.tokens.push(token.unwrap_or(0));
     }
     Ok(())

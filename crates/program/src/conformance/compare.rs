@@ -1,4 +1,4 @@
-//! Runs cases on the reference and on a backend and compares what they make.
+//! Runs cases on the reference and on a backend, and compares the results.
 
 use std::sync::Arc;
 
@@ -13,26 +13,26 @@ use crate::kv::KvFormat;
 use crate::reference::ReferenceBackend;
 use crate::step::{Step, TREE_ROWS_MAX};
 
-/// How far a number may be from the reference's: `absolute + relative * |reference|`. What the
-/// cases make is near 1, so the absolute part is the rounding of a sum whose terms cancel.
+/// The allowed difference from the reference: `absolute + relative * |reference|`. The cases'
+/// values are near 1, so the absolute part covers the rounding of sums whose terms cancel.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tolerance {
-    /// Always allowed.
+    /// The part that is always allowed.
     pub absolute: f32,
-    /// Allowed for each unit of the reference.
+    /// The part for each unit of the reference.
     pub relative: f32,
 }
 
-/// What to run.
+/// The settings of a comparison.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Format of the matrices.
     pub format: Format,
-    /// Format of the cache, for both sides.
+    /// Format of the cache, on both sides.
     pub kv_format: KvFormat,
     /// [`ExecutorOptions::exact`].
     pub exact: bool,
-    /// What is close enough.
+    /// The allowed difference.
     pub tolerance: Tolerance,
     /// Cases of each kind.
     pub seeds: u64,
@@ -41,7 +41,7 @@ pub struct Settings {
 }
 
 impl Default for Settings {
-    /// `f32` all through, exact; sums of up to a few hundred terms.
+    /// `f32` everywhere, exact, for sums of up to a few hundred terms.
     fn default() -> Self {
         Self {
             format: Format::F32,
@@ -54,7 +54,7 @@ impl Default for Settings {
     }
 }
 
-/// What was run.
+/// The result of a comparison.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Summary {
     /// Cases that agreed.
@@ -67,7 +67,7 @@ pub struct Summary {
     pub unsupported: Vec<String>,
 }
 
-/// Where a backend differs from the reference.
+/// A difference between a backend and the reference.
 #[derive(Debug, Clone, thiserror::Error, PartialEq)]
 #[error("{case}: {reason}")]
 pub struct Failure {
@@ -80,7 +80,7 @@ pub struct Failure {
 /// Runs all cases.
 ///
 /// # Errors
-/// [`Failure`] is the first case that does not agree or that fails on either side.
+/// [`Failure`] names the first case that differs, or that fails on either side.
 pub fn check(backend: &dyn Backend, settings: &Settings) -> Result<Summary, Failure> {
     let mut report = Summary::default();
     for case in cases(settings.seeds, settings.format.block_len()) {
@@ -103,7 +103,7 @@ pub fn check_case(
     check_case_of(backend, settings, case, Size { rows_max: 17, tokens }, report)
 }
 
-/// How large the steps of a case are.
+/// The size of a case's steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
     /// Rows of the largest step.
@@ -112,7 +112,7 @@ pub struct Size {
     pub tokens: usize,
 }
 
-/// As [`check_case`], in steps of this size.
+/// As [`check_case`], with steps of this size.
 ///
 /// # Errors
 /// As [`check`].
@@ -158,7 +158,8 @@ pub(super) fn options(settings: &Settings, kv_blocks: usize, rows_max: usize) ->
     }
 }
 
-/// Several sequences in random chunks; where rows see each other, longer ones, and a tree.
+/// Several sequences in random chunks. If rows see each other, the sequences are longer and there
+/// is a tree.
 fn steps(case: &Case, size: Size) -> Vec<Step> {
     let mut random = Random::named(1, &case.name);
     let vocabulary = case.program.vocabulary;

@@ -1,4 +1,4 @@
-//! Batch invariance: a row's logits are the same bits however the step around it is made.
+//! Batch invariance: a row's logits have the same bits whatever else is in the step.
 
 use std::sync::Arc;
 
@@ -10,14 +10,14 @@ use super::weights::SeededWeights;
 use crate::backend::{Backend, BackendError};
 use crate::program::Program;
 
-/// Tokens of the longest sequence: several tiles and segments of an attention that walks the
-/// cache in pieces.
+/// Tokens of the longest sequence. They fill several tiles and segments of an attention that walks
+/// the cache in pieces.
 const TOKENS: usize = 530;
 const KV_BLOCKS: usize = 1200;
 const ROWS_MAX: usize = 600;
 
-/// Runs the same sequences whole and alone, token by token, and batched in random chunks over
-/// other pages, on small decoders of every kind, and compares all logits bit by bit.
+/// Runs the same sequences whole and alone, token by token, and batched in random chunks over other
+/// pages, on small decoders of every kind. Compares all logits bit by bit.
 ///
 /// # Errors
 /// [`Failure`] names the first row that differs.
@@ -83,7 +83,7 @@ struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    /// Runs all sequences by the chunks that `next` gives; `seed` orders the pages.
+    /// Runs all sequences in the chunks that `next` returns. `seed` gives the order of the pages.
     fn run(
         &self,
         seed: u64,

@@ -1,5 +1,5 @@
-//! What every backend must do, as data: small seeded programs and steps, compared with the
-//! reference; and batch invariance, compared with the backend itself.
+//! The conformance suite for every backend, as data. Small seeded programs and steps are compared
+//! with the reference. Batch invariance is compared with the backend itself.
 
 mod cases;
 mod choices;

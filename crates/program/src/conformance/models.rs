@@ -1,4 +1,4 @@
-//! Small whole decoders, one for each way of attending and feeding forward.
+//! Small whole decoders, one for each kind of attention and of feed-forward layer.
 
 use crate::builder::{LinearSpec, ProgramBuilder};
 use crate::kv::KvLayerShape;
@@ -9,17 +9,17 @@ use crate::transform::InputTransform;
 /// The sizes of a small decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SmallDecoder {
-    /// Layers; odd ones have a window of `window`.
+    /// Layers. Odd ones have a window of `window`.
     pub layers: u32,
-    /// Tokens.
+    /// Tokens of the vocabulary.
     pub vocabulary: usize,
     /// Width of the residual stream.
     pub width: usize,
-    /// How it attends.
+    /// The kind of attention.
     pub attention: SmallAttention,
     /// Width of the feed-forward layers, or of one expert.
     pub hidden: usize,
-    /// Experts and experts a token; `None` is a dense feed-forward layer.
+    /// Experts, and experts for each token. `None` is a dense feed-forward layer.
     pub experts: Option<(usize, usize)>,
     /// Window of odd layers.
     pub window: Option<usize>,
@@ -29,12 +29,12 @@ pub struct SmallDecoder {
     pub long_rope_after: Option<usize>,
 }
 
-/// How a [`SmallDecoder`] attends.
+/// The attention of a [`SmallDecoder`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum SmallAttention {
-    /// Grouped queries with biases, and sinks where a layer has a window.
+    /// Grouped queries with biases. Layers with a window also have sinks.
     Grouped {
-        /// What there is beside.
+        /// The additional parts.
         style: GroupedStyle,
         /// Query heads.
         heads: usize,
@@ -58,12 +58,12 @@ pub enum SmallAttention {
     },
 }
 
-/// What a grouped attention has beside its matrices.
+/// The parts of a grouped attention besides its matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GroupedStyle {
     /// A norm of each head of queries and keys.
     HeadNorms,
-    /// A norm of all heads of queries, and one of keys, as whole rows; a gate for each head's
+    /// Norms over all heads of a row (one for queries and one for keys), and a gate for each head's
     /// output.
     RowNormsAndGates,
 }
@@ -89,7 +89,7 @@ impl SmallDecoder {
         }
     }
 
-    /// The same with norms of whole rows of heads, and gates.
+    /// The same with norms over whole rows of heads, and gates.
     pub fn gated() -> Self {
         let attention = SmallAttention::Grouped {
             style: GroupedStyle::RowNormsAndGates,
@@ -112,17 +112,17 @@ impl SmallDecoder {
         Self { attention, window: None, ..Self::grouped() }
     }
 
-    /// Grouped queries over a mixture of eight experts, two a token, with a shared one.
+    /// Grouped queries with a mixture of eight experts, two for each token, and a shared expert.
     pub fn mixture() -> Self {
         Self { hidden: 64, experts: Some((8, 2)), ..Self::grouped() }
     }
 
-    /// The same with other rotary tables for texts of more than `original` tokens.
+    /// The same with different rotary tables for texts of more than `original` tokens.
     pub fn long_rope_after(self, original: usize) -> Self {
         Self { long_rope_after: Some(original), ..self }
     }
 
-    /// The same with widths rounded up so that matrices in blocks of `block` fit.
+    /// The same with widths rounded up to multiples of `block`, for matrices in blocks.
     pub fn fitting(self, block: usize) -> Self {
         let up = |n: usize| n.next_multiple_of(block);
         let attention = match self.attention {
@@ -167,7 +167,7 @@ impl SmallDecoder {
     }
 }
 
-/// One layer as it is written.
+/// The state while one layer is written.
 struct Layer<'a> {
     decoder: &'a SmallDecoder,
     builder: &'a mut ProgramBuilder,

@@ -1,4 +1,4 @@
-//! Random choices from a seed, so that cases are the same everywhere and for ever.
+//! Random choices from a seed, so that cases are the same on every machine.
 
 use lathe_tensor::random::SplitMix64;
 
@@ -39,7 +39,7 @@ impl Random {
         low + self.below(high - low + 1)
     }
 
-    /// Heads or tails.
+    /// True or false.
     pub fn coin(&mut self) -> bool {
         self.next() & 1 == 1
     }
@@ -49,12 +49,12 @@ impl Random {
         choices[self.below(choices.len())].clone()
     }
 
-    /// Evenly in `[0, 1)`.
+    /// Uniform in `[0, 1)`.
     pub fn unit(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 24) as f32
     }
 
-    /// About normal with variance 1 (the sum of twelve even numbers).
+    /// Nearly normal with variance 1 (the sum of twelve uniform numbers).
     pub fn normal(&mut self) -> f32 {
         (0..12).map(|_| self.unit()).sum::<f32>() - 6.0
     }

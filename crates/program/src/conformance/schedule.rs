@@ -1,5 +1,5 @@
-//! Steps as a scheduler would make them: several sequences in chunks, pages in any order, blocks
-//! given back as they slide out of a window.
+//! Steps like those of a scheduler: several sequences in chunks, pages in any order, and blocks
+//! that are released as they slide out of a window.
 
 use super::random::Random;
 use crate::program::Program;
@@ -21,26 +21,26 @@ struct Growing {
     tokens: Vec<u32>,
     done: usize,
     tables: Vec<BlockTable>,
-    /// The same in every schedule of these tokens: their first two thirds.
+    /// The first two thirds of the tokens, the same in every schedule of these tokens.
     expanded: u32,
-    /// The same in every schedule of these tokens, and of a tree after them.
+    /// The same in every schedule of these tokens, and in a tree after them.
     long_rope: bool,
 }
 
-/// What one sequence does in a step.
+/// The part of one sequence in a step.
 #[derive(Debug, Clone)]
 pub struct Chunk {
-    /// Which sequence.
+    /// The sequence.
     pub sequence: usize,
     /// Rows.
     pub rows: usize,
-    /// For a tree: the parent of each row (`None`: the last cached token), and the rows' tokens;
-    /// a sequence does not go on after a tree.
+    /// For a tree, the parent (`None`: the last cached token) and the token of each row. A sequence
+    /// does not continue after a tree.
     pub tree: Option<Vec<(Option<usize>, u32)>>,
 }
 
 impl<'a> Schedule<'a> {
-    /// `sequences` of tokens over `kv_blocks` pages in the order that `random` gives.
+    /// `sequences` of tokens over `kv_blocks` pages, in an order from `random`.
     pub fn new(
         program: &'a Program,
         sequences: Vec<Vec<u32>>,
@@ -58,22 +58,22 @@ impl<'a> Schedule<'a> {
         Self { program, free, sequences: sequences.into_iter().map(growing).collect() }
     }
 
-    /// Tokens that `sequence` has still to run.
+    /// Tokens of `sequence` that have not run yet.
     pub fn left(&self, sequence: usize) -> usize {
         let sequence = &self.sequences[sequence];
         sequence.tokens.len() - sequence.done
     }
 
-    /// Tokens that `sequence` has in the cache.
+    /// Tokens of `sequence` in the cache.
     pub fn done(&self, sequence: usize) -> usize {
         self.sequences[sequence].done
     }
 
-    /// The step of `chunks`, with the logits of all rows if the program makes any, and random
-    /// numbers near 1 for its inputs.
+    /// The step of `chunks`, with the logits of all rows if the program makes any. Its inputs are
+    /// random numbers near 1.
     ///
     /// # Panics
-    /// If pages run out, or a chunk is longer than what is left of its sequence.
+    /// If pages run out, or a chunk is longer than the rest of its sequence.
     pub fn step(&mut self, chunks: &[Chunk]) -> Step {
         let mut step = Step::default();
         for chunk in chunks {
@@ -119,7 +119,7 @@ impl<'a> Schedule<'a> {
         step
     }
 
-    /// Some of the sequences that have tokens left, each with up to `rows_max` rows in all;
+    /// Takes some of the sequences that have tokens left, with at most `rows_max` rows in total.
     /// `None` when all are done.
     pub fn random_step(&mut self, rows_max: usize, random: &mut Random) -> Option<Step> {
         let mut open: Vec<usize> =
@@ -138,7 +138,7 @@ impl<'a> Schedule<'a> {
         (!chunks.is_empty()).then(|| self.step(&chunks))
     }
 
-    /// A random tree of `rows` rows after what `sequence` has in the cache.
+    /// A random tree of `rows` rows after the cached tokens of `sequence`.
     pub fn random_tree(&mut self, sequence: usize, rows: usize, random: &mut Random) -> Step {
         let vocabulary = self.program.vocabulary;
         let node = |i: usize, random: &mut Random| {
@@ -149,7 +149,7 @@ impl<'a> Schedule<'a> {
         self.step(&[Chunk { sequence, rows, tree: Some(tree) }])
     }
 
-    /// Numbers that depend on the rows' positions and tokens alone, so that chunks do not matter.
+    /// Numbers that depend only on the rows' positions and tokens, so that chunks do not matter.
     fn inputs(&self, step: &Step) -> Vec<StepInput> {
         let widths = self.program.input_widths();
         let input = |(index, width): (usize, usize)| {

@@ -1,5 +1,5 @@
-//! Draft trees: a chain given as a tree has the bits of plain decoding, and an accepted branch, its
-//! slots moved behind what was cached, goes on as if it had been decoded.
+//! Draft trees. A chain that runs as a tree has the bits of plain decoding. An accepted branch,
+//! whose slots are moved behind the cached tokens, continues as if it had been decoded.
 
 use std::sync::Arc;
 
@@ -13,21 +13,21 @@ use crate::step::{
     Choice, SequenceId, SlotMove, Step, StepSequence, TREE_ROWS_MAX, TableChange, TokenSource,
 };
 
-/// Positions of a sequence at most.
+/// The most positions of a sequence.
 const LENGTH: usize = 400;
 const ROWS_MAX: usize = 3 * TREE_ROWS_MAX;
-/// Rows of a branch that are accepted at most.
+/// The most accepted rows of a branch.
 const ACCEPTED_MAX: usize = 12;
-/// The plain sequence, the one with trees, and one that fills the step.
+/// The plain sequence, the sequence with trees, and one that fills the step.
 const SEQUENCES: usize = 3;
 
 /// Runs trees of up to 64 rows beside decoding rows and prefill chunks, across borders of blocks,
 /// tiles and windows, on small decoders of every kind.
 ///
 /// # Errors
-/// [`Failure`] names the first row that differs: by a bit for chains, by more than the tolerance
-/// for what follows an accepted branch (its rows see their ancestors in other slots, so that sums
-/// may be in another order).
+/// [`Failure`] names the first row that differs. Chains must agree to the bit. The rows after an
+/// accepted branch must agree within the tolerance, because they see their ancestors in other
+/// slots, and sums may have another order.
 pub fn trees(backend: &dyn Backend, settings: &Settings) -> Result<(), Failure> {
     for (name, decoder) in [
         ("grouped", SmallDecoder::grouped()),
@@ -46,13 +46,13 @@ pub fn trees(backend: &dyn Backend, settings: &Settings) -> Result<(), Failure> 
     Ok(())
 }
 
-/// Two sequences with the same text: one decodes it row by row, the other by trees.
+/// Two sequences with the same text. One decodes it row by row, the other by trees.
 struct Trees {
     program: Arc<Program>,
     executor: Box<dyn Executor>,
     random: Random,
     tokens: Vec<u32>,
-    /// Tokens that both have in the cache.
+    /// Tokens of both sequences in the cache.
     cached: usize,
     /// Tokens of the sequence that fills steps.
     filled: usize,
@@ -111,7 +111,7 @@ impl Trees {
         Ok(())
     }
 
-    /// The logits of the next rows, one row a step.
+    /// The logits of the next rows, with one row in each step.
     fn plain(&mut self, rows: usize) -> Result<Vec<f32>, String> {
         let mut logits = Vec::new();
         for position in self.cached..self.cached + rows {
@@ -122,7 +122,7 @@ impl Trees {
         Ok(logits)
     }
 
-    /// The next tokens of the text, each the parent of the next.
+    /// The next tokens of the text as a chain, in which each is the parent of the next.
     fn chain(&self, rows: usize) -> Vec<Node> {
         let node = |depth: usize| Node {
             parent: depth.checked_sub(1),
@@ -132,14 +132,14 @@ impl Trees {
         (0..rows).map(node).collect()
     }
 
-    /// A tree that holds a part of the text as a branch among others is verified; the branch is
-    /// accepted, and both sequences decode one more token.
+    /// Verifies a tree in which a part of the text is one branch among others. Then accepts the
+    /// branch, and both sequences decode one more token.
     fn accept(&mut self, settings: &Settings, rows: usize) -> Result<(), String> {
         let accepted = self.random.between(1, rows.min(ACCEPTED_MAX));
         let mut nodes: Vec<Node> = Vec::new();
         let mut branch: Vec<usize> = Vec::new();
         while branch.len() < accepted {
-            // With four others each, twelve accepted rows make a tree of sixty.
+            // With four siblings each, twelve accepted rows make a tree of sixty.
             for _ in 0..self.random.below(5) {
                 let parent = match nodes.len() {
                     0 => None,
@@ -181,7 +181,7 @@ impl Trees {
                 return Err(format!("token {token} after {accepted} accepted: {f}, expected {e}"));
             }
         }
-        // The next chain is compared bit by bit: its cache must have the bits of plain decoding.
+        // The next chain is compared bit by bit, so its cache must have the bits of plain decoding.
         let mut again = Step::default();
         self.causal(&mut again, 1, self.cached - accepted, accepted + 1);
         self.logits(&again)?;
@@ -189,8 +189,8 @@ impl Trees {
         Ok(())
     }
 
-    /// The logits of a tree of the second sequence, beside a chunk of the third; the tables end
-    /// where the tree does.
+    /// The logits of a tree of the second sequence, beside a chunk of the third. The tables end at
+    /// the end of the tree.
     fn tree(&mut self, nodes: &[Node]) -> Result<Vec<f32>, String> {
         let mut step = Step::default();
         let chunk = self.random.below(40).min(LENGTH - self.filled);
@@ -227,7 +227,7 @@ impl Trees {
         self.logits(&step)
     }
 
-    /// Adds rows of a sequence from `cached` on, in the decoding form, with their logits.
+    /// Adds rows of a sequence from `cached` on, in the form of decoding rows, with their logits.
     fn causal(&mut self, step: &mut Step, id: usize, cached: usize, rows: usize) {
         self.begin(step, id);
         let first_row = step.rows() as u32;

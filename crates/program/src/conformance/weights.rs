@@ -7,16 +7,15 @@ use crate::backend::{BackendError, WeightSource};
 use crate::op::{Weight, WeightRole};
 use crate::program::Program;
 
-/// Weights drawn from a seed and each weight's name. Linear layers, experts, embedding and head
-/// are in the format asked for; routers and vectors in `f32`. Sizes are such that activations
-/// stay near 1.
+/// Weights that are drawn from a seed and each weight's name. Linear layers, experts, embedding and
+/// head have the given format; routers and vectors are `f32`. Activations stay near 1.
 #[derive(Debug, Clone)]
 pub struct SeededWeights<'a> {
-    /// The program whose weights these are.
+    /// The program of these weights.
     pub program: &'a Program,
     /// Format of the matrices.
     pub format: Format,
-    /// Which weights.
+    /// The seed.
     pub seed: u64,
 }
 
@@ -30,7 +29,7 @@ impl WeightSource for SeededWeights<'_> {
             WeightRole::Vector => 0.3,
             _ => 1.5 / (columns as f32).sqrt(),
         };
-        // Norms multiply: their weights lie around 1, other vectors around 0.
+        // Weights of norms are factors, so they lie around 1. Other vectors lie around 0.
         let middle = if decl.name.ends_with("norm") { 1.0 } else { 0.0 };
         let elements = decl.shape.iter().product();
         let values: Vec<f32> = (0..elements).map(|_| middle + spread * random.normal()).collect();

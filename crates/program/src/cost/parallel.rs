@@ -1,16 +1,17 @@
-//! What a step takes on ranks, predicted: bytes, FLOPs and communication with experts divided by
-//! column and by expert, and the time that follows from a machine's roofs.
+//! Predicts a step on several ranks: bytes, FLOPs and communication, with experts divided by column
+//! and by expert, and the time that follows from a machine's roofs.
 //!
-//! Conventions, beside those of [`super::count`]:
+//! Conventions, in addition to those of [`super::count`]:
 //! - Numbers are those of the busiest rank unless they say `mean`. Ranks wait for each other in
-//!   every layer, so what counts is the expected largest load of a layer, not the largest of the
-//!   expected ones. Loads come from seeded draws in which every row visits `k` of `E` experts, each
-//!   set as likely as any other: experts touched on a rank then agree with
-//!   `E/n (1 - (1 - k/E)^b)`, and their largest over ranks has no closed form.
-//! - A row is copied for each expert that it visits on a rank, and the experts' hidden elements and
-//!   outputs are written and read once more. With experts by column every rank does so for all
-//!   visits, with whole experts only for its own: where weights are read anyway, this decides.
-//! - Experts by column are balanced whatever the router does, up to borders at blocks of the
+//!   every layer. So the expected largest load of a layer counts, not the largest expected load.
+//!   Loads come from seeded draws in which every row visits `k` of `E` experts, with all sets
+//!   equally likely. The mean number of experts touched on a rank then agrees with `E/n (1 - (1 -
+//!   k/E)^b)`. The largest over ranks has no closed form.
+//! - A row is copied for each expert that it visits on a rank. The experts' hidden elements and
+//!   outputs are written and read once more. With experts by column, every rank does so for all
+//!   visits. With whole experts, it does so only for its own visits. If all weights are read
+//!   anyway, this makes the difference.
+//! - Experts by column are balanced whatever the router does, except for borders at blocks of the
 //!   format.
 
 use std::collections::HashMap;
@@ -26,34 +27,34 @@ use crate::op::*;
 use crate::program::Program;
 use crate::shard::{ExpertSplit, RankProgram, ShardOptions, shard_fitting};
 
-/// Draws of a batch's routing; the expected largest load is within some percent.
+/// Draws of a batch's routing. The expected largest load is accurate to a few percent.
 const DRAWS: usize = 200;
 /// Seed of the draws.
 const SEED: u64 = 17;
 
-/// What each rank can do, and what its link can.
+/// The roofs of each rank and of its link.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct RankRoofs {
-    /// Memory of one rank.
+    /// Memory bandwidth of one rank.
     pub read_gb_s: f64,
-    /// Arithmetic of one rank.
+    /// Arithmetic rate of one rank.
     pub gflop_s: f64,
-    /// What a rank can send while it receives as much.
+    /// Send bandwidth of a rank, while it receives as much.
     pub link_gb_s: f64,
-    /// What a collective takes however little it carries.
+    /// The fixed time of a collective.
     pub link_us: f64,
 }
 
 /// Bytes that a rank sends in a step, by kind of collective, with ring algorithms.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Communication {
-    /// Sums that every rank gets: `2 (n - 1) / n` of the values.
+    /// Sums that every rank gets whole: `2 (n - 1) / n` of the values.
     pub all_reduce_bytes: u64,
-    /// Sums of which every rank gets its part: `(n - 1) / n` of the values.
+    /// Sums of which every rank gets a part: `(n - 1) / n` of the values.
     pub reduce_scatter_bytes: u64,
-    /// Parts that every rank gets, logits among them: `(n - 1) / n` of the whole.
+    /// Parts that every rank collects, such as logits: `(n - 1) / n` of the whole.
     pub all_gather_bytes: u64,
-    /// Rows to the ranks of their experts, and back.
+    /// Rows that go to their experts' ranks and back.
     pub all_to_all_bytes: u64,
     /// Calls.
     pub collectives: u64,
@@ -73,33 +74,33 @@ impl Communication {
     }
 }
 
-/// What a step takes on the busiest rank.
+/// The cost of a step on the busiest rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]
 pub struct RankStep {
-    /// Weights read.
+    /// Bytes of weights that are read.
     pub weight_bytes: u64,
-    /// Weights read by a rank on average.
+    /// The mean over ranks.
     pub weight_bytes_mean: u64,
-    /// Cache read and written.
+    /// Bytes of the cache that are read and written.
     pub kv_bytes: u64,
-    /// Rows copied for experts, their hidden elements and outputs.
+    /// Bytes of rows copied for experts, and of their hidden elements and outputs.
     pub moved_bytes: u64,
     /// Operations.
     pub flops: u64,
-    /// Operations of a rank on average.
+    /// The mean over ranks.
     pub flops_mean: u64,
-    /// What it sends.
+    /// The communication of the rank.
     pub communication: Communication,
-    /// Distinct experts that a rank reads in a layer, on average.
+    /// Distinct experts that a rank reads in a layer, the mean over ranks.
     pub experts_touched_mean: Option<f64>,
     /// The same for the layer's busiest rank.
     pub experts_touched: Option<f64>,
-    /// Visits to experts of the layer's busiest rank, by those of a rank on average; 1 is even.
+    /// Visits to experts on the layer's busiest rank, relative to the mean over ranks; 1 is even.
     pub imbalance: Option<f64>,
 }
 
 impl RankStep {
-    /// How long it takes at least: the larger of reading and computing, then communicating.
+    /// The least time: the larger of reading and computing, plus communication.
     pub fn ms(&self, roofs: &RankRoofs) -> f64 {
         let bytes = self.weight_bytes + self.kv_bytes + self.moved_bytes;
         let memory = bytes as f64 / roofs.read_gb_s / 1e6;
@@ -107,22 +108,21 @@ impl RankStep {
     }
 }
 
-/// A model divided in one way, ready to be asked about steps.
+/// A model that is divided in one way, ready to predict steps.
 pub struct Division<'a> {
     program: &'a Program,
     split: ExpertSplit,
     ranks: usize,
-    /// Ranks whose weights have other shapes than those before, and how many are like each.
+    /// One rank for each set of weight shapes, with the number of ranks that share it.
     kinds: Vec<(RankProgram, u64)>,
     weight_bytes: &'a dyn Fn(Weight) -> u64,
     kv_format: KvFormat,
-    /// By experts and experts a token, then by rows.
+    /// Loads by experts and experts for each token, then by rows.
     loads: HashMap<(usize, usize), Vec<Load>>,
 }
 
 impl<'a> Division<'a> {
-    /// Divides `program` as the engine would. `rows_max` is the largest step that will be asked
-    /// about.
+    /// Divides `program` as the engine would. `rows_max` is the largest step to predict.
     ///
     /// # Errors
     /// As [`shard_fitting`].
@@ -154,7 +154,7 @@ impl<'a> Division<'a> {
         Ok(Self { program, split, ranks, kinds, weight_bytes, kv_format, loads })
     }
 
-    /// What a step of `shape` takes.
+    /// The predicted cost of a step of `shape`.
     pub fn step(&self, shape: &StepShape) -> RankStep {
         let shape = StepShape { ranks: self.ranks, ..shape.clone() };
         let mut busiest = RankStep::default();
@@ -175,10 +175,10 @@ impl<'a> Division<'a> {
         RankStep { weight_bytes_mean: weights as u64, flops_mean: flops as u64, ..busiest }
     }
 
-    /// What the step would send if rows were divided over the ranks too: attention's sums
-    /// scattered, rows sent to their experts' ranks and back, and gathered again for the next
-    /// attention. Rows beyond equal shares count as a whole one. `None` where no whole experts are
-    /// on ranks.
+    /// The communication of the step if rows were divided over the ranks too. Attention's sums
+    /// would be scattered, rows would go to their experts' ranks and back, and would be gathered
+    /// for the next attention. Shares of rows are rounded up. `None` if ranks do not have whole
+    /// experts.
     pub fn exchange(&self, shape: &StepShape) -> Option<Communication> {
         if self.split != ExpertSplit::ByExpert || self.loads.is_empty() {
             return None;
@@ -200,8 +200,7 @@ impl<'a> Division<'a> {
         Some(found)
     }
 
-    /// One rank's step, with the loads of the layers' busiest ranks and with those of an average
-    /// one.
+    /// The step of one rank, with the loads of the layers' busiest ranks and with mean loads.
     fn rank_step(&self, rank: &RankProgram, shape: &StepShape) -> (RankStep, Cost) {
         let bytes_of = |weight: Weight| {
             let part = &rank.parts[weight.0 as usize];
@@ -240,7 +239,7 @@ impl<'a> Division<'a> {
         let rows = shape.rows();
         let load = self.loads[&router][rows - 1];
         let (experts, per_token) = (router.0 as f64, router.1 as f64);
-        // What the counter took, for the rank's part of the experts and an even load.
+        // Removes what the counter assumed: the rank's part of the experts and an even load.
         let here = spec.experts as f64;
         let even_visits = rows as f64 * per_token * here / experts;
         let even_touched = here * (1.0 - (1.0 - per_token / experts).powf(rows as f64));
@@ -259,7 +258,7 @@ impl<'a> Division<'a> {
                 (load.touched_mean, rows as f64 * per_token / self.ranks as f64)
             }
         };
-        // Layers are mostly alike; the last one speaks for all.
+        // Layers are mostly alike, so the last one is reported.
         step.experts_touched_mean = Some(mean_touched);
         step.experts_touched = Some(touched);
         step.imbalance = Some(visits / mean_visits);
@@ -297,22 +296,22 @@ fn router_of(program: &Program, routing: Routing) -> Option<(usize, usize)> {
     })
 }
 
-/// Expected loads of a layer, for some number of rows.
+/// The expected loads of a layer for some number of rows.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Load {
-    /// Experts touched on a rank, on average over ranks.
+    /// The mean over ranks of the experts that are touched.
     touched_mean: f64,
-    /// On the rank that touches most.
+    /// Experts on the rank that touches most.
     touched: f64,
-    /// Visits to experts of the rank that has most.
+    /// Visits on the rank with the most visits.
     visits: f64,
 }
 
-/// Loads for 1 to `rows_max` rows; the draws for more rows go on from those for fewer.
+/// Loads for 1 to `rows_max` rows. The draws for more rows continue those for fewer.
 fn loads_of(experts: usize, per_token: usize, ranks: usize, rows_max: usize) -> Vec<Load> {
     let mut random = Random::new(SEED);
     let mut loads = vec![Load::default(); rows_max];
-    // As the engine divides them: borders at multiples of experts / ranks, rounded down.
+    // The engine's division: borders at multiples of experts / ranks, rounded down.
     let rank_of: Vec<usize> = (0..ranks)
         .flat_map(|rank| {
             let part = experts * rank / ranks..experts * (rank + 1) / ranks;
@@ -345,7 +344,7 @@ fn loads_of(experts: usize, per_token: usize, ranks: usize, rows_max: usize) -> 
     loads
 }
 
-/// Ranks other than a row's own that its experts are on, on average.
+/// The mean number of ranks, other than a row's own, that have its experts.
 fn remote_ranks(experts: usize, per_token: usize, ranks: usize) -> f64 {
     let visited = |rank: usize| {
         let here = experts * (rank + 1) / ranks - experts * rank / ranks;
@@ -357,8 +356,8 @@ fn remote_ranks(experts: usize, per_token: usize, ranks: usize) -> f64 {
     all * (ranks - 1) as f64 / ranks as f64
 }
 
-/// The first batch from which the strategy that wins at the largest one wins always, if another
-/// wins at 1. `wins[i]` tells who wins at batch `i + 1`.
+/// The first batch from which the strategy that wins at the largest batch always wins, if another
+/// wins at 1. `wins[i]` is the winner at batch `i + 1`.
 pub fn crossover<W: PartialEq>(wins: &[W]) -> Option<usize> {
     let last = wins.last()?;
     if wins.first() == Some(last) {
@@ -390,13 +389,14 @@ mod tests {
 
     #[test]
     fn one_row_of_two_experts_on_two_ranks_by_hand() {
-        // Of 4 experts, 2 a rank: both chosen are on one rank in 2 of 6 cases, apart in 4.
+        // Of 4 experts, each rank has 2. Both chosen experts are on one rank in 2 of 6 cases, and
+        // on different ranks in 4.
         let load = loads_of(4, 2, 2, 1)[0];
         assert!((load.touched - (2.0 * 2.0 + 4.0 * 1.0) / 6.0).abs() < 0.1, "{load:?}");
         assert_eq!(load.touched_mean, 1.0);
-        // A row's experts are on the other rank alone or too in 5 of 6 cases.
+        // In 5 of 6 cases at least one of a row's experts is on the other rank.
         assert!((remote_ranks(4, 2, 2) - 5.0 / 6.0).abs() < 1e-12);
-        // Every expert chosen: all other ranks.
+        // If every expert is chosen, all other ranks are needed.
         assert!((remote_ranks(8, 8, 4) - 3.0).abs() < 1e-12);
     }
 

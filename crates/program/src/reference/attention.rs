@@ -1,4 +1,4 @@
-//! Attention over the paged cache, with keys and values of their own or from latents.
+//! Attention over the paged cache, with separate keys and values or with latents.
 
 use rayon::prelude::*;
 
@@ -46,7 +46,7 @@ fn softmax(scores: &mut [f32], sink: Option<f32>) {
     scores.iter_mut().for_each(|score| *score *= inverse);
 }
 
-/// The rows of a step, and the tables and cache that they see.
+/// The rows of a step, with the tables and the cache that they see.
 #[derive(Clone, Copy)]
 pub(super) struct Seen<'a> {
     pub(super) step: &'a Step,

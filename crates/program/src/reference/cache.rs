@@ -1,5 +1,5 @@
-//! The paged cache in `f32`: one pool of equal pages, as a device would hold it, so that a wrong
-//! block table reads another sequence's numbers here too.
+//! The paged cache in `f32`: one pool of equal pages, as on a device. So a wrong block table reads
+//! another sequence's numbers here too.
 
 use crate::backend::BackendError;
 use crate::kv::{KvFormat, KvLayout};
@@ -7,7 +7,7 @@ use crate::kv_codec::{KvVector, round_trip};
 use crate::op::KvLayer;
 use crate::tables::BlockTable;
 
-/// Bytes of the cache's own numbers.
+/// Bytes of a number in this cache.
 const F32_BYTES: usize = 4;
 
 pub(super) struct Cache {
@@ -70,7 +70,7 @@ impl Cache {
         }
     }
 
-    /// What [`Self::write`] stored: `first` and `second`.
+    /// Reads what [`Self::write`] stored: `first` and `second`.
     pub(super) fn read(&self, layer: KvLayer, table: &BlockTable, slot: usize) -> (&[f32], &[f32]) {
         let [first, second] =
             self.layout.layer(layer).shape.vectors().map(|(count, elements)| count * elements);
@@ -78,7 +78,7 @@ impl Cache {
         self.cells[start..start + first + second].split_at(first)
     }
 
-    /// Copies what `from` holds to `to`, in all layers of a group.
+    /// Copies slot `from` to slot `to` in all layers of a group.
     pub(super) fn copy_slot(&mut self, group: usize, table: &BlockTable, from: usize, to: usize) {
         for index in 0..self.layout.layers.len() {
             let layer = KvLayer(index as u32);

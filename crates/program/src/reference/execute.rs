@@ -30,12 +30,12 @@ pub struct ReferenceExecutor {
     lifetimes: Vec<Lifetime>,
     chooser: Chooser,
     run: StepValues,
-    /// Steps that ran and are not collected yet, the oldest first.
+    /// Results of steps that have run and are not collected yet, the oldest first.
     submitted: VecDeque<Result<Made, BackendError>>,
     collected: Made,
 }
 
-/// What the ops of a step have made so far.
+/// The results of a step's ops so far.
 #[derive(Default)]
 struct StepValues {
     values: Vec<Vec<f32>>,
@@ -44,7 +44,7 @@ struct StepValues {
     captures: Vec<Vec<f32>>,
 }
 
-/// What a step hands out.
+/// The results that a step hands out.
 #[derive(Default)]
 struct Made {
     routings: Vec<Routed>,
@@ -54,7 +54,7 @@ struct Made {
     captures: Vec<Vec<f32>>,
 }
 
-/// Threads of its own where a number is asked for.
+/// A thread pool of its own, if a number of threads is given.
 pub(super) fn pool(threads: Option<usize>) -> Result<Option<rayon::ThreadPool>, BackendError> {
     let build = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = threads.map(build).transpose();
@@ -191,7 +191,7 @@ impl ReferenceExecutor {
         Ok(())
     }
 
-    /// The ops that make one value from values, weights and the cache.
+    /// Computes the ops that make one value from values, weights and the cache.
     fn compute(&self, op: &Op, step: &Step) -> Vec<f32> {
         let program = &*self.program;
         let width = |value: Value| program.value_width(value);
@@ -328,8 +328,8 @@ impl ReferenceExecutor {
         Ok(logits)
     }
 
-    /// Puts the ranks' logits side by side. The last rank's part may be narrower: parts travel
-    /// at the width of the widest, and what lies past the vocabulary is dropped.
+    /// Puts the ranks' logits side by side. The last rank's part may be narrower. All parts are
+    /// sent at the width of the widest, and what lies past the vocabulary is dropped.
     fn gather_logits(
         &self,
         part: &[f32],
@@ -347,7 +347,7 @@ impl ReferenceExecutor {
         Ok(rows.flat_map(|row| &row[..vocabulary]).copied().collect())
     }
 
-    /// Rows of `width` of each rank, side by side.
+    /// The parts of all ranks, `width` elements of a row each, side by side.
     fn gather(&self, part: &[f32], width: usize) -> Result<Vec<f32>, BackendError> {
         let collective = &self.backend.collective;
         let ranks = collective.ranks();
@@ -376,7 +376,7 @@ impl Executor for ReferenceExecutor {
         self.limits
     }
 
-    /// The step runs at once; what it made waits until it is collected.
+    /// The step runs at once. Its result waits until it is collected.
     fn submit(&mut self, step: &Step) -> Result<(), BackendError> {
         let most = self.limits.steps_in_flight;
         if self.submitted.len() == most {

@@ -1,11 +1,11 @@
-//! Experts as a grouped product: the rows of each expert together, their outputs summed by row
-//! in the order of the row's choice.
+//! Experts as a grouped product. The rows of each expert run together. Their outputs are summed for
+//! each row in the order of its choice.
 
 use super::math::{activate, matmul};
 use super::weights::Weights;
 use crate::op::ExpertsSpec;
 
-/// A routing as it lies in memory: `[rows, experts_per_token]`, best first.
+/// A routing in memory: `[rows, experts_per_token]`, the best first.
 #[derive(Default, Clone)]
 pub(super) struct Routed {
     pub(super) experts: Vec<u32>,

@@ -5,8 +5,8 @@ use rayon::prelude::*;
 use crate::op::{Activation, NormKind, RopeStyle, RopeTable};
 use crate::step::Step;
 
-/// Partial sums of a dot product, added as a tree at the end: less rounding than one sum, and
-/// the same for every caller.
+/// Partial sums of a dot product. They are added as a tree at the end, which rounds less than one
+/// sum and gives every caller the same result.
 const LANES: usize = 16;
 
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -44,7 +44,7 @@ pub(super) fn matmul(matrix: &[f32], bias: Option<&[f32]>, input: &[f32], k: usi
         outputs.for_each(|(output, out)| *out = element(output, 0));
         return out;
     }
-    // Each thread reads its weights once; the result is transposed afterwards.
+    // Each thread reads its weights once, so the result is transposed afterwards.
     let mut columns = vec![0f32; rows * n];
     let by_output = columns.par_chunks_mut(rows.max(1)).with_min_len(1 + 65536 / (k * rows.max(1)));
     by_output.enumerate().for_each(|(output, column)| {
@@ -73,7 +73,7 @@ pub(super) fn norm(
         };
         let squares = part.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>();
         let inverse = 1.0 / (squares / count + f64::from(epsilon)).sqrt();
-        // A vector of the row's width has one weight an element, a shorter one repeats.
+        // A vector as wide as the row has one weight for each element. A shorter one repeats.
         let start = index % groups * n;
         let element = |vector: &[f32], i: usize| {
             if vector.len() == n { vector[i] } else { vector[start + i] }
@@ -102,7 +102,7 @@ pub(super) fn rope(
     let pairs = table.inverse_frequencies.len();
     let long = step.sequences.iter().flat_map(|it| it.row_range().map(|_| it.long_rope));
     for ((row, position), long) in out.chunks_exact_mut(width).zip(&step.positions).zip(long) {
-        // The angle is rounded to `f32` as the models' own code does it; its sine is exact.
+        // The angle is rounded to `f32`, like in the models' own code. Its sine is exact.
         let turns: Vec<(f32, f32)> = table
             .frequencies(long)
             .iter()

@@ -1,8 +1,8 @@
-//! The scalar `f32` reference: the oracle that every backend is compared with.
+//! The scalar `f32` reference: the oracle for every backend.
 //!
-//! It dequantizes all weights to `f32` when a program is prepared, keeps an `f32` paged cache
-//! (other cache formats as round trips at the write), and computes every row by itself, so that
-//! nothing depends on how rows are batched. Plain loops; threads share out rows and outputs.
+//! It dequantizes all weights to `f32` when a program is prepared. Its paged cache is `f32`; other
+//! cache formats are rounded when they are written. It computes every row separately, so that
+//! nothing depends on the batch. It has plain loops, and threads divide rows and outputs.
 
 mod attention;
 mod cache;
@@ -29,10 +29,10 @@ pub use execute::ReferenceExecutor;
 /// How the reference computes multi-head latent attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LatentForm {
-    /// Keys and values of every head are made from the latents.
+    /// Makes keys and values of every head from the latents.
     #[default]
     Expanded,
-    /// Queries are turned into latent space and attend to the latents themselves.
+    /// Projects queries into the latent space, where they attend to the latents.
     Absorbed,
 }
 
@@ -62,13 +62,13 @@ impl ReferenceBackend {
         Self { latent_form, ..self }
     }
 
-    /// The same as one rank of several; its programs are one rank's programs.
+    /// The same as one rank of several. It runs one rank's programs.
     pub fn collective(self, collective: Arc<HostCollective>) -> Self {
         Self { collective, ..self }
     }
 
-    /// The same with executors that take this many steps before the first is collected, as a device
-    /// does: for tests of what is above an executor.
+    /// The same with executors that accept `steps` steps before the first is collected, like a
+    /// device. For tests of the layers above an executor.
     ///
     /// # Panics
     /// If `steps` is 0.
@@ -77,7 +77,7 @@ impl ReferenceBackend {
         Self { steps_in_flight: steps, ..self }
     }
 
-    /// As [`Backend::prepare`], with the executor's own type.
+    /// As [`Backend::prepare`], and returns the concrete executor type.
     ///
     /// # Errors
     /// As [`Backend::prepare`].
@@ -108,7 +108,7 @@ impl Backend for ReferenceBackend {
         "reference"
     }
 
-    /// The reference defines every op, so that it lacks none.
+    /// The reference defines every op, so it supports all.
     fn supports(&self, _: &Program, _: &ExecutorOptions) -> Result<(), Missing> {
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Which experts a row visits, and with what weights.
+//! Chooses the experts of a row and their weights.
 
 use super::math::sigmoid;
 use crate::op::{GroupLimit, GroupScore, RouterScore, RouterSpec};
@@ -37,7 +37,7 @@ pub(super) fn choose(
     chosen.iter().map(|e| *e as u32).zip(weights.iter().map(|w| w * spec.scaling)).collect()
 }
 
-/// Puts experts of all but the best groups out of reach.
+/// Excludes the experts of all but the best groups.
 fn exclude_groups(limit: &GroupLimit, preference: &mut [f32]) {
     let size = preference.len() / limit.groups;
     let score = |group: &[f32]| {
@@ -56,7 +56,7 @@ fn exclude_groups(limit: &GroupLimit, preference: &mut [f32]) {
     }
 }
 
-/// Indexes of the `count` largest, largest first, the lower index first among equals.
+/// The indexes of the `count` largest scores, largest first, ties by lower index.
 fn best(scores: &[f32], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
@@ -120,7 +120,7 @@ mod tests {
         let limit = |score| GroupLimit { groups: 2, groups_per_token: 1, score };
         let base = spec(RouterScore::SoftmaxOfChosen);
         let max = RouterSpec { groups: Some(limit(GroupScore::Max)), ..base.clone() };
-        // Both groups' best is 2: the first group wins, with experts 1 and 0.
+        // Both groups have the same best score, so the first group wins, with experts 1 and 0.
         close(&choose(&max, None, &LOGITS), &[(1, 0.880797), (0, 0.119203)]);
         let sum = RouterSpec { groups: Some(limit(GroupScore::TopTwoSum)), ..base };
         close(&choose(&sum, None, &LOGITS), &[(3, 0.731059), (2, 0.268941)]);

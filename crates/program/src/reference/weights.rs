@@ -1,4 +1,4 @@
-//! All weights as `f32`, tensors that several weights share kept once.
+//! All weights as `f32`. Tensors that several weights share are kept once.
 
 use std::sync::Arc;
 

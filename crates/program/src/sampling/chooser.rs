@@ -1,15 +1,15 @@
-//! `Chooser`: the choices of whole steps, for executors on the host.
+//! `Chooser`: makes all choices of a step, for executors on the host.
 
 use super::{Sampler, TokenLogprobs};
 use crate::step::{Step, StepSequence, TokenSource};
 
-/// Tokens and reports of one step after the other, in memory that is kept.
+/// The tokens and reports of steps, in memory that is reused.
 #[derive(Debug, Default)]
 pub struct Chooser {
     sampler: Sampler,
-    /// By row: token ids, those that were chosen included.
+    /// The token id of each row. Chosen tokens are resolved.
     row_tokens: Vec<u32>,
-    /// By choice.
+    /// The token of each choice.
     tokens: Vec<Option<u32>>,
     logprobs: Vec<Option<TokenLogprobs>>,
     generated: Vec<u32>,
@@ -17,8 +17,8 @@ pub struct Chooser {
 }
 
 impl Chooser {
-    /// Takes a step that follows the one chosen last: resolves [`TokenSource::Chosen`], and forgets
-    /// the choices before.
+    /// Begins a step that follows the last one. Resolves [`TokenSource::Chosen`] and drops the
+    /// earlier choices.
     pub fn begin(&mut self, step: &Step) {
         let Self { row_tokens, tokens, logprobs, .. } = self;
         row_tokens.clear();
@@ -38,8 +38,8 @@ impl Chooser {
         &self.row_tokens
     }
 
-    /// Makes the choices of the step from `logits`, `[choices, vocabulary]`. The rows of logits
-    /// that are to be handed out are then the first ones of `logits`.
+    /// Makes the choices of the step from `logits`, `[choices, vocabulary]`. Afterwards the first
+    /// rows of `logits` are those to hand out.
     pub fn choose(&mut self, step: &Step, vocabulary: usize, logits: &mut [f32]) {
         let mut sequences = step.sequences.iter();
         let mut sequence = sequences.next();
@@ -71,7 +71,7 @@ impl Chooser {
         }
     }
 
-    /// Takes the step's tokens from a device that chose them itself; there is no report.
+    /// Takes the step's tokens from a device that chose them itself. There is no report.
     pub fn accept(&mut self, tokens: impl ExactSizeIterator<Item = Option<u32>>) {
         self.logprobs.resize(tokens.len(), None);
         self.tokens.extend(tokens);
@@ -88,17 +88,17 @@ impl Chooser {
         }
     }
 
-    /// By choice: the token, where one was asked for and could be chosen.
+    /// For each choice the token, if one was asked for and could be chosen.
     pub fn tokens(&self) -> &[Option<u32>] {
         &self.tokens
     }
 
-    /// By choice: log-probabilities, where they were asked for and a token was chosen.
+    /// For each choice the log-probabilities, if they were asked for and a token was chosen.
     pub fn logprobs(&self) -> &[Option<TokenLogprobs>] {
         &self.logprobs
     }
 
-    /// Rows of logits that are to be handed out.
+    /// The number of rows of logits to hand out.
     pub fn logits_rows(&self) -> usize {
         self.logits_rows
     }

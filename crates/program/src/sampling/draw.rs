@@ -20,8 +20,8 @@ pub fn uniform(seed: u64, counter: u64) -> f64 {
     (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Draws a token by inverting the cumulative distribution at `point` in `[0, 1)`; `None` if
-/// nothing can be drawn.
+/// Draws a token by inverting the cumulative distribution at `point` in `[0, 1)`. `None` if no
+/// token can be drawn.
 pub(super) fn draw(
     logits: &[f32],
     sampling: &Sampling,
@@ -32,7 +32,7 @@ pub(super) fn draw(
     if best == f32::NEG_INFINITY {
         return None;
     }
-    // Relative to the best token, whose weight is 1.
+    // Relative to the best token, which has weight 1.
     let weight = |logit: f32| exp_negative((finite(logit) - best) / sampling.temperature);
     let top_p = f64::from(sampling.top_p);
     let Buffers { weights, candidates } = buffers;
@@ -46,8 +46,8 @@ pub(super) fn draw(
         weights.clear();
         weights.extend(logits.iter().map(|&logit| weight(logit)));
         let total = sum(weights, |weight| weight);
-        // Tokens below the cutoff have less than `1 - top_p` of the mass together, so that the
-        // nucleus is among the rest. Few pass for a peaked distribution.
+        // Tokens below the cutoff have less than `1 - top_p` of the mass together. So the nucleus
+        // is among the others, which are few if the distribution is peaked.
         let cutoff = (0.999 * (1.0 - top_p) * total / logits.len() as f64) as f32;
         let cutoff = cutoff.max(sampling.min_p);
         let passing = weights.iter().copied().zip(0..);
@@ -84,13 +84,13 @@ fn invert(candidates: &[(f32, u32)], point: f64) -> u32 {
             return token;
         }
     }
-    // Rounding only; the best token's weight is 1, so that there is a candidate.
+    // Only rounding leads here. The best token has weight 1, so there is a candidate.
     candidates[candidates.len() - 1].1
 }
 
-/// Moves the fewest best candidates with at least `mass` together to the front and returns their
-/// number, at least 1. Quickselect on the running sum: linear on average, however flat the
-/// distribution is.
+/// Moves the fewest best candidates with at least `mass` together to the front, and returns their
+/// number, at least 1. It is a quickselect on the running sum: linear on average for any
+/// distribution.
 fn nucleus(candidates: &mut [(f32, u32)], mut mass: f64) -> usize {
     let (mut low, mut high) = (0, candidates.len());
     while high - low > 32 {
@@ -116,7 +116,7 @@ fn nucleus(candidates: &mut [(f32, u32)], mut mass: f64) -> usize {
     high.max(1)
 }
 
-/// Puts a pivot at its place, better ones before it; returns that place.
+/// Moves a pivot to its place and better candidates before it. Returns that place.
 fn partition(candidates: &mut [(f32, u32)]) -> usize {
     let last = candidates.len() - 1;
     let mut three = [0, last / 2, last];
@@ -145,7 +145,7 @@ mod tests {
         for round in 0..300 {
             let n = random.random_range(1..600);
             let spread = [1, 3, 1000][round % 3];
-            // Sixteenths sum without rounding, so that both ways see the same sums.
+            // Sums of sixteenths are exact, so both ways have the same sums.
             let mut candidates: Vec<(f32, u32)> =
                 (0..n).map(|id| (random.random_range(1..=spread) as f32 / 16.0, id)).collect();
             let total = weight_of(&candidates);

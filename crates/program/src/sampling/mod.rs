@@ -62,7 +62,7 @@ pub struct Sampling {
     pub presence_penalty: f32,
     /// Subtracted once for each time that a token occurs in the generated text.
     pub frequency_penalty: f32,
-    /// Same seed, same text.
+    /// The same seed gives the same text.
     pub seed: u64,
 }
 
@@ -81,20 +81,20 @@ impl Default for Sampling {
     }
 }
 
-/// A sampling parameter out of range.
+/// An error of sampling parameters.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SamplingError {
-    /// A number that is not in its range.
+    /// A number is out of its range.
     #[error("{name} is {found}, expected {expected}")]
     OutOfRange {
-        /// Which field.
+        /// The field.
         name: &'static str,
         /// Its value.
         found: f32,
-        /// What it may be.
+        /// Its range.
         expected: &'static str,
     },
-    /// A bias for a token that the model does not have.
+    /// A bias names a token that the model does not have.
     #[error("logit_bias names token {token}, outside the vocabulary of {vocabulary}")]
     BiasOutOfRange {
         /// The id.
@@ -108,7 +108,7 @@ impl Sampling {
     /// Checks every field.
     ///
     /// # Errors
-    /// [`SamplingError::OutOfRange`] names the first that is out of its range.
+    /// [`SamplingError::OutOfRange`] names the first field that is out of its range.
     pub fn validate(&self) -> Result<(), SamplingError> {
         let checks = [
             ("temperature", self.temperature, 0.0..=f32::MAX, "a number from 0 up"),
@@ -131,7 +131,7 @@ impl Sampling {
         }
     }
 
-    /// Whether [`TokenCounts`] make a difference.
+    /// Whether any penalty is on, so that [`TokenCounts`] matter.
     pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.presence_penalty != 0.0
@@ -156,23 +156,24 @@ pub fn validate_bias(bias: &[(u32, f32)], vocabulary: usize) -> Result<(), Sampl
     Ok(())
 }
 
-/// The tokens of a text that penalties look at, and how often each was generated.
+/// The tokens of a text for penalties, with the number of times that each was generated.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct TokenCounts {
-    /// Each token once, with the times that it was generated: 0 for tokens of the prompt alone.
+    /// Each token once, with the number of times that it was generated; 0 if it occurs only in the
+    /// prompt.
     entries: Vec<(u32, u32)>,
     place_of: HashMap<u32, u32>,
 }
 
 impl TokenCounts {
-    /// Of a text that begins with `prompt`.
+    /// The counts of a text that begins with `prompt`.
     pub fn new(prompt: &[u32]) -> Self {
         let mut counts = Self::default();
         prompt.iter().for_each(|token| counts.add(*token, 0));
         counts
     }
 
-    /// Takes note of a generated token.
+    /// Counts a generated token.
     pub fn record(&mut self, token: u32) {
         self.add(token, 1);
     }
@@ -186,7 +187,8 @@ impl TokenCounts {
         entries[place as usize].1 += times;
     }
 
-    /// Each token once, in the order in which they were met, with the times that it was generated.
+    /// Each token once, in order of first occurrence, with the number of times that it was
+    /// generated.
     pub fn entries(&self) -> &[(u32, u32)] {
         &self.entries
     }
@@ -202,7 +204,7 @@ impl TokenCounts {
     }
 }
 
-/// The tokens that may be chosen, a bit each.
+/// The tokens that may be chosen, one bit for each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenMask {
     vocabulary: usize,
@@ -210,7 +212,7 @@ pub struct TokenMask {
 }
 
 impl TokenMask {
-    /// No token of a vocabulary.
+    /// A mask that allows no token.
     pub fn none(vocabulary: usize) -> Self {
         Self { vocabulary, words: vec![0; vocabulary.div_ceil(32)] }
     }
@@ -229,7 +231,7 @@ impl TokenMask {
         self.words[token as usize / 32] >> (token % 32) & 1 == 1
     }
 
-    /// Tokens of the vocabulary.
+    /// The size of the vocabulary.
     pub fn vocabulary(&self) -> usize {
         self.vocabulary
     }
@@ -240,18 +242,18 @@ impl TokenMask {
     }
 }
 
-/// Log-probabilities of one row, of the model's own distribution: before penalties, bias, masks,
+/// Log-probabilities of one row in the model's own distribution: before penalties, bias, masks,
 /// temperature and truncation. Natural logarithms.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprobs {
-    /// Of the token that was chosen.
+    /// The chosen token's log-probability.
     pub logprob: f32,
     /// The most probable tokens, best first; ties by lower id.
     pub top: Vec<(u32, f32)>,
 }
 
 impl TokenLogprobs {
-    /// Of `token` and the `count` best tokens of a row of logits.
+    /// The log-probabilities of `token` and of the `count` best tokens of a row of logits.
     pub fn of(logits: &[f32], token: u32, count: usize) -> Self {
         let sum = logits::log_sum_exp(logits);
         let logprob = |logit: f32| (f64::from(logits::finite(logit)) - sum) as f32;
@@ -262,19 +264,19 @@ impl TokenLogprobs {
     }
 }
 
-/// Memory for choosing tokens, kept from row to row, so that choosing allocates nothing.
+/// Reusable memory for choosing tokens, so that choosing allocates nothing.
 #[derive(Debug, Default)]
 pub struct Sampler {
     adjusted: Vec<f32>,
-    /// Generated tokens that the counts leave out, each once, with the times that it occurs.
+    /// Generated tokens that the counts do not include, each once, with its number of occurrences.
     more: Vec<(u32, u32)>,
     buffers: draw::Buffers,
 }
 
 impl Sampler {
-    /// Chooses a token from `logits` `[vocabulary]` as `choice` says; `generated` are the tokens of
-    /// the [`crate::TokenSource::Chosen`] rows that the row sees. `None` if no token is asked
-    /// for, or none can be chosen. Greedy choices without penalties, bias and mask do not copy the
+    /// Chooses a token from `logits` `[vocabulary]` as `choice` says. `generated` has the tokens of
+    /// the [`crate::TokenSource::Chosen`] rows that the row sees. `None` if no token is asked for,
+    /// or none can be chosen. Greedy choices without penalties, bias and mask do not copy the
     /// logits.
     pub fn choose(&mut self, choice: &Choice, generated: &[u32], logits: &[f32]) -> Option<u32> {
         let sampling = choice.sampling.as_ref()?;
@@ -333,7 +335,8 @@ impl Sampler {
     }
 }
 
-/// The penalties of a token that was generated `count` times, or is in the prompt alone.
+/// Applies the penalties of a token that was generated `count` times; 0 if it occurs only in the
+/// prompt.
 fn penalize(logit: &mut f32, count: u32, sampling: &Sampling) {
     let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = *sampling;
     *logit = if *logit < 0.0 { *logit * repetition_penalty } else { *logit / repetition_penalty };

@@ -1,4 +1,4 @@
-//! The sampler against a naive one that sorts everything, in numbers and in frequencies.
+//! Compares the sampler with a naive one that sorts everything, in numbers and in frequencies.
 
 use std::sync::Arc;
 
@@ -7,14 +7,14 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 
-/// How a text that continues a prompt is sampled.
+/// The sampling of a text that continues a prompt.
 #[derive(Debug, Clone, Default)]
 struct Setting {
     sampling: Sampling,
     bias: Vec<(u32, f32)>,
     prompt: Vec<u32>,
     text: Vec<u32>,
-    /// How many of the text's last tokens the counts leave out.
+    /// The number of last tokens that the counts do not include.
     uncounted: usize,
     forbidden: Vec<u32>,
 }
@@ -47,7 +47,7 @@ impl From<Sampling> for Setting {
     }
 }
 
-/// Probabilities by the book: full sorts, `f64`, one operation after the other.
+/// Probabilities from the definition: full sorts, `f64`, one operation after the other.
 fn naive(logits: &[f32], setting: &Setting) -> Vec<f64> {
     let Setting { sampling, prompt, text, .. } = setting;
     let mut x: Vec<f64> =
@@ -122,15 +122,15 @@ fn random_setting(random: &mut ChaCha8Rng, vocabulary: u32) -> Setting {
     let bias = vec![(biased, 1.5), (0, f32::NEG_INFINITY), (biased, 0.5)];
     let mut tokens = || (0..6).map(|_| random.random_range(0..vocabulary)).collect();
     let (prompt, text): (Vec<u32>, Vec<u32>) = (tokens(), tokens());
-    // One token at least stays allowed beside token 0, whose bias forbids it.
+    // The bias forbids token 0. At least one other token stays allowed.
     let forbidden = (0..random.random_range(0..3)).map(|_| random.random_range(2..vocabulary));
     let forbidden = forbidden.collect();
     let uncounted = random.random_range(0..3);
     Setting { sampling, bias, prompt, text, uncounted, forbidden }
 }
 
-/// Pearson's statistic against its 99.99 % quantile (Wilson and Hilferty's approximation); cells
-/// that expect fewer than 5 are joined. Seeds are fixed, so that this passes always or never.
+/// Compares Pearson's statistic with its 99.99 % quantile (Wilson and Hilferty's approximation).
+/// Cells that expect fewer than 5 are joined. Seeds are fixed, so the result is always the same.
 fn agrees(counts: &[usize], p: &[f64]) -> bool {
     let draws: usize = counts.iter().sum();
     let (mut statistic, mut cells, mut rest) = (0.0, 0, (0.0, 0.0));
@@ -193,7 +193,7 @@ fn counts_may_leave_out_tokens_that_the_executor_knows() {
     }
 }
 
-/// What a kernel has to reproduce.
+/// Numbers that a kernel must reproduce.
 #[test]
 fn numbers_drawn_are_these() {
     let drawn = [(0, 0), (0, 1), (7, 3), (u64::MAX, 1 << 40)].map(|(s, c)| draw::uniform(s, c));

@@ -1,4 +1,4 @@
-//! Ranks that are threads of this process, seen from outside as one backend.
+//! Ranks that are threads of this process, as one backend.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -17,20 +17,20 @@ use crate::program::Program;
 use crate::step::{SlotMove, Step, StepError};
 use crate::tables::SequenceTables;
 
-/// Runs a program over several ranks, each a backend of its own with an equal share of the
-/// threads, at least one: fewer threads than ranks take turns on the cores.
+/// Runs a program over several ranks. Each is a backend of its own with an equal share of the
+/// threads, at least one. If there are fewer threads than ranks, the ranks take turns on the cores.
 pub struct ShardedBackend<F> {
     options: ShardOptions,
     rank_backend: F,
 }
 
 impl<F: Fn(Arc<HostCollective>) -> Box<dyn Backend>> ShardedBackend<F> {
-    /// `rank_backend` makes the backend of one rank from its end of the group.
+    /// `rank_backend` makes the backend of one rank from its member of the group.
     pub fn new(options: ShardOptions, rank_backend: F) -> Self {
         Self { options, rank_backend }
     }
 
-    /// The backend of a rank that is the only one.
+    /// The backend of a single rank.
     fn alone(&self) -> Box<dyn Backend> {
         (self.rank_backend)(Arc::new(SingleRank))
     }
@@ -41,7 +41,7 @@ impl<F: Fn(Arc<HostCollective>) -> Box<dyn Backend>> Backend for ShardedBackend<
         "sharded"
     }
 
-    /// What the backend of a rank says of the whole program: a rank's has the same ops.
+    /// Asks a rank's backend about the whole program, because a rank's program has the same ops.
     fn supports(&self, program: &Program, options: &ExecutorOptions) -> Result<(), Missing> {
         self.alone().supports(program, options)
     }
@@ -58,8 +58,8 @@ impl<F: Fn(Arc<HostCollective>) -> Box<dyn Backend>> Backend for ShardedBackend<
         self.alone().runs_format(format, columns)
     }
 
-    /// As [`Backend::prepare`]; also [`BackendError::Shard`] where the program or its weights'
-    /// blocks cannot be divided.
+    /// As [`Backend::prepare`]; also [`BackendError::Shard`] if the program or the blocks of its
+    /// weights cannot be divided.
     fn prepare(
         &self,
         program: Arc<Program>,
@@ -92,7 +92,7 @@ fn prepare_rank(
     backend.prepare(Arc::new(rank.program.clone()), &RankWeights { source, rank }, options)
 }
 
-/// One rank: its end of the group, and what runs its program.
+/// One rank: its member of the group and its executor.
 pub(super) struct Rank {
     end: Arc<HostCollective>,
     executor: Box<dyn Executor>,
@@ -116,8 +116,8 @@ impl Rank {
         self.attempt(|executor| executor.move_slots(moves))
     }
 
-    /// If `work` does not end well, be it by a panic, the rank leaves its group, so that the others
-    /// do not wait for it.
+    /// Calls `work`. If it fails or panics, the rank leaves its group, so that the others do not
+    /// wait for it.
     fn attempt<'a, T>(
         &'a mut self,
         work: impl FnOnce(&'a mut dyn Executor) -> Result<T, BackendError>,
@@ -133,8 +133,8 @@ impl Rank {
     }
 }
 
-/// A program over several ranks. A step runs on all of them at once, rank 0 on the caller's
-/// thread; what rank 0 makes is the result. After a rank has failed, every further step fails.
+/// A program over several ranks. A step runs on all of them at once, rank 0 on the caller's thread.
+/// The result is that of rank 0. After a rank has failed, every further step fails.
 pub struct ShardedExecutor {
     program: Arc<Program>,
     first: Rank,
@@ -142,7 +142,7 @@ pub struct ShardedExecutor {
     limits: ExecutorLimits,
     /// Checks steps before any rank sees them.
     tables: SequenceTables,
-    /// What the last step chose: the other ranks make no choices of their own.
+    /// The choices of the last step. The other ranks make no choices of their own.
     chosen: Vec<Option<u32>>,
     in_flight: bool,
     kv_format: KvFormat,
@@ -175,8 +175,8 @@ impl ShardedExecutor {
     }
 }
 
-/// The error of all ranks together: a rank's own says more than the others' complaint that it has
-/// gone.
+/// The error of all ranks together. A rank's own error says more than the others' error that the
+/// rank is gone.
 fn cause(own: Option<BackendError>, others: Option<BackendError>) -> Option<BackendError> {
     let is_cause = |error: &BackendError| !matches!(error, BackendError::Collective(_));
     match (own, others) {
@@ -207,7 +207,7 @@ impl Executor for ShardedExecutor {
         if self.in_flight {
             return Err(StepError("a step is in flight already".to_owned()).into());
         }
-        // A malformed step is refused before any rank runs, and harms none.
+        // A malformed step is refused before any rank runs, and changes nothing.
         self.tables.accept(step, &self.program, &self.limits)?;
         self.others.start(step, &self.chosen);
         match self.first.submit(step) {

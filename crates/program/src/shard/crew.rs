@@ -1,8 +1,8 @@
-//! The ranks beside the first, each on a thread that lasts as long as the executor: a decode step
-//! takes less time than starting threads does.
+//! The ranks other than the first. Each has a thread that lasts as long as the executor, because a
+//! decode step takes less time than starting threads.
 //!
-//! A step is put on a board, the board's number of tasks goes up, and every rank runs it once. A
-//! rank that has nothing to do looks at the number for a while, then sleeps until it is woken.
+//! A step is put on a board, and the board's task number increases. Every rank then runs the step
+//! once. An idle rank polls the number for a while and then sleeps until it is woken.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -13,26 +13,26 @@ use super::backend::Rank;
 use crate::backend::BackendError;
 use crate::step::{Choice, Report, SlotMove, Step, TokenSource};
 
-/// How long a rank looks for the next task before it sleeps: longer than a sampler takes.
+/// The time that a rank polls for the next task before it sleeps. It is longer than sampling takes.
 const LOOK: Duration = Duration::from_micros(300);
 
-/// What ranks do next.
+/// The next task of the ranks.
 #[derive(Default)]
 struct Task {
     step: Step,
-    /// If there are any, they are the task, and not the step.
+    /// If not empty, these moves are the task, and not the step.
     moves: Vec<SlotMove>,
 }
 
 #[derive(Default)]
 struct Board {
     task: RwLock<Task>,
-    /// Tasks that were put on the board.
+    /// The number of tasks so far.
     tasks: AtomicU64,
     stop: AtomicBool,
 }
 
-/// What a rank has done so far.
+/// The progress of a rank.
 #[derive(Default)]
 struct Progress {
     tasks: AtomicU64,
@@ -66,8 +66,8 @@ impl Crew {
         Ok(crew)
     }
 
-    /// Has every rank run `step`, whose rows' chosen tokens are those in `chosen`;
-    /// [`Crew::finish`] must follow before the next.
+    /// Starts `step` on every rank. `chosen` has the tokens of its chosen rows. [`Crew::finish`]
+    /// must follow before the next task.
     pub(super) fn start(&mut self, step: &Step, chosen: &[Option<u32>]) {
         if self.members.is_empty() {
             return;
@@ -79,7 +79,7 @@ impl Crew {
         self.announce();
     }
 
-    /// Has every rank move slots; [`Crew::finish`] must follow before the next.
+    /// Starts moves of slots on every rank. [`Crew::finish`] must follow before the next task.
     pub(super) fn start_moves(&mut self, moves: &[SlotMove]) {
         if self.members.is_empty() || moves.is_empty() {
             return;
@@ -98,7 +98,8 @@ impl Crew {
         }
     }
 
-    /// Waits until every rank has done its task; the first error that is a rank's own, else any.
+    /// Waits until every rank has finished its task. Returns the first error that is a rank's own,
+    /// or else any error.
     pub(super) fn finish(&mut self) -> Option<BackendError> {
         let expected = self.board.tasks.load(Ordering::Relaxed);
         let mut found = None;
@@ -127,7 +128,7 @@ impl Drop for Crew {
     }
 }
 
-/// The life of a rank.
+/// The main loop of a rank.
 fn serve(mut rank: Rank, board: &Board, progress: &Progress) {
     let mut seen = 0;
     loop {
@@ -148,7 +149,7 @@ fn serve(mut rank: Rank, board: &Board, progress: &Progress) {
     }
 }
 
-/// Waits until the board's number differs from `seen`; the new number.
+/// Waits until the board's number differs from `seen`. Returns the new number.
 fn next_task(board: &Board, seen: u64) -> u64 {
     let start = Instant::now();
     loop {
@@ -159,14 +160,15 @@ fn next_task(board: &Board, seen: u64) -> u64 {
         if start.elapsed() < LOOK {
             std::thread::yield_now();
         } else {
-            // Waking leaves a token, so a task announced since the look ends this at once.
+            // Unparking leaves a token. So a task that was announced after the last look ends this
+            // at once.
             std::thread::park();
         }
     }
 }
 
-/// Copies a step for ranks whose choices nobody reads: they make the logits that the first rank
-/// chooses from, and get its choices as given tokens. The memory of `to` is kept.
+/// Copies a step for ranks whose choices nobody reads. They make the logits that the first rank
+/// chooses from, and get its choices as given tokens. The memory of `to` is reused.
 fn copy_without_choosing(to: &mut Step, step: &Step, chosen: &[Option<u32>]) {
     to.tokens.clear();
     to.tokens.extend(step.tokens.iter().map(|source| match *source {

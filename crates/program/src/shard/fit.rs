@@ -1,5 +1,5 @@
-//! Division that respects the weights' formats: borders where no block is cut, or a refusal that
-//! names the weight. A weight never changes its numbers or becomes `f32` on the way.
+//! Division with respect to the weights' formats. Borders cut no block, or the division is refused
+//! with the weight's name. No weight changes its numbers or is converted to `f32`.
 
 use std::collections::HashMap;
 
@@ -11,13 +11,13 @@ use crate::backend::BackendError;
 use crate::op::Weight;
 use crate::program::Program;
 
-/// As [`shard`], with the alignment that the weights ask for: at multiples of all groups that share
-/// a scale where that leaves no rank without, else at multiples of what cannot be cut (the blocks
-/// of GGUF, and codes that share a byte), with smaller groups for the rest.
+/// As [`shard`], with an alignment for the formats of the weights. Borders are at multiples of all
+/// groups that share a scale, if every rank then has a part. Otherwise they are at multiples of
+/// what cannot be cut (GGUF blocks, and codes that share a byte), and groups become smaller.
 ///
 /// # Errors
-/// [`BackendError::Shard`] as from [`shard`], or for a weight whose blocks heads or ranks would
-/// cut; what `format_of` returns.
+/// [`BackendError::Shard`] as from [`shard`], or for a weight whose blocks would be cut by heads or
+/// ranks; the errors of `format_of`.
 pub fn shard_fitting(
     program: &Program,
     options: &ShardOptions,
@@ -45,7 +45,7 @@ pub fn shard_fitting(
     Err(refusal.expect("it was tried").into())
 }
 
-/// The formats of the weights that some rank has some columns of.
+/// The formats of the weights that are divided by column.
 fn cut_formats(
     program: &Program,
     ranks: &[RankProgram],
@@ -63,7 +63,7 @@ fn cut_formats(
     Ok(formats)
 }
 
-/// Whether each cut is at the border of what cannot be cut.
+/// Checks that each cut is at a border of what cannot be cut.
 fn check(
     program: &Program,
     rank: &RankProgram,

@@ -1,26 +1,25 @@
-//! One model over several ranks: a program becomes one program a rank, with weights that are
-//! parts of the whole ones and collectives where ranks must agree.
+//! Divides one model over several ranks. A program becomes one program for each rank. Its weights
+//! are parts of the whole ones, and collectives stand where ranks must agree.
 //!
-//! The splits are Megatron's (Shoeybi et al., 2019): linears that make heads or hidden elements
-//! are split by output row, those that read them by input column, and what they make is summed.
-//! Sums are put off as long as what follows is linear: routed and shared experts take one
-//! all-reduce together. Which linear is which follows from what its output is used for, not from
-//! its name:
+//! The splits are Megatron's (Shoeybi et al., 2019). Linear layers that make heads or hidden
+//! elements are split by output row. Linear layers that read them are split by input column, and
+//! their outputs are summed. A sum is delayed as long as the ops after it are linear, so that
+//! routed and shared experts take one all-reduce together. The use of an output decides how its
+//! linear layer is split, not its name:
 //!
-//! - KV heads go to ranks as evenly as they can, each with the query heads that read it; where
-//!   there are fewer KV heads than ranks, ranks share them and each keeps its own copy of the
-//!   cache;
-//! - latents of MLA are kept by every rank, the heads' matrices are split;
-//! - experts are split by expert or by hidden column; as all ranks hold all rows, each rank takes
-//!   the rows of its experts (dispatch) and the sum combines them;
-//! - embedding and head are split by vocabulary, and logits are gathered.
+//! - KV heads are divided as evenly as possible, each with the query heads that read it. If there
+//!   are fewer KV heads than ranks, ranks share them, and each keeps its own copy of the cache.
+//! - Every rank keeps MLA's latents. The heads' matrices are split.
+//! - Experts are split by expert or by hidden column. All ranks hold all rows, so each rank takes
+//!   the rows of its experts (dispatch), and the sum combines the results.
+//! - Embedding and head are split by vocabulary, and logits are gathered.
 //!
-//! Experts that are split by expert are run without an all-to-all: after attention's sum every rank
-//! has every row, so dispatching is free, and the sum that combines them serves the shared experts
-//! too. Rows that are themselves divided over ranks would need two exchanges more a layer to save
-//! at most the bytes that more ranks than experts a token would sum in vain.
+//! Experts that are split by expert need no all-to-all. After attention's sum every rank has every
+//! row, so dispatch is free, and the sum that combines the experts serves the shared experts too.
+//! If rows were divided over ranks, each layer would need two more exchanges. They would save at
+//! most the bytes of sums to ranks without one of the token's experts.
 //!
-//! A norm over a whole row of heads (OLMo 2) needs the others' heads: they are gathered for it.
+//! A norm over a whole row of heads (OLMo 2) needs the other ranks' heads, which are gathered.
 
 mod backend;
 mod crew;
@@ -41,70 +40,71 @@ pub use backend::{ShardedBackend, ShardedExecutor};
 pub use fit::shard_fitting;
 pub use slice::slice_tensor;
 
-/// How experts are divided.
+/// The division of experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ExpertSplit {
-    /// Each rank has some experts whole.
+    /// Each rank has some whole experts.
     #[default]
     ByExpert,
     /// Each rank has some hidden elements of every expert.
     ByColumn,
 }
 
-/// How a program is divided.
+/// The division of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardOptions {
-    /// Ranks.
+    /// The number of ranks.
     pub ranks: usize,
-    /// How experts are divided.
+    /// The division of experts.
     pub experts: ExpertSplit,
     /// Whether embedding and head are divided too.
     pub vocabulary: bool,
-    /// Hidden elements are divided at multiples of this, so that no block of the weights' formats
-    /// is cut: the least common multiple of their block lengths ([`shard_fitting`] finds it).
+    /// Borders of hidden elements are multiples of this, so that no block of the weights' formats
+    /// is cut. It is the least common multiple of their block lengths ([`shard_fitting`] computes
+    /// it).
     pub alignment: usize,
 }
 
 impl ShardOptions {
-    /// Everything divided, experts by expert, formats without blocks.
+    /// Divides everything, with whole experts on each rank, for formats without blocks.
     pub fn new(ranks: usize) -> Self {
         Self { ranks, experts: ExpertSplit::default(), vocabulary: true, alignment: 1 }
     }
 }
 
-/// Why a program cannot be divided.
+/// The reason why a program cannot be divided.
 #[derive(Debug, Clone, thiserror::Error, PartialEq)]
 #[error("cannot divide over {ranks} ranks: {reason}")]
 pub struct ShardError {
     /// Ranks asked for.
     pub ranks: usize,
-    /// What stands in the way.
+    /// What prevents it.
     pub reason: String,
 }
 
-/// A weight of a rank's program, as a part of one of the whole program's.
+/// A weight of a rank's program: a part of a weight of the whole program.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WeightPart {
     /// The whole program's weight.
     pub source: Weight,
-    /// What is kept of each dimension.
+    /// The range of each dimension that is kept.
     pub ranges: Vec<Range<usize>>,
 }
 
-/// What one rank runs.
+/// The program of one rank, with its weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RankProgram {
-    /// Its program; steps mean the same to it as to the whole program.
+    /// Its program. It runs the same steps as the whole program.
     pub program: Program,
-    /// For each of its weights.
+    /// The part for each of its weights.
     pub parts: Vec<WeightPart>,
 }
 
-/// Divides `program`; the result is by rank.
+/// Divides `program`. The result has one program for each rank.
 ///
 /// # Errors
-/// [`ShardError`] where ranks cannot share KV heads evenly, there is less of something than ranks,
-/// or the program is divided already.
+/// [`ShardError`] if ranks cannot share KV heads evenly, if something has fewer parts than there
+/// are ranks, or if the program is divided already.
 pub fn shard(program: &Program, options: &ShardOptions) -> Result<Vec<RankProgram>, ShardError> {
     let fail = |reason| ShardError { ranks: options.ranks, reason };
     if options.ranks == 0 || options.alignment == 0 {
@@ -115,7 +115,7 @@ pub fn shard(program: &Program, options: &ShardOptions) -> Result<Vec<RankProgra
     (0..options.ranks).map(rank).collect()
 }
 
-/// `0 .. n` in `ranks` parts at multiples of `alignment`, as even as that allows.
+/// Divides `0 .. n` into `ranks` parts at multiples of `alignment`, as evenly as possible.
 fn partition(
     what: &str,
     n: usize,

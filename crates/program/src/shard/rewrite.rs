@@ -12,14 +12,14 @@ use crate::op::*;
 use crate::program::Program;
 use crate::transform::InputTransform;
 
-/// How a value of the whole program lies on the ranks.
+/// The form of a value of the whole program on the ranks.
 #[derive(Debug, Clone, PartialEq)]
 enum Place {
-    /// Every rank has all of it.
+    /// Every rank has the whole value.
     Whole,
     /// Each rank has its columns.
     Columns(Columns),
-    /// The sum over all ranks is the value.
+    /// Each rank has a summand. The value is the sum over all ranks.
     Partial,
 }
 
@@ -47,7 +47,7 @@ pub(super) fn rewrite(
     Ok(RankProgram { program: writer.builder.finish(), parts: writer.parts })
 }
 
-/// The same groups and slots (steps name blocks by group) with this rank's KV heads.
+/// The same groups and slots, because steps name blocks by group, with this rank's KV heads.
 fn rank_layout(program: &Program, ranks: usize, rank: usize) -> Result<KvLayout, String> {
     let mut layout = program.kv.clone();
     for (index, decl) in layout.layers.iter_mut().enumerate() {
@@ -58,7 +58,7 @@ fn rank_layout(program: &Program, ranks: usize, rank: usize) -> Result<KvLayout,
     Ok(layout)
 }
 
-/// Whether no rank's part of a row depends on another's.
+/// Whether no rank's part of a row depends on the part of another.
 fn cuts_at_borders(transform: &InputTransform, columns: &[Range<usize>]) -> bool {
     let at_border = |unit: usize, part: &Range<usize>| {
         part.start.is_multiple_of(unit) && part.end.is_multiple_of(unit)
@@ -150,8 +150,8 @@ impl Writer<'_> {
         self.program.values[value.0 as usize].name.clone()
     }
 
-    /// Notes where `value` is. One that is whole and wished in columns is cut at once, so that
-    /// what follows works on the rank's columns only.
+    /// Records the form of `value`. If a whole value is wanted in columns, it is cut at once, so
+    /// that the ops after it work on the rank's columns only.
     fn place(&mut self, value: Value, made: Value, place: Place) -> Result<(), String> {
         self.places.insert(value, (made, place.clone()));
         match self.wishes.get(value).cloned() {
@@ -168,7 +168,7 @@ impl Writer<'_> {
         self.places[&value].clone()
     }
 
-    /// All of `value`, summed or gathered where it must be.
+    /// The whole of `value`, summed or gathered if necessary.
     fn whole(&mut self, value: Value) -> Result<Value, String> {
         let (made, place) = self.at(value);
         let whole = match place {
@@ -204,7 +204,7 @@ impl Writer<'_> {
         Ok(self.builder.slice(whole, part.start, part.len(), name))
     }
 
-    /// `value` whole or in columns: summed if it is a sum.
+    /// `value` as a whole or in columns. A partial value is summed first.
     fn settled(&mut self, value: Value) -> Result<(Value, Place), String> {
         if self.at(value).1 == Place::Partial {
             self.whole(value)?;
@@ -230,7 +230,7 @@ impl Writer<'_> {
         self.weight(weight, ranges)
     }
 
-    /// The part `range` of dimension `dimension`, all of the others.
+    /// The part `range` of dimension `dimension`, with all other dimensions whole.
     fn weight_part(&mut self, weight: Weight, dimension: usize, range: &Range<usize>) -> Weight {
         let shape = &self.program.weight(weight).shape;
         let mut ranges: Vec<Range<usize>> = shape.iter().map(|n| 0..*n).collect();
@@ -238,10 +238,11 @@ impl Writer<'_> {
         self.weight(weight, ranges)
     }
 
-    /// The rows of the vocabulary of each rank: equal but for the last, as gathering asks.
+    /// The rows of the vocabulary of each rank. All parts are equal except the last, as gathering
+    /// requires.
     fn vocabulary_part(&self, rows: usize) -> Result<Range<usize>, String> {
         let ranks = self.options.ranks;
-        // The last rank has the least.
+        // The last rank has the fewest rows.
         if vocabulary_part(rows, ranks - 1, ranks).is_empty() {
             return Err(format!("{rows} tokens leave a rank without"));
         }
@@ -285,7 +286,8 @@ impl Writer<'_> {
         let local_groups = columns.len() / (width / groups);
         let [weight, bias] = [*weight, *bias].map(|vector| {
             let vector = vector?;
-            // One weight an element of the row is cut with it, one an element of a group is not.
+            // A weight for each element of the row is cut with the row. A weight for each element
+            // of a group is not.
             let is_wide = self.program.weight(vector).shape[0] == width;
             Some(match is_wide {
                 true => self.weight_part(vector, 0, &columns),
@@ -298,7 +300,8 @@ impl Writer<'_> {
     }
 
     fn linear(&mut self, input: Value, parts: &[LinearPart]) -> Result<(), String> {
-        // The product of a sum is a sum, and joins the one that is made later anyway.
+        // The product of a partial value is partial too, and joins a later sum that is needed
+        // anyway.
         let stays = parts.iter().all(|part| self.wishes.get(part.out).is_none());
         let (value, place) = if stays { self.at(input) } else { self.settled(input)? };
         let mut specs = Vec::new();
@@ -335,7 +338,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Columns stay columns: where a rank's part depends on the others', on the whole row.
+    /// Columns stay columns. If a rank's part depends on another's, the whole row is transformed.
     fn transform(
         &mut self,
         input: Value,
@@ -358,7 +361,7 @@ impl Writer<'_> {
         self.place(out, made, Place::Columns(columns))
     }
 
-    /// What is added once to a sum over ranks.
+    /// A bias that is added once to a sum over ranks: on the first rank only.
     fn on_first_rank(&mut self, bias: Option<Weight>) -> Option<Weight> {
         bias.filter(|_| self.rank == 0).map(|bias| self.whole_weight(bias))
     }
@@ -474,7 +477,7 @@ impl Writer<'_> {
         self.place(out, made, Place::Partial)
     }
 
-    /// Sums stay sums, columns stay columns; anything else is made whole.
+    /// Partial values stay partial, and columns stay columns. Anything else is made whole.
     fn add(&mut self, left: Value, right: Value, scale: f32, out: Value) -> Result<(), String> {
         let ((_, left_place), (_, right_place)) = (self.at(left), self.at(right));
         let place = if left_place == right_place { left_place } else { Place::Whole };

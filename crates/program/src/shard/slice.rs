@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use lathe_tensor::{Block, Bytes, Format, GlobalScale, ScaledFormat, Tensor, ZeroPoint};
 
-/// The part `ranges` (one a dimension) of `tensor`, with the same numbers. Floats and blocks keep
-/// their format. Where codes with scales of their own are cut within a group or tile, the part has
-/// smaller ones, with the scales repeated (`refined`); the blocks of GGUF cannot be cut.
+/// The part `ranges` (one for each dimension) of `tensor`, with the same numbers. Floats and blocks
+/// keep their format. If codes with separate scales are cut within a group or tile, the part has
+/// smaller groups with repeated scales (`refined`). GGUF blocks cannot be cut.
 ///
 /// # Errors
 /// If a range does not fit its dimension, or cuts a block.
@@ -29,18 +29,18 @@ pub fn slice_tensor(tensor: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor, 
     })
 }
 
-/// Elements of a row that a part in `format` has to begin and end at a multiple of.
+/// A part in `format` must begin and end at a multiple of this many elements of a row.
 pub(super) fn rigid_columns(format: Format) -> usize {
     match format {
         Format::Float(_) => 1,
         Format::Ggml(kind) => kind.block_len(),
-        // Any number that fills bytes.
+        // A number of codes that fills whole bytes.
         Format::Scaled(format) => 8 / common(8, format.element.bits()),
     }
 }
 
-/// Elements of a row and rows that share a scale, where some do: cut there, a part has the whole's
-/// groups and tiles.
+/// The elements of a row and the rows that share a scale, if any. A part that is cut at their
+/// multiples keeps the groups and tiles of the whole.
 pub(super) fn shared_scale(format: Format) -> usize {
     match format {
         Format::Scaled(ScaledFormat { block: Block::Group(n), .. }) => n as usize,
@@ -61,9 +61,9 @@ pub(super) fn least_common_multiple(a: usize, b: usize) -> usize {
     (a / common(a, b)).saturating_mul(b)
 }
 
-/// `tensor` with groups or tiles so small that `rows` (of a matrix) and `columns` cut none: the
-/// scale of each is that of the one that it was a part of, so every number stays the same.
-/// `None` if nothing is cut, or if blocks cannot be made smaller.
+/// `tensor` with smaller groups or tiles, so that `rows` (of a matrix) and `columns` cut none. Each
+/// new group repeats the scale of the old one, so every number stays the same. `None` if nothing is
+/// cut, or if blocks cannot be made smaller.
 fn refined(tensor: &Tensor, rows: Option<&Range<usize>>, columns: &Range<usize>) -> Option<Tensor> {
     let Format::Scaled(format) = tensor.format else { return None };
     // A border at the end of the tensor cuts nothing.
@@ -103,7 +103,7 @@ fn refined(tensor: &Tensor, rows: Option<&Range<usize>>, columns: &Range<usize>)
     Tensor::new_scaled(shape, format, codes, scales, zeros, tensor.global.clone()).ok()
 }
 
-/// The rows of the flattened matrix that `leading` dimensions keep.
+/// The rows of the flattened matrix that the ranges `leading` keep.
 fn rows_of(shape: &[usize], leading: &[Range<usize>]) -> Vec<usize> {
     let mut rows = vec![0];
     for (n, range) in shape.iter().zip(leading) {
@@ -112,7 +112,7 @@ fn rows_of(shape: &[usize], leading: &[Range<usize>]) -> Vec<usize> {
     rows
 }
 
-/// In the same format, or `None` where a block would be cut.
+/// The part in the same format, or `None` if a block would be cut.
 fn sliced(
     tensor: &Tensor,
     rows: &[usize],
@@ -130,8 +130,8 @@ fn sliced(
     if columns.len() == tensor.columns() { Some(by_rows) } else { slice_columns(&by_rows, columns) }
 }
 
-/// `rows` of `tensor` in the shape `kept`: one run of bytes if they are neighbours and their
-/// blocks can be had apart, else matrix by matrix.
+/// `rows` of `tensor` in the shape `kept`. If the rows are neighbours and their blocks are
+/// separate, it is one run of bytes. Otherwise it is made matrix by matrix.
 fn slice_rows(tensor: &Tensor, rows: &[usize], kept: Vec<usize>) -> Option<Tensor> {
     let run = |rows: &[usize]| {
         let (first, last) = (*rows.first()?, *rows.last()?);
@@ -145,7 +145,7 @@ fn slice_rows(tensor: &Tensor, rows: &[usize], kept: Vec<usize>) -> Option<Tenso
     })
 }
 
-/// Matrices of one format on top of each other.
+/// Stacks matrices of one format.
 fn stacked(matrices: &[Tensor], shape: Vec<usize>) -> Option<Tensor> {
     let plane = |of: fn(&Tensor) -> &Bytes| {
         let bytes = matrices.iter().flat_map(|matrix| of(matrix).iter().copied());
@@ -240,7 +240,7 @@ mod tests {
             return;
         }
         let part = part.unwrap();
-        // What is cut stays as many bits, under smaller groups.
+        // The part has as many bits, with groups that are no larger.
         assert!(part.format.block_len() <= tensor.format.block_len());
         assert_eq!(part.codes.len() * tensor.elements(), tensor.codes.len() * part.elements());
         assert_eq!(part.shape, ranges.iter().map(Range::len).collect::<Vec<_>>());

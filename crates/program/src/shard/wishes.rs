@@ -1,5 +1,5 @@
-//! What each value would best be: whole on every rank, or some columns on each. Read backwards
-//! from the ops that work by head or by hidden element.
+//! The best form of each value: whole on every rank, or some columns on each. It is derived
+//! backwards from the ops that work by head or by hidden element.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -9,27 +9,28 @@ use crate::kv::KvLayerShape;
 use crate::op::*;
 use crate::program::Program;
 
-/// The columns of each rank. Ranks that share a KV head have the same.
+/// The columns of each rank. Ranks that share a KV head have the same columns.
 pub(super) type Columns = Vec<Range<usize>>;
 
-/// The columns of each rank, for values that are best split.
+/// The columns of each rank, for values that should be split.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Wishes(HashMap<Value, Columns>);
 
-/// `0 .. n` cut into neighbouring parts of one width, rank by rank: what an all-gather joins.
+/// Whether the columns are equally wide neighbouring parts of `0 .. n`, rank by rank. An all-gather
+/// can join such parts.
 pub(super) fn is_even(columns: &Columns, n: usize) -> bool {
     let width = columns[0].len();
     let expected = |rank: usize| rank * width..(rank + 1) * width;
     width * columns.len() == n && columns.iter().enumerate().all(|(r, part)| *part == expected(r))
 }
 
-/// The same heads, each `width` elements wide.
+/// The columns of `heads` that are `width` elements wide.
 pub(super) fn scaled(heads: &Columns, width: usize) -> Columns {
     heads.iter().map(|part| part.start * width..part.end * width).collect()
 }
 
-/// The query heads of each rank and the KV heads that they read: KV heads as evenly as they go,
-/// or, where there are fewer than ranks, each shared by equally many.
+/// The query heads of each rank and the KV heads that they read. KV heads are divided as evenly as
+/// possible. If there are fewer than ranks, equally many ranks share each.
 pub(super) fn head_split(
     heads: usize,
     kv_heads: usize,
@@ -49,7 +50,7 @@ pub(super) fn head_split(
     Ok((queries, kv_parts))
 }
 
-/// The KV heads of each rank for a cache layer of heads: those of the query heads that read it.
+/// The KV heads of each rank in a cache layer of heads: those that its query heads read.
 pub(super) fn kv_heads_of(
     program: &Program,
     layer: KvLayer,
@@ -115,7 +116,7 @@ impl Wishes {
                     self.pass(*out, *input);
                 }
             }
-            // The gated value is an attention's output: its gate follows its heads.
+            // If the gated value is an attention's output, its gate is split by the same heads.
             Op::Gate { input, gate, .. } => self.gate(program, options, *input, *gate)?,
             _ => {}
         }

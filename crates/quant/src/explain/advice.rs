@@ -1,10 +1,10 @@
-//! What to try next, in words: rules on the numbers of an [`Explanation`].
+//! Advice on what to try next, by rules on the numbers of an [`Explanation`].
 
 use serde::{Deserialize, Serialize};
 
 use super::{Explanation, Sources};
 
-/// What the numbers say and what follows.
+/// One piece of advice.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Advice {
     /// The rule's name.
@@ -15,18 +15,19 @@ pub struct Advice {
     pub try_next: String,
 }
 
-/// A cause of less than this share of the error is not worth a technique.
+/// The least share of the error that makes a cause worth a technique.
 const SHARE: f64 = 0.25;
-/// Layers that count as a few: this share of all.
+/// At most this share of all layers counts as a few layers.
 const FEW: f64 = 0.15;
-/// What a few layers must have of the sum of all layers' KL.
+/// The share of the sum of the layers' KL that a few layers must have, to be named.
 const MOST_OF_KL: f64 = 0.5;
-/// How much more than its layers' sum a model's KL may be before errors count as compounding.
+/// Errors count as compounding if the model's KL is more than this many times the sum of its
+/// layers' KL.
 const COMPOUNDING: f64 = 1.5;
 
 type Rule = fn(&Explanation, &Sources) -> Option<Advice>;
 
-/// All rules, most telling first.
+/// All rules, the most important first.
 const RULES: [Rule; 8] = [
     no_error,
     outlier_channels,
@@ -38,7 +39,7 @@ const RULES: [Rule; 8] = [
     compounding,
 ];
 
-/// What the numbers of `explanation` say to try next; the same numbers say the same.
+/// The advice for `explanation`. It depends on the numbers alone.
 pub fn advise(explanation: &Explanation) -> Vec<Advice> {
     let sources = explanation.sources();
     let mut found: Vec<Advice> =
@@ -87,7 +88,8 @@ fn outlier_channels(explanation: &Explanation, sources: &Sources) -> Option<Advi
 
 fn clipping(_: &Explanation, sources: &Sources) -> Option<Advice> {
     let clipping = sources.clipping.unwrap_or(0.0);
-    // A searched scale trades clipping for a smaller step: what it gained counts against it.
+    // A searched scale accepts clipping for a smaller step. Its gain is subtracted from the
+    // clipping.
     let net = clipping + sources.scale_choice.min(0.0);
     if sources.total <= 0.0 || net / sources.total < SHARE {
         return None;
@@ -184,7 +186,7 @@ fn compounding(explanation: &Explanation, _: &Sources) -> Option<Advice> {
     advice("compounding", because, try_next)
 }
 
-/// Inputs rounded to int8 would err more than the weights do.
+/// Applies if rounding the inputs to int8 would cost more than rounding the weights does.
 fn activations(explanation: &Explanation, sources: &Sources) -> Option<Advice> {
     let all = explanation.layers.iter().flat_map(|layer| &layer.tensors);
     let found: Vec<(f64, &str)> =
@@ -242,7 +244,7 @@ mod tests {
         for (rule, sources) in cases {
             assert_eq!(rules(&only(sources)), [rule]);
         }
-        // Clipping that a smaller step paid for.
+        // A smaller step gained more than the clipping cost.
         let paid = Sources { clipping: Some(0.006), scale_choice: -0.005, ..base };
         assert_eq!(rules(&only(paid)), Vec::<String>::new());
         assert_eq!(

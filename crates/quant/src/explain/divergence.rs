@@ -1,4 +1,4 @@
-//! How far one model's distribution of the next token is from another's.
+//! The divergence of one model's next-token distribution from another's.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 pub struct Divergence {
     /// The mean over all tokens.
     pub mean: f64,
-    /// The mean's standard error, as if tokens were independent.
+    /// The standard error of the mean, as if tokens were independent.
     pub standard_error: f64,
 }
 
-/// Sums while tokens come.
+/// The running sums over tokens.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct DivergenceSum {
     count: f64,
@@ -47,7 +47,7 @@ pub(crate) fn kl_divergence(base: &[f64], model: &[f64]) -> f64 {
     let term = |(base, model): (&f64, &f64)| {
         if base.is_finite() { base.exp() * (base - model) } else { 0.0 }
     };
-    // It cannot be negative but for rounding.
+    // Only rounding could make it negative.
     base.iter().zip(model).map(term).sum::<f64>().max(0.0)
 }
 

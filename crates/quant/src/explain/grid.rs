@@ -1,5 +1,5 @@
-//! What a format could store if its scales were exact: the codes and which code the largest number
-//! of a block meets, apart from how scales are stored.
+//! A format with exact scales: its codes and the way a block's range gives the scale, without the
+//! storage format of the scales.
 
 use lathe_tensor::codec::{self, element};
 use lathe_tensor::{
@@ -7,35 +7,35 @@ use lathe_tensor::{
 };
 use rayon::prelude::*;
 
-/// The numbers that codes stand for.
+/// The numbers that the codes represent.
 #[derive(Debug, Clone, Copy)]
 enum Codes {
-    /// Neighbours are one apart.
+    /// Whole numbers: neighbours differ by one.
     Whole,
-    /// Neighbours are as far apart as the mantissa says.
+    /// Floats: the distance of neighbours depends on the exponent.
     Float(Element),
     /// IQ4's sixteen values.
     Table([f32; 16]),
 }
 
-/// How a block's numbers give its step and zero point.
+/// How a block's numbers determine its step and zero point.
 #[derive(Debug, Clone, Copy)]
 enum Range {
-    /// The largest magnitude meets this code.
+    /// The largest magnitude maps to this code.
     Largest(f32),
-    /// The number of largest magnitude, with its sign, meets this code.
+    /// The number with the largest magnitude maps, with its sign, to this code.
     Signed(f32),
-    /// So many steps from the least number to the largest. `bottom` is the least code where
-    /// zero is a whole code of its own.
+    /// There are `levels` steps from the least number to the largest. `bottom` is the least code,
+    /// if zero has a whole code of its own.
     Between { levels: f32, bottom: Option<f32>, with_zero: bool },
 }
 
-/// A format without its scales' storage.
+/// A format apart from the storage of its scales.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Grid {
     codes: Codes,
     range: Range,
-    /// Which numbers share a step.
+    /// The numbers that share a step.
     pub blocks: ScaleGrid,
     columns: usize,
 }
@@ -48,7 +48,7 @@ pub(super) struct Steps {
 }
 
 impl Grid {
-    /// Of `format` for `shape`; `None` for plain floats.
+    /// The grid of `format` for `shape`. `None` for plain floats.
     pub(super) fn new(format: Format, shape: &[usize]) -> Option<Self> {
         let columns = shape.last().copied().unwrap_or(1).max(1);
         let (codes, range, layout) = match format {
@@ -67,11 +67,12 @@ impl Grid {
         Some(Grid { codes, range, blocks: layout.grid(shape)?, columns })
     }
 
-    /// The steps under which nothing is cut off, in `f32`, of all columns that are not `left_out`.
+    /// The steps, in `f32`, under which nothing is clipped. They are taken over all columns that
+    /// are not `left_out`.
     pub(super) fn fitted(&self, values: &[f32], left_out: &[bool]) -> Steps {
         let mut low = vec![0f32; self.blocks.len()];
         let mut high = low.clone();
-        // Formats whose minimum is free need not hold zero.
+        // Formats with a free minimum need not represent zero.
         if matches!(self.range, Range::Between { with_zero: false, .. }) {
             low.fill(f32::INFINITY);
             high.fill(f32::NEG_INFINITY);
@@ -98,7 +99,7 @@ impl Grid {
                     let zero = bottom - (low / step).round_ties_even();
                     (step, if step > 0.0 { zero } else { 0.0 })
                 }
-                // Equal numbers are the minimum alone.
+                // If all numbers are equal, the minimum alone represents them.
                 Range::Between { levels, bottom: None, .. } => {
                     let step = if high > low { (high - low) / levels } else { low };
                     (step, if step == 0.0 { 0.0 } else { -low / step })
@@ -109,7 +110,7 @@ impl Grid {
         Steps { step, zero }
     }
 
-    /// The errors `rounded - value` of nearest codes, if the codes went on for ever.
+    /// The errors `rounded - value` of nearest codes, with codes that never end (no clipping).
     pub(super) fn errors(&self, values: &[f32], steps: &Steps) -> Vec<f32> {
         self.each(values, steps, |value, step, zero| {
             if step == 0.0 {
@@ -119,7 +120,7 @@ impl Grid {
         })
     }
 
-    /// The variance that uniform noise within each number's two neighbours has: `gap^2 / 12`.
+    /// The variance of uniform noise between the two neighbours of each number: `gap^2 / 12`.
     pub(super) fn noise(&self, values: &[f32], steps: &Steps) -> Vec<f32> {
         self.each(values, steps, |value, step, zero| {
             let gap = if step == 0.0 { 0.0 } else { step * self.gap(value / step + zero) };
@@ -127,7 +128,7 @@ impl Grid {
         })
     }
 
-    /// `one` of each number, its step and its zero point.
+    /// Calls `one` with each number, its step and its zero point, and collects the results.
     pub(super) fn each(
         &self,
         values: &[f32],
@@ -176,8 +177,8 @@ impl Grid {
     }
 }
 
-/// The distance of neighbours around `ratio`: a power of two that falls with the number, down to
-/// that of the denormals.
+/// The distance of neighbouring codes around `ratio`: a power of two that shrinks with the number,
+/// down to that of the denormals.
 fn quantum(kind: Element, ratio: f32) -> f32 {
     let least = element::exponent_of(element::to_f32(kind, 1));
     let mantissa = element::mantissa_bits(kind) as i32;
@@ -192,7 +193,7 @@ fn of_scaled(format: &ScaledFormat) -> (Codes, Range) {
             let levels = ((1u32 << bits) - 1) as f32;
             (Codes::Whole, Range::Between { levels, bottom, with_zero: true })
         }
-        // compressed-tensors: half of the codes' range on either side.
+        // compressed-tensors maps half of the codes' range to either side.
         (Element::Int(bits), ZeroPoint::None) => {
             (Codes::Whole, Range::Largest(((1u32 << bits) - 1) as f32 / 2.0))
         }
@@ -200,7 +201,7 @@ fn of_scaled(format: &ScaledFormat) -> (Codes, Range) {
     }
 }
 
-/// Codes, range and the numbers that share a step.
+/// The codes, the range rule and the numbers that share a step.
 fn of_ggml(kind: GgmlType) -> (Codes, Range, u32) {
     let free = |levels: f32, with_zero: bool| Range::Between { levels, bottom: None, with_zero };
     match kind {
@@ -219,7 +220,7 @@ fn of_ggml(kind: GgmlType) -> (Codes, Range, u32) {
     }
 }
 
-/// IQ4's values as its decoder has them: a block under scale one, whose codes are 0 to 15 twice.
+/// IQ4's values, read from its decoder: a block with scale one and the codes 0 to 15 twice.
 fn iq4_values() -> [f32; 16] {
     let mut block = [0u8; 18];
     codec::quantize(Format::F16, &[1.0]).iter().zip(&mut block).for_each(|(from, to)| *to = *from);

@@ -1,25 +1,25 @@
-//! How numbers are distributed around their own size.
+//! Histograms of numbers relative to their own root mean square.
 
 use serde::{Deserialize, Serialize};
 
 /// Bins on either side of zero.
 const SIDE: usize = 40;
-/// Bins within one root of the mean square.
+/// Bins for each unit of the root mean square.
 const BINS_PER_UNIT: f64 = 4.0;
 
-/// A histogram of `x / rms`, where the root of the mean square is that of each piece that was added
-/// (a tensor's, a token's), so that pieces of all sizes are counted alike.
+/// A histogram of `x / rms`. The root mean square is taken over each added piece (a tensor, a
+/// token), so that pieces of all sizes count alike.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Histogram {
-    /// The bins' width.
+    /// The width of a bin.
     pub bin: f64,
-    /// The first bin's lower end; the outer bins hold all that is beyond them.
+    /// The lower end of the first bin. The two outer bins also count everything beyond them.
     pub first: f64,
-    /// Numbers by bin.
+    /// The count of each bin.
     pub counts: Vec<u64>,
     /// The largest `|x| / rms` of all.
     pub peak: f64,
-    /// The mean of `(x / rms)^4`: 3 for normal numbers, more with outliers.
+    /// The mean of `(x / rms)^4`. It is 3 for a normal distribution, and larger with outliers.
     pub kurtosis: f64,
 }
 
@@ -32,12 +32,12 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    /// How many numbers it holds.
+    /// The number of values counted.
     pub fn total(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// Adds a piece whose numbers share a size.
+    /// Adds a piece of numbers, which share one root mean square.
     pub fn add(&mut self, piece: &[f32]) {
         let squares = piece.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
         let rms = (squares / piece.len().max(1) as f64).sqrt();
@@ -70,7 +70,8 @@ mod tests {
         assert_eq!(histogram.total(), 6);
         assert_eq!((histogram.counts[SIDE + 4], histogram.counts[SIDE - 4]), (3, 3));
         assert_eq!((histogram.peak, histogram.kurtosis), (1.0, 1.0));
-        // One number of a hundred: its square is all of the mean, its fourth power 100 times that.
+        // One number of a hundred is not zero: it is the whole mean square, and the kurtosis is
+        // 100.
         let mut one = vec![0.0; 100];
         one[7] = 5.0;
         let mut spiky = Histogram::default();

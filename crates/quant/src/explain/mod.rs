@@ -1,9 +1,9 @@
-//! Error analysis: what quantization did to a model, where the error comes from, what it costs, and
-//! which technique to try next.
+//! Error analysis: the error of a quantized model, its sources and its cost, and which technique to
+//! try next.
 //!
-//! [`crate::job::Job::explain`] fills an [`Explanation`] with numbers measured on text that
-//! calibration did not see; `sources` says how an error is taken apart, `advice` what follows from
-//! it. Nothing here knows how a report looks.
+//! [`crate::job::Job::explain`] fills an [`Explanation`] with numbers that are measured on text
+//! which calibration did not see. `sources` splits an error into parts, and `advice` draws
+//! conclusions. Nothing here knows how a report looks.
 
 mod advice;
 mod divergence;
@@ -19,54 +19,54 @@ pub(crate) use divergence::{DivergenceSum, kl_divergence, log_softmax};
 pub use histogram::Histogram;
 pub use sources::{Measured, OUTLIER_FACTOR, Sources, TensorError, explain_tensor};
 
-/// One tensor.
+/// The error of one tensor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TensorExplanation {
     /// Canonical name.
     pub tensor: String,
-    /// What it is stored in.
+    /// The name of its format.
     pub format: String,
     /// Numbers in it.
     pub elements: usize,
-    /// The error of its codes, without what may correct it.
+    /// The error of the codes, without a correction.
     #[serde(flatten)]
     pub error: TensorError,
-    /// What is left of it where something runs beside the codes.
+    /// The remaining error with a correction, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub corrected: Option<Corrected>,
-    /// The squared error that the outputs would have if nothing but the inputs were rounded, to
-    /// int8 with a scale a token, over the outputs' square. No number of the recipe's own.
+    /// The squared output error if only the inputs were rounded, to int8 with a scale for each
+    /// token, over the squared output. An estimate, whatever the recipe does.
     pub activation_int8: Option<f64>,
     /// The mean squared length of the outputs.
     pub output_energy: Option<f64>,
 }
 
-/// What a correction leaves of a tensor's error: squared errors over the squared signal.
+/// The error that remains with a correction: squared error over squared signal.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Corrected {
     /// The correction's rank.
     pub rank: usize,
-    /// Its bits a weight.
+    /// Its bits for each weight.
     pub bits: f64,
-    /// Of the weights.
+    /// The error of the weights.
     pub weights: f64,
-    /// Of the outputs, where inputs were seen.
+    /// The error of the outputs, if inputs were observed.
     pub outputs: Option<f64>,
 }
 
-/// One layer.
+/// The error of one layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerExplanation {
-    /// From 0 on.
+    /// The layer's index, from 0.
     pub layer: usize,
-    /// What was quantized in it.
+    /// Its quantized tensors.
     pub tensors: Vec<TensorExplanation>,
     /// Numbers in those tensors.
     pub elements: usize,
-    /// Mean bits of those numbers, scales and corrections included.
+    /// Mean bits of those numbers, with scales and corrections.
     pub bits: f64,
-    /// How far the stream behind the layer is from the float model's, with every layer up to this
-    /// one quantized: the root of the mean over tokens of `|error|^2 / |stream|^2`.
+    /// The error of the stream after this layer, with all layers up to this one quantized: the root
+    /// of the mean over tokens of `|error|^2 / |stream|^2`.
     pub stream_error: f64,
     /// The same with this layer alone quantized.
     pub alone_error: f64,
@@ -74,11 +74,11 @@ pub struct LayerExplanation {
     pub kl: Divergence,
 }
 
-/// What a mean of bits would cost.
+/// The KL that a mean number of bits would cost.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Budget {
-    /// Layers that stay in the floats of the file: those whose KL is largest for the bits that this
-    /// takes.
+    /// Layers that stay in the file's float format. They are the layers with the most KL for the
+    /// bits that this takes.
     pub kept_layers: usize,
     /// Mean bits of all numbers of [`LayerExplanation::elements`].
     pub bits: f64,
@@ -86,16 +86,16 @@ pub struct Budget {
     pub kl: f64,
 }
 
-/// The distribution of weights or activations in the file, and after rotations and scales.
+/// The distribution of weights or activations, in the file and after rotations and scales.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Distribution {
     /// As in the file.
     pub before: Histogram,
-    /// As they are rounded; `None` if no rotation or scale changed them.
+    /// Before rounding, after rotations and scales. `None` if none changed them.
     pub after: Option<Histogram>,
 }
 
-/// What quantization did to a model.
+/// The error analysis of a quantized model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Explanation {
     /// The format of the recipe.
@@ -104,9 +104,9 @@ pub struct Explanation {
     pub techniques: Vec<String>,
     /// Whether calibration ran through quantized layers.
     pub quantized_prefix: bool,
-    /// Tokens on which everything here was measured.
+    /// Tokens of the measured text.
     pub tokens: usize,
-    /// Tokens that see one another.
+    /// Tokens of a window. Tokens of different windows do not attend to each other.
     pub window: usize,
     /// KL to the base of the whole quantized model.
     pub kl: Divergence,
@@ -114,17 +114,17 @@ pub struct Explanation {
     pub layers: Vec<LayerExplanation>,
     /// Bits against KL.
     pub budgets: Vec<Budget>,
-    /// Of the quantized tensors.
+    /// The distribution of the quantized tensors' weights.
     pub weights: Distribution,
-    /// Of their inputs.
+    /// The distribution of their inputs.
     pub activations: Distribution,
-    /// What to try next.
+    /// The advice.
     pub advice: Vec<Advice>,
 }
 
 impl Explanation {
-    /// The error of all outputs (of all weights, where no input was seen), each over its own
-    /// signal, with the mean of each part.
+    /// The mean of each part over all tensors, each relative to its own signal. Takes output
+    /// errors, or weight errors if no input was observed.
     pub fn sources(&self) -> Sources {
         let all: Vec<Sources> = self
             .layers
@@ -137,8 +137,7 @@ impl Explanation {
     }
 }
 
-/// What it would cost to keep the `k` most sensitive layers in floats of `float_bits`, for each
-/// `k`.
+/// For each `k`, the cost of keeping the `k` most sensitive layers in floats of `float_bits`.
 pub(crate) fn budgets(layers: &[LayerExplanation], float_bits: f64) -> Vec<Budget> {
     let spared = |it: &LayerExplanation| it.kl.mean / (it.elements as f64 * (float_bits - it.bits));
     let mut order: Vec<&LayerExplanation> = layers.iter().filter(|it| it.elements > 0).collect();
@@ -161,7 +160,7 @@ pub(crate) fn budgets(layers: &[LayerExplanation], float_bits: f64) -> Vec<Budge
 pub(crate) mod tests {
     use super::*;
 
-    /// A model of layers with these KLs, whose one tensor each has an error of these parts.
+    /// A model with layers of these KLs. Each has one tensor whose error has these parts.
     pub(crate) fn explanation(kls: &[f64], sources: Sources) -> Explanation {
         let measured = Measured { sqnr_db: 20.0, theory_sqnr_db: 20.0, sources };
         let error = TensorError {

@@ -1,28 +1,30 @@
-//! Where the error of one quantized tensor comes from.
+//! Sources of the error of one quantized tensor.
 //!
-//! The weights are rounded again and again, each time with one more of the format's limits, and the
-//! squared error `E` of each round is compared with the one before, so that the parts add up to the
-//! error that there is:
+//! The weights are rounded several times, each time with one more limit of the format. The squared
+//! error `E` of each round is compared with the round before. So the parts add up to the whole
+//! error:
 //!
 //! | round | codes | scales | outlier channels |
 //! |---|---|---|---|
-//! | 0 | nearest, without end | `f32`, of the block's range | left out of sum and range |
-//! | 1 | nearest, without end | `f32`, of the block's range | in |
-//! | 2 | nearest, without end | of the range, as the format stores them | in |
-//! | 3 | nearest, without end | those of the tensor | in |
-//! | 4 | nearest, the format's | those of the tensor | in |
-//! | 5 | those of the tensor | those of the tensor | in |
+//! | 0 | nearest, unlimited | `f32`, from the block's range | left out of sum and range |
+//! | 1 | nearest, unlimited | `f32`, from the block's range | included |
+//! | 2 | nearest, unlimited | from the range, as the format stores them | included |
+//! | 3 | nearest, unlimited | those of the tensor | included |
+//! | 4 | nearest, the format's | those of the tensor | included |
+//! | 5 | those of the tensor | those of the tensor | included |
 //!
 //! `rounding = E0`, `outliers = E1 - E0`, `scale_format = E2 - E1`, `scale_choice = E3 - E2`,
-//! `clipping = E4 - E3`, `codes = E5 - E4`. `E` is `|D|^2` for weights and `tr(D H D^T)`, `H = E[x
-//! x^T]`, for outputs (`D` is rounded less exact); both are given over the signal's own. A part may
-//! be negative: a searched scale is a smaller step with more clipping, and GPTQ's codes err more in
-//! weights and less in outputs. GGUF's blocks hold codes and scales that were searched together:
-//! there rounds 2 to 4 are left out, and `scale_choice` is all that follows round 1.
+//! `clipping = E4 - E3`, `codes = E5 - E4`.
 //!
-//! Theory: within a number's two neighbours, `gap` apart, the error of rounding is uniform, and its
-//! variance `gap^2 / 12` (`gap` is the step for integers, and changes with the number for floats).
-//! For one scale that is the `6.02 b + 4.77 - 20 log10(peak / rms)` dB of the books.
+//! `D` is the rounded matrix less the exact one. `E` is `|D|^2` for weights. For outputs it is
+//! `tr(D H D^T)` with `H = E[x x^T]`. Both are relative to the signal's own square. A part may be
+//! negative: a searched scale has a smaller step and more clipping, and GPTQ's codes err more in
+//! weights and less in outputs. GGUF's blocks search codes and scales together. For them rounds 2
+//! to 4 are left out, and `scale_choice` is everything after round 1.
+//!
+//! Theory: between two neighbouring codes with distance `gap`, the error of rounding is uniform
+//! with variance `gap^2 / 12`. For integers `gap` is the step; for floats it changes with the
+//! number. For one scale this gives the textbook formula `6.02 b + 4.77 - 20 log10(peak / rms)` dB.
 
 use lathe_tensor::codec::element;
 use lathe_tensor::codec::scaled::{E8m0Rounding, encode, fit};
@@ -32,30 +34,31 @@ use serde::{Deserialize, Serialize};
 use super::grid::{Grid, Steps};
 use crate::statistics::Statistics;
 
-/// A channel is an outlier if the root of its input's mean square, or its largest weight, is more
-/// than so many times the median channel's (LLM.int8, arXiv 2208.07339, calls 6 times the standard
-/// deviation an outlier).
+/// A channel is an outlier if the root mean square of its input, or its largest weight, is more
+/// than this many times that of the median channel. (LLM.int8, arXiv 2208.07339, calls 6 times the
+/// standard deviation an outlier.)
 pub const OUTLIER_FACTOR: f32 = 6.0;
 
-/// The ratio in decibels at which noise counts as none.
+/// The ratio in decibels that is reported if there is no noise.
 const NO_NOISE_DB: f64 = 200.0;
 
-/// Parts of a squared error over the squared signal; they add up to `total`.
+/// Parts of a squared error, relative to the squared signal. They add up to `total`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sources {
-    /// All of it.
+    /// The whole error.
     pub total: f64,
-    /// Nearest codes under exact scales, without outlier channels.
+    /// Nearest codes with exact scales, without outlier channels.
     pub rounding: f64,
-    /// What outlier channels add: their own error, and wider steps for what shares their scales.
+    /// The part of outlier channels: their own error, and the wider steps of numbers that share
+    /// their scales.
     pub outliers: f64,
-    /// What the type of the scales adds; `None` if the format does not keep scales apart.
+    /// The part of the scales' storage format. `None` if the format does not keep scales apart.
     pub scale_format: Option<f64>,
-    /// What other scales than those of the range add.
+    /// The part of scales that differ from those of the range.
     pub scale_choice: f64,
-    /// What numbers beyond the last code add; `None` if the format does not keep scales apart.
+    /// The part of numbers beyond the last code. `None` if the format does not keep scales apart.
     pub clipping: Option<f64>,
-    /// What codes that are not the nearest add.
+    /// The part of codes that are not the nearest.
     pub codes: f64,
 }
 
@@ -72,7 +75,7 @@ impl Sources {
         ]
     }
 
-    /// The parts of both together, each `weight` times.
+    /// The sum of the parts of both, with `other` times `weight`.
     pub(super) fn plus(self, other: &Sources, weight: f64) -> Sources {
         let both = |a: Option<f64>, b: Option<f64>| match (a, b) {
             (None, None) => None,
@@ -90,31 +93,31 @@ impl Sources {
     }
 }
 
-/// An error with what theory says of it.
+/// An error beside its theoretical value.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// Signal over noise in decibels; 200 if there is no noise.
     pub sqnr_db: f64,
-    /// The same if errors were uniform noise under exact scales of each block's range.
+    /// The same for uniform noise with exact scales of each block's range.
     pub theory_sqnr_db: f64,
-    /// Where the error comes from.
+    /// The parts of the error.
     pub sources: Sources,
 }
 
 /// The error of one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct TensorError {
-    /// Of the weights themselves.
+    /// The error of the weights.
     pub weights: Measured,
-    /// Of the outputs, if the inputs were seen.
+    /// The error of the outputs, if inputs were observed.
     pub outputs: Option<Measured>,
-    /// Input channels that are outliers.
+    /// The number of outlier channels of the input.
     pub outlier_channels: usize,
-    /// The largest weight over the root of their mean square, in decibels.
+    /// The largest weight over the root mean square, in decibels.
     pub peak_db: f64,
 }
 
-/// Decibels of signal over noise.
+/// Signal over noise in decibels.
 pub(super) fn decibels(signal: f64, noise: f64) -> f64 {
     match noise > 0.0 && signal > 0.0 {
         true => (10.0 * (signal / noise).log10()).min(NO_NOISE_DB),
@@ -122,10 +125,10 @@ pub(super) fn decibels(signal: f64, noise: f64) -> f64 {
     }
 }
 
-/// What became of `values`, `[.., rows, columns]` as `tensor.shape` says, in `tensor`.
+/// Compares `tensor` with `values`, `[.., rows, columns]`, from which it was made.
 ///
 /// # Panics
-/// If `values` does not fill the tensor's shape, or `statistics` is of another width.
+/// If `values` does not fill the tensor's shape, or `statistics` has another width.
 pub fn explain_tensor(
     values: &[f32],
     tensor: &Tensor,
@@ -218,7 +221,7 @@ fn parts(rounds: &[[f64; 2]; 6], of: usize, signal: f64, scales_apart: bool) -> 
     }
 }
 
-/// Which input channels are outliers.
+/// For each input channel, whether it is an outlier.
 fn outlier_channels(values: &[f32], columns: usize, statistics: Option<&Statistics>) -> Vec<bool> {
     let mut largest = vec![0f32; columns];
     for row in values.chunks(columns) {
@@ -237,7 +240,7 @@ fn outlier_channels(values: &[f32], columns: usize, statistics: Option<&Statisti
     found
 }
 
-/// The range's scales as the format stores them.
+/// The steps of the range's scales, as the format stores them.
 fn stored_range(grid: &Grid, format: &ScaledFormat, tensor: &Tensor, values: &[f32]) -> Steps {
     let columns = tensor.columns().max(1);
     let mut members: Vec<Vec<f32>> = vec![Vec::new(); grid.blocks.len()];
@@ -257,7 +260,7 @@ fn stored_range(grid: &Grid, format: &ScaledFormat, tensor: &Tensor, values: &[f
     Steps { step, zero }
 }
 
-/// The scales that the tensor has.
+/// The steps of the tensor's own scales.
 fn own_steps(grid: &Grid, format: &ScaledFormat, tensor: &Tensor) -> Steps {
     let count = grid.blocks.len();
     let plain = |float: Format| {

@@ -1,9 +1,9 @@
-//! Experts: stacks of matrices, each quantized by itself.
+//! Experts: stacks of matrices, each of which is quantized alone.
 //!
-//! Calibration shows every token to every expert, whatever the router chose (as llm-compressor's
-//! `calibrate_all_experts` does), so that a rare expert has seen as much as any. What the router
-//! would have chosen is counted beside. An expert's hidden values are made by a program of its two
-//! matrices and their activation, on the calibration's own backend.
+//! Calibration runs every token through every expert, whatever the router chose (like
+//! llm-compressor's `calibrate_all_experts`). So a rare expert sees as much as any other. The
+//! router's choices are counted for the report. A small program of an expert's two matrices and
+//! activation makes its hidden values, on the calibration's backend.
 
 use lathe_program::{
     ExpertsSpec, LinearSpec, Op, Program, ProgramBuilder, Value, Weight, WeightRole,
@@ -19,18 +19,18 @@ use crate::recipe::TechniqueStep;
 use crate::section::Section;
 use crate::statistics::{Asymmetry, Statistics};
 
-/// What was seen of the hidden values of one expert.
+/// The statistics of one expert's hidden values.
 pub(super) struct ExpertSeen {
     statistics: Statistics,
-    /// How they differ from the float model's, where a technique asks for it.
+    /// How they differ from the float model's, if a technique asks.
     asymmetry: Option<Asymmetry>,
 }
 
-/// What was seen of an expert, by its number.
+/// The statistics of an expert, by its number.
 type SeenOf<'a> = dyn FnMut(usize) -> Result<Option<ExpertSeen>, QuantError> + 'a;
 
 impl LayerPass<'_, '_> {
-    /// Quantizes the experts of op `op`, if it has some that are to be.
+    /// Quantizes the experts of op `op`, if it has experts among the targets.
     pub(super) fn round_experts(
         &mut self,
         op: usize,
@@ -62,8 +62,8 @@ impl LayerPass<'_, '_> {
         Ok(())
     }
 
-    /// Quantizes the last matrices of the experts of `spec`, each by what its own hidden values
-    /// are. Gate and up are what they were until down has seen what they make.
+    /// Quantizes the last matrices of the experts of `spec`, each with the statistics of its own
+    /// hidden values. Gate and up stay unrounded until down has seen their output.
     fn round_down(
         &mut self,
         step: &TechniqueStep,
@@ -125,7 +125,8 @@ impl LayerPass<'_, '_> {
         Ok(())
     }
 
-    /// What one expert makes of its inputs: weights 0 to 3 are gate, up and their biases.
+    /// A program that makes one expert's hidden values from its inputs. Weights 0 to 3 are gate, up
+    /// and their biases.
     fn hidden_program(&self, spec: &ExpertsSpec, input: Value) -> Section {
         let (width, hidden) = (self.job.plan.program.value_width(input), spec.hidden);
         let Program { vocabulary, context_max, kv, .. } = self.job.plan.program;
@@ -177,7 +178,8 @@ impl LayerPass<'_, '_> {
         self.keep_stack(weight, &tensors)
     }
 
-    /// Quantizes a stack matrix by matrix, each with what `seen_of` says of its input.
+    /// Quantizes a stack, one matrix at a time. `seen_of` gives the statistics of each matrix's
+    /// input.
     pub(super) fn round_stack(
         &mut self,
         step: &TechniqueStep,
@@ -207,7 +209,7 @@ impl LayerPass<'_, '_> {
         (0..experts).map(|expert| format!("{name}[{expert}]")).collect()
     }
 
-    /// Quantizes matrices of a stack, behind those in `tensors`.
+    /// Quantizes some matrices of a stack and appends them to `tensors`.
     fn round_of_stack(
         &mut self,
         step: &TechniqueStep,
@@ -244,7 +246,7 @@ impl LayerPass<'_, '_> {
     }
 }
 
-/// Matrices of one shape and format as a stack.
+/// Stacks matrices of one shape and format.
 fn stacked(matrices: &[Tensor]) -> Result<Tensor, TensorError> {
     let first = &matrices[0];
     let join = |plane: fn(&Tensor) -> &[u8]| {

@@ -1,12 +1,12 @@
-//! The pass that measures what a job did: a text that calibration did not see runs through the
-//! model a layer at a time, in several streams at once.
+//! The pass that measures a job's result. A text that calibration did not see runs through the
+//! model one layer at a time, in several streams at once.
 //!
-//! Behind each layer there are the stream of the float model, the stream of the quantized one, and
-//! one for each layer so far with that layer alone quantized. A layer is prepared twice, with and
-//! without its codes, and all streams run through it together, so that a model of `L` layers takes
+//! After each layer there are these streams: that of the float model, that of the quantized model,
+//! and one for each layer so far with that layer alone quantized. A layer is prepared twice, with
+//! and without its codes, and all streams run through it together. A model of `L` layers takes
 //! about `L^2 / 2` runs of a layer, and memory for two layers and `L + 2` streams of `[tokens,
-//! width]`. The float model is the one that rotations and scales made, which is the file's but for
-//! rounding; the file's own weights run beside it where its distributions are asked for.
+//! width]`. The float model is the one after rotations and scales, which equals the file's but for
+//! rounding. The file's own weights run as well if their distributions are asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -29,11 +29,12 @@ use crate::section::{Layers, Section};
 use crate::statistics::Statistics;
 use crate::technique::Stage;
 
-/// Tokens whose logits are in memory at once, for each of two streams.
+/// Tokens whose logits are in memory at once, in each of two streams.
 const LOGITS_TOKENS: usize = 32;
-/// Errors of outputs that are computed of each matrix: six rounds, its own, and that of its inputs.
+/// Output errors that are computed for each matrix: six rounds, its own error, and that of its
+/// inputs.
 const OUTPUT_ERRORS: usize = 8;
-/// What inputs are rounded to where an error of activations is estimated: int8, a scale a token.
+/// The format for the estimate of activation errors: int8 with a scale for each token.
 const ACTIVATION: ScaledFormat = ScaledFormat {
     element: Element::Int(8),
     block: Block::Channel,
@@ -52,24 +53,24 @@ enum Version {
     Quantized,
 }
 
-/// What was seen of an input of linear layers.
+/// Statistics of an input of linear layers.
 struct Input {
     seen: Statistics,
-    /// The same of what rounding it to [`ACTIVATION`] changes.
+    /// Statistics of the error of rounding it to [`ACTIVATION`].
     rounded: Statistics,
 }
 
-/// The streams behind a layer.
+/// The streams after a layer.
 struct Streams {
-    /// Of the file's weights, where the job prepares weights.
+    /// The stream of the file's weights, if the job rotates or scales them.
     file: Option<Stream>,
     float: Stream,
     quantized: Stream,
-    /// By layer so far: with that layer alone quantized.
+    /// For each layer so far, the stream with that layer alone quantized.
     alone: Vec<Stream>,
 }
 
-/// The run through the text, as far as it is.
+/// The state of the pass through the text.
 struct TextPass<'a, 'b> {
     text: Calibration<'a>,
     streams: Streams,
@@ -80,13 +81,12 @@ struct TextPass<'a, 'b> {
 }
 
 impl Job<'_> {
-    /// Measures what the job did to the model, on `text`, which calibration should not have
-    /// seen; as many whole windows of it as there are. What is not quantized yet, because nothing
-    /// had to be calibrated, is quantized first. `progress` hears of the work in no particular
-    /// unit.
+    /// Measures the job's result on `text`, which calibration should not have seen. Takes as many
+    /// whole windows as the text has. Weights that needed no calibration are quantized first.
+    /// `progress` counts work in no particular unit.
     ///
     /// # Errors
-    /// If the text cannot be used, a layer cannot be run by itself, or a technique refuses.
+    /// If the text cannot be used, a layer cannot be run alone, or a technique refuses.
     pub fn explain(
         &mut self,
         spec: &DecoderSpec,
@@ -149,7 +149,7 @@ impl Job<'_> {
         Ok(explanation)
     }
 
-    /// Bits of a number of the tensors that are quantized, in the file.
+    /// Mean bits, in the file, of a number of the quantized tensors.
     fn float_bits(&self) -> Result<f64, QuantError> {
         match self.plan.targets.keys().next() {
             Some(weight) => Ok(self.plan.weights.load(*weight)?.format.bits_per_weight()),
@@ -157,7 +157,7 @@ impl Job<'_> {
         }
     }
 
-    /// Multiplications of the whole pass, about: what layers and head take.
+    /// The approximate multiplications of the whole pass: layers and head.
     fn work(&self, layers: &[(Range<usize>, Value)], tokens: usize) -> usize {
         let layer = |(index, (range, _)): (usize, &(Range<usize>, Value))| {
             self.work_of_layer(index, range, tokens)
@@ -167,9 +167,8 @@ impl Job<'_> {
         layers.iter().enumerate().map(layer).sum::<usize>() + head
     }
 
-    /// A layer's matrices with each stream's tokens, and the errors of what is quantized in it:
-    /// half of
-    /// `H` with each number of a matrix, in each of [`OUTPUT_ERRORS`].
+    /// The multiplications of a layer's matrices for each stream's tokens, and of the errors of its
+    /// quantized matrices: half of `H` with each number of a matrix, for each of [`OUTPUT_ERRORS`].
     fn work_of_layer(&self, index: usize, range: &Range<usize>, tokens: usize) -> usize {
         let errors = |(weight, _): (&Weight, &usize)| {
             let shape = &self.plan.program.weight(*weight).shape;
@@ -200,7 +199,7 @@ impl Job<'_> {
         }
     }
 
-    /// What a section with one tap makes of `stream`.
+    /// The output of a section with one tap for `stream`.
     fn through(
         &self,
         version: Version,
@@ -211,7 +210,7 @@ impl Job<'_> {
         self.stream_by(section, text, stream, &mut |weight| self.version(version, weight))
     }
 
-    /// What a layer with one tap makes of several streams, one after the other in one run.
+    /// The outputs of a layer with one tap for several streams, which run one after the other.
     fn all_through(
         &self,
         version: Version,
@@ -220,7 +219,7 @@ impl Job<'_> {
         streams: &[&Stream],
     ) -> Result<Vec<Stream>, QuantError> {
         let (table, rows) = joined(streams);
-        // Tokens only say how many rows there are: the table has the numbers.
+        // The tokens only give the number of rows. The stream has the values.
         let text = Calibration { tokens: &vec![0; rows], ..*text };
         let section = Section::new(self.plan.program, range, &[out])?;
         let made = self.through(version, &text, &section, Some(&table))?;
@@ -287,7 +286,7 @@ impl Job<'_> {
         })
     }
 
-    /// Runs the float streams up to the inputs of `ops` and keeps what it sees of them.
+    /// Runs the float streams up to the inputs of `ops` and keeps their statistics.
     fn see_inputs(
         &self,
         pass: &mut TextPass<'_, '_>,
@@ -298,7 +297,7 @@ impl Job<'_> {
             ops.iter().flat_map(|op| self.plan.program.ops[*op].inputs()).collect();
         let taps: Vec<Value> = taps.into_iter().collect();
         let Some(last) = ops.last() else { return Ok(BTreeMap::new()) };
-        // What comes after the last input is not run.
+        // Ops after the last input are not run.
         let section = Section::new(self.plan.program, range.start..*last, &taps)?;
         let width = |value: Value| self.plan.program.value_width(value);
         let mut inputs: BTreeMap<Value, Input> = taps
@@ -346,7 +345,7 @@ impl Job<'_> {
         inputs: &BTreeMap<Value, Input>,
     ) -> Result<TensorExplanation, QuantError> {
         let (shape, values) = self.load(weight)?;
-        // Codes are taken apart; what a correction makes of their error stands beside.
+        // The analysis takes the codes alone. The error with a correction is reported beside.
         let quantized = &self.ledger.finished[&weight];
         let Distribution { before, after } = &mut pass.weights;
         if let Some(after) = after {
@@ -356,7 +355,7 @@ impl Job<'_> {
             before.add(&values);
         }
         let input = self.plan.program.ops[op].inputs().next().and_then(|value| inputs.get(&value));
-        // An expert's last matrix reads what its first two make, not the op's input.
+        // An expert's last matrix reads the hidden values, not the op's input.
         let columns = shape.last().copied().unwrap_or(1);
         let hidden =
             matches!(&self.plan.program.ops[op], Op::Experts { spec, .. } if spec.down == weight);
@@ -390,7 +389,8 @@ impl Job<'_> {
         })
     }
 
-    /// KL to the float stream of the quantized one, and of each with one layer quantized.
+    /// KL to the float stream, for the quantized stream and for each stream with one layer
+    /// quantized.
     fn divergences(
         &self,
         pass: &mut TextPass<'_, '_>,
@@ -408,7 +408,7 @@ impl Job<'_> {
         let Streams { float, quantized, alone, .. } = &pass.streams;
         let streams: Vec<&Stream> = [float, quantized].into_iter().chain(alone).collect();
         let tokens = pass.text.tokens.len();
-        // A few tokens of every stream after one another: the float model's logits are kept no
+        // A few tokens of every stream at a time, so that the float model's logits are not kept
         // longer.
         let rows = (1..=LOGITS_TOKENS).rev().find(|rows| tokens.is_multiple_of(*rows)).unwrap_or(1);
         let width = float.width;
@@ -459,7 +459,7 @@ impl TextPass<'_, '_> {
     }
 }
 
-/// Streams of one length as one table; its rows.
+/// Joins streams of one length to one, and returns its rows.
 fn joined(streams: &[&Stream]) -> (Stream, usize) {
     let width = streams.first().map_or(1, |stream| stream.width.max(1));
     let values: Vec<f32> =
@@ -468,7 +468,7 @@ fn joined(streams: &[&Stream]) -> (Stream, usize) {
     (Stream { width, values: values.into() }, rows)
 }
 
-/// The root of the mean over tokens of `|error|^2 / |stream|^2`: tokens of all sizes count alike.
+/// The root of the mean over tokens of `|error|^2 / |stream|^2`. Tokens of all sizes count alike.
 fn relative_error(found: &Stream, exact: &Stream) -> f64 {
     let width = exact.width.max(1);
     let square = |sum: f64, x: f64| sum + x * x;
@@ -483,7 +483,7 @@ fn relative_error(found: &Stream, exact: &Stream) -> f64 {
     (tokens.map(of_token).sum::<f64>() / count).sqrt()
 }
 
-/// What rounding rows of inputs to [`ACTIVATION`] changes.
+/// The error of rounding rows of inputs to [`ACTIVATION`].
 fn rounding_of(rows: &[f32], width: usize) -> Result<Vec<f32>, lathe_tensor::TensorError> {
     let shape = [rows.len() / width.max(1), width];
     let rounded = quantize(&shape, &ACTIVATION, rows, E8m0Rounding::Even)?.to_f32();

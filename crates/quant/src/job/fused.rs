@@ -1,5 +1,5 @@
-//! Matrices that engines run as one: those of a linear op (query, key and value; gate and up), and
-//! gate and up of an expert. vLLM and others ask of them to share NVFP4's global scale.
+//! Matrices that engines run as one: query, key and value, or gate and up, of a linear op or an
+//! expert. vLLM and others require that they share NVFP4's global scale.
 
 use lathe_program::{Op, Weight};
 use lathe_tensor::{Format, ScaleType};
@@ -8,8 +8,8 @@ use super::Job;
 use crate::error::QuantError;
 
 impl Job<'_> {
-    /// For each matrix of `weight` (one, or one an expert) the largest magnitude of all that it is
-    /// run with; nothing if the format has no global scale.
+    /// For each matrix of `weight` (one, or one for each expert), the largest magnitude over all
+    /// matrices that engines run with it. Empty if the format has no global scale.
     pub(super) fn fused_largest(&mut self, weight: Weight) -> Result<Vec<f32>, QuantError> {
         let format_of = |weight| self.plan.recipe.format_of(&self.plan.program.weight(weight).name);
         let format = format_of(weight);

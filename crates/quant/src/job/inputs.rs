@@ -1,8 +1,8 @@
-//! Scales of inputs that calibration finds and the folder stores. NVFP4 has one: the divisor of the
-//! scales of its blocks, so that the largest number that was seen has the largest code.
+//! Scales of inputs that calibration finds and the result stores. NVFP4 has one: it divides the
+//! scales of the blocks, so that the largest observed number gets the largest code.
 //!
-//! While a layer is looked at, each row makes the divisor for itself, and the largest number of a
-//! row keeps its value. What runs behind the layer runs under the stored one, as the folder will.
+//! While a layer is observed, each row computes its own scale, so that its largest number is exact.
+//! The layers after it run with the stored scale, as the written model will.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,8 +14,7 @@ use super::layer::LayerPass;
 use crate::section::Section;
 
 impl LayerPass<'_, '_> {
-    /// Keeps the scales of what the linear layers and the first matrices of experts among `ops`
-    /// read.
+    /// Keeps the input scales of the linear layers and of the experts' first matrices among `ops`.
     pub(super) fn find_input_scales(&mut self, ops: &BTreeSet<usize>) {
         if !self.job.plan.finds_input_scales() {
             return;
@@ -33,7 +32,7 @@ impl LayerPass<'_, '_> {
         }
     }
 
-    /// Keeps the scale of the one input of `weights`, whose largest magnitude is `largest`.
+    /// Keeps the scale of the input that `weights` share. `largest` is its largest magnitude.
     pub(super) fn keep_input_scale(&mut self, weights: &[Weight], largest: f32) {
         let scale = StaticScale::new(global_divisor(&ScaledFormat::NVFP4, largest));
         let scale = scale.expect("a divisor is a normal number");
@@ -43,7 +42,7 @@ impl LayerPass<'_, '_> {
     }
 }
 
-/// Puts the scales of inputs, by the matrix that reads them, in the ops of `section`.
+/// Sets the input scales in the ops of `section`. `scales` is keyed by the matrix that reads.
 pub(super) fn set_input_scales(section: &mut Section, scales: &BTreeMap<Weight, StaticScale>) {
     let scale_of = |weight: Weight| scales.get(&section.weights[weight.0 as usize]).copied();
     let mut of_values = BTreeMap::new();

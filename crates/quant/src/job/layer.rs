@@ -1,5 +1,5 @@
-//! The pass over one layer: it sees what the layer's matrices read, scales their channels and
-//! rounds them. A pass lives as long as its layer; what it makes goes to the job's ledger.
+//! The pass over one layer. It observes the inputs of the layer's matrices, scales their channels
+//! and rounds them. A pass lives as long as its layer; its results go to the job's ledger.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -21,18 +21,18 @@ use crate::section::Section;
 use crate::statistics::{Asymmetry, Statistics};
 use crate::technique::Stage;
 
-/// A job at one layer, with what was seen of the layer's inputs.
+/// A job at one layer, with the statistics of the layer's inputs.
 pub(super) struct LayerPass<'j, 'a> {
     pub job: &'j mut Job<'a>,
     seen: Observed,
-    /// How inputs differ from the float model's, where a technique asks for it.
+    /// How inputs differ from the float model's, if a technique asks.
     asymmetries: BTreeMap<Value, Asymmetry>,
-    /// What the layer's experts read.
+    /// The inputs of the layer's experts.
     pub experts: ExpertInputs,
 }
 
 impl<'j, 'a> LayerPass<'j, 'a> {
-    /// A pass that has seen nothing: what it rounds needs no calibration.
+    /// A pass without statistics, for weights that need no calibration.
     pub(super) fn unobserved(job: &'j mut Job<'a>) -> Self {
         LayerPass {
             job,
@@ -42,9 +42,9 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         }
     }
 
-    /// Runs a layer as it was and keeps what is seen of the inputs of `ops`. With it come the
-    /// streams behind the layer if the recipe asks for them; otherwise the run ends where all is
-    /// seen.
+    /// Runs a layer before it is quantized and keeps statistics of the inputs of `ops`. Also
+    /// returns the streams after the layer if the recipe asks for them. Otherwise the run ends with
+    /// the last observed input.
     pub(super) fn observe(
         job: &'j mut Job<'a>,
         calibration: &Calibration<'_>,
@@ -104,6 +104,7 @@ impl<'j, 'a> LayerPass<'j, 'a> {
                 }
             })?;
         }
+        job.check_finite(&seen, ops)?;
         let width = program.value_width(out);
         let float = float.as_ref().map(|_| Stream { width, values: float_after.into() });
         job.ledger.reports.coverage.extend(coverage.finish());
@@ -111,8 +112,8 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         Ok((LayerPass { job, seen, asymmetries, experts }, whole.then_some(after)))
     }
 
-    /// Applies the recipe to the `ops` of the layer. Consumers come before what makes their inputs,
-    /// so that a matrix's rows are final when its own columns are scaled.
+    /// Applies the recipe to the `ops` of the layer. An op comes before the op that makes its
+    /// input, so that the rows of a matrix are final when its own columns are scaled.
     pub(super) fn apply(
         &mut self,
         ops: &BTreeSet<usize>,
@@ -151,7 +152,7 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         };
         let fold = match fold {
             Ok(fold) => fold,
-            // A recipe that names the tensor means it; one that says nothing takes what there is.
+            // If the recipe names the tensor, this is an error. Otherwise the group stays unscaled.
             Err(reason) if step.tensors.is_some() => {
                 let tensor = report.tensors.join(", ");
                 return Err(QuantError::Technique { technique, tensor, reason });
@@ -178,7 +179,8 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         };
         let (statistics, tied) = (statistics.as_deref(), tied.as_deref());
         let group = Group { matrices: matrices.collect(), statistics, asymmetry: None, tied };
-        // Matrices that share scales of channels have one format, or the first one's is as good.
+        // Matrices that share scales of channels have one format. If not, that of the first one is
+        // used.
         let format = self.job.plan.recipe.format_of(&report.tensors[0]);
         let outcome = (step.technique.group())(&group, format, &step.parameters)?;
         if let Outcome::Scaled(scales) = outcome {
@@ -194,8 +196,8 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         Ok(())
     }
 
-    /// Divides what feeds a group by `scales`; what they came to be, for a norm in the bits of its
-    /// file cannot be divided by any number.
+    /// Folds `scales` into the weights before a group. Returns the scales in effect: a norm in its
+    /// file's format cannot be divided by every number exactly.
     fn put(&mut self, fold: Fold, scales: Vec<f32>) -> Result<Vec<f32>, QuantError> {
         let divide = |rows: &mut BTreeMap<Weight, Vec<f32>>, weight, scales: &[f32]| {
             let all = rows.entry(weight).or_insert_with(|| vec![1.0; scales.len()]);
@@ -245,7 +247,7 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         }
     }
 
-    /// What calibration saw of an op's input, as its scaled channels would have been.
+    /// The statistics of an op's input, with its channels scaled.
     pub(super) fn statistics(&self, op: usize) -> Option<Arc<Statistics>> {
         let statistics = self.seen.of(self.job.plan.program.ops[op].inputs().next()?)?;
         Some(match self.job.ledger.columns.get(&op) {
@@ -254,7 +256,7 @@ impl<'j, 'a> LayerPass<'j, 'a> {
         })
     }
 
-    /// How an op's input differs from the float model's, as its scaled channels would.
+    /// How an op's input differs from the float model's, with its channels scaled.
     pub(super) fn asymmetry(&self, op: usize) -> Option<Asymmetry> {
         let found = self.asymmetries.get(&self.job.plan.program.ops[op].inputs().next()?)?;
         Some(match self.job.ledger.columns.get(&op) {
@@ -264,7 +266,26 @@ impl<'j, 'a> LayerPass<'j, 'a> {
     }
 }
 
-/// Behind the last of ops `range` that makes one of `inputs`, or that routes.
+impl Job<'_> {
+    /// Refuses inputs of `ops` that are NaN or infinite: no statistics can be made of them.
+    fn check_finite(&self, seen: &Observed, ops: &BTreeSet<usize>) -> Result<(), QuantError> {
+        let good = |op: usize| {
+            let mut inputs = self.plan.program.ops[op].inputs().filter_map(|it| seen.of(it));
+            inputs.all(|statistics| statistics.is_finite())
+        };
+        let mut targets = self.plan.targets.iter();
+        match targets.find(|(_, op)| ops.contains(op) && !good(**op)) {
+            None => Ok(()),
+            Some((weight, _)) => Err(QuantError::NotFinite {
+                tensor: self.plan.name(*weight),
+                what: "its inputs in the calibration text are NaN or infinite".to_owned(),
+            }),
+        }
+    }
+}
+
+/// The end of the shortest run of `range` that contains every op which makes one of `inputs`, and
+/// every router.
 fn end_of_inputs(program: &Program, range: Range<usize>, inputs: &BTreeSet<Value>) -> usize {
     let needed = |op: &usize| {
         let op = &program.ops[*op];

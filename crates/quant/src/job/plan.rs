@@ -1,5 +1,5 @@
-//! The plan of a job: what becomes of every weight. It is decided before anything is computed, and
-//! nothing changes it.
+//! The plan of a job: what becomes of every weight. It is complete before anything is computed and
+//! does not change.
 
 use std::collections::BTreeMap;
 
@@ -16,18 +16,18 @@ use crate::rotated::rotated;
 use crate::targets::targets;
 use crate::technique::{Apply, Stage, correction_bits};
 
-/// What a recipe makes of a model's weights.
+/// What a recipe does to a model's weights.
 pub(super) struct Plan<'a> {
     pub program: &'a Program,
     pub weights: &'a ModelWeights<'a>,
     pub recipe: &'a Recipe,
-    /// The op of each matrix that is quantized.
+    /// The quantized matrices, with the op that reads each.
     pub targets: BTreeMap<Weight, usize>,
-    /// The rotations of each weight, which come before anything else.
+    /// The rotations of each weight. They come first.
     turns: Turns,
-    /// The file's float formats of the weights that are rotated.
+    /// The float formats that the rotated weights have in the file.
     pub rotated_formats: BTreeMap<Weight, Format>,
-    /// Whether calibration will be, or was, run.
+    /// Whether the job runs calibration.
     pub calibrated: bool,
 }
 
@@ -82,7 +82,7 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// Refuses a correction of a matrix that no adapter can say.
+    /// Refuses a correction of a matrix that an adapter cannot name.
     fn check_correction(&self, step: &TechniqueStep, weight: Weight) -> Result<(), QuantError> {
         let refuse = |reason: &str| {
             let (technique, tensor) = (step.technique.name, self.name(weight));
@@ -122,18 +122,18 @@ impl<'a> Plan<'a> {
         self.targets.keys().map(of_weight).sum()
     }
 
-    /// Whether calibration finds scales of inputs.
+    /// Whether calibration finds input scales.
     pub(super) fn finds_input_scales(&self) -> bool {
         self.calibrated && self.recipe.activations == Some(ActivationFormat::Nvfp4)
     }
 
-    /// Elements of a block of the input of `weight` that is rotated while the model runs.
+    /// Elements of a block of the input of `weight`, if the input is rotated while the model runs.
     pub(super) fn rotation_of(&self, weight: Weight) -> Option<usize> {
         let mut all = rotated(self.program).into_iter();
         all.find_map(|(other, block)| (other == weight).then_some(block))
     }
 
-    /// Bits of one weight when it is quantized, its correction among them.
+    /// Bits of one weight when it is quantized, with its correction.
     pub(super) fn bits_of(&self, weight: Weight) -> Result<f64, QuantError> {
         let decl = self.program.weight(weight);
         let elements: usize = decl.shape.iter().product();
@@ -146,7 +146,7 @@ impl<'a> Plan<'a> {
         !self.turns.of(weight).is_empty()
     }
 
-    /// A weight as rotations leave it.
+    /// The shape and the values of a weight after its rotations.
     pub(super) fn rotated(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
         let tensor = self.weights.load(weight)?;
         if !self.is_rotated(weight) {
@@ -158,7 +158,7 @@ impl<'a> Plan<'a> {
         Ok((tensor.shape, values))
     }
 
-    /// Hands out what rotations make of a weight, part after part.
+    /// Hands out a weight after its rotations, one part after the other.
     pub(super) fn rotate(
         &self,
         weight: Weight,
@@ -170,7 +170,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Bits of what corrects tensor `name` of `shape`; none, if nothing does.
+/// Bits of the correction of tensor `name` of `shape`. 0 if it has none.
 ///
 /// # Errors
 /// If it is corrected twice.
@@ -185,7 +185,8 @@ pub(crate) fn bits_of_correction(
     })
 }
 
-/// What the recipe's rotations, and those that the program does while it runs, make of its weights.
+/// The changes of weights by the recipe's rotations, and by those that the program does while it
+/// runs.
 fn turns_of(program: &Program, recipe: &Recipe) -> Result<Turns, QuantError> {
     let mut turns = Turns::default();
     for step in &recipe.steps {
@@ -197,7 +198,7 @@ fn turns_of(program: &Program, recipe: &Recipe) -> Result<Turns, QuantError> {
     Ok(turns)
 }
 
-/// The format of a float tensor; BF16 for what is read as floats but stored otherwise.
+/// The type of a float format. BF16 for formats that are read as floats but stored otherwise.
 pub(super) fn float_of(format: Format) -> FloatType {
     match format {
         Format::Float(float) => float,

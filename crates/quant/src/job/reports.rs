@@ -1,30 +1,30 @@
-//! What a job says of its work: of each matrix, of each group that was scaled, of each router.
+//! The reports of a job: for each matrix, each scaled group and each router.
 
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::matrix::MatrixReport;
 
-/// The registry's own spelling of a technique's name. Not spelt as the reference that it is where
-/// it is deserialized: it does not borrow from what is read.
+/// The registry's spelling of a technique's name. This alias hides the reference from serde's
+/// derive, which would otherwise borrow from the input.
 pub type TechniqueName = &'static str;
 
-/// What became of one matrix.
+/// The report of one matrix.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct WeightReport {
     /// Canonical name.
     pub tensor: String,
-    /// The technique that chose its codes.
+    /// The technique that chose the codes.
     #[serde(deserialize_with = "technique_named")]
     pub technique: TechniqueName,
-    /// What it cost, with its correction if it has one.
+    /// The error, with the correction if there is one.
     #[serde(flatten)]
     pub report: MatrixReport,
-    /// What runs beside it.
+    /// The report of the correction.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub correction: Option<CorrectionReport>,
 }
 
-/// What runs beside one quantized matrix.
+/// The correction of one quantized matrix.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CorrectionReport {
     /// The technique.
@@ -34,13 +34,13 @@ pub struct CorrectionReport {
     pub rank: usize,
     /// Bytes of both.
     pub bytes: usize,
-    /// Which of the technique's rounds lost least, from 1 on.
+    /// The round of the technique with the least loss, from 1.
     pub round: usize,
-    /// What the codes alone cost.
+    /// The error of the codes alone.
     pub uncorrected: MatrixReport,
 }
 
-/// What became of the scales of one group's channels.
+/// The report of one group whose channels were to be scaled.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PreparedReport {
     /// Canonical names of the group's matrices.
@@ -48,7 +48,7 @@ pub struct PreparedReport {
     /// The technique.
     #[serde(deserialize_with = "technique_named")]
     pub technique: TechniqueName,
-    /// Why nothing was scaled, if so.
+    /// The reason why nothing was scaled, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
     /// The least and the largest scale.
@@ -56,30 +56,30 @@ pub struct PreparedReport {
     pub scales: Option<[f32; 2]>,
 }
 
-/// The technique that is called so.
+/// Reads a technique by its name.
 fn technique_named<'de, D: Deserializer<'de>>(source: D) -> Result<TechniqueName, D::Error> {
     let name = String::deserialize(source)?;
     let technique = crate::technique::find(&name).map_err(serde::de::Error::custom)?;
     Ok(technique.name)
 }
 
-/// How many tokens of the calibration a router chose each expert for.
+/// For each expert of a router, the calibration tokens that it was chosen for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CoverageReport {
     /// Canonical name of the router.
     pub router: String,
-    /// By expert.
+    /// Tokens, by expert.
     pub tokens: Vec<u64>,
 }
 
-/// All that a job says of its work, in the order in which it was done.
+/// The reports of a job, in the order of its work.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Reports {
-    /// Of each quantized matrix.
+    /// One report for each quantized matrix.
     #[serde(rename = "reports")]
     pub tensors: Vec<WeightReport>,
-    /// Of each group whose channels were to be scaled.
+    /// One for each group whose channels were to be scaled.
     pub prepared: Vec<PreparedReport>,
-    /// Of each router.
+    /// One for each router.
     pub coverage: Vec<CoverageReport>,
 }

@@ -1,14 +1,14 @@
-//! A calibrated job that can be interrupted: each finished layer goes to a folder, with the stream
-//! behind it, and a later run with the same recipe, model and text goes on from there.
+//! A calibrated job that can be interrupted. Each finished layer and the stream after it are saved
+//! in a folder. A later run with the same recipe, model and text continues from there.
 //!
-//! `layer-N.safetensors` has what the layer's weights came to be, `stream-N.safetensors` the stream
-//! behind it, `state.json` how many layers are finished, the reports so far and what the run is of.
-//! Each is written under a temporary name and renamed, the state last, so that whatever ends the
-//! process leaves a folder to go on from. When they go to the disk is left to the operating system:
-//! a stream is gone before that, and to wait for it cost a quarter of a second a layer. After a
-//! loss of power a file may be cut short, which is refused. Weights in the folder are mapped, not
-//! kept in memory: of finished layers a job holds nothing but their scales. The bits are those of a
-//! run without interruption.
+//! `layer-N.safetensors` has the layer's new weights, and `stream-N.safetensors` the stream after
+//! it. `state.json` has the number of finished layers, the reports so far, and the origin of the
+//! run. Each file is written under a temporary name and then renamed, the state last. So a process
+//! that ends at any point leaves a folder that a later run can use.
+//!
+//! Files are not synced to disk, because a sync for each layer is slow and a stream is soon
+//! deleted. After a power loss a file may be cut short; it is then refused. Weights in the folder
+//! are mapped, not kept in memory. The bits are those of a run without interruption.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -25,16 +25,16 @@ use crate::calibrate::{Calibration, Prefixes, Stream};
 use crate::correction::Correction;
 use crate::error::QuantError;
 
-/// Bytes of each weight that tell one model from another.
+/// Bytes of each weight that are hashed, to tell models apart.
 const SAMPLE_BYTES: usize = 4096;
 
-/// What a run is of: a run goes on only from one of the same.
+/// The origin of a run. Only a run of the same origin continues.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Origin {
     recipe: String,
-    /// Of the weights' names, shapes and formats and the first bytes of each, SHA-256.
+    /// SHA-256 of the weights' names, shapes, formats and first bytes.
     model: String,
-    /// Of the tokens and how they are run, SHA-256.
+    /// SHA-256 of the tokens and of the settings that run them.
     calibration: String,
 }
 
@@ -48,11 +48,11 @@ struct State {
     reports: Reports,
 }
 
-/// Where finished layers go.
+/// The folder of finished layers.
 pub(super) struct Store {
     folder: PathBuf,
     origin: Origin,
-    /// Names of what is in the folder already.
+    /// Names of the files that are saved already.
     saved: BTreeSet<String>,
 }
 
@@ -73,7 +73,7 @@ impl Store {
         self.path(&format!("stream-{layers}.safetensors"))
     }
 
-    /// What an earlier run left, if there was one.
+    /// The state of an earlier run, if there was one.
     fn state(&self) -> Result<Option<State>, QuantError> {
         let text = match std::fs::read_to_string(self.path("state.json")) {
             Ok(text) => text,
@@ -129,7 +129,7 @@ impl Store {
     }
 }
 
-/// Bytes under a name, with what has to be known of them.
+/// One plane of a tensor: its name and bytes with shape and type.
 struct Plane<'a> {
     name: String,
     bytes: std::borrow::Cow<'a, [u8]>,
@@ -150,7 +150,7 @@ fn floats_of(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
-/// The planes of a tensor called `name`; those that it has not are empty.
+/// The planes of a tensor called `name`. Planes that the tensor lacks are empty.
 fn planes_of<'a>(name: &str, tensor: &'a Tensor) -> Vec<Plane<'a>> {
     let shape: Vec<String> = tensor.shape.iter().map(usize::to_string).collect();
     let about = format!("{} {}", tensor.format, shape.join(" "));
@@ -173,7 +173,7 @@ fn planes_of<'a>(name: &str, tensor: &'a Tensor) -> Vec<Plane<'a>> {
     planes
 }
 
-/// The tensor whose planes are called `name`; its bytes stay in the mapped file.
+/// The tensor whose planes begin with `name`. Its bytes stay in the mapped file.
 fn tensor_of(file: &SafetensorsFile, name: &str) -> Option<Tensor> {
     let about = file.metadata().get(&format!("{name}.codes"))?;
     let mut words = about.split(' ');
@@ -190,12 +190,38 @@ fn tensor_of(file: &SafetensorsFile, name: &str) -> Option<Tensor> {
     Tensor::new_scaled(shape, format, codes, scales, zeros, global).ok()
 }
 
+/// Whether a job wrote the file of this name in its folder.
+fn is_ours(name: &str) -> bool {
+    let numbered = |prefix: &str| {
+        let number = name.strip_prefix(prefix).and_then(|rest| rest.split('.').next());
+        number.is_some_and(|it| !it.is_empty() && it.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    matches!(name, "state.json" | "state.json.partial") || numbered("layer-") || numbered("stream-")
+}
+
+/// Removes the folder of [`Job::calibrate_resumable`] when its result is written. Files that no job
+/// wrote stay, and the folder with them.
+///
+/// # Errors
+/// If a file cannot be removed.
+pub fn remove_finished_layers(folder: &Path) -> std::io::Result<()> {
+    let mut foreign = false;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        match entry.file_name().to_str().is_some_and(is_ours) {
+            true => std::fs::remove_file(entry.path())?,
+            false => foreign = true,
+        }
+    }
+    if foreign { Ok(()) } else { std::fs::remove_dir(folder) }
+}
+
 fn hex(digest: Sha256) -> String {
     digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Job<'_> {
-    /// A folder for this job, which may hold an earlier run of the same.
+    /// The store of this job in a folder, which may hold an earlier run of the same origin.
     pub(super) fn store(
         &self,
         folder: &Path,
@@ -215,10 +241,18 @@ impl Job<'_> {
         let origin = Origin { recipe, model: hex(model), calibration: hex(text) };
         let store = Store { folder: folder.to_owned(), origin, saved: BTreeSet::new() };
         std::fs::create_dir_all(folder).map_err(|error| store.refused(error))?;
+        for entry in std::fs::read_dir(folder).map_err(|error| store.refused(error))? {
+            let name = entry.map_err(|error| store.refused(error))?.file_name();
+            let name = name.to_string_lossy();
+            if !is_ours(&name) {
+                let reason = format!("it holds `{name}`, which no run wrote; move it away");
+                return Err(store.refused(reason));
+            }
+        }
         Ok(store)
     }
 
-    /// Takes up what an earlier run left: how many layers are finished, and the stream behind them.
+    /// Restores an earlier run: the number of finished layers and the stream after them.
     pub(super) fn restore(
         &mut self,
         store: &mut Store,
@@ -242,7 +276,7 @@ impl Job<'_> {
         Ok(Some((state.layers, Prefixes { stream: found, float })))
     }
 
-    /// Writes what became of layer `layer`, which is the next one, and the streams behind it.
+    /// Saves layer `layer`, the next one, and the streams after it.
     pub(super) fn save(
         &mut self,
         store: &mut Store,
@@ -295,12 +329,12 @@ impl Job<'_> {
             reports: self.ledger.reports.clone(),
         };
         store.write_state(&state)?;
-        // The state no longer needs it; what cannot be removed does no harm.
+        // The state no longer needs this file. If it cannot be removed, that does no harm.
         let _ = std::fs::remove_file(store.stream(layer));
         Ok(())
     }
 
-    /// Takes a layer's weights from its file, in place of those in memory.
+    /// Replaces a layer's weights in memory by those mapped from its file.
     fn map_layer(&mut self, store: &mut Store, layer: usize) -> Result<(), QuantError> {
         let file = store.open(&store.layer(layer))?;
         let mut names = Vec::new();
@@ -321,7 +355,7 @@ impl Job<'_> {
                     let correction = Correction { a, b, rotation };
                     self.ledger.corrections.insert(Weight(number), correction);
                 }
-                // Read with the other one.
+                // It is read together with `lora_a`.
                 "lora_b" if known => {}
                 "norm" if known => drop(self.ledger.norms.insert(Weight(number), tensor()?)),
                 "rows" if known => drop(self.ledger.rows.insert(Weight(number), scales()?)),

@@ -1,4 +1,4 @@
-//! Rounds the matrices of a linear op, and adds what corrects them.
+//! Rounds the matrices of a linear op and adds their corrections.
 
 use lathe_program::{Op, Weight};
 use lathe_tensor::Tensor;
@@ -13,17 +13,17 @@ use crate::recipe::{Recipe, TechniqueStep};
 use crate::statistics::Statistics;
 use crate::technique::correction_rounds;
 
-/// What rounds a matrix and what corrects that.
+/// The step that rounds a matrix and the step that corrects it.
 #[derive(Clone, Copy)]
 struct Steps<'a> {
     rounding: &'a TechniqueStep,
     correction: Option<&'a TechniqueStep>,
 }
 
-/// A matrix as it is kept.
+/// A quantized matrix with its correction.
 struct Made {
     tensor: Tensor,
-    /// What it cost, corrected.
+    /// Its error, after the correction.
     report: MatrixReport,
     correction: Option<(Correction, CorrectionReport)>,
 }
@@ -34,7 +34,7 @@ impl From<Quantized> for Made {
     }
 }
 
-/// What is to be least, where two ways to quantize one matrix are compared.
+/// The loss by which two results for one matrix are compared.
 fn loss(report: &MatrixReport) -> f64 {
     report.output_error.unwrap_or(-report.sqnr_db)
 }
@@ -54,7 +54,7 @@ fn quantized(
 }
 
 impl LayerPass<'_, '_> {
-    /// Quantizes the matrices of one linear op: those that the same steps round to one format,
+    /// Quantizes the matrices of one linear op. Matrices with the same steps and format are rounded
     /// together.
     pub(super) fn round_group(&mut self, op: usize) -> Result<(), QuantError> {
         let Job { plan, ledger, .. } = &*self.job;
@@ -82,7 +82,7 @@ impl LayerPass<'_, '_> {
         Ok(())
     }
 
-    /// Quantizes `weights`, which have the same steps and format and read one input.
+    /// Quantizes `weights`, which share their steps, their format and their input.
     pub(super) fn round(
         &mut self,
         weights: &[Weight],
@@ -138,10 +138,10 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Rounds the matrices of `group` by the first of `steps` and corrects what that loses by the
-/// second, as often as that one says: from the second round on, what is rounded is what the last
-/// correction leaves of a matrix. Of each matrix the round that loses least is kept. NVFP4's second
-/// scale stays that of the matrices as they were, which those that are run as one share.
+/// Rounds the matrices of `group` by the first of `steps` and corrects the error by the second. The
+/// correction says for how many rounds. From the second round on, the matrix less its last
+/// correction is rounded. For each matrix the round with the least loss is kept. NVFP4's global
+/// scale stays that of the original matrices, because matrices that run as one share it.
 fn corrected(
     (rounding, correction): (&TechniqueStep, &TechniqueStep),
     group: &Group<'_>,

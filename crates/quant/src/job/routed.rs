@@ -1,4 +1,4 @@
-//! What a pass keeps of a mixture: the choices of its routers and the inputs of its experts.
+//! What a pass keeps of a mixture of experts: its routers' choices and its experts' inputs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -7,11 +7,11 @@ use lathe_program::{Op, Program, Value};
 
 use super::reports::CoverageReport;
 
-/// Counts choices.
+/// Counts routers' choices.
 pub(super) struct Coverage(Vec<CoverageReport>);
 
 impl Coverage {
-    /// Of the routers among ops `range`.
+    /// Empty counts for the routers among ops `range`.
     pub(super) fn new(program: &Program, range: Range<usize>) -> Self {
         let one = |op: &Op| match op {
             Op::Route { spec, .. } => Some(CoverageReport {
@@ -23,7 +23,7 @@ impl Coverage {
         Coverage(program.ops[range].iter().filter_map(one).collect())
     }
 
-    /// What each router chose for some rows.
+    /// Adds the choices of each router for some rows.
     pub(super) fn add(&mut self, routings: &[Vec<u32>]) {
         for (report, chosen) in self.0.iter_mut().zip(routings) {
             chosen.iter().for_each(|expert| report.tokens[*expert as usize] += 1);
@@ -35,16 +35,16 @@ impl Coverage {
     }
 }
 
-/// The inputs of experts that are quantized, all tokens.
+/// The inputs of the experts that are quantized, for all tokens.
 #[derive(Default)]
 pub(super) struct ExpertInputs {
     pub rows: BTreeMap<Value, Vec<f32>>,
-    /// The float model's, where a technique asks how the two differ.
+    /// The float model's inputs, if a technique compares the two.
     pub floats: BTreeMap<Value, Vec<f32>>,
 }
 
 impl ExpertInputs {
-    /// None yet, of the experts among `ops`.
+    /// Empty, for the experts among `ops`.
     pub(super) fn new(program: &Program, ops: &BTreeSet<usize>) -> Self {
         let one = |op: &usize| match &program.ops[*op] {
             Op::Experts { input, .. } => Some((*input, Vec::new())),
@@ -53,7 +53,7 @@ impl ExpertInputs {
         ExpertInputs { rows: ops.iter().filter_map(one).collect(), floats: BTreeMap::new() }
     }
 
-    /// Adds rows of `value`, and the float model's if they are known.
+    /// Adds rows of `value`, and the float model's if given.
     pub(super) fn add(&mut self, value: Value, rows: &[f32], floats: Option<&[f32]>) {
         let Some(all) = self.rows.get_mut(&value) else { return };
         all.extend_from_slice(rows);

@@ -1,5 +1,5 @@
-//! Jobs on the tiny checkpoints: folds change no logits, calibration sees what it should, and what
-//! cannot be is named.
+//! Jobs on the tiny checkpoints: folds change no logits, calibration sees the right inputs, and
+//! impossible recipes are refused by name.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ pub(super) fn calibration<'a>(backend: &'a ReferenceBackend, tokens: &'a [u32]) 
     Calibration { backend, tokens, window: 12, threads: None, exact: true, kv_format: None }
 }
 
-/// What a job made of all weights before anything is rounded.
+/// All weights of a job before anything is rounded.
 struct Prepared(Vec<Tensor>);
 
 impl Prepared {
@@ -64,7 +64,7 @@ impl WeightSource for Prepared {
     }
 }
 
-/// What a run of the text makes of some values, by value.
+/// The values that a run of the text makes, by value.
 fn seen(program: &Arc<Program>, weights: &dyn WeightSource, values: &[Value]) -> Vec<Vec<f32>> {
     let mut tapped = Program::clone(program);
     let taps = values.iter().zip(0..).map(|(input, tap)| Op::Capture { input: *input, tap });
@@ -85,7 +85,7 @@ fn last_hidden(program: &Arc<Program>, weights: &dyn WeightSource) -> Vec<f32> {
 
 #[test]
 fn folded_scales_change_no_output() {
-    // Plain and offset norms, norms with a bias, tied heads, both kinds of gated activation.
+    // Plain norms, norms with an offset or a bias, tied heads, and both kinds of gated activation.
     for (name, format) in [
         ("llama", "int4-g16-f32"),
         ("llama-tied", "int4-g16-f32"),
@@ -121,8 +121,8 @@ fn folded_scales_change_no_output() {
     }
 }
 
-/// Layers one by one, each fed with the stream of those before it, are the whole model: every kind
-/// of layer, and of attention, and routers.
+/// Layers that run one by one, each with the stream of those before it, equal the whole model. This
+/// holds for every kind of layer, attention and router.
 #[test]
 fn sections_are_the_program_in_pieces() {
     for name in ["llama", "gemma3", "cohere", "gpt-oss", "deepseek-v3", "qwen3-moe", "olmo2"] {
@@ -186,10 +186,11 @@ fn logits(program: &Arc<Program>, weights: &dyn WeightSource) -> Vec<f32> {
     executor.run(&step).expect("runs").logits.to_vec()
 }
 
-/// Every tiny family: a rotation changes no logit, or is refused for a reason that is known.
+/// Every tiny family: a rotation changes no logits, or is refused for a known reason.
 #[test]
 fn rotations_change_no_logits() {
-    // Layer norms subtract a mean; norms after a branch weigh what is added to the stream.
+    // Layer norms subtract a mean, and norms after a branch scale what is added to the stream. Both
+    // stop a rotation.
     let layer_norms = ["cohere", "cohere2", "olmo", "stablelm", "starcoder2"];
     let post_norms = ["exaone4", "flex-olmo", "gemma2", "gemma3", "glm4", "olmo2", "olmo3"];
     let mut refused = [&layer_norms[..], &post_norms].concat();
@@ -233,8 +234,8 @@ fn rotations_change_no_logits() {
     assert!(turned >= 3 * 30, "{turned}");
 }
 
-/// Every tiny family: rotations of inputs, whose inverses the matrices have, change no logit; alone
-/// and behind a rotation of the stream and of values.
+/// Every tiny family: rotations of inputs change no logits, because the matrices contain the
+/// inverses. Alone, and after a rotation of the stream and the values.
 #[test]
 fn rotations_of_inputs_change_no_logits() {
     let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny"));
@@ -291,7 +292,7 @@ fn rotations_of_inputs_change_no_logits() {
     assert!(checked >= 120, "{checked}");
 }
 
-/// GPTQ of a matrix whose inputs are rounded sees what it will be given: the rounded rows.
+/// GPTQ of a matrix with rounded inputs sees the rounded rows.
 #[test]
 fn calibration_sees_inputs_as_they_are_rounded() {
     let (model, _) = open("llama");
@@ -333,7 +334,8 @@ fn tokens_that_cannot_be_used_are_named() {
     }
 }
 
-/// A later layer sees what the quantized ones before it make, unless the recipe says otherwise.
+/// A later layer sees the output of the quantized layers before it, unless the recipe says
+/// otherwise.
 #[test]
 fn the_prefix_is_what_the_recipe_says() {
     let (model, program) = open("llama");
@@ -391,7 +393,7 @@ fn what_cannot_be_quantized_is_named() {
     assert!(error.contains("no technique rounds tensor layers.0.attention"), "{error}");
 }
 
-/// One norm that feeds two groups takes no scales of either.
+/// A norm that feeds two groups takes the scales of neither.
 #[test]
 fn scales_that_nothing_takes_are_refused_where_a_recipe_asks_for_them() {
     let (model, program) = open("cohere");
@@ -406,7 +408,7 @@ fn scales_that_nothing_takes_are_refused_where_a_recipe_asks_for_them() {
     assert!(error.contains("ffn.gate") && error.contains("linear reads the same input"), "{error}");
 }
 
-/// The first layer reads what the float model does: GPTAQ is GPTQ there, and another one behind it.
+/// The first layer has the float model's input, so there GPTAQ equals GPTQ. Behind it they differ.
 #[test]
 fn gptaq_makes_up_for_quantized_layers() {
     let (model, program) = open("llama");
@@ -426,7 +428,7 @@ fn gptaq_makes_up_for_quantized_layers() {
     }
 }
 
-/// Every expert sees every token, through its own matrices: computed here by hand.
+/// Every expert sees every token, through its own matrices. The expectation is computed here.
 #[test]
 fn experts_are_calibrated_by_all_tokens() {
     let (model, program) = open("mixtral");
@@ -498,8 +500,8 @@ fn experts_are_calibrated_by_all_tokens() {
     assert_eq!(job.reports().coverage[0].tokens.iter().sum::<u64>(), 48);
 }
 
-/// GPTAQ of experts makes up for what their input lost: nothing in the first layer, where it is
-/// GPTQ, and something behind it.
+/// GPTAQ of experts compensates the error of their input. The first layer has none, so it equals
+/// GPTQ there and differs behind it.
 #[test]
 fn gptaq_of_experts_knows_the_float_models_hidden_values() {
     let (model, program) = open("mixtral");

@@ -7,8 +7,8 @@ use super::Job;
 use crate::error::QuantError;
 
 impl Job<'_> {
-    /// A weight as far as it has become: quantized (with its correction, as floats then), scaled,
-    /// or what it was.
+    /// The current state of a weight: quantized (with its correction, then as floats), scaled, or
+    /// unchanged.
     pub(super) fn current(&self, weight: Weight) -> Result<Tensor, QuantError> {
         match (self.ledger.finished.get(&weight), self.ledger.corrections.get(&weight)) {
             (Some(tensor), None) => Ok(tensor.clone()),
@@ -21,7 +21,7 @@ impl Job<'_> {
         }
     }
 
-    /// A weight as rotations and scales leave it, before it is rounded.
+    /// A weight after rotations and scales, before rounding.
     pub(super) fn unrounded(&self, weight: Weight) -> Result<Tensor, QuantError> {
         if let Some(norm) = self.ledger.norms.get(&weight) {
             return Ok(norm.clone());
@@ -38,7 +38,7 @@ impl Job<'_> {
         Ok(Tensor::from_f32_vec(shape, values))
     }
 
-    /// A weight with the scales of its rows and columns in it.
+    /// The shape and values of a weight with its row and column scales applied.
     pub(super) fn load(&self, weight: Weight) -> Result<(Vec<usize>, Vec<f32>), QuantError> {
         let (shape, mut values) = self.plan.rotated(weight)?;
         let columns = self.columns_of(weight);
@@ -55,10 +55,14 @@ impl Job<'_> {
                 row.iter_mut().zip(scales).for_each(|(value, scale)| *value *= scale);
             }
         }
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            let what = format!("element {at} is {}", values[at]);
+            return Err(QuantError::NotFinite { tensor: self.plan.name(weight), what });
+        }
         Ok((shape, values))
     }
 
-    /// A weight that is not quantized, in a format of floats: never all of it in `f32`.
+    /// A weight that is not quantized, in a float format. It is never whole in `f32`.
     pub(super) fn floats(&self, weight: Weight, format: Format) -> Result<Tensor, QuantError> {
         let scaled = self.ledger.rows.contains_key(&weight) || self.columns_of(weight).is_some();
         let tensor = self.plan.weights.load(weight)?;
@@ -67,7 +71,7 @@ impl Job<'_> {
             true => codes = codec::quantize(format, &self.load(weight)?.1),
             false => self.plan.rotate(weight, &tensor, &mut |part| {
                 codes.extend_from_slice(&codec::quantize(format, part));
-                // An embedding may be half of a small model: its pages leave as it goes.
+                // An embedding may be half of a small model, so its pages are released on the way.
                 self.plan.weights.release();
             })?,
         }

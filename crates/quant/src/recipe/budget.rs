@@ -1,4 +1,4 @@
-//! The part of a recipe that says how many bits a model may take.
+//! The part of a recipe that limits the bits of a model.
 
 use lathe_tensor::Format;
 use serde::{Deserialize, Serialize};
@@ -10,18 +10,18 @@ pub enum Sensitivity {
     /// KL divergence from the base, in nats a token, with this layer alone rounded.
     #[default]
     Kl,
-    /// The sum over the layer's matrices of `tr(D H D^T) / tr(W H W^T)`: `W` is the matrix, `D` its
-    /// error, `H = E[x x^T]` of its inputs.
+    /// The sum over the layer's matrices of `tr(D H D^T) / tr(W H W^T)`. `W` is the matrix, `D` its
+    /// error, and `H = E[x x^T]` for its inputs `x`.
     Hessian,
 }
 
-/// How many bits a model may take, and in which formats.
+/// The limit of the bits of a model, and the formats to choose from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Budget {
     /// Mean bits of a quantized weight. Scales and low-rank corrections count.
     pub bits: f64,
     /// The formats that a layer may have.
     pub formats: Vec<Format>,
-    /// The loss that is made least.
+    /// The loss to minimise.
     pub sensitivity: Sensitivity,
 }

@@ -45,7 +45,7 @@ struct BudgetTable {
     sensitivity: Sensitivity,
 }
 
-/// The keys of `[[technique]]`. What else stands there is a parameter, which the technique checks.
+/// The keys of `[[technique]]`. Other keys are parameters, which the technique checks.
 #[derive(Serialize, Deserialize)]
 struct StepTable {
     #[serde(rename = "use")]
@@ -154,7 +154,7 @@ impl BudgetTable {
 }
 
 impl StepTable {
-    /// The step that is number `index` of the recipe in `text`.
+    /// Reads step `index` of the recipe in `text`.
     fn read(self, text: &str, index: usize) -> Result<TechniqueStep, QuantError> {
         let at = |key, error| {
             locate(text, [Part::Key("technique"), Part::Index(index), Part::Key(key)], error)
@@ -185,10 +185,10 @@ impl StepTable {
     }
 }
 
-/// What the parser found, with the line of `text` that it found it in.
+/// The parser's error, with its line of `text`.
 fn explain(text: &str, error: &toml::de::Error) -> QuantError {
     let mut message = error.message().to_owned();
-    // "unknown field `a`, expected one of `b`, `c`": the parser lists them, and knows no nearest.
+    // The parser says "unknown field `a`, expected one of `b`, `c`" and suggests no nearest name.
     let mut words = message.split('`').skip(1).step_by(2);
     if let (true, Some(found)) = (message.starts_with("unknown field"), words.next())
         && let Some(name) = nearest(found, words)
@@ -203,20 +203,20 @@ fn explain(text: &str, error: &toml::de::Error) -> QuantError {
     }
 }
 
-/// `message` with the line of `text` that has byte `at`.
+/// `message` with the line of `text` that contains byte `at`.
 fn with_line(text: &str, at: usize, message: &str) -> String {
     let number = text[..at].matches('\n').count();
     let line = text.lines().nth(number).unwrap_or("").trim();
     format!("line {}, `{line}`: {message}", number + 1)
 }
 
-/// A step on the way to a value of a file.
+/// One step of a path to a value in a file.
 enum Part<'a> {
     Key(&'a str),
     Index(usize),
 }
 
-/// `error` with the line of the value that `path` leads to.
+/// `error` with the line of the value at `path`.
 fn locate<'a>(
     text: &str,
     path: impl IntoIterator<Item = Part<'a>>,

@@ -1,26 +1,26 @@
-//! Recipes: what is to be done to which tensors, in TOML.
+//! Recipes: what to do to which tensors, in TOML.
 //!
 //! ```toml
 //! format = "int4-g64-bf16"        # or a preset: w4a16, w8a16, mxfp4, q4_k, ...
-//! tensors = ["layers.*"]          # canonical names, * is anything; all linear layers if absent
-//! keep = ["layers.0.*"]           # of those, what stays as it is
+//! tensors = ["layers.*"]          # canonical names, * is anything; default: all linear layers
+//! keep = ["layers.0.*"]           # those of them that stay as they are
 //! prefix = "quantized"            # the layers that calibration runs through; or "float"
-//! activations = "int4-token"      # the format of the matrices' inputs; floats if absent
+//! activations = "int4-token"      # the format of the matrices' inputs; default: floats
 //!
 //! [formats]                       # other formats for some tensors; the last match counts
 //! "layers.0.*" = "int8-channel-bf16"
 //!
-//! [budget]                        # a format for each layer that [formats] then says
-//! bits = 4.5                      # a weight on average, scales of groups included
+//! [budget]                        # chooses a format for each layer and puts it in [formats]
+//! bits = 4.5                      # mean bits of a weight, scales of groups included
 //! formats = ["int4-g64-bf16", "int8-channel-bf16"]
-//! sensitivity = "kl"              # what is to be least; or "hessian"
+//! sensitivity = "kl"              # the loss to minimise; or "hessian"
 //!
 //! [[technique]]
 //! use = "awq"
 //!
 //! [[technique]]
 //! use = "gptq"
-//! tensors = ["*.ffn.*"]           # of those that are quantized; all if absent
+//! tensors = ["*.ffn.*"]           # some of the quantized tensors; default: all
 //! act_order = true
 //! ```
 
@@ -44,39 +44,38 @@ pub struct TechniqueStep {
     pub technique: &'static Technique,
     /// Its parameters.
     pub parameters: Parameters,
-    /// Patterns of canonical names; `None` for all that are quantized.
+    /// Patterns of canonical names. `None` means all quantized tensors.
     pub tensors: Option<Vec<String>>,
 }
 
-/// What the text of a calibration has run through when it comes to a layer.
+/// The layers that calibration's text runs through before it reaches a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Prefix {
-    /// The layers as they are quantized: a layer sees, and makes up for, the errors before it.
+    /// The quantized layers. A layer then sees the errors before it and compensates them.
     Quantized,
-    /// The layers as they were.
+    /// The original layers.
     Float,
 }
 
 /// What is to be done to a model.
 #[derive(Debug, Clone)]
 pub struct Recipe {
-    /// The format to reach.
+    /// The format of quantized tensors.
     pub format: Format,
-    /// Patterns of the tensors that are quantized; `None` for all linear layers.
+    /// Patterns of the tensors to quantize. `None` means all linear layers.
     pub tensors: Option<Vec<String>>,
-    /// Patterns of tensors that are not, whatever else says so.
+    /// Patterns of tensors that are never quantized. They override everything else.
     pub keep: Vec<String>,
-    /// What calibration runs through.
+    /// The layers that calibration runs through.
     pub prefix: Prefix,
-    /// Patterns of tensors that are stored in another format; the last one that names a tensor
-    /// counts.
+    /// Patterns of tensors with another format. The last match counts.
     pub formats: Vec<(String, Format)>,
-    /// How many bits all may take; planned before anything is done.
+    /// The limit of bits. It is planned before anything else.
     pub budget: Option<Budget>,
-    /// What the inputs of quantized matrices are rounded to while the model runs.
+    /// The format that inputs of quantized matrices are rounded to while the model runs.
     pub activations: Option<ActivationFormat>,
-    /// In order; those that round come last, but for corrections of what they lost.
+    /// The steps in order. Those that round come last; only corrections follow them.
     pub steps: Vec<TechniqueStep>,
 }
 
@@ -85,11 +84,11 @@ fn wrong(message: String) -> QuantError {
 }
 
 impl Recipe {
-    /// A recipe of a format and technique names joined by `+`, all with their defaults. What only
-    /// prepares is followed by `clip`, which chooses codes by the error of outputs.
+    /// A recipe of a format and technique names joined by `+`, with default parameters. If they
+    /// only prepare, `clip` is added, which chooses codes by the output error.
     ///
     /// # Errors
-    /// If a technique does not exist, or two do not go together.
+    /// If a technique does not exist, or two conflict.
     pub fn simple(format: Format, methods: &str) -> Result<Recipe, QuantError> {
         let mut steps = Vec::new();
         for name in methods.split('+') {
@@ -122,7 +121,7 @@ impl Recipe {
     /// The same with inputs rounded to `activations`.
     ///
     /// # Errors
-    /// If the format is not one of a folder.
+    /// If the format cannot be written to a folder.
     pub fn with_activations(
         self,
         activations: Option<ActivationFormat>,
@@ -132,22 +131,22 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// Whether some technique needs to have seen a tensor's inputs, or a budget has to be planned.
+    /// Whether a technique needs statistics of inputs, or a budget needs a plan.
     pub fn needs_calibration(&self) -> bool {
         self.budget.is_some() || self.steps.iter().any(TechniqueStep::needs_calibration)
     }
 
-    /// Whether some technique needs products of different channels of an input.
+    /// Whether a technique needs products of different input channels.
     pub(crate) fn needs_products(&self) -> bool {
         self.budget.is_some() || self.steps.iter().any(TechniqueStep::needs_products)
     }
 
-    /// Whether some technique asks how inputs differ from the float model's.
+    /// Whether a technique compares inputs with the float model's.
     pub(crate) fn is_asymmetric(&self) -> bool {
         self.steps.iter().any(|step| matches!(step.technique.apply, Apply::Asymmetric(_)))
     }
 
-    /// What tensor `name` is stored in.
+    /// The format of tensor `name`.
     pub fn format_of(&self, name: &str) -> Format {
         let named = self.formats.iter().rev().find(|(pattern, _)| matches(pattern, name));
         named.map_or(self.format, |(_, format)| *format)
@@ -171,7 +170,7 @@ impl Recipe {
         }
     }
 
-    /// The step that corrects what rounding loses of tensor `name`, if there is one.
+    /// The step that corrects the rounding error of tensor `name`, if there is one.
     ///
     /// # Errors
     /// If there is more than one.
@@ -188,7 +187,7 @@ impl Recipe {
         }
     }
 
-    /// Whether something is written beside the quantized weights.
+    /// The technique that writes corrections beside the quantized weights, if there is one.
     pub fn corrects(&self) -> Option<&'static Technique> {
         let mut techniques = self.steps.iter().map(|step| step.technique);
         techniques.find(|technique| technique.stage == Stage::Correct)
@@ -246,7 +245,7 @@ impl Recipe {
             for other in &self.steps[..index] {
                 let same = technique.name == other.technique.name;
                 let conflicts = technique.conflicts.contains(&other.technique.name);
-                // Techniques for tensors of their own may be anything; overlaps are found later.
+                // Two techniques for different tensors may go together. Overlaps are found later.
                 if (same || conflicts) && (step.tensors.is_none() || other.tensors.is_none()) {
                     return Err(wrong(format!(
                         "{} does not go with {} on the same tensors",
@@ -260,7 +259,7 @@ impl Recipe {
 }
 
 impl TechniqueStep {
-    /// Whether it needs to have seen the inputs of its tensors.
+    /// Whether the step needs statistics of the inputs of its tensors.
     pub fn needs_calibration(&self) -> bool {
         self.technique.calibrated
             || self.error().is_some_and(|error| matches!(error, "channel" | "output" | "inputs"))
@@ -272,7 +271,7 @@ impl TechniqueStep {
             || self.error().is_some_and(|error| matches!(error, "output" | "inputs"))
     }
 
-    /// The errors that it makes least, if it has a choice.
+    /// The name of the error that it minimises, if it has such a choice.
     fn error(&self) -> Option<&str> {
         let mut parameters = self.technique.parameters.iter();
         let chosen = parameters.find(|it| matches!(it.name, "error" | "weighting"));
@@ -286,8 +285,9 @@ impl TechniqueStep {
 }
 
 impl Prefix {
-    /// What techniques take if nobody says: what only weighs columns by their inputs' sizes makes
-    /// up for nothing, and sizes hardly change, so that half of the work is not worth it.
+    /// The default prefix of `steps`. Techniques that only weigh columns by the sizes of their
+    /// inputs compensate nothing, and the sizes hardly change. So they take the float layers, which
+    /// is half the work.
     fn of(steps: &[TechniqueStep]) -> Self {
         match steps.iter().any(TechniqueStep::needs_products) {
             true => Prefix::Quantized,
@@ -296,7 +296,7 @@ impl Prefix {
     }
 }
 
-/// Whether `name` is what `pattern` says, in which `*` stands for any text.
+/// Whether `name` matches `pattern`, in which `*` stands for any text.
 pub fn matches(pattern: &str, name: &str) -> bool {
     let Some((start, rest)) = pattern.split_once('*') else { return pattern == name };
     let Some(mut name) = name.strip_prefix(start) else { return false };
@@ -345,8 +345,7 @@ mod tests {
         let awq = Recipe::simple(recipe.format, "awq").unwrap();
         assert_eq!(awq.steps[1].technique.name, "clip");
         assert!(awq.needs_products() && awq.to_toml().contains("prefix = \"quantized\""));
-        // A correction comes behind what chooses codes, and weighs by inputs unless it is told not
-        // to.
+        // A correction follows the step that chooses codes. It weighs by inputs by default.
         let corrected = Recipe::simple(recipe.format, "awq+low-rank").unwrap();
         let names: Vec<&str> = corrected.steps.iter().map(|it| it.technique.name).collect();
         assert_eq!(names, ["awq", "clip", "low-rank"]);
@@ -356,7 +355,7 @@ mod tests {
         let plain = Recipe::parse(plain, None).unwrap();
         assert!(!plain.needs_calibration());
         assert_eq!(Recipe::parse(&plain.to_toml(), None).unwrap().to_toml(), plain.to_toml());
-        // What weighs columns alone needs neither products nor the errors of layers before.
+        // A technique that only weighs columns needs neither products nor the quantized prefix.
         let sizes = "format = \"q4_k\"\n[[technique]]\nuse = \"imatrix\"\n";
         let weighed = Recipe::parse(sizes, None).unwrap();
         assert!(weighed.needs_calibration() && !weighed.needs_products());
@@ -366,7 +365,7 @@ mod tests {
         assert_eq!(Recipe::parse(&awq.to_toml(), None).unwrap().to_toml(), awq.to_toml());
     }
 
-    /// Recipes that are refused, with a part of what is said.
+    /// Recipes that are refused, with a part of the message.
     const BAD: &[(&str, &str)] = &[
         ("format = 4", "line 1, `format = 4`: invalid type: integer `4`, expected a string"),
         ("format = \"w9\"", "line 1, `format = \"w9\"`: unknown format `w9`"),

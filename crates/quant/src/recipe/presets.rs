@@ -1,4 +1,4 @@
-//! The names of formats that people ask for, and the formats that they mean.
+//! Presets: the names of formats that people ask for, and what they mean here.
 
 use lathe_tensor::suggest::one_of;
 use lathe_tensor::{ActivationFormat, Block, Element, Format, ScaledFormat};
@@ -6,7 +6,7 @@ use lathe_tensor::{ActivationFormat, Block, Element, Format, ScaledFormat};
 use super::wrong;
 use crate::error::QuantError;
 
-/// A short name of a format of weights, and of one of inputs.
+/// A short name for a weight format and, for some, an input format.
 #[derive(Debug, Clone, Copy)]
 pub struct Preset {
     /// The name.
@@ -55,10 +55,10 @@ pub static PRESETS: [Preset; 26] = [
     preset("iq4_xs", "iq4_xs", None),
 ];
 
-/// The format that a preset or a format's own name means, with another group if one is given.
+/// The format that a preset or a format's own name means. `group` replaces the group size.
 ///
 /// # Errors
-/// If there is no such format, or it has no groups of a free size.
+/// If there is no such format, or its group size is fixed.
 pub fn format_named(name: &str, group: Option<u32>) -> Result<Format, QuantError> {
     let lower = name.to_lowercase();
     let preset = PRESETS.iter().find(|preset| preset.name == lower);
@@ -81,7 +81,7 @@ pub fn format_named(name: &str, group: Option<u32>) -> Result<Format, QuantError
     }
 }
 
-/// What a preset rounds inputs to; `None` for formats that are no preset.
+/// The input format of a preset. `None` if `name` is no preset or has none.
 pub fn activations_of(name: &str) -> Option<ActivationFormat> {
     let lower = name.to_lowercase();
     PRESETS.iter().find(|preset| preset.name == lower)?.activations
@@ -90,7 +90,7 @@ pub fn activations_of(name: &str) -> Option<ActivationFormat> {
 /// The format of activations called `name`.
 ///
 /// # Errors
-/// If there is none, with the names that there are.
+/// If there is none. The message lists the names.
 pub fn activations_named(name: &str) -> Result<ActivationFormat, QuantError> {
     ActivationFormat::parse(&name.to_lowercase()).ok_or_else(|| {
         let known = one_of(name, &ActivationFormat::ALL.map(ActivationFormat::name));

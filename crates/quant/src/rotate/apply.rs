@@ -1,4 +1,4 @@
-//! The turns of one weight, computed in `f64` and rounded once.
+//! Applies the turns of one weight, in `f64`, and rounds once.
 
 use std::ops::Range;
 
@@ -9,15 +9,15 @@ use rayon::prelude::*;
 
 use super::turns::Turn;
 
-/// Numbers that are turned at once, if no turn needs more: a few megabytes in `f64`.
+/// Numbers that are turned at once if no turn needs more. In `f64` these are a few megabytes.
 const NUMBERS_AT_ONCE: usize = 1 << 19;
 
-/// The numbers of `tensor` after `turns`, part after part in their order; `norm` has the weights of
-/// norms that are absorbed. A part is a matrix, or some of its rows where no turn mixes rows, so
-/// that memory holds little beside what `take` keeps.
+/// Hands out the numbers of `tensor` after `turns`, in parts and in order. `norm` loads the weights
+/// of norms that are absorbed. A part is a whole matrix, or some of its rows if no turn mixes rows.
+/// So little memory is needed beside what `take` keeps.
 ///
 /// # Errors
-/// What `norm` fails with.
+/// Those of `norm`.
 pub(crate) fn turned<E>(
     tensor: &Tensor,
     turns: &[Turn],
@@ -52,11 +52,11 @@ pub(crate) fn turned<E>(
     Ok(())
 }
 
-/// Numbers of a tensor by rows.
+/// The numbers of a tensor by rows.
 enum Numbers<'a> {
-    /// Rows that can be read by themselves.
+    /// Rows that can be decoded one by one.
     Rows(&'a Tensor),
-    /// All numbers, of rows that share scales.
+    /// All numbers, because rows share scales, and the columns.
     All(Vec<f32>, usize),
 }
 
@@ -81,7 +81,7 @@ impl<'a> Numbers<'a> {
     }
 }
 
-/// One turn of some rows, or of a whole matrix if it mixes them.
+/// Applies one turn to some rows, or to a whole matrix if it mixes rows.
 fn apply(turn: &Turn, factors: &[f64], wide: &mut [f64], columns: usize) {
     match turn {
         Turn::Absorb { .. } => {
@@ -106,7 +106,7 @@ fn apply(turn: &Turn, factors: &[f64], wide: &mut [f64], columns: usize) {
     }
 }
 
-/// `Q^T W`: each column turned as a row is.
+/// `Q^T W`: turns each column as `Orthogonal::turn` turns a row.
 fn turn_rows(values: &mut [f64], rows: usize, columns: usize, turn: impl Fn(&mut [f64]) + Sync) {
     let mut transposed = vec![0.0; values.len()];
     transposed.par_chunks_mut(rows).enumerate().for_each(|(column, out)| {

@@ -1,33 +1,33 @@
-//! Orthogonal matrices that are cheap to multiply by: Hadamard, random, and blocks of them.
+//! Orthogonal matrices with cheap products: Hadamard, random, and blocks of them.
 
 use lathe_tensor::random::SplitMix64;
 
-/// Which matrix.
+/// The kind of matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Hadamard's matrix (Sylvester's construction); sizes that are no power of two are its
-    /// product with a fixed orthogonal matrix of their odd part.
+    /// Hadamard's matrix by Sylvester's construction. If the size is no power of two, it is the
+    /// product with a fixed orthogonal matrix of the odd factor.
     Hadamard,
-    /// The same after random signs (QuaRot, arXiv 2404.00456): rows look like noise to it.
+    /// The same after random signs (QuaRot, arXiv 2404.00456), so that rows look like noise.
     RandomHadamard,
-    /// Uniform over all orthogonal matrices.
+    /// Uniformly random among all orthogonal matrices.
     Random,
 }
 
-/// An orthogonal matrix `Q` of equal blocks on the diagonal.
+/// An orthogonal matrix `Q` with equal blocks on its diagonal.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Orthogonal {
     block: usize,
-    /// Multiplied first, one an element of the block; empty for ones.
+    /// Signs that are multiplied first, one for each element of a block. Empty means no signs.
     signs: Vec<f64>,
-    /// Elements of a Hadamard product: a power of two.
+    /// The size of the Hadamard part: a power of two.
     power: usize,
-    /// `[odd, odd]`: what mixes the `block / power` runs.
+    /// `[odd, odd]`: mixes the `block / power` runs.
     odd: Vec<f64>,
 }
 
 impl Orthogonal {
-    /// Blocks of `block` elements of `kind`, the same for each block.
+    /// Blocks of `block` elements of `kind`, all equal.
     ///
     /// # Panics
     /// If `block` is 0.
@@ -44,7 +44,7 @@ impl Orthogonal {
             }
             Kind::Hadamard | Kind::Random => Vec::new(),
         };
-        // A deterministic Hadamard rotation mixes its odd part by the same matrix for every seed.
+        // The plain Hadamard rotation is the same for every seed, and so is its odd part.
         let mut random = if kind == Kind::Hadamard { SplitMix64::new(0) } else { random };
         let odd = orthogonal(block / power, &mut random);
         Orthogonal { block, signs, power, odd }
@@ -58,7 +58,7 @@ impl Orthogonal {
     /// Replaces each block `x` of `row` by `x Q`.
     ///
     /// # Panics
-    /// If `row` is no whole number of blocks.
+    /// If `row` is not a whole number of blocks.
     pub fn turn(&self, row: &mut [f64]) {
         assert!(row.len().is_multiple_of(self.block), "whole blocks");
         let (odd, power) = (self.block / self.power, self.power);
@@ -99,8 +99,8 @@ fn hadamard(x: &mut [f64]) {
     }
 }
 
-/// `[n, n]`, uniform over the orthogonal matrices: normal numbers, orthogonalised twice by the
-/// modified Gram-Schmidt process (twice is enough).
+/// `[n, n]`, uniform over the orthogonal matrices: normal numbers, orthogonalised by the modified
+/// Gram-Schmidt process. It runs twice, which is enough for full precision.
 fn orthogonal(n: usize, random: &mut SplitMix64) -> Vec<f64> {
     if n == 1 {
         return vec![1.0];
@@ -166,7 +166,7 @@ mod tests {
         assert_eq!(turned(Kind::Hadamard, 1), turned(Kind::Hadamard, 2));
     }
 
-    /// By hand: [1, 2, 3, 4] times H4 / 2.
+    /// [1, 2, 3, 4] times H4 / 2, computed by hand.
     #[test]
     fn a_hadamard_product_by_hand() {
         let mut row = vec![1.0, 2.0, 3.0, 4.0];

@@ -1,10 +1,10 @@
-//! What a rotation does to each weight of a program, found from the program alone.
+//! What a rotation does to each weight of a program. It is derived from the program alone.
 //!
-//! The stream is turned (QuaRot's R1): every matrix that writes to it gets `Q^T` on its rows, every
-//! one that reads it gets `Q` on its columns, and an RMS norm between, which an orthogonal matrix
-//! does not change, hands its weight to its readers first. Values between the value projection and
-//! the output projection are turned a head at a time (R2): attention only mixes them over
-//! positions. Nothing is left to be done while the model runs.
+//! The stream is rotated (QuaRot's R1). Every matrix that writes to the stream gets `Q^T` on its
+//! rows, and every matrix that reads it gets `Q` on its columns. An RMS norm between them commutes
+//! with an orthogonal matrix, after its weight has moved into its readers. Values between the value
+//! projection and the output projection are rotated one head at a time (R2), because attention only
+//! mixes them over positions. No work is left for the time when the model runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use super::orthogonal::{Kind, Orthogonal};
 use crate::error::QuantError;
 use crate::rotated::rotated;
 
-/// One step of what becomes of a weight.
+/// One change of a weight.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Turn {
     /// Columns are multiplied by `offset + weight` of a norm.
@@ -25,30 +25,30 @@ pub enum Turn {
         /// What is added to it.
         offset: f32,
     },
-    /// A norm's weight that others absorbed: `1 - offset` everywhere.
+    /// The weight of a norm that its readers absorbed: `1 - offset` everywhere.
     Neutral {
         /// What is added to it.
         offset: f32,
     },
-    /// Rows `x` of the last dimension become `x Q`.
+    /// Each row `x` of the last dimension becomes `x Q`.
     Columns(Arc<Orthogonal>),
     /// `[.., out, in]` becomes `Q^T W`.
     Rows(Arc<Orthogonal>),
-    /// Each block `w` of so many elements in a row of the last dimension becomes `w H^T`: the
-    /// inverse of what is done to the input while the model runs.
+    /// Each block `w` of this many elements in a row of the last dimension becomes `w H^T`. This is
+    /// the inverse of the rotation of the input while the model runs.
     Hadamard(usize),
 }
 
-/// What becomes of every weight that a rotation touches, in order.
+/// The changes of every weight that a rotation touches, in order.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Turns {
     of: BTreeMap<Weight, Vec<Turn>>,
-    /// Attentions whose values could not be turned, and why.
+    /// Attentions whose values could not be rotated, with the reason.
     pub skipped: Vec<String>,
 }
 
 impl Turns {
-    /// What becomes of `weight`; nothing, if the list is empty.
+    /// The changes of `weight`. Empty if there are none.
     pub fn of(&self, weight: Weight) -> &[Turn] {
         self.of.get(&weight).map_or(&[], Vec::as_slice)
     }
@@ -58,8 +58,8 @@ impl Turns {
         self.of.keys().copied()
     }
 
-    /// Folds the inverses of the rotations that `program` does while it runs: last, for they are
-    /// next to the matrices.
+    /// Adds the inverses of the rotations that `program` does while it runs. They come last,
+    /// because those rotations are next to the matrices.
     pub(crate) fn fold_inputs(&mut self, program: &Program) {
         for (weight, block) in rotated(program) {
             self.push(weight, Turn::Hadamard(block));
@@ -71,25 +71,26 @@ impl Turns {
     }
 }
 
-/// Which rotations.
+/// The rotations to apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RotationSettings {
     /// What kind of matrix.
     pub kind: Kind,
-    /// Elements of the stream that are turned together; 0 for all of them.
+    /// Elements of the stream that are rotated together; 0 for all.
     pub block: usize,
-    /// Whether the stream is turned.
+    /// Whether the stream is rotated.
     pub stream: bool,
-    /// Whether the heads' values are turned.
+    /// Whether the heads' values are rotated.
     pub values: bool,
-    /// Of the random kinds.
+    /// The seed of the random kinds.
     pub seed: u64,
 }
 
 /// What `choice` does to the weights of `program`.
 ///
 /// # Errors
-/// If something between two matrices does not let a rotation of the stream through, by its name.
+/// If an op between two matrices does not commute with a rotation of the stream. The message names
+/// it.
 pub fn turns(program: &Program, choice: &RotationSettings) -> Result<Turns, QuantError> {
     let mut turns = Turns::default();
     if choice.stream {
@@ -134,9 +135,9 @@ struct Flow<'a> {
     program: &'a Program,
     turns: &'a mut Turns,
     matrix: Arc<Orthogonal>,
-    /// Values in the stream's basis.
+    /// Values in the basis of the stream.
     stream: BTreeSet<Value>,
-    /// Outputs of norms of the stream, with the weight that their readers absorb.
+    /// Outputs of norms of the stream, with the norm's weight and offset that their readers absorb.
     normed: BTreeMap<Value, Option<(Weight, f32)>>,
 }
 
@@ -160,7 +161,8 @@ impl<'a> Flow<'a> {
                 Op::Linear { input, parts } => {
                     self.read(*input, parts.iter().map(|part| part.weight))?;
                 }
-                // The matrices behind it read the stream as it was, seen through their own turn.
+                // The matrices behind a transform read the stream in its old basis, rotated by the
+                // transform.
                 Op::Transform { input, out, .. } => {
                     if let Some(absorbed) = self.normed.get(input).copied() {
                         self.normed.insert(*out, absorbed);
@@ -211,7 +213,7 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
-    /// Matrices that read `input`.
+    /// Marks the matrices that read `input`.
     fn read(
         &mut self,
         input: Value,
@@ -232,7 +234,7 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
-    /// What makes `value`, which is added to the stream.
+    /// Marks the op that makes `value`, which is added to the stream.
     fn write(&mut self, value: Value) -> Result<(), QuantError> {
         let program = self.program;
         let readers = program.ops.iter().filter(|op| op.inputs().any(|it| it == value)).count();
@@ -251,7 +253,7 @@ impl<'a> Flow<'a> {
                 self.write(*left)?;
                 self.write(*right)
             }
-            // One factor for the whole row.
+            // A gate of width one is one factor for the whole row.
             Op::Gate { input, gate, .. } if program.value_width(*gate) == 1 => self.write(*input),
             other => {
                 let reason = "it lies between a matrix and the stream, expected nothing there";
@@ -283,7 +285,7 @@ fn once(program: &Program, weight: Weight) -> Result<(), QuantError> {
     }
 }
 
-/// Turns the values of the attention at `index`, if it is one and nothing stands in the way.
+/// Rotates the values of the attention at `index`, if the op is one and nothing prevents it.
 fn turn_values(program: &Program, index: usize, choice: &RotationSettings, turns: &mut Turns) {
     let op = &program.ops[index];
     let found = match op {
@@ -324,7 +326,7 @@ fn turn_values(program: &Program, index: usize, choice: &RotationSettings, turns
     }
 }
 
-/// The linear part that makes `value` for the cache alone.
+/// The linear part that makes `value`, if only the cache reads it.
 fn projection(program: &Program, value: Value) -> Result<&LinearPart, String> {
     let readers = program.ops.iter().filter(|op| op.inputs().any(|it| it == value)).count();
     if readers != 1 {
@@ -338,7 +340,7 @@ fn projection(program: &Program, value: Value) -> Result<&LinearPart, String> {
     part.ok_or_else(|| "no matrix makes its values".to_owned())
 }
 
-/// The parts of the linear op that alone reads `value`.
+/// The parts of the one linear op that reads `value`.
 fn readers_of(program: &Program, value: Value) -> Result<&[LinearPart], String> {
     let mut readers = program.ops.iter().filter(|op| op.inputs().any(|it| it == value));
     match (readers.next(), readers.next()) {

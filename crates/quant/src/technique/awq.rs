@@ -1,8 +1,8 @@
-//! AWQ (arXiv 2306.00978): input channels are scaled up where activations are large, so that
-//! rounding costs less there; what feeds the group is scaled down by the same numbers.
+//! AWQ (arXiv 2306.00978): scales input channels up where activations are large, so that rounding
+//! costs less there. The op before the group is scaled down by the same numbers.
 //!
-//! Scales are `magnitude^a` of the inputs, over `magnitude^(1-a)` of the weights or not; `a` is the
-//! one whose rounding moves the group's outputs least, exactly measured by `tr(D H D^T)`.
+//! Scales are `magnitude^a` of the inputs, optionally over `magnitude^(1-a)` of the weights. `a` is
+//! chosen so that rounding changes the group's outputs least, measured exactly by `tr(D H D^T)`.
 
 use lathe_tensor::codec::scaled::{E8m0Rounding, quantize};
 use lathe_tensor::{Format, Tensor};
@@ -15,7 +15,7 @@ use crate::parameters::{Kind, Parameter, Parameters};
 use lathe_linalg::Quadratic;
 
 const NAME: &str = "awq";
-/// Scales further apart than this (as a ratio to their middle) are cut off.
+/// The largest ratio of a scale to the middle one. Scales beyond it are clipped.
 const SCALE_MAX: f64 = 1e4;
 
 pub(super) static TECHNIQUE: Technique = Technique {
@@ -75,7 +75,7 @@ fn apply(
             scales_of(&magnitudes, by_weight.then_some(&weights), exponent)
         }
     };
-    // The first candidate changes nothing, so that the search never ends worse than it began.
+    // The first candidate changes nothing, so the search never ends worse than it began.
     let candidates: Vec<(usize, bool)> =
         (0..=steps).flat_map(|step| [(step, false), (step, true)]).collect();
     let error = |candidate: &(usize, bool)| -> Result<f64, QuantError> {
@@ -99,7 +99,7 @@ struct Sample {
     rows: usize,
     columns: usize,
     values: Vec<f32>,
-    /// Rows of the matrix for each of these.
+    /// Rows of the matrix that each sampled row stands for.
     weight: f64,
 }
 
@@ -115,7 +115,7 @@ impl Sample {
         Sample { name: matrix.name.to_owned(), rows, columns: matrix.columns, values, weight }
     }
 
-    /// The error of the outputs if columns are multiplied by `scales`, rounded, and divided again.
+    /// The output error if columns are multiplied by `scales`, rounded, and divided again.
     fn error(&self, scales: &[f32], format: Format, form: &Quadratic) -> Result<f64, QuantError> {
         let scaled: Vec<f32> = self
             .values
@@ -145,12 +145,13 @@ fn round(
 ) -> Result<Tensor, lathe_tensor::TensorError> {
     match &format {
         Format::Scaled(format) => quantize(shape, format, values, E8m0Rounding::Even),
-        // Refused before.
+        // Other formats were refused before.
         _ => Ok(Tensor::from_f32(shape, values)),
     }
 }
 
-/// The mean over all rows of each column's magnitude relative to the largest one of its block.
+/// For each column, the mean over all rows of its magnitude relative to the largest one of its
+/// block.
 fn weight_magnitudes(matrices: &[Matrix<'_>], format: Format) -> Vec<f64> {
     let columns = matrices[0].columns;
     let block = match format.block_len() {
@@ -171,7 +172,7 @@ fn weight_magnitudes(matrices: &[Matrix<'_>], format: Format) -> Vec<f64> {
     sums.into_iter().map(|sum| sum / rows.max(1) as f64).collect()
 }
 
-/// `x^a`, or `x^a / w^(1 - a)`, with the geometric middle of the extremes moved to 1.
+/// `x^a`, or `x^a / w^(1 - a)`, normalised so that the geometric mean of the extremes is 1.
 fn scales_of(magnitudes: &[f64], weights: Option<&Vec<f64>>, exponent: f64) -> Vec<f32> {
     let raw: Vec<f64> = (0..magnitudes.len())
         .map(|i| {
@@ -204,7 +205,7 @@ mod tests {
     #[test]
     fn errors_of_outputs_are_below_round_to_nearest() {
         let case = case(48, 192, 3);
-        // Powers of two for scales leave less to be won.
+        // Power-of-two scales leave less to gain.
         for (format, most) in [("int4-g32-bf16", 0.8), ("int3-g64-f32-asym", 0.8), ("mxfp4", 0.9)] {
             let plain = error_of("rtn", &case, format, &[]);
             let ready = prepared(&case, format);

@@ -1,10 +1,9 @@
-//! Optimal clipping: for each block the scale, among shrunken ones, whose rounding errs least.
+//! Optimal clipping: for each block the scale with the least rounding error, among shrunken scales.
 //!
-//! What "least" means is a choice: the squared error of the weights, the same with each column
-//! weighed by the mean square of its input, the squared error of the block's contribution to the
+//! A parameter chooses the error: the squared error of the weights; the same with each column
+//! weighted by the mean square of its input; the squared error of the block's contribution to the
 //! output, `d^T H d` with the block's own part of `H = E[x x^T]` (AWQ's clipping, arXiv
-//! 2306.00978), or how far the distribution of the rounded numbers is from theirs
-//! ([`super::divergence`]).
+//! 2306.00978); or the divergence of the rounded numbers' distribution ([`super::divergence`]).
 
 use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, Span, assemble};
@@ -19,7 +18,7 @@ use crate::statistics::Statistics;
 use lathe_linalg::Quadratic;
 
 const NAME: &str = "clip";
-/// Rows whose candidates are measured together, and that are one thread's work.
+/// Rows whose candidates are measured together. They are the work of one thread.
 const ROWS_TOGETHER: usize = 8;
 
 pub(super) static TECHNIQUE: Technique = Technique {
@@ -54,13 +53,13 @@ pub(super) static TECHNIQUE: Technique = Technique {
 
 /// How errors of one block are weighed.
 pub(super) enum Measure {
-    /// Equally.
+    /// All alike.
     Weight,
-    /// By one number a column.
+    /// By one factor for each column.
     Channel(Vec<f32>),
     /// By each block's part of the mean of `x x^T`.
     Output(Vec<Quadratic>),
-    /// Not one by one: by how their distribution changes.
+    /// By the change of the distribution of all numbers in the block.
     Divergence,
 }
 
@@ -79,10 +78,10 @@ impl Measure {
         }
     }
 
-    /// The measure called `error` for `matrix`, which `technique` rounds under `scales`.
+    /// The measure called `error` for `matrix`, which `technique` rounds with `scales`.
     ///
     /// # Errors
-    /// [`QuantError::Unobserved`] if it asks for statistics and there are none.
+    /// [`QuantError::Unobserved`] if the measure needs statistics and there are none.
     pub(super) fn of_inputs(
         technique: &'static str,
         error: &str,
@@ -94,7 +93,7 @@ impl Measure {
             .ok_or_else(|| QuantError::Unobserved { technique, tensor: matrix.name.to_owned() })
     }
 
-    /// The error of each row of `differences` in block `block`, whose first column is `start`;
+    /// The error of each row of `differences` in block `block`, whose first column is `start`.
     /// `scratch` is overwritten.
     fn of(
         &self,
@@ -117,7 +116,7 @@ impl Measure {
     }
 }
 
-/// The sum of `term` over a row, in lanes.
+/// The sum of `term` over a row, in several lanes.
 #[inline(always)]
 fn sum(row: &[f32], term: impl Fn(usize, f32) -> f32) -> f64 {
     const LANES: usize = 8;
@@ -146,7 +145,8 @@ pub(super) fn shrinking(steps: usize, shrink: f64) -> Vec<f32> {
     (0..=steps).map(|step| (1.0 - shrink * step as f64 / steps as f64) as f32).collect()
 }
 
-/// The best scale of each block, row after row, among those of the block's range times `ratios`.
+/// The best scale of each block, row by row, among the scale of the block's range times each of
+/// `ratios`.
 pub(super) fn search(
     scales: &Scales,
     matrix: &Matrix<'_>,
@@ -176,8 +176,8 @@ pub(super) fn search(
     found
 }
 
-/// The search in some rows, one block's columns at a time: what all candidates of all rows err is
-/// measured together.
+/// The search in some rows, for one block of columns at a time. The errors of all candidates of all
+/// rows are measured together.
 struct Search<'a> {
     scales: &'a Scales,
     measure: &'a Measure,
@@ -187,7 +187,7 @@ struct Search<'a> {
     differences: Vec<f32>,
     errors: Vec<f64>,
     scratch: Vec<f32>,
-    /// If candidates are measured by their distribution.
+    /// Present if the distribution is the measure.
     histogram: Option<Histogram>,
 }
 
@@ -201,7 +201,7 @@ impl Search<'_> {
         for (row, values) in values.chunks(columns).enumerate() {
             let values = &values[start..start + width];
             let span = Span::of(values);
-            // Where no candidate's error is a number the plain one stays.
+            // If no candidate has a finite error, the plain scale stays.
             found[row * self.scales.blocks + block] = self.scales.fit_shrunken(values, span, 1.0);
             if let Some(histogram) = &mut self.histogram {
                 histogram.count(values);
@@ -209,7 +209,7 @@ impl Search<'_> {
             let mut last = None;
             for ratio in self.ratios {
                 let candidate = self.scales.fit_shrunken(values, span, *ratio);
-                // Powers of two are the same for many ratios.
+                // Several ratios give the same power of two.
                 if last.replace(candidate) == Some(candidate) {
                     continue;
                 }
@@ -266,7 +266,7 @@ fn apply(
     })
 }
 
-/// Every number to the nearest code under scales that are chosen.
+/// Rounds every number to the nearest code with the chosen scales.
 pub(super) fn under(
     scales: &Scales,
     matrix: &Matrix<'_>,
@@ -303,7 +303,7 @@ mod tests {
         let found = list[0].tensor.to_f32();
         let error = |a: &f32, b: &f32| (f64::from(*a) - f64::from(*b)).powi(2);
         let ours = found.iter().zip(&case.values).map(|(a, b)| error(a, b)).sum();
-        // The oracle: every ratio on a finer grid, in f64, of the block's largest number.
+        // The oracle: every ratio of a finer grid, in f64, of the block's largest number.
         let mut oracle = 0.0;
         for block in case.values.chunks(32) {
             let largest = block.iter().fold(0f64, |m, v| m.max(f64::from(v.abs())));

@@ -1,13 +1,13 @@
-//! Factors of `H = E[x x^T]` where the text of the calibration did not show enough for one: part of
-//! the mean of its diagonal is added to it, and more if that is too little.
+//! Factors of `H = E[x x^T]`. If the calibration text is too short, `H` is singular. So a part of
+//! the mean of its diagonal is added to it, and more if that is not enough.
 
 use crate::parameters::{Kind, Parameter};
 use lathe_linalg::NotPositive;
 
-/// Times that the damping is raised before the matrix is given up.
+/// How often the damping is raised before the matrix is given up.
 const DAMPINGS: usize = 8;
 
-/// How much is added to the diagonal, as techniques declare it.
+/// The parameter of the damping, as techniques declare it.
 pub(super) const fn parameter(default: f64) -> Parameter {
     Parameter {
         name: "damping",
@@ -16,15 +16,15 @@ pub(super) const fn parameter(default: f64) -> Parameter {
     }
 }
 
-/// What damping is a part of: the mean of the diagonal of `H`, or one where nothing was seen.
-/// `None` if it is not finite.
+/// The unit of damping: the mean of the diagonal of `H`, or one if it is zero. `None` if it is not
+/// finite.
 pub(super) fn mean_of(diagonal: &[f64]) -> Option<f64> {
     let mean = diagonal.iter().sum::<f64>() / diagonal.len().max(1) as f64;
     mean.is_finite().then_some(if mean > 0.0 { mean } else { 1.0 })
 }
 
-/// What `factor` makes of the `[n, n]` `matrix` with `asked * mean` added to its diagonal, and what
-/// had to be done beside. `None` if it cannot be factored whatever is added.
+/// Calls `factor` with the `[n, n]` `matrix` and `asked * mean` added to its diagonal. Returns the
+/// factor, and a note if the damping was raised. `None` if no damping is enough.
 pub(super) fn damped<T>(
     matrix: &[f64],
     n: usize,

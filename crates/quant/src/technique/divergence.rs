@@ -1,19 +1,20 @@
-//! How far what numbers are rounded to is distributed from the numbers themselves: what
-//! [`clip`](super::clip) makes least with `error = "kl"`.
+//! How far the distribution of rounded numbers is from that of the numbers. [`clip`](super::clip)
+//! minimises it with `error = "kl"`.
 //!
-//! As TensorRT chooses the ends of a range (Migacz, "8-bit inference with TensorRT", GTC 2017): `P`
-//! is the histogram of the numbers, those beyond the range counted at its ends; `Q` gives each
-//! code's share of the numbers within the range to the bins that round to it, evenly among those
-//! that hold any. The measure is `KL(P || Q)` in nats: cutting off much makes the ends of `P`
-//! improbable under `Q`, cutting off nothing makes codes so wide that bins of very different
-//! heights become one.
+//! TensorRT chooses the ends of a range in this way (Migacz, "8-bit inference with TensorRT", GTC
+//! 2017). `P` is the histogram of the numbers; those beyond the range count at its ends. `Q`
+//! spreads each code's share of the numbers within the range evenly over the bins that round to it
+//! and are not empty. The measure is `KL(P || Q)` in nats. A narrow range makes the ends of `P`
+//! improbable under `Q`. A wide range makes codes so wide that bins of very different heights
+//! become one.
 
 use crate::matrix::Scales;
 use lathe_tensor::codec::scaled::BlockScale;
 
-/// Bins from the negative of the largest magnitude to itself: sixteen a code of four bits.
+/// Bins from the negative of the largest magnitude to the largest magnitude: sixteen for each code
+/// of four bits.
 const BINS: usize = 256;
-/// Numbers under one scale below which their histogram says nothing.
+/// The fewest numbers under one scale for which a histogram is meaningful.
 pub(super) const LEAST: usize = 256;
 
 /// The histogram of one block.
@@ -43,7 +44,8 @@ impl Histogram {
         }
     }
 
-    /// `KL(P || Q)` if the numbers are rounded under `block`; infinite if none is within its range.
+    /// `KL(P || Q)` if the numbers are rounded with scale `block`. Infinite if no number is within
+    /// its range.
     pub(super) fn divergence(&mut self, scales: &Scales, block: BlockScale) -> f64 {
         scales.round(&self.centers, block, &mut self.rounded);
         let Some((first, last)) = self.range() else { return f64::INFINITY };
@@ -53,7 +55,7 @@ impl Histogram {
         if within == 0.0 {
             return f64::INFINITY;
         }
-        // What is beyond the range stands at its ends, in bins that hold something.
+        // Numbers beyond the range count in the outermost bins that are not empty.
         let holds = |bin: &usize| self.counts[*bin] > 0.0;
         let ends = [(first..=last).find(holds), (first..=last).rev().find(holds)];
         let all = within + below + above;
@@ -77,7 +79,8 @@ impl Histogram {
         sum
     }
 
-    /// The first and the last bin that the codes reach: within half a step of the last code.
+    /// The first and the last bin within the codes' range, which ends half a step beyond the last
+    /// code.
     fn range(&self) -> Option<(usize, usize)> {
         let half = |outermost: f32, inner: Option<&f32>| {
             inner.map_or(f32::INFINITY, |inner| (outermost - inner).abs() / 2.0)
@@ -115,7 +118,7 @@ mod tests {
         (0..count).map(number).collect()
     }
 
-    /// From the definition, in f64, with lists in place of runs of bins.
+    /// From the definition, in f64, with lists instead of runs of bins.
     fn naive(values: &[f32], step: f64) -> f64 {
         let largest = values.iter().fold(0f64, |most, v| most.max(f64::from(v.abs())));
         let width = 2.0 * largest / BINS as f64;
@@ -161,7 +164,7 @@ mod tests {
                 "{ratio}: {found} {expected}"
             );
         }
-        // Nothing is within a range of nearly nothing.
+        // A range of nearly zero contains no number.
         let none = histogram.divergence(&scales, BlockScale { scale: 1e-9, zero: 0 });
         assert!(none.is_infinite(), "{none}");
     }

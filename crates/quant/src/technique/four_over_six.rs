@@ -1,5 +1,6 @@
-//! Four over six (arXiv 2512.02010): a block of NVFP4 whose largest number is scaled to 4 in place
-//! of 6 has no gap between 4 and 6 to lose its larger numbers in; each block takes what errs less.
+//! Four over six (arXiv 2512.02010): NVFP4 has a gap between the codes 4 and 6. A block whose
+//! largest number is scaled to 4 instead of 6 avoids it. Each block takes the better of the two
+//! scales.
 
 use lathe_tensor::{Element, Format, ScaleType};
 
@@ -10,7 +11,7 @@ use crate::matrix::{Group, Outcome, Scales};
 use crate::parameters::{Kind, Parameter, Parameters};
 
 const NAME: &str = "four_over_six";
-/// The scale that brings the largest number to 6, and the one that brings it to 4.
+/// The ratios of the scale that maps the largest number to 6, and of the one that maps it to 4.
 const RATIOS: [f32; 2] = [1.0, 1.5];
 
 pub(super) static TECHNIQUE: Technique = Technique {
@@ -56,7 +57,7 @@ mod tests {
     use super::super::tests::{case, error_of, nearest, parameters};
     use super::*;
 
-    /// Every block is the better one of the two roundings, computed in `f64` beside.
+    /// Every block takes the better of the two roundings, which the test computes in `f64`.
     #[test]
     fn each_block_takes_the_better_scale() {
         let case = case(16, 96, 4);

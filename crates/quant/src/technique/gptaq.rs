@@ -1,10 +1,9 @@
-//! GPTAQ (arXiv 2504.02692): GPTQ whose target is what the float model's layer makes of the float
-//! model's input, while the quantized one reads what quantized layers before it made.
+//! GPTAQ (arXiv 2504.02692): GPTQ with another target. The target is the float layer's output for
+//! the float model's input. The quantized layer reads the output of the quantized layers before it.
 //!
-//! With `A = E[(x_float - x) x^T]` and the upper factor `U` of `H^-1 = U^T U`, `P` is what is
-//! strictly above the diagonal of `A U^T`, times `U`: column `i`, beside its error, adds its number
-//! times `P[i][j]` to column `j`. `alpha` is how much of that counts; the authors' code takes a
-//! quarter.
+//! Let `A = E[(x_float - x) x^T]` and `U` be the upper factor of `H^-1 = U^T U`. `P` is the part of
+//! `A U^T` strictly above the diagonal, times `U`. Column `i` adds, beside its error, its number
+//! times `P[i][j]` to column `j`. `alpha` scales this term; the authors' code uses 0.25.
 
 use lathe_tensor::Format;
 
@@ -66,7 +65,7 @@ mod tests {
     use super::*;
     use crate::statistics::{Asymmetry, Statistics};
 
-    /// Inputs of the float model, and the same with an error that has to do with them.
+    /// Inputs of the float model, and the same with an error that correlates with them.
     fn inputs(rows: usize, columns: usize) -> (Vec<f32>, Vec<f32>) {
         let mut random = ChaCha8Rng::seed_from_u64(21);
         let mixing: Vec<f32> = (0..12 * columns).map(|_| normal(&mut random)).collect();

@@ -1,15 +1,15 @@
-//! GPTQ (arXiv 2210.17323): columns are rounded one after the other, and what each loses is made up
-//! for by those that follow, as the inverse of `H = E[x x^T]` says.
+//! GPTQ (arXiv 2210.17323): rounds columns one after the other. The columns that follow compensate
+//! the error of each, by the inverse of `H = E[x x^T]`.
 //!
-//! With the upper Cholesky factor `U` of `H^-1`, a column's error over `U[i][i]` goes to column `j`
-//! as `-U[i][j]`. Rows of the weight do not meet, so that threads take some rows each, in which a
-//! column is a vector; what is behind a block of columns is brought up to date by one matrix
+//! `U` is the upper Cholesky factor of `H^-1`. The error of column `i` over `U[i][i]` goes to
+//! column `j` with the factor `-U[i][j]`. Rows of the weight are independent, so each thread takes
+//! some rows, in which a column is a vector. The columns after a block are updated by one matrix
 //! product.
 //!
-//! Scales come from clip's search by the error of outputs, unless a recipe says otherwise: under
-//! the range of a block as it was, numbers that took over errors saturate, and KL to the base
-//! becomes worse than that of rounding to nearest (docs/quantization.md). Damping is five times the
-//! paper's for the same reason: what the text of the calibration does not show is left alone.
+//! By default, scales come from clip's search by output error. With the plain range of a block,
+//! numbers that received errors saturate, and the KL to the base becomes worse than that of
+//! rounding to nearest (docs/quantization.md). The default damping is five times the paper's, so
+//! that directions which the calibration text does not show change less.
 
 use lathe_tensor::Format;
 use lathe_tensor::codec::scaled::{BlockScale, assemble, round_each};
@@ -26,7 +26,7 @@ use crate::statistics::Statistics;
 use lathe_linalg::{part, square, upper_factor_of_inverse};
 
 const NAME: &str = "gptq";
-/// Rows of a weight that are rounded together, in lanes, and are one thread's work.
+/// Rows of a weight that are rounded together, in lanes. They are the work of one thread.
 const ROWS_TOGETHER: usize = 32;
 
 pub(super) static TECHNIQUE: Technique = Technique {
@@ -41,7 +41,7 @@ pub(super) static TECHNIQUE: Technique = Technique {
     apply: Apply::Group(apply),
 };
 
-/// What it shares with techniques that hand on errors in the same way.
+/// The parameters that GPTQ shares with techniques of the same kind.
 pub(super) const PARAMETERS: [Parameter; 5] = [
     Parameter {
         name: "act_order",
@@ -70,8 +70,8 @@ fn apply(
     round_columns(NAME, group, format, parameters, None)
 }
 
-/// Rounds the columns of a group one after the other for `technique`; with the mean of
-/// `(x_float - x) x^T`, times what it counts, columns also hand on what their inputs lack (GPTAQ).
+/// Rounds the columns of a group one after the other for `technique`. If the scaled mean of
+/// `(x_float - x) x^T` is given, columns also hand on the difference of their inputs (GPTAQ).
 pub(super) fn round_columns(
     technique: &'static str,
     group: &Group<'_>,
@@ -102,20 +102,20 @@ pub(super) fn round_columns(
     Ok(Outcome::Quantized(list))
 }
 
-/// What of `H` the rounding needs.
+/// The factors of `H` that rounding needs.
 struct Factor {
     /// Columns in the order in which they are rounded.
     order: Vec<usize>,
-    /// Rows of `U` in that order, each divided by its diagonal: from the diagonal on.
+    /// Rows of `U` in that order, from the diagonal on. Each is divided by its diagonal element.
     rows: Vec<f32>,
-    /// Rows of GPTAQ's `P` in that order, if it is asked for.
+    /// Rows of GPTAQ's `P` in that order, if asked for.
     lacks: Option<Vec<f32>>,
-    /// What had to be done to have a factor.
+    /// A note, if the damping was raised.
     note: Option<String>,
 }
 
 impl Factor {
-    /// `None` if the Hessian cannot be factored whatever is added to its diagonal.
+    /// `None` if `H` cannot be factored with any damping.
     fn new(
         statistics: &Statistics,
         parameters: &Parameters,
@@ -124,7 +124,7 @@ impl Factor {
         let n = statistics.width();
         let mut diagonal: Vec<f64> = (0..n).map(|i| statistics.mean_product(i, i)).collect();
         let mean = damping::mean_of(&diagonal)?;
-        // A channel that is always zero: its column meets no other and is rounded to nearest.
+        // A channel that is always zero has no products with others, and is rounded to nearest.
         diagonal.iter_mut().filter(|it| **it <= 0.0).for_each(|it| *it = mean);
         let mut order: Vec<usize> = (0..n).collect();
         if parameters.flag("act_order") {
@@ -142,8 +142,8 @@ impl Factor {
         Some(Factor { rows: scaled_rows(&upper, n), lacks, order, note })
     }
 
-    /// Brings columns `i + 1 .. end` up to date after column `i`; `left` has these columns,
-    /// `handed` what the column hands on.
+    /// Updates columns `i + 1 .. end` after column `i`. `left` has these columns, and `handed` what
+    /// column `i` hands on.
     fn hand_on(&self, i: usize, end: usize, handed: &Handed, left: &mut [f32]) {
         let (n, lanes) = (self.order.len(), handed.lanes);
         let errors = handed.errors(i);
@@ -158,7 +158,7 @@ impl Factor {
         }
     }
 
-    /// Brings the columns from `end` on, which are `left`, up to date after all those of a block.
+    /// Updates the columns from `end` on, which are `left`, after all columns of a block.
     fn hand_on_block(&self, end: usize, handed: &Handed, left: &mut [f32]) {
         let (n, lanes, start) = (self.order.len(), handed.lanes, handed.start);
         let ahead = ArrayViewMut2::from_shape((n - end, lanes), left);
@@ -181,15 +181,15 @@ impl Factor {
     }
 }
 
-/// What the columns of a block hand on, a vector of rows for each.
+/// What the columns of a block hand on: a vector of rows for each.
 struct Handed {
     /// The block's first column.
     start: usize,
     /// Rows.
     lanes: usize,
-    /// What was lost by rounding.
+    /// The rounding errors.
     errors: Vec<f32>,
-    /// What the columns were before it.
+    /// The numbers of the columns before rounding.
     numbers: Vec<f32>,
 }
 
@@ -207,7 +207,7 @@ impl Handed {
     }
 }
 
-/// Rows and columns of a square in another order.
+/// Reorders rows and columns of a square matrix.
 fn in_order(order: &[usize], element: impl Fn(usize, usize) -> f64 + Sync) -> Vec<f64> {
     let n = order.len();
     let mut square = vec![0f64; n * n];
@@ -217,7 +217,7 @@ fn in_order(order: &[usize], element: impl Fn(usize, usize) -> f64 + Sync) -> Ve
     square
 }
 
-/// GPTAQ's `P`: what is strictly above the diagonal of `A U^T`, times `U`.
+/// GPTAQ's `P`: the part of `A U^T` strictly above the diagonal, times `U`.
 fn lacks_of(asymmetry: &[f64], upper: &[f64], n: usize) -> Vec<f32> {
     let (asymmetry, upper) = (square(asymmetry, n), square(upper, n));
     let mut lacks = vec![0f32; n * n];
@@ -248,7 +248,7 @@ fn scaled_rows(upper: &[f64], n: usize) -> Vec<f32> {
     rows
 }
 
-/// Codes and scales of a whole matrix.
+/// The codes and scales of a whole matrix.
 fn round_all(
     matrix: &Matrix<'_>,
     scales: &Scales,
@@ -259,8 +259,8 @@ fn round_all(
     let columns = matrix.columns;
     let how = parameters.choice("scales");
     let block_size = parameters.whole("block_size");
-    // In the weight's own order a group's scale is chosen when its first column comes, from the
-    // numbers that errors before it have changed; otherwise all are chosen at the start.
+    // In the weight's own order, a group's scale is chosen at its first column, from numbers that
+    // already contain earlier errors. Otherwise all scales are chosen at the start.
     let fixed = parameters.flag("act_order") || how != "range";
     let mut blocks = match how {
         _ if !fixed => vec![BlockScale { scale: 0.0, zero: 0 }; matrix.rows * scales.blocks],
@@ -292,15 +292,15 @@ fn round_all(
     (codes, blocks)
 }
 
-/// Some rows of a matrix, column after column in the order in which they are rounded.
+/// Some rows of a matrix, whose columns are rounded in order.
 struct Part<'a> {
     scales: &'a Scales,
     factor: &'a Factor,
     /// Rows.
     lanes: usize,
-    /// `[columns, rows]`: what is left of the numbers, brought up to date.
+    /// `[columns, rows]`: the current numbers, with the errors handed on so far.
     left: Vec<f32>,
-    /// `[blocks, rows]`: what codes are multiplied by.
+    /// `[blocks, rows]`: the factors of the codes.
     steps: Vec<f32>,
     /// `[blocks, rows]`: zero points.
     zeros: Vec<f32>,
@@ -329,7 +329,7 @@ impl<'a> Part<'a> {
         Part { scales, factor, lanes, left, steps, zeros, blocks, codes }
     }
 
-    /// Every block's scale is chosen.
+    /// Sets `steps` and `zeros` from the scale of every block.
     fn take_scales(&mut self) {
         (0..self.scales.blocks).for_each(|block| self.take_scale(block));
     }
@@ -342,7 +342,7 @@ impl<'a> Part<'a> {
         }
     }
 
-    /// Chooses the scales of the block whose first column is `i`, from what is left of its numbers.
+    /// Chooses the scales of the block whose first column is `i`, from its current numbers.
     fn choose_scale(&mut self, i: usize) {
         let (width, lanes) = (self.scales.block_columns, self.lanes);
         let block = i / width;
@@ -376,8 +376,8 @@ impl<'a> Part<'a> {
         }
     }
 
-    /// A group whose scale is chosen when its first column comes must be up to date by then: it
-    /// does not reach out of the block.
+    /// The end of a block of columns. If a group's scale is chosen at its first column, the group
+    /// must be up to date by then, so it does not cross the end of the block.
     fn end_of_block(&self, start: usize, block_size: usize, fixed: bool) -> usize {
         let columns = self.factor.order.len();
         let end = columns.min(start + block_size);
@@ -424,8 +424,8 @@ mod tests {
         }
     }
 
-    /// The paper's update with an explicit inverse, in f64: after each column the rest is solved
-    /// again with the inverse of what is left of H.
+    /// The paper's update with an explicit inverse, in f64. After each column it solves again with
+    /// the inverse of the rest of H.
     fn naive(case: &Case, format: &str) -> Vec<f32> {
         let (n, mut rows) = (case.columns, Vec::new());
         let matrix = case.group().matrices[0];
@@ -449,7 +449,7 @@ mod tests {
                 for j in i + 1..n {
                     left[j] -= error * inverse[i * n + j];
                 }
-                // Column i leaves the inverse (equation 3).
+                // Removes column i from the inverse (equation 3).
                 let pivot = inverse[i * n + i];
                 let line: Vec<f64> = inverse[i * n..(i + 1) * n].to_vec();
                 for a in i + 1..n {
@@ -489,7 +489,7 @@ mod tests {
             );
             let Ok(Outcome::Quantized(list)) = outcome else { panic!("it rounds") };
             let found = list[0].tensor.to_f32();
-            // A tie that rounding moved to the other side changes all that follows in its row.
+            // If a tie rounds to the other side, everything after it in the row changes.
             let same = found.iter().zip(&expected).filter(|(a, b)| (*a - *b).abs() < 1e-4).count();
             assert!(
                 same * 100 >= expected.len() * 97,

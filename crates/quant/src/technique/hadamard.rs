@@ -1,6 +1,7 @@
-//! Rotations of inputs that are computed while the model runs, with the inverse folded into the
-//! matrices: blocks as long as a format's scales turn within a scale (MR-GPTQ, arXiv 2509.23202),
-//! or the input of `ffn.down` alone as a whole (QuaRot's R4, arXiv 2404.00456).
+//! Rotations of inputs while the model runs. Their inverse is folded into the matrices. Either
+//! blocks as long as a format's groups are rotated, so that a rotation stays within a scale
+//! (MR-GPTQ, arXiv 2509.23202), or only the whole input of `ffn.down` (QuaRot's R4, arXiv
+//! 2404.00456).
 
 use lathe_program::{Op, Program, Weight};
 
@@ -30,7 +31,8 @@ pub(super) static TECHNIQUE: Technique = Technique {
     apply: Apply::Inputs(block_of),
 };
 
-/// The block of the input of `weight`, which op `reader` of a program without transforms reads.
+/// The rotated block of the input of `weight`. Op `reader` of a program without transforms reads
+/// it.
 fn block_of(
     program: &Program,
     weight: Weight,

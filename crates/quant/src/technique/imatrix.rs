@@ -1,4 +1,4 @@
-//! Importance-weighted GGUF quants: the search for a block's scales weighs each column's error by
+//! Importance-weighted GGUF formats: the search for a block's scales weights each column's error by
 //! the mean square of its input (llama.cpp's importance matrix).
 
 use lathe_tensor::{Bytes, Format, GgmlType, Tensor, codec};

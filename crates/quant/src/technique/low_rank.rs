@@ -1,13 +1,16 @@
-//! A low-rank correction of what rounding lost: with `E = W - Q` and the codes `Q` final, `B A` of
-//! rank `r` that runs beside the quantized matrix, `y = Q x + B A x`.
+//! A low-rank correction of the rounding error `E = W - Q`. The codes `Q` are final, and `B A` of
+//! rank `r` runs beside the quantized matrix: `y = Q x + B A x`.
 //!
 //! `weighting = "none"` is the truncated singular value decomposition of `E` (ZeroQuant-V2, arXiv
-//! 2303.08302; LQER without its scales, arXiv 2402.02446). `"inputs"` is least in the error of
-//! outputs, `E |(E - B A) x|^2`, which is the one of `E L` with `H = E[x x^T] = L L^T` (QERA-exact,
-//! arXiv 2410.06040; EoRA, arXiv 2410.21271): `B A = U U^T E` with `U` the leading left singular
-//! vectors of `E L`, so that `L` need not be inverted. With more `rounds` than one, codes are
-//! chosen again for `W - B A` and the correction again for those (LoftQ, arXiv 2310.08659), and the
-//! round that loses least is kept.
+//! 2303.08302; LQER without its scales, arXiv 2402.02446).
+//!
+//! `weighting = "inputs"` minimises the output error `E |(E - B A) x|^2`. With `H = E[x x^T] = L
+//! L^T` this is the decomposition of `E L` (QERA-exact, arXiv 2410.06040; EoRA, arXiv 2410.21271):
+//! `B A = U U^T E`, where `U` has the leading left singular vectors of `E L`. So `L` is not
+//! inverted.
+//!
+//! With several `rounds`, codes are chosen again for `W - B A`, and then the correction for those
+//! codes (LoftQ, arXiv 2310.08659). The round with the least loss is kept.
 
 use lathe_tensor::{FloatType, Tensor};
 use ndarray::linalg::general_mat_mul;
@@ -23,9 +26,9 @@ use lathe_linalg::{cholesky, part, square};
 use lathe_linalg::{leading_left, product};
 
 const NAME: &str = "low-rank";
-/// Columns of `L` that are multiplied together: what is above its diagonal is not.
+/// Columns of `L` that are multiplied together. The zeros above its diagonal are skipped.
 const PANEL: usize = 96;
-/// Rows of `E` that are one thread's work.
+/// Rows of `E` that are the work of one thread.
 const ROWS_TOGETHER: usize = 48;
 
 pub(super) static TECHNIQUE: Technique = Technique {
@@ -34,8 +37,8 @@ pub(super) static TECHNIQUE: Technique = Technique {
     effect: "adds two thin matrices beside each quantized one, for what rounding lost: a PEFT adapter",
     requires: "a technique that rounds before it; a folder; inputs that are not rounded; no experts; \
                calibration for weighting = \"inputs\"",
-    // Its codes make up for inputs that differ from the float model's: a correction towards `W x`
-    // would undo it.
+    // GPTAQ's codes compensate inputs that differ from the float model's. A correction towards `W
+    // x` would undo that.
     conflicts: &["gptaq"],
     calibrated: false,
     products: false,
@@ -76,7 +79,7 @@ fn rank_of(rows: usize, columns: usize, parameters: &Parameters) -> usize {
     parameters.whole("rank").min(rows).min(columns)
 }
 
-/// Times that codes are chosen.
+/// The number of rounds.
 pub(crate) fn rounds_of(parameters: &Parameters) -> usize {
     parameters.whole("rounds")
 }
@@ -112,8 +115,8 @@ fn apply(
     group.matrices.iter().zip(rounded).map(one).collect()
 }
 
-/// The lower triangular `L` of the damped `H = L L^T`, zeros above its diagonal, and what had to be
-/// done.
+/// The lower triangular `L` of the damped `H = L L^T`, with zeros above its diagonal, and a note if
+/// the damping was raised.
 fn factor_of(
     group: &Group<'_>,
     first: &Matrix<'_>,
@@ -135,9 +138,9 @@ fn factor_of(
     Ok((factor, note))
 }
 
-/// `A` and `B`, row-major: `B` the leading left singular vectors `U` of `E L` (of `E`, if there is
-/// no `L`), `A` what `U^T` makes of `E`. A column of `B` and the row of `A` that meets it are
-/// scaled to one length, so that rounding either costs the same.
+/// `A` and `B`, row-major. `B` has the leading left singular vectors `U` of `E L` (of `E` if there
+/// is no `L`), and `A = U^T E`. Each column of `B` and its row of `A` are scaled to equal length,
+/// so that rounding either costs the same.
 fn factors(
     lost: &[f64],
     matrix: &Matrix<'_>,
@@ -164,7 +167,7 @@ fn factors(
     [a, b]
 }
 
-/// `E L` with `L` lower triangular.
+/// `E L`, where `L` is lower triangular.
 fn times_lower(errors: &[f64], factor: &[f64], n: usize) -> Vec<f64> {
     let factor = square(factor, n);
     let mut out = vec![0.0; errors.len()];
@@ -202,7 +205,7 @@ mod tests {
         list.remove(0).tensor
     }
 
-    /// `E` and what of it the correction leaves.
+    /// `E`, and the part of it that the correction leaves.
     fn errors(case: &Case, rounded: &Tensor, correction: &Correction) -> [Vec<f64>; 2] {
         let mut found = rounded.to_f32();
         let lost = |found: &[f32]| {
@@ -233,7 +236,8 @@ mod tests {
         values.iter().map(|x| x * x).sum()
     }
 
-    /// `D H D^T` summed, by its definition, with `damping` of the mean of the diagonal added.
+    /// The sum of `D H D^T` from its definition, with `damping` times the mean of the diagonal
+    /// added.
     fn outputs(errors: &[f64], statistics: &Statistics, damping: f64) -> f64 {
         let (n, h) = (statistics.width(), statistics.hessian());
         let mean = (0..n).map(|i| h[i * n + i]).sum::<f64>() / n as f64;
@@ -244,8 +248,8 @@ mod tests {
         errors.chunks(n).map(row).sum()
     }
 
-    /// Symmetric square root of the damped `H` by the iteration of Denman and Beavers: another `L`
-    /// than Cholesky's.
+    /// The symmetric square root of the damped `H` by the iteration of Denman and Beavers. It is
+    /// another valid `L` than Cholesky's.
     fn root(statistics: &Statistics, damping: f64) -> Vec<f64> {
         let (n, mut y) = (statistics.width(), statistics.hessian());
         let mean = (0..n).map(|i| y[i * n + i]).sum::<f64>() / n as f64;
@@ -259,7 +263,7 @@ mod tests {
         y
     }
 
-    /// By Gauss and Jordan with pivots.
+    /// The inverse by Gauss-Jordan elimination with pivots.
     fn inverse(matrix: &[f64], n: usize) -> Vec<f64> {
         let mut rows: Vec<Vec<f64>> = (0..n)
             .map(|i| {
@@ -283,8 +287,8 @@ mod tests {
         rows.iter().flat_map(|row| &row[n..]).copied().collect()
     }
 
-    /// Eckart and Young under both weightings: what is left is the tail of the spectrum of `E`, or
-    /// of `E H^(1/2)`.
+    /// The theorem of Eckart and Young under both weightings: the remaining error is the tail of
+    /// the spectrum of `E`, or of `E H^(1/2)`.
     #[test]
     fn what_is_left_is_least() {
         for (rows, columns) in [(24, 48), (48, 32)] {
@@ -313,7 +317,7 @@ mod tests {
                     assert!(found[i] < before[i], "{at}");
                 }
                 before = found;
-                // Each is the better one by its own measure.
+                // Each weighting is better by its own measure.
                 if (3..24).contains(&r) {
                     assert!(outputs(&left, &case.statistics, damping) > found[1]);
                     assert!(squares(&other) > found[0]);
@@ -322,7 +326,7 @@ mod tests {
         }
     }
 
-    /// An error of rank three is gone, whatever the inputs were.
+    /// A correction of rank three removes an error of rank three, whatever the inputs were.
     #[test]
     fn an_error_of_low_rank_is_recovered() {
         let mut case = case(40, 64, 32);
@@ -342,7 +346,7 @@ mod tests {
         }
     }
 
-    /// A rank of more than the matrix has is all that it has, and leaves nothing.
+    /// A rank above that of the matrix is cut to it, and leaves no error.
     #[test]
     fn the_rank_ends_where_the_matrix_does() {
         let case = case(12, 32, 33);
@@ -359,8 +363,8 @@ mod tests {
         assert_eq!(bits_of(12, 32, &settings), (12 * (12 + 32) * 16) as f64);
     }
 
-    /// Inputs that were always zero, or too few of them, leave `H` singular; what was seen is
-    /// corrected.
+    /// Inputs that are always zero, or too few, make `H` singular. The observed directions are
+    /// still corrected.
     #[test]
     fn inputs_that_show_too_little() {
         let mut case = case(16, 32, 34);
@@ -374,7 +378,7 @@ mod tests {
             errors(&case, &tensor, &corrected(&case, &tensor, &[rank(4), plain()]));
         assert!((squares(&left) / squares(&of_weights) - 1.0).abs() < 1e-4);
 
-        // Three samples, and no damping asked for: three ranks are enough for all that was seen.
+        // Three samples without damping: rank three corrects everything that was observed.
         let mut few = Statistics::new(32);
         let sample = |i: usize| ((i * 7919) % 101) as f32 / 50.0 - 1.0;
         few.add(&(0..96).map(sample).collect::<Vec<f32>>());
@@ -398,7 +402,7 @@ mod tests {
         assert!(error.to_string().contains("not finite"), "{error}");
     }
 
-    /// Where the input is rotated while the model runs, the file's `A` reads it before that.
+    /// If the input is rotated while the model runs, the file's `A` reads it before the rotation.
     #[test]
     fn a_reads_inputs_before_they_are_rotated() {
         let case = case(16, 48, 35);
@@ -413,7 +417,7 @@ mod tests {
         let [_, expected] = errors(&case, &tensor, &plain);
         let [_, found] = errors(&case, &tensor, &turned);
         assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6));
-        // A (H x), by hand, is A' x.
+        // A (H x), computed by hand, equals A' x.
         let x: Vec<f32> = (0..48).map(|i| (i * 5 % 11) as f32 - 4.0).collect();
         let mut rotated = x.clone();
         lathe_tensor::hadamard::Hadamard::new(12).unwrap().apply(&mut rotated);

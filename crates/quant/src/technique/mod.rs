@@ -1,4 +1,4 @@
-//! The registry of techniques: one file each, one signature, one row here.
+//! The registry of techniques. Each has one file, one signature and one row here.
 
 mod awq;
 mod clip;
@@ -28,20 +28,21 @@ use crate::parameters::{Kind, Parameter, Parameters};
 use crate::rotate::turns::Turns;
 pub(crate) use low_rank::{bits_of as correction_bits, rounds_of as correction_rounds};
 
-/// What every technique is: the matrices that share an input with what calibration saw of it, the
-/// format to reach, parameters; quantized matrices or scales of channels come back.
+/// Applies a technique to matrices that share an input. Takes the group with its statistics, the
+/// format and the parameters. Returns quantized matrices or scales of channels.
 pub type ApplyToGroup = fn(&Group<'_>, Format, &Parameters) -> Result<Outcome, QuantError>;
 
-/// The same for techniques that change weights of the whole program, whatever their inputs are.
+/// Applies a technique to the weights of the whole program. It needs no statistics.
 pub type ApplyToProgram = fn(&Program, &Parameters) -> Result<Turns, QuantError>;
 
-/// For techniques that rotate inputs while the model runs: elements of a block of the input of one
-/// weight, which an op of the program (by its index) reads; `None` leaves it alone.
+/// For techniques that rotate inputs while the model runs. Takes a weight and the index of the op
+/// that reads its input. Returns the elements of a rotated block, or `None` to leave the input
+/// alone.
 pub type ApplyToInput = fn(&Program, Weight, usize, &Parameters) -> Option<usize>;
 
-/// For techniques that make up for what rounding lost: the matrices as they were and as they were
-/// rounded, and the elements of a block of their input that is rotated while the model runs; a
-/// correction each comes back, and what had to be done for it.
+/// For techniques that correct rounding errors. Takes the matrices before and after rounding, and
+/// the elements of a block of their input if it is rotated while the model runs. Returns a
+/// correction for each, and a note.
 pub type ApplyToErrors = fn(
     &Group<'_>,
     &[Tensor],
@@ -52,28 +53,28 @@ pub type ApplyToErrors = fn(
 /// What a technique works on.
 #[derive(Debug, Clone, Copy)]
 pub enum Apply {
-    /// Matrices that share an input.
+    /// On matrices that share an input.
     Group(ApplyToGroup),
-    /// The same, where it must be known how the input differs from the float model's.
+    /// The same, with the difference of the input from the float model's.
     Asymmetric(ApplyToGroup),
-    /// All weights at once.
+    /// On all weights at once.
     Program(ApplyToProgram),
-    /// The input of each matrix.
+    /// On the input of each matrix.
     Inputs(ApplyToInput),
-    /// Matrices that share an input, and what was lost of them.
+    /// On matrices that share an input, and their rounding errors.
     Errors(ApplyToErrors),
 }
 
-/// What a technique does to a group.
+/// The stage at which a technique runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// Changes weights of the whole model in ways that cancel, before anything else.
+    /// First: changes weights of the whole model in ways that cancel.
     Rotate,
-    /// Changes weights and what feeds them, so that less is lost by rounding.
+    /// Changes weights and the ops before them, so that rounding loses less.
     Prepare,
-    /// Chooses codes: each tensor has one such technique.
+    /// Chooses codes. Each tensor has exactly one such technique.
     Round,
-    /// Adds something beside the codes for what they lost.
+    /// Adds a correction beside the codes.
     Correct,
 }
 
@@ -84,23 +85,23 @@ pub struct Technique {
     pub name: &'static str,
     /// When it runs.
     pub stage: Stage,
-    /// What it does, and where it is from.
+    /// Its effect and its source, for help.
     pub effect: &'static str,
-    /// What it cannot do without.
+    /// What it requires, for help.
     pub requires: &'static str,
-    /// What it does not go with on one tensor.
+    /// Techniques that cannot be used on the same tensor.
     pub conflicts: &'static [&'static str],
-    /// Whether it must have seen the inputs of a tensor.
+    /// Whether it needs statistics of a tensor's inputs.
     pub calibrated: bool,
-    /// Whether that means products of an input's channels; otherwise their sizes are enough.
+    /// Whether it needs products of input channels. Otherwise their magnitudes are enough.
     pub products: bool,
-    /// What a recipe may set.
+    /// Its parameters.
     pub parameters: &'static [Parameter],
-    /// Does it.
+    /// Its function.
     pub apply: Apply,
 }
 
-/// Every technique, simplest first.
+/// Every technique, the simplest first.
 pub static TECHNIQUES: [&Technique; 11] = [
     &rtn::TECHNIQUE,
     &clip::TECHNIQUE,
@@ -115,14 +116,14 @@ pub static TECHNIQUES: [&Technique; 11] = [
     &hadamard::TECHNIQUE,
 ];
 
-/// How techniques choose the power of two of a block of MX formats.
+/// The parameter that says how the power-of-two scale of an MX block is chosen.
 pub(crate) const POWER_OF_TWO: Parameter = Parameter {
     name: "power_of_two",
     kind: Kind::Choice(&["even", "floor", "ceil", "mse"]),
     meaning: "how MX formats choose a block's power of two (floor: OCP; ceil: RCEIL)",
 };
 
-/// What [`POWER_OF_TWO`] is set to.
+/// The value of [`POWER_OF_TWO`].
 pub(crate) fn power_of_two(parameters: &Parameters) -> E8m0Rounding {
     match parameters.choice(POWER_OF_TWO.name) {
         "floor" => E8m0Rounding::Floor,
@@ -133,7 +134,7 @@ pub(crate) fn power_of_two(parameters: &Parameters) -> E8m0Rounding {
 }
 
 impl Technique {
-    /// What it does to a group.
+    /// Its function for groups.
     ///
     /// # Panics
     /// If it works on something else.
@@ -146,7 +147,7 @@ impl Technique {
         }
     }
 
-    /// What it makes of what was lost of a group.
+    /// Its function for rounding errors.
     ///
     /// # Panics
     /// If it works on something else.
@@ -161,7 +162,7 @@ impl Technique {
 /// The technique called `name`.
 ///
 /// # Errors
-/// If there is none, with the names that there are.
+/// If there is none. The message lists the names.
 pub fn find(name: &str) -> Result<&'static Technique, QuantError> {
     let found = TECHNIQUES.iter().copied().find(|technique| technique.name == name);
     found.ok_or_else(|| {
@@ -206,7 +207,8 @@ pub(crate) mod tests {
     use crate::matrix::{Matrix, Scales};
     use crate::statistics::Statistics;
 
-    /// A random matrix and correlated inputs of channels of very different sizes, as a decoder has.
+    /// A random matrix, and correlated inputs whose channels differ much in size, like those of a
+    /// decoder.
     pub(crate) struct Case {
         pub rows: usize,
         pub columns: usize,
@@ -258,7 +260,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// What the nearest code stands for, by the scalar definition.
+    /// The decoded nearest code, by the scalar definition.
     pub(crate) fn nearest(scales: &Scales, value: f32, block: BlockScale) -> f32 {
         let (element, step) = (scales.format.element, scales.step(block));
         let code = encode(element, value, step, block.zero);
@@ -276,7 +278,7 @@ pub(crate) mod tests {
         parameters
     }
 
-    /// Output error of a rounding technique.
+    /// The output error of a rounding technique.
     pub(crate) fn error_of(
         name: &str,
         case: &Case,

@@ -1,8 +1,9 @@
-//! Rotations (QuaRot, arXiv 2404.00456): the stream and the heads' values are turned by orthogonal
-//! matrices that cancel, so that outliers of a channel are spread over all; folded into weights.
+//! Rotations (QuaRot, arXiv 2404.00456): orthogonal matrices rotate the stream and the heads'
+//! values, so that outliers of a channel spread over all channels. They cancel, and are folded into
+//! weights.
 //!
-//! Blocks as long as a format's scales turn within a scale, as MR-GPTQ (arXiv 2509.23202) has it
-//! for MX formats, where a rotation of the whole stream does harm.
+//! With blocks as long as a format's groups, a rotation stays within a scale. MR-GPTQ (arXiv
+//! 2509.23202) does this for MX formats, for which a rotation of the whole stream is harmful.
 
 use lathe_program::Program;
 

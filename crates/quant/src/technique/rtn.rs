@@ -1,4 +1,5 @@
-//! Round-to-nearest: every number to the nearest code under a scale that lets nothing saturate.
+//! Round-to-nearest: every number takes the nearest code, with a scale under which nothing is
+//! clipped.
 
 use lathe_tensor::codec::scaled;
 use lathe_tensor::{Bytes, Format, Tensor, codec};
@@ -56,7 +57,7 @@ mod tests {
         let Outcome::Quantized(list) = outcome else { panic!("it rounds") };
         let found = list[0].tensor.to_f32();
         for (block, (values, found)) in case.values.chunks(32).zip(found.chunks(32)).enumerate() {
-            // compressed-tensors: the range is 15 / 2 codes on either side.
+            // compressed-tensors: the range is 15 / 2 codes to either side.
             let largest = values.iter().fold(0f64, |m, v| m.max(f64::from(v.abs())));
             let step = largest / 7.5;
             for (value, found) in values.iter().zip(found) {

@@ -1,5 +1,5 @@
-//! SmoothQuant (arXiv 2211.10438): the range of a channel's input is moved into the weights, in
-//! part, so that activations are easier to quantize; equation 4: `s = max|x|^a / max|w|^(1-a)`.
+//! SmoothQuant (arXiv 2211.10438): moves a part of the range of each input channel into the
+//! weights, so that activations are easier to quantize. Equation 4: `s = max|x|^a / max|w|^(1-a)`.
 
 use lathe_tensor::Format;
 
@@ -40,7 +40,7 @@ fn apply(group: &Group<'_>, _: Format, parameters: &Parameters) -> Result<Outcom
     group.join_tied(&mut weights, largest);
     let scale = |(x, w): (&f64, &f64)| {
         let (x, w) = (*x, *w);
-        // A channel that is always zero, or that nothing reads, has no range to share.
+        // A channel that is always zero, or whose weights are zero, keeps scale 1.
         if x <= 0.0 || w <= 0.0 { 1.0 } else { (x.powf(alpha) / w.powf(1.0 - alpha)) as f32 }
     };
     let scales: Vec<f32> = inputs.iter().zip(&weights).map(scale).collect();
@@ -52,7 +52,7 @@ mod tests {
     use super::super::tests::{case, parameters};
     use super::*;
 
-    /// At one half, inputs and weights of each channel end with the same range.
+    /// With exponent one half, inputs and weights of each channel end with the same range.
     #[test]
     fn ranges_of_inputs_and_weights_meet() {
         let case = case(16, 64, 3);

@@ -1,5 +1,5 @@
-//! Models that lie in this project's `assets` folder, as a GGUF file or, to stay small, as a zip
-//! archive of one, which is unpacked into the cache on first use.
+//! Models in this project's `assets` folder. Each is a GGUF file or a zip archive of one, which is
+//! unpacked into the cache on first use.
 
 use std::fs::{self, File};
 use std::io;
@@ -27,7 +27,7 @@ pub(super) fn find(environment: &Environment, name: &str) -> Result<PathBuf, Cat
     Err(CatalogueError::Unknown { reference: name.to_owned(), reason: reason.to_owned() })
 }
 
-/// Where assets may be: where this was built, and beside the executable.
+/// Folders that may hold assets: that of the build, and one beside the executable.
 fn folders() -> Vec<PathBuf> {
     let mut folders = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets"))];
     if let Ok(executable) = std::env::current_exe() {
@@ -39,8 +39,8 @@ fn folders() -> Vec<PathBuf> {
     folders
 }
 
-/// The cache's copy of the file in `packed`; the archive's checksum names it, so that a new
-/// version of the asset is not mistaken for an old one.
+/// The cached copy of the file in `packed`. The archive's checksum names it, so a new version of
+/// the asset gets a new name.
 fn unpack(environment: &Environment, name: &str, packed: &Path) -> Result<PathBuf, CatalogueError> {
     let digest = sha256(packed)?;
     let commit = &digest[..40];

@@ -1,5 +1,5 @@
-//! The cache on disk, in the layout that Python's `huggingface_hub` uses, so that a file fetched by
-//! either is found by both:
+//! The cache on disk, in the layout of Python's `huggingface_hub`. Each finds the files that the
+//! other fetched:
 //!
 //! ```text
 //! <root>/models--organisation--name/refs/main                      a commit's hash
@@ -52,7 +52,7 @@ impl CachedRepository {
         &self.folder
     }
 
-    /// The snapshot that `revision` (branch, tag or commit) stands for, if it is here.
+    /// The snapshot of `revision` (branch, tag or commit), if it is cached.
     pub fn snapshot(&self, revision: &str) -> Option<PathBuf> {
         let commit = match fs::read_to_string(self.folder.join("refs").join(revision)) {
             Ok(text) => text.trim().to_owned(),
@@ -66,23 +66,23 @@ impl CachedRepository {
         path.is_dir().then_some(path)
     }
 
-    /// Where the files of `commit` are linked.
+    /// The folder with the links to the files of `commit`.
     pub fn snapshot_folder(&self, commit: &str) -> PathBuf {
         self.folder.join("snapshots").join(commit)
     }
 
-    /// Where the bytes of `etag` are.
+    /// The path of the blob `etag`.
     pub fn blob(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(etag)
     }
 
-    /// Where the bytes of `etag` are gathered until they are complete.
+    /// The path of the blob `etag` until it is complete.
     pub fn partial(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(format!("{etag}.incomplete"))
     }
 
-    /// Waits until no other process writes the blob `etag`; `huggingface_hub` honours the same
-    /// lock. `waiting` is called if another holds it.
+    /// Locks the blob `etag` against other processes; `huggingface_hub` uses the same lock. Calls
+    /// `waiting` once if another process holds it.
     pub fn lock(&self, etag: &str, waiting: impl FnOnce()) -> Result<BlobLock, CatalogueError> {
         make_folder(&self.locks)?;
         let path = self.locks.join(format!("{etag}.lock"));
@@ -120,7 +120,7 @@ impl CachedRepository {
         Ok(path)
     }
 
-    /// Remembers that `revision` is `commit`; nothing to do if it is the commit's own hash.
+    /// Records that `revision` is `commit`. Does nothing if `revision` is the commit's own hash.
     pub fn set_revision(&self, revision: &str, commit: &str) -> Result<(), CatalogueError> {
         if revision == commit {
             return Ok(());

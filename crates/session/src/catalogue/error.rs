@@ -3,53 +3,53 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A failure of the catalogue. [`CatalogueError::is_input`] tells bad input (exit code 2) from
-/// the world's fault (exit code 1).
+/// An error of the catalogue. [`CatalogueError::is_input`] tells bad input (exit code 2) from a
+/// failure of the network or the machine (exit code 1).
 #[derive(Debug, thiserror::Error)]
 pub enum CatalogueError {
-    /// The words that name the model name nothing.
+    /// The name is not a model.
     #[error("{reference}: {reason}")]
     Unknown {
         /// What was typed.
         reference: String,
-        /// Why it cannot be a model, and what would be.
+        /// Why it cannot be a model, and what names can be.
         reason: String,
     },
-    /// The Hub refused.
+    /// The Hub refused a request.
     #[error("the Hub refused {what} (HTTP {status}): {hint}")]
     Refused {
         /// Repository or file.
         what: String,
         /// HTTP status.
         status: u16,
-        /// What to do.
+        /// A hint for the user.
         hint: String,
     },
-    /// The Hub could not be reached or misbehaved.
+    /// The Hub could not be reached, or its answer was not valid.
     #[error("{url}: {reason}")]
     Http {
         /// Address.
         url: String,
-        /// What happened.
+        /// The reason.
         reason: String,
     },
-    /// The bytes that came are not the bytes that were promised.
+    /// The received bytes are not the expected ones.
     #[error("{name}: {reason}")]
     Corrupt {
         /// File.
         name: String,
-        /// What was expected and found.
+        /// What was expected and what was found.
         reason: String,
     },
-    /// No room.
+    /// The disk is full.
     #[error(
         "no space left on the disk that holds {}; {needed} more bytes are needed",
         .path.display()
     )]
     DiskFull {
-        /// Where it was to be written.
+        /// The path that was to be written.
         path: PathBuf,
-        /// Bytes still to come.
+        /// Bytes that are still missing.
         needed: u64,
     },
     /// A file operation failed.
@@ -57,23 +57,23 @@ pub enum CatalogueError {
     Io {
         /// File or folder.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// Every way to get a catalogue entry failed.
+    /// Every source of a catalogue entry failed.
     #[error("cannot fetch {name} ({tried}); {by_hand}")]
     Unreachable {
         /// Catalogue name.
         name: String,
-        /// What was tried and why it failed.
+        /// The sources that were tried, and why they failed.
         tried: String,
-        /// How to place the file by hand.
+        /// Instructions to place the file by hand.
         by_hand: String,
     },
 }
 
 impl CatalogueError {
-    /// Whether the caller asked for something that does not exist or may not be had.
+    /// Whether the caller asked for something that does not exist or is not accessible.
     pub fn is_input(&self) -> bool {
         matches!(self, Self::Unknown { .. } | Self::Refused { .. })
     }

@@ -1,5 +1,5 @@
-//! Requests to the Hub: redirects followed by hand, so that the token goes to the Hub's own host
-//! only and so that a caller can stop at a redirect to read its headers.
+//! Requests to the Hub. Redirects are followed here, so that the token goes to the Hub's own host
+//! only, and so that a caller can read the headers of a redirect.
 
 use std::time::Duration;
 
@@ -24,8 +24,8 @@ pub(super) struct Client {
 pub(super) enum Follow {
     /// All.
     All,
-    /// Those that stay on the same host (a renamed repository); the Hub answers a request for a
-    /// large file's headers with a redirect to its storage that must be read, not followed.
+    /// Redirects to the same host (a renamed repository). For a large file the Hub redirects to its
+    /// storage; a caller reads the headers of that redirect and does not follow it.
     SameHost,
 }
 
@@ -97,7 +97,7 @@ impl Client {
     }
 }
 
-/// A header of a response, if it is there and is text.
+/// The value of a header, if present and text.
 pub(super) fn header<'a>(response: &'a Response<Body>, name: &str) -> Option<&'a str> {
     response.headers().get(name)?.to_str().ok()
 }
@@ -120,8 +120,8 @@ fn same_origin(left: &Uri, right: &Uri) -> bool {
     left.scheme() == right.scheme() && left.authority() == right.authority()
 }
 
-/// Resolves a `Location` against the address that it came from (RFC 3986, section 5.2, without
-/// dot segments, which no server sends).
+/// Resolves a `Location` against the address of its response (RFC 3986, section 5.2). Dot segments
+/// are not supported, because servers do not send them.
 fn join(base: &Uri, location: &str) -> String {
     let scheme = base.scheme_str().unwrap_or("https");
     let authority = base.authority().map(|a| a.as_str()).unwrap_or_default();
@@ -142,7 +142,7 @@ fn http_error(url: &str, error: ureq::Error) -> CatalogueError {
 }
 
 /// The built-in certificates, or those of the file that `SSL_CERT_FILE` or `REQUESTS_CA_BUNDLE`
-/// names (as Python's client does), for networks with a proxy of their own.
+/// names, as in Python's client. Networks with a proxy of their own need this.
 fn root_certificates() -> RootCerts {
     let named = ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"].iter().find_map(|name| {
         let bytes = std::fs::read(std::env::var_os(name)?).ok()?;

@@ -1,5 +1,5 @@
-//! A repository of the Hub: which files it has, which of them a model needs, and how they get into
-//! the cache.
+//! A repository of the Hub: its files, the selection of those that a model needs, and their
+//! download into the cache.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +15,7 @@ use super::http::{Client, Follow, header};
 use super::reference::HubReference;
 use crate::progress::Reporter;
 
-/// Files besides the weights that say what a model is and how to talk to it.
+/// Files, besides the weights, that describe a model: its configuration, tokenizer and templates.
 const SMALL_FILES: &[&str] = &[
     "config.json",
     "generation_config.json",
@@ -33,9 +33,9 @@ const SMALL_FILES: &[&str] = &[
 ];
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
-/// GGUF kinds in the order in which one is chosen if the reference names none.
+/// The order in which a GGUF kind is chosen if the reference names none.
 const GGUF_PREFERENCE: &[&str] = &["Q4_K_M", "Q4_K", "Q4_0", "Q4_1", "Q8_0", "Q5_K_M", "Q6_K"];
-/// A listing or an index is never this large; a server that sends more is wrong.
+/// The most bytes of a listing or an index. A server that sends more is at fault.
 const TEXT_BYTES_MAX: u64 = 64 << 20;
 
 /// The files of a commit.
@@ -45,7 +45,7 @@ struct Listing {
     files: Vec<String>,
 }
 
-/// What of a repository is the model.
+/// The files of a repository that make up the model.
 #[derive(Debug, PartialEq, Eq)]
 enum ModelFiles {
     /// One GGUF file.
@@ -54,7 +54,7 @@ enum ModelFiles {
     Folder,
 }
 
-/// The model in the cache, if all of it is there; asks no network.
+/// The model in the cache, if it is complete. Uses no network.
 pub(super) fn find_cached(environment: &Environment, reference: &HubReference) -> Option<PathBuf> {
     let repository = environment.cache.repository(&reference.repository);
     let snapshot = repository.snapshot(&reference.revision)?;
@@ -72,7 +72,7 @@ pub(super) fn find_cached(environment: &Environment, reference: &HubReference) -
     }
 }
 
-/// Fetches what is missing of the model and returns its folder or file.
+/// Fetches the missing files of the model and returns its folder or file.
 pub(super) fn fetch(
     environment: &Environment,
     reference: &HubReference,
@@ -120,7 +120,7 @@ impl Fetcher<'_> {
         Ok(self.repository.snapshot_folder(&self.listing.commit))
     }
 
-    /// Puts one file of the commit into the cache.
+    /// Fetches one file of the commit into the cache.
     fn file(&self, name: &str) -> Result<PathBuf, CatalogueError> {
         check_name(name)?;
         let linked = self.repository.snapshot_folder(&self.listing.commit).join(name);
@@ -232,13 +232,13 @@ fn choose(reference: &HubReference, files: &[String]) -> Result<ModelFiles, Cata
     }
 }
 
-/// A projector for images or an importance matrix is a GGUF file, but no model.
+/// Whether a GGUF file is a model. Image projectors and importance matrices are not.
 fn is_model_gguf(file: &str) -> bool {
     let lower = file.to_lowercase();
     lower.ends_with(".gguf") && !lower.contains("mmproj") && !lower.contains("imatrix")
 }
 
-/// The file called `selector`, or the shortest whose name has it as a word.
+/// The file called `selector`, or else the shortest name that contains it as a word.
 fn match_gguf<'a>(ggufs: &[&'a String], selector: &str) -> Option<&'a String> {
     let base = |file: &str| file.rsplit('/').next().unwrap_or(file).to_lowercase();
     let selector = selector.to_lowercase();
@@ -279,7 +279,7 @@ fn shards(index: &str) -> Result<Vec<String>, String> {
     Ok(names.into_iter().map(str::to_owned).collect())
 }
 
-/// File names come from a server: they must stay within the snapshot.
+/// Checks a file name from the server: it must stay within the snapshot.
 fn check_name(name: &str) -> Result<(), CatalogueError> {
     let good = |part: &str| !part.is_empty() && part != "." && part != "..";
     if name.split('/').all(good) && !name.contains(['\\', '\0']) && !Path::new(name).is_absolute() {

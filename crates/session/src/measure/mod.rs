@@ -1,5 +1,5 @@
-//! What a model costs and what this machine does: shapes and bytes, roofs, timed runs, timed steps,
-//! and where tokens go among experts.
+//! Measurements of a model and of this machine: shapes and bytes, roofs, timed runs, timed steps,
+//! and the load of experts.
 
 pub mod experts;
 pub mod roofs;

@@ -1,4 +1,4 @@
-//! What this machine can do, measured now: the roofs that a step's cost is held against.
+//! The roofs of this machine, measured now. The cost of a step is compared with them.
 
 use lathe_cpu::Isa;
 use lathe_cpu::machine::{measure_bandwidth, measure_matmul};
@@ -13,24 +13,24 @@ use crate::options::{Device, Options};
 /// Rates of this machine with some threads.
 #[derive(Debug, Clone, Serialize)]
 pub struct Roofs {
-    /// Threads that were measured together.
+    /// Threads that ran at the same time.
     pub threads: usize,
-    /// Main memory, reading.
+    /// Read bandwidth of main memory.
     pub read_gb_s: f64,
-    /// Main memory, bytes read plus bytes written by a copy.
+    /// Copy bandwidth of main memory: bytes read plus bytes written.
     pub copy_gb_s: f64,
-    /// Multiplications and additions of the numbers that products of this model are made of.
+    /// Rate of multiplications and additions in the number type of this model's products.
     pub matmul_gflop_s: f64,
-    /// Which numbers: `int8`, `bf16` or `f32`.
+    /// That number type: `int8`, `bf16` or `f32`.
     pub matmul_numbers: &'static str,
 }
 
 impl Roofs {
-    /// Measures, in about a second. Which arithmetic counts depends on the weights' format and on
-    /// [`Options::exact`]. `None` on a GPU, whose memory is not measured.
+    /// Measures for about a second. The weights' format and [`Options::exact`] select the
+    /// arithmetic. `None` on a GPU, whose memory is not measured.
     ///
     /// # Errors
-    /// If the machine does not say how many processors it has, or lacks the memory to measure.
+    /// If the number of processors is unknown, or there is too little memory to measure.
     pub fn measure(options: &Options, sizes: &Sizes) -> Result<Option<Self>, SessionError> {
         if options.device == Device::Cuda {
             return Ok(None);
@@ -57,7 +57,7 @@ impl Roofs {
         }))
     }
 
-    /// Which roof `cost` meets first, and how long it takes at least.
+    /// The roof that bounds `cost`, and the least time that it takes.
     pub fn over(&self, cost: &Cost) -> Roofline {
         roofline(cost, self.read_gb_s * 1e9, self.matmul_gflop_s * 1e9)
     }

@@ -1,4 +1,4 @@
-//! A model to count or to time: a real one, or only the shape of one with weights that are made up.
+//! A model to count or to time: a real one, or its shape with random weights.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,10 +13,10 @@ use crate::catalogue::Catalogue;
 use crate::error::SessionError;
 use crate::open::open;
 
-/// Seed of made-up weights; the times do not depend on it.
+/// The seed of random weights. Times do not depend on it.
 const SEED: u64 = 1;
 
-/// What to count or to time.
+/// A model to count or to time.
 pub struct Shape {
     name: String,
     source: ShapeSource,
@@ -47,8 +47,7 @@ impl Shape {
         Ok(Self { name: model.name.clone(), source: ShapeSource::Model(Box::new(model)) })
     }
 
-    /// The shape of a model without an adapter, with made-up weights in `format` (bf16 if not
-    /// given).
+    /// The shape of a model without an adapter, with random weights in `format` (bf16 if `None`).
     ///
     /// # Errors
     /// If an adapter is asked for, the format does not exist, or as [`open`].
@@ -85,8 +84,8 @@ impl Shape {
         Ok(Self { name: short_name(name), source: ShapeSource::Dummy { spec, format } })
     }
 
-    /// The model itself; or its shape, if there is a configuration without weights or if a format
-    /// is asked for.
+    /// The model itself. If it has a configuration without weights, or if a format is given, its
+    /// shape.
     ///
     /// # Errors
     /// As [`Shape::open`] and [`Shape::dummy`].
@@ -103,12 +102,12 @@ impl Shape {
         }
     }
 
-    /// What to call it.
+    /// The name to show.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What it is.
+    /// The model's spec.
     pub fn spec(&self) -> &DecoderSpec {
         match &self.source {
             ShapeSource::Model(model) => &model.spec,
@@ -116,7 +115,7 @@ impl Shape {
         }
     }
 
-    /// The model itself, unless its weights are made up.
+    /// The model itself, unless its weights are random.
     pub fn model(&self) -> Option<&Model> {
         match &self.source {
             ShapeSource::Model(model) => Some(model),
@@ -137,7 +136,7 @@ impl Shape {
         })
     }
 
-    /// The sizes of the weights as the checkpoint has them.
+    /// The sizes of the weights in the checkpoint.
     pub fn sizes(&self, program: &Program) -> Result<Sizes, SessionError> {
         match &self.source {
             ShapeSource::Model(model) => Sizes::of_model(model, program),
@@ -154,7 +153,7 @@ fn weights_of(program: &Program) -> impl Iterator<Item = Weight> {
     (0..program.weights.len() as u32).map(Weight)
 }
 
-/// As [`DummyWeights`] makes them, without making them.
+/// The size that [`DummyWeights`] would make, without making the weight.
 fn dummy_size(
     program: &Program,
     weight: Weight,
@@ -175,7 +174,7 @@ fn dummy_size(
 }
 
 impl Sizes {
-    /// The sizes of a model's weights as its files have them.
+    /// The sizes of a model's weights in its files.
     pub fn of_model(model: &Model, program: &Program) -> Result<Self, SessionError> {
         let source = model.weights(program)?;
         let size = |weight| {
@@ -196,37 +195,37 @@ impl Sizes {
         self.weights[weight.0 as usize].1
     }
 
-    /// Bytes of all; a head that is the embedding counts once.
+    /// Bytes of all weights. A head that is the embedding counts once.
     pub fn total(&self, program: &Program) -> u64 {
         let counts = |decl: WeightRole| !(self.tied_head && decl == WeightRole::Head);
         let sizes = program.weights.iter().zip(&self.weights);
         sizes.filter(|(decl, _)| counts(decl.role)).map(|(_, (bytes, _))| bytes).sum()
     }
 
-    /// The format of the most bytes among the weights whose role is `wanted`.
+    /// The format with the most bytes among the weights whose role is `wanted`.
     pub fn main_format_of(&self, program: &Program, wanted: impl Fn(WeightRole) -> bool) -> Format {
         let pairs = program.weights.iter().zip(&self.weights);
         let wanted = pairs.filter(|(decl, _)| wanted(decl.role)).map(|(_, size)| size);
         by_format(wanted).first().map_or(Format::F32, |(format, _)| *format)
     }
 
-    /// The format of the most bytes.
+    /// The format with the most bytes.
     pub fn main_format(&self) -> Format {
         by_format(&self.weights).first().map_or(Format::F32, |(format, _)| *format)
     }
 
-    /// The formats of the matrices, by bytes: `q4_1+q8_0`.
+    /// The formats of the matrices, most bytes first: `q4_1+q8_0`.
     pub fn formats(&self) -> String {
         let mut formats = by_format(&self.weights);
         let total: u64 = formats.iter().map(|(_, size)| size).sum();
-        // Norms are f32 in most files and say nothing about the model's format.
+        // Norms are f32 in most files, so they do not count.
         formats
             .retain(|(format, size)| *format != Format::Float(FloatType::F32) || size * 20 > total);
         formats.iter().map(|(format, _)| format.to_string()).collect::<Vec<_>>().join("+")
     }
 }
 
-/// Bytes in each format, most first.
+/// Bytes in each format, the most first.
 fn by_format<'a>(sizes: impl IntoIterator<Item = &'a (u64, Format)>) -> Vec<(Format, u64)> {
     let mut bytes: HashMap<Format, u64> = HashMap::new();
     for (size, format) in sizes {

@@ -1,5 +1,5 @@
-//! How long a step of one sequence takes that computes several tokens at once, as a step that
-//! verifies drafted tokens does.
+//! The time of a step of one sequence that computes several tokens at once, like a step that
+//! verifies drafted tokens.
 
 use std::time::Instant;
 
@@ -11,25 +11,25 @@ use crate::error::SessionError;
 use crate::measure::timing::median;
 use crate::startup::milliseconds;
 
-/// Steps of each size in a measurement.
+/// Measured steps of each size.
 const ROUNDS: usize = 9;
 
-/// A step of some size.
+/// The time of a step of one size.
 #[derive(Debug, Clone, Serialize)]
 pub struct StepTime {
-    /// Tokens that the step computes, with logits for each.
+    /// Tokens of the step, with logits for each.
     pub tokens: usize,
-    /// The middle of several steps.
+    /// The median of several steps, in milliseconds.
     pub step_ms: f64,
-    /// Against a step of one token.
+    /// The ratio to a step of one token.
     pub relative_to_one: f64,
 }
 
-/// Times steps of each of `sizes` after a prompt of `prompt` tokens; sizes take turns, so that a
-/// drift of the machine's speed meets all of them.
+/// Times steps of each of `sizes` after a prompt of `prompt` tokens. The sizes take turns, so that
+/// a drift of the machine's speed affects all of them.
 ///
 /// # Errors
-/// If the steps do not fit context or cache, or the device fails.
+/// If the steps do not fit the context or the cache, or the device fails.
 pub fn measure(
     executor: &mut dyn Executor,
     prompt: usize,
@@ -52,7 +52,7 @@ pub fn measure(
         for (size, times) in all.iter().zip(&mut times) {
             let start = Instant::now();
             feed.rehearse(executor, *size)?;
-            // The first round meets cold buffers.
+            // The first round runs with cold buffers and does not count.
             if round > 0 {
                 times.push(milliseconds(start));
             }

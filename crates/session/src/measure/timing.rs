@@ -1,4 +1,4 @@
-//! Times an engine: a batch of prompts, then tokens one step at a time.
+//! Times an engine: a batch of prompts, then decoding step by step.
 
 use std::time::Instant;
 
@@ -14,28 +14,27 @@ use crate::startup::milliseconds;
 pub struct Workload {
     /// Tokens of each prompt.
     pub prompt: usize,
-    /// Tokens to generate for each prompt, the first included.
+    /// Tokens to generate for each prompt, including the first.
     pub generate: usize,
-    /// Prompts at once.
+    /// Prompts at the same time.
     pub batch: usize,
-    /// Tokens that exist.
+    /// Size of the vocabulary.
     pub vocabulary: usize,
 }
 
 /// Times of one run.
 #[derive(Debug, Clone, Default)]
 pub struct Timing {
-    /// Until every sequence had its first token.
+    /// Milliseconds until every sequence had its first token.
     pub prefill_ms: f64,
-    /// Each step after that in which every sequence got a token.
+    /// Milliseconds of each later step in which every sequence got a token.
     pub steps_ms: Vec<f64>,
     /// Rows of each expert in those steps, if there are experts.
     pub loads: Vec<StepLoad>,
 }
 
 impl Workload {
-    /// Prompts of random tokens; another `round` has other tokens, so that no cache of prefixes
-    /// can help.
+    /// Prompts of random tokens. Each `round` has other tokens, so that no prefix cache helps.
     fn requests(&self, round: u64) -> impl Iterator<Item = Request> + '_ {
         let mut random = SplitMix64::new(0x9e37_79b9_7f4a_7c15 ^ round);
         (0..self.batch).map(move |_| Request {
@@ -49,7 +48,7 @@ impl Workload {
     }
 }
 
-/// Runs the workload once; `tap` reads the routers between the steps that are timed.
+/// Runs the workload once. `tap` reads the routers between the timed steps.
 ///
 /// # Errors
 /// If the engine fails, or a sequence ends early.
@@ -101,7 +100,7 @@ pub fn run(
     Ok(timing)
 }
 
-/// The middle value, or the mean of the two in the middle; NaN of nothing.
+/// The median: the middle value, or the mean of the two middle values. NaN if empty.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -113,8 +112,8 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The exponent `e` of the curve `time = constant * tokens^e` that fits best, by least squares of
-/// the logarithms: 1 is linear growth, 2 quadratic.
+/// The exponent `e` of the best fit `time = constant * tokens^e`, by least squares of the
+/// logarithms. 1 is linear growth and 2 is quadratic.
 pub fn growth_exponent(tokens: &[f64], times: &[f64]) -> f64 {
     let points: Vec<(f64, f64)> = tokens.iter().zip(times).map(|(x, y)| (x.ln(), y.ln())).collect();
     let count = points.len() as f64;

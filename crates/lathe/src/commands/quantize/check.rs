@@ -1,4 +1,4 @@
-//! What is refused before anything is computed.
+//! Checks that run before anything is computed.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use super::{Target, all_formats, quantized};
 use crate::arguments::Device;
 use crate::output::{InputContext, bad_input};
 
-/// Which files can hold which formats; a folder's layout says the rest ([`check_targets`]).
+/// Checks that the kind of file can hold the formats. [`check_targets`] checks the folder's layout.
 pub(super) fn check_layout(recipe: &Recipe, target: Target, out: &Path) -> Result<(), Error> {
     let out = out.display();
     if let Some(technique) = recipe.corrects().filter(|_| target == Target::File) {
@@ -52,7 +52,7 @@ pub(super) fn check_layout(recipe: &Recipe, target: Target, out: &Path) -> Resul
     Ok(())
 }
 
-/// Refuses tensors that the layout cannot replace before anything is computed.
+/// Refuses tensors that the layout cannot replace.
 pub(super) fn check_targets(
     program: &Program,
     recipe: &Recipe,
@@ -62,7 +62,7 @@ pub(super) fn check_targets(
     let Some(layout) = layout else { return Ok(()) };
     check_fused(program, recipe).bad_input()?;
     for weight in targets.keys() {
-        // A budget has yet to choose.
+        // With a budget, the formats are not chosen yet.
         let formats = match &recipe.budget {
             Some(budget) => budget.formats.clone(),
             None => vec![recipe.format_of(&program.weight(*weight).name)],
@@ -79,10 +79,10 @@ pub(super) fn check_targets(
     Ok(())
 }
 
-/// The recipe with a format of blocks of 32 for each tensor whose rows are no multiple of the 256
-/// that its format asks for: the one that llama.cpp's `tensor_type_fallback` takes.
+/// Some formats need rows of a multiple of 256. A tensor with other rows gets a format of blocks of
+/// 32: the one of llama.cpp's `tensor_type_fallback`.
 pub(super) fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Recipe, Error> {
-    // A budget has yet to choose.
+    // With a budget, the formats are not chosen yet.
     if recipe.budget.is_some() {
         return Ok(recipe);
     }
@@ -104,7 +104,7 @@ pub(super) fn with_fallbacks(program: &Program, mut recipe: Recipe) -> Result<Re
     Ok(recipe)
 }
 
-/// Refuses what the device could not run afterwards; the reference runs every format.
+/// Refuses formats that the device cannot run. The reference runs every format.
 pub(super) fn check_device(
     device: Device,
     program: &Program,
@@ -123,7 +123,7 @@ pub(super) fn check_device(
     Ok(())
 }
 
-/// Refuses what is done to inputs where the target has no place for it.
+/// Refuses changes of inputs that the target cannot store.
 pub(super) fn check_inputs(target: Target, model: &Model) -> Result<(), Error> {
     match target == Target::File && !model.spec.inputs.is_empty() {
         true => Err(bad_input("a GGUF file cannot say what is done to inputs, expected a folder")),
@@ -131,7 +131,7 @@ pub(super) fn check_inputs(target: Target, model: &Model) -> Result<(), Error> {
     }
 }
 
-/// Refuses what the reader that the caller asks for cannot run.
+/// Refuses contents that the chosen reader cannot run.
 pub(super) fn check_reader(reader: Option<Reader>, contents: &Contents) -> Result<(), Error> {
     let Some(reader) = reader else { return Ok(()) };
     match reader.refusal(contents) {
@@ -142,7 +142,7 @@ pub(super) fn check_reader(reader: Option<Reader>, contents: &Contents) -> Resul
     }
 }
 
-/// Refuses to round numbers that were rounded before, unless the caller says so.
+/// Refuses to round weights that are quantized already, unless the caller allows it.
 pub(super) fn check_floats(
     model: &Model,
     weights: &ModelWeights<'_>,
@@ -157,7 +157,7 @@ pub(super) fn check_floats(
             }
             let found = format!("tensor {name} is quantized already, to {format}");
             if allowed {
-                eprintln!("warning: {found}, and is rounded a second time");
+                say!("warning: {found}, and is rounded a second time");
                 return Ok(());
             }
             return Err(bad_input(format!(

@@ -1,5 +1,5 @@
-//! What a recipe that names no tensors leaves as it is: matrices that the layout of the folder has
-//! no place for, and those that engines run as one with them.
+//! The matrices that stay as they are in a recipe that names no tensors: those that the folder's
+//! layout cannot hold, and those that engines run as one with them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,10 +16,10 @@ use lathe_tensor::{Format, ScaledFormat};
 use super::{Target, layout_of};
 use crate::output::InputContext;
 
-/// `recipe` for `model`, with what the folder cannot hold among what it keeps, as it is told on
-/// stderr. A recipe that names its tensors is left alone: what it names has to be possible.
+/// `recipe` for `model`, which also keeps what the folder cannot hold, with a line on stderr. A
+/// recipe that names its tensors is unchanged, because everything that it names must be possible.
 pub(super) fn with_kept(model: &Model, recipe: Recipe) -> Result<Recipe, Error> {
-    // What is said of a model whose inputs are transformed already is said later.
+    // A model with transformed inputs is refused by a later check.
     let named = recipe.tensors.is_some() || recipe.budget.is_some();
     if named || !model.spec.inputs.is_empty() {
         return Ok(recipe);
@@ -33,7 +33,7 @@ pub(super) fn with_kept(model: &Model, recipe: Recipe) -> Result<Recipe, Error> 
     let wanted: BTreeSet<Weight> = targets(program, &recipe).bad_input()?.into_keys().collect();
     let mut reasons = refused(program, &layout, &recipe, &wanted);
     if wanted.iter().all(|weight| reasons.contains_key(weight)) {
-        // Nothing would be left: the checks that follow say why.
+        // No target would be left. The checks that follow say why.
         return Ok(recipe);
     }
     for set in fused(program) {
@@ -49,7 +49,7 @@ pub(super) fn with_kept(model: &Model, recipe: Recipe) -> Result<Recipe, Error> 
     Ok(recipe)
 }
 
-/// A correction is an adapter beside a module: a step that names no tensors is for those matrices
+/// A correction is an adapter of a module. So a step without tensor names applies to the matrices
 /// that are modules.
 fn limit_corrections(
     program: &Program,
@@ -75,12 +75,12 @@ fn limit_corrections(
             .collect();
         let patterns: Vec<String> = patterns.into_iter().collect();
         let name = step.technique.name;
-        eprintln!("{name} corrects no {}: they are no modules", patterns.join(", "));
+        say!("{name} corrects no {}: they are no modules", patterns.join(", "));
         step.tensors = Some(names.clone());
     }
 }
 
-/// Why each of `wanted` cannot be what `recipe` says.
+/// For each of `wanted` that cannot be what `recipe` says, the reason.
 fn refused(
     program: &Program,
     layout: &PackedLayout<'_>,
@@ -109,7 +109,7 @@ fn refused(
     wanted.iter().filter_map(|weight| Some((*weight, reason(weight)?))).collect()
 }
 
-/// `recipe` that keeps the weights of `reasons`, with a line on stderr for each pattern of them.
+/// `recipe`, which also keeps the weights of `reasons`. Prints a line to stderr for each pattern.
 fn keep(program: &Program, mut recipe: Recipe, reasons: &BTreeMap<Weight, String>) -> Recipe {
     let mut told: BTreeMap<String, &String> = BTreeMap::new();
     for (weight, reason) in reasons {
@@ -118,12 +118,12 @@ fn keep(program: &Program, mut recipe: Recipe, reasons: &BTreeMap<Weight, String
         recipe.keep.push(decl.name.clone());
     }
     for (pattern, reason) in told {
-        eprintln!("kept as it is: {pattern} ({reason})");
+        say!("kept as it is: {pattern} ({reason})");
     }
     recipe
 }
 
-/// The name of a weight with a star for the number of its layer.
+/// The name of a weight, with a star in place of its layer's number.
 fn pattern_of(name: &str, layer: Option<u32>) -> String {
     let Some(layer) = layer else { return name.to_owned() };
     match name.strip_prefix(&format!("layers.{layer}.")) {

@@ -1,14 +1,14 @@
-//! How far `lathe quantize` is.
+//! The progress of `lathe quantize`.
 
 use std::time::{Duration, Instant};
 
 use lathe_quant::job;
 
-/// Says on stderr how far it is and how long the rest may take.
+/// Prints the progress and the remaining time to stderr.
 pub(super) struct Meter {
     start: Instant,
     told: Instant,
-    /// What was done before: by an earlier run.
+    /// The work that an earlier run had done.
     from: Option<usize>,
 }
 
@@ -31,6 +31,6 @@ impl Meter {
             0 => String::new(),
             ours => format!(", about {:.0} s left", spent * (total - done) as f64 / ours as f64),
         };
-        eprintln!("{:.0} %, {spent:.0} s{left}", share * 100.0);
+        say!("{:.0} %, {spent:.0} s{left}", share * 100.0);
     }
 }

@@ -1,4 +1,4 @@
-//! What `lathe quantize` prints, and records beside the weights.
+//! The report that `lathe quantize` prints and records beside the weights.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,7 +14,7 @@ use lathe_quant::QuantError;
 use lathe_quant::explain::Explanation;
 use lathe_quant::job::{CoverageReport, Job, PreparedReport, WeightReport};
 use lathe_quant::recipe::Recipe;
-use lathe_session::{bytes_under, human_bytes};
+use lathe_session::human_bytes;
 use serde::Serialize;
 
 use super::{Target, formats};
@@ -22,7 +22,7 @@ use crate::arguments::{Global, QuantizeArguments};
 use crate::explanation;
 use crate::output::{print, print_json};
 
-/// What is printed, and recorded beside the weights.
+/// The report that is printed and recorded beside the weights.
 #[derive(Serialize)]
 pub(super) struct Provenance<'a> {
     pub(super) model: &'a str,
@@ -31,12 +31,12 @@ pub(super) struct Provenance<'a> {
     pub(super) format: String,
     pub(super) bytes: u64,
     pub(super) calibration_tokens: usize,
-    /// Of the weights that are quantized: scales, and what corrects them, are counted.
+    /// Mean bits of the quantized weights, with scales and corrections.
     pub(super) bits_per_weight: f64,
-    /// Of the model's bytes, those of matrices that are quantized.
+    /// The share of the model's bytes that are in quantized matrices.
     pub(super) quantized_share: f64,
-    /// By reader: why it cannot run the result, or null if it can. Nothing, if there are no
-    /// weights.
+    /// For each reader, why it cannot run the result, or null if it can. `None` if no weights are
+    /// written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) readers: Option<Readers>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -51,7 +51,7 @@ pub(super) struct Provenance<'a> {
 }
 
 impl<'a> Provenance<'a> {
-    /// What is known of the run that `arguments` ask for, when OUT is written.
+    /// The part of the report that is known before the job.
     pub(super) fn new(
         model: &'a Model,
         arguments: &'a QuantizeArguments,
@@ -63,7 +63,7 @@ impl<'a> Provenance<'a> {
             path: &arguments.out,
             layout: target.layout(),
             format: formats(recipe),
-            bytes: bytes_under(&arguments.out),
+            bytes: 0,
             calibration_tokens: 0,
             bits_per_weight: 0.0,
             quantized_share: 0.0,
@@ -78,7 +78,7 @@ impl<'a> Provenance<'a> {
         }
     }
 
-    /// Adds what `job` did to `share` of the model's bytes.
+    /// Adds the results of `job`, which quantized `share` of the model's bytes.
     ///
     /// # Errors
     /// If a weight is corrected twice.
@@ -93,15 +93,15 @@ impl<'a> Provenance<'a> {
     }
 }
 
-/// By the name of a reader: why it cannot run the result.
+/// For each reader's name, why it cannot run the result.
 pub(super) type Readers = BTreeMap<&'static str, Option<String>>;
 
-/// Who can run `contents`.
+/// The readers of `contents`.
 pub(super) fn readers_of(contents: &Contents) -> Readers {
     Reader::ALL.into_iter().map(|reader| (reader.name(), reader.refusal(contents))).collect()
 }
 
-/// Bytes of the tensors that `targets` are made of over the bytes of all tensors of the model.
+/// The bytes of the tensors of `targets` over the bytes of all tensors of the model.
 ///
 /// # Errors
 /// If a tensor cannot be read.
@@ -122,8 +122,8 @@ pub(super) fn quantized_share<'a>(
     Ok(ours as f64 / all.max(1) as f64)
 }
 
-/// What is printed: with `--explain`, what was found too. Beside the weights that is a file of its
-/// own.
+/// The printed report. With `--explain` it contains the explanation, which is otherwise a file
+/// beside the weights.
 #[derive(Serialize)]
 struct Printed<'a> {
     #[serde(flatten)]
@@ -132,20 +132,12 @@ struct Printed<'a> {
     explanation: Option<&'a Explanation>,
 }
 
-/// Records, removes what a later run would have gone on from, and says what was done.
+/// Prints a summary.
 pub(super) fn finish(
     global: &Global,
     report: &Provenance<'_>,
     explanation: Option<&Explanation>,
-    target: Target,
-    resume: &Path,
 ) -> Result<(), Error> {
-    if target != Target::Page {
-        record(report, report.path, target == Target::File)?;
-    }
-    if resume.exists() {
-        fs::remove_dir_all(resume).with_context(|| resume.display().to_string())?;
-    }
     if global.json {
         return print_json(&Printed { provenance: report, explanation });
     }
@@ -153,8 +145,8 @@ pub(super) fn finish(
     print(&(describe(report) + &found))
 }
 
-/// What was done, beside the weights: never in `config.json`.
-fn record(report: &Provenance<'_>, out: &Path, to_file: bool) -> Result<(), Error> {
+/// Records the report in a file beside the weights, never in `config.json`.
+pub(super) fn record(report: &Provenance<'_>, out: &Path, to_file: bool) -> Result<(), Error> {
     let beside = |name: &str| match to_file {
         true => out.with_extension(name),
         false => out.join(name),

@@ -1,4 +1,4 @@
-//! The text of a calibration.
+//! Reads the text of a calibration.
 
 use std::path::Path;
 
@@ -13,17 +13,17 @@ use super::WINDOW;
 use crate::arguments::{BosChoice, QuantizeArguments};
 use crate::output::{InputContext, bad_input};
 
-/// Fewer tokens than this say little of the inputs of layers.
+/// With fewer tokens a calibration tells little about the layers' inputs.
 const TOKENS_WANTED: usize = 4096;
 
-/// The text that layers are to see.
+/// The text that calibration runs.
 pub(super) struct Text {
     pub(super) calibration: Vec<u32>,
-    /// Behind it: what errors are measured on.
+    /// The tokens after it, on which errors are measured.
     pub(super) explain: Vec<u32>,
 }
 
-/// The text that layers are to see, if the recipe needs one.
+/// The text of the calibration, if the recipe needs one.
 pub(super) fn read_tokens(
     arguments: &QuantizeArguments,
     opened: &Opened,
@@ -51,7 +51,7 @@ pub(super) fn read_tokens(
     };
     let explain = calibration.split_off(most.min(arguments.calibration_tokens));
     if calibration.len() < TOKENS_WANTED {
-        eprintln!(
+        say!(
             "warning: {} tokens of calibration; fewer than {TOKENS_WANTED} say little of what \
              layers read",
             calibration.len()
@@ -62,12 +62,12 @@ pub(super) fn read_tokens(
         let window = WINDOW.min(opened.model.spec.context_max);
         calibration = begin_windows(&calibration, bos, window);
         explain = begin_windows(&explain, bos, window);
-        eprintln!("note: each window of {} begins with token {bos} (--bos)", path.display());
+        say!("note: each window of {} begins with token {bos} (--bos)", path.display());
     }
     Ok(Some(Text { calibration, explain }))
 }
 
-/// The tokens with `bos` before what each window of `window` tokens has of them.
+/// Puts `bos` before the tokens of each window. A window has `window` tokens with it.
 fn begin_windows(tokens: &[u32], bos: u32, window: usize) -> Vec<u32> {
     let mut all = Vec::with_capacity(tokens.len() + tokens.len() / window.max(2) + 1);
     let mut rest = tokens;
@@ -81,8 +81,8 @@ fn begin_windows(tokens: &[u32], bos: u32, window: usize) -> Vec<u32> {
     all
 }
 
-/// The tokens of a file: an array of ids, records of which each is a line, or plain text. With them
-/// comes the token that windows of a text begin with; ids are taken as they are.
+/// The tokens of a file: an array of ids, one record on each line, or plain text. Also returns the
+/// token that windows of a text begin with. Given ids are not changed.
 fn tokens_of(
     path: &Path,
     opened: &Opened,
@@ -107,7 +107,7 @@ fn tokens_of(
     Ok((encode_text(opened.tokenizer()?, &text)?, beginning()?))
 }
 
-/// The tokens of a line of data: its `text`, or its `messages` as the model's template has them.
+/// The tokens of one record: its `text`, or its `messages` in the model's template.
 fn tokens_of_record(record: &Value, opened: &Opened) -> Result<Vec<u32>, Error> {
     let tokenizer = opened.tokenizer()?;
     if let Some(text) = record.get("text").and_then(Value::as_str) {
@@ -136,7 +136,7 @@ mod tests {
     fn each_window_begins_with_the_token_once() {
         let all = begin_windows(&[5, 6, 7, 8, 9], 1, 3);
         assert_eq!(all, [1, 5, 6, 1, 7, 8, 1, 9]);
-        // A text that has the token already keeps its own.
+        // A text that already begins with the token keeps it.
         assert_eq!(begin_windows(&[1, 5, 6, 7], 1, 3), [1, 5, 6, 1, 7]);
         assert_eq!(begin_windows(&[5, 6], 1, 1), [1, 5, 1, 6]);
         assert!(begin_windows(&[], 1, 8).is_empty());

@@ -1,4 +1,4 @@
-//! Tensors made up so that each source of error is known.
+//! Tests on tensors that are made so that each source of error is known.
 
 use lathe_tensor::codec::scaled::{BlockScale, quantize, quantize_with};
 use lathe_tensor::{GgmlType, GlobalScale};
@@ -65,11 +65,11 @@ fn the_parts_are_the_whole_in_every_format() {
             let sources = measured.sources;
             assert!((sums(&sources) - sources.total).abs() < 1e-12, "{name}: {sources:?}");
             assert!(sources.rounding > 0.0 && sources.rounding < 3.0 * sources.total, "{name}");
-            // Nearest codes: what the tensor has is the last round but one, to the bit.
+            // For nearest codes, the tensor's error equals the last round but one, to the bit.
             let nearest = matches!(tensor.format, Format::Scaled(_));
             assert!(!nearest || sources.codes == 0.0, "{name}: {sources:?}");
         }
-        // Outputs add up errors of several weights: there a larger one may do good.
+        // Outputs sum errors of several weights, so a larger weight error may make them better.
         let clipping = found.weights.sources.clipping;
         assert!(clipping.is_none_or(|it| it >= 0.0), "{name}: {clipping:?}");
         assert!((found.weights.sources.total / error - 1.0).abs() < 1e-9, "{name}");
@@ -77,7 +77,7 @@ fn the_parts_are_the_whole_in_every_format() {
     }
 }
 
-/// Each row has the largest code, so that scales of the range are the data's own.
+/// Each row contains the largest code, so that the range gives the scales of the data.
 fn on_fp4_grid(scale: f32) -> Vec<f32> {
     (0..4 * 64)
         .map(|i| FP4[(i * 7 + i / 32) % 8].max(if i % 32 == 0 { 6.0 } else { 0.0 }))
@@ -99,7 +99,7 @@ fn data_on_the_grid_has_no_error() {
 
 #[test]
 fn powers_of_two_are_the_scale_formats_error() {
-    // 6 * 1.4 = 8.4 has the power 2 as its scale: computed here with a list of fp4's numbers.
+    // 6 * 1.4 = 8.4 gets the scale 2. The expectation uses a list of fp4's numbers.
     let values = on_fp4_grid(1.4);
     let tensor = rounded("mxfp4", &[4, 64], &values);
     let (mut error, mut signal) = (0.0, 0.0);
@@ -123,7 +123,7 @@ fn an_outlier_channel_is_found_in_weights_and_in_inputs() {
     assert_eq!(found.outlier_channels, 1);
     let sources = found.weights.sources;
     assert!(sources.outliers > 0.8 * sources.total, "{sources:?}");
-    // Without it the error would be that of the others under their own range.
+    // Without the outlier, the error would be that of the others with their own range.
     let rest: Vec<f32> =
         values.iter().enumerate().filter(|(i, _)| i % 128 != 5).map(|it| *it.1).collect();
     let alone = explain_tensor(&rest, &rounded("int4-channel-f32", &[32, 127], &rest), None);
@@ -157,7 +157,7 @@ fn clipping_scales_and_codes_are_told_apart() {
     assert!(half.clipping.unwrap() > 0.8 * half.total && half.scale_choice < 0.0, "{half:?}");
     let wide = explain_tensor(&values, &under(3.0), None).weights.sources;
     assert!(wide.scale_choice > 0.8 * wide.total && wide.clipping == Some(0.0), "{wide:?}");
-    // One code of each eight moved by one: the error of the codes alone.
+    // One code of each eight is moved by one, so the codes alone cause the error.
     let mut tensor = under(1.0);
     let moved: Vec<u8> = tensor
         .codes
@@ -183,7 +183,7 @@ fn theory_is_the_books_formula_for_one_scale() {
         assert!((theory - formula).abs() < 1e-3, "{bits}: {theory} {formula}");
         assert!((found.weights.sqnr_db - theory).abs() < 0.1, "{bits}: {found:?}");
     }
-    // Floats: steps of all sizes, the mixture of which is the noise.
+    // Floats have steps of all sizes. The noise is their mixture.
     let tensor = rounded("f8e4m3-channel-f32", &[64, 512], &values);
     let found = explain_tensor(&values, &tensor, None).weights;
     assert!((found.sqnr_db - found.theory_sqnr_db).abs() < 0.1, "{found:?}");

@@ -1,4 +1,4 @@
-//! The pass against runs of whole models, each with other weights.
+//! The pass, compared with runs of whole models with the same weights.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::budget::planned;
 use crate::calibrate::step_of;
 use crate::recipe::Recipe;
 
-/// The model's weights, with those for which `quantized` says so as the job made them.
+/// The model's weights, with the job's results where `quantized` says so.
 struct Mixed(Vec<Tensor>);
 
 impl WeightSource for Mixed {
@@ -59,8 +59,8 @@ fn explained<'a>(job: &mut Job<'a>, model: &lathe_model::Model) -> Explanation {
     found
 }
 
-/// Every stream is the whole model with those weights: soft caps of logits, windows and experts
-/// too.
+/// Every stream equals a run of the whole model with those weights: with soft caps of logits,
+/// windows and experts too.
 #[test]
 fn each_layer_alone_is_the_whole_model_with_that_layer_quantized() {
     for name in ["llama", "gemma2", "llama-tied", "mixtral", "cohere"] {
@@ -88,7 +88,7 @@ fn each_layer_alone_is_the_whole_model_with_that_layer_quantized() {
     }
 }
 
-/// What is seen of a tensor's inputs is what calibration sees, so that errors of outputs agree.
+/// The pass sees the same inputs as calibration, so that output errors agree.
 #[test]
 fn errors_of_outputs_are_those_that_calibration_reports() {
     let (model, program) = open("llama");
@@ -110,7 +110,7 @@ fn errors_of_outputs_are_those_that_calibration_reports() {
         let total = outputs.sources.total;
         assert!((total / expected - 1.0).abs() < 1e-3, "{}: {total} {expected}", report.tensor);
         assert!((tensor.error.weights.sqnr_db - report.report.sqnr_db).abs() < 1e-6);
-        // GPTQ errs more in weights than nearest codes do, and less in outputs.
+        // GPTQ has more weight error than nearest codes, and less output error.
         assert!(tensor.error.weights.sources.codes > 0.0 && outputs.sources.codes < 0.0);
         assert!(tensor.activation_int8.is_some_and(|error| error > 0.0 && error < 1e-2));
     }
@@ -119,7 +119,8 @@ fn errors_of_outputs_are_those_that_calibration_reports() {
     assert!(before != after);
 }
 
-/// Codes are taken apart without what corrects them; what it leaves, streams and KL are with it.
+/// Codes are analysed without their correction. Its remaining error, the streams and the KL include
+/// it.
 #[test]
 fn corrections_are_explained_beside_the_codes() {
     let (model, program) = open("llama");
@@ -153,8 +154,8 @@ fn corrections_are_explained_beside_the_codes() {
     assert!(found.weights.after.is_none(), "a correction prepares no weights");
 }
 
-/// A plan keeps its budget, is the best of all plans by its own measure, and its layers come in its
-/// formats.
+/// A plan stays within its budget, is the best of all plans by its own measure, and its formats
+/// reach the layers.
 #[test]
 fn a_budget_gives_each_layer_a_format() {
     let (model, program) = open("llama");
@@ -171,7 +172,8 @@ fn a_budget_gives_each_layer_a_format() {
         let plan = planned(&weights, &recipe, &model.spec, &text, &mut |_| ()).unwrap();
         let again = Recipe::parse(&plan.to_toml(), None).unwrap();
         assert_eq!(again.formats, plan.formats);
-        // 5 and 10 bits with their scales: one layer in 10, as four layers take 28 bits at most.
+        // With scales the formats take 5 and 10 bits. Four layers may take 28 bits, so one layer
+        // has 10.
         let eights: Vec<&str> = plan
             .formats
             .iter()
@@ -189,7 +191,7 @@ fn a_budget_gives_each_layer_a_format() {
             assert!(layer.tensors.iter().all(|it| it.format == expected));
         }
         if sensitivity == "kl" {
-            // The layer that would have lost most in three bits is the one in eight.
+            // The layer that would lose most in three bits has eight.
             let three = Recipe::simple(Format::parse("int3-g16-f32").unwrap(), "rtn").unwrap();
             let mut job = Job::new(&weights, &three, false, |_| ()).unwrap();
             let all = explained(&mut job, &model);

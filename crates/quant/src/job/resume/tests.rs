@@ -1,4 +1,4 @@
-//! Runs that end in the middle of a layer, and what goes on from them.
+//! Runs that end in the middle of a layer, and runs that continue them.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use super::super::tests::{TOKENS, open};
 use super::*;
 use crate::recipe::Recipe;
 
-/// The reference until it has prepared so many sections; then the device fails.
+/// The reference backend, which fails after it has prepared some sections.
 struct Failing {
     reference: ReferenceBackend,
     left: Cell<usize>,
@@ -95,7 +95,7 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
 
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("run");
-        // One section makes the stream; a layer is two, and one more where the float model's runs
+        // One section makes the stream. A layer takes two, and one more if the float model runs
         // too.
         let a_layer = if method.ends_with("gptaq") { 3 } else { 2 };
         let left = Cell::new(2 * a_layer);
@@ -109,7 +109,7 @@ fn an_interrupted_run_goes_on_and_gives_the_same_bits() {
         assert!(!folder.join("layer-1.safetensors").exists());
         drop(first);
 
-        // What is finished is not run again: sections of the other layers are all that there are.
+        // Finished layers do not run again: only the sections of the other layers do.
         let layers = model.spec.layers.len();
         let left = Cell::new(a_layer * (layers - 1));
         let again = Failing { reference: ReferenceBackend::new(), left };

@@ -1,5 +1,5 @@
-//! Corrections on the tiny checkpoints: what layers behind them see, what is counted, and what is
-//! refused.
+//! Corrections on the tiny checkpoints: later layers see them, budgets count them, and impossible
+//! ones are refused.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -38,8 +38,8 @@ fn codes(job: &Job<'_>) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-/// A correction of full rank leaves no error, so that the layers behind it read, and are quantized
-/// by, what the float model makes; without it they are not.
+/// A correction of full rank leaves no error. So the layers behind it read the float model's
+/// stream. Without it they do not.
 #[test]
 fn layers_behind_a_correction_see_it() {
     let made = |prefix: &str, correction: &[&str]| {
@@ -57,11 +57,12 @@ fn layers_behind_a_correction_see_it() {
         near += same(&corrected[name], expected);
         far += same(&plain[name], expected);
     }
-    // A byte has two codes, and rounding of the sum of two matrices moves a few.
+    // A byte holds two codes, and rounding the sum of two matrices changes a few of them.
     assert!(near * 100 > 98 * all && far * 100 < 95 * all, "{near} and {far} of {all}");
 }
 
-/// What is reported is the corrected error, as it is recomputed from what would be written.
+/// The reported error includes the correction. It equals the error of the tensors that would be
+/// written.
 #[test]
 fn reports_are_of_corrected_matrices() {
     for (method, rank) in [("\"gptq\"", 4), ("\"rtn\"", 4096)] {
@@ -90,7 +91,7 @@ fn reports_are_of_corrected_matrices() {
                     (correction.rank, correction.bytes),
                     (rank, 2 * rank * (rows + columns))
                 );
-                // Three bits, and a scale of 32 for 16 of them.
+                // Three bits, and a scale of 32 bits for 16 weights.
                 bits += (rows * columns * 5 + rank * (rows + columns) * 16) as f64;
                 elements += (rows * columns) as f64;
             }
@@ -100,8 +101,8 @@ fn reports_are_of_corrected_matrices() {
     }
 }
 
-/// Of several rounds each matrix keeps the one that loses least; the first is that of one round
-/// alone.
+/// Of several rounds each matrix keeps the one with the least loss. The first equals a run of one
+/// round.
 #[test]
 fn more_rounds_lose_no_more() {
     for weighting in ["inputs", "none"] {
@@ -126,8 +127,8 @@ fn more_rounds_lose_no_more() {
     }
 }
 
-/// The codes are of what rotations left, `A` reads what was before them: together they are the
-/// whole matrix.
+/// The codes are of the rotated matrix, and `A` reads the input before its rotation. Together they
+/// are the whole matrix.
 #[test]
 fn rotated_inputs_are_corrected_in_the_basis_of_the_codes() {
     let rotation = "\"hadamard\"\nblock = 0\ninputs = \"down\"";
@@ -166,7 +167,7 @@ fn what_no_adapter_can_say_is_refused() {
     let other = "\"low-rank\"\ntensors = [\"*.down\"]";
     let error = refused("llama", "format = \"int8-channel-f32\"\n", &["\"rtn\"", named, other]);
     assert!(error.contains("ffn.down twice"), "{error}");
-    // Experts are quantized, and matrices beside them corrected, where the step says which.
+    // Experts are quantized, and matrices beside them are corrected, if the step names them.
     let list = &["\"rtn\"", "\"low-rank\"\ntensors = [\"*.attention.*\"]"];
     let text = "format = \"int4-g16-f32\"\ntensors = [\"*\"]\n".to_owned() + &steps(list);
     let names = with_job("mixtral", &text, |job| {
@@ -176,7 +177,7 @@ fn what_no_adapter_can_say_is_refused() {
     assert!(!names.is_empty() && names.iter().all(|it| it.contains(".attention.")), "{names:?}");
 }
 
-/// A budget has room for less beside corrections, and says what they need.
+/// A budget has fewer bits for codes if there are corrections. The error says how many they need.
 #[test]
 fn budgets_count_corrections() {
     let (model, program) = open("llama");
