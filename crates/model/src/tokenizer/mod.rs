@@ -389,7 +389,7 @@ impl Tokenizer {
             // Never at the start: what the template wrote before may end there. A name of one
             // character stays a token, but such tokens mark nothing in any known vocabulary.
             let second = start + text[start..].chars().next().map_or(0, char::len_utf8);
-            places.extend(first_typed(second, end));
+            places.insert(first_typed(second, end).unwrap_or(second));
         }
         Ok(places)
     }
